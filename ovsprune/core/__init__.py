@@ -1,0 +1,1 @@
+"""Errors, registries, records, protocols: shapes that every room agrees on; knows no model."""

@@ -1,0 +1,78 @@
+"""One error class of ours, with a subclass per kind.
+
+Every message says what was given, what was expected, where, and what to do next. The command
+line prints the message and exits with status 2; nothing else in the package catches these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BudgetError",
+    "CheckpointError",
+    "DataError",
+    "MissingLibraryError",
+    "OptionError",
+    "OutputError",
+    "OvspruneError",
+    "TargetError",
+    "UnknownNameError",
+    "WeightsError",
+]
+
+
+class OvspruneError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class OptionError(OvspruneError, ValueError):
+    """An option or argument is outside its range, or two of them contradict each other."""
+
+
+class BudgetError(OvspruneError):
+    """The asked budget cannot be reached; the message names the nearest that can."""
+
+
+class CheckpointError(OvspruneError):
+    """A slim checkpoint or a foreign checkpoint is damaged, incomplete, or not what it claims."""
+
+
+class WeightsError(OvspruneError):
+    """Weights of a base model cannot be had, or do not fit the model that was named."""
+
+
+class DataError(OvspruneError):
+    """Pictures, labels, or text embeddings cannot be read or do not belong together."""
+
+
+class OutputError(OvspruneError):
+    """An output exists already, or cannot be written."""
+
+
+class TargetError(OvspruneError):
+    """A framework's model cannot take the slim tower or its mask; nothing was changed."""
+
+
+class MissingLibraryError(OvspruneError, ImportError):
+    """A library that this step needs is not installed; the message names it and its version."""
+
+
+class UnknownNameError(OvspruneError, LookupError):
+    """A name that is in no registry.
+
+    Args:
+        kind: What the name should have been, for example ``"criterion"``.
+        name: What was given.
+        known: The names that would have been accepted.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind = kind
+        self.name = name
+        self.known = tuple(sorted(known))
+        self.closest = tuple(difflib.get_close_matches(name, self.known, n=3, cutoff=0.5))
+        hint = f" Did you mean {' or '.join(map(repr, self.closest))}?" if self.closest else ""
+        listed = ", ".join(self.known) if len(self.known) <= 40 else f"{len(self.known)} names"
+        super().__init__(f"unknown {kind} {name!r}.{hint} Known: {listed or 'none'}.")

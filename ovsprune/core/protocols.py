@@ -1,0 +1,333 @@
+"""Every plug-in's shape on one page.
+
+A plug-in is one class in one file of its room, with the room's decorator::
+
+    @CRITERIA.register("mine")
+    class Mine:
+        needs_moments = False
+        def score(self, item: GroupContext) -> Ranking: ...
+
+Nothing is inherited; the contract tests run over every registered name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.core.progress import Progress
+from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, StreamPoint
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "AllocationContext",
+    "Allocator",
+    "Backbone",
+    "Budget",
+    "Criterion",
+    "Family",
+    "GroupContext",
+    "Moments",
+    "Pictures",
+    "Ranking",
+    "Recovery",
+    "RecoveryContext",
+    "Seed",
+    "Stages",
+]
+
+
+class Pictures(Protocol):
+    """Calibration pictures: a fixed number of them, the same ones at every pass."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield float32 [b, 3, H, W], preprocessed, ``b <= size``, in a fixed order."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """A tower as a sequence of blocks over one residual stream.
+
+    Attributes:
+        stem: images [B, 3, H, W] -> stream [B, ...].
+        blocks: Dotted name -> block, in order; each maps stream -> stream.
+        head: stream -> (pooled [B, C], dense [B, C, h, w]).
+    """
+
+    stem: Callable[[Tensor], Tensor]
+    blocks: Mapping[str, nn.Module]
+    head: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Where a family offers to cut; the dependency graph finds what must go along.
+
+    Attributes:
+        name: Name of the group.
+        kind: Unit kind.
+        layer: Dotted name of a layer (of the rewritten tower) whose outputs are the units.
+        unit_width: Consecutive outputs that make one unit.
+        block: Dotted name of the block.
+        stream: Where the residual stream is read after the consumer.
+        protected: Why it is not offered by default, or None.
+    """
+
+    name: str
+    kind: str
+    layer: str
+    unit_width: int
+    block: str
+    stream: StreamPoint | None
+    protected: str | None = None
+
+
+class Family(Protocol):
+    """A backbone family: how its towers load, come apart, and go together again."""
+
+    library: str
+    """Distribution that builds the tower, for messages (``"open_clip_torch"``)."""
+
+    def names(self) -> Sequence[str]:
+        """Names that :meth:`load` takes."""
+        ...
+
+    def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
+        """Build the model and load its weights.
+
+        Raises:
+            WeightsError: The weights cannot be had, or do not fit.
+        """
+        ...
+
+    def rewrite(self, tower: nn.Module) -> None:
+        """Replace, in place, fused attention by separate linear maps; the outputs stay."""
+        ...
+
+    def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
+        """Replace, in place, what :meth:`rewrite` put in by slim modules."""
+        ...
+
+    def seeds(self, tower: nn.Module) -> list[Seed]:
+        """Where the rewritten tower can be cut, in order of the blocks."""
+        ...
+
+    def stages(self, tower: nn.Module) -> Stages:
+        """The tower (rewritten or not) as a sequence of blocks."""
+        ...
+
+
+@dataclass(eq=False)
+class Backbone:
+    """A loaded model: the image tower that is pruned, and what stands around it.
+
+    Attributes:
+        name: Canonical name (``"ViT-B-16"``).
+        pretrained: Tag, file name, or None for untrained weights.
+        trained: False when the weights are random.
+        family: Name in the registry of families.
+        tower: The image tower.
+        preprocess: How pictures become its input.
+        activation: ``"gelu"``, ``"quick_gelu"``, ...
+        architecture: JSON description from which the library builds the model.
+        library_version: Version of the library that built it.
+        text: State of everything but the tower, by canonical name; empty when there is none.
+        encoder: texts -> [K, C] L2-normalised, or None without a text tower.
+        slim: The slim checkpoint that this was read from, or None for a dense model.
+    """
+
+    name: str
+    pretrained: str | None
+    trained: bool
+    family: str
+    tower: nn.Module
+    stages: Callable[[nn.Module], Stages]
+    preprocess: Preprocess
+    activation: str
+    architecture: dict[str, Any]
+    library_version: str
+    text: Mapping[str, Tensor]
+    encoder: Callable[[Sequence[str]], Tensor] | None = None
+    slim: Any = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether :meth:`encode_text` works."""
+        return self.encoder is not None
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
+        stages = self.stages(self.tower)
+        stream = stages.stem(images)
+        for block in stages.blocks.values():
+            stream = block(stream)
+        return stages.head(stream)
+
+    @torch.no_grad()
+    def pooled(self, images: Tensor) -> Tensor:
+        """Pooled image embedding [B, C] of images [B, 3, H, W], not normalised."""
+        return self.outputs(images)[0]
+
+    @torch.no_grad()
+    def dense(self, images: Tensor) -> Tensor:
+        """Projected patch tokens [B, C, h, w] of images [B, 3, H, W], not normalised."""
+        return self.outputs(images)[1]
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Text embeddings [K, C], L2-normalised.
+
+        Raises:
+            WeightsError: The model has no text tower.
+        """
+        from ovsprune.core.errors import WeightsError
+
+        if self.encoder is None:
+            raise WeightsError(
+                f"{self.name} has no text tower here; give class embeddings instead "
+                "(--text-embeddings FILE.npz)"
+            )
+        return self.encoder(texts)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First and second moments of what a consumer reads.
+
+    Attributes:
+        count: Number of rows (tokens or positions) seen.
+        mean: float64 [n].
+        covariance: float64 [n, n], centred.
+    """
+
+    count: int
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GroupContext:
+    """What a criterion sees of one group.
+
+    Attributes:
+        group: The group.
+        layers: Dotted name to layer, for every layer of the group's slices.
+        moments: Moments of the consumer's input on calibration pictures; None unless the criterion
+            says ``needs_moments``.
+        ridge: What is added to the covariance's diagonal, relative to its mean.
+        generator: Seeded for this group.
+        snapshots: Widths whose refitted weight an allocator will want; a criterion that has them at
+            hand returns them, and spares a second elimination.
+    """
+
+    group: Group
+    layers: Mapping[str, nn.Module]
+    moments: Moments | None
+    ridge: float
+    generator: torch.Generator
+    snapshots: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """One group's units, ranked.
+
+    Attributes:
+        costs: float64 [units].
+        order: int64 [units], first to be removed first.
+        weights: Width -> float64 [m, n], the consumer's weight refitted for that width; may be
+            empty.
+    """
+
+    costs: Tensor
+    order: Tensor
+    weights: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class Criterion(Protocol):
+    """Ranks the units of a group."""
+
+    needs_moments: bool
+
+    def score(self, item: GroupContext) -> Ranking:
+        """Rank ``item.group``'s units. No criterion asks what type a layer has."""
+        ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What must remain.
+
+    Attributes:
+        kind: ``"macs"`` or ``"params"``.
+        dense: Cost of the dense tower.
+        target: Cost that must remain.
+    """
+
+    kind: str
+    dense: float
+    target: float
+
+    def unit(self, group: Group) -> float:
+        """Cost of one unit of ``group`` in this budget's currency."""
+        return group.macs if self.kind == "macs" else group.params
+
+
+@dataclass(frozen=True, eq=False)
+class AllocationContext:
+    """What an allocator sees: groups that may be cut, their scores, the budget, measured curves."""
+
+    groups: Sequence[Group]
+    scores: Scores
+    budget: Budget
+    curves: Curves | None
+    round_to: int = 1
+
+
+class Allocator(Protocol):
+    """Turns scores or curves and a budget into widths."""
+
+    needs_curves: bool
+
+    def widths(self, item: AllocationContext) -> dict[str, int]:
+        """Units to keep in each group, at most the budget and within one unit of it.
+
+        Raises:
+            BudgetError: The floors cost more than the budget; names the nearest ratio.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class RecoveryContext:
+    """What a recovery sees: the dense tower, the cut one (to be changed in place), pictures."""
+
+    dense: nn.Module
+    slim: nn.Module
+    stages: Callable[[nn.Module], Stages]
+    groups: Sequence[Group]
+    plan: Plan
+    pictures: Pictures
+    batch_size: int
+    ridge: float
+    seed: int
+    progress: Progress
+
+
+class Recovery(Protocol):
+    """Repairs a cut tower in place."""
+
+    needs_pictures: bool
+
+    def recover(self, item: RecoveryContext) -> None:
+        """Change ``item.slim`` in place; a plan that keeps everything must leave it as it is."""
+        ...

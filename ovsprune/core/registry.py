@@ -1,0 +1,95 @@
+"""The one way to add a plug-in: a registry per kind, filled by a decorator.
+
+A registry imports its room (a sub-package with one plug-in a file) on the first look-up, so that
+``import ovsprune`` stays light, and lets import errors through: a plug-in that cannot be imported
+is a bug to be seen, not a name to be missing. Outside packages add theirs by an entry point in the
+group ``ovsprune.plugins``, whose value is a module that registers on import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from ovsprune.core.errors import UnknownNameError
+
+__all__ = ["ENTRY_POINT_GROUP", "Registry"]
+
+ENTRY_POINT_GROUP = "ovsprune.plugins"
+
+T = TypeVar("T")
+C = TypeVar("C")
+
+
+class Registry(Generic[T]):
+    """Plug-ins of one kind by name.
+
+    Args:
+        kind: What one entry is, in the singular, for messages (``"criterion"``).
+        room: The package whose modules register themselves, imported on the first look-up.
+    """
+
+    def __init__(self, kind: str, room: str) -> None:
+        self.kind = kind
+        self.room = room
+        self._entries: dict[str, T] = {}
+        self._summaries: dict[str, str] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[type[C]], type[C]]:
+        """Decorate a class whose instance (made without arguments) serves under ``name``.
+
+        Raises:
+            ValueError: ``name`` is taken already.
+        """
+
+        def decorate(cls: type[C]) -> type[C]:
+            if name in self._entries:
+                taken = type(self._entries[name])
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered already by "
+                    f"{taken.__module__}.{taken.__qualname__}; choose another name"
+                )
+            self._entries[name] = cls()  # type: ignore[assignment]
+            self._summaries[name] = (cls.__doc__ or "").strip().partition("\n")[0]
+            return cls
+
+        return decorate
+
+    def get(self, name: str) -> T:
+        """The plug-in registered under ``name``.
+
+        Raises:
+            UnknownNameError: No such name; the message lists the known ones and the closest.
+        """
+        self._load()
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UnknownNameError(self.kind, name, self._entries) from None
+
+    def names(self) -> tuple[str, ...]:
+        """All registered names, sorted."""
+        self._load()
+        return tuple(sorted(self._entries))
+
+    def summary(self, name: str) -> str:
+        """First line of the plug-in's docstring."""
+        self.get(name)
+        return self._summaries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        package = importlib.import_module(self.room)
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            importlib.import_module(module.name)
+        self._loaded = True
+        for entry in entry_points(group=ENTRY_POINT_GROUP):
+            entry.load()
