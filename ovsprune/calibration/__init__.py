@@ -1,0 +1,1 @@
+"""Pictures, activation streams, second moments, and the surgeon that works on them."""

@@ -1,0 +1,70 @@
+"""Pictures to tensors, the way the tower's preprocessing says."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ovsprune.core.errors import OptionError
+from ovsprune.core.records import Preprocess
+
+__all__ = ["normalise", "to_tensor"]
+
+_RESAMPLING = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
+    """One picture as the tower wants it: float32 [3, H, W].
+
+    ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect,
+    ``longest`` fits the longer side and pads with the mean, as open_clip's modes of these names.
+
+    Raises:
+        OptionError: The interpolation or the resize mode is unknown.
+    """
+    if preprocess.interpolation not in _RESAMPLING:
+        raise OptionError(
+            f"unknown interpolation {preprocess.interpolation!r}; known: {', '.join(_RESAMPLING)}"
+        )
+    resampling = _RESAMPLING[preprocess.interpolation]
+    height, width = preprocess.size
+    image = image.convert("RGB")
+    match preprocess.resize_mode:
+        case "squash":
+            image = image.resize((width, height), resampling)
+        case "shortest":
+            scale = max(height / image.height, width / image.width)
+            size = (
+                max(width, round(image.width * scale)),
+                max(height, round(image.height * scale)),
+            )
+            image = image.resize(size, resampling)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
+            image = image.crop((left, top, left + width, top + height))
+        case "longest":
+            scale = min(height / image.height, width / image.width)
+            image = image.resize(
+                (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+                resampling,
+            )
+            fill = tuple(round(255 * m) for m in preprocess.mean)
+            canvas = Image.new("RGB", (width, height), fill)
+            canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+            image = canvas
+        case other:
+            raise OptionError(f"unknown resize mode {other!r}; known: shortest, squash, longest")
+    return normalise(np.asarray(image), preprocess)
+
+
+def normalise(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
+    """uint8 [H, W, 3] to float32 [3, H, W], less the mean and over the standard deviation."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+    return (pixels - mean[:, None, None]) / std[:, None, None]

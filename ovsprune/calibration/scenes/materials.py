@@ -1,0 +1,79 @@
+"""Surfaces of the objects: from a colour and a material to pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ovsprune.calibration.scenes.vocabulary import COLOURS
+
+Array = NDArray[np.float32]
+
+_BROWN = np.array((120, 78, 40), dtype=np.float32)
+
+
+def second_tone(colour: Array) -> Array:
+    """The tone for stripes, dots and marks: lighter on dark colours, darker on light ones.
+
+    Args:
+        colour: sRGB of shape (3,), in 0..255.
+
+    Returns:
+        sRGB of shape (3,), in 0..255.
+    """
+    luma = float(colour @ np.array((0.299, 0.587, 0.114), dtype=np.float32))
+    return colour * 0.5 if luma > 110.0 else colour * 0.5 + 120.0
+
+
+def paint(
+    colour: str,
+    material: str,
+    u: Array,
+    v: Array,
+    mark: Array,
+    light: tuple[float, float],
+    jitter: tuple[float, float, float],
+) -> Array:
+    """Paints one object's pixels.
+
+    Args:
+        colour: a name in `COLOURS`.
+        material: a name in `MATERIALS`.
+        u: coordinate across the object, shape (h, w), in units of a 112th of the picture.
+        v: coordinate down the object, shape (h, w), in the same units.
+        mark: coverage of the marks, shape (h, w), in 0..1.
+        light: direction of the light, a unit vector in u and v.
+        jitter: three numbers in -1..1: hue and brightness, texture scale, texture phase.
+
+    Returns:
+        sRGB of shape (h, w, 3), in 0..255 before clipping.
+    """
+    tint, scale, phase = jitter
+    base = np.array(COLOURS[colour], dtype=np.float32) * (1.0 + 0.1 * tint)
+    other = second_tone(base)
+    wave = 1.0 + 0.15 * scale
+    slope = np.float32(0.006) * (u * light[0] + v * light[1])
+    share = np.zeros_like(u)
+    tone = 1.0 + np.clip(slope, -0.2, 0.2)
+    if material == "striped":
+        share = (np.sin((u * 0.9 + v * 0.4) * 0.95 / wave + 3.0 * phase) > 0.1).astype(np.float32)
+    elif material == "dotted":
+        cell = 6.5 * wave
+        du = (u / cell + phase) % 1.0 - 0.5
+        dv = (v / cell + phase) % 1.0 - 0.5
+        share = np.clip(3.0 - 9.0 * np.hypot(du, dv), 0.0, 1.0).astype(np.float32)
+    elif material == "metallic":
+        t = u * light[0] + v * light[1] + 2.0 * phase
+        tone = 0.78 + 0.3 * np.sin(t * 0.24 / wave)
+        share_white = np.exp(-(((t - 4.0) / 3.0) ** 2))
+        base_map = base * tone[..., None]
+        shiny = base_map + (250.0 - base_map) * (0.85 * share_white)[..., None]
+        return shiny * (1.0 - 0.45 * mark)[..., None]
+    elif material == "wooden":
+        grain = np.sin(v * 1.7 / wave + 2.2 * np.sin(u * 0.16 + 3.0 * phase) + 3.0 * phase)
+        base = base * 0.72 + _BROWN * 0.28
+        other = base * 0.62 + _BROWN * 0.1
+        share = np.clip(0.35 + 0.5 * grain, 0.0, 1.0).astype(np.float32)
+    surface = base + (other - base) * share[..., None]
+    surface = surface + (second_tone(base) - surface) * (0.75 * mark)[..., None]
+    return surface * tone[..., None]

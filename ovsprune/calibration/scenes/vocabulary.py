@@ -1,0 +1,103 @@
+"""The words of the procedural scenes: classes, colours, materials, held-out combinations."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+OBJECTS: tuple[str, ...] = (
+    "ball",
+    "star",
+    "heart",
+    "moon",
+    "ring",
+    "cross",
+    "arrow",
+    "mug",
+    "house",
+    "tree",
+    "fish",
+    "bird",
+    "car",
+    "boat",
+    "mushroom",
+    "umbrella",
+    "bottle",
+    "flower",
+    "key",
+    "hammer",
+    "leaf",
+    "bell",
+    "butterfly",
+    "snowman",
+    "rocket",
+    "cactus",
+    "crown",
+    "chair",
+)
+"""Names of the object classes; the place in this tuple is the class id."""
+
+GROUNDS: tuple[str, ...] = ("grass", "sand", "water", "road", "snow", "brick floor")
+"""Background classes below the horizon."""
+
+SKIES: tuple[str, ...] = ("blue sky", "night sky", "sunset", "storm clouds")
+"""Background classes above the horizon."""
+
+CLASS_NAMES: tuple[str, ...] = OBJECTS + GROUNDS + SKIES
+"""All class names; a label map holds indices into this tuple, and has no void."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (212, 36, 40),
+    "orange": (246, 138, 22),
+    "yellow": (248, 220, 46),
+    "green": (36, 150, 58),
+    "blue": (36, 84, 214),
+    "purple": (142, 52, 178),
+    "white": (240, 240, 236),
+    "black": (36, 36, 40),
+}
+"""Colour names and their sRGB values in 0..255."""
+
+MATERIALS: tuple[str, ...] = ("plain", "striped", "dotted", "metallic", "wooden")
+"""Surface names."""
+
+
+class Combination(NamedTuple):
+    """A shape in a colour and a material, each by name."""
+
+    colour: str
+    material: str
+    shape: str
+
+    @property
+    def phrase(self) -> str:
+        """The words for it, such as ``"red striped mug"``."""
+        return f"{self.colour} {self.material} {self.shape}"
+
+
+def is_held_out(combination: Combination) -> bool:
+    """Whether training never renders this combination.
+
+    The rule is ``(shape + colour + 3 * material) % 8 == 0`` on the indices in `OBJECTS`,
+    `COLOURS` and `MATERIALS`. It holds out an eighth of all combinations: one colour for every
+    shape and material, so that every pair of words still occurs in training.
+
+    Args:
+        combination: names from the vocabulary.
+
+    Returns:
+        True for a held-out combination.
+    """
+    shape = OBJECTS.index(combination.shape)
+    colour = tuple(COLOURS).index(combination.colour)
+    material = MATERIALS.index(combination.material)
+    return (shape + colour + 3 * material) % 8 == 0
+
+
+_ALL = tuple(Combination(c, m, s) for s, c, m in product(OBJECTS, COLOURS, MATERIALS))
+
+HELD_OUT: tuple[Combination, ...] = tuple(c for c in _ALL if is_held_out(c))
+"""The combinations that only the split ``combinations`` renders (140 of 1120)."""
+
+SEEN: tuple[Combination, ...] = tuple(c for c in _ALL if not is_held_out(c))
+"""The combinations that every other split renders."""

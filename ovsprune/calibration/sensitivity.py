@@ -1,0 +1,105 @@
+"""How much the tower's final features change when one group alone is narrowed and refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovsprune.core.protocols import Moments
+from ovsprune.core.records import Group
+
+__all__ = ["FeatureError", "grid", "measure"]
+
+
+def grid(units: int, floor: int = 1, points: int = 8) -> tuple[int, ...]:
+    """Widths at which a group of ``units`` units is measured, ascending, the dense width last.
+
+    Every width for small groups; otherwise ``points`` fractions, closer together where a group is
+    narrow, because that is where the error bends.
+    """
+    if units - floor < points:
+        return tuple(range(floor, units + 1))
+    fractions = torch.linspace(0, 1, points + 1) ** 1.5
+    widths = {floor + round(float(f) * (units - floor)) for f in fractions}
+    return tuple(sorted(widths))
+
+
+class FeatureError:
+    """Relative squared change of the normalised dense tokens and the pooled output.
+
+    Zero-shot heads compare directions, so tokens are L2-normalised first; the change is relative
+    to the spread of the dense model's own tokens, so that it does not depend on how anisotropic
+    the embedding is. The pooled output counts as much as all the dense tokens together.
+
+    Args:
+        pooled: [B, C] of the dense tower.
+        dense: [B, C, h, w] of the dense tower.
+    """
+
+    def __init__(self, pooled: Tensor, dense: Tensor) -> None:
+        self._reference = (F.normalize(pooled, dim=1), F.normalize(dense, dim=1))
+        self._spread = tuple(_spread(part) for part in self._reference)
+
+    def __call__(self, pooled: Tensor, dense: Tensor) -> float:
+        """The change, 0 for the same outputs, about 2 for unrelated ones."""
+        total = 0.0
+        for part, before, spread in zip(
+            (pooled, dense), self._reference, self._spread, strict=True
+        ):
+            error = (F.normalize(part, dim=1) - before).square().sum(1).mean()
+            total += 0.5 * float(error) / spread
+        return total
+
+
+def _spread(features: Tensor) -> float:
+    flat = features.transpose(0, 1).flatten(1)
+    return max(float((flat - flat.mean(1, keepdim=True)).square().sum(0).mean()), 1e-12)
+
+
+@torch.no_grad()
+def measure(
+    group: Group,
+    consumer: nn.Module,
+    moments: Moments,
+    weights: Mapping[int, Tensor],
+    run: Callable[[], float],
+) -> dict[int, float]:
+    """Error by width of one group.
+
+    Args:
+        group: The group.
+        consumer: Its consumer in the dense tower; changed while measuring, restored after.
+        moments: Of the consumer's input, for the bias that goes with a refitted weight.
+        weights: Width -> refitted weight [m, n], zero in the columns that are gone.
+        run: Runs the rest of the tower and returns the error of its output.
+    """
+    errors = {}
+    for width, weight in weights.items():
+        if width == group.units:
+            errors[width] = 0.0
+            continue
+        with _patched(consumer, weight, moments.mean):
+            errors[width] = run()
+    return errors
+
+
+@contextmanager
+def _patched(layer: nn.Module, weight: Tensor, mean: Tensor) -> Iterator[None]:
+    """The layer with another weight, and the bias that keeps its mean output."""
+    old_weight, old_bias = layer.weight, layer.bias
+    assert isinstance(old_weight, Tensor)
+    change = old_weight.detach().cpu().double().flatten(1) - weight
+    # A masked column reads zero and not its mean: the mean that is lost goes to the bias.
+    shift = (change @ mean).to(old_weight)
+    layer.weight = nn.Parameter(weight.to(old_weight).view_as(old_weight), requires_grad=False)
+    if old_bias is not None:
+        assert isinstance(old_bias, Tensor)
+        layer.bias = nn.Parameter(old_bias.detach() + shift, requires_grad=False)
+    try:
+        yield
+    finally:
+        layer.weight, layer.bias = old_weight, old_bias

@@ -1,0 +1,77 @@
+"""Residual streams of many pictures, walked block by block; never all activations at once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ovsprune.core.protocols import Pictures, Stages
+
+__all__ = ["MEMORY_LIMIT", "Capture", "allocate", "capture", "run_stem"]
+
+MEMORY_LIMIT = 1 << 30
+"""Streams larger than this many bytes are memory-mapped to a temporary file."""
+
+
+def allocate(shape: tuple[int, ...], limit: int = MEMORY_LIMIT) -> Tensor:
+    """Uninitialised float32 storage of ``shape``, in memory or, above ``limit`` bytes, on disk."""
+    if 4 * int(np.prod(shape)) <= limit:
+        return torch.empty(shape)
+    # The file has no name any more once it is mapped: the system frees it with the tensor.
+    with tempfile.TemporaryFile(prefix="ovsprune-stream-") as file:
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
+
+
+@torch.no_grad()
+def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> Tensor:
+    """The stream [pictures, ...] before the first block, float32 on the CPU."""
+    stream: Tensor | None = None
+    done = 0
+    device = next(next(iter(stages.blocks.values())).parameters()).device
+    for images in pictures.batches(batch_size):
+        part = stages.stem(images.to(device)).float().cpu()
+        if stream is None:
+            stream = allocate((len(pictures), *part.shape[1:]))
+        stream[done : done + len(part)] = part
+        done += len(part)
+    assert stream is not None and done == len(pictures)
+    return stream
+
+
+class Capture(dict[tuple[str, str], Tensor]):
+    """What passed the tapped layers in the last forward: (module, "input"|"output") -> tensor."""
+
+
+@contextmanager
+def capture(
+    root: nn.Module, taps: Iterable[tuple[str, str]], prefix: str = ""
+) -> Iterator[Capture]:
+    """Record the inputs or outputs of layers while the context is open.
+
+    Args:
+        root: Module that holds the layers.
+        taps: (dotted name, ``"input"`` or ``"output"``).
+        prefix: Dotted name of ``root`` itself inside the tower, which taps' names begin with.
+    """
+    seen = Capture()
+
+    def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            seen[key] = args[0] if key[1] == "input" else out
+
+        return hook
+
+    handles = []
+    for name, side in set(taps):
+        layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
+        handles.append(layer.register_forward_hook(hook_for((name, side))))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

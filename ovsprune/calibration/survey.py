@@ -1,0 +1,159 @@
+"""One walk through the dense tower: every group's ranking, and its error by width if wanted."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.calibration.moments import SecondMoments
+from ovsprune.calibration.ridge import regularised
+from ovsprune.calibration.sensitivity import FeatureError, grid, measure
+from ovsprune.calibration.streams import capture, run_stem
+from ovsprune.calibration.surgeon import eliminate
+from ovsprune.core.progress import Progress
+from ovsprune.core.protocols import Criterion, GroupContext, Moments, Pictures, Ranking, Stages
+from ovsprune.core.records import Curves, Group, Scores
+
+__all__ = ["Survey"]
+
+
+class Survey:
+    """Ranks groups, and measures their curves, block after block.
+
+    The residual stream of all pictures is kept; activations inside a block are seen a batch at a
+    time, and one block's moments are dropped before the next block's are gathered.
+
+    Args:
+        tower: The dense, rewritten tower.
+        stages: Its blocks.
+        groups: What may be cut.
+        criterion: Ranks the units.
+        pictures: Calibration pictures.
+        batch_size: Pictures at a time.
+        ridge: Relative ridge on second moments.
+        seed: For criteria that draw.
+        probe: Pictures on which curves are measured; 0 measures none.
+        progress: Shows the walk.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        stages: Stages,
+        groups: Sequence[Group],
+        criterion: Criterion,
+        pictures: Pictures,
+        *,
+        batch_size: int,
+        ridge: float,
+        seed: int,
+        probe: int,
+        progress: Progress,
+    ) -> None:
+        self.tower, self.stages, self.groups = tower, stages, groups
+        self.criterion, self.pictures = criterion, pictures
+        self.batch_size, self.ridge, self.seed, self.probe = batch_size, ridge, seed, probe
+        self.progress = progress
+        self.device = next(tower.parameters()).device
+        self._costs: dict[str, Tensor] = {}
+        self._orders: dict[str, Tensor] = {}
+        self._widths: dict[str, Tensor] = {}
+        self._errors: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def run(self) -> tuple[Scores, Curves | None]:
+        """Walk the tower once."""
+        if not (self.criterion.needs_moments or self.probe):
+            for group in self.groups:
+                self._keep(group, self._rank(group, None))
+            return Scores(self._costs, self._orders), None
+        with self.progress.stage("calibration pictures", 1) as advance:
+            stream = run_stem(self.stages, self.pictures, self.batch_size)
+            advance(1)
+        # Spread over the pictures: a folder may be sorted.
+        probe = torch.linspace(0, len(stream) - 1, min(self.probe, len(stream))).round().long()
+        error = self._final_error(stream[probe]) if self.probe else None
+        with self.progress.stage("measuring groups", len(self.groups)) as advance:
+            for name, block in self.stages.blocks.items():
+                groups = [g for g in self.groups if g.block == name]
+                before = stream[probe].clone()
+                moments = self._advance(name, block, groups, stream)
+                for group in groups:
+                    self._measure(group, moments[group.name], before, error)
+                    advance(1)
+        curves = Curves(self._widths, self._errors) if self.probe else None
+        return Scores(self._costs, self._orders), curves
+
+    def _measure(
+        self, group: Group, moments: Moments, before: Tensor, error: FeatureError | None
+    ) -> None:
+        ranking = self._rank(group, moments)
+        self._keep(group, ranking)
+        if error is None:
+            return
+        consumer = self.tower.get_submodule(group.consumer)
+        weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
+        rest = list(self.stages.blocks)[list(self.stages.blocks).index(group.block) :]
+        run = self._runner(before, [self.stages.blocks[name] for name in rest], error)
+        found = dict(sorted(measure(group, consumer, moments, weights, run).items()))
+        self._widths[group.name] = torch.tensor(list(found))
+        self._errors[group.name] = torch.tensor(list(found.values()), dtype=torch.float64)
+
+    def _rank(self, group: Group, moments: Moments | None) -> Ranking:
+        generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
+        layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
+        widths = grid(group.units, group.floor) if self.probe else ()
+        return self.criterion.score(
+            GroupContext(group, layers, moments, self.ridge, generator, widths)
+        )
+
+    def _keep(self, group: Group, ranking: Ranking) -> None:
+        self._costs[group.name], self._orders[group.name] = ranking.costs, ranking.order
+
+    def _refits(
+        self, group: Group, consumer: nn.Module, moments: Moments, order: Tensor
+    ) -> dict[int, Tensor]:
+        weight = consumer.weight
+        assert isinstance(weight, Tensor)
+        return eliminate(
+            weight.detach().flatten(1).cpu(),
+            regularised(moments.covariance, self.ridge),
+            group.columns,
+            order=order,
+            snapshots=grid(group.units, group.floor),
+        ).weights
+
+    def _advance(
+        self, name: str, block: nn.Module, groups: Sequence[Group], stream: Tensor
+    ) -> dict[str, Moments]:
+        """Run one block over the whole stream, in place, gathering its groups' moments."""
+        sums = {g.name: SecondMoments(int(g.columns.numel())) for g in groups}
+        with capture(block, [(g.consumer, "input") for g in groups], name) as seen:
+            for start in range(0, len(stream), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                out = block(stream[part].to(self.device))
+                for group in groups:
+                    sums[group.name].update(seen[group.consumer, "input"])
+                stream[part] = out.float().cpu()
+        return {name: found.result() for name, found in sums.items()}
+
+    def _final_error(self, stream: Tensor) -> FeatureError:
+        return FeatureError(*self._finish(stream, list(self.stages.blocks.values())))
+
+    def _runner(
+        self, before: Tensor, blocks: Sequence[nn.Module], error: FeatureError
+    ) -> Callable[[], float]:
+        return lambda: error(*self._finish(before, blocks))
+
+    def _finish(self, stream: Tensor, blocks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+        parts = []
+        for start in range(0, len(stream), self.batch_size):
+            part = stream[start : start + self.batch_size].to(self.device)
+            for block in blocks:
+                part = block(part)
+            pooled, dense = self.stages.head(part)
+            parts.append((pooled.float().cpu(), dense.float().cpu()))
+        return torch.cat([p for p, _ in parts]), torch.cat([d for _, d in parts])

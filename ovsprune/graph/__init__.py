@@ -1,0 +1,1 @@
+"""What can be cut, what must go along, and the cutting."""

@@ -1,0 +1,53 @@
+"""Costs as this project counts them: FLOPs / 2 of torch's FlopCounterMode, fast path off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ovsprune.core.records import Costs
+
+__all__ = ["macs", "measure", "on_meta"]
+
+
+@contextmanager
+def _slow_path() -> Iterator[None]:
+    """Fused encoder layers count attention as nothing; switch them off while counting."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def macs(module: nn.Module, *inputs: Any) -> int:
+    """Multiply-accumulates of ``module(*inputs)``."""
+    with _slow_path(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+def measure(tower: nn.Module, size: tuple[int, int]) -> Costs:
+    """Costs of one picture of ``size`` (height, width) pixels through ``tower``.
+
+    Counted on meta tensors: no weight is touched and no arithmetic is done.
+    """
+    shell = on_meta(tower)
+    image = torch.empty(1, 3, *size, device="meta")
+    return Costs(macs(shell, image), sum(p.numel() for p in tower.parameters()))
+
+
+def on_meta(tower: nn.Module) -> nn.Module:
+    """A copy of ``tower`` on the meta device, made without copying its weights."""
+    memo: dict[int, Any] = {}
+    for tensor in (*tower.parameters(), *tower.buffers()):
+        empty = torch.empty_like(tensor, device="meta", dtype=torch.float32)
+        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+    return deepcopy(tower, memo).eval()

@@ -1,0 +1,112 @@
+"""Channel groups from torch-pruning's dependency graph, made into units.
+
+A family offers seeds (a layer whose outputs are units); the graph finds which slices of which
+other layers must go along. The masked-equivalence test, not the graph, is the proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+from ovsprune.core.protocols import Seed
+from ovsprune.core.records import Group, Slice
+from ovsprune.graph.costs import macs, on_meta
+
+__all__ = ["find_groups"]
+
+
+def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) -> list[Group]:
+    """Groups that grow from ``seeds``, with the cost of one unit of each.
+
+    Args:
+        tower: The rewritten tower, attention in separate linear maps.
+        seeds: Where the family offers to cut.
+        size: Native height and width in pixels, for the costs.
+
+    Raises:
+        ValueError: A seed's group has no consumer or several, or reaches the tower's output: the
+            family offered something that cannot be cut alone.
+    """
+    if not seeds:
+        return []
+    example = torch.zeros(1, 3, *size)
+    names = {module: name for name, module in tower.named_modules()}
+    with torch.enable_grad():
+        graph = torch_pruning.DependencyGraph().build_dependency(
+            tower, example_inputs=example.to(next(tower.parameters())), verbose=False
+        )
+    groups = [_grow(graph, tower.get_submodule(seed.layer), seed, names) for seed in seeds]
+    return _with_costs(tower, groups, size)
+
+
+def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str]) -> Group:
+    channels = layer.weight.shape[0]
+    found = graph.get_pruning_group(
+        layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(range(channels))
+    )
+    slices: dict[tuple[str, str], Slice] = {}
+    norms, consumers = [], []
+    for dependency, indices in found:
+        module = dependency.target.module
+        if module not in names or not list(module.parameters(recurse=False)):
+            continue
+        name = names[module]
+        is_input = graph.is_in_channel_pruning_fn(dependency.handler)
+        norm = getattr(module, "weight", None) is not None and module.weight.ndim == 1
+        axis: Any = "in" if is_input and not norm else "out"
+        rows = torch.as_tensor(list(map(int, indices)), dtype=torch.int64)
+        slices[name, axis] = Slice(name, axis, _units(rows, seed))
+        if norm:
+            norms.append(name)
+        elif axis == "in":
+            consumers.append(name)
+    if len(consumers) != 1:
+        raise ValueError(
+            f"{seed.layer}: its units are read by {consumers or 'nothing'}, not by one layer"
+        )
+    return Group(
+        name=seed.name,
+        kind=seed.kind,
+        units=channels // seed.unit_width,
+        slices=tuple(slices.values()),
+        consumer=consumers[0],
+        block=seed.block,
+        stream=seed.stream,
+        norms=tuple(norms),
+    )
+
+
+def _units(rows: Tensor, seed: Seed) -> Tensor:
+    if rows.numel() % seed.unit_width:
+        raise ValueError(
+            f"{seed.layer}: {rows.numel()} channels are no multiple of {seed.unit_width}"
+        )
+    return rows.view(-1, seed.unit_width)
+
+
+def _with_costs(tower: nn.Module, groups: list[Group], size: tuple[int, int]) -> list[Group]:
+    """Cost of a unit as the difference that cutting one unit makes, on meta tensors."""
+    from ovsprune.graph.cut import cut_group
+
+    image = torch.empty(1, 3, *size, device="meta")
+    dense = macs(on_meta(tower), image)
+    params = sum(p.numel() for p in tower.parameters())
+    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
+    result = []
+    for group in groups:
+        # Groups of one shape at one resolution cost the same: count each shape once.
+        shapes = tuple(tuple(tower.get_submodule(s.module).weight.shape) for s in group.slices)
+        key = (group.kind, group.units, shapes, group.stream is not None)
+        if key not in measured:
+            shell = on_meta(tower)
+            cut_group(shell, group, torch.arange(1, group.units))
+            fewer = sum(p.numel() for p in shell.parameters())
+            measured[key] = (float(dense - macs(shell, image)), float(params - fewer))
+        result.append(replace(group, macs=measured[key][0], params=measured[key][1]))
+    return result

@@ -1,0 +1,116 @@
+"""Calibration pictures: folders with all sorts of files, and procedural scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ovsprune.calibration.pictures import ScenePictures, calibration_hash, open_pictures
+from ovsprune.calibration.preprocess import to_tensor
+from ovsprune.core.errors import DataError, OptionError
+from ovsprune.core.progress import Silent
+from ovsprune.core.records import Preprocess
+
+PREPROCESS = Preprocess((32, 32))
+
+
+def picture(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_a_folder_is_read_with_its_sub_folders_and_split(tmp_path: Path) -> None:
+    for i in range(8):
+        picture(tmp_path / ("a" if i % 2 else "b") / f"{i}.png", i)
+    first, held = open_pictures(str(tmp_path), PREPROCESS, 4, 2, seed=0)
+    assert (len(first), len(held)) == (7 - 2, 1) or (len(first), len(held)) == (5, 1)
+    assert not set(first.files) & set(held.files)  # type: ignore[attr-defined]
+    batches = list(first.batches(3))
+    assert [tuple(b.shape) for b in batches] == [(3, 3, 32, 32), (2, 3, 32, 32)]
+    again = list(first.batches(3))
+    assert all(torch.equal(x, y) for x, y in zip(batches, again, strict=True))
+
+
+def test_broken_files_are_skipped_and_listed(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / f"{i}.png", i)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture at all")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    progress = Silent()
+    first, held = open_pictures(str(tmp_path), PREPROCESS, 10, 1, 0, progress)
+    assert len(first) + len(held) == 3
+    skipped = [note for note in progress.notes if note.startswith("skipped")]
+    assert len(skipped) == 2
+    assert any("broken.jpg" in note for note in skipped)
+    assert any("half.png" in note for note in skipped)
+    assert any("2 calibration pictures, not 10" in note for note in progress.notes)
+
+
+def test_a_folder_of_broken_pictures_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"no picture that can be read .1 picture files, 1 of them"):
+        open_pictures(str(tmp_path), PREPROCESS, 4, 2, 0)
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no picture that can be read .0 picture files"):
+        open_pictures(str(tmp_path), PREPROCESS, 4, 2, 0)
+
+
+def test_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder; --calibration takes one"):
+        open_pictures(str(tmp_path / "nowhere"), PREPROCESS, 4, 2, 0)
+
+
+def test_one_picture_is_too_few(tmp_path: Path) -> None:
+    picture(tmp_path / "only.png", 0)
+    with pytest.raises(DataError, match="only one picture can be read; give at least 2"):
+        open_pictures(str(tmp_path), PREPROCESS, 4, 2, 0)
+
+
+def test_no_samples_is_an_error() -> None:
+    with pytest.raises(OptionError, match="--samples 0: give at least 1"):
+        open_pictures("procedural", PREPROCESS, 0, 2, 0)
+
+
+def test_scenes_differ_by_seed_and_repeat_by_seed() -> None:
+    same, other = ScenePictures(2, PREPROCESS, 1), ScenePictures(2, PREPROCESS, 2)
+    assert calibration_hash(same) == calibration_hash(ScenePictures(2, PREPROCESS, 1))
+    assert calibration_hash(same) != calibration_hash(other)
+    first, held = open_pictures("procedural", PREPROCESS, 2, 2, 1)
+    assert calibration_hash(first) == calibration_hash(same)
+    assert calibration_hash(held) != calibration_hash(first)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("size", [(64, 20), (20, 64), (32, 32), (7, 5)])
+def test_every_resize_mode_gives_the_towers_size(mode: str, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (255, 255, 255))
+    out = to_tensor(image, Preprocess((32, 24), resize_mode=mode))
+    assert out.shape == (3, 32, 24)
+    white = (1 - torch.tensor(PREPROCESS.mean)) / torch.tensor(PREPROCESS.std)
+    torch.testing.assert_close(out[:, 16, 12], white)
+
+
+def test_preprocessing_is_open_clips_own() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    pixels = np.random.default_rng(0).integers(0, 256, (45, 71, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    config = open_clip.transform.PreprocessCfg(size=(32, 32))
+    theirs = open_clip.transform.image_transform_v2(config, is_train=False)(image)
+    assert (to_tensor(image, PREPROCESS) - theirs).abs().max() < 0.05
+
+
+def test_unknown_modes_are_named() -> None:
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(OptionError, match="unknown resize mode 'stretch'"):
+        to_tensor(image, Preprocess((8, 8), resize_mode="stretch"))
+    with pytest.raises(OptionError, match="unknown interpolation 'cubic'"):
+        to_tensor(image, Preprocess((8, 8), interpolation="cubic"))
