@@ -1,0 +1,73 @@
+"""Backbone families: how towers load, come apart and go together again. One family a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.protocols import Backbone, Family
+from ovsprune.core.registry import Registry
+
+__all__ = ["FAMILIES", "load", "model_names"]
+
+FAMILIES: Registry[Family] = Registry("backbone family", "ovsprune.backbones")
+
+
+def model_names() -> tuple[str, ...]:
+    """Every name that :func:`load` takes, besides directories."""
+    return tuple(sorted({name for family in FAMILIES for name in FAMILIES.get(family).names()}))
+
+
+def load(
+    name: str,
+    *,
+    pretrained: str | None = None,
+    activation: str | None = None,
+    device: str = "cpu",
+) -> Backbone:
+    """Load a model: its image tower, preprocessing and, where it has one, its text tower.
+
+    Args:
+        name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), or the
+            directory of a slim checkpoint.
+        pretrained: A tag of open_clip's, a file, ``"none"`` for random weights, or None for the
+            default (OpenAI's where the name has them).
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
+            tell.
+        device: Where the tower goes.
+
+    Raises:
+        UnknownNameError: No family knows ``name``; names the closest.
+        WeightsError: The weights cannot be had or do not fit.
+        CheckpointError: ``name`` is a directory and no sound slim checkpoint.
+        OptionError: An option that a slim checkpoint does not take, or a bad device.
+    """
+    from ovsprune.backbones.slim_checkpoint import load_slim
+
+    if Path(name).is_dir():
+        if pretrained or activation:
+            raise OptionError(
+                f"{name} is a slim checkpoint and brings its weights and its activation; leave "
+                "--pretrained and --activation out"
+            )
+        backbone = load_slim(Path(name))
+    else:
+        backbone = _family_of(name).load(canonical(name), pretrained, activation)
+    try:
+        backbone.tower.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {device!r} cannot be used here: {error}") from error
+    return backbone
+
+
+def canonical(name: str) -> str:
+    """The name as open_clip writes it: ``ViT-B/16`` is ``ViT-B-16``."""
+    return name.replace("/", "-")
+
+
+def _family_of(name: str) -> Family:
+    for key in FAMILIES:
+        family = FAMILIES.get(key)
+        if canonical(name) in family.names():
+            return family
+    raise UnknownNameError("model", name, model_names())

@@ -1,0 +1,302 @@
+"""open_clip's VisionTransformer, and the CLIP around it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.pretrained import default_tag, fit, read_state, resolve
+from ovsprune.core.errors import OptionError, WeightsError
+from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.graph.attention import SeparateAttention
+from ovsprune.slim import SlimAttention
+
+__all__ = ["OpenClipVit", "assemble", "build_clip", "encoder_of"]
+
+TINY = "tiny"
+_GELUS = ("gelu", "quick_gelu")
+
+
+@FAMILIES.register("open_clip-vit")
+class OpenClipVit:
+    """open_clip VisionTransformer: heads and MLP units of every block."""
+
+    library = "open_clip_torch"
+
+    def names(self) -> Sequence[str]:
+        """``tiny`` and open_clip's ViTs that have class-token or average pooling."""
+        return _names()
+
+    def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
+        """Build the CLIP called ``name`` and load its weights.
+
+        The activation is the pretrained tag's own (OpenAI's tags are QuickGELU, also under the
+        plain name, for which open_clip builds GELU and only warns); for a bare file the name's
+        (``-quickgelu``), or what ``activation`` says.
+
+        Raises:
+            WeightsError: The weights cannot be had or do not fit.
+            OptionError: ``activation`` is unknown, or contradicts the tag's own.
+        """
+        if activation is not None and activation not in _GELUS:
+            raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
+        if name == TINY and pretrained is None:
+            return _load_tiny(activation)
+        config = _config(name)
+        preprocess: dict[str, Any] = {}
+        state: dict[str, Tensor] | None = None
+        path = Path()
+        quick = bool(config.get("quick_gelu", False))
+        if pretrained != "none":
+            if pretrained is not None and Path(pretrained).is_file():
+                path = Path(pretrained)
+            else:
+                pretrained = pretrained or default_tag(name)
+                path, preprocess = resolve(name, pretrained)
+                quick = bool(preprocess.get("quick_gelu", False))
+                _check_activation(name, pretrained, quick, activation)
+            state = read_state(path)
+        if activation is not None:
+            quick = activation == "quick_gelu"
+        config["quick_gelu"] = quick
+        model = build_clip(config)
+        if state is not None:
+            fit(name, path, state, model)
+        return assemble(
+            name,
+            None if pretrained == "none" else Path(pretrained or "").name,
+            model,
+            config,
+            _preprocess(model, preprocess),
+            trained=state is not None,
+        )
+
+    def rewrite(self, tower: nn.Module) -> None:
+        """Attention of every block to separate linear maps, in place."""
+        for block in _blocks(tower).values():
+            if isinstance(block.attn, nn.MultiheadAttention):
+                block.attn = SeparateAttention(block.attn)
+
+    def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
+        """Rewritten attention to slim attention, or to torch's own where all heads stay."""
+        by_name = {group.name: group for group in groups}
+        for name, block in _blocks(tower).items():
+            separate = block.attn
+            if not isinstance(separate, SeparateAttention):
+                continue
+            group = by_name.get(f"{name}.attn")
+            heads = range(separate.num_heads) if group is None else plan.kept[group.name].tolist()
+            if len(heads) == separate.num_heads:
+                block.attn = _fused(separate)
+                continue
+            block.attn = SlimAttention.from_projections(
+                separate.q_proj,
+                separate.k_proj,
+                separate.v_proj,
+                separate.out_proj,
+                num_heads=separate.num_heads,
+                kept_heads=heads,
+                head_dim=separate.head_dim,
+                batch_first=separate.batch_first,
+            )
+
+    def seeds(self, tower: nn.Module) -> list[Seed]:
+        """Heads and MLP units of every block; the last block's heads are protected."""
+        blocks = _blocks(tower)
+        last = list(blocks)[-1]
+        seeds = []
+        for name, block in blocks.items():
+            scaled = not isinstance(block.ls_1, nn.Identity)
+            middle = None if scaled else StreamPoint(f"{name}.ln_2", "input")
+            after = None if scaled else StreamPoint(name, "output")
+            reason = "frameworks read the last block's attention directly" if name == last else None
+            width = block.attn.head_dim
+            query = f"{name}.attn.q_proj"
+            seeds.append(Seed(f"{name}.attn", "heads", query, width, name, middle, reason))
+            seeds.append(Seed(f"{name}.mlp", "mlp", f"{name}.mlp.c_fc", 1, name, after))
+        return seeds
+
+    def stages(self, tower: nn.Module) -> Stages:
+        """Patches and positions; the residual blocks; pooling and projection."""
+        vit: Any = tower
+
+        def head(stream: Tensor) -> tuple[Tensor, Tensor]:
+            pooled, tokens = vit._pool(stream)
+            if vit.final_ln_after_pool:
+                tokens = vit.ln_post(tokens)
+            height, width = vit.grid_size
+            dense = (tokens @ vit.proj).transpose(1, 2).unflatten(2, (height, width))
+            return pooled @ vit.proj, dense
+
+        return Stages(vit._embeds, _blocks(tower), head)
+
+
+def build_clip(config: Mapping[str, Any]) -> nn.Module:
+    """open_clip's CLIP from its model configuration, random weights drawn from a fixed seed."""
+    import open_clip
+
+    config = deepcopy(dict(config))
+    config.pop("custom_text", None)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model: nn.Module = open_clip.CLIP(**config)
+    return model.eval().requires_grad_(False)
+
+
+def assemble(
+    name: str,
+    pretrained: str | None,
+    model: nn.Module,
+    config: Mapping[str, Any],
+    preprocess: Preprocess,
+    *,
+    trained: bool,
+) -> Backbone:
+    """The backbone record of a built CLIP."""
+    import open_clip
+
+    tower = model.visual
+    assert isinstance(tower, nn.Module)
+    return Backbone(
+        name=name,
+        pretrained=pretrained,
+        trained=trained,
+        family="open_clip-vit",
+        tower=tower,
+        stages=FAMILIES.get("open_clip-vit").stages,
+        preprocess=preprocess,
+        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
+        architecture=dict(config),
+        library_version=open_clip.__version__,
+        text={k: v for k, v in model.state_dict().items() if not k.startswith("visual.")},
+        encoder=encoder_of(model, config),
+    )
+
+
+def encoder_of(model: nn.Module, config: Mapping[str, Any]) -> Callable[[Sequence[str]], Tensor]:
+    """Texts to L2-normalised embeddings [K, C], with open_clip's own tokenizer."""
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        tokenizer = SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+        clip: Any = model
+        embeddings: Tensor = clip.encode_text(tokenizer(list(texts)).to(clip.logit_scale.device))
+        return F.normalize(embeddings.float(), dim=1)
+
+    return encode
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    import open_clip
+
+    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(_config(name))))
+
+
+def _config(name: str) -> dict[str, Any]:
+    import open_clip
+
+    if name == TINY:
+        return dict(_tiny_config()["model_cfg"])
+    config = open_clip.get_model_config(name)
+    assert config is not None
+    return deepcopy(config)
+
+
+def _is_plain_vit(config: Mapping[str, Any]) -> bool:
+    vision = config["vision_cfg"]
+    return (
+        isinstance(vision.get("layers", 12), int)
+        and "timm_model_name" not in vision
+        and not vision.get("attentional_pool")
+        and not vision.get("block_type")
+        and not any(key.startswith("scale_") or key == "qk_norm" for key in vision)
+        and "hf_model_name" not in config["text_cfg"]
+        and "multimodal_cfg" not in config
+        and not config.get("custom_text", False)
+    )
+
+
+def _blocks(tower: nn.Module) -> dict[str, Any]:
+    blocks = tower.get_submodule("transformer.resblocks")
+    return {f"transformer.resblocks.{i}": block for i, block in blocks.named_children()}
+
+
+def _fused(separate: SeparateAttention) -> nn.MultiheadAttention:
+    """Torch's own attention again, with the weights as they are now."""
+    whole = nn.MultiheadAttention(
+        separate.embed_dim,
+        separate.num_heads,
+        bias=separate.q_proj.bias is not None,
+        batch_first=separate.batch_first,
+        device="meta",
+    )
+    parts = (separate.q_proj, separate.k_proj, separate.v_proj)
+    whole.in_proj_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
+    if separate.q_proj.bias is not None:
+        whole.in_proj_bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
+    whole.out_proj.weight, whole.out_proj.bias = separate.out_proj.weight, separate.out_proj.bias
+    return whole.eval()
+
+
+def _preprocess(model: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
+    size = model.visual.image_size  # type: ignore[union-attr]
+    defaults = Preprocess(size=tuple(size))  # type: ignore[arg-type]
+    return Preprocess(
+        size=defaults.size,
+        mean=tuple(overrides.get("mean", defaults.mean)),
+        std=tuple(overrides.get("std", defaults.std)),
+        interpolation=overrides.get("interpolation", defaults.interpolation),
+        resize_mode=overrides.get("resize_mode", defaults.resize_mode),
+    )
+
+
+def _check_activation(name: str, tag: str, quick: bool, activation: str | None) -> None:
+    own = "quick_gelu" if quick else "gelu"
+    if activation is not None and activation != own:
+        raise OptionError(
+            f"the weights {tag!r} of {name} were trained with {own}, not {activation}; leave "
+            "--activation out"
+        )
+
+
+@contextmanager
+def _assets() -> Iterator[Path]:
+    with resources.as_file(resources.files("ovsprune") / "assets" / "tiny") as folder:
+        if not (folder / "open_clip_config.json").is_file():
+            raise WeightsError(f"the embedded model is missing from this installation ({folder})")
+        yield folder
+
+
+def _tiny_config() -> dict[str, Any]:
+    import json
+
+    with _assets() as folder:
+        config: dict[str, Any] = json.loads((folder / "open_clip_config.json").read_text("utf-8"))
+    return config
+
+
+def _load_tiny(activation: str | None) -> Backbone:
+    config = _tiny_config()
+    quick = bool(config["model_cfg"].get("quick_gelu", False))
+    _check_activation(TINY, "embedded", quick, activation)
+    model = build_clip(config["model_cfg"])
+    with _assets() as folder:
+        path = folder / "open_clip_model.safetensors"
+        fit(TINY, path, {k: v.float() for k, v in read_state(path).items()}, model)
+    preprocess = _preprocess(model, config.get("preprocess_cfg", {}))
+    return assemble(TINY, "embedded", model, config["model_cfg"], preprocess, trained=True)

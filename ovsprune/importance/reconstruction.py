@@ -1,0 +1,29 @@
+"""Reconstruction: the optimal brain surgeon's order on the consumer's input."""
+
+from __future__ import annotations
+
+from ovsprune.calibration.ridge import regularised
+from ovsprune.calibration.surgeon import eliminate
+from ovsprune.core.protocols import GroupContext, Ranking
+from ovsprune.importance import CRITERIA
+
+__all__ = ["Reconstruction"]
+
+
+@CRITERIA.register("reconstruction")
+class Reconstruction:
+    """What the consumer's output loses when the unit goes and all others are re-fitted."""
+
+    needs_moments = True
+
+    def score(self, item: GroupContext) -> Ranking:
+        """Order of :func:`ovsprune.calibration.surgeon.eliminate`; costs as it found them."""
+        assert item.moments is not None
+        weight = item.layers[item.group.consumer].weight.detach()  # type: ignore[union-attr]
+        found = eliminate(
+            weight.flatten(1).cpu(),
+            regularised(item.moments.covariance, item.ridge),
+            item.group.columns,
+            snapshots=item.snapshots,
+        )
+        return Ranking(found.costs, found.order, found.weights)

@@ -1,0 +1,131 @@
+"""Closed form: every consumer re-fitted by ridge regression, block after block, no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.calibration.moments import CrossMoments
+from ovsprune.calibration.ridge import correction
+from ovsprune.calibration.streams import capture, run_stem
+from ovsprune.core.protocols import RecoveryContext
+from ovsprune.core.records import Group, StreamPoint
+from ovsprune.recovery import RECOVERIES
+
+__all__ = ["ClosedForm"]
+
+
+@RECOVERIES.register("closed-form")
+class ClosedForm:
+    """Ridge refit from the slim model's own activations to the dense residual stream."""
+
+    needs_pictures = True
+
+    @torch.no_grad()
+    def recover(self, item: RecoveryContext) -> None:
+        """Refit consumers in the order of the blocks, groups of a block in their own order.
+
+        Two streams go through the towers side by side, the dense one and the slim one. A
+        consumer's target is what takes the slim stream to where the dense stream is at that point:
+        ``y* = y + (r_dense - r_slim)``, y being the slim consumer's present output and r the
+        streams after it. So what earlier cuts have done is repaired too, and errors do not pile
+        up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
+        The residual ``y* - y`` is regressed on the slim activations with the present weight as the
+        prior (:func:`ovsprune.calibration.ridge.correction`); if nothing was cut it is zero, and
+        so is the correction.
+        """
+        dense, slim = item.stages(item.dense), item.stages(item.slim)
+        with item.progress.stage("closed-form refit", len(dense.blocks) + 1) as advance:
+            dense_stream = run_stem(dense, item.pictures, item.batch_size)
+            slim_stream = dense_stream.clone()
+            advance(1)
+            drifted = False
+            for name, block in dense.blocks.items():
+                groups = [g for g in item.groups if g.block == name]
+                cut_here = any(item.plan.width(g.name) < g.units for g in groups)
+                drifted |= cut_here
+                if drifted:
+                    walk = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
+                    for group in groups:
+                        walk.refit(group)
+                    walk.finish()
+                else:
+                    _run(block, dense_stream, item.batch_size)
+                    slim_stream.copy_(dense_stream)
+                advance(1)
+
+
+class _Block:
+    """One block of both towers over both streams."""
+
+    def __init__(
+        self,
+        item: RecoveryContext,
+        name: str,
+        dense: nn.Module,
+        slim: nn.Module,
+        dense_stream: Tensor,
+        slim_stream: Tensor,
+    ) -> None:
+        self.item, self.name = item, name
+        self.dense, self.slim = dense, slim
+        self.dense_stream, self.slim_stream = dense_stream, slim_stream
+        self.device = next(slim.parameters()).device
+
+    def refit(self, group: Group) -> None:
+        consumer = self.item.slim.get_submodule(group.consumer)
+        kept = self.item.plan.kept[group.name]
+        sums = CrossMoments(group.columns[kept].numel(), _outputs(consumer))
+        taps = _taps(group)
+        with (
+            capture(self.dense, taps, self.name) as dense_seen,
+            capture(self.slim, [*taps, (group.consumer, "input")], self.name) as slim_seen,
+        ):
+            for start in range(0, len(self.dense_stream), self.item.batch_size):
+                part = slice(start, start + self.item.batch_size)
+                self.dense(self.dense_stream[part].to(self.device))
+                self.slim(self.slim_stream[part].to(self.device))
+                point = _key(group)
+                sums.update(
+                    slim_seen[group.consumer, "input"], dense_seen[point] - slim_seen[point]
+                )
+        _correct(consumer, sums, self.item.ridge)
+
+    def finish(self) -> None:
+        _run(self.dense, self.dense_stream, self.item.batch_size)
+        _run(self.slim, self.slim_stream, self.item.batch_size)
+
+
+def _key(group: Group) -> tuple[str, str]:
+    point = group.stream or StreamPoint(group.consumer, "output")
+    return point.module, point.side
+
+
+def _taps(group: Group) -> Sequence[tuple[str, str]]:
+    return [_key(group)]
+
+
+def _run(block: nn.Module, stream: Tensor, batch_size: int) -> None:
+    device = next(block.parameters()).device
+    for start in range(0, len(stream), batch_size):
+        part = slice(start, start + batch_size)
+        stream[part] = block(stream[part].to(device)).float().cpu()
+
+
+def _outputs(layer: nn.Module) -> int:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0])
+
+
+def _correct(layer: nn.Module, sums: CrossMoments, ridge: float) -> None:
+    """Add the correction to weight and bias, in place."""
+    moments, mean_e, cross = sums.result()
+    change = correction(moments, cross, ridge)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    weight.copy_((weight.double().cpu().flatten(1) + change).view_as(weight).to(weight))
+    if isinstance(bias, Tensor):
+        bias.copy_((bias.double().cpu() + mean_e - change @ moments.mean).to(bias))

@@ -1,0 +1,18 @@
+"""No recovery: the cut tower as it is."""
+
+from __future__ import annotations
+
+from ovsprune.core.protocols import RecoveryContext
+from ovsprune.recovery import RECOVERIES
+
+__all__ = ["Nothing"]
+
+
+@RECOVERIES.register("none")
+class Nothing:
+    """Leave the cut tower as it is."""
+
+    needs_pictures = False
+
+    def recover(self, item: RecoveryContext) -> None:
+        """Do nothing."""

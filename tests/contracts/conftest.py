@@ -1,0 +1,89 @@
+"""A small member of every family, for contracts that hold whatever the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from ovsprune.backbones import FAMILIES
+from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.core.protocols import Backbone
+from ovsprune.core.records import Group, Plan, Preprocess
+from ovsprune.graph.groups import find_groups
+
+
+def open_clip_vit() -> Backbone:
+    from ovsprune.backbones.open_clip_vit import assemble, build_clip
+
+    config = {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": 48,
+            "layers": 3,
+            "width": 64,
+            "head_width": 16,
+            "patch_size": 8,
+            "mlp_ratio": 2.0,
+        },
+        "text_cfg": {
+            "context_length": 8,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    return assemble("small", None, build_clip(config), config, Preprocess((48, 48)), trained=False)
+
+
+REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {"open_clip-vit": open_clip_vit}
+
+
+@dataclass
+class Case:
+    """A family's representative, rewritten, with its groups."""
+
+    backbone: Backbone
+    dense: nn.Module
+    groups: list[Group]
+    pictures: ScenePictures
+
+    def images(self, count: int = 4) -> torch.Tensor:
+        return next(ScenePictures(count, self.backbone.preprocess, 7).batches(count))
+
+    def outputs(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        stages = self.backbone.stages(tower)
+        stream = stages.stem(images)
+        for block in stages.blocks.values():
+            stream = block(stream)
+        pooled, dense = stages.head(stream)
+        return torch.cat([pooled.flatten(), dense.flatten()])
+
+    def random_plan(self, seed: int, share: float = 0.5) -> Plan:
+        generator = torch.Generator().manual_seed(seed)
+        kept = {}
+        for group in self.groups:
+            width = max(1, round(share * group.units))
+            order = torch.randperm(group.units, generator=generator)
+            kept[group.name] = order[:width].sort().values
+        return Plan(kept)
+
+    def full_plan(self) -> Plan:
+        return Plan({g.name: torch.arange(g.units) for g in self.groups})
+
+
+@pytest.fixture(scope="session", params=FAMILIES.names())
+def case(request: pytest.FixtureRequest) -> Case:
+    backbone = REPRESENTATIVES[request.param]()
+    family = FAMILIES.get(request.param)
+    dense = deepcopy(backbone.tower).eval().requires_grad_(False)
+    family.rewrite(dense)
+    seeds = [seed for seed in family.seeds(dense) if not seed.protected]
+    groups = find_groups(dense, seeds, backbone.preprocess.size)
+    return Case(backbone, dense, groups, ScenePictures(12, backbone.preprocess, 0))

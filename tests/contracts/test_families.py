@@ -1,0 +1,88 @@
+"""What every family must keep: rewriting, cutting and finishing change nothing they should not."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+
+from ovsprune.backbones import FAMILIES
+from ovsprune.graph.costs import measure
+from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.recovery import RECOVERIES
+from tests.contracts.conftest import REPRESENTATIVES, Case
+
+
+def test_every_family_has_a_representative() -> None:
+    assert set(REPRESENTATIVES) == set(FAMILIES.names())
+
+
+def test_rewriting_keeps_the_outputs(case: Case) -> None:
+    images = case.images()
+    before = case.outputs(case.backbone.tower, images)
+    torch.testing.assert_close(case.outputs(case.dense, images), before, atol=1e-5, rtol=1e-4)
+
+
+def test_the_stages_are_the_tower(case: Case) -> None:
+    images = case.images()
+    pooled = case.backbone.pooled(images)
+    torch.testing.assert_close(pooled, case.backbone.tower(images), atol=1e-5, rtol=1e-4)
+    dense = case.backbone.dense(images)
+    assert dense.shape[0] == len(images)
+    assert dense.shape[1] == pooled.shape[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_cut_equals_masked(case: Case, seed: int, share: float) -> None:
+    plan = case.random_plan(seed, share)
+    slim, masked = deepcopy(case.dense), deepcopy(case.dense)
+    cut(slim, case.groups, plan)
+    mask(masked, case.groups, plan)
+    FAMILIES.get(case.backbone.family).finish(slim, case.groups, plan)
+    images = case.images()
+    expected = case.outputs(masked, images)
+    error = (case.outputs(slim, images) - expected).abs().max() / expected.std()
+    assert error < 1e-4
+
+
+def test_the_equivalence_can_fail(case: Case) -> None:
+    plan = case.random_plan(0)
+    group = case.groups[-1]
+    other = case.random_plan(0)
+    swapped = plan.kept[group.name].clone()
+    swapped[0] = removed(group, plan)[0]
+    other.kept[group.name] = swapped.sort().values  # type: ignore[index]
+    slim, masked = deepcopy(case.dense), deepcopy(case.dense)
+    cut(slim, case.groups, plan)
+    mask(masked, case.groups, other)
+    images = case.images()
+    expected = case.outputs(masked, images)
+    assert (case.outputs(slim, images) - expected).abs().max() / expected.std() > 1e-2
+
+
+def test_the_unit_costs_add_up(case: Case) -> None:
+    size = case.backbone.preprocess.size
+    plan = case.random_plan(1)
+    slim = deepcopy(case.dense)
+    cut(slim, case.groups, plan)
+    gone = {g.name: g.units - plan.width(g.name) for g in case.groups}
+    before, after = measure(case.dense, size), measure(slim, size)
+    assert before.macs - after.macs == sum(g.macs * gone[g.name] for g in case.groups)
+    assert before.params - after.params == sum(g.params * gone[g.name] for g in case.groups)
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES.names())
+def test_keeping_everything_gives_the_original(case: Case, recovery: str) -> None:
+    from tests.contracts.test_recoveries import recover
+
+    plan = case.full_plan()
+    slim = deepcopy(case.dense)
+    cut(slim, case.groups, plan)
+    recover(case, slim, plan, recovery)
+    FAMILIES.get(case.backbone.family).finish(slim, case.groups, plan)
+    before = case.backbone.tower.state_dict()
+    after = slim.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
