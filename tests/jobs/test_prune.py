@@ -1,0 +1,224 @@
+"""The prune job: budgets, repeatability, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ovsprune
+from ovsprune import backbones
+from ovsprune.core.errors import BudgetError, OptionError, OutputError, UnknownNameError
+from ovsprune.core.progress import Silent
+from ovsprune.core.protocols import Backbone
+from ovsprune.graph.costs import measure
+from ovsprune.jobs.prune import prune
+from tests.contracts.conftest import open_clip_vit
+
+QUICK: dict[str, Any] = {"samples": 8, "batch_size": 8, "probe": 4}
+
+
+@pytest.fixture(scope="module")
+def small() -> Backbone:
+    return open_clip_vit()
+
+
+@pytest.fixture(scope="module")
+def written(small: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("slim") / "small"
+    result = prune(small, 0.5, output=output, **QUICK)
+    assert result.path == output
+    return output
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5, 0.6])
+@pytest.mark.parametrize("budget", ["macs", "params"])
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_the_ratio_is_reached(small: Backbone, ratio: float, budget: str, allocation: str) -> None:
+    result = prune(small, ratio, budget=budget, allocation=allocation, recovery="none", **QUICK)
+    assert abs(result.achieved - ratio) <= 0.01
+    size = small.preprocess.size
+    dense, slim = measure(small.tower, size), measure(result.tower, size)
+    assert (dense, slim) == (result.spec.dense, result.spec.slim)
+    costs = {"macs": (dense.macs, slim.macs), "params": (dense.params, slim.params)}[budget]
+    assert result.achieved == pytest.approx(1 - costs[1] / costs[0])
+
+
+def test_the_same_command_gives_the_same_tensors(small: Backbone) -> None:
+    first, second = (prune(small, 0.5, seed=3, **QUICK) for _ in range(2))
+    assert all(torch.equal(first.plan.kept[k], second.plan.kept[k]) for k in first.plan.kept)
+    one, two = first.tower.state_dict(), second.tower.state_dict()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_pruning_leaves_the_model_alone(small: Backbone) -> None:
+    before = {k: v.clone() for k, v in small.tower.state_dict().items()}
+    prune(small, 0.6, **QUICK)
+    after = small.tower.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_what_is_written_loads_bit_exact(small: Backbone, written: Path) -> None:
+    result = prune(small, 0.5, **QUICK)
+    checkpoint = ovsprune.read(written)
+    tower = checkpoint.tower()
+    state = result.tower.state_dict()
+    assert set(tower) == set(state)
+    assert all(torch.equal(tower[k], state[k]) for k in state)
+    images = torch.randn(2, 3, 48, 48)
+    again = backbones.load(str(written))
+    with torch.no_grad():  # As the backbone runs: torch's attention has a path of its own there.
+        expected = small.stages(result.tower).head(_run(small, result.tower, images))
+    assert torch.equal(again.pooled(images), expected[0])
+    assert torch.equal(again.dense(images), expected[1])
+    own = ovsprune.load(written)
+    torch.testing.assert_close(own(images), expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(own.dense(images), expected[1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def _run(small: Backbone, tower: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    stages = small.stages(tower)
+    stream = stages.stem(images)
+    for block in stages.blocks.values():
+        stream = block(stream)
+    return stream
+
+
+def test_the_whole_clip_comes_back_as_open_clip_returns_it(small: Backbone, written: Path) -> None:
+    model, _, preprocess = ovsprune.load_open_clip(written)
+    texts = ["a photo of a cat", "a photo of a dog"]
+    again = backbones.load(str(written))
+    torch.testing.assert_close(again.encode_text(texts), small.encode_text(texts))
+    from PIL import Image
+
+    image = preprocess(Image.new("RGB", (60, 50)))
+    assert image.shape == (3, 48, 48)
+    torch.testing.assert_close(
+        model.encode_image(image[None]), again.pooled(image[None]), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_the_text_tower_can_be_left_out(small: Backbone, tmp_path: Path) -> None:
+    prune(small, 0.5, output=tmp_path / "slim", text=False, **QUICK)
+    again = backbones.load(str(tmp_path / "slim"))
+    assert not again.has_text
+    with pytest.raises(ovsprune.OvspruneError, match="has no text tower"):
+        again.encode_text(["a cat"])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_saved(small: Backbone, tmp_path: Path, dtype: str) -> None:
+    prune(small, 0.5, output=tmp_path / "slim", dtype=dtype, **QUICK)
+    tensors = ovsprune.read(tmp_path / "slim").tensors
+    assert {t.dtype for t in tensors.values()} == {getattr(torch, dtype)}
+
+
+def test_the_spec_says_how_it_was_made(small: Backbone, written: Path) -> None:
+    spec = ovsprune.read(written).spec
+    assert spec.base.model == "small"
+    assert spec.base.trained is False
+    assert spec.activation == "quick_gelu"
+    assert spec.protected == ("transformer.resblocks.2.attn",)
+    made = spec.provenance
+    assert (made["criterion"], made["allocation"], made["recovery"]) == (
+        "reconstruction",
+        "sensitivity",
+        "closed-form",
+    )
+    assert made["calibration_hash"].startswith("sha256:")
+    assert made["samples"] == 8
+    assert "--ratio 0.5" in made["command"]
+    assert "small" in (written / "README.md").read_text("utf-8")
+
+
+def test_protected_groups_stay_whole(small: Backbone) -> None:
+    result = prune(small, 0.3, protect=("*resblocks.0*",), **QUICK)
+    assert not any("resblocks.0" in name for name in result.plan.kept)
+    assert "transformer.resblocks.0.mlp" in result.spec.protected
+
+
+def test_an_untrained_model_is_said_to_be(small: Backbone) -> None:
+    progress = Silent()
+    prune(small, 0.5, progress=progress, **QUICK)
+    assert any("random weights" in note for note in progress.notes)
+
+
+def test_a_dry_run_writes_nothing(small: Backbone, tmp_path: Path) -> None:
+    result = prune(small, 0.5, output=tmp_path / "slim", dry_run=True, **QUICK)
+    assert result.path is None
+    assert not list(tmp_path.iterdir())
+    assert result.record()["output"] is None
+
+
+def test_an_existing_output_is_refused_before_any_work(
+    small: Backbone, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ovsprune.jobs.prune.Job", None)
+    with pytest.raises(OutputError, match="exists already.*--overwrite"):
+        prune(small, 0.5, output=written, **QUICK)
+
+
+def test_a_full_disk_leaves_nothing(
+    small: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    # By name: the package's ``write`` is the function, not its module.
+    monkeypatch.setattr(sys.modules["ovsprune.slim.write"], "save_file", full)
+    with pytest.raises(OutputError, match="could not be written: .*No space left"):
+        prune(small, 0.5, output=tmp_path / "slim", **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_ratios_outside_the_open_interval(small: Backbone, ratio: float) -> None:
+    with pytest.raises(OptionError, match=r"outside \(0, 1\)"):
+        prune(small, ratio)
+
+
+def test_a_budget_out_of_reach(small: Backbone) -> None:
+    with pytest.raises(BudgetError, match=r"0\.990 of the macs is out of reach.*at most 0\.\d+"):
+        prune(small, 0.99, **QUICK)
+
+
+def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
+    with pytest.raises(BudgetError, match=r"cannot be met within 0\.01: the nearest is"):
+        prune(small, 0.05, round_to=64, protect=("*.attn",), **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"budget": "time"}, "--budget 'time' is unknown"),
+        ({"round_to": 0}, "--round-to 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"seed": -1}, "--seed -1"),
+        ({"ridge": 0.0}, "ridge 0"),
+        ({"threads": 0}, "--threads 0"),
+        ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
+        ({"samples": 0}, "--samples 0"),
+        ({"protect": ("nothing.*",)}, "matches no group"),
+        ({"protect": ("*",)}, "everything is protected"),
+        ({"criterio": "x"}, "unexpected keyword argument 'criterio'"),
+    ],
+)
+def test_bad_options_are_named(small: Backbone, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        prune(small, 0.5, **options)
+
+
+@pytest.mark.parametrize("kind", ["criterion", "allocation", "recovery"])
+def test_unknown_names_list_the_closest(small: Backbone, kind: str) -> None:
+    known = {"criterion": "magnitude", "allocation": "uniform", "recovery": "closed-form"}[kind]
+    with pytest.raises(UnknownNameError, match=f"unknown {kind}.*Did you mean '{known}'"):
+        prune(small, 0.5, **{kind: known[:-1]})  # type: ignore[arg-type]
+
+
+def test_a_slim_model_is_not_pruned_again(written: Path) -> None:
+    with pytest.raises(OptionError, match="is slim already"):
+        prune(str(written), 0.5)
