@@ -64,7 +64,7 @@ def resolve(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
         try:
             cached = Path(registry.download_pretrained(config))
         except Exception as error:  # Hub clients raise a family of their own, and OSError.
-            raise _unreachable(name, tag, str(error).splitlines()[0]) from error
+            raise _unreachable(name, tag, _first_line(error)) from error
     return cached, dict(config)
 
 
@@ -123,7 +123,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"{path} cannot be read as weights: {str(error).splitlines()[0]}. Give a safetensors "
+            f"{path} cannot be read as weights: {_first_line(error)}. Give a safetensors "
             "file, or a state dict saved by torch.save (TorchScript archives and pickled models "
             "are not opened: save their state_dict() first)."
         ) from error
@@ -161,3 +161,8 @@ def fit(name: str, path: Path, state: Mapping[str, Tensor], model: torch.nn.Modu
         )
         raise WeightsError(f"{path} does not fit {name}: {said}. Is it another model's file?")
     model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in state.items()})
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
