@@ -147,12 +147,11 @@ def build_clip(config: Mapping[str, Any]) -> nn.Module:
     """open_clip's CLIP from its model configuration, random weights drawn from a fixed seed."""
     import open_clip
 
-    config = deepcopy(dict(config))
-    config.pop("custom_text", None)
+    chosen = {k: v for k, v in deepcopy(dict(config)).items() if k != "custom_text"}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        model: nn.Module = open_clip.CLIP(**config)
+        model: nn.Module = open_clip.CLIP(**chosen)
     return model.eval().requires_grad_(False)
 
 

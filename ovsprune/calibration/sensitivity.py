@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import Moments
 from ovsprune.core.records import Group
+from ovsprune.graph.layers import bias_of, weight_of
 
 __all__ = ["FeatureError", "grid", "measure"]
 
@@ -90,16 +91,16 @@ def measure(
 @contextmanager
 def _patched(layer: nn.Module, weight: Tensor, mean: Tensor) -> Iterator[None]:
     """The layer with another weight, and the bias that keeps its mean output."""
-    old_weight, old_bias = layer.weight, layer.bias
-    assert isinstance(old_weight, Tensor)
+    old_weight, old_bias = weight_of(layer), bias_of(layer)
     change = old_weight.detach().cpu().double().flatten(1) - weight
     # A masked column reads zero and not its mean: the mean that is lost goes to the bias.
     shift = (change @ mean).to(old_weight)
     layer.weight = nn.Parameter(weight.to(old_weight).view_as(old_weight), requires_grad=False)
     if old_bias is not None:
-        assert isinstance(old_bias, Tensor)
         layer.bias = nn.Parameter(old_bias.detach() + shift, requires_grad=False)
     try:
         yield
     finally:
-        layer.weight, layer.bias = old_weight, old_bias
+        layer.weight = old_weight
+        if old_bias is not None:
+            layer.bias = old_bias

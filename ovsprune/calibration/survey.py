@@ -16,6 +16,7 @@ from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Criterion, GroupContext, Moments, Pictures, Ranking, Stages
 from ovsprune.core.records import Curves, Group, Scores
+from ovsprune.graph.layers import weight_of
 
 __all__ = ["Survey"]
 
@@ -116,10 +117,8 @@ class Survey:
     def _refits(
         self, group: Group, consumer: nn.Module, moments: Moments, order: Tensor
     ) -> dict[int, Tensor]:
-        weight = consumer.weight
-        assert isinstance(weight, Tensor)
         return eliminate(
-            weight.detach().flatten(1).cpu(),
+            weight_of(consumer).detach().flatten(1).cpu(),
             regularised(moments.covariance, self.ridge),
             group.columns,
             order=order,

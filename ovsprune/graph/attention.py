@@ -59,13 +59,13 @@ class SeparateAttention(nn.Module):
         batch, tokens, _ = stream.shape
 
         def heads(projection: nn.Linear) -> Tensor:
-            split = projection(stream).view(batch, tokens, -1, self.head_dim)
-            return split.transpose(1, 2)
+            split: Tensor = projection(stream)
+            return split.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
 
         mixed = F.scaled_dot_product_attention(
             heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), attn_mask
         )
-        out = self.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
 

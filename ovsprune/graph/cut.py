@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.records import Group, Plan, Slice
+from ovsprune.graph.layers import weight_of
 
 __all__ = ["cut", "cut_group", "mask", "removed"]
 
@@ -31,8 +32,8 @@ def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     for group in groups:
         columns = group.columns[removed(group, plan)].flatten()
         if columns.numel():
-            weight = tower.get_submodule(group.consumer).weight
-            weight[:, columns.to(weight.device)] = 0.0  # type: ignore[index]
+            weight = weight_of(tower.get_submodule(group.consumer))
+            weight[:, columns.to(weight.device)] = 0.0
 
 
 def removed(group: Group, plan: Plan) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ovsprune.core.protocols import Seed
 from ovsprune.core.records import Group, Slice
 from ovsprune.graph.costs import macs, on_meta
+from ovsprune.graph.cut import cut_group
+from ovsprune.graph.layers import weight_of
 
 __all__ = ["find_groups"]
 
@@ -46,7 +48,7 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
 
 
 def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str]) -> Group:
-    channels = layer.weight.shape[0]
+    channels = weight_of(layer).shape[0]
     found = graph.get_pruning_group(
         layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(range(channels))
     )
@@ -92,8 +94,6 @@ def _units(rows: Tensor, seed: Seed) -> Tensor:
 
 def _with_costs(tower: nn.Module, groups: list[Group], size: tuple[int, int]) -> list[Group]:
     """Cost of a unit as the difference that cutting one unit makes, on meta tensors."""
-    from ovsprune.graph.cut import cut_group
-
     image = torch.empty(1, 3, *size, device="meta")
     dense = macs(on_meta(tower), image)
     params = sum(p.numel() for p in tower.parameters())
@@ -101,7 +101,7 @@ def _with_costs(tower: nn.Module, groups: list[Group], size: tuple[int, int]) ->
     result = []
     for group in groups:
         # Groups of one shape at one resolution cost the same: count each shape once.
-        shapes = tuple(tuple(tower.get_submodule(s.module).weight.shape) for s in group.slices)
+        shapes = tuple(tuple(weight_of(tower.get_submodule(s.module)).shape) for s in group.slices)
         key = (group.kind, group.units, shapes, group.stream is not None)
         if key not in measured:
             shell = on_meta(tower)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ovsprune.core.protocols import GroupContext, Ranking
+from ovsprune.graph.layers import weight_of
 from ovsprune.importance import CRITERIA
 
 __all__ = ["Magnitude"]
@@ -20,7 +21,7 @@ class Magnitude:
         """Sum of squares over every weight slice of the unit (Fang et al., CVPR 2023, eq. 4)."""
         costs = torch.zeros(item.group.units, dtype=torch.float64)
         for part in item.group.slices:
-            weight = item.layers[part.module].weight.detach()  # type: ignore[union-attr]
+            weight = weight_of(item.layers[part.module]).detach()
             axis = 0 if part.axis == "out" else 1
             if weight.ndim == 1:
                 continue  # Norm scales are no measure of the unit's own size.

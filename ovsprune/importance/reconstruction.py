@@ -5,6 +5,7 @@ from __future__ import annotations
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.protocols import GroupContext, Ranking
+from ovsprune.graph.layers import weight_of
 from ovsprune.importance import CRITERIA
 
 __all__ = ["Reconstruction"]
@@ -19,7 +20,7 @@ class Reconstruction:
     def score(self, item: GroupContext) -> Ranking:
         """Order of :func:`ovsprune.calibration.surgeon.eliminate`; costs as it found them."""
         assert item.moments is not None
-        weight = item.layers[item.group.consumer].weight.detach()  # type: ignore[union-attr]
+        weight = weight_of(item.layers[item.group.consumer]).detach()
         found = eliminate(
             weight.flatten(1).cpu(),
             regularised(item.moments.covariance, item.ridge),

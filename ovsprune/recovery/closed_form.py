@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,7 @@ from ovsprune.calibration.ridge import correction
 from ovsprune.calibration.streams import capture, run_stem
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group, StreamPoint
+from ovsprune.graph.layers import bias_of, weight_of
 from ovsprune.recovery import RECOVERIES
 
 __all__ = ["ClosedForm"]
@@ -77,34 +76,23 @@ class _Block:
     def refit(self, group: Group) -> None:
         consumer = self.item.slim.get_submodule(group.consumer)
         kept = self.item.plan.kept[group.name]
-        sums = CrossMoments(group.columns[kept].numel(), _outputs(consumer))
-        taps = _taps(group)
+        sums = CrossMoments(group.columns[kept].numel(), weight_of(consumer).shape[0])
+        point = group.stream or StreamPoint(group.consumer, "output")
+        tap, read = (point.module, point.side), (group.consumer, "input")
         with (
-            capture(self.dense, taps, self.name) as dense_seen,
-            capture(self.slim, [*taps, (group.consumer, "input")], self.name) as slim_seen,
+            capture(self.dense, [tap], self.name) as dense_seen,
+            capture(self.slim, [tap, read], self.name) as slim_seen,
         ):
             for start in range(0, len(self.dense_stream), self.item.batch_size):
                 part = slice(start, start + self.item.batch_size)
                 self.dense(self.dense_stream[part].to(self.device))
                 self.slim(self.slim_stream[part].to(self.device))
-                point = _key(group)
-                sums.update(
-                    slim_seen[group.consumer, "input"], dense_seen[point] - slim_seen[point]
-                )
+                sums.update(slim_seen[read], dense_seen[tap] - slim_seen[tap])
         _correct(consumer, sums, self.item.ridge)
 
     def finish(self) -> None:
         _run(self.dense, self.dense_stream, self.item.batch_size)
         _run(self.slim, self.slim_stream, self.item.batch_size)
-
-
-def _key(group: Group) -> tuple[str, str]:
-    point = group.stream or StreamPoint(group.consumer, "output")
-    return point.module, point.side
-
-
-def _taps(group: Group) -> Sequence[tuple[str, str]]:
-    return [_key(group)]
 
 
 def _run(block: nn.Module, stream: Tensor, batch_size: int) -> None:
@@ -114,18 +102,11 @@ def _run(block: nn.Module, stream: Tensor, batch_size: int) -> None:
         stream[part] = block(stream[part].to(device)).float().cpu()
 
 
-def _outputs(layer: nn.Module) -> int:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0])
-
-
 def _correct(layer: nn.Module, sums: CrossMoments, ridge: float) -> None:
     """Add the correction to weight and bias, in place."""
     moments, mean_e, cross = sums.result()
     change = correction(moments, cross, ridge)
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
+    weight, bias = weight_of(layer), bias_of(layer)
     weight.copy_((weight.double().cpu().flatten(1) + change).view_as(weight).to(weight))
-    if isinstance(bias, Tensor):
+    if bias is not None:
         bias.copy_((bias.double().cpu() + mean_e - change @ moments.mean).to(bias))

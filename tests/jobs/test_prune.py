@@ -157,7 +157,7 @@ def test_a_dry_run_writes_nothing(small: Backbone, tmp_path: Path) -> None:
 def test_an_existing_output_is_refused_before_any_work(
     small: Backbone, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ovsprune.jobs.prune.Job", None)
+    monkeypatch.setattr(sys.modules["ovsprune.jobs.prune"], "Job", None)
     with pytest.raises(OutputError, match="exists already.*--overwrite"):
         prune(small, 0.5, output=written, **QUICK)
 
@@ -199,6 +199,7 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
         ({"batch_size": 0}, "--batch-size 0"),
         ({"seed": -1}, "--seed -1"),
         ({"ridge": 0.0}, "ridge 0"),
+        ({"probe": 0}, "probe 0"),
         ({"threads": 0}, "--threads 0"),
         ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
         ({"samples": 0}, "--samples 0"),

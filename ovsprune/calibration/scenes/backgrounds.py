@@ -55,7 +55,7 @@ def _mix(first: Array, second: Array, share: Array) -> Array:
 def _grass(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
     blades = blobs(rng, size, 56, 20)
     patches = blobs(rng, size, 6)
-    return _paint((84, 150, 52), 1.0 + 0.28 * blades + 0.12 * patches)
+    return _paint((84, 150, 52), 1.0 + 0.2 * blades + 0.1 * patches)
 
 
 def _sand(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
@@ -67,11 +67,11 @@ def _sand(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
 def _water(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
     phase = rng.uniform(0.0, 6.28)
     waves = np.sin(55.0 * y + 3.0 * np.sin(12.0 * x + phase) + 3.0 * blobs(rng, size, 5))
-    return _paint((34, 118, 148), 1.0 + 0.22 * waves) + 12.0 * y[..., None]
+    return _paint((34, 118, 148), 1.0 + 0.13 * waves) + 12.0 * y[..., None]
 
 
 def _road(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
-    base = _paint((104, 104, 108), 1.0 + 0.14 * blobs(rng, size, 56))
+    base = _paint((104, 104, 108), 1.0 + 0.1 * blobs(rng, size, 56))
     at, phase = rng.uniform(0.7, 0.95), rng.uniform(0.0, 1.0)
     dashes = (np.abs(y - at) < 0.015) & (((x * 4.0 + phase) % 1.0) < 0.6)
     base[dashes] = (228, 224, 200)
@@ -87,7 +87,7 @@ def _bricks(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
     across = x * 7.0 + 0.5 * (np.floor(rows) % 2) + rng.uniform(0.0, 1.0)
     mortar = ((rows % 1.0) < 0.16) | ((across % 1.0) < 0.09)
     base = _paint((158, 88, 66), 1.0 + 0.12 * blobs(rng, size, 14))
-    base[mortar] = (188, 176, 164)
+    base[mortar] = (182, 136, 118)
     return base
 
 

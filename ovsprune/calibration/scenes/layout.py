@@ -143,7 +143,7 @@ def _place(rng: np.random.Generator, combinations: Sequence[Combination]) -> tup
                 x=x,
                 y=y,
                 radius=radius,
-                angle=float(np.radians(rng.uniform(-25.0, 25.0))),
+                angle=float(np.radians(rng.uniform(-18.0, 18.0))),
                 flip=bool(rng.random() < 0.5),
                 stretch=rng.uniform(0.82, 1.0),
                 jitter=(float(tint), float(scale), float(phase)),

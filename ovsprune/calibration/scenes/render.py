@@ -17,6 +17,7 @@ from ovsprune.calibration.scenes.vocabulary import CLASS_NAMES, Combination
 
 Array = NDArray[np.float32]
 _SUPERSAMPLE = 3
+_OUTLINE = 2.6  # width of the pen in 112ths of the side; its outer half falls off the object
 
 
 @dataclass(frozen=True)
@@ -122,37 +123,42 @@ def _draw(
     reach = radius * 1.42 + 1.0
     x0, y0 = max(0, int(cx - reach)), max(0, int(cy - reach))
     x1, y1 = min(size, int(cx + reach) + 1), min(size, int(cy + reach) + 1)
-    cover, mark = _coverage(placement, radius, (cx - x0, cy - y0), (x1 - x0, y1 - y0))
+    cover, mark, line = _coverage(placement, size, (cx - x0, cy - y0), (x1 - x0, y1 - y0))
     px = (np.arange(x0, x1, dtype=np.float32) + 0.5 - cx)[None, :] * np.float32(112.0 / size)
     py = (np.arange(y0, y1, dtype=np.float32) + 0.5 - cy)[:, None] * np.float32(112.0 / size)
     cos, sin = np.float32(np.cos(placement.angle)), np.float32(np.sin(placement.angle))
     u, v = cos * px + sin * py, cos * py - sin * px
     colour, material, _ = placement.combination
     pixels = paint(colour, material, u, v, mark, light, placement.jitter)
+    pixels *= (1.0 - 0.85 * line)[..., None]
     view = canvas[y0:y1, x0:x1]
     view += (pixels - view) * cover[..., None]
     instances[y0:y1, x0:x1][cover > 0.5] = number
 
 
 def _coverage(
-    placement: Placement, radius: float, centre: tuple[float, float], extent: tuple[int, int]
-) -> tuple[Array, Array]:
-    """How much of each pixel the object and its marks cover, both (h, w) in 0..1."""
+    placement: Placement, side: int, centre: tuple[float, float], extent: tuple[int, int]
+) -> tuple[Array, Array, Array]:
+    """How much of each pixel the object, its marks and its outlines cover, (h, w) in 0..1."""
     s = _SUPERSAMPLE
     cos, sin = np.cos(placement.angle), np.sin(placement.angle)
-    turn = np.array([[cos, sin], [-sin, cos]]) * (radius * s)
+    turn = np.array([[cos, sin], [-sin, cos]]) * (placement.radius * side * s)
     scale = np.array([-placement.stretch if placement.flip else placement.stretch, 1.0])
     offset = np.array(centre) * s
     body = Image.new("L", (extent[0] * s, extent[1] * s))
     marks = Image.new("L", body.size)
-    on_body, on_marks = ImageDraw.Draw(body), ImageDraw.Draw(marks)
+    lines = Image.new("L", body.size)
+    on_body, on_marks, on_lines = (ImageDraw.Draw(layer) for layer in (body, marks, lines))
+    pen = max(1, round(_OUTLINE * s * side / 112.0))
     for points, mode in SHAPES[placement.combination.shape]:
         corners = ((points * scale) @ turn + offset).ravel().tolist()
         if mode == "mark":
             on_marks.polygon(corners, fill=255)
         else:
             on_body.polygon(corners, fill=255 if mode == "add" else 0)
-    return _shrink(body), _shrink(marks)
+            on_lines.polygon(corners, fill=0)
+            on_lines.line(corners + corners[:4], fill=255, width=pen, joint="curve")
+    return _shrink(body), _shrink(marks), _shrink(lines)
 
 
 def _shrink(mask: Image.Image) -> Array:

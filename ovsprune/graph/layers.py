@@ -1,0 +1,25 @@
+"""Looking at a layer's weight and bias, whatever type it is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+__all__ = ["bias_of", "weight_of"]
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight.
+
+    Raises:
+        TypeError: It has none.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{type(layer).__name__} has no weight")
+    return weight
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The layer's bias, or None."""
+    bias = getattr(layer, "bias", None)
+    return bias if isinstance(bias, Tensor) else None

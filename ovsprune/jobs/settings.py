@@ -1,0 +1,73 @@
+"""What decides a prune: every option with its default and its check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ovsprune.allocation import ALLOCATIONS
+from ovsprune.core.errors import OptionError
+from ovsprune.core.protocols import Allocator, Criterion, Recovery
+from ovsprune.importance import CRITERIA
+from ovsprune.recovery import RECOVERIES
+
+__all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings"]
+
+BUDGETS = ("macs", "params")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOLERANCE = 0.01
+"""Largest difference of the reached and the asked ratio."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a prune does; see :func:`prune`."""
+
+    ratio: float
+    budget: str = "macs"
+    calibration: str = "procedural"
+    samples: int = 256
+    criterion: str = "reconstruction"
+    allocation: str = "sensitivity"
+    recovery: str = "closed-form"
+    protect: tuple[str, ...] = ()
+    round_to: int = 1
+    seed: int = 0
+    batch_size: int = 16
+    ridge: float = 1e-2
+    probe: int | None = None
+
+    @property
+    def probe_pictures(self) -> int:
+        """Pictures on which curves are measured: an eighth of the samples, 8 to 32."""
+        return min(max(self.samples // 8, 8), 32) if self.probe is None else self.probe
+
+    def check(self) -> tuple[Criterion, Allocator, Recovery]:
+        """Look every name up and every range, before any work is done.
+
+        Raises:
+            OptionError: A value is out of its range.
+            UnknownNameError: A criterion, allocation or recovery is unknown.
+        """
+        if not 0.0 < self.ratio < 1.0:
+            raise OptionError(
+                f"--ratio {self.ratio:g} is outside (0, 1): it is the share of the cost that goes, "
+                "0.5 for half"
+            )
+        if self.budget not in BUDGETS:
+            raise OptionError(f"--budget {self.budget!r} is unknown; known: {', '.join(BUDGETS)}")
+        for option, value in (("--round-to", self.round_to), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise OptionError(f"{option} {value}: give at least 1")
+        if self.seed < 0:
+            raise OptionError(f"--seed {self.seed}: give 0 or more")
+        if self.probe is not None and self.probe < 1:
+            raise OptionError(f"probe {self.probe}: give at least 1 picture")
+        if not self.ridge > 0:
+            raise OptionError(f"ridge {self.ridge:g}: give more than 0")
+        return (
+            CRITERIA.get(self.criterion),
+            ALLOCATIONS.get(self.allocation),
+            RECOVERIES.get(self.recovery),
+        )
