@@ -1,0 +1,25 @@
+"""The artefact: what a slim checkpoint is, how it is written, read, applied and loaded.
+
+Needs torch and safetensors only, for every family; see ``docs/format.md``.
+"""
+
+from ovsprune.slim.apply import Applied, apply
+from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.clip import load_open_clip
+from ovsprune.slim.load import SlimTower, load
+from ovsprune.slim.read import SlimCheckpoint, read
+from ovsprune.slim.spec import SlimSpec
+from ovsprune.slim.write import write
+
+__all__ = [
+    "Applied",
+    "SlimAttention",
+    "SlimCheckpoint",
+    "SlimSpec",
+    "SlimTower",
+    "apply",
+    "load",
+    "load_open_clip",
+    "read",
+    "write",
+]

@@ -1,0 +1,330 @@
+"""Slimming, in place, a tower that somebody else built; and giving the original back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.core.errors import OptionError, TargetError
+from ovsprune.slim.activation import check_activation
+from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.cutting import head_runs, keep_index, layer_runs
+from ovsprune.slim.modules import slim_attention, slim_module
+from ovsprune.slim.read import SlimCheckpoint
+from ovsprune.slim.spec import LayerSpec
+from ovsprune.slim.vit import resize_positions
+
+__all__ = ["Applied", "Swap", "apply", "renamed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """One entry of a module's tables that holds something else now.
+
+    Attributes:
+        path: Dotted path in the tower.
+        owner: The module whose table it is.
+        table: ``"_modules"``, ``"_parameters"`` or ``"_buffers"``.
+        name: The key.
+        old: What was there.
+        new: What is there now.
+    """
+
+    path: str
+    owner: nn.Module
+    table: str
+    name: str
+    old: Any
+    new: Any
+
+
+@dataclass(eq=False)
+class Applied:
+    """What :func:`apply` changed, and the way back; also a context manager that detaches.
+
+    Attributes:
+        replaced: Paths of the modules that were replaced.
+        loaded: Paths of the other parameters and buffers that hold the checkpoint's values.
+        unused: Tensors of the checkpoint that were not wanted (``keep``).
+    """
+
+    replaced: tuple[str, ...] = ()
+    loaded: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    _swaps: list[Swap] = field(default_factory=list, repr=False)
+
+    def detach(self) -> None:
+        """Put the original modules and parameters back: the same objects, never written to.
+
+        Does nothing the second time.
+
+        Raises:
+            TargetError: Something else was put in a slim module's place since; nothing is undone.
+        """
+        for swap in self._swaps:
+            if getattr(swap.owner, swap.table).get(swap.name) is not swap.new:
+                raise TargetError(
+                    f"{swap.path} was replaced by something else since the slim tower was "
+                    "attached; undo that first"
+                )
+        for swap in reversed(self._swaps):
+            getattr(swap.owner, swap.table)[swap.name] = swap.old
+        self._swaps.clear()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def apply(
+    tower: nn.Module,
+    checkpoint: SlimCheckpoint,
+    *,
+    weights: Literal["slim", "target"] = "slim",
+    prefix_map: Mapping[str, str] | None = None,
+    keep: Sequence[str] = (),
+    activation: str | None = None,
+) -> Applied:
+    """Slim a dense tower in place. Everything is checked before anything is touched.
+
+    Parameters that change are exchanged for new ones, so make the optimiser afterwards.
+
+    Args:
+        tower: A dense tower of the architecture that was pruned, or a model that holds one.
+        checkpoint: From :func:`ovsprune.read`.
+        weights: ``"slim"`` loads the checkpoint's tensors; ``"target"`` cuts the tower's own
+            weights by the mask, for a tower that was finetuned.
+        prefix_map: Where the tower does not have canonical names: dotted canonical prefix to
+            dotted path in ``tower``; the longest prefix wins, names without one stay.
+        keep: Canonical names (or dotted prefixes) of tensors that the tower keeps as they are.
+        activation: What the tower's MLPs compute, where no module shows it.
+
+    Returns:
+        What was changed; its ``detach()`` gives the original back.
+
+    Raises:
+        TargetError: The tower is not dense, of another architecture, or has another activation.
+        OptionError: ``weights`` or ``activation`` is unknown.
+    """
+    if weights not in ("slim", "target"):
+        raise OptionError(f"weights is {weights!r}, expected 'slim' or 'target'")
+    if isinstance(tower, torch.jit.ScriptModule):
+        raise TargetError("the tower is a TorchScript module; load it without jit and try again")
+    plan = _Plan(tower, checkpoint, dict(prefix_map or {}), tuple(keep))
+    plan.find_tensors()
+    check_activation(plan.block_modules(), checkpoint.spec.activation, activation)
+    plan.replace_modules()
+    if weights == "slim":
+        plan.load_tensors()
+    return plan.commit()
+
+
+def renamed(name: str, prefix_map: Mapping[str, str]) -> str:
+    """``name`` with its longest dotted prefix in ``prefix_map`` exchanged.
+
+    Example:
+        >>> renamed("transformer.resblocks.1.attn", {"transformer.resblocks": "layers"})
+        'layers.1.attn'
+    """
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        if prefix in prefix_map:
+            return ".".join([x for x in (prefix_map[prefix], *parts[end:]) if x])
+    return name
+
+
+class _Plan:
+    """New modules and parameters for a tower, which stays as it is until :meth:`commit`."""
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        checkpoint: SlimCheckpoint,
+        prefix_map: dict[str, str],
+        keep: tuple[str, ...],
+    ) -> None:
+        self.tower = tower
+        self.checkpoint = checkpoint
+        self.prefix_map = prefix_map
+        self.keep = keep
+        self.modules: dict[str, tuple[nn.Module, nn.Module]] = {}  # path -> (old, new)
+        self.tensors: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def path(self, name: str) -> str:
+        return renamed(name, self.prefix_map)
+
+    def kept(self, name: str) -> bool:
+        return any(name == k or name.startswith(f"{k}.") for k in self.keep)
+
+    def module(self, name: str) -> nn.Module:
+        try:
+            return self.tower.get_submodule(self.path(name))
+        except AttributeError:
+            raise TargetError(
+                f"the tower has no module {self.path(name)}; expected the tower of a dense "
+                f"{self.checkpoint.spec.base.model} ({self._hint()})"
+            ) from None
+
+    def find_tensors(self) -> None:
+        """Every tensor of the checkpoint must have its place, whichever weights are wanted."""
+        missing = [
+            self.path(name)
+            for name in self.checkpoint.tower()
+            if not self.kept(name) and _tensor(self.tower, self.path(name)) is None
+        ]
+        if missing:
+            raise TargetError(
+                f"the tower has no tensor {', '.join(missing[:4])}"
+                f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}; expected the "
+                f"tower of a dense {self.checkpoint.spec.base.model} ({self._hint()})"
+            )
+
+    def _hint(self) -> str:
+        if hasattr(self.tower, "visual"):
+            return "this looks like a whole CLIP: pass its .visual"
+        return "a framework with other names needs its target or a prefix_map"
+
+    def block_modules(self) -> Iterator[nn.Module]:
+        """Modules of the blocks in which something can be cut."""
+        for layer in self.checkpoint.spec.layers:
+            for part in layer.slices if layer.kind != "heads" else ():
+                # a map may know the layers, but not their block
+                for scope in (self.path(layer.block), self.path(part.module).rpartition(".")[0]):
+                    try:
+                        yield from self.tower.get_submodule(scope).modules()
+                    except AttributeError:
+                        continue
+                    break
+
+    def replace_modules(self) -> None:
+        spec, mask = self.checkpoint.spec, self.checkpoint.mask
+        for layer in spec.layers:
+            if layer.kind == "heads":
+                self._replace_heads(layer, mask[layer.name])
+        for name, axes in layer_runs(spec, mask).items():
+            old, path = self.module(name), self.path(name)
+            index = {}
+            for axis, runs in axes.items():
+                weight = _tensor(old, "weight")
+                dense, dim = self._dense_size(name, axis), 0 if axis == "out" else 1
+                if weight is not None and (weight.dim() <= dim or weight.shape[dim] != dense):
+                    raise TargetError(
+                        f"{path} has a weight of shape {tuple(weight.shape)}, expected {dense} on "
+                        f"axis {dim} for a dense {spec.base.model}; detach a slim tower, or check "
+                        "the model's name"
+                    )
+                index[axis] = keep_index(dense, runs)
+            self.modules[path] = (old, slim_module(old, index))
+
+    def _dense_size(self, name: str, axis: str) -> int:
+        """Channels that a layer had before the cut: those it has now, and those cut."""
+        spec = self.checkpoint.spec
+        size = self.checkpoint.tensors[f"visual.{name}.weight"].shape[0 if axis == "out" else 1]
+        for layer in spec.layers:
+            for part in layer.slices if layer.kind != "heads" else ():
+                if part.module == name and part.axis == axis:
+                    size += (layer.units - layer.kept) * layer.unit_width
+        return size
+
+    def _replace_heads(self, layer: LayerSpec, kept: Tensor) -> None:
+        old, path = self.module(layer.name), self.path(layer.name)
+        if isinstance(old, SlimAttention):
+            raise TargetError(f"{path} is slim already; detach the slim tower first")
+        if getattr(old, "num_heads", layer.units) != layer.units:
+            raise TargetError(
+                f"{path} has {old.num_heads} heads, expected {layer.units} of a dense "
+                f"{self.checkpoint.spec.base.model}; check the model's name"
+            )
+        for name, (axis, runs) in head_runs(layer, kept).items():
+            tensor = _tensor(old, name)
+            size = max(run.end for run in runs)
+            if tensor is not None and tensor.shape[axis] != size:
+                raise TargetError(
+                    f"{path}.{name} has shape {tuple(tensor.shape)}, expected {size} on axis "
+                    f"{axis} for {layer.units} heads of width {layer.unit_width}; check the "
+                    "model's name"
+                )
+        if layer.kept < layer.units:
+            self.modules[path] = (old, slim_attention(old, kept))
+
+    def load_tensors(self) -> None:
+        """The checkpoint's values, into the new modules and for the tower's other tensors."""
+        wrong = []
+        for name, value in self.checkpoint.tower().items():
+            if self.kept(name):
+                continue
+            path = self.path(name)
+            inside = next((p for p in self.modules if path.startswith(f"{p}.")), None)
+            root = self.tower if inside is None else self.modules[inside][1]
+            old = _tensor(root, path if inside is None else path[len(inside) + 1 :])
+            assert old is not None  # find_tensors, and slim copies have what the dense had
+            fitted = _fit(name, value, old)
+            if fitted is None:
+                wrong.append(f"{path} {tuple(old.shape)} instead of {tuple(value.shape)}")
+            elif inside is None:
+                self.tensors[path] = (old, fitted)
+            else:
+                old.data = fitted.data
+        if wrong:
+            raise TargetError(
+                f"the tower has other shapes than the checkpoint: {'; '.join(wrong[:4])}; check "
+                "the model's name"
+            )
+
+    def commit(self) -> Applied:
+        """Exchange everything, wherever in the tower it is registered."""
+        new: dict[int, tuple[str, nn.Module | Tensor]] = {}
+        new.update({id(old): (path, fresh) for path, (old, fresh) in self.modules.items()})
+        new.update({id(old): (path, fresh) for path, (old, fresh) in self.tensors.items()})
+        swaps = [
+            Swap(new[id(entry)][0], owner, table, key, entry, new[id(entry)][1])
+            for owner in self.tower.modules()
+            for table in ("_modules", "_parameters", "_buffers")
+            for key, entry in getattr(owner, table).items()
+            if id(entry) in new
+        ]
+        for swap in swaps:
+            getattr(swap.owner, swap.table)[swap.name] = swap.new
+        return Applied(
+            replaced=tuple(self.modules),
+            loaded=tuple(self.tensors),
+            unused=tuple(name for name in self.checkpoint.tower() if self.kept(name)),
+            _swaps=swaps,
+        )
+
+
+def _tensor(root: nn.Module, path: str) -> Tensor | None:
+    """Parameter or buffer at a dotted path, or None."""
+    parent, _, name = path.rpartition(".")
+    try:
+        owner = root.get_submodule(parent)
+    except AttributeError:
+        return None
+    found = owner._parameters.get(name)
+    return owner._buffers.get(name) if found is None else found
+
+
+def _fit(name: str, value: Tensor, old: Tensor) -> Tensor | None:
+    """``value`` with the shape, type, device and flag of ``old``, or None if it cannot be."""
+    if name == "positional_embedding" and value.dim() == 2 and value.shape[0] != old.shape[-2]:
+        sides = [round((n - 1) ** 0.5) for n in (value.shape[0], old.shape[-2])]
+        if all(s * s == n - 1 for s, n in zip(sides, (value.shape[0], old.shape[-2]), strict=True)):
+            value = resize_positions(value, (sides[0], sides[0]), (sides[1], sides[1]))
+    squeezed = [[n for n in t.shape if n != 1] for t in (value, old)]
+    if squeezed[0] != squeezed[1]:  # some frameworks keep leading axes of one
+        return None
+    fitted = value.detach().reshape(old.shape).to(old.device, old.dtype, copy=True)
+    return nn.Parameter(fitted, old.requires_grad) if isinstance(old, nn.Parameter) else fitted

@@ -1,0 +1,105 @@
+"""The whole CLIP of a slim checkpoint, as open_clip's own classes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from ovsprune.core.errors import CheckpointError, MissingLibraryError
+from ovsprune.slim.apply import apply
+from ovsprune.slim.read import SlimCheckpoint, read
+from ovsprune.slim.spec import CONFIG, MODEL
+
+__all__ = ["load_open_clip"]
+
+
+def load_open_clip(
+    directory: str | os.PathLike[str], *, device: str | torch.device = "cpu"
+) -> tuple[Any, Any, Any]:
+    """Load a slim CLIP with its text tower, as ``open_clip.create_model_and_transforms`` does.
+
+    Args:
+        directory: What ``ovsprune prune`` wrote.
+        device: Where to.
+
+    Returns:
+        ``(model, preprocess_train, preprocess_val)``: an ``open_clip.CLIP`` in evaluation mode
+        with a slim image tower, and open_clip's transforms from PIL picture to [3, H, W].
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, has no text tower, or was not built by
+            open_clip.
+        MissingLibraryError: open_clip is not installed.
+    """
+    checkpoint = read(directory)
+    spec = checkpoint.spec
+    config = copy.deepcopy(dict(spec.architecture))
+    if not spec.library.startswith("open_clip") or "vision_cfg" not in config:
+        raise CheckpointError(
+            f"{checkpoint.path / CONFIG} was written for {spec.library}, not for open_clip; use "
+            "ovsprune.load or ovsprune.apply"
+        )
+    if not checkpoint.text():
+        raise CheckpointError(
+            f"{checkpoint.path / MODEL} holds no text tower; prune again with it, or use "
+            "ovsprune.load for the image tower alone"
+        )
+    try:
+        # by name, so that this room imports no framework until somebody asks for one
+        open_clip = importlib.import_module("open_clip")
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"load_open_clip needs open_clip_torch {spec.library_version} or newer ({error}); "
+            "`pip install open_clip_torch`, or use ovsprune.load, which needs no other library"
+        ) from error
+    model = _build(open_clip, config, checkpoint)
+    pre = spec.preprocess
+    transforms = [
+        open_clip.image_transform(
+            pre.size,
+            is_train=is_train,
+            mean=pre.mean,
+            std=pre.std,
+            interpolation=pre.interpolation,
+            resize_mode=pre.resize_mode,
+        )
+        for is_train in (True, False)
+    ]
+    return model.to(device).eval(), transforms[0], transforms[1]
+
+
+def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
+    config.pop("custom_text", None)
+    config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = open_clip.CLIP(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path / CONFIG}: open_clip {open_clip.__version__} cannot build "
+            f"architecture ({error}); install {checkpoint.spec.library_version}, or use "
+            "ovsprune.load"
+        ) from error
+    apply(model.visual, checkpoint)
+    text = checkpoint.text()
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    wrong = [
+        name
+        for name in sorted(own.keys() | text.keys())
+        if name not in own or name not in text or own[name].shape != text[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.path / MODEL}: the text tower is not that of {CONFIG}, see "
+            f"{', '.join(wrong[:4])}; copy or write the checkpoint again"
+        )
+    model.load_state_dict(text, strict=False)
+    pre = checkpoint.spec.preprocess
+    model.visual.image_mean, model.visual.image_std = pre.mean, pre.std
+    return model

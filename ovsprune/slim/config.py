@@ -1,0 +1,275 @@
+"""``config.json`` of a slim checkpoint, written and read.
+
+Reading trusts nothing: every field is checked, and one that this version does not know is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ovsprune.core.errors import CheckpointError
+from ovsprune.core.records import Costs, Preprocess
+from ovsprune.slim import fields
+from ovsprune.slim.spec import (
+    ACTIVATIONS,
+    FORMAT,
+    FORMAT_VERSION,
+    KINDS,
+    BaseSpec,
+    FileSpec,
+    LayerSpec,
+    SliceSpec,
+    SlimSpec,
+)
+
+__all__ = ["dump", "parse"]
+
+_FIELDS = (
+    "format",
+    "format_version",
+    "base",
+    "family",
+    "library",
+    "library_version",
+    "architecture",
+    "activation",
+    "preprocess",
+    "layers",
+    "protected",
+    "dense",
+    "slim",
+    "files",
+    "provenance",
+)
+
+
+def dump(spec: SlimSpec) -> str:
+    """The text of ``config.json``; equal specs give equal text.
+
+    Raises:
+        CheckpointError: ``architecture`` or ``provenance`` hold what JSON cannot.
+    """
+    pre = spec.preprocess
+    base: dict[str, Any] = {
+        "model": spec.base.model,
+        "pretrained": spec.base.pretrained,
+        "trained": spec.base.trained,
+        "tensors": dict(sorted(spec.base.tensors.items())),
+    }
+    if spec.base.half:
+        base["half"] = dict(sorted(spec.base.half.items()))
+    document = {
+        "format": FORMAT,
+        "format_version": spec.format_version,
+        "base": base,
+        "family": spec.family,
+        "library": spec.library,
+        "library_version": spec.library_version,
+        "architecture": fields.free(spec.architecture, "architecture"),
+        "activation": spec.activation,
+        "preprocess": {
+            "size": list(pre.size),
+            "mean": list(pre.mean),
+            "std": list(pre.std),
+            "interpolation": pre.interpolation,
+            "resize_mode": pre.resize_mode,
+        },
+        "layers": [_layer_document(layer) for layer in spec.layers],
+        "protected": list(spec.protected),
+        "dense": {"macs": spec.dense.macs, "params": spec.dense.params},
+        "slim": {"macs": spec.slim.macs, "params": spec.slim.params},
+        "files": {
+            name: {"sha256": entry.sha256, "bytes": entry.bytes}
+            for name, entry in sorted(spec.files.items())
+        },
+        "provenance": fields.free(spec.provenance, "provenance"),
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse(document: str | bytes, at: str) -> SlimSpec:
+    """The spec that ``document`` says, ``at`` being where it comes from.
+
+    Raises:
+        CheckpointError: It is not a valid one, or of another format version.
+    """
+    data = fields.parse(document, at)
+    _check_version(data, at)
+    fields.record(data, at, _FIELDS)
+    pre = fields.record(
+        data["preprocess"],
+        f"{at}: preprocess",
+        ("size", "mean", "std", "interpolation", "resize_mode"),
+    )
+    architecture, provenance = data["architecture"], data["provenance"]
+    for name, value in (("architecture", architecture), ("provenance", provenance)):
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{at}: {name} is {type(value).__name__}, expected an object")
+    spec = SlimSpec(
+        format_version=data["format_version"],
+        base=_base(data["base"], f"{at}: base"),
+        family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
+        library=fields.text(data["library"], f"{at}: library", r"[A-Za-z0-9_.-]+"),
+        library_version=fields.text(
+            data["library_version"], f"{at}: library_version", r"[A-Za-z0-9_.!+-]+"
+        ),
+        architecture=architecture,
+        activation=fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
+        preprocess=_preprocess(pre, f"{at}: preprocess"),
+        layers=tuple(
+            _layer(item, f"{at}: layers[{i}]")
+            for i, item in enumerate(fields.array(data["layers"], f"{at}: layers"))
+        ),
+        protected=tuple(
+            fields.text(item, f"{at}: protected[{i}]")
+            for i, item in enumerate(fields.array(data["protected"], f"{at}: protected"))
+        ),
+        dense=_costs(data["dense"], f"{at}: dense"),
+        slim=_costs(data["slim"], f"{at}: slim"),
+        files=_files(data["files"], f"{at}: files"),
+        provenance=provenance,
+    )
+    _check_names(spec, at)
+    return spec
+
+
+def _check_version(data: Any, at: str) -> None:
+    """Refuse another format or a newer one before anything else is looked at."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(
+            f'{at} does not say "format": "{FORMAT}", so this is no slim checkpoint; name a '
+            "directory that `ovsprune prune` wrote"
+        )
+    version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{at}: format_version is {version}, this ovsprune reads {FORMAT_VERSION}; "
+            "install a newer ovsprune, or write the checkpoint again with this one"
+        )
+
+
+def _check_names(spec: SlimSpec, at: str) -> None:
+    names = [layer.name for layer in spec.layers]
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise CheckpointError(
+            f"{at}: layers has {', '.join(double)} twice; the file was edited or damaged: copy or "
+            "write the checkpoint again"
+        )
+
+
+def _layer_document(layer: LayerSpec) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "block": layer.block,
+        "units": layer.units,
+        "kept": layer.kept,
+        "unit_width": layer.unit_width,
+        "slices": [
+            {"module": part.module, "axis": part.axis, "offset": part.offset}
+            for part in layer.slices
+        ],
+    }
+
+
+def _layer(value: Any, at: str) -> LayerSpec:
+    known = ("name", "kind", "block", "units", "kept", "unit_width", "slices")
+    data = fields.record(value, at, known)
+    units = fields.whole(data["units"], f"{at}.units", 1)
+    kept = fields.whole(data["kept"], f"{at}.kept", 1)
+    if kept > units:
+        raise CheckpointError(
+            f"{at}.kept is {kept}, expected at most units = {units}; the file was edited or "
+            "damaged: copy or write the checkpoint again"
+        )
+    layer = LayerSpec(
+        name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
+        kind=fields.choice(data["kind"], f"{at}.kind", KINDS),
+        block=fields.text(data["block"], f"{at}.block", fields.DOTTED),
+        units=units,
+        kept=kept,
+        unit_width=fields.whole(data["unit_width"], f"{at}.unit_width", 1),
+        slices=tuple(
+            _slice(item, f"{at}.slices[{i}]")
+            for i, item in enumerate(fields.array(data["slices"], f"{at}.slices"))
+        ),
+    )
+    if layer.kind != "heads" and not layer.slices:
+        raise CheckpointError(
+            f"{at}.slices is empty, expected at least one for the kind {layer.kind!r}; the file "
+            "was edited or damaged: copy or write the checkpoint again"
+        )
+    return layer
+
+
+def _slice(value: Any, at: str) -> SliceSpec:
+    data = fields.record(value, at, ("module", "axis", "offset"))
+    axis: Any = fields.choice(data["axis"], f"{at}.axis", ("out", "in"))
+    module = fields.text(data["module"], f"{at}.module", fields.DOTTED)
+    return SliceSpec(module, axis, fields.whole(data["offset"], f"{at}.offset"))
+
+
+def _base(value: Any, at: str) -> BaseSpec:
+    data = fields.record(value, at, ("model", "pretrained", "trained", "tensors"), ("half",))
+    pretrained = data["pretrained"]
+    return BaseSpec(
+        model=fields.text(data["model"], f"{at}.model"),
+        pretrained=None if pretrained is None else fields.text(pretrained, f"{at}.pretrained"),
+        trained=fields.boolean(data["trained"], f"{at}.trained"),
+        tensors=_digests(data["tensors"], f"{at}.tensors"),
+        half=_digests(data.get("half", {}), f"{at}.half"),
+    )
+
+
+def _digests(value: Any, at: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{at} is {type(value).__name__}, expected an object of digests")
+    return {
+        fields.text(name, f"{at}: a tensor name", fields.DOTTED): fields.text(
+            digest, f"{at}.{name}", fields.SHA256
+        )
+        for name, digest in value.items()
+    }
+
+
+def _files(value: Any, at: str) -> dict[str, FileSpec]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{at} is {type(value).__name__}, expected an object")
+    found = {}
+    for name, item in value.items():
+        fields.text(name, f"{at}: a file name", fields.FILE_NAME)
+        data = fields.record(item, f"{at}.{name}", ("sha256", "bytes"))
+        digest = fields.text(data["sha256"], f"{at}.{name}.sha256", fields.SHA256)
+        found[name] = FileSpec(digest, fields.whole(data["bytes"], f"{at}.{name}.bytes"))
+    return found
+
+
+def _costs(value: Any, at: str) -> Costs:
+    data = fields.record(value, at, ("macs", "params"))
+    return Costs(
+        macs=fields.whole(data["macs"], f"{at}.macs", 1),
+        params=fields.whole(data["params"], f"{at}.params", 1),
+    )
+
+
+def _preprocess(data: dict[str, Any], at: str) -> Preprocess:
+    height, width = (
+        fields.whole(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
+    )
+
+    def three(name: str) -> tuple[float, float, float]:
+        r, g, b = (
+            fields.number(x, f"{at}.{name}") for x in fields.array(data[name], f"{at}.{name}", 3)
+        )
+        return r, g, b
+
+    interpolations, modes = ("bicubic", "bilinear"), ("shortest", "squash", "longest")
+    return Preprocess(
+        size=(height, width),
+        mean=three("mean"),
+        std=three("std"),
+        interpolation=fields.choice(data["interpolation"], f"{at}.interpolation", interpolations),
+        resize_mode=fields.choice(data["resize_mode"], f"{at}.resize_mode", modes),
+    )

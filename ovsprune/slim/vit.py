@@ -1,0 +1,249 @@
+"""CLIP's vision transformer with a width of its own in every block.
+
+Parameter names are those of open_clip's ``VisionTransformer``, and with the same weights so are
+the outputs. Other input sizes than the native one work: positions are interpolated as open_clip
+does when it loads a checkpoint into a model of another size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovsprune.core.errors import OptionError
+from ovsprune.slim.attention import SlimAttention
+
+__all__ = ["ACTIVATION_MODULES", "BlockShape", "QuickGELU", "VisionTransformer", "resize_positions"]
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise, any shape."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+}
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Widths of one block.
+
+    Attributes:
+        num_heads: Heads in the base model.
+        kept_heads: Those that are left, by their index there.
+        head_dim: Width of one head.
+        mlp_width: Hidden units of the MLP.
+    """
+
+    num_heads: int
+    kept_heads: tuple[int, ...]
+    head_dim: int
+    mlp_width: int
+
+
+class LayerScale(nn.Module):
+    """A learnt factor for each channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a LayerNorm and beside a residual stream."""
+
+    def __init__(
+        self, width: int, shape: BlockShape, activation: str, layer_scale: bool, eps: float
+    ) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps)
+        self.attn = SlimAttention(
+            width, shape.num_heads, shape.kept_heads, head_dim=shape.head_dim, batch_first=True
+        )
+        self.ls_1: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
+        self.ln_2 = nn.LayerNorm(width, eps)
+        parts: list[tuple[str, nn.Module]] = [
+            ("c_fc", nn.Linear(width, shape.mlp_width)),
+            ("gelu", ACTIVATION_MODULES[activation]()),
+            ("c_proj", nn.Linear(shape.mlp_width, width)),
+        ]
+        self.mlp = nn.Sequential(OrderedDict(parts))
+        self.ls_2: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        y = self.ln_1(x)
+        y, _ = self.attn(y, y, y, need_weights=False, attn_mask=attn_mask)
+        x = x + self.ls_1(y)
+        out: Tensor = x + self.ls_2(self.mlp(self.ln_2(x)))
+        return out
+
+
+class Transformer(nn.Module):
+    """The blocks, one after another."""
+
+    def __init__(
+        self,
+        width: int,
+        shapes: Sequence[BlockShape],
+        activation: str,
+        layer_scale: bool,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(
+            [Block(width, shape, activation, layer_scale, eps) for shape in shapes]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's image tower, to be filled with weights: positions and projection start as zeros.
+
+    Args:
+        width: Of the residual stream.
+        blocks: Widths of each block.
+        patch_size: Height and width of a patch in pixels.
+        grid_size: Patches of the native input, (rows, columns).
+        output_dim: C, the width of the embedding that images and texts share.
+        activation: One of :data:`ovsprune.slim.spec.ACTIVATIONS`.
+        pool: ``"tok"`` (the class token) or ``"avg"`` (the mean of the patch tokens).
+        norm_after_pool: Whether ``ln_post`` comes after the pooling.
+        pre_norm: Whether there is a LayerNorm before the blocks.
+        layer_scale: Whether the blocks scale their branches by a learnt factor.
+        projection: Whether there is ``proj``; without it C is ``width``.
+        patch_bias: Whether the patch embedding has a bias.
+        eps: What the LayerNorms add to the variance.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        blocks: Sequence[BlockShape],
+        patch_size: tuple[int, int],
+        grid_size: tuple[int, int],
+        output_dim: int,
+        activation: str,
+        pool: str = "tok",
+        norm_after_pool: bool = False,
+        pre_norm: bool = True,
+        layer_scale: bool = False,
+        projection: bool = True,
+        patch_bias: bool = False,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if pool not in ("tok", "avg"):
+            raise OptionError(f"pool is {pool!r}, expected 'tok' or 'avg'")
+        self.patch_size = patch_size
+        self.grid_size = grid_size
+        self.pool = pool
+        self.norm_after_pool = norm_after_pool
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=patch_bias)
+        tokens = grid_size[0] * grid_size[1] + 1
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
+        self.ln_pre: nn.Module = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
+        self.transformer = Transformer(width, blocks, activation, layer_scale, eps)
+        self.ln_post = nn.LayerNorm(width, eps)
+        self.proj = nn.Parameter(torch.zeros(width, output_dim)) if projection else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embedding of each picture, [B, 3, H, W] -> [B, C].
+
+        Raises:
+            OptionError: The pictures are smaller than one patch or of another shape.
+        """
+        x = self.tokens(images)
+        if not self.norm_after_pool:
+            x = self.ln_post(x)
+        pooled = x[:, 0] if self.pool == "tok" else x[:, 1:].mean(dim=1)
+        if self.norm_after_pool:
+            pooled = self.ln_post(pooled)
+        out: Tensor = pooled if self.proj is None else pooled @ self.proj
+        return out
+
+    def dense(self, images: Tensor) -> Tensor:
+        """Embedding of each patch, [B, 3, H, W] -> [B, C, H // patch, W // patch].
+
+        ``ln_post`` and ``proj`` of every patch token, as the class token is projected.
+
+        Raises:
+            OptionError: The pictures are smaller than one patch or of another shape.
+        """
+        x = self.ln_post(self.tokens(images)[:, 1:])
+        x = x if self.proj is None else x @ self.proj
+        out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grid(images))
+        return out
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Class and patch tokens after the last block, [B, 1 + h * w, width].
+
+        Raises:
+            OptionError: The pictures are smaller than one patch or of another shape.
+        """
+        grid = self.grid(images)
+        x = self.conv1(images).flatten(2).transpose(1, 2)
+        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        positions = resize_positions(self.positional_embedding, self.grid_size, grid)
+        x = self.ln_pre(torch.cat([first, x], dim=1) + positions.to(x.dtype))
+        out: Tensor = self.transformer(x)
+        return out
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in ``images``.
+
+        Raises:
+            OptionError: The pictures are smaller than one patch or of another shape.
+        """
+        rows, columns = (n // p for n, p in zip(images.shape[-2:], self.patch_size, strict=True))
+        if images.dim() != 4 or images.shape[1] != 3 or not rows or not columns:
+            raise OptionError(
+                f"images have shape {tuple(images.shape)}, expected [B, 3, H, W] with H and W of "
+                f"at least one patch {self.patch_size}"
+            )
+        return rows, columns
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positional embedding for another grid, bicubic with antialiasing like open_clip's.
+
+    Args:
+        positions: [1 + old rows * old columns, width], the class token's first.
+        old: Rows and columns that it was trained for.
+        new: Rows and columns that are wanted.
+
+    Returns:
+        [1 + new rows * new columns, width]; ``positions`` itself if the grids are equal.
+    """
+    if old == new:
+        return positions
+    first, grid = positions[:1], positions[1:]
+    # in float32: CPUs have no half-precision bicubic, and this runs outside of autocast's reach
+    image = grid.float().T.reshape(1, -1, *old)
+    image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([first, image[0].flatten(1).T.to(positions.dtype)])

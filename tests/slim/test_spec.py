@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ovsprune.core.errors import CheckpointError
+from ovsprune.core.records import Costs, Preprocess
+from ovsprune.slim.spec import (
+    ACTIVATIONS,
+    FORMAT_VERSION,
+    KINDS,
+    BaseSpec,
+    FileSpec,
+    LayerSpec,
+    SliceSpec,
+    SlimSpec,
+    schema,
+)
+
+SPEC = SlimSpec(
+    base=BaseSpec("ViT-B-16", "openai", True, {"proj": "a" * 64}, {"proj": "b" * 64}),
+    family="open_clip-vit",
+    library="open_clip_torch",
+    library_version="3.3.0",
+    architecture={"vision_cfg": {"width": 768}},
+    activation="quick_gelu",
+    preprocess=Preprocess((224, 224)),
+    layers=(
+        LayerSpec("blocks.0.attn", "heads", "blocks.0", 12, 6, 64),
+        LayerSpec(
+            "blocks.0.mlp", "mlp", "blocks.0", 3072, 1500, 1,
+            (SliceSpec("blocks.0.mlp.c_fc", "out"), SliceSpec("blocks.0.mlp.c_proj", "in", 3)),
+        ),
+    ),
+    protected=("*.11.attn",),
+    dense=Costs(100, 10),
+    slim=Costs(50, 6),
+    files={
+        "model.safetensors": FileSpec("c" * 64, 5),
+        "mask.safetensors": FileSpec("d" * 64, 6),
+    },
+    provenance={"command": "ovsprune prune", "seed": 0, "nested": [1.5, None, {"a": True}]},
+)  # fmt: skip
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def changed(change: Change) -> str:
+    document = json.loads(SPEC.to_json())
+    change(document)
+    return json.dumps(document)
+
+
+def test_round_trip() -> None:
+    assert SlimSpec.from_json(SPEC.to_json()) == SPEC
+    assert SlimSpec.from_json(SPEC.to_json().encode()) == SPEC
+    assert SPEC.to_json() == dataclasses.replace(SPEC).to_json()
+
+
+def test_what_the_spec_computes() -> None:
+    assert SPEC.ratio == 0.5
+    assert SPEC.layer("blocks.0.mlp").kept == 1500
+    with pytest.raises(KeyError, match="nowhere"):
+        SPEC.layer("nowhere")
+
+
+def test_the_schema_says_what_the_reader_says() -> None:
+    found = schema()
+    jsonschema.Draft202012Validator.check_schema(found)
+    jsonschema.validate(json.loads(SPEC.to_json()), found)
+    assert set(found["properties"]) == {"format", *(f.name for f in dataclasses.fields(SlimSpec))}
+    assert set(found["properties"]["base"]["properties"]) == {
+        f.name for f in dataclasses.fields(BaseSpec)
+    }
+    assert set(found["$defs"]["layer"]["properties"]) == {
+        f.name for f in dataclasses.fields(LayerSpec)
+    }
+    assert found["properties"]["activation"]["enum"] == list(ACTIVATIONS)
+    assert found["$defs"]["layer"]["properties"]["kind"]["enum"] == list(KINDS)
+    assert found["properties"]["format_version"]["const"] == FORMAT_VERSION
+
+
+BAD: dict[str, tuple[Change, str]] = {
+    "another format": (lambda d: d.update(format="safetensors"), "no slim checkpoint"),
+    "no format": (lambda d: d.pop("format"), "no slim checkpoint"),
+    "newer version": (lambda d: d.update(format_version=2), "format_version is 2, this ovsprune"),
+    "version as text": (lambda d: d.update(format_version="1"), "format_version is '1', expected"),
+    "missing field": (lambda d: d.pop("layers"), "lacks 'layers'"),
+    "unknown field": (lambda d: d.update(auto_map={"m": "x.Y"}), "unknown field 'auto_map'"),
+    "unknown field below": (lambda d: d["layers"][0].update(cls="os.system"), "field 'cls'"),
+    "code as library": (lambda d: d.update(library="os; import x"), "library is 'os; import x'"),
+    "path as family": (lambda d: d.update(family="../evil"), "family is '../evil'"),
+    "path as layer": (lambda d: d["layers"][0].update(name="../../etc"), r"layers\[0\].name is"),
+    "path as slice": (lambda d: d["layers"][1]["slices"][0].update(module="/a"), "module is '/a'"),
+    "path as file": (
+        lambda d: d["files"].update({"../x": d["files"]["mask.safetensors"]}),
+        "a file name is '../x'",
+    ),
+    "hidden file": (
+        lambda d: d["files"].update({".ssh": d["files"]["mask.safetensors"]}),
+        "a file name is '.ssh'",
+    ),
+    "negative size": (lambda d: d["files"]["mask.safetensors"].update(bytes=-1), "bytes is -1"),
+    "short digest": (lambda d: d["base"]["tensors"].update(proj="ab"), "base.tensors.proj is 'ab'"),
+    "path as tensor": (lambda d: d["base"]["tensors"].update({"a/b": "a" * 64}), "'a/b'"),
+    "kept too many": (lambda d: d["layers"][0].update(kept=13), r"kept is 13, expected at most"),
+    "kept none": (lambda d: d["layers"][0].update(kept=0), r"layers\[0\].kept is 0"),
+    "boolean as number": (lambda d: d["layers"][0].update(units=True), "units is True"),
+    "huge number": (lambda d: d["layers"][0].update(units=2**70), "units is 1180591"),
+    "fraction": (lambda d: d["dense"].update(macs=1.5), "dense.macs is 1.5"),
+    "no slices": (lambda d: d["layers"][1].update(slices=[]), "slices is empty"),
+    "unknown kind": (lambda d: d["layers"][0].update(kind="neurons"), "kind is 'neurons'"),
+    "unknown axis": (lambda d: d["layers"][1]["slices"][0].update(axis=0), "axis is 0"),
+    "unknown activation": (lambda d: d.update(activation="swish"), "activation is 'swish'"),
+    "trained as text": (lambda d: d["base"].update(trained="yes"), "base.trained is 'yes'"),
+    "one side": (lambda d: d["preprocess"].update(size=[224]), "preprocess.size is"),
+    "text as mean": (lambda d: d["preprocess"].update(mean=["a", 1, 1]), "preprocess.mean is 'a'"),
+    "list as architecture": (lambda d: d.update(architecture=[]), "architecture is list"),
+    "control characters": (lambda d: d["base"].update(model="a\x1b[2J"), "printable"),
+    "layers as object": (lambda d: d.update(layers={}), "layers is {}, expected an array"),
+    "long text": (lambda d: d["base"].update(model="x" * 5000), "at most 4096"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_documents_are_refused_by_reader_and_schema(name: str) -> None:
+    change, message = BAD[name]
+    document = changed(change)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        SlimSpec.from_json(document, "here/config.json")
+    assert str(caught.value).startswith("here/config.json")
+    if name not in ("control characters", "kept too many"):  # a JSON schema cannot say these
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(json.loads(document), schema())
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (b"", "is not the JSON of a slim checkpoint"),
+        (b"\xff\xfe{}", "is not the JSON of a slim checkpoint"),
+        ("[" * 100_000, "nested too deeply|recursion"),
+        ("[]", "no slim checkpoint"),
+        ('{"format": 1, "format": 2}', "'format' occurs twice"),
+        ('{"format": NaN}', "NaN is no JSON number"),
+        ("9" * 5000, "is not the JSON|no slim checkpoint"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(document: str | bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        SlimSpec.from_json(document)
+
+
+def test_a_layer_twice_is_refused() -> None:
+    document = changed(lambda d: d["layers"].append(d["layers"][0]))
+    with pytest.raises(CheckpointError, match=r"layers has blocks\.0\.attn twice"):
+        SlimSpec.from_json(document)
+
+
+def test_provenance_is_plain_data() -> None:
+    with pytest.raises(CheckpointError, match=r"provenance.path is .*expected plain JSON data"):
+        dataclasses.replace(SPEC, provenance={"path": object()}).to_json()
+    with pytest.raises(CheckpointError, match=r"provenance.loss is nan, expected a finite"):
+        dataclasses.replace(SPEC, provenance={"loss": float("nan")}).to_json()
+    odd = dataclasses.replace(SPEC, provenance={"file": "broken \udcff name"})
+    assert "broken" in SlimSpec.from_json(odd.to_json().encode()).provenance["file"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data(), JSON)
+def test_any_value_in_any_place_is_read_or_refused_clearly(data: Any, value: Any) -> None:
+    document = json.loads(SPEC.to_json())
+    node: Any = document
+    while True:
+        key = data.draw(
+            st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+        )
+        if not isinstance(node[key], (dict, list)) or not node[key] or data.draw(st.booleans()):
+            break
+        node = node[key]
+    node[key] = value
+    try:
+        spec = SlimSpec.from_json(json.dumps(document))
+    except CheckpointError as error:
+        assert str(error)
+    else:
+        assert SlimSpec.from_json(spec.to_json()) == spec
