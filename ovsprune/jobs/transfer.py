@@ -1,0 +1,217 @@
+"""transfer: a slim tower into a framework, live or on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, overload
+
+from torch import nn
+
+from ovsprune.core.errors import CheckpointError, OptionError, TargetError
+from ovsprune.core.progress import Progress, Silent
+from ovsprune.slim import SlimCheckpoint, read
+from ovsprune.slim.spec import CONFIG
+from ovsprune.targets import TARGETS, Attached
+from ovsprune.targets.convert import Converted
+from ovsprune.targets.foreign import Foreign, read_foreign
+from ovsprune.targets.output import check_place, write_output
+
+__all__ = ["newest_slim", "transfer"]
+
+_PathLike = str | os.PathLike[str]
+_Slim = SlimCheckpoint | _PathLike | None
+
+
+@overload
+def transfer(
+    model: nn.Module,
+    slim: _Slim = ...,
+    target: str = ...,
+    *,
+    weights: str = ...,
+    force: bool = ...,
+    progress: Progress | None = ...,
+) -> Attached: ...
+
+
+@overload
+def transfer(
+    model: None = ...,
+    slim: _Slim = ...,
+    target: str = ...,
+    *,
+    weights: str = ...,
+    checkpoint: _PathLike | None = ...,
+    output: _PathLike | None = ...,
+    overwrite: bool = ...,
+    force: bool = ...,
+    dry_run: bool = ...,
+    progress: Progress | None = ...,
+) -> dict[str, Any]: ...
+
+
+def transfer(
+    model: nn.Module | None = None,
+    slim: _Slim = None,
+    target: str = "auto",
+    *,
+    weights: str = "auto",
+    checkpoint: _PathLike | None = None,
+    output: _PathLike | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Attached | dict[str, Any]:
+    """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
+
+    With ``model`` it is slimmed in place; make the optimiser afterwards. Without, a directory is
+    written with the framework's checkpoint, the lines to add to its training script, and an account
+    of every key.
+
+    Args:
+        model: The framework's live model, dense, or None to work on disk.
+        slim: The slim checkpoint or its directory; by default the newest under ``slim/``.
+        target: A framework that ``ovsprune targets`` lists; ``"auto"`` recognises a live model.
+        weights: ``"slim"`` (the framework uses the frozen base CLIP), ``"target"`` (it finetuned
+            its CLIP: cut its own weights by the mask), or ``"auto"`` (told by the base's hashes).
+        checkpoint: On disk: the framework's dense checkpoint (.pth or .safetensors); without one,
+            CLIP alone is written.
+        output: On disk: directory to write, ``transfer/<target>-<slim>`` by default.
+        overwrite: Replace an output that exists.
+        force: Take a slim checkpoint whose base had random weights.
+        dry_run: On disk: check and account, and write nothing.
+        progress: Who hears about it.
+
+    Returns:
+        With a model, the report, whose ``detach()`` gives the original back. On disk, a record with
+        ``target, slim, weights, reason, replaced, kept, dropped, output, lines, notes``.
+
+    Raises:
+        UnknownNameError: There is no such target.
+        TargetError: The framework cannot take the slim tower; nothing was changed.
+        CheckpointError: A checkpoint is missing or damaged.
+        OutputError: The output exists or cannot be written.
+        OptionError: ``weights`` is unknown, or an argument is of the other way's.
+    """
+    progress = progress or Silent()
+    if target != "auto":
+        TARGETS.get(target)  # a wrong name is told before a file is read
+    if model is not None:
+        given = [
+            name
+            for name, value in (("checkpoint", checkpoint), ("output", output))
+            if value is not None
+        ] + ["dry_run"] * dry_run
+        if given:
+            raise OptionError(f"{', '.join(given)} cannot go with a live model; leave it out")
+        name = _recognise(model) if target == "auto" else target
+        return TARGETS.get(name).attach(model, _read(slim, progress), weights=weights, force=force)
+    if target == "auto":
+        raise OptionError(
+            f"target 'auto' needs a live model; on disk name one of {', '.join(TARGETS)}"
+        )
+    return _on_disk(
+        _read(slim, progress),
+        target,
+        weights,
+        checkpoint,
+        output,
+        overwrite,
+        force,
+        dry_run,
+        progress,
+    )
+
+
+def _on_disk(
+    slim: SlimCheckpoint,
+    name: str,
+    weights: str,
+    checkpoint: _PathLike | None,
+    output: _PathLike | None,
+    overwrite: bool,
+    force: bool,
+    dry_run: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    target = TARGETS.get(name)
+    place = check_place(
+        output or Path("transfer") / f"{name}-{slim.path.resolve().name}", overwrite or dry_run
+    )
+    with progress.stage(f"transfer to {name}", 3) as advance:
+        foreign = None if checkpoint is None else read_foreign(Path(checkpoint))
+        advance(1)
+        state = None if foreign is None else foreign.tensors
+        converted = target.convert(state, slim, weights=weights, force=force)
+        advance(1)
+        record = _record(name, slim, converted, foreign, checkpoint)
+        record["lines"] = target.lines(str(place))
+        if not dry_run:
+            record["output"] = str(place)
+            write_output(place, converted, record, record["lines"])
+        advance(1)
+    return record
+
+
+def _record(
+    name: str,
+    slim: SlimCheckpoint,
+    converted: Converted,
+    foreign: Foreign | None,
+    checkpoint: _PathLike | None,
+) -> dict[str, Any]:
+    dropped = dict(converted.dropped)
+    notes = list(converted.notes)
+    if foreign is not None:
+        for key in foreign.other:
+            dropped[key] = "no tensor of the model; an optimiser's state has dense shapes"
+        if foreign.inert:
+            notes.append(f"left unread in the checkpoint: {', '.join(foreign.inert)}")
+    return {
+        "target": name,
+        "slim": str(slim.path),
+        "weights": converted.weights,
+        "reason": converted.reason,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "replaced": dict(converted.replaced),
+        "kept": dict(converted.kept),
+        "dropped": dropped,
+        "notes": notes,
+        "output": None,
+    }
+
+
+def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
+    if isinstance(slim, SlimCheckpoint):
+        return slim
+    if slim is None:
+        slim = newest_slim()
+        progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
+    return read(slim)
+
+
+def newest_slim(root: _PathLike = "slim") -> Path:
+    """The directory under ``root`` whose config was written last.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    found = [path.parent for path in Path(root).glob(f"*/{CONFIG}")]
+    if not found:
+        raise CheckpointError(
+            f"no slim checkpoint was named, and there is none under {Path(root).resolve()}; run "
+            "`ovsprune prune` first, or name one (--slim DIR)"
+        )
+    return max(found, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name))
+
+
+def _recognise(model: nn.Module) -> str:
+    fitting = [name for name in TARGETS if TARGETS.get(name).detect(model)]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise TargetError(
+        f"{type(model).__name__} is none of the frameworks that are known "
+        f"({', '.join(TARGETS)}); name the target if it is a wrapped one (and give model.module)"
+    )

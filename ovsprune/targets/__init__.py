@@ -1,0 +1,17 @@
+"""Third-party frameworks that can take a slim tower, one a file.
+
+``TARGETS.get("mmseg-san").attach(model, ovsprune.read("slim/..."))`` slims a live model;
+:func:`load` puts what ``ovsprune transfer`` wrote into a freshly built one.
+"""
+
+from __future__ import annotations
+
+from ovsprune.core.registry import Registry
+from ovsprune.targets.attached import Attached
+from ovsprune.targets.convert import Converted
+from ovsprune.targets.output import load
+from ovsprune.targets.protocol import Target
+
+__all__ = ["TARGETS", "Attached", "Converted", "Target", "load"]
+
+TARGETS: Registry[Target] = Registry("target", "ovsprune.targets")

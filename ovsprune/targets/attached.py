@@ -1,0 +1,234 @@
+"""Attaching a slim tower to a framework's live model, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.core.errors import TargetError
+from ovsprune.slim import SlimCheckpoint
+from ovsprune.slim.apply import Applied, Swap
+from ovsprune.targets.check import Weights
+from ovsprune.targets.layout import POSITIONS, Layout
+from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
+
+__all__ = ["POSITIONS_STAY", "Attached", "add_guard", "attach_cuts", "attach_tower", "count"]
+
+POSITIONS_STAY = "the framework resizes and trains its positions"
+
+
+@dataclass(eq=False)
+class Attached:
+    """What attaching changed, and the way back; also a context manager that detaches.
+
+    Attributes:
+        target: Name of the target.
+        slim: Directory of the slim checkpoint.
+        weights: ``"slim"`` or ``"target"``.
+        reason: Why these weights.
+        replaced: Path of a module, or name of a tensor, to what became of it.
+        kept: Name of a tensor of the framework's tower to why it stayed.
+        protected: Canonical name to why the framework needs it as it is.
+        params_before: Parameters of the whole model before.
+        params_after: And now.
+        trainable: Patterns (``fnmatch``) of parameters that a schedule may touch.
+    """
+
+    target: str
+    slim: Path
+    weights: Weights
+    reason: str
+    replaced: Mapping[str, str]
+    kept: Mapping[str, str]
+    protected: Mapping[str, str]
+    params_before: int
+    params_after: int
+    trainable: tuple[str, ...] = ()
+    _applied: Applied = field(default_factory=Applied, repr=False)
+    _guard: Any = field(default=None, repr=False)
+
+    def detach(self) -> None:
+        """Put the original modules and tensors back, the same objects; twice does nothing.
+
+        Raises:
+            TargetError: Something else took a slim module's place since; nothing is undone.
+        """
+        self._applied.detach()
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
+    def record(self) -> dict[str, Any]:
+        """The report as plain JSON, with the keys that ``ovsprune transfer --json`` has."""
+        return {
+            "target": self.target,
+            "slim": str(self.slim),
+            "weights": self.weights,
+            "reason": self.reason,
+            "replaced": dict(self.replaced),
+            "kept": dict(self.kept),
+            "dropped": {},
+            "protected": dict(self.protected),
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "trainable": list(self.trainable),
+            "output": None,
+        }
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+
+class _DenseGuard:
+    """Refuses a dense checkpoint in a slim model.
+
+    Frameworks load with ``strict=False`` or drop tensors of another shape with a mere warning:
+    norms would become the dense model's and the slim layers would stay, without a word.
+    """
+
+    def __init__(self, target: str, shapes: Mapping[str, tuple[int, ...]], tower: set[str]) -> None:
+        self.target, self.shapes, self.tower = target, dict(shapes), tower
+
+    def __call__(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        if not self.tower & set(mine):
+            return  # a checkpoint without a tower (an adapter alone) does no harm
+        for name, shape in self.shapes.items():
+            found = tuple(mine[name].shape) if name in mine else None
+            if found != shape:
+                given = "is missing" if found is None else f"has shape {found}"
+                raise TargetError(
+                    f"this checkpoint is not of the slim model: {prefix}{name} {given}, expected "
+                    f"{shape}. Convert it first (ovsprune transfer --target {self.target} "
+                    "--checkpoint FILE), or load it before attaching"
+                )
+
+
+def attach_tower(
+    model: nn.Module,
+    checkpoint: SlimCheckpoint,
+    layout: Layout,
+    choice: tuple[Weights, str],
+    *,
+    target: str,
+    protected: Mapping[str, str],
+    trainable: tuple[str, ...],
+) -> Attached:
+    """Put the slim tower into ``model``; everything was checked before.
+
+    Args:
+        model: The framework's model, dense.
+        checkpoint: The slim checkpoint.
+        layout: Where its parts are.
+        choice: ``"slim"`` loads the checkpoint's tensors, ``"target"`` cuts the model's own; and
+            the reason, for the report.
+        target: Name of the target, for the report.
+        protected: What the framework needs as it is, for the report.
+        trainable: Parameters that a schedule may touch, for the report.
+
+    Raises:
+        TargetError: A module cannot be cut; nothing was changed.
+    """
+    before = count(model)
+    cuts = cuts_of(checkpoint, layout)
+    applied = attach_cuts(model, cuts)
+    replaced = {cut.path: str(cut) for cut in cuts}
+    kept: dict[str, str] = {}
+    try:
+        for canonical, tensor in checkpoint.tower().items():
+            name = layout.name(canonical)
+            assert name is not None  # the check compared every name
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            new_here = any(name.startswith(f"{cut.path}.") for cut in cuts)
+            value = layout.to_framework(canonical, tensor)
+            if canonical == POSITIONS:
+                kept[name] = POSITIONS_STAY
+            elif choice[0] == "target":
+                kept |= {} if new_here else {name: "the framework's own"}
+            elif new_here:
+                _fill(owner, leaf, value)
+            elif (swap := _exchange(owner, name, leaf, value)) is None:
+                kept[name] = "equal to the slim tower's"
+            else:
+                applied._swaps.append(swap)
+                replaced[name] = "value of the slim tower"
+    except BaseException:
+        applied.detach()
+        raise
+    return Attached(
+        target=target,
+        slim=checkpoint.path,
+        weights=choice[0],
+        reason=choice[1],
+        replaced=replaced,
+        kept=kept,
+        protected=protected,
+        params_before=before,
+        params_after=count(model),
+        trainable=trainable,
+        _applied=applied,
+        _guard=add_guard(model, target, layout, cuts),
+    )
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of ``model``, each counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
+    """Replace modules by slim copies; all are made before the first is put in place.
+
+    Raises:
+        TargetError: A module cannot be cut; nothing was changed.
+    """
+    swaps = []
+    for cut in cuts:
+        path, _, leaf = cut.path.rpartition(".")
+        dense = model.get_submodule(cut.path)
+        slim = slim_copy(dense, cut)
+        swaps.append(Swap(cut.path, model.get_submodule(path), "_modules", leaf, dense, slim))
+    for swap in swaps:
+        swap.owner._modules[swap.name] = swap.new
+    return Applied(tuple(cut.path for cut in cuts), _swaps=swaps)
+
+
+def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> Any:
+    """Have ``model`` refuse dense checkpoints from now on; returns the hook's handle."""
+    state = model.state_dict()
+    tower = {name for name in state if layout.canonical(name) is not None}
+    shapes = {
+        name: tuple(state[name].shape)
+        for name in tower
+        if any(name.startswith(f"{cut.path}.") for cut in cuts)
+    }
+    # public from torch 2.5 on, private and the same before
+    register: Any = model._register_load_state_dict_pre_hook
+    return register(_DenseGuard(target, shapes, tower))
+
+
+@torch.no_grad()
+def _fill(owner: nn.Module, leaf: str, value: Tensor) -> None:
+    """Write into a module that was just made."""
+    getattr(owner, leaf).copy_(value)
+
+
+def _exchange(owner: nn.Module, name: str, leaf: str, value: Tensor) -> Swap | None:
+    """Put a new parameter with ``value`` in place of one that differs."""
+    old = owner._parameters[leaf]
+    assert old is not None
+    value = value.to(device=old.device, dtype=old.dtype)
+    if torch.equal(old.detach(), value):
+        return None
+    new = nn.Parameter(value.detach().clone(), old.requires_grad)
+    owner._parameters[leaf] = new
+    return Swap(name, owner, "_parameters", leaf, old, new)

@@ -1,0 +1,126 @@
+"""Tensors out of other people's checkpoints, without running a line of theirs.
+
+A ``.pth`` file is a pickle, and a pickle is a program. This reader runs that program with nothing
+to call: every name in it becomes an inert placeholder, except for the handful of names that
+describe a tensor, and those are answered by closures of ours. Nothing is imported by name.
+
+Layouts: the zip format of ``torch.save`` (torch 1.6 on), the plain one before it, and safetensors.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ovsprune.core.errors import CheckpointError
+from ovsprune.targets.inert import Reader, Sketch
+
+__all__ = ["Foreign", "read_foreign"]
+
+_CONTAINERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
+
+
+@dataclass(frozen=True, eq=False)
+class Foreign:
+    """What was found in a foreign checkpoint.
+
+    Attributes:
+        path: The file.
+        tensors: Name to tensor, on the CPU, of the model's state.
+        container: Key of the entry that held the state (``"model"``, ``"state_dict"``), or None.
+        prefix: What was taken off every name (``"module."`` of data-parallel training), or "".
+        other: Other top-level entries (optimizer, schedule, ...), which are left behind.
+        inert: Names of classes and functions that the file asked for and did not get.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    container: str | None
+    prefix: str
+    other: tuple[str, ...]
+    inert: tuple[str, ...]
+
+
+def read_foreign(path: str | Path) -> Foreign:
+    """Read the model's tensors from a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, in no known layout, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"checkpoint {path} is not a file; give the framework's .pth or .safetensors file"
+        )
+    if path.suffix == ".safetensors":
+        return _collect(path, _read_safetensors(path), ())
+    reader = Reader()
+    try:
+        with path.open("rb") as stream:
+            root = reader.zip(stream) if zipfile.is_zipfile(stream) else reader.plain(stream)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
+    except RecursionError:
+        raise CheckpointError(f"checkpoint {path} is nested too deep to be read") from None
+    except Exception as error:  # a hostile pickle can make its machine fail in any way it likes
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read as a torch checkpoint "
+            f"({type(error).__name__}: {error}); it is damaged or of another kind. "
+            "Save it again with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from None
+    return _collect(path, root, tuple(sorted(reader.asked)))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(str(path)))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} is no safetensors file: {error}") from None
+
+
+def _collect(path: Path, root: Any, inert: tuple[str, ...]) -> Foreign:
+    """Find the model's state in what the file holds."""
+    state, container = _plain(root), None  # reads of a dict, never calls of what a file made
+    if not _tensors(state):
+        for key in _CONTAINERS:
+            if _tensors(_plain(state.get(key))):
+                container = key
+                break
+        else:
+            held = ", ".join(_names(state)[:8]) or f"a {type(root).__name__}"
+            raise CheckpointError(
+                f"checkpoint {path} holds no tensors of a model at its top level or under "
+                f"{', '.join(_CONTAINERS)}; it holds: {held}"
+            )
+    inner = state if container is None else _plain(state[container])
+    found = _tensors(inner)
+    prefix = "module." if all(name.startswith("module.") for name in found) else ""
+    other = set(_names(k for k in state if k != container)) if container else set()
+    other |= set(_names(k for k in inner if k not in found))
+    named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return Foreign(path, named, container, prefix, tuple(sorted(other)), inert)
+
+
+def _plain(value: Any) -> dict[Any, Any]:
+    return dict(dict.items(value)) if isinstance(value, dict) else {}
+
+
+def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    found = {}
+    for key, value in state.items():
+        if isinstance(key, str) and isinstance(value, Tensor | Sketch):
+            found[key] = value.tensor() if isinstance(value, Sketch) else value
+    return found
+
+
+def _names(keys: Iterable[Any]) -> list[str]:
+    """Keys for a message; a key that is no text is named by its kind."""
+    return [key if isinstance(key, str) else f"a {type(key).__name__}" for key in keys]

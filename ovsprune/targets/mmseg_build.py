@@ -1,0 +1,349 @@
+"""Building mmsegmentation's SAN where no weights can be downloaded: for the demo and the tests.
+
+The model is built from the framework's own configuration file, and every parameter is initialised
+(the framework leaves two of its text encoder as uninitialised memory when it gets no weights).
+Users who have a SAN of their own need nothing of this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.core.errors import MissingLibraryError, OptionError
+from ovsprune.targets.mmseg_san import MmsegSan
+
+__all__ = [
+    "SanShape",
+    "build_san",
+    "class_texts",
+    "mmcv_operators",
+    "put_tower",
+    "run_san",
+    "scale_bias",
+]
+
+
+@dataclass(frozen=True)
+class SanShape:
+    """Sizes of a SAN; the defaults are those of ``san_vit-b16.py``.
+
+    Attributes:
+        width: Width of CLIP's image tower.
+        depth: Its blocks.
+        heads: Its heads.
+        patch: Its patch size in pixels.
+        size: Its native input size in pixels.
+        mlp: Width of its MLPs.
+        outputs: Width of its embedding.
+        activation: ``"quick_gelu"`` or ``"gelu"``.
+        adapter: Width of the side adapter.
+        adapter_depth: Its blocks.
+        adapter_heads: Its heads.
+        queries: Mask proposals.
+        text_width: Width of the text tower.
+        text_depth: Its blocks.
+        text_heads: Its heads.
+    """
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    patch: int = 16
+    size: int = 224
+    mlp: int = 3072
+    outputs: int = 512
+    activation: str = "quick_gelu"
+    adapter: int = 240
+    adapter_depth: int = 8
+    adapter_heads: int = 6
+    queries: int = 100
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+
+    @classmethod
+    def small(
+        cls, tower: Mapping[str, Tensor], *, heads: int, size: int, activation: str
+    ) -> SanShape:
+        """A SAN with a light side adapter around a small CLIP tower.
+
+        Args:
+            tower: Dense state of the tower, canonical name to tensor.
+            heads: Heads of its attention.
+            size: Native input size in pixels.
+            activation: ``"quick_gelu"`` or ``"gelu"``.
+        """
+        prefix = "transformer.resblocks."
+        blocks = {name.split(".")[2] for name in tower if name.startswith(prefix)}
+        return cls(
+            width=tower["conv1.weight"].shape[0],
+            depth=len(blocks),
+            heads=heads,
+            patch=tower["conv1.weight"].shape[-1],
+            size=size,
+            mlp=tower[f"{prefix}0.mlp.c_fc.weight"].shape[0],
+            outputs=tower["proj"].shape[1],
+            activation=activation,
+            adapter=96,
+            adapter_depth=4,
+            adapter_heads=4,
+            queries=24,
+            text_width=32,
+            text_depth=1,
+            text_heads=2,
+        )
+
+
+@contextlib.contextmanager
+def mmcv_operators() -> Iterator[None]:
+    """Let mmsegmentation be imported where mmcv came without its compiled operators.
+
+    mmcv imports ``mmcv._ext`` when its operators are imported, and mmsegmentation imports those.
+    SAN runs none of them, so a stand-in is enough whose operators refuse to run. Where the
+    extension is there, nothing is done.
+
+    Raises:
+        MissingLibraryError: mmsegmentation, mmengine or mmcv is not installed.
+    """
+    missing = [name for name in ("mmseg", "mmengine", "mmcv") if not _installed(name)]
+    if missing:
+        raise MissingLibraryError(
+            f"{', '.join(missing)} is not installed; a SAN of mmsegmentation needs "
+            "onedl-mmsegmentation 1.4, onedl-mmengine and onedl-mmcv: run `make frameworks`, or "
+            "see docs/targets/mmseg-san.md"
+        )
+    if "mmcv._ext" in sys.modules or _installed("mmcv._ext"):
+        yield
+        return
+    sys.modules["mmcv._ext"] = _StandIn("mmcv._ext")
+    try:
+        yield
+    finally:
+        del sys.modules["mmcv._ext"]
+
+
+class _StandIn(ModuleType):
+    """Has every operator, and runs none."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def refuse(*args: object, **options: object) -> None:
+            raise MissingLibraryError(
+                f"mmcv's compiled operator {name} is needed here, but onedl-mmcv was built without "
+                "its extension; build it with MMCV_WITH_OPS=1"
+            )
+
+        return refuse
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def build_san(
+    vocabulary: Sequence[str], shape: SanShape | None = None, *, seed: int = 0
+) -> nn.Module:
+    """Build mmsegmentation's SAN with random weights, every parameter initialised.
+
+    Args:
+        vocabulary: Names of the classes.
+        shape: Its sizes; by default those of ``san_vit-b16.py``.
+        seed: Seed of the weights.
+
+    Raises:
+        MissingLibraryError: mmsegmentation is not installed.
+        OptionError: Sizes that the framework cannot build.
+    """
+    shape = shape or SanShape()
+    if shape.mlp % shape.width:
+        raise OptionError(
+            f"the framework builds MLPs whose width is a multiple of the tower's; {shape.mlp} is "
+            f"none of {shape.width}"
+        )
+    with mmcv_operators(), contextlib.redirect_stdout(io.StringIO()), _seeded(seed):
+        importlib.import_module("mmseg.models")
+        registry = importlib.import_module("mmseg.registry")
+        engine = importlib.import_module("mmengine")
+        engine.registry.init_default_scope("mmseg")
+        model: nn.Module = registry.MODELS.build(_config(vocabulary, shape))
+        _initialise(model)
+    model.eval()
+    return model
+
+
+def _config(vocabulary: Sequence[str], shape: SanShape) -> Any:
+    """The framework's own configuration with these sizes."""
+    mmseg = importlib.import_module("mmseg")
+    engine = importlib.import_module("mmengine")
+    file = Path(str(mmseg.__file__)).parent / ".mim/configs/_base_/models/san_vit-b16.py"
+    config = engine.Config.fromfile(str(file)).model
+    front = shape.depth * 3 // 4
+    activation = {"type": "QuickGELU" if shape.activation == "quick_gelu" else "GELU"}
+    tower = {
+        "embed_dims": shape.width,
+        "num_heads": shape.heads,
+        "mlp_ratio": shape.mlp // shape.width,
+        "act_cfg": activation,
+    }
+    config.pretrained = None
+    config.data_preprocessor = None
+    config.image_encoder.update(
+        tower,
+        img_size=(shape.size, shape.size),
+        patch_size=shape.patch,
+        num_layers=front,
+        out_indices=tuple(front * i // 3 - 1 for i in (1, 2, 3)),
+    )
+    config.text_encoder.update(
+        dataset_name=None,
+        vocabulary=list(vocabulary),
+        templates=["a photo of a {}."],
+        embed_dims=shape.text_width,
+        num_layers=shape.text_depth,
+        num_heads=shape.text_heads,
+        output_dims=shape.outputs,
+    )
+    head = config.decode_head
+    head.num_classes = len(vocabulary)
+    head.loss_decode[0].class_weight = [1.0] * len(vocabulary) + [0.1]
+    head.deep_supervision_idxs = [shape.adapter_depth - 1]
+    head.san_cfg.update(
+        clip_channels=shape.width, embed_dims=shape.adapter, num_queries=shape.queries
+    )
+    head.san_cfg.cfg_encoder.update(
+        num_encode_layer=shape.adapter_depth, num_heads=shape.adapter_heads
+    )
+    head.san_cfg.cfg_decoder.num_heads = shape.heads
+    head.maskgen_cfg.update(
+        tower,
+        sos_token_num=shape.queries,
+        num_layers=shape.depth - front,
+        out_dims=shape.outputs,
+    )
+    return config
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module) -> None:
+    """Initialise every parameter; the framework does it only from a file of weights."""
+    for module in (model.image_encoder, model.decode_head.side_adapter_network):  # type: ignore[union-attr]
+        module.init_weights()  # type: ignore[operator, union-attr]
+    for name, parameter in model.named_parameters():
+        if name.startswith("text_encoder.") and parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02 if "transformer" in name else 0.1)
+        elif name.endswith("logit_scale"):
+            parameter.fill_(4.6)  # CLIP's own, ln(100)
+
+
+@torch.no_grad()
+def scale_bias(model: nn.Module, images: Tensor, *, std: float) -> None:
+    """Make the attention bias of an untrained SAN strong, and each head's its own.
+
+    As the framework starts it, it is so flat that even a wrong order of heads changes nothing.
+
+    Args:
+        model: From :func:`build_san`.
+        images: [B, 3, H, W], preprocessed, on which it is measured.
+        std: The standard deviation that every head's bias gets there.
+    """
+    decoder: Any = model.get_submodule("decode_head.side_adapter_network.mask_decoder")
+    last = decoder.attn_mlp.layers[-1]
+    nn.init.orthogonal_(last.weight.view(last.weight.shape[0], -1))
+    last.bias.zero_()
+    decoder.bias_scaling.bias.zero_()
+    bias = run_san(model, images)["bias"]
+    per_head = bias.transpose(0, 1).flatten(1).std(dim=1)
+    rows = per_head.repeat_interleave(last.weight.shape[0] // len(per_head))
+    last.weight.mul_(std / rows[:, None, None, None])
+
+
+@torch.no_grad()
+def put_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
+    """Put a dense CLIP tower into a SAN of its sizes.
+
+    Args:
+        model: From :func:`build_san`.
+        tower: Canonical name to tensor.
+    """
+    depth = len({name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")})
+    layout = MmsegSan().layout(model.state_dict(), depth)
+    values = {
+        name: layout.to_framework(canonical, tensor)
+        for canonical, tensor in tower.items()
+        if (name := layout.name(canonical)) is not None
+    }
+    own = {name for name in model.state_dict() if layout.canonical(name) is not None}
+    if own != set(values):
+        raise OptionError(
+            f"the tower's tensors are not this SAN's: {sorted(own ^ set(values))[:4]} are in one "
+            "of them only"
+        )
+    model.load_state_dict(values, strict=False)
+
+
+def class_texts(model: nn.Module, embeddings: Mapping[str, Tensor], scale: float) -> None:
+    """Give a SAN the text embeddings of its classes, so that its text tower is not asked.
+
+    Args:
+        model: From :func:`build_san`, built with ``embeddings``' names as its vocabulary.
+        embeddings: Class name to embedding [outputs], L2-normalised.
+        scale: CLIP's logit scale (100 for OpenAI's).
+    """
+    encoder: Any = model.get_submodule("text_encoder")
+    encoder.cache = dict(embeddings)
+    with torch.no_grad():
+        encoder.logit_scale.fill_(torch.tensor(float(scale)).log())
+
+
+@torch.no_grad()
+def run_san(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Run SAN on preprocessed pictures, and give what its head makes.
+
+    Args:
+        model: SAN in evaluation mode.
+        images: [B, 3, H, W]; CLIP sees them at half that size.
+
+    Returns:
+        ``masks`` [B, queries, h, w] (before the sigmoid), ``logits`` [B, queries, classes + 1],
+        ``bias`` [B, heads, queries, h, w] (before it is resized), and ``segmentation``
+        [B, classes, h, w], the sum over queries of class probability times mask probability.
+    """
+    san: Any = model
+    small = nn.functional.interpolate(images, scale_factor=san.encoder_resolution, mode="bilinear")
+    features = san.image_encoder(small)
+    head = san.decode_head
+    masks, biases = head.side_adapter_network(images, features, [])
+    embeddings = head.rec_with_attnbias(biases[-1], features[-1])
+    logits = torch.einsum("bqc,nc->bqn", embeddings, san.text_encoder())
+    classes = logits.softmax(dim=-1)[..., :-1]
+    segmentation = torch.einsum("bqc,bqhw->bchw", classes, masks[-1].sigmoid())
+    return {
+        "masks": masks[-1],
+        "logits": logits,
+        "bias": biases[-1][-1],
+        "segmentation": segmentation,
+    }

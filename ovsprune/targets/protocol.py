@@ -1,0 +1,113 @@
+"""What a target is: one third-party framework that can take a slim tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ovsprune.slim import SlimCheckpoint
+from ovsprune.targets.attached import Attached
+from ovsprune.targets.check import Weights
+from ovsprune.targets.convert import Converted
+from ovsprune.targets.layout import Layout
+
+__all__ = ["Target"]
+
+
+class Target(Protocol):
+    """One framework; the class that implements it lives in one file and inherits nothing.
+
+    Attributes:
+        framework: What the framework is, with the version or commit that this was written for.
+        protects: Canonical name (or what it is) to why the framework needs it as it is.
+        trainable: ``fnmatch`` patterns of the framework's parameters that a schedule may touch.
+    """
+
+    framework: str
+    protects: Mapping[str, str]
+    trainable: tuple[str, ...]
+
+    def detect(self, model: nn.Module) -> bool:
+        """Whether ``model`` is this framework's."""
+        ...
+
+    def towers(self, model: nn.Module) -> dict[str, str]:
+        """What is where: part of the image tower (``"blocks 0-8"``) to its path in ``model``.
+
+        Raises:
+            TargetError: ``model`` is not this framework's.
+        """
+        ...
+
+    def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
+        """Names of the tower's parts, in both directions.
+
+        Args:
+            names: Keys of the framework's state, which tell where the blocks are split; None for
+                the framework's default.
+            depth: Blocks of the tower.
+
+        Raises:
+            TargetError: ``names`` are not this framework's, or have another number of blocks.
+        """
+        ...
+
+    def check(
+        self,
+        model: nn.Module,
+        checkpoint: SlimCheckpoint,
+        *,
+        weights: str = "auto",
+        force: bool = False,
+    ) -> tuple[Weights, str]:
+        """Ask whether ``model`` can take the slim tower; touches nothing.
+
+        Returns:
+            Which weights it would get (for ``"auto"``: decided here), and why.
+
+        Raises:
+            TargetError: It cannot, and why.
+        """
+        ...
+
+    def attach(
+        self,
+        model: nn.Module,
+        checkpoint: SlimCheckpoint,
+        *,
+        weights: str = "auto",
+        force: bool = False,
+    ) -> Attached:
+        """Put the slim tower into ``model``, in place; make the optimiser afterwards.
+
+        Raises:
+            TargetError: ``check`` says no; nothing was changed.
+        """
+        ...
+
+    def convert(
+        self,
+        state: Mapping[str, Tensor] | None,
+        checkpoint: SlimCheckpoint,
+        *,
+        weights: str = "auto",
+        force: bool = False,
+    ) -> Converted:
+        """The framework's saved state with the slim tower in it.
+
+        Args:
+            state: The dense state, or None to write CLIP alone.
+            checkpoint: The slim checkpoint.
+            weights: ``"slim"``, ``"target"`` or ``"auto"``.
+            force: Take a checkpoint whose base had random weights, too.
+
+        Raises:
+            TargetError: It does not fit.
+        """
+        ...
+
+    def lines(self, output: str) -> str:
+        """Python lines to add to the framework's training script, for an ``output`` directory."""
+        ...

@@ -1,0 +1,45 @@
+"""One real SAN for the whole session: building takes long, and no test leaves a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.targets.by_hand import lively_tower, load_pictures, needs_mmseg
+
+CLASSES = ("person", "tree", "sky")
+VIT_B = {"width": 768, "depth": 12, "heads": 12, "patch": 16, "size": 224, "outputs": 512}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def vit_b() -> dict[str, Tensor]:
+    """A tower of ViT-B/16's sizes."""
+    return lively_tower(**VIT_B, mlp=3072, seed=0)
+
+
+@pytest.fixture(scope="session")
+def _san(vit_b: dict[str, Tensor]) -> nn.Module:
+    needs_mmseg()
+    from ovsprune.targets.mmseg_build import build_san, put_tower, scale_bias
+
+    model = build_san(CLASSES, seed=0)
+    put_tower(model, vit_b)
+    scale_bias(model, load_pictures(1, 320), std=2.0)
+    return model
+
+
+@pytest.fixture
+def san(_san: nn.Module) -> Iterator[nn.Module]:
+    """SAN as mmsegmentation ships it, from its san_vit-b16.py, with that tower in it."""
+    before = {name: (id(t), t._version) for name, t in _san.state_dict(keep_vars=True).items()}
+    yield _san
+    after = {name: (id(t), t._version) for name, t in _san.state_dict(keep_vars=True).items()}
+    assert after == before, "a test changed the shared model"
