@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def prune(
     if target is not None:
         state = {f"visual.{k}": v.to(DTYPES[dtype]) for k, v in result.tower.state_dict().items()}
         kept_text = {k: v.to(DTYPES[dtype]) for k, v in model.text.items()} if text else {}
-        command = shlex.join(["ovsprune", "prune", "--model", model.name, "--ratio", f"{ratio:g}"])
+        command = _command(model, settings, dtype, text)
         result.spec = replace(
             result.spec, provenance={**result.spec.provenance, "command": command}
         )
@@ -173,6 +173,22 @@ def prune(
         )
         clock.lap("write")
     return result
+
+
+def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
+    """The command line that does the same, without the options that are the defaults."""
+    words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
+    if model.pretrained != "embedded":
+        words += ["--pretrained", model.pretrained or "none"]
+    for field in fields(Settings):
+        value = getattr(settings, field.name)
+        if field.name in ("ratio", "ridge", "probe") or value == field.default:
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [f"--{field.name.replace('_', '-')}", str(one)]
+    if dtype != "float32":
+        words += ["--dtype", dtype]
+    return shlex.join([*words, *([] if text else ["--no-text"])])
 
 
 def _target(

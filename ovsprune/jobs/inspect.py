@@ -1,0 +1,73 @@
+"""What a slim checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+__all__ = ["inspect"]
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """Read a slim checkpoint, check it, and say what it holds, layer by layer.
+
+    Args:
+        directory: A slim checkpoint.
+
+    Returns:
+        ``format, base{model, pretrained, trained, tensors}, dense{macs, params},
+        slim{macs, params}, ratio, layers[{name, kind, block, units, kept, protected, unit_width,
+        indices}], family, library, library_version, architecture, activation, preprocess,
+        protected, provenance, files, bytes, path``.
+
+    Raises:
+        CheckpointError: It is damaged, incomplete, or no slim checkpoint.
+    """
+    from ovsprune.report.card import is_protected
+    from ovsprune.slim.read import read
+
+    checkpoint = read(Path(directory))
+    spec = checkpoint.spec
+    layers = []
+    for layer in spec.layers:
+        indices = [int(i) for i in checkpoint.mask[layer.name]]
+        layers.append(
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "block": layer.block,
+                "units": layer.units,
+                "kept": len(indices),
+                "unit_width": layer.unit_width,
+                "protected": is_protected(spec, layer),
+                "indices": indices,
+            }
+        )
+    return {
+        "path": str(checkpoint.path),
+        "format": spec.format_version,
+        "base": {
+            "model": spec.base.model,
+            "pretrained": spec.base.pretrained,
+            "trained": spec.base.trained,
+            "tensors": len(spec.base.tensors),
+        },
+        "dense": dataclasses.asdict(spec.dense),
+        "slim": dataclasses.asdict(spec.slim),
+        "ratio": spec.ratio,
+        "layers": layers,
+        "protected": list(spec.protected),
+        "family": spec.family,
+        "library": spec.library,
+        "library_version": spec.library_version,
+        "architecture": dict(spec.architecture),
+        "activation": spec.activation,
+        "preprocess": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(spec.preprocess).items()
+        },
+        "provenance": dict(spec.provenance),
+        "files": {name: dataclasses.asdict(entry) for name, entry in spec.files.items()},
+        "bytes": sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file()),
+    }

@@ -1,0 +1,54 @@
+"""What is there: models, targets, and the parts of a pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ovsprune.core.registry import Registry
+
+__all__ = ["criteria", "models", "targets"]
+
+Listing = dict[str, list[dict[str, Any]]]
+
+EMBEDDED = "ships with ovsprune: trained on procedural scenes"
+
+
+def models() -> Listing:
+    """Names that ``--model`` takes, beside slim directories: ``models[{name, summary, weights}]``.
+
+    ``weights`` are the tags that ``--pretrained`` takes for the name.
+    """
+    import open_clip
+
+    from ovsprune.backbones import model_names
+
+    listed = []
+    for name in model_names():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        summary = ", ".join(tags) or (EMBEDDED if name == "tiny" else "no weights are published")
+        listed.append({"name": name, "summary": summary, "weights": tags})
+    return {"models": listed}
+
+
+def targets() -> Listing:
+    """Frameworks that ``--target`` takes: ``targets[{name, summary}]``."""
+    from ovsprune.targets import TARGETS
+
+    return {"targets": _entries(TARGETS)}
+
+
+def criteria() -> Listing:
+    """``criteria``, ``allocations`` and ``recoveries``, each a list of ``{name, summary}``."""
+    from ovsprune.allocation import ALLOCATIONS
+    from ovsprune.importance import CRITERIA
+    from ovsprune.recovery import RECOVERIES
+
+    return {
+        "criteria": _entries(CRITERIA),
+        "allocations": _entries(ALLOCATIONS),
+        "recoveries": _entries(RECOVERIES),
+    }
+
+
+def _entries(registry: Registry[Any]) -> list[dict[str, str]]:
+    return [{"name": name, "summary": registry.summary(name)} for name in registry.names()]

@@ -1,0 +1,104 @@
+"""The demo's last step: the slim tower in a small SAN, built from mmsegmentation's own config."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovsprune.core.errors import MissingLibraryError
+from ovsprune.core.protocols import Backbone
+from ovsprune.evaluation.datasets import Sample
+from ovsprune.evaluation.zero_shot import prepare_image
+
+__all__ = ["transfer_into_small_san"]
+
+LOGIT_SCALE = 100.0
+
+
+def transfer_into_small_san(
+    dense: Backbone,
+    slim: Path,
+    embeddings: Tensor,
+    names: Sequence[str],
+    samples: Sequence[Sample],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Attach a slim tower to a SAN that carries its dense base, and compare their outputs.
+
+    The SAN's side adapter is untrained, so its masks mean nothing; what counts is how little they
+    move. Its attention bias is scaled to a standard deviation of 1, or heads would not matter.
+
+    Args:
+        dense: The base of ``slim``, a ViT.
+        slim: A slim checkpoint.
+        embeddings: Class embeddings [K, C].
+        names: Names of the K classes.
+        samples: Pictures to compare on.
+        seed: Of the adapter's weights.
+
+    Returns:
+        ``target, modules`` (replaced), ``params{before, after}``, ``cosine{masks, logits}`` and
+        ``agreement`` (share of pixels with the same class) of slim against dense SAN, ``detached``
+        (whether detaching gave the dense outputs back, bit for bit), ``seconds``; or ``skipped``,
+        with the reason, where mmsegmentation is not installed.
+    """
+    from ovsprune.jobs.transfer import transfer
+    from ovsprune.targets.mmseg_build import class_texts, put_tower, run_san, scale_bias
+
+    start = time.perf_counter()
+    try:
+        model = _build(dense, names, seed)
+    except MissingLibraryError as error:
+        return {"skipped": str(error)}
+    put_tower(model, dense.tower.state_dict())
+    class_texts(model, dict(zip(names, embeddings, strict=True)), LOGIT_SCALE)
+    images = _images(dense, samples)
+    scale_bias(model, images, std=1.0)
+    before = run_san(model, images)
+    attached = transfer(model, slim, "mmseg-san")
+    after = run_san(model, images)
+    attached.detach()
+    again = run_san(model, images)
+    return {
+        "target": attached.target,
+        "weights": attached.weights,
+        "modules": len(attached.replaced),
+        "params": {"before": attached.params_before, "after": attached.params_after},
+        "cosine": {key: _cosine(before[key], after[key]) for key in ("masks", "logits")},
+        "agreement": _agreement(before["segmentation"], after["segmentation"]),
+        "detached": all(torch.equal(before[key], again[key]) for key in before),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _build(dense: Backbone, names: Sequence[str], seed: int) -> Any:
+    from ovsprune.targets.mmseg_build import SanShape, build_san
+
+    attention: Any = dense.tower.get_submodule("transformer.resblocks.0.attn")
+    shape = SanShape.small(
+        dense.tower.state_dict(),
+        heads=attention.num_heads,
+        size=dense.preprocess.size[0],
+        activation=dense.activation,
+    )
+    return build_san(names, shape, seed=seed)
+
+
+def _images(dense: Backbone, samples: Sequence[Sample]) -> Tensor:
+    """Pictures at twice the tower's size, because SAN halves them for CLIP."""
+    images = torch.stack([prepare_image(sample.image, dense.preprocess) for sample in samples])
+    return F.interpolate(images, scale_factor=2, mode="bilinear")
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float(F.cosine_similarity(one.flatten(), other.flatten(), dim=0))
+
+
+def _agreement(one: Tensor, other: Tensor) -> float:
+    return float((one.argmax(1) == other.argmax(1)).float().mean())
