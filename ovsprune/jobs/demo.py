@@ -161,15 +161,17 @@ class _Demo:
 
         dense = self.towers["dense"]
         saved = self.place / SLIM if method == "default" else None
-        result = prune(
-            dense,
-            self.ratio,
-            seed=self.seed,
-            output=saved,
-            overwrite=True,
-            progress=self.progress,
-            **METHODS[method],
-        )
+        with self.progress.stage(f"pruning {MODEL}: {method}", 1) as advance:
+            result = prune(
+                dense,
+                self.ratio,
+                seed=self.seed,
+                output=saved,
+                overwrite=True,
+                progress=self.progress,
+                **METHODS[method],
+            )
+            advance(1)
         if saved is None:
             self.towers[method] = dataclasses.replace(dense, tower=result.tower)
         else:

@@ -1,0 +1,39 @@
+"""``ovsprune benchmark``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ovsprune.cli.screen import Screen, compute_options, output_options
+
+
+@click.command("benchmark", short_help="Latency, throughput and memory against dense.")
+@click.option("--model", required=True, help="A model name or a slim directory.")
+@click.option(
+    "--against",
+    metavar="NAME",
+    help="What to compare with; a slim directory's own base by default.",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=int,
+    multiple=True,
+    default=(1, 8),
+    show_default=True,
+    help="Pictures at a time; may be repeated.",
+)
+@click.option(
+    "--pairs", type=int, default=20, show_default=True, help="Alternating pairs of passes."
+)
+@compute_options(batch_size=None)
+@output_options
+def command(screen: Screen, **options: Any) -> None:
+    """Measure latency, throughput and peak memory, slim against dense in one run."""
+    from ovsprune.jobs.benchmark import benchmark
+    from ovsprune.report.tables import benchmark_summary
+
+    record = benchmark(**options, progress=screen.progress)
+    screen.finish(record, *benchmark_summary(record))

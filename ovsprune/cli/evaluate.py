@@ -1,0 +1,44 @@
+"""``ovsprune evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ovsprune.cli.screen import Screen, compute_options, output_options
+
+
+@click.command("evaluate", short_help="Zero-shot dense segmentation, mIoU.")
+@click.option("--model", required=True, help="A model name or a slim directory.")
+@click.option(
+    "--data",
+    metavar="DIR",
+    help="A folder with images/, labels/ and classes.json, or 'scenes' (the default for tiny).",
+)
+@click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
+@click.option(
+    "--list",
+    "list_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file that names the pictures to use, one stem a line.",
+)
+@click.option(
+    "--text-embeddings",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Embeddings of the classes, for a model without a text tower.",
+)
+@click.option("--limit", type=int, help="Use only the first so many pictures.")
+@compute_options()
+@output_options
+def command(screen: Screen, **options: Any) -> None:
+    """Measure zero-shot dense segmentation: mIoU over a folder of labelled pictures."""
+    from ovsprune.jobs.evaluate import evaluate
+    from ovsprune.report.tables import evaluate_summary
+
+    record = evaluate(**options, progress=screen.progress)
+    screen.finish(record, *evaluate_summary(record))

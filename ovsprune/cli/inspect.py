@@ -1,0 +1,21 @@
+"""``ovsprune inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ovsprune.cli.screen import Screen, output_options
+
+
+@click.command("inspect", short_help="What a slim checkpoint holds.")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@output_options
+def command(screen: Screen, directory: Path) -> None:
+    """Show what a slim checkpoint holds, layer by layer."""
+    from ovsprune.jobs.inspect import inspect
+    from ovsprune.report.tables import inspect_summary
+
+    record = inspect(directory)
+    screen.finish(record, *inspect_summary(record))

@@ -1,0 +1,73 @@
+"""``ovsprune prune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ovsprune.cli.screen import Screen, compute_options, output_options
+
+
+@click.command("prune", short_help="Cut an image tower to a budget, and repair it.")
+@click.option(
+    "--model", required=True, help="tiny, ViT-B/16, any open_clip ViT, or a slim directory."
+)
+@click.option("--ratio", required=True, type=float, help="Part of the cost to remove, in (0, 1).")
+@click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
+@click.option(
+    "--budget", default="macs", show_default=True, help="What --ratio counts: macs, params."
+)
+@click.option(
+    "--calibration",
+    default="procedural",
+    show_default=True,
+    help="A folder of pictures without labels, or 'procedural'.",
+)
+@click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
+@click.option(
+    "--criterion", default="reconstruction", show_default=True, help="Which units go first."
+)
+@click.option("--allocation", default="sensitivity", show_default=True, help="How much goes where.")
+@click.option(
+    "--recovery", default="closed-form", show_default=True, help="How the rest is repaired."
+)
+@click.option(
+    "--protect",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave the layers whose name matches (as in a shell: '*.11.*'); may be repeated.",
+)
+@click.option(
+    "--round-to",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Keep MLP widths at multiples of this.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
+@click.option("--text/--no-text", default=True, show_default=True, help="Save the text tower too.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the slim checkpoint goes; by default slim/MODEL-rRATIO.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--dry-run", is_flag=True, help="Say what would be cut, and write nothing.")
+@compute_options()
+@output_options
+def command(screen: Screen, **options: Any) -> None:
+    """Cut heads and MLP units out of an image tower, and repair what is left.
+
+    Needs no labels and no gradient steps. `ovsprune criteria` lists the criteria, allocations and
+    recoveries; the defaults are the best of them.
+    """
+    from ovsprune.jobs.prune import prune
+    from ovsprune.report.tables import prune_summary
+
+    record = prune(**options, progress=screen.progress).record()
+    screen.finish(record, *prune_summary(record))

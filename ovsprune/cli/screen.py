@@ -1,0 +1,174 @@
+"""Where output goes: tables, notes and bars for people, one JSON record for machines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+
+from ovsprune.cli.progress import Bars
+from ovsprune.core.errors import OutputError
+from ovsprune.core.progress import Progress, Silent
+
+__all__ = ["Screen", "compute_options", "output_options"]
+
+# Outside a terminal nothing says how wide a table may be; 80 columns break most of them.
+PLAIN_WIDTH = 120
+
+Callback = Callable[..., Any]
+
+
+class Screen:
+    """What one command shows.
+
+    Args:
+        json_to: None, a file, or ``"-"``: then stdout carries the record and nothing else.
+        quiet: Show errors only (the record is written all the same).
+
+    Raises:
+        OutputError: ``json_to`` cannot be written; found out before the work starts.
+    """
+
+    def __init__(self, json_to: str | None = None, quiet: bool = False) -> None:
+        self.json_to = json_to
+        self.quiet = quiet
+        self.stdout = sys.stdout
+        self.errors = _console(stderr=True)
+        self.tables = self.errors if json_to == "-" else _console(stderr=False)
+        self.progress: Progress = Silent() if quiet else Bars(self.errors)
+        if json_to not in (None, "-"):
+            _check_json(Path(str(json_to)))
+
+    def finish(self, record: Mapping[str, Any], *parts: RenderableType) -> None:
+        """Show ``parts`` to people and give ``record`` to machines."""
+        if not self.quiet:
+            for part in parts:
+                self.tables.print(part)
+        if self.json_to is None:
+            return
+        text = json.dumps(_plain(record), indent=2, allow_nan=False) + "\n"
+        if self.json_to == "-":
+            self.stdout.write(text)
+            self.stdout.flush()
+        else:
+            _write_atomically(Path(self.json_to), text)
+
+
+def output_options(function: Callback) -> Callback:
+    """Add ``--json``, ``--quiet`` and ``--debug``; the command gets a ``screen`` for them."""
+
+    @click.option(
+        "json_to",
+        "--json",
+        metavar="FILE",
+        help="Write the record of this run as JSON to FILE; '-' prints it, and only it, on stdout.",
+    )
+    @click.option("--quiet", "-q", is_flag=True, help="Show errors only.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+    @functools.wraps(function)
+    def wrapped(*args: Any, json_to: str | None, quiet: bool, debug: bool, **kwargs: Any) -> Any:
+        screen = Screen(json_to, quiet)
+        if json_to != "-":
+            return function(*args, screen=screen, **kwargs)
+        with redirect_stdout(sys.stderr):
+            return function(*args, screen=screen, **kwargs)
+
+    return wrapped
+
+
+def compute_options(*, batch_size: int | None = 16, dtype: bool = True) -> Callable[..., Any]:
+    """Add ``--device``, ``--dtype``, ``--batch-size`` (unless None) and ``--threads``."""
+
+    def decorate(function: Callback) -> Callback:
+        options = [
+            click.option(
+                "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."
+            ),
+        ]
+        if dtype:
+            options.append(
+                click.option(
+                    "--dtype",
+                    default="float32",
+                    show_default=True,
+                    help="float32, bfloat16, float16.",
+                )
+            )
+        if batch_size is not None:
+            options.append(
+                click.option(
+                    "--batch-size",
+                    type=int,
+                    default=batch_size,
+                    show_default=True,
+                    help="Pictures at a time.",
+                )
+            )
+        options.append(
+            click.option("--threads", type=int, help="CPU threads; by default PyTorch decides.")
+        )
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PLAIN_WIDTH
+    return console
+
+
+def _check_json(path: Path) -> None:
+    if path.is_dir():
+        raise OutputError(f"--json {path} is a directory; give a file, or '-' for stdout")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(
+            f"--json {path}: there is no directory {path.absolute().parent}; make it first"
+        )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise OutputError(
+            f"--json {path} could not be written: {error.strerror or error}; "
+            "name a file on a disk with room that you may write to"
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in JSON's own types; a number that JSON has no word for becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return _plain(value.item()) if hasattr(value, "item") else str(value)

@@ -1,0 +1,288 @@
+"""Data sets for dense evaluation: labelled folders and procedural scenes, behind one shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from ovsprune.calibration.scenes import CLASS_NAMES, HELD_OUT, OBJECTS, Scene, render_scene
+from ovsprune.core.errors import DataError
+
+__all__ = ["VOID", "FolderData", "Sample", "ScenesData", "SegmentationData", "merge_aliases"]
+
+VOID = -1
+"""The class index of void pixels."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One labelled picture.
+
+    Attributes:
+        image: sRGB, uint8 [H, W, 3].
+        label: Class indices, int64 [H, W]; `VOID` where there is none.
+        stem: The picture's name.
+    """
+
+    image: NDArray[np.uint8]
+    label: NDArray[np.int64]
+    stem: str
+
+
+class SegmentationData(Protocol):
+    """What evaluation needs of a data set.
+
+    Attributes:
+        class_names: A name for each class index, to show.
+        prompts: The name of each class index that is put into the text encoder's prompt.
+        scored: The class indices that the mean is taken over, or None for all.
+    """
+
+    class_names: tuple[str, ...]
+    prompts: tuple[str, ...]
+    scored: tuple[int, ...] | None
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+        ...
+
+    def __iter__(self) -> Iterator[Sample]:
+        """The pictures, always in the same order."""
+        ...
+
+
+def merge_aliases(
+    names: Sequence[str], aliases: dict[str, str]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+    """Makes one class of the names that share a prompt.
+
+    Args:
+        names: Class names as the data set has them.
+        aliases: Class name to the name used in its prompt; others are their own.
+
+    Returns:
+        Names to show (``"face/body"`` for a merged class), prompts, and for each given name the
+        index of its class.
+
+    >>> merge_aliases(["face", "cow", "body"], {"face": "person", "body": "person"})
+    (('face/body', 'cow'), ('person', 'cow'), (0, 1, 0))
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(aliases.get(name, name), []).append(name)
+    prompts = tuple(groups)
+    shown = tuple("/".join(dict.fromkeys(members)) for members in groups.values())
+    return shown, prompts, tuple(prompts.index(aliases.get(n, n)) for n in names)
+
+
+class FolderData:
+    """A folder with ``images/``, ``labels/`` and ``classes.json``.
+
+    Labels are PNGs of class ids with the pictures' stems and sizes. ``classes.json`` lies in the
+    folder or in the one above it: ``{"void": id or null, "classes": {"id": "name"}, "aliases":
+    {"name": "prompt name"}}``. Two classes with one prompt name are one class.
+
+    Args:
+        folder: The folder.
+        list_file: Text file with one stem a line; all pictures by default. A relative path is
+            looked for from the working directory first, then from the folder.
+        limit: At most this many pictures, the first ones.
+
+    Raises:
+        DataError: If something is missing or malformed; the message names the file.
+    """
+
+    scored: tuple[int, ...] | None = None
+
+    def __init__(
+        self, folder: Path | str, list_file: Path | str | None = None, limit: int | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        for name in ("images", "labels"):
+            if not (self.folder / name).is_dir():
+                raise DataError(
+                    f"{self.folder} has no folder {name}/: a data set is a folder with images/, "
+                    "labels/ and classes.json"
+                )
+        names, ids, aliases, self._void = _read_classes(self.folder)
+        self.class_names, self.prompts, classes = merge_aliases(names, aliases)
+        self._ids = dict(zip(ids, classes, strict=True))
+        images = _images_by_stem(self.folder / "images")
+        stems = sorted(images) if list_file is None else _read_list(self.folder, Path(list_file))
+        if not stems:
+            raise DataError(
+                f"no pictures in {self.folder / 'images'}: expected files of {IMAGE_SUFFIXES}"
+            )
+        for stem in stems:
+            if stem not in images:
+                raise DataError(
+                    f"{list_file} lists {stem!r}, but there is no such picture in "
+                    f"{self.folder / 'images'}"
+                )
+        self._items = [(stem, images[stem]) for stem in stems[:limit]]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for stem, path in self._items:
+            yield self._read(stem, path)
+
+    def _read(self, stem: str, path: Path) -> Sample:
+        label_path = self.folder / "labels" / f"{stem}.png"
+        if not label_path.is_file():
+            raise DataError(f"{path} has no label map: expected {label_path}")
+        image = np.asarray(_open(path).convert("RGB"))
+        raw = np.asarray(_open(label_path))
+        if raw.ndim != 2 or raw.dtype.kind not in "iub":
+            raise DataError(
+                f"{label_path} is not a map of class ids (shape {raw.shape}, {raw.dtype}): "
+                "expected a PNG with one integer channel"
+            )
+        if raw.shape != image.shape[:2]:
+            raise DataError(
+                f"{label_path} is {raw.shape[1]}x{raw.shape[0]}, but {path} is "
+                f"{image.shape[1]}x{image.shape[0]}: they must have the same size"
+            )
+        ids = raw.astype(np.int64)
+        label = np.full(ids.shape, VOID, dtype=np.int64)
+        for value in np.unique(ids).tolist():
+            if value == self._void:
+                continue
+            if value not in self._ids:
+                raise DataError(
+                    f"{label_path} holds the class id {value}, which classes.json does not name "
+                    f"(void is {self._void}): add it there"
+                )
+            label[ids == value] = self._ids[value]
+        return Sample(image, label, stem)
+
+
+class ScenesData:
+    """Procedural scenes as a data set.
+
+    Args:
+        count: How many scenes.
+        split: A name in `ovsprune.calibration.scenes.SPLITS`.
+        seed: Another seed is another data set.
+        size: Pixels a side.
+        combinations: Whether the classes are all held-out combinations as full phrases, such as
+            "red striped mug", and the backgrounds; the mean is then over the combinations. Only
+            for the split ``combinations``.
+
+    Raises:
+        DataError: If the arguments do not go together.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        split: str = "test",
+        seed: int = 0,
+        size: int = 96,
+        combinations: bool = False,
+    ) -> None:
+        if count < 1:
+            raise DataError(f"{count} procedural scenes were asked for: give at least 1")
+        if combinations and split != "combinations":
+            raise DataError(
+                f"combinations can only be scored on the split 'combinations', not on {split!r}"
+            )
+        render_scene(count - 1, split=split, seed=seed, size=size)
+        self._count, self._split, self._seed, self._size = count, split, seed, size
+        self._phrases: dict[str, int] | None = None
+        self.scored: tuple[int, ...] | None = None
+        self.class_names: tuple[str, ...] = CLASS_NAMES
+        if combinations:
+            phrases = tuple(c.phrase for c in HELD_OUT)
+            self._phrases = {phrase: i for i, phrase in enumerate(phrases)}
+            self.class_names = phrases + CLASS_NAMES[len(OBJECTS) :]
+            self.scored = tuple(range(len(phrases)))
+        self.prompts: tuple[str, ...] = self.class_names
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index in range(self._count):
+            scene = render_scene(index, split=self._split, seed=self._seed, size=self._size)
+            yield Sample(scene.image, self._label(scene), f"{self._split}-{self._seed}-{index}")
+
+    def _label(self, scene: Scene) -> NDArray[np.int64]:
+        label = scene.labels.astype(np.int64)
+        if self._phrases is None:
+            return label
+        own = [0, *(self._phrases[o.combination.phrase] for o in scene.objects)]
+        backgrounds = label - len(OBJECTS) + len(self._phrases)
+        return np.where(scene.instances > 0, np.array(own)[scene.instances], backgrounds)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path} cannot be read as a picture ({error}): replace or remove it"
+        ) from error
+
+
+def _images_by_stem(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise DataError(f"{found[path.stem]} and {path} have the same stem: keep one of them")
+        found[path.stem] = path
+    return found
+
+
+def _read_list(folder: Path, path: Path) -> list[str]:
+    for candidate in (path, folder / path):
+        if candidate.is_file():
+            break
+    else:
+        raise DataError(f"list file {path} does not exist, here or in {folder}")
+    try:
+        lines = candidate.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"list file {candidate} cannot be read: {error}") from error
+    stems = [line.strip() for line in lines if line.strip()]
+    if not stems:
+        raise DataError(f"list file {candidate} names no picture: expected one stem a line")
+    return stems
+
+
+def _read_classes(folder: Path) -> tuple[list[str], list[int], dict[str, str], int | None]:
+    """Names, ids, aliases and void of the data set's ``classes.json``."""
+    path = next((p for p in (folder, folder.parent) if (p / "classes.json").is_file()), None)
+    if path is None:
+        raise DataError(f"{folder} has no classes.json, nor has the folder above it")
+    path = path / "classes.json"
+    form = '{"void": id or null, "classes": {"id": "name"}, "aliases": {"name": "prompt name"}}'
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        classes = {int(key): str(name) for key, name in content["classes"].items()}
+        aliases = {str(k): str(v) for k, v in content.get("aliases", {}).items()}
+        void = None if content.get("void") is None else int(content["void"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not of the form {form} ({error!r})") from error
+    if not classes:
+        raise DataError(f"{path} names no class: expected the form {form}")
+    strangers = sorted(set(aliases) - set(classes.values()))
+    if strangers:
+        raise DataError(f"{path} has aliases for {', '.join(strangers)}, which are not its classes")
+    ids = sorted(i for i in classes if i != void)
+    return [classes[i] for i in ids], ids, aliases, void

@@ -1,0 +1,1 @@
+"""What people look at: numbers in words, tables, model cards, pictures. Decides nothing."""

@@ -1,0 +1,188 @@
+"""The model card of a slim checkpoint: what it is, what it costs, how it was made and is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from ovsprune.report.numbers import change, count, duration, percent
+
+if TYPE_CHECKING:
+    from ovsprune.slim.spec import LayerSpec, SlimSpec
+
+__all__ = ["card", "is_protected"]
+
+
+def is_protected(spec: SlimSpec, layer: LayerSpec) -> bool:
+    """Whether one of the spec's patterns protects ``layer`` or its block."""
+    return any(fnmatchcase(name, p) for p in spec.protected for name in (layer.name, layer.block))
+
+
+def card(spec: SlimSpec, record: Mapping[str, Any]) -> str:
+    """The text of a slim checkpoint's ``README.md``.
+
+    Args:
+        spec: The checkpoint's spec; ``files`` need not be filled in yet.
+        record: The pruning job's record (the keys of ``ovsprune prune --json``). Every key is
+            optional: what is missing is left out of the card.
+
+    Returns:
+        Markdown with a YAML front matter as model hubs read it.
+    """
+    parts = [
+        _front_matter(),
+        _summary(spec, record),
+        _costs(spec),
+        _quality(record),
+        _usage(spec),
+        _layers(spec),
+        _provenance(spec, record),
+        _limits(),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter() -> str:
+    lines = [
+        "---",
+        "library_name: ovsprune",
+        "pipeline_tag: image-feature-extraction",
+        "tags:",
+        "- ovsprune",
+        "- pruning",
+        "- clip",
+        "- open-vocabulary-segmentation",
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
+    removed = f"{percent(spec.ratio)} of its MACs removed"
+    asked = record.get("ratio")
+    if asked is not None:
+        budget = {"macs": "MACs", "params": "parameters"}.get(str(record.get("budget", "macs")))
+        removed += f" (asked for: {percent(float(asked))} of the {budget or record['budget']})"
+    text = (
+        f"# {spec.base.model}, slim\n\n"
+        f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "
+        "Heads of attention and units of MLPs were cut out whole, without a label and without "
+        "a gradient step, so the tower is really smaller and faster on any machine."
+    )
+    if not spec.base.trained:
+        text += (
+            "\n\n> **Untrained.** The base model's weights are random initial values: this "
+            "checkpoint shows shapes and speed, and its predictions mean nothing."
+        )
+    return text
+
+
+def _weights(spec: SlimSpec) -> str:
+    pretrained = spec.base.pretrained
+    return f"weights `{pretrained}`" if pretrained else "no pretrained weights"
+
+
+def _costs(spec: SlimSpec) -> str:
+    size = " x ".join(str(side) for side in spec.preprocess.size)
+    rows = [
+        f"| one picture of {size} | dense | slim | change |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, dense, slim in (
+        ("MACs", spec.dense.macs, spec.slim.macs),
+        ("parameters", spec.dense.params, spec.slim.params),
+    ):
+        rows.append(f"| {name} | {count(dense)} | {count(slim)} | {change(dense, slim)} |")
+    return "## Costs of the image tower\n\n" + "\n".join(rows)
+
+
+def _quality(record: Mapping[str, Any]) -> str:
+    fidelity = record.get("fidelity") or {}
+    lines = []
+    if "cosine" in fidelity:
+        lines.append(f"- cosine similarity of the dense features: {fidelity['cosine']:.4f}")
+    if "relative_error" in fidelity:
+        lines.append(f"- relative error of the dense features: {fidelity['relative_error']:.4f}")
+    if not lines:
+        return ""
+    return (
+        "## How close it stays to the dense tower\n\n"
+        "Measured on held-out calibration pictures, slim against dense:\n\n"
+        + "\n".join(lines)
+        + "\n\nThis says how well features are kept, not how good the segmentation is. "
+        "`ovsprune evaluate --model <this directory> --data <your data>` measures that."
+    )
+
+
+def _usage(spec: SlimSpec) -> str:
+    blocks = [
+        "## Use",
+        "```python\n"
+        "import ovsprune\n\n"
+        'tower = ovsprune.load("path/to/this/directory")\n'
+        "features = tower.dense(images)  # [B, C, h, w], from images [B, 3, H, W]\n"
+        "```",
+    ]
+    if spec.library.startswith("open_clip"):
+        blocks.append(
+            "The whole model, as `open_clip` returns it:\n\n"
+            "```python\n"
+            'model, _, preprocess = ovsprune.load_open_clip("path/to/this/directory")\n'
+            "```"
+        )
+    blocks.append(
+        "Into a segmentation framework: `ovsprune transfer --target NAME --slim <this directory>`"
+        " (`ovsprune targets` lists the names). The activation function is "
+        f"`{spec.activation}`; a tower built with another one is refused."
+    )
+    return "\n\n".join(blocks)
+
+
+def _layers(spec: SlimSpec) -> str:
+    rows = ["| layer | units | kept | of |", "| --- | --- | ---: | ---: |"]
+    for layer in spec.layers:
+        mark = " (protected)" if is_protected(spec, layer) else ""
+        rows.append(f"| `{layer.name}`{mark} | {layer.kind} | {layer.kept} | {layer.units} |")
+    if len(rows) == 2:
+        return ""
+    table = "\n".join(rows)
+    whole = [f"`{name}`" for name in spec.protected if name not in {x.name for x in spec.layers}]
+    if whole:
+        table += f"\n\nKept whole: {', '.join(whole)}."
+    return (
+        f"## Layer by layer\n\n{table}\n\n`mask.safetensors` holds the indices of "
+        "the kept units in the base model's coordinates, for any weights of that architecture."
+    )
+
+
+def _provenance(spec: SlimSpec, record: Mapping[str, Any]) -> str:
+    rows = [f"- {key.replace('_', ' ')}: {_value(value)}" for key, value in _facts(spec)]
+    if isinstance(record.get("seconds"), int | float):
+        rows.append(f"- time to prune: {duration(float(record['seconds']))}")
+    return "## How it was made\n\n" + "\n".join(rows)
+
+
+def _facts(spec: SlimSpec) -> list[tuple[str, Any]]:
+    built = f"{spec.family}, {spec.library} {spec.library_version}".strip()
+    facts: list[tuple[str, Any]] = [("built by", built)]
+    facts += [(key, value) for key, value in spec.provenance.items() if value not in (None, "")]
+    return facts
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(_value(inner) for inner in value)
+    return f"`{value}`" if isinstance(value, str) else str(value)
+
+
+def _limits() -> str:
+    return (
+        "## What to keep in mind\n\n"
+        "- The licence and the terms of use of the base model apply to this checkpoint too.\n"
+        "- Biases and blind spots of the base model stay; cutting can deepen them for what is "
+        "rare in the calibration pictures.\n"
+        "- Nothing in this directory is pickled, and nothing in it names code to import."
+    )

@@ -1,0 +1,86 @@
+"""Costs, sizes and times in the words that people use; decimal prefixes throughout."""
+
+from __future__ import annotations
+
+__all__ = ["change", "count", "duration", "file_size", "percent", "speedup"]
+
+_COUNTS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
+_SIZES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
+
+
+def count(value: float) -> str:
+    """A number of MACs or parameters with three significant digits.
+
+    >>> count(17_563_000_000), count(86_192_640), count(640)
+    ('17.6 G', '86.2 M', '640')
+    """
+    return _prefixed(value, _COUNTS, "")
+
+
+def file_size(value: float) -> str:
+    """A number of bytes with three significant digits.
+
+    >>> file_size(12_345_678), file_size(96)
+    ('12.3 MB', '96 B')
+    """
+    return _prefixed(value, _SIZES, " B")
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction in [0, 1] as a percentage.
+
+    >>> percent(0.4987)
+    '49.9%'
+    """
+    return f"{100 * fraction:.{digits}f}%"
+
+
+def change(before: float, after: float) -> str:
+    """What of ``before`` is gone in ``after``, with its sign.
+
+    >>> change(200, 100), change(100, 110), change(100, 100)
+    ('-50.0%', '+10.0%', '0.0%')
+    """
+    if not before:
+        return "n/a"
+    relative = (after - before) / before
+    return f"{100 * relative:+.1f}%" if abs(relative) >= 5e-4 else "0.0%"
+
+
+def speedup(before: float, after: float) -> str:
+    """How many times faster ``after`` seconds are than ``before`` seconds.
+
+    >>> speedup(0.2, 0.1)
+    '2.00x'
+    """
+    return f"{before / after:.2f}x" if after > 0 else "n/a"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit in which they are easiest to read.
+
+    >>> duration(0.0123), duration(4.56), duration(125)
+    ('12.3 ms', '4.6 s', '2 min 05 s')
+    """
+    if seconds < 1:
+        return f"{_digits(1000 * seconds)} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+def _prefixed(value: float, scales: tuple[tuple[float, str], ...], unit: str) -> str:
+    for scale, suffix in scales:
+        # 999.6 of the smaller unit would round to 1000 of it.
+        if abs(value) >= 0.9995 * scale:
+            return _digits(value / scale) + suffix
+    return f"{value:.0f}{unit}"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"

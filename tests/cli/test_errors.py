@@ -1,0 +1,211 @@
+"""What a user can get wrong: one clear message, exit status 2, nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from ovsprune import backbones
+from ovsprune.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Small tensors: threads would only wait for each other. Whoever changes it gives it back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, small_clip):
+    """An empty working directory, where --model small is the small CLIP."""
+    monkeypatch.chdir(tmp_path)
+    load = backbones.load
+    monkeypatch.setattr(
+        backbones,
+        "load",
+        lambda name, **rest: small_clip if name == "small" else load(name, **rest),
+    )
+    return tmp_path
+
+
+def refused(*args) -> str:
+    """The message of a command that fails as it should."""
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    return message
+
+
+PRUNE = ["prune", "--model", "small", "--ratio", "0.5", "--samples", "4", "--threads", "1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ratio", "0"], "--ratio 0 is outside (0, 1)"),
+        (["--ratio", "1"], "--ratio 1 is outside (0, 1)"),
+        (["--ratio", "-0.5"], "--ratio -0.5 is outside (0, 1)"),
+        (["--ratio", "nan"], "--ratio nan is outside (0, 1)"),
+        (["--ratio", "50"], "--ratio 50 is outside (0, 1)"),
+        (["--model", "ViT-B/61"], "unknown model 'ViT-B/61'. Did you mean 'ViT-B-16'"),
+        (["--criterion", "magnitud"], "unknown criterion 'magnitud'. Did you mean 'magnitude'?"),
+        (["--allocation", "unifrom"], "unknown allocation 'unifrom'. Did you mean 'uniform'?"),
+        (["--recovery", "closed"], "unknown recovery 'closed'. Did you mean 'closed-form'?"),
+        (["--budget", "watts"], "--budget 'watts' is unknown"),
+        (["--dtype", "int4"], "--dtype 'int4' is unknown"),
+        (["--samples", "0"], "--samples 0"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--round-to", "0"], "--round-to 0"),
+        (["--threads", "0"], "--threads 0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--protect", "nothing.*"], "--protect 'nothing.*' matches no group"),
+        (["--protect", "*"], "everything is protected"),
+        (["--calibration", "nowhere"], "nowhere is not a folder"),
+        (["--ratio", "0.999"], "out of reach: what may be cut gives at most 0.6"),
+        (["--model", "ViT-B/32", "--pretrained", "no-such-tag"], "'no-such-tag' is neither"),
+    ],
+)
+def test_prune(place, args, message):
+    assert message in refused(*PRUNE, *args)
+    assert list(place.iterdir()) == []
+
+
+def test_prune_into_an_output_that_exists(place):
+    (place / "out").mkdir()
+    (place / "out" / "mine").touch()
+    assert "out exists already" in refused(*PRUNE, "-o", "out")
+    assert [entry.name for entry in (place / "out").iterdir()] == ["mine"]
+
+
+def test_prune_with_a_folder_of_broken_pictures(place):
+    pictures = place / "pictures"
+    pictures.mkdir()
+    assert "no picture that can be read (0 picture files" in refused(
+        *PRUNE, "--calibration", pictures
+    )
+    for name in ("a.jpg", "b.png"):
+        (pictures / name).write_bytes(b"no picture")
+    assert "no picture that can be read (2 picture files, 2 of them broken)" in refused(
+        *PRUNE, "--calibration", pictures
+    )
+    assert not (place / "slim").exists()
+
+
+def test_prune_lists_the_broken_pictures_that_it_skips(place):
+    pictures = place / "pictures"
+    pictures.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (4, 48, 48, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(pictures / f"{number}.png")
+    (pictures / "broken.png").write_bytes(b"no picture")
+    result = CliRunner().invoke(
+        main, [*PRUNE, "--calibration", "pictures", "--allocation", "uniform", "--dry-run"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "note: skipped" in result.stderr
+    assert "broken.png" in result.stderr
+    assert "Dry run: nothing was written." in result.stdout
+    assert not (place / "slim").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--target", "sann"], "unknown target 'sann'. Did you mean 'san'"),
+        (["--target", "san"], "no slim checkpoint was named, and there is none under"),
+        (["--target", "san", "--slim", "nowhere"], "nowhere does not exist"),
+        (["--target", "san", "--slim", "{slim}"], "untrained|random"),
+        (
+            ["--target", "san", "--slim", "{slim}", "--force", "--weights", "mine"],
+            "weights is 'mine', expected",
+        ),
+        (
+            ["--target", "san", "--slim", "{slim}", "--force", "--checkpoint", "no.pth"],
+            "no.pth",
+        ),
+    ],
+)
+def test_transfer(place, slim, args, message):
+    said = refused("transfer", *(arg.format(slim=slim) for arg in args))
+    assert any(part in said for part in message.split("|")), said
+    assert list(place.iterdir()) == []
+
+
+def test_inspect(place, slim):
+    assert "nowhere does not exist" in refused("inspect", "nowhere")
+    (place / "file").touch()
+    assert "file is a file; name the directory" in refused("inspect", "file")
+    (place / "empty").mkdir()
+    assert "config.json" in refused("inspect", "empty")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "mask.safetensors"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "changed"])
+def test_damaged_checkpoints(place, slim, name, damage):
+    shutil.copytree(slim, place / "broken")
+    file = place / "broken" / name
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut short":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    assert name in refused("inspect", "broken")
+    assert name in refused("benchmark", "--model", "broken", "--against", "small")
+    assert name in refused("evaluate", "--model", "broken", "--data", "scenes")
+    assert name in refused("transfer", "--target", "san", "--slim", "broken", "--force")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--data is missing"),
+        (["--data", "nowhere"], "nowhere has no folder images/"),
+        (["--data", "scenes", "--limit", "0"], "--limit 0"),
+        (["--data", "scenes", "--batch-size", "-3"], "--batch-size -3"),
+        (["--data", "scenes", "--text-embeddings", "no.npz"], "no.npz cannot be read"),
+        (["--data", "scenes", "--device", "cuda:99"], "--device 'cuda:99' cannot be used here"),
+        (["--data", "scenes", "--model", "tinny"], "unknown model 'tinny'. Did you mean 'tiny'?"),
+    ],
+)
+def test_evaluate(place, args, message):
+    assert message in refused("evaluate", "--model", "small", *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--pairs", "0"], "--pairs 0"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--dtype", "float8"], "--dtype 'float8' is unknown"),
+        (["--threads", "-1"], "--threads -1"),
+        (["--against", "ViT-B/61"], "unknown model 'ViT-B/61'. Did you mean 'ViT-B-16'"),
+    ],
+)
+def test_benchmark(place, args, message):
+    assert message in refused("benchmark", "--model", "small", *args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ratio", "1.5"], "--ratio 1.5 is outside (0, 1)"),
+        (["--scenes", "0"], "--scenes 0 is too few"),
+        (["--threads", "0"], "--threads 0"),
+    ],
+)
+def test_demo(place, args, message):
+    assert message in refused("demo", *args)
+    assert list(place.iterdir()) == []
