@@ -121,7 +121,7 @@ def mmcv_operators() -> Iterator[None]:
     if missing:
         raise MissingLibraryError(
             f"{', '.join(missing)} is not installed; a SAN of mmsegmentation needs "
-            "onedl-mmsegmentation 1.4, onedl-mmengine and onedl-mmcv: run `make frameworks`, or "
+            "onedl-mmsegmentation, onedl-mmengine and onedl-mmcv: run `make setup`, or "
             "see docs/targets/mmseg-san.md"
         )
     if "mmcv._ext" in sys.modules or _installed("mmcv._ext"):

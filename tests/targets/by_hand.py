@@ -180,7 +180,7 @@ def load_pictures(count: int, side: int) -> Tensor:
 def needs_mmseg() -> None:
     """Skip where the framework is not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("mmseg", "mmengine", "mmcv")):
-        pytest.skip("mmsegmentation is not installed: `make frameworks` installs it")
+        pytest.skip("mmsegmentation is not installed: `make setup` installs it")
 
 
 @contextmanager
