@@ -6,9 +6,9 @@ given, and illustrate the demo. They need numpy and Pillow only.
     >>> from ovsprune.calibration.scenes import CLASS_NAMES, render_scene
     >>> scene = render_scene(0, split="test")
     >>> scene.image.shape, scene.labels.shape
-    ((112, 112, 3), (112, 112))
+    ((96, 96, 3), (96, 96))
     >>> len(CLASS_NAMES)
-    38
+    34
 """
 
 from ovsprune.calibration.scenes.render import Scene, SceneObject, render_scene

@@ -10,7 +10,7 @@ import numpy as np
 from ovsprune.calibration.scenes.splits import SPLITS
 from ovsprune.calibration.scenes.vocabulary import GROUNDS, HELD_OUT, SEEN, SKIES, Combination
 
-_SMALLEST, _LARGEST = 0.28, 0.64
+_SMALLEST, _LARGEST = 0.32, 0.62
 _CAPTION_STARTS = ("", "a photo of ", "a picture of ", "a scene with ")
 
 
@@ -24,7 +24,6 @@ class Placement:
         y: centre down, in 0..1 of the side.
         radius: half the object's width, in 0..1 of the side.
         angle: turn in radians.
-        flip: whether it is mirrored.
         stretch: width over height.
         jitter: three numbers in -1..1 for the surface.
     """
@@ -34,7 +33,6 @@ class Placement:
     y: float
     radius: float
     angle: float
-    flip: bool
     stretch: float
     jitter: tuple[float, float, float]
 
@@ -102,7 +100,7 @@ def draw_layout(rng: np.random.Generator, split: str) -> Layout:
         split: a name in `SPLITS`; says which combinations may occur.
 
     Returns:
-        The layout, with two to five objects.
+        The layout, with two to four objects.
     """
     combinations = HELD_OUT if SPLITS[split].held_out else SEEN
     sky: str | None = SKIES[rng.integers(len(SKIES))]
@@ -129,9 +127,9 @@ def draw_layout(rng: np.random.Generator, split: str) -> Layout:
 
 
 def _place(rng: np.random.Generator, combinations: Sequence[Combination]) -> tuple[Placement, ...]:
-    count = int(rng.integers(2, 6))
+    count = int(rng.integers(2, 5))
     widths = np.exp(rng.uniform(np.log(_SMALLEST), np.log(_LARGEST), count))
-    widths = np.sort(widths)[::-1] * (1.0 if count < 4 else 0.88)
+    widths = np.sort(widths)[::-1] * (1.0 if count < 4 else 0.9)
     placed: list[Placement] = []
     for width in widths:
         radius = float(width) / 2.0
@@ -143,8 +141,7 @@ def _place(rng: np.random.Generator, combinations: Sequence[Combination]) -> tup
                 x=x,
                 y=y,
                 radius=radius,
-                angle=float(np.radians(rng.uniform(-18.0, 18.0))),
-                flip=bool(rng.random() < 0.5),
+                angle=float(np.radians(rng.uniform(-12.0, 12.0))),
                 stretch=rng.uniform(0.82, 1.0),
                 jitter=(float(tint), float(scale), float(phase)),
             )
@@ -157,10 +154,10 @@ def _free_place(
 ) -> tuple[float, float]:
     """The least crowded of a few random places, so that objects overlap but not entirely."""
     best, best_gap = (0.5, 0.5), -np.inf
-    for x, y in rng.uniform(0.1, 0.9, (6, 2)):
+    for x, y in rng.uniform(0.12, 0.88, (8, 2)):
         gap = min((np.hypot(x - p.x, y - p.y) / (radius + p.radius) for p in placed), default=9.0)
         if gap > best_gap:
             best, best_gap = (float(x), float(y)), gap
-        if gap > 0.85:
+        if gap > 0.95:
             break
     return best

@@ -9,8 +9,6 @@ from ovsprune.calibration.scenes.vocabulary import COLOURS
 
 Array = NDArray[np.float32]
 
-_BROWN = np.array((120, 78, 40), dtype=np.float32)
-
 
 def second_tone(colour: Array) -> Array:
     """The tone for stripes, dots and marks: lighter on dark colours, darker on light ones.
@@ -69,11 +67,6 @@ def paint(
         base_map = base * tone[..., None]
         shiny = base_map + (250.0 - base_map) * (0.85 * share_white)[..., None]
         return shiny * (1.0 - 0.45 * mark)[..., None]
-    elif material == "wooden":
-        grain = np.sin(v * 1.7 / wave + 2.2 * np.sin(u * 0.16 + 3.0 * phase) + 3.0 * phase)
-        base = base * 0.72 + _BROWN * 0.28
-        other = base * 0.62 + _BROWN * 0.1
-        share = np.clip(0.35 + 0.5 * grain, 0.0, 1.0).astype(np.float32)
     surface = base + (other - base) * share[..., None]
     surface = surface + (second_tone(base) - surface) * (0.75 * mark)[..., None]
     return surface * tone[..., None]

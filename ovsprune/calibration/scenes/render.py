@@ -58,7 +58,7 @@ class Scene:
     caption: str
 
 
-def render_scene(index: int, *, split: str = "train", seed: int = 0, size: int = 112) -> Scene:
+def render_scene(index: int, *, split: str = "train", seed: int = 0, size: int = 96) -> Scene:
     """Renders a scene; the same arguments always give the same pixels.
 
     What is in the scene depends on seed, split and index only, so it looks the same at every
@@ -143,7 +143,7 @@ def _coverage(
     s = _SUPERSAMPLE
     cos, sin = np.cos(placement.angle), np.sin(placement.angle)
     turn = np.array([[cos, sin], [-sin, cos]]) * (placement.radius * side * s)
-    scale = np.array([-placement.stretch if placement.flip else placement.stretch, 1.0])
+    scale = np.array([placement.stretch, 1.0])
     offset = np.array(centre) * s
     body = Image.new("L", (extent[0] * s, extent[1] * s))
     marks = Image.new("L", body.size)

@@ -144,15 +144,6 @@ def _mushroom() -> Iterable[Part]:
     yield _poly((-0.25, 0.05), (0.25, 0.05), (0.36, 0.92), (-0.36, 0.92))
 
 
-def _umbrella() -> Iterable[Part]:
-    yield _oval(0, 0.05, 0.98, 0.95, start=180, stop=360)
-    for x in (-0.65, 0.0, 0.65):
-        yield _oval(x, 0.08, 0.3, 0.2, "cut")
-    yield _rect(-0.07, -0.2, 0.07, 0.8)
-    yield _oval(0.2, 0.75, 0.27, 0.24, start=0, stop=180)
-    yield _oval(0.2, 0.73, 0.13, 0.11, "cut")
-
-
 def _bottle() -> Iterable[Part]:
     yield _rect(-0.17, -0.95, 0.17, -0.2)
     yield _oval(0, -0.05, 0.45, 0.38)
@@ -166,20 +157,6 @@ def _flower() -> Iterable[Part]:
         yield _oval(0.58 * np.cos(a), 0.58 * np.sin(a), 0.36, 0.27, turn=60.0 * k)
     yield _oval(0, 0, 0.3, 0.3)
     yield _oval(0, 0, 0.22, 0.22, "mark")
-
-
-def _key() -> Iterable[Part]:
-    yield _oval(-0.55, 0, 0.43, 0.43)
-    yield _oval(-0.6, 0, 0.19, 0.19, "cut")
-    yield _rect(-0.2, -0.13, 0.98, 0.13)
-    yield _rect(0.45, 0.1, 0.62, 0.5)
-    yield _rect(0.8, 0.1, 0.98, 0.5)
-
-
-def _hammer() -> Iterable[Part]:
-    yield _rect(-0.14, -0.5, 0.14, 0.98)
-    yield _rect(-0.62, -0.9, 0.4, -0.4)
-    yield _poly((0.4, -0.9), (0.9, -0.45), (0.4, -0.5))
 
 
 def _leaf() -> Iterable[Part]:
@@ -247,12 +224,6 @@ def _crown() -> Iterable[Part]:
     yield _rect(-0.85, 0.36, 0.85, 0.5, "mark")
 
 
-def _chair() -> Iterable[Part]:
-    yield _rect(-0.62, -0.98, -0.36, 0.98)
-    yield _rect(-0.62, 0.05, 0.62, 0.32)
-    yield _rect(0.38, 0.1, 0.62, 0.98)
-
-
 _MAKERS: dict[str, Callable[[], Iterable[Part]]] = {
     "ball": lambda: [_oval(0, 0, 0.9, 0.9), _oval(0, 0, 0.9, 0.16, "mark", turn=-20)],
     "star": lambda: [_star(5, 0.42)],
@@ -269,11 +240,8 @@ _MAKERS: dict[str, Callable[[], Iterable[Part]]] = {
     "car": _car,
     "boat": _boat,
     "mushroom": _mushroom,
-    "umbrella": _umbrella,
     "bottle": _bottle,
     "flower": _flower,
-    "key": _key,
-    "hammer": _hammer,
     "leaf": _leaf,
     "bell": _bell,
     "butterfly": _butterfly,
@@ -281,7 +249,6 @@ _MAKERS: dict[str, Callable[[], Iterable[Part]]] = {
     "rocket": _rocket,
     "cactus": _cactus,
     "crown": _crown,
-    "chair": _chair,
 }
 
 SHAPES: dict[str, tuple[Part, ...]] = {name: tuple(make()) for name, make in _MAKERS.items()}
