@@ -1,9 +1,9 @@
 """Run as a fresh process: the peak memory of one tower in one forward pass, as JSON on stdout.
 
-On Linux the kernel keeps a process's high-water mark of resident memory (``VmHWM``). It is set
-back after the tower is loaded, and what the process held before the tower was built (the
-interpreter, the libraries) is taken off. Without that file the mark of ``resource`` is used, which
-also sees the loading; without either there is no figure.
+It is the size of the tower's weights plus what the pass adds to the process. On Linux the kernel
+keeps a process's high-water mark of resident memory (``VmHWM``), which is set back just before the
+pass. Elsewhere the mark of ``resource`` is used, which also saw the loading and may hide part of
+the pass; without either there is no figure. On CUDA, PyTorch's allocator counts both.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ def measure(task: dict[str, Any]) -> int | None:
     if task["threads"] is not None:
         torch.set_num_threads(task["threads"])
     device, dtype = device_and_dtype(task["device"], task["dtype"])
-    _warm_up(device)
-    before = _resident()
     backbone = load(task["model"], pretrained=task["pretrained"], activation=task["activation"])
     tower = backbone.tower.to(device, dtype).eval()
     size = backbone.preprocess.size
@@ -39,26 +37,22 @@ def measure(task: dict[str, Any]) -> int | None:
     del backbone
     gc.collect()
     images = torch.zeros(task["batch"], 3, *size, device=device, dtype=dtype)
+    # Weights may be mapped from their file: a page counts once it was read.
+    tensors = [*tower.parameters(), *tower.buffers()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    for tensor in tensors:
+        tensor.sum()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         _reset_mark()
+    before = _resident()
     with torch.inference_mode():
         tower(images)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     mark = _mark()
-    return None if mark is None or before is None else max(0, mark - before)
-
-
-def _warm_up(device: Any) -> None:
-    """Load the libraries and kernels that any tower needs, so that they count as nobody's."""
-    import open_clip  # noqa: F401
-    import torch
-    from torch import nn
-
-    layer = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(), nn.Linear(8 * 16, 8))
-    layer.to(device)(torch.zeros(2, 3, 16, 16, device=device))
+    return None if mark is None or before is None else weights + max(0, mark - before)
 
 
 def _reset_mark() -> None:

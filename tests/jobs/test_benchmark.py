@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ovsprune
 from ovsprune import backbones
 from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.jobs import benchmark as module
@@ -66,9 +67,10 @@ def test_a_dense_model_alone_has_one_row(small_clip, monkeypatch):
 def test_peak_memory_of_a_fresh_process(slim):
     little = peak_memory(str(slim), 1, threads=1)
     much = peak_memory(str(slim), 96, threads=1)
-    pictures = 95 * 3 * 48 * 48 * 4
-    assert 0 < little < much
-    assert much - little > pictures
+    weights = 4 * ovsprune.read(slim).spec.slim.params
+    queries_keys_values = 96 * 37 * 3 * 64 * 4 // 2
+    assert weights < little
+    assert much - little > queries_keys_values
 
 
 def test_a_process_that_fails_is_reported_with_its_reason(slim):
