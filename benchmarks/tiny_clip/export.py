@@ -39,6 +39,7 @@ def export(checkpoint: Path, folder: Path) -> Path:
     partial = weights.with_suffix(".part")
     notes = {"format": "pt", "step": str(state["step"]), "settings": json.dumps(state["settings"])}
     save_file(tensors, partial, notes)
+    partial.chmod(0o644)
     os.replace(partial, weights)
     print(f"{weights}: step {state['step']}, {weights.stat().st_size / 1e6:.1f} MB")
     return weights

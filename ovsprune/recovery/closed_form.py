@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +29,10 @@ class ClosedForm:
     def recover(self, item: RecoveryContext) -> None:
         """Refit consumers in the order of the blocks, groups of a block in their own order.
 
-        Two streams go through the towers side by side, the dense one and the slim one. A
-        consumer's target is what takes the slim stream to where the dense stream is at that point:
+        Two streams go through the towers side by side, the dense one and the slim one. First the
+        layers that make a group's units are refitted, from what they read in the slim tower to
+        what the kept units are in the dense tower; then the layer that reads the units. Its
+        target is what takes the slim stream to where the dense stream is at that point:
         ``y* = y + (r_dense - r_slim)``, y being the slim consumer's present output and r the
         streams after it. So what earlier cuts have done is repaired too, and errors do not pile
         up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
@@ -56,6 +61,21 @@ class ClosedForm:
                 advance(1)
 
 
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """A layer to correct, and where the towers are compared.
+
+    Attributes:
+        module: Dotted name of the layer.
+        point: Tap at which the slim tower should be what the dense one is.
+        rows: Which of the dense tower's outputs to compare with; None for all.
+    """
+
+    module: str
+    point: tuple[str, str]
+    rows: Tensor | None = None
+
+
 class _Block:
     """One block of both towers over both streams."""
 
@@ -74,21 +94,42 @@ class _Block:
         self.device = next(slim.parameters()).device
 
     def refit(self, group: Group) -> None:
-        consumer = self.item.slim.get_submodule(group.consumer)
+        """Refit what makes the units, then what reads them."""
         kept = self.item.plan.kept[group.name]
-        sums = CrossMoments(group.columns[kept].numel(), weight_of(consumer).shape[0])
+        producers = [s for s in group.slices if s.axis == "out" and s.module not in group.norms]
+        self._regress(
+            [_Target(s.module, (s.module, "output"), s.rows[kept].flatten()) for s in producers]
+        )
         point = group.stream or StreamPoint(group.consumer, "output")
-        tap, read = (point.module, point.side), (group.consumer, "input")
+        self._regress([_Target(group.consumer, (point.module, point.side))])
+
+    def _regress(self, targets: Sequence[_Target]) -> None:
+        """Correct layers of the slim block, all from one pass over both streams."""
+        sums = [self._sums(target) for target in targets]
         with (
-            capture(self.dense, [tap], self.name) as dense_seen,
-            capture(self.slim, [tap, read], self.name) as slim_seen,
+            capture(self.dense, [t.point for t in targets], self.name) as dense_seen,
+            capture(
+                self.slim,
+                [tap for t in targets for tap in (t.point, (t.module, "input"))],
+                self.name,
+            ) as slim_seen,
         ):
             for start in range(0, len(self.dense_stream), self.item.batch_size):
                 part = slice(start, start + self.item.batch_size)
                 self.dense(self.dense_stream[part].to(self.device))
                 self.slim(self.slim_stream[part].to(self.device))
-                sums.update(slim_seen[read], dense_seen[tap] - slim_seen[tap])
-        _correct(consumer, sums, self.item.ridge)
+                for target, found in zip(targets, sums, strict=True):
+                    wanted = dense_seen[target.point]
+                    if target.rows is not None:
+                        wanted = wanted[..., target.rows.to(self.device)]
+                    residual = wanted - slim_seen[target.point]
+                    found.update(slim_seen[target.module, "input"], residual)
+        for target, found in zip(targets, sums, strict=True):
+            _correct(self.item.slim.get_submodule(target.module), found, self.item.ridge)
+
+    def _sums(self, target: _Target) -> CrossMoments:
+        outputs, inputs = weight_of(self.item.slim.get_submodule(target.module)).flatten(1).shape
+        return CrossMoments(inputs, outputs)
 
     def finish(self) -> None:
         _run(self.dense, self.dense_stream, self.item.batch_size)
