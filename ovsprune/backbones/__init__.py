@@ -44,7 +44,7 @@ def load(
     """
     from ovsprune.backbones.slim_checkpoint import load_slim
 
-    if Path(name).is_dir():
+    if _is_checkpoint(name):
         if pretrained or activation:
             raise OptionError(
                 f"{name} is a slim checkpoint and brings its weights and its activation; leave "
@@ -58,6 +58,14 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device!r} cannot be used here: {error}") from error
     return backbone
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether ``name`` means a directory; a model's name does not, unless a checkpoint is there."""
+    path = Path(name)
+    return path.is_dir() and (
+        (path / "config.json").is_file() or canonical(name) not in model_names()
+    )
 
 
 def canonical(name: str) -> str:

@@ -186,9 +186,6 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     file.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 
-_save = save_tensors
-
-
 @contextlib.contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     """A directory beside ``path`` that is gone at the end, unless it was renamed."""

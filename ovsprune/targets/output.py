@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, OutputError, TargetError
-from ovsprune.slim import swap
 from ovsprune.slim.read import file_digest
-from ovsprune.slim.write import _parents, _reason, _save, _scratch
+from ovsprune.slim.write import save_tensors, staged
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.surgery import Cut
@@ -65,25 +64,19 @@ def write_output(path: Path, converted: Converted, record: Mapping[str, Any], li
     Raises:
         OutputError: It cannot be written (a full disk, ...); nothing was changed.
     """
-    try:
-        with _parents(path.parent), _scratch(path) as scratch:
-            _save(converted.state, scratch / STATE)
-            document = {
-                "format": FORMAT,
-                "format_version": 1,
-                **record,
-                "complete": converted.complete,
-                "depth": converted.depth,
-                "cuts": [_cut_entry(cut) for cut in converted.cuts],
-                "sha256": file_digest(scratch / STATE),
-            }
-            (scratch / RECORD).write_text(json.dumps(document, indent=1), encoding="utf-8")
-            (scratch / LINES).write_text(lines, encoding="utf-8")
-            for file in (*scratch.iterdir(), scratch):
-                swap.flush(file)
-            swap.into_place(scratch, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path} could not be written: {_reason(error)}") from error
+    with staged(path) as scratch:
+        save_tensors(converted.state, scratch / STATE)
+        document = {
+            "format": FORMAT,
+            "format_version": 1,
+            **record,
+            "complete": converted.complete,
+            "depth": converted.depth,
+            "cuts": [_cut_entry(cut) for cut in converted.cuts],
+            "sha256": file_digest(scratch / STATE),
+        }
+        (scratch / RECORD).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        (scratch / LINES).write_text(lines, encoding="utf-8")
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True) -> list[str]:

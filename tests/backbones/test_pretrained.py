@@ -239,3 +239,9 @@ def test_unknown_models_name_the_closest() -> None:
 def test_a_device_that_is_not_there(shrunk: dict[str, Tensor]) -> None:
     with pytest.raises(OptionError, match="device 'cuda:7' cannot be used here"):
         backbones.load("ViT-B-16", pretrained="none", device="cuda:7")
+
+
+def test_a_folder_does_not_shadow_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert backbones.load("tiny").pretrained == "embedded"

@@ -56,7 +56,7 @@ def item(ratio: float, round_to: int = 1, kind: str = "macs", floor: int = 1) ->
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 @pytest.mark.parametrize("kind", ["macs", "params"])
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize("ratio", [0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.85])
 def test_the_budget_is_met_within_one_unit(name: str, kind: str, ratio: float) -> None:
     context = item(ratio, kind=kind)
     widths = ALLOCATIONS.get(name).widths(context)
@@ -65,6 +65,13 @@ def test_the_budget_is_met_within_one_unit(name: str, kind: str, ratio: float) -
     wider = [context.budget.unit(g) for g in context.groups if widths[g.name] < g.units]
     assert context.budget.target - spent < min(wider)
     assert all(1 <= widths[g.name] <= g.units for g in context.groups)
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.05, 0.1, 0.13])
+def test_uniform_leaves_fine_units_to_fill_what_heads_cannot(ratio: float) -> None:
+    context = item(ratio)
+    left = context.budget.target - cost(context, ALLOCATIONS.get("uniform").widths(context))
+    assert left <= min(context.budget.unit(g) for g in context.groups)
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())

@@ -143,7 +143,7 @@ def test_full_disk_leaves_nothing(
     def full(*args: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ovsprune.targets.output._save", full)
+    monkeypatch.setattr("ovsprune.targets.output.save_tensors", full)
     with pytest.raises(OutputError, match="disk is full"):
         transfer(slim=slim, target="san", output=tmp_path / "deep" / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slim"]
