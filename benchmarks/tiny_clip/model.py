@@ -15,10 +15,10 @@ MODEL_CFG: dict[str, Any] = {
     "vision_cfg": {
         "image_size": 96,
         "patch_size": 8,
-        "width": 96,
+        "width": 192,
         "layers": 6,
         "head_width": 16,
-        "mlp_ratio": 3.0,
+        "mlp_ratio": 4.0,
     },
     "text_cfg": {
         "context_length": 20,

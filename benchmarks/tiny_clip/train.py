@@ -37,7 +37,7 @@ TEMPLATES = ("a photo of a {}", "{}", "a picture of a {}", "a {} in a scene")
 class Settings:
     """What a run depends on; kept in its checkpoints."""
 
-    steps: int = 6400
+    steps: int = 4500
     batch: int = 24
     scenes: int = 20_000
     seed: int = 0
@@ -45,7 +45,7 @@ class Settings:
     warmup: int = 300
     text_steps: int = 100
     text_locked: float = 1.0
-    decay: float = 0.05
+    decay: float = 0.2
     cooldown: float = 0.4
     points: int = 256
     weight_class: float = 1.0
