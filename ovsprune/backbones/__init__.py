@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 from ovsprune.core.protocols import Backbone, Family
 from ovsprune.core.registry import Registry
 
@@ -28,8 +28,9 @@ def load(
     """Load a model: its image tower, preprocessing and, where it has one, its text tower.
 
     Args:
-        name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), or the
-            directory of a slim checkpoint.
+        name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
+            directory of a slim checkpoint, or a folder that open_clip reads by ``local-dir:``
+            (``open_clip_config.json`` and weights, those of the image tower alone if need be).
         pretrained: A tag of open_clip's, a file, ``"none"`` for random weights, or None for the
             default (OpenAI's where the name has them).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
@@ -42,9 +43,12 @@ def load(
         CheckpointError: ``name`` is a directory and no sound slim checkpoint.
         OptionError: An option that a slim checkpoint does not take, or a bad device.
     """
+    from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.slim_checkpoint import load_slim
 
-    if _is_checkpoint(name):
+    if is_folder(Path(name)):
+        backbone = _family_that_takes(Path(name)).load(name, pretrained, activation)
+    elif _is_checkpoint(name):
         if pretrained or activation:
             raise OptionError(
                 f"{name} is a slim checkpoint and brings its weights and its activation; leave "
@@ -69,8 +73,10 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def canonical(name: str) -> str:
-    """The name as open_clip writes it: ``ViT-B/16`` is ``ViT-B-16``."""
-    return name.replace("/", "-")
+    """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``), or a folder's last part."""
+    from ovsprune.backbones.open_clip_folder import is_folder
+
+    return Path(name).resolve().name if is_folder(Path(name)) else name.replace("/", "-")
 
 
 def _family_of(name: str) -> Family:
@@ -79,3 +85,14 @@ def _family_of(name: str) -> Family:
         if canonical(name) in family.names():
             return family
     raise UnknownNameError("model", name, model_names())
+
+
+def _family_that_takes(folder: Path) -> Family:
+    from ovsprune.backbones.open_clip_folder import open_folder
+
+    config = open_folder(folder).model
+    for key in FAMILIES:
+        family = FAMILIES.get(key)
+        if family.takes(config):
+            return family
+    raise WeightsError(f"{folder} holds a model of none of the families {', '.join(FAMILIES)}")

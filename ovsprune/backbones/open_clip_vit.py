@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.open_clip_folder import Folder, embedded, is_folder, open_folder
 from ovsprune.backbones.pretrained import default_tag, fit, read_state, resolve
-from ovsprune.core.errors import OptionError, WeightsError
+from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
@@ -34,6 +33,10 @@ class OpenClipVit:
     """open_clip VisionTransformer: heads and MLP units of every block."""
 
     library = "open_clip_torch"
+
+    def takes(self, config: Mapping[str, Any]) -> bool:
+        """Whether open_clip builds a plain VisionTransformer from ``config``."""
+        return _is_plain_vit(config)
 
     def names(self) -> Sequence[str]:
         """``tiny`` and open_clip's ViTs that have class-token or average pooling."""
@@ -53,7 +56,11 @@ class OpenClipVit:
         if activation is not None and activation not in _GELUS:
             raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
         if name == TINY and pretrained is None:
-            return _load_tiny(activation)
+            with embedded(TINY) as folder:
+                return _load_folder(TINY, "embedded", folder, activation)
+        if is_folder(Path(name)) and pretrained is None:
+            path = Path(name)
+            return _load_folder(path.resolve().name, "local", open_folder(path), activation)
         config = _config(name)
         preprocess: dict[str, Any] = {}
         state: dict[str, Tensor] | None = None
@@ -210,7 +217,10 @@ def _config(name: str) -> dict[str, Any]:
     import open_clip
 
     if name == TINY:
-        return dict(_tiny_config()["model_cfg"])
+        with embedded(TINY) as folder:
+            return deepcopy(dict(folder.model))
+    if is_folder(Path(name)):
+        return deepcopy(dict(open_folder(Path(name)).model))
     config = open_clip.get_model_config(name)
     assert config is not None
     return deepcopy(config)
@@ -273,29 +283,20 @@ def _check_activation(name: str, tag: str, quick: bool, activation: str | None) 
         )
 
 
-@contextmanager
-def _assets() -> Iterator[Path]:
-    with resources.as_file(resources.files("ovsprune") / "assets" / "tiny") as folder:
-        if not (folder / "open_clip_config.json").is_file():
-            raise WeightsError(f"the embedded model is missing from this installation ({folder})")
-        yield folder
-
-
-def _tiny_config() -> dict[str, Any]:
-    import json
-
-    with _assets() as folder:
-        config: dict[str, Any] = json.loads((folder / "open_clip_config.json").read_text("utf-8"))
-    return config
-
-
-def _load_tiny(activation: str | None) -> Backbone:
-    config = _tiny_config()
-    quick = bool(config["model_cfg"].get("quick_gelu", False))
-    _check_activation(TINY, "embedded", quick, activation)
-    model = build_clip(config["model_cfg"])
-    with _assets() as folder:
-        path = folder / "open_clip_model.safetensors"
-        fit(TINY, path, {k: v.float() for k, v in read_state(path).items()}, model)
-    preprocess = _preprocess(model, config.get("preprocess_cfg", {}))
-    return assemble(TINY, "embedded", model, config["model_cfg"], preprocess, trained=True)
+def _load_folder(name: str, tag: str, folder: Folder, activation: str | None) -> Backbone:
+    """A folder's model; one with weights of the image tower alone has no text tower."""
+    config = folder.model
+    _check_activation(name, tag, bool(config.get("quick_gelu", False)), activation)
+    model = build_clip(config)
+    state = folder.state()
+    towers_only = all(key.startswith("visual.") for key in state)
+    if towers_only:
+        bare = {key.removeprefix("visual."): value for key, value in state.items()}
+        fit(name, folder.weights, bare, model.visual)  # type: ignore[arg-type]
+    else:
+        fit(name, folder.weights, state, model)
+    preprocess = _preprocess(model, folder.preprocess)
+    backbone = assemble(name, tag, model, config, preprocess, trained=True)
+    if towers_only:
+        backbone.encoder, backbone.text = None, {}
+    return backbone

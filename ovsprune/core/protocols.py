@@ -101,8 +101,12 @@ class Family(Protocol):
         """Names that :meth:`load` takes."""
         ...
 
+    def takes(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model configuration of open_clip's describes a tower of this family."""
+        ...
+
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-        """Build the model and load its weights.
+        """Build the model and load its weights; ``name`` may be a folder of open_clip's form.
 
         Raises:
             WeightsError: The weights cannot be had, or do not fit.

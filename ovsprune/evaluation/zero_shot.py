@@ -37,11 +37,13 @@ class Evaluation:
         scores: The scores.
         images: How many pictures were segmented.
         seconds: Wall-clock time.
+        counts: Confusion matrix of each picture, int64 [images, K, K], where it was asked for.
     """
 
     scores: SegmentationScores
     images: int
     seconds: float
+    counts: Tensor | None = None
 
 
 def prepare_image(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
@@ -156,6 +158,7 @@ def evaluate(
     data: SegmentationData,
     *,
     batch_size: int = 16,
+    each: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Scores a head on a data set, at the labels' full resolution.
@@ -164,6 +167,7 @@ def evaluate(
         head: Its embeddings are one a class of the data set, in that order.
         data: The pictures and labels.
         batch_size: Pictures that go through the tower at a time.
+        each: Keep the confusion matrix of each picture, for a bootstrap.
         progress: Called after each batch with (pictures done, pictures in all).
 
     Returns:
@@ -179,14 +183,19 @@ def evaluate(
         )
     start = time.perf_counter()
     confusion, done = ConfusionMatrix(classes), 0
+    counts: list[Tensor] = []
     for batch in _batches(data, batch_size):
         images = torch.stack([prepare_image(s.image, head.preprocess) for s in batch])
         for sample, logits in zip(batch, head.logits(images), strict=True):
             label = torch.from_numpy(sample.label)
             prediction = _upsampled(logits[None], (label.shape[0], label.shape[1]))[0]
+            before = confusion.counts.clone() if each else confusion.counts
             confusion.update(prediction.cpu(), label)
+            if each:
+                counts.append(confusion.counts - before)
         done += len(batch)
         if progress is not None:
             progress(done, len(data))
     scores = confusion.scores(data.class_names, data.scored)
-    return Evaluation(scores, done, time.perf_counter() - start)
+    stacked = torch.stack(counts) if each else None
+    return Evaluation(scores, done, time.perf_counter() - start, stacked)

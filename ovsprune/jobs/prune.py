@@ -178,7 +178,7 @@ def prune(
 def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
-    if model.pretrained != "embedded":
+    if model.pretrained not in ("embedded", "local"):
         words += ["--pretrained", model.pretrained or "none"]
     for field in fields(Settings):
         value = getattr(settings, field.name)

@@ -27,7 +27,7 @@ from ovsprune.slim.fields import FILE_NAME
 from ovsprune.slim.read import file_digest, read_spec
 from ovsprune.slim.spec import CARD, CONFIG, MASK, MODEL, FileSpec, SlimSpec
 
-__all__ = ["check_output", "save_tensors", "staged", "write"]
+__all__ = ["check_output", "save_tensors", "staged", "staged_file", "write"]
 
 _OWN = (CONFIG, MODEL, MASK, CARD)
 
@@ -100,6 +100,26 @@ def staged(path: Path) -> Iterator[Path]:
         raise OutputError(f"{path} could not be written: {_reason(error)}") from error
 
 
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A new file to fill, which takes the place of ``path`` at the end, whole and durable.
+
+    Yields:
+        The file to fill; it does not exist yet.
+
+    Raises:
+        OutputError: Something could not be written, here or in the body. Nothing was changed.
+    """
+    try:
+        with _parents(path.parent), _scratch(path) as scratch:
+            new = scratch / path.name
+            yield new
+            swap.flush(new)
+            os.replace(new, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} could not be written: {_reason(error)}") from error
+
+
 def check_output(output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """The path that ``output`` means, if a checkpoint may be written there; asked before long work.
 
@@ -160,12 +180,15 @@ def _fill(
     (scratch / CARD).write_text(card, encoding="utf-8")
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file; equal tensors give equal bytes.
 
     Args:
         tensors: On any device, contiguous or not, sharing memory or not.
         file: Where to.
+        notes: Entries for the file's own metadata.
 
     Raises:
         OSError: It could not be written; SafetensorError likewise.
@@ -182,7 +205,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         plain[name] = tensor
     file.touch()
     mode = file.stat().st_mode
-    save_file(plain, file, metadata={"format": "pt"})
+    save_file(plain, file, metadata={"format": "pt", **(notes or {})})
     file.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 
