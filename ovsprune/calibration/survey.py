@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.sensitivity import FeatureError, grid, measure
 from ovsprune.calibration.streams import capture, run_stem
 from ovsprune.calibration.surgeon import eliminate
+from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import Criterion, GroupContext, Moments, Pictures, Ranking, Stages
+from ovsprune.core.protocols import (
+    Criterion,
+    GradientCriterion,
+    GroupContext,
+    Moments,
+    Pictures,
+    Ranking,
+    Stages,
+)
 from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.graph.layers import weight_of
 
@@ -59,6 +70,7 @@ class Survey:
         self.batch_size, self.ridge, self.seed, self.probe = batch_size, ridge, seed, probe
         self.progress = progress
         self.device = next(tower.parameters()).device
+        self._gradients: Mapping[str, Tensor] = {}
         self._costs: dict[str, Tensor] = {}
         self._orders: dict[str, Tensor] = {}
         self._widths: dict[str, Tensor] = {}
@@ -66,8 +78,17 @@ class Survey:
 
     @torch.no_grad()
     def run(self) -> tuple[Scores, Curves | None]:
-        """Walk the tower once."""
-        if not (self.criterion.needs_moments or self.probe):
+        """Walk the tower once, after one pass with gradients where the criterion needs them.
+
+        Raises:
+            OptionError: The criterion needs norms, and a group has none; or its objective cannot be
+                used (:func:`ovsprune.calibration.gradients.mask_gradients`).
+        """
+        needs = self.criterion.needs
+        self._check_norms()
+        if "gradients" in needs:
+            self._gradients = self._differentiate()
+        if not ("moments" in needs or self.probe):
             for group in self.groups:
                 self._keep(group, self._rank(group, None))
             return Scores(self._costs, self._orders), None
@@ -107,8 +128,33 @@ class Survey:
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
         widths = grid(group.units, group.floor) if self.probe else ()
+        gradients = self._gradients.get(group.name)
+        if gradients is not None:
+            gradients = gradients.double()
         return self.criterion.score(
-            GroupContext(group, layers, moments, self.ridge, generator, widths)
+            GroupContext(group, layers, moments, self.ridge, generator, widths, gradients)
+        )
+
+    def _check_norms(self) -> None:
+        bare = [g for g in self.groups if not g.norms] if "norms" in self.criterion.needs else []
+        if bare:
+            raise OptionError(
+                f"{type(self.criterion).__name__} ranks units by the scale of a norm behind them, "
+                f"and {bare[0].name} ({len(bare)} of {len(self.groups)} groups) has none before "
+                f"{bare[0].consumer}; take --criterion reconstruction or magnitude, which rank any "
+                f"group, or leave such groups whole with --protect {bare[0].name!r}"
+            )
+
+    def _differentiate(self) -> dict[str, Tensor]:
+        return mask_gradients(
+            self.tower,
+            self.stages,
+            self.groups,
+            cast(GradientCriterion, self.criterion).objective,
+            self.pictures,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            progress=self.progress,
         )
 
     def _keep(self, group: Group, ranking: Ranking) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["bias_of", "weight_of"]
+__all__ = ["bias_of", "input_axis", "weight_of"]
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -23,3 +23,11 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     """The layer's bias, or None."""
     bias = getattr(layer, "bias", None)
     return bias if isinstance(bias, Tensor) else None
+
+
+def input_axis(layer: nn.Module) -> int:
+    """Axis of the layer's input along which its weight's columns lie.
+
+    The last for a matrix [out, in], the second for the kernels [out, in, ...] of a convolution.
+    """
+    return -1 if weight_of(layer).ndim == 2 else 1

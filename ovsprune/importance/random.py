@@ -14,7 +14,7 @@ __all__ = ["Random"]
 class Random:
     """Units in random order (baseline)."""
 
-    needs_moments = False
+    needs: frozenset[str] = frozenset()
 
     def score(self, item: GroupContext) -> Ranking:
         """A random permutation; a unit's cost is its place in it."""

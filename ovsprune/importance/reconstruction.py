@@ -15,7 +15,7 @@ __all__ = ["Reconstruction"]
 class Reconstruction:
     """What the consumer's output loses when the unit goes and all others are re-fitted."""
 
-    needs_moments = True
+    needs = frozenset({"moments"})
 
     def score(self, item: GroupContext) -> Ranking:
         """Order of :func:`ovsprune.calibration.surgeon.eliminate`; costs as it found them."""

@@ -16,6 +16,7 @@ from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
+from ovsprune.importance import criterion_name
 from ovsprune.jobs.settings import DTYPES, Settings
 from ovsprune.jobs.steps import Clock, Job
 from ovsprune.report.card import card
@@ -63,7 +64,7 @@ class PruneResult:
                 "cosine": self.fidelity.cosine,
                 "relative_error": self.fidelity.relative_error,
             },
-            "criterion": self.settings.criterion,
+            "criterion": criterion_name(self.settings.criterion),
             "allocation": self.settings.allocation,
             "recovery": self.settings.recovery,
             "seed": self.settings.seed,
@@ -106,9 +107,11 @@ def prune(
         text: Save the untouched text tower too.
         progress: Is told how the work goes.
         options: Fields of :class:`Settings`: ``budget`` ("macs", "params"), ``calibration``
-            (a folder or "procedural"), ``samples``, ``criterion``, ``allocation``, ``recovery``,
-            ``protect`` (patterns of group names), ``round_to``, ``seed``, ``batch_size``,
-            ``ridge`` (relative to the mean variance), ``probe`` (pictures for curves).
+            (a folder or "procedural"), ``samples``, ``criterion`` (a name, or an object such as
+            :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
+            ``recovery``, ``protect`` (patterns of group names), ``round_to``, ``seed``,
+            ``batch_size``, ``ridge`` (relative to the mean variance), ``probe`` (pictures for
+            curves).
 
     Raises:
         OptionError: A value is out of its range.
@@ -184,11 +187,16 @@ def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str
         value = getattr(settings, field.name)
         if field.name in ("ratio", "ridge", "probe") or value == field.default:
             continue
+        if field.name == "criterion" and not isinstance(value, str):
+            continue  # No command line can give an object; the note below says so.
         for one in value if isinstance(value, tuple) else (value,):
             words += [f"--{field.name.replace('_', '-')}", str(one)]
     if dtype != "float32":
         words += ["--dtype", dtype]
-    return shlex.join([*words, *([] if text else ["--no-text"])])
+    line = shlex.join([*words, *([] if text else ["--no-text"])])
+    if not isinstance(settings.criterion, str):
+        line += f"  # criterion: {criterion_name(settings.criterion)}, an object given from Python"
+    return line
 
 
 def _target(

@@ -9,7 +9,7 @@ import torch
 from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Allocator, Criterion, Recovery
-from ovsprune.importance import CRITERIA
+from ovsprune.importance import find_criterion
 from ovsprune.recovery import RECOVERIES
 
 __all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings"]
@@ -28,7 +28,7 @@ class Settings:
     budget: str = "macs"
     calibration: str = "procedural"
     samples: int = 256
-    criterion: str = "reconstruction"
+    criterion: str | Criterion = "reconstruction"
     allocation: str = "sensitivity"
     recovery: str = "closed-form"
     protect: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Settings:
         """Look every name up and every range, before any work is done.
 
         Raises:
-            OptionError: A value is out of its range.
+            OptionError: A value is out of its range, or not a criterion.
             UnknownNameError: A criterion, allocation or recovery is unknown.
         """
         if not 0.0 < self.ratio < 1.0:
@@ -67,7 +67,7 @@ class Settings:
         if not self.ridge > 0:
             raise OptionError(f"ridge {self.ridge:g}: give more than 0")
         return (
-            CRITERIA.get(self.criterion),
+            find_criterion(self.criterion),
             ALLOCATIONS.get(self.allocation),
             RECOVERIES.get(self.recovery),
         )

@@ -30,6 +30,7 @@ from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
+from ovsprune.importance import criterion_name
 from ovsprune.jobs.settings import TOLERANCE, Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
@@ -220,7 +221,7 @@ class Job:
             dense=base,
             slim=slim,
             provenance={
-                "criterion": settings.criterion,
+                "criterion": criterion_name(settings.criterion),
                 "allocation": settings.allocation,
                 "recovery": settings.recovery,
                 "budget": settings.budget,

@@ -12,8 +12,8 @@ from torch import nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.pictures import ScenePictures
-from ovsprune.core.protocols import Backbone
-from ovsprune.core.records import Group, Plan, Preprocess
+from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.groups import find_groups
 
 
@@ -40,6 +40,53 @@ def open_clip_vit() -> Backbone:
         },
     }
     return assemble("small", None, build_clip(config), config, Preprocess((48, 48)), trained=False)
+
+
+class Sublayer(nn.Module):
+    """An MLP with a norm before its second layer, on a residual stream."""
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.before, self.first = nn.LayerNorm(width), nn.Linear(width, units)
+        self.norm, self.second = nn.LayerNorm(units), nn.Linear(units, width)
+        nn.init.uniform_(self.norm.weight, 0.1, 1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        read = self.norm(torch.nn.functional.gelu(self.first(self.before(x))))
+        out: torch.Tensor = x + self.second(read)
+        return out
+
+
+class NormedTower(nn.Module):
+    """A tower in which every group has a norm between its units and their consumer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 24, 8, stride=8)
+        self.blocks = nn.ModuleList(Sublayer(24, units) for units in (20, 36))
+        self.project = nn.Linear(24, 16)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        stages = self.stages()
+        stream = stages.stem(images)
+        for block in stages.blocks.values():
+            stream = block(stream)
+        return stages.head(stream)[0]
+
+    def stages(self) -> Stages:
+        def head(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens = self.project(stream)
+            side = round(tokens.shape[1] ** 0.5)
+            return tokens.mean(1), tokens.transpose(1, 2).unflatten(2, (side, side))
+
+        blocks = {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
+        return Stages(lambda x: self.patches(x).flatten(2).transpose(1, 2), blocks, head)
+
+    def seeds(self) -> list[Seed]:
+        names = [f"blocks.{i}" for i in range(len(self.blocks))]
+        return [
+            Seed(f"{n}.mlp", "mlp", f"{n}.first", 1, n, StreamPoint(n, "output")) for n in names
+        ]
 
 
 REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {"open_clip-vit": open_clip_vit}
@@ -87,3 +134,27 @@ def case(request: pytest.FixtureRequest) -> Case:
     seeds = [seed for seed in family.seeds(dense) if not seed.protected]
     groups = find_groups(dense, seeds, backbone.preprocess.size)
     return Case(backbone, dense, groups, ScenePictures(12, backbone.preprocess, 0))
+
+
+@pytest.fixture(scope="session")
+def normed() -> Case:
+    """A tower that is of no family, for what asks for norms."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = NormedTower().eval()
+    backbone = Backbone(
+        name="normed",
+        pretrained=None,
+        trained=False,
+        family="none",
+        tower=tower,
+        stages=lambda tower: tower.stages(),  # type: ignore[operator]
+        preprocess=Preprocess((48, 48)),
+        activation="gelu",
+        architecture={},
+        library_version="0",
+        text={},
+    )
+    groups = find_groups(tower, tower.seeds(), (48, 48))
+    tower.requires_grad_(False)
+    return Case(backbone, deepcopy(tower), groups, ScenePictures(12, backbone.preprocess, 0))

@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ovsprune.calibration.survey import Survey
+from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Silent
+from ovsprune.core.protocols import NEEDS
 from ovsprune.core.records import Curves, Scores
-from ovsprune.importance import CRITERIA
+from ovsprune.importance import CRITERIA, find_criterion
 from tests.contracts.conftest import Case
 
 
-def survey(case: Case, name: str, seed: int = 0, probe: int = 0) -> tuple[Scores, Curves | None]:
+@pytest.fixture(params=CRITERIA.names())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["family", "normed"])
+def ranked(request: pytest.FixtureRequest, case: Case, normed: Case, name: str) -> Case:
+    """Groups that the criterion can rank: those of every family, and some with norms."""
+    chosen = case if request.param == "family" else normed
+    if refused(chosen, name):
+        pytest.skip(f"{name} refuses these groups, which have no norms")
+    return chosen
+
+
+def refused(case: Case, name: str) -> bool:
+    return "norms" in CRITERIA.get(name).needs and any(not g.norms for g in case.groups)
+
+
+def survey(
+    case: Case, name: str, seed: int = 0, probe: int = 0, batch_size: int = 6
+) -> tuple[Scores, Curves | None]:
     return Survey(
         case.dense,
         case.backbone.stages(case.dense),
         case.groups,
         CRITERIA.get(name),
         case.pictures,
-        batch_size=6,
+        batch_size=batch_size,
         ridge=1e-2,
         seed=seed,
         probe=probe,
@@ -27,21 +51,52 @@ def survey(case: Case, name: str, seed: int = 0, probe: int = 0) -> tuple[Scores
     ).run()
 
 
-@pytest.mark.parametrize("name", CRITERIA.names())
-def test_every_unit_is_ranked_once(case: Case, name: str) -> None:
-    scores, curves = survey(case, name)
+def test_the_tower_with_norms_has_them(normed: Case) -> None:
+    assert [len(g.norms) for g in normed.groups] == [1, 1]
+
+
+def test_needs_are_known(name: str) -> None:
+    assert CRITERIA.get(name).needs <= NEEDS
+    assert find_criterion(CRITERIA.get(name)) is CRITERIA.get(name)
+    assert CRITERIA.summary(name).endswith(".")
+
+
+@pytest.mark.parametrize("name", [n for n in CRITERIA if "norms" in CRITERIA.get(n).needs])
+def test_groups_without_norms_are_refused_before_any_work(normed: Case, name: str) -> None:
+    bare = replace(normed.groups[1], norms=())
+    case = replace(normed, groups=[normed.groups[0], bare], pictures=None)
+    said = rf"{bare.name} \(1 of 2 groups\) has none .*--criterion reconstruction.*--protect"
+    with pytest.raises(OptionError, match=said):
+        survey(case, name, probe=4)
+
+
+def test_every_criterion_ranks_some_groups(normed: Case, name: str) -> None:
+    assert not refused(normed, name)
+
+
+def test_every_unit_is_ranked_once(ranked: Case, name: str) -> None:
+    scores, curves = survey(ranked, name)
     assert curves is None
-    for group in case.groups:
+    for group in ranked.groups:
         assert sorted(scores.orders[group.name].tolist()) == list(range(group.units))
-        assert scores.costs[group.name].shape == (group.units,)
-        assert torch.isfinite(scores.costs[group.name]).all()
+        costs = scores.costs[group.name]
+        assert costs.shape == (group.units,) and costs.dtype == torch.float64
+        assert bool((costs >= 0).all()) and torch.isfinite(costs).all()
+        assert len(costs.unique()) > 1
 
 
-@pytest.mark.parametrize("name", CRITERIA.names())
-def test_the_same_seed_gives_the_same_order(case: Case, name: str) -> None:
-    first, second = survey(case, name)[0], survey(case, name)[0]
-    for group in case.groups:
+def test_the_same_seed_gives_the_same_order(ranked: Case, name: str) -> None:
+    first, second = survey(ranked, name)[0], survey(ranked, name)[0]
+    for group in ranked.groups:
+        assert torch.equal(first.costs[group.name], second.costs[group.name])
         assert torch.equal(first.orders[group.name], second.orders[group.name])
+
+
+def test_batches_do_not_matter(ranked: Case, name: str) -> None:
+    first, second = survey(ranked, name, batch_size=1)[0], survey(ranked, name, batch_size=24)[0]
+    for group in ranked.groups:
+        one, two = first.costs[group.name], second.costs[group.name]
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=float(one.max()) * 1e-3)
 
 
 def test_another_seed_gives_another_random_order(case: Case) -> None:
@@ -49,22 +104,23 @@ def test_another_seed_gives_another_random_order(case: Case) -> None:
     assert any(not torch.equal(first.orders[g.name], second.orders[g.name]) for g in case.groups)
 
 
-@pytest.mark.parametrize("name", CRITERIA.names())
-def test_curves_end_at_nothing(case: Case, name: str) -> None:
-    scores, curves = survey(case, name, probe=4)
+def test_curves_end_at_nothing(ranked: Case, name: str) -> None:
+    scores, curves = survey(ranked, name, probe=4)
     assert curves is not None
-    for group in case.groups:
+    for group in ranked.groups:
         widths, errors = curves.widths[group.name], curves.errors[group.name]
         assert int(widths[-1]) == group.units
         assert float(errors[-1]) == 0.0
         assert bool((widths.diff() > 0).all())
         assert float(errors[0]) > 0.0
-    plain = survey(case, name)[0]
-    assert all(torch.equal(scores.orders[g.name], plain.orders[g.name]) for g in case.groups)
+    plain = survey(ranked, name)[0]
+    assert all(torch.equal(scores.orders[g.name], plain.orders[g.name]) for g in ranked.groups)
 
 
-def test_measuring_leaves_the_tower_alone(case: Case) -> None:
-    before = {k: v.clone() for k, v in case.dense.state_dict().items()}
-    survey(case, "reconstruction", probe=4)
-    after = case.dense.state_dict()
+def test_measuring_leaves_the_tower_alone(ranked: Case, name: str) -> None:
+    before = {k: v.clone() for k, v in ranked.dense.state_dict().items()}
+    survey(ranked, name, probe=4)
+    after = ranked.dense.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in ranked.dense.modules())
+    assert all(p.grad is None for p in ranked.dense.parameters())

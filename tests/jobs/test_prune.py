@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import ovsprune
 from ovsprune import backbones
 from ovsprune.core.errors import BudgetError, OptionError, OutputError, UnknownNameError
 from ovsprune.core.progress import Silent
-from ovsprune.core.protocols import Backbone
+from ovsprune.core.protocols import Backbone, Forward
 from ovsprune.graph.costs import measure
+from ovsprune.importance.taylor import Taylor
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import open_clip_vit
 
@@ -225,3 +227,53 @@ def test_unknown_names_list_the_closest(small: Backbone, kind: str) -> None:
 def test_a_slim_model_is_not_pruned_again(written: Path) -> None:
     with pytest.raises(OptionError, match="is slim already"):
         prune(str(written), 0.5)
+
+
+def test_a_criterion_of_ones_own(small: Backbone, tmp_path: Path) -> None:
+    seen = []
+
+    def loss(forward: Forward, images: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(len(images))
+        return forward(images)[0].square().sum(1)
+
+    output = tmp_path / "slim"
+    result = prune(small, 0.5, criterion=Taylor(loss), output=output, seed=2, **QUICK)
+    assert sum(seen) == 8
+    assert result.record()["criterion"] == "Taylor"
+    made = ovsprune.read(output).spec.provenance
+    assert made["criterion"] == "Taylor"
+    assert made["command"] == (
+        "ovsprune prune --model small --ratio 0.5 --pretrained none --samples 8 --seed 2 "
+        "--batch-size 8  # criterion: Taylor, an object given from Python"
+    )
+
+
+class _Incomplete:
+    needs = frozenset({"gradients"})
+
+    def score(self) -> None: ...
+
+
+class _Misspelt(_Incomplete):
+    needs = frozenset({"moment"})
+
+
+@pytest.mark.parametrize(
+    ("criterion", "said"),
+    [
+        (Taylor, "Taylor.* is a class; make an instance"),
+        (3, "criterion 3 has no method score: give a name"),
+        (_Misspelt(), "needs .*'moment'.*expected a frozenset of gradients, moments, norms"),
+        (_Incomplete(), "needs gradients and has no callable objective"),
+        (Taylor("mse"), "needs gradients and has no callable objective"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_criterion_is_refused(small: Backbone, criterion: Any, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        prune(small, 0.5, criterion=criterion, **QUICK)
+
+
+def test_a_criterion_without_what_it_needs_is_refused(small: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"resblocks\.0\.attn .* has none before .*out_proj"):
+        prune(small, 0.5, criterion="bn-scale", output=tmp_path / "slim", **QUICK)
+    assert not list(tmp_path.iterdir())
