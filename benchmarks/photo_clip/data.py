@@ -8,13 +8,14 @@ embeddings by name.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from model import PREPROCESS_CFG, SIZE
+from model import PATCH, PREPROCESS_CFG, SIZE
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -108,20 +109,37 @@ class Batch:
         images: float32 [B, 3, S, S], normalised.
         labels: int64 [B, S, S].
         rows: int64 [B], which pictures.
-        grid: float32 [B, S, S, 2], where each pixel came from, as ``grid_sample`` wants it.
+        grid: float32 [B, S, S, 2], where each pixel came from, as ``grid_sample`` wants it, before
+            anything was pasted.
+        pastes: what was pasted from crop to crop, as :func:`paste` takes it.
     """
 
     images: Tensor
     labels: Tensor
     rows: Tensor
     grid: Tensor
+    pastes: tuple[tuple[int, int, int, int], ...]
+
+
+def paste(maps: Tensor, pastes: Sequence[tuple[int, int, int, int]]) -> Tensor:
+    """Copies rectangles from each map to the one before it in the batch (CutMix, Yun et al. 2019).
+
+    Args:
+        maps: shape (B, ..., H, W).
+        pastes: top, left, bottom, right of each map's rectangle, in patches; empty for none.
+    """
+    pasted, scale = maps.clone(), maps.shape[-1] // (SIZE // PATCH)
+    for i, (top, left, bottom, right) in enumerate(pastes):
+        y, x = slice(top * scale, bottom * scale), slice(left * scale, right * scale)
+        pasted[i - 1, ..., y, x] = maps[i, ..., y, x]
+    return pasted
 
 
 def batch(photos: Photos, step: int, size: int, seed: int) -> Batch:
     """The batch of a step: a pure function of step, size and seed.
 
-    Crops of 30% to 100% of the picture with other aspects, flips, small turns, and changes of
-    brightness, contrast, saturation and single channels.
+    Crops of 30% to 100% of the picture with other aspects, flips, small turns, changes of
+    brightness, contrast, saturation and single channels, and rectangles of other crops.
     """
     rng = np.random.default_rng((seed, 3, step))
     rows = torch.from_numpy(rng.choice(len(photos.images), size, p=photos.weights))
@@ -133,7 +151,19 @@ def batch(photos: Photos, step: int, size: int, seed: int) -> Batch:
     )
     labels = photos.labels[rows][:, None].float() - VOID
     labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return Batch(_coloured(images, rng), labels[:, 0].long() + VOID, rows, grid)
+    pastes = tuple(_rectangle(rng) for _ in range(size))
+    images, labels = paste(_coloured(images, rng), pastes), paste(labels[:, 0], pastes)
+    return Batch(normalised(images), labels.long() + VOID, rows, grid, pastes)
+
+
+def _rectangle(rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """In half of the cases a rectangle of up to half of the crop, in patches; else an empty one."""
+    if rng.random() < 0.5:
+        return 0, 0, 0, 0
+    side = SIZE // PATCH
+    height, width = rng.integers(side // 4, 3 * side // 4 + 1, 2)
+    top, left = rng.integers(0, side - height + 1), rng.integers(0, side - width + 1)
+    return int(top), int(left), int(top + height), int(left + width)
 
 
 def _affine(rng: np.random.Generator) -> NDArray[np.float64]:
@@ -156,8 +186,7 @@ def _coloured(images: Tensor, rng: np.random.Generator) -> Tensor:
     mean = images.mean((1, 2, 3), keepdim=True)
     images = mean + (images - mean) * draw(0.7, 1.3)
     grey = images.mean(1, keepdim=True)
-    images = (grey + (images - grey) * draw(0.5, 1.4)).clamp(0, 1)
-    return normalised(images)
+    return (grey + (images - grey) * draw(0.5, 1.4)).clamp(0, 1)
 
 
 def normalised(images: Tensor) -> Tensor:

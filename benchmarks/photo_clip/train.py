@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from data import Batch, Photos, batch, read_photos
+from data import Batch, Photos, batch, paste, read_photos
 from model import MODEL_CFG, build, encode
 from open_clip.model import CLIP
 from teacher import FEATURES, Head, cached_features, masked_loss, train_head
@@ -70,6 +70,7 @@ def losses(
         features = F.grid_sample(
             stored[found.rows].float(), places, padding_mode="border", align_corners=False
         )
+        features = paste(features, found.pastes)
         taught = head(features)
     by_teacher = 1.0 - (dense * taught).sum(1).mean()
     target = features.flatten(2).transpose(1, 2)
