@@ -30,15 +30,15 @@ def eigenvalues(weight: Tensor) -> Tensor:
     """
     if weight.ndim < 2:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix")
-    slices = weight.detach().double().flatten(2).movedim(-1, 0) if weight.ndim > 2 else (
-        weight.detach().double()[None]
-    )  # fmt: skip
+    matrix = weight.detach().double()
+    slices = matrix.flatten(2).movedim(-1, 0) if weight.ndim > 2 else matrix[None]
     if slices.shape[1] < slices.shape[2]:
         slices = slices.transpose(1, 2)
-    found = torch.linalg.eigvalsh(slices.transpose(1, 2) @ slices).flatten().cpu()
+    found: Tensor = torch.linalg.eigvalsh(slices.transpose(1, 2) @ slices).flatten().cpu()
     if weight.ndim > 2:
         found = found * _CONV_SCALE
     # Rounding of a Gram matrix leaves eigenvalues of zero at about n eps times the largest.
     size = max(slices.shape[1:])
     positive = found > float(found.max()) * size * torch.finfo(torch.float64).eps
-    return found[positive & (found > 0)].sort().values
+    values: Tensor = found[positive & (found > 0)].sort().values
+    return values

@@ -74,7 +74,7 @@ def peak(values: Tensor) -> PowerLaw:
     near = ((values >= 0.95 * edge) & (values <= 1.5 * edge)).nonzero().flatten()
     if not len(near):
         near = torch.searchsorted(values, torch.tensor([edge], dtype=values.dtype))
-    return _best(values, near.clamp_max(len(values) - 2).unique())
+    return _best(values, near.clamp_max(len(values) - 2))
 
 
 def least_ks(values: Tensor) -> PowerLaw:
@@ -117,10 +117,8 @@ def _best(values: Tensor, starts: Tensor) -> PowerLaw:
     counts = len(values) - starts
     above = logs.flip(0).cumsum(0).flip(0)[starts] - counts * logs[starts]
     alphas = 1 + counts / above.clamp_min(0)
-    distances = torch.cat(
-        [_distances(logs, part, alphas[at : at + _CHUNK])
-         for at, part in zip(range(0, len(starts), _CHUNK), starts.split(_CHUNK), strict=True)]
-    )  # fmt: skip
+    parts = [slice(at, at + _CHUNK) for at in range(0, len(starts), _CHUNK)]
+    distances = torch.cat([_distances(logs, starts[part], alphas[part]) for part in parts])
     best = int(distances.argmin())
     return PowerLaw(
         float(alphas[best]),
