@@ -80,9 +80,9 @@ def prune_summary(record: Record) -> Parts:
     latency = record.get("latency")
     if latency:
         lines.append(
-            f"One picture, dense and slim in turn: {duration(latency['dense_ms'] / 1e3)} and "
-            f"{duration(latency['slim_ms'] / 1e3)}, {percent(latency['measured_ratio'])} less "
-            f"(the table said {duration(latency['predicted_ms'] / 1e3)} for slim)."
+            f"One picture takes {duration(latency['slim_ms'] / 1e3)}, dense "
+            f"{duration(latency['dense_ms'] / 1e3)}: {percent(latency['measured_ratio'])} less, "
+            f"where the table of layer times said {percent(record['achieved'])}."
         )
     output = record.get("output")
     if output:
