@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovsprune.allocation import ALLOCATIONS
+from ovsprune.allocation.curves import curve
 from ovsprune.allocation.trim import floor_of, spare, trim, widths_of
 from ovsprune.core.protocols import AllocationContext
 from ovsprune.core.records import Group
@@ -25,6 +26,7 @@ class Sensitivity:
     """Widths of least total measured change of the tower's features (dynamic programme)."""
 
     needs_curves = True
+    needs_spectra = False
 
     def widths(self, item: AllocationContext) -> dict[str, int]:
         """Solve the multiple-choice knapsack over the measured curves, then trim by single units.
@@ -36,7 +38,7 @@ class Sensitivity:
             BudgetError: The floors cost more than the budget.
         """
         left = spare(item)
-        curves = {g.name: _curve(item, g) for g in item.groups}
+        curves = {g.name: curve(item, g) for g in item.groups}
         options = {g.name: _thin(widths_of(g, item.round_to)) for g in item.groups}
         bin_size = max(left / _BINS, 1e-9)
         best = np.zeros(_BINS + 1)
@@ -50,19 +52,12 @@ class Sensitivity:
         for group, choice in zip(reversed(item.groups), reversed(choices), strict=True):
             widths[group.name] = options[group.name][int(choice[at])]
             at -= _bins(item, group, widths[group.name], bin_size)
-        return trim(item, widths, lambda g, now, wider: curves[g.name][now] - curves[g.name][wider])
 
+        def worth(group: Group, now: int, wider: int) -> float:
+            price = item.budget.price(group, wider) - item.budget.price(group, now)
+            return float(curves[group.name][now] - curves[group.name][wider]) / max(price, 1e-12)
 
-def _curve(item: AllocationContext, group: Group) -> Array:
-    """Error at every width 0 ... units: measured, made falling, straight in the log between."""
-    assert item.curves is not None
-    measured = item.curves.errors[group.name].numpy()
-    # Noise may let a narrower group look better; more units never harm.
-    falling = np.maximum.accumulate(measured[::-1])[::-1]
-    small = max(float(falling.max()) * 1e-6, 1e-12)
-    at = np.arange(group.units + 1)
-    logs = np.interp(at, item.curves.widths[group.name].numpy(), np.log(falling + small))
-    return np.exp(logs) - small
+        return trim(item, widths, worth)
 
 
 def _thin(widths: list[int]) -> list[int]:
@@ -74,7 +69,8 @@ def _thin(widths: list[int]) -> list[int]:
 
 def _bins(item: AllocationContext, group: Group, width: int, bin_size: float) -> int:
     """Bins that a width costs above the group's floor, rounded up: never over the budget."""
-    above = item.budget.unit(group) * (width - floor_of(group, item.round_to))
+    price = item.budget.price
+    above = price(group, width) - price(group, floor_of(group, item.round_to))
     return int(np.ceil(above / bin_size - 1e-9))
 
 
@@ -82,7 +78,7 @@ def _add(
     item: AllocationContext,
     group: Group,
     options: list[int],
-    curve: Array,
+    errors: Array,
     best: Array,
     bin_size: float,
 ) -> tuple[Array, NDArray[np.int64]]:
@@ -91,6 +87,6 @@ def _add(
     for row, width in enumerate(options):
         used = _bins(item, group, width, bin_size)
         if used < len(best):
-            table[row, used:] = best[: len(best) - used] + curve[width]
+            table[row, used:] = best[: len(best) - used] + errors[width]
     choice = table.argmin(0)
     return table[choice, np.arange(len(best))], choice

@@ -1,14 +1,17 @@
-"""What every allocation shares: floors, steps, and single units up to the exact count."""
+"""What every allocation shares: floors, steps, shares, and single units up to the exact count."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 from ovsprune.core.errors import BudgetError
 from ovsprune.core.protocols import AllocationContext
 from ovsprune.core.records import Group
 
-__all__ = ["cost", "floor_of", "spare", "trim", "widths_of"]
+__all__ = ["cost", "fill", "floor_of", "place", "spare", "trim", "widths_of"]
+
+Widths = dict[str, int]
 
 
 def widths_of(group: Group, round_to: int) -> list[int]:
@@ -28,9 +31,11 @@ def floor_of(group: Group, round_to: int) -> int:
 
 
 def cost(item: AllocationContext, widths: Mapping[str, int]) -> float:
-    """What the tower costs with these widths, by the linear model of unit costs."""
-    gone = sum(item.budget.unit(g) * (g.units - widths[g.name]) for g in item.groups)
-    return item.budget.dense - gone
+    """What the tower costs with these widths: dense, less what each group alone saves."""
+    price = item.budget.price
+    return item.budget.dense - sum(
+        price(g, g.units) - price(g, widths[g.name]) for g in item.groups
+    )
 
 
 def spare(item: AllocationContext) -> float:
@@ -42,45 +47,73 @@ def spare(item: AllocationContext) -> float:
     floors = {g.name: floor_of(g, item.round_to) for g in item.groups}
     least = cost(item, floors)
     left = item.budget.target - least
-    if left < 0:
+    if left < -1e-9 * item.budget.dense:
         asked = 1 - item.budget.target / item.budget.dense
         nearest = 1 - least / item.budget.dense
         raise BudgetError(
             f"a ratio of {asked:.3f} of the {item.budget.kind} is out of reach: what may be cut "
             f"gives at most {nearest:.3f}. Ask for less, protect fewer layers, or lower the floors."
         )
-    return left
+    return max(left, 0.0)
+
+
+def place(group: Group, options: Sequence[int], share: float) -> int:
+    """The width for a share of the units: the nearest for coarse units (heads), else rounded down.
+
+    Rounding heads down, too, would leave more of the budget than the fine units can take.
+    """
+    if group.columns.shape[1] > 1:
+        return min(options, key=lambda width: abs(width - share * group.units))
+    return options[max(0, bisect_right(options, share * group.units) - 1)]
+
+
+def fill(item: AllocationContext, at: Callable[[float], Widths]) -> tuple[float, Widths]:
+    """The largest part in [0, 1] whose widths fit the budget, and these widths.
+
+    Args:
+        item: The allocation.
+        at: Part -> widths, wider with the part; ``at(0)`` must fit.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if cost(item, at(middle)) <= item.budget.target:
+            low = middle
+        else:
+            high = middle
+    return low, at(low)
 
 
 def trim(
     item: AllocationContext,
-    widths: dict[str, int],
-    gain: Callable[[Group, int, int], float],
-) -> dict[str, int]:
-    """Spend what is left of the budget, best gain for the cost first, until no unit fits.
+    widths: Widths,
+    worth: Callable[[Group, int, int], float],
+) -> Widths:
+    """Spend what is left of the budget, what is worth most first, until no unit fits.
 
     Args:
         item: The allocation.
         widths: Widths within the budget; changed and returned.
-        gain: (group, width, wider) -> what the wider width is worth.
+        worth: (group, width, wider) -> what the wider width is worth, for its cost.
     """
     left = item.budget.target - cost(item, widths)
+    slack = 1e-9 * item.budget.dense
     options: Mapping[str, Sequence[int]] = {
         g.name: widths_of(g, item.round_to) for g in item.groups
     }
     while True:
         best: tuple[float, Group, int, float] | None = None
         for group in item.groups:
-            now = widths[group.name]
-            wider = next((w for w in options[group.name] if w > now), None)
-            if wider is None:
+            now, steps = widths[group.name], options[group.name]
+            at = bisect_right(steps, now)
+            if at == len(steps):
                 continue
-            price = item.budget.unit(group) * (wider - now)
-            if price > left + 1e-9 * item.budget.dense:
+            price = item.budget.price(group, steps[at]) - item.budget.price(group, now)
+            if price > left + slack:
                 continue
-            worth = gain(group, now, wider) / max(price, 1e-12)
-            if best is None or worth > best[0]:
-                best = (worth, group, wider, price)
+            value = worth(group, now, steps[at])
+            if best is None or value > best[0]:
+                best = (value, group, steps[at], price)
         if best is None:
             return widths
         _, group, wider, price = best

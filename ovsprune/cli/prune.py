@@ -18,7 +18,10 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
 @click.option(
-    "--budget", default="macs", show_default=True, help="What --ratio counts: macs, params."
+    "--budget",
+    default="macs",
+    show_default=True,
+    help="What --ratio counts: macs, params, latency (of one picture on this machine).",
 )
 @click.option(
     "--calibration",
@@ -46,6 +49,18 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     default=1,
     show_default=True,
     help="Keep MLP widths at multiples of this.",
+)
+@click.option(
+    "--floor",
+    multiple=True,
+    metavar="PATTERN=N",
+    help="Fewest units (or share of them, below 1) that stay in matching layers; may be repeated.",
+)
+@click.option("--uniform-heads", is_flag=True, help="Keep as many heads in every layer.")
+@click.option(
+    "--latency-table",
+    metavar="FILE",
+    help="Layer times for --budget latency; by default this machine's, in your cache directory.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
 @click.option("--text/--no-text", default=True, show_default=True, help="Save the text tower too.")

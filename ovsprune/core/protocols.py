@@ -271,7 +271,11 @@ NEEDS = frozenset({"moments", "gradients", "norms"})
 
 
 class Criterion(Protocol):
-    """Ranks the units of a group."""
+    """Ranks the units of a group.
+
+    A criterion whose costs mean the same in every group (an estimated change of one loss) may say
+    ``comparable = True``; see :class:`AllocationContext`.
+    """
 
     needs: frozenset[str]
     """What must be there to rank a group: members of :data:`NEEDS`.
@@ -322,35 +326,56 @@ class Budget:
     """What must remain.
 
     Attributes:
-        kind: ``"macs"`` or ``"params"``.
-        dense: Cost of the dense tower.
+        kind: ``"macs"``, ``"params"`` or ``"latency"``.
+        dense: Cost of the dense tower (MACs, parameters, or milliseconds).
         target: Cost that must remain.
+        tables: Group name to the group's cost at every width 0 ... units, where the cost is no
+            multiple of the units: a latency that was measured. Never falls with the width.
     """
 
     kind: str
     dense: float
     target: float
+    tables: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def unit(self, group: Group) -> float:
-        """Cost of one unit of ``group`` in this budget's currency."""
-        return group.macs if self.kind == "macs" else group.params
+    def price(self, group: Group, width: int) -> float:
+        """What keeping ``width`` units of ``group`` costs, in this budget's currency."""
+        table = self.tables.get(group.name)
+        if table is not None:
+            return float(table[width])
+        return width * (group.params if self.kind == "params" else group.macs)
 
 
 @dataclass(frozen=True, eq=False)
 class AllocationContext:
-    """What an allocator sees: groups that may be cut, their scores, the budget, measured curves."""
+    """What an allocator sees: groups that may be cut, their scores, the budget, measurements.
+
+    Attributes:
+        groups: Groups that may be cut.
+        scores: Costs and orders of their units.
+        budget: What must remain.
+        curves: Error by width; None unless the allocator says ``needs_curves``.
+        round_to: Units of one column stay in multiples of this.
+        spectra: Group name to the power-law exponent alpha of its layers' spectra, > 1; None
+            unless the allocator says ``needs_spectra``.
+        comparable: The criterion's costs mean the same in every group (a change of one loss), so
+            that a ranking over all groups takes them as they are.
+    """
 
     groups: Sequence[Group]
     scores: Scores
     budget: Budget
     curves: Curves | None
     round_to: int = 1
+    spectra: Mapping[str, float] | None = None
+    comparable: bool = False
 
 
 class Allocator(Protocol):
     """Turns scores or curves and a budget into widths."""
 
     needs_curves: bool
+    needs_spectra: bool
 
     def widths(self, item: AllocationContext) -> dict[str, int]:
         """Units to keep in each group, at most the budget and within one unit of it.

@@ -16,6 +16,7 @@ class Activation:
     """Variance of a unit's activation times its consumer's squared weights (FLAP)."""
 
     needs = frozenset({"moments"})
+    comparable = True
 
     def score(self, item: GroupContext) -> Ranking:
         """``s_j = Var(a_j) |W_j|^2`` for each column, standardised in the group, averaged, in exp.

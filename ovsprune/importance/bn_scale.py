@@ -16,6 +16,7 @@ class BnScale:
     """Scale |gamma| of the norm between a unit and its consumer (towers that have such norms)."""
 
     needs = frozenset({"norms"})
+    comparable = True
 
     def score(self, item: GroupContext) -> Ranking:
         """``sum of |gamma|`` over the unit's channels in every norm between units and consumer.

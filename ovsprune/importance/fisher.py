@@ -25,6 +25,7 @@ class Fisher:
     """
 
     needs = frozenset({"gradients"})
+    comparable = True
 
     def __init__(self, projections: int = 4) -> None:
         if projections < 1:

@@ -16,6 +16,7 @@ class Lamp:
     """Squared norm of a unit over that of all units which are at least as large (LAMP)."""
 
     needs: frozenset[str] = frozenset()
+    comparable = True
 
     def score(self, item: GroupContext) -> Ranking:
         """``|u|^2 / sum of |v|^2 over v`` that are not smaller than u, ties in the order of units.

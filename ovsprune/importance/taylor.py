@@ -59,6 +59,7 @@ class Taylor:
     """
 
     needs = frozenset({"gradients"})
+    comparable = True
 
     def __init__(self, loss: Objective | None = None) -> None:
         self.objective: Objective = consistency if loss is None else loss

@@ -38,6 +38,8 @@ class PruneResult:
         achieved: Ratio that was reached, of the budget's cost.
         fidelity: On held-out calibration pictures.
         seconds: Time by step.
+        latency: For a latency budget, ``dense_ms``, ``slim_ms`` and ``measured_ratio`` (the share
+            of the time that is really gone, in one run), and ``predicted_ms``; None otherwise.
     """
 
     spec: SlimSpec
@@ -48,6 +50,7 @@ class PruneResult:
     achieved: float
     fidelity: Fidelity
     seconds: dict[str, float]
+    latency: dict[str, float] | None = None
 
     def record(self) -> dict[str, Any]:
         """What ``ovsprune prune --json`` prints."""
@@ -64,6 +67,7 @@ class PruneResult:
                 "cosine": self.fidelity.cosine,
                 "relative_error": self.fidelity.relative_error,
             },
+            "latency": self.latency,
             "criterion": criterion_name(self.settings.criterion),
             "allocation": self.settings.allocation,
             "recovery": self.settings.recovery,
@@ -106,19 +110,20 @@ def prune(
         dry_run: Plan and measure, write nothing.
         text: Save the untouched text tower too.
         progress: Is told how the work goes.
-        options: Fields of :class:`Settings`: ``budget`` ("macs", "params"), ``calibration``
-            (a folder or "procedural"), ``samples``, ``criterion`` (a name, or an object such as
-            :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
-            ``recovery``, ``protect`` (patterns of group names), ``round_to``, ``seed``,
-            ``batch_size``, ``ridge`` (relative to the mean variance), ``probe`` (pictures for
-            curves).
+        options: Fields of :class:`Settings`: ``budget`` ("macs", "params", "latency"),
+            ``calibration`` (a folder or "procedural"), ``samples``, ``criterion`` (a name, or an
+            object such as :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own),
+            ``allocation``, ``recovery``, ``protect`` (patterns of group names), ``round_to``,
+            ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``, ``latency_table``
+            (a file), ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance),
+            ``probe`` (pictures for curves).
 
     Raises:
         OptionError: A value is out of its range.
         UnknownNameError: A name is unknown.
         BudgetError: The ratio is out of reach.
         WeightsError: The weights cannot be had.
-        DataError: The calibration pictures cannot be used.
+        DataError: The calibration pictures, or the table of layer times, cannot be used.
         OutputError: The output exists, or cannot be written.
     """
     try:
@@ -158,6 +163,7 @@ def prune(
         done.achieved,
         done.fidelity,
         clock.seconds,
+        done.latency,
     )
     if target is not None:
         state = {f"visual.{k}": v.to(DTYPES[dtype]) for k, v in result.tower.state_dict().items()}
@@ -189,8 +195,9 @@ def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str
             continue
         if field.name == "criterion" and not isinstance(value, str):
             continue  # No command line can give an object; the note below says so.
+        option = f"--{field.name.replace('_', '-')}"
         for one in value if isinstance(value, tuple) else (value,):
-            words += [f"--{field.name.replace('_', '-')}", str(one)]
+            words += [option] if one is True else [option, str(one)]
     if dtype != "float32":
         words += ["--dtype", dtype]
     line = shlex.join([*words, *([] if text else ["--no-text"])])

@@ -10,11 +10,12 @@ from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Allocator, Criterion, Recovery
 from ovsprune.importance import find_criterion
+from ovsprune.jobs.floors import parse_floor
 from ovsprune.recovery import RECOVERIES
 
 __all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings"]
 
-BUDGETS = ("macs", "params")
+BUDGETS = ("macs", "params", "latency")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = 0.01
 """Largest difference of the reached and the asked ratio."""
@@ -33,6 +34,9 @@ class Settings:
     recovery: str = "closed-form"
     protect: tuple[str, ...] = ()
     round_to: int = 1
+    floor: tuple[str, ...] = ()
+    uniform_heads: bool = False
+    latency_table: str | None = None
     seed: int = 0
     batch_size: int = 16
     ridge: float = 1e-2
@@ -57,6 +61,12 @@ class Settings:
             )
         if self.budget not in BUDGETS:
             raise OptionError(f"--budget {self.budget!r} is unknown; known: {', '.join(BUDGETS)}")
+        if self.latency_table is not None and self.budget != "latency":
+            raise OptionError(
+                f"--latency-table is of use with --budget latency only, not {self.budget}"
+            )
+        for floor in self.floor:
+            parse_floor(floor)
         for option, value in (("--round-to", self.round_to), ("--batch-size", self.batch_size)):
             if value < 1:
                 raise OptionError(f"{option} {value}: give at least 1")

@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ovsprune.allocation.tied import tied_widths
+from ovsprune.allocation.trim import cost
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.pictures import calibration_hash, open_pictures
@@ -31,10 +33,13 @@ from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
 from ovsprune.importance import criterion_name
+from ovsprune.jobs.floors import with_floors
+from ovsprune.jobs.latency import compare_latency, latency_budget
 from ovsprune.jobs.settings import TOLERANCE, Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
 from ovsprune.slim.spec import LayerSpec, SliceSpec
+from ovsprune.spectrum import group_alphas
 
 __all__ = ["Clock", "Job", "Pruned"]
 
@@ -51,6 +56,7 @@ class Pruned:
     plan: Plan
     achieved: float
     fidelity: Fidelity
+    latency: dict[str, float] | None = None
 
 
 class Clock:
@@ -81,6 +87,7 @@ class Job:
         self.family: Family = FAMILIES.get(backbone.family)
         self.criterion, self.allocator, self.recovery = settings.check()
         self.device = next(backbone.tower.parameters()).device
+        self._spent = 0.0  # What the allocator's own model says that the plan costs.
 
     def run(self) -> Pruned:
         size = self.backbone.preprocess.size
@@ -89,9 +96,9 @@ class Job:
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
         free, protected = _split(seeds, self.settings.protect)
-        groups = find_groups(dense, free, size)
+        groups = with_floors(find_groups(dense, free, size), self.settings.floor)
         self.clock.lap("graph")
-        budget = self._budget(base)
+        budget = self._budget(base, dense, groups)
         pictures, held_out = open_pictures(
             self.settings.calibration,
             self.backbone.preprocess,
@@ -108,7 +115,7 @@ class Job:
         self.clock.lap("recover")
         self.family.finish(slim, groups, plan)
         costs = measure(slim, size)
-        achieved = self._achieved(base, costs)
+        achieved = self._achieved(budget, costs)
         closeness = fidelity(
             self._features(dense),
             self._features(slim),
@@ -116,9 +123,10 @@ class Job:
             self.settings.batch_size,
             self.device,
         )
+        latency = self._latency(slim, budget)
         self.clock.lap("check")
         spec = self._spec(groups, seeds, protected, plan, base, costs, pictures)
-        return Pruned(spec, slim, plan, achieved, closeness)
+        return Pruned(spec, slim, plan, achieved, closeness, latency)
 
     def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         stages = self.family.stages(tower)
@@ -131,9 +139,26 @@ class Job:
 
         return dense
 
-    def _budget(self, base: Costs) -> Budget:
-        whole = float(base.macs if self.settings.budget == "macs" else base.params)
-        return Budget(self.settings.budget, whole, whole * (1 - self.settings.ratio))
+    def _budget(self, base: Costs, dense: nn.Module, groups: list[Group]) -> Budget:
+        settings = self.settings
+        if settings.budget == "latency":
+            size, file = self.backbone.preprocess.size, settings.latency_table
+            budget = latency_budget(
+                dense, groups, self.family, size, settings.ratio, file, self.progress
+            )
+            self.clock.lap("layer times")
+            return budget
+        whole = float(base.macs if settings.budget == "macs" else base.params)
+        return Budget(settings.budget, whole, whole * (1 - settings.ratio))
+
+    def _latency(self, slim: nn.Module, budget: Budget) -> dict[str, float] | None:
+        """What the slim tower really takes, beside what the table said."""
+        if budget.kind != "latency":
+            return None
+        found = compare_latency(
+            self.backbone.tower, slim, self.backbone.preprocess.size, self.progress
+        )
+        return {**found, "predicted_ms": self._spent}
 
     def _plan(
         self, dense: nn.Module, groups: list[Group], budget: Budget, pictures: Pictures
@@ -151,8 +176,20 @@ class Job:
             progress=self.progress,
         ).run()
         self.clock.lap("survey")
-        item = AllocationContext(groups, scores, budget, curves, self.settings.round_to)
-        widths = self.allocator.widths(item)
+        item = AllocationContext(
+            groups,
+            scores,
+            budget,
+            curves,
+            self.settings.round_to,
+            spectra=group_alphas(dense, groups, self.progress)
+            if self.allocator.needs_spectra
+            else None,
+            comparable=getattr(self.criterion, "comparable", False),
+        )
+        tied = self.settings.uniform_heads
+        widths = tied_widths(self.allocator, item) if tied else self.allocator.widths(item)
+        self._spent = cost(item, widths)
         kept = {
             g.name: scores.orders[g.name][g.units - widths[g.name] :].sort().values for g in groups
         }
@@ -182,16 +219,16 @@ class Job:
             )
         )
 
-    def _achieved(self, base: Costs, slim: Costs) -> float:
-        pair = (
-            (base.macs, slim.macs) if self.settings.budget == "macs" else (base.params, slim.params)
-        )
-        achieved = 1 - pair[1] / pair[0]
+    def _achieved(self, budget: Budget, slim: Costs) -> float:
+        """Share of the budget's cost that is gone: counted, or for a latency, predicted."""
+        left = {"macs": slim.macs, "params": slim.params, "latency": self._spent}[budget.kind]
+        achieved = 1 - left / budget.dense
         if abs(achieved - self.settings.ratio) > TOLERANCE:
+            heads = ", --uniform-heads" if self.settings.uniform_heads else ""
             raise BudgetError(
                 f"a ratio of {self.settings.ratio:.3f} of the {self.settings.budget} cannot be met "
                 f"within {TOLERANCE}: the nearest is {achieved:.3f} with --round-to "
-                f"{self.settings.round_to}"
+                f"{self.settings.round_to}{heads}"
             )
         return achieved
 
@@ -232,6 +269,8 @@ class Job:
                 "calibration_hash": calibration_hash(pictures),
                 "samples": len(pictures),
                 "round_to": settings.round_to,
+                "floor": list(settings.floor),
+                "uniform_heads": settings.uniform_heads,
                 "ridge": settings.ridge,
                 "seed": settings.seed,
                 "torch": torch.__version__,

@@ -77,6 +77,13 @@ def prune_summary(record: Record) -> Parts:
         f"Asked to remove {percent(record['ratio'])} of the {record['budget']}, removed "
         f"{percent(record['achieved'], 2)}, in {duration(record['seconds'])}."
     )
+    latency = record.get("latency")
+    if latency:
+        lines.append(
+            f"One picture takes {duration(latency['slim_ms'] / 1e3)}, dense "
+            f"{duration(latency['dense_ms'] / 1e3)}: {percent(latency['measured_ratio'])} less, "
+            f"where the table of layer times said {percent(record['achieved'])}."
+        )
     output = record.get("output")
     if output:
         lines += [f"Saved to {output}", "", _next_steps(str(output))]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ovsprune
 from ovsprune import backbones
+from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import BudgetError, OptionError, OutputError, UnknownNameError
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import Backbone, Forward
@@ -38,9 +39,10 @@ def written(small: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5, 0.6])
 @pytest.mark.parametrize("budget", ["macs", "params"])
-@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+@pytest.mark.parametrize("allocation", ALLOCATIONS.names())
 def test_the_ratio_is_reached(small: Backbone, ratio: float, budget: str, allocation: str) -> None:
-    result = prune(small, ratio, budget=budget, allocation=allocation, recovery="none", **QUICK)
+    quick = {**QUICK, "criterion": "magnitude", "recovery": "none"}
+    result = prune(small, ratio, budget=budget, allocation=allocation, **quick)
     assert abs(result.achieved - ratio) <= 0.01
     size = small.preprocess.size
     dense, slim = measure(small.tower, size), measure(result.tower, size)
@@ -145,6 +147,29 @@ def test_protected_groups_stay_whole(small: Backbone) -> None:
     assert "transformer.resblocks.0.mlp" in result.spec.protected
 
 
+def test_floors_keep_units(small: Backbone) -> None:
+    result = prune(small, 0.3, floor=("*.attn=3", "*.1.mlp=0.9", "*.1.mlp=4"), **QUICK)
+    widths = result.record()["widths"]
+    assert min(n for name, n in widths.items() if name.endswith("attn")) >= 3
+    assert widths["transformer.resblocks.1.mlp"] >= 116
+    assert result.spec.provenance["floor"] == ["*.attn=3", "*.1.mlp=0.9", "*.1.mlp=4"]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS.names())
+def test_heads_can_be_kept_equal(small: Backbone, tmp_path: Path, allocation: str) -> None:
+    options = {**QUICK, "criterion": "magnitude", "recovery": "none", "allocation": allocation}
+    result = prune(small, 0.5, uniform_heads=True, output=tmp_path / "slim", **options)
+    widths = result.record()["widths"]
+    assert len({n for name, n in widths.items() if name.endswith("attn")}) == 1
+    assert abs(result.achieved - 0.5) <= 0.01
+    assert "--uniform-heads --" in result.spec.provenance["command"]
+
+
+def test_heads_that_are_equal_may_be_too_coarse(small: Backbone) -> None:
+    with pytest.raises(BudgetError, match=r"the nearest is 0\.\d+ with .*--uniform-heads"):
+        prune(small, 0.15, uniform_heads=True, protect=("*.mlp",), **QUICK)
+
+
 def test_an_untrained_model_is_said_to_be(small: Backbone) -> None:
     progress = Silent()
     prune(small, 0.5, progress=progress, **QUICK)
@@ -209,6 +234,12 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
         ({"samples": 0}, "--samples 0"),
         ({"protect": ("nothing.*",)}, "matches no group"),
         ({"protect": ("*",)}, "everything is protected"),
+        ({"floor": ("*.mlp",)}, "--floor '\\*.mlp': give PATTERN=N"),
+        ({"floor": ("*.mlp=1.5",)}, "--floor '\\*.mlp=1.5': give PATTERN=N"),
+        ({"floor": ("*.mlp=0",)}, "--floor '\\*.mlp=0': give PATTERN=N"),
+        ({"floor": ("=3",)}, "--floor '=3': give PATTERN=N"),
+        ({"floor": ("nothing=3",)}, "--floor 'nothing=3' matches no group that may be cut"),
+        ({"floor": ("*.attn=5",)}, "0.attn has 4 heads only"),
         ({"criterio": "x"}, "unexpected keyword argument 'criterio'"),
     ],
 )

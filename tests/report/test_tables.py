@@ -46,6 +46,12 @@ def test_prune_summary_of_a_dry_run_names_no_output():
     assert "cosine" not in text
 
 
+def test_prune_summary_has_the_measured_latency_beside_the_predicted():
+    latency = {"dense_ms": 20.0, "slim_ms": 12.0, "predicted_ms": 9.9, "measured_ratio": 0.4}
+    text = shown(tables.prune_summary(prune_record(budget="latency", latency=latency)))
+    assert "takes 12.0 ms, dense 20.0 ms: 40.0% less, where the table" in " ".join(text.split())
+
+
 def test_names_with_brackets_are_printed_as_they_are():
     text = shown(tables.prune_summary(prune_record(output="out/[red]x[/red]")))
     assert "out/[red]x[/red]" in text

@@ -1,0 +1,104 @@
+"""Heads kept equal in all layers, around any allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from ovsprune.allocation.curves import curve
+from ovsprune.allocation.trim import cost, floor_of, spare
+from ovsprune.core.protocols import AllocationContext, Allocator, Budget
+from ovsprune.core.records import Group
+
+__all__ = ["tied_widths"]
+
+Widths = dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Tie:
+    """Groups that get one width: ``mean`` when they were free, within ``lowest`` ... ``units``."""
+
+    names: tuple[str, ...]
+    lowest: int
+    units: int
+    mean: float
+
+
+def tied_widths(allocator: Allocator, item: AllocationContext) -> Widths:
+    """Widths by ``allocator``, with as many heads in each group of heads as in all others.
+
+    The allocator runs free first. The mean head count that it gave, and its neighbours, are fixed
+    in turn, and it runs again on the other groups with what is left of the budget. Of the counts
+    with which the budget is used up, the one of least total measured error is taken, or without
+    curves the nearest to the mean. Groups of heads with different units or unit costs are tied
+    apart; protected ones are in no list and stay as they are.
+
+    Raises:
+        BudgetError: The floors, the highest of all tied groups being that of each, cost more than
+            the budget; names the nearest ratio.
+    """
+    classes: dict[tuple[int, float, float], list[Group]] = {}
+    for group in item.groups:
+        if group.kind == "heads":
+            classes.setdefault((group.units, group.macs, group.params), []).append(group)
+    lowest = {
+        g.name: max(m.floor for m in members) for members in classes.values() for g in members
+    }
+    item = replace(
+        item, groups=[replace(g, floor=lowest.get(g.name, g.floor)) for g in item.groups]
+    )
+    spare(item)
+    free = allocator.widths(item)
+    ties = [
+        _Tie(
+            tuple(g.name for g in members),
+            min(lowest[members[0].name], members[0].units),
+            members[0].units,
+            sum(free[g.name] for g in members) / len(members),
+        )
+        for members in classes.values()
+    ]
+    found = [_fixed(allocator, item, heads) for heads in _candidates(item, ties)]
+    # Candidates come nearest first, and min() keeps the first of equals.
+    return min(found, key=lambda widths: (_missing(item, widths), _error(item, widths)))
+
+
+def _candidates(item: AllocationContext, ties: Iterable[_Tie]) -> list[Widths]:
+    """The three head counts nearest to the means that leave room for the other groups' floors."""
+    ties = list(ties)
+    least = {g.name: floor_of(g, item.round_to) for g in item.groups}
+    found: dict[tuple[int, ...], Widths] = {}
+    offsets = sorted(range(-max((t.units for t in ties), default=0), 2), key=lambda o: (abs(o), o))
+    for offset in offsets:
+        counts = tuple(min(t.units, max(t.lowest, round(t.mean) + offset)) for t in ties)
+        heads = {name: n for tie, n in zip(ties, counts, strict=True) for name in tie.names}
+        if cost(item, {**least, **heads}) <= item.budget.target:
+            found.setdefault(counts, heads)
+        if len(found) == 3:
+            break
+    return list(found.values())
+
+
+def _fixed(allocator: Allocator, item: AllocationContext, heads: Mapping[str, int]) -> Widths:
+    """Widths with these heads, the other groups by the allocator."""
+    rest = [g for g in item.groups if g.name not in heads]
+    if not rest:
+        return dict(heads)
+    price = item.budget.price
+    gone = sum(price(g, g.units) - price(g, heads[g.name]) for g in item.groups if g.name in heads)
+    budget: Budget = replace(item.budget, dense=item.budget.dense - gone)
+    return {**heads, **allocator.widths(replace(item, groups=rest, budget=budget))}
+
+
+def _missing(item: AllocationContext, widths: Mapping[str, int]) -> float:
+    """Share of the cost, above half a percent, that the other groups could not take up."""
+    left = (item.budget.target - cost(item, widths)) / item.budget.dense
+    return max(0.0, round(left - 0.005, 3))
+
+
+def _error(item: AllocationContext, widths: Mapping[str, int]) -> float:
+    """Total measured error; 0 where nothing was measured."""
+    if item.curves is None:
+        return 0.0
+    return sum(float(curve(item, g)[widths[g.name]]) for g in item.groups)
