@@ -13,11 +13,14 @@ __all__ = ["draw", "spread_out"]
 
 Record = Mapping[str, Any]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that white
-# paper swallows; line styles and markers go round at other lengths, so that no two methods agree.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A")
+# Okabe and Ito's colours, which colour-blind readers tell apart, with grey and Tol's wine for the
+# yellow that white paper swallows; styles and markers go round at other lengths, so that no two
+# methods agree in all three.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A", "#882255",
+)  # fmt: skip
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 DARKER = {"#E69F00": "#9A6A00", "#56B4E9": "#1F78AE"}
 """Colours of names, where a line's own is too light to read."""
