@@ -17,7 +17,8 @@ Record = Mapping[str, Any]
 # yellow that white paper swallows; styles and markers go round at other lengths, so that no two
 # methods agree in all three.
 COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A", "#882255",
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A",
+    "#882255",
 )  # fmt: skip
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
