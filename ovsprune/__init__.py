@@ -21,6 +21,7 @@ from ovsprune.core.errors import OvspruneError
 
 if TYPE_CHECKING:
     from ovsprune.jobs.benchmark import benchmark
+    from ovsprune.jobs.compare import compare
     from ovsprune.jobs.evaluate import evaluate
     from ovsprune.jobs.inspect import inspect
     from ovsprune.jobs.prune import prune
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "apply",
     "benchmark",
+    "compare",
     "evaluate",
     "inspect",
     "load",
@@ -49,6 +51,7 @@ _HOMES = {
     "SlimTower": "ovsprune.slim",
     "apply": "ovsprune.slim",
     "benchmark": "ovsprune.jobs.benchmark",
+    "compare": "ovsprune.jobs.compare",
     "evaluate": "ovsprune.jobs.evaluate",
     "inspect": "ovsprune.jobs.inspect",
     "load": "ovsprune.slim",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovsprune.core.protocols import Pictures
 
-__all__ = ["Fidelity", "fidelity"]
+__all__ = ["Agreement", "Fidelity", "fidelity"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,31 @@ class Fidelity:
     relative_error: float
 
 
+class Agreement:
+    """Sums over corresponding tokens of two towers, a batch at a time."""
+
+    def __init__(self) -> None:
+        self._cosine = self._error = self._square = 0.0
+        self._total: Tensor | None = None
+        self._count = 0
+
+    def update(self, dense: Tensor, slim: Tensor) -> None:
+        """Add dense tokens [B, C, h, w] of both towers for the same pictures."""
+        a = dense.flatten(2).transpose(1, 2).flatten(0, 1).double()
+        b = slim.flatten(2).transpose(1, 2).flatten(0, 1).double()
+        self._cosine += float(F.cosine_similarity(a, b, dim=1).sum())
+        self._error += float((a - b).square().sum())
+        self._square += float(a.square().sum())
+        self._total = a.sum(0) if self._total is None else self._total + a.sum(0)
+        self._count += len(a)
+
+    def result(self) -> Fidelity:
+        """The agreement over everything that was added."""
+        assert self._total is not None
+        spread = max(self._square - float(self._total.square().sum()) / self._count, 1e-30)
+        return Fidelity(self._cosine / self._count, float((self._error / spread) ** 0.5))
+
+
 @torch.no_grad()
 def fidelity(
     dense: Callable[[Tensor], Tensor],
@@ -37,17 +62,7 @@ def fidelity(
     device: torch.device | str = "cpu",
 ) -> Fidelity:
     """Compare two towers' dense tokens [B, C, h, w] over ``pictures``."""
-    cosine = error = square = 0.0
-    total: Tensor | None = None
-    count = 0
+    sums = Agreement()
     for images in pictures.batches(batch_size):
-        a = dense(images.to(device)).flatten(2).transpose(1, 2).flatten(0, 1).double()
-        b = slim(images.to(device)).flatten(2).transpose(1, 2).flatten(0, 1).double()
-        cosine += float(F.cosine_similarity(a, b, dim=1).sum())
-        error += float((a - b).square().sum())
-        square += float(a.square().sum())
-        total = a.sum(0) if total is None else total + a.sum(0)
-        count += len(a)
-    assert total is not None
-    spread = max(square - float(total.square().sum()) / count, 1e-30)
-    return Fidelity(cosine / count, float((error / spread) ** 0.5))
+        sums.update(dense(images.to(device)), slim(images.to(device)))
+    return sums.result()

@@ -22,6 +22,7 @@ COMMANDS = (
     "transfer",
     "inspect",
     "evaluate",
+    "compare",
     "benchmark",
     "models",
     "targets",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from ovsprune.core.protocols import (
     RecoveryContext,
     Seed,
 )
-from ovsprune.core.records import Costs, Group, Plan
+from ovsprune.core.records import Costs, Curves, Group, Plan, Scores
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
@@ -41,7 +42,7 @@ from ovsprune.slim.hashing import base_spec
 from ovsprune.slim.spec import LayerSpec, SliceSpec
 from ovsprune.spectrum import group_alphas
 
-__all__ = ["Clock", "Job", "Pruned"]
+__all__ = ["Clock", "Job", "Planner", "Pruned", "Surveys"]
 
 HELD_OUT = 32
 """Pictures that calibration never sees, on which the fidelity is measured."""
@@ -71,9 +72,31 @@ class Clock:
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now
 
+    def add(self, step: str, seconds: float) -> None:
+        """Count ``seconds``, whoever spent them, and start the next lap now."""
+        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+        self._last = time.perf_counter()
+
+
+Surveys = MutableMapping[Any, tuple[Scores, Curves | None, float]]
+"""What surveys of one backbone found, and their seconds: shared by jobs that differ in ratio,
+allocation or recovery."""
+
+Planner = Callable[[nn.Module, list[Group], Budget, Pictures], Plan]
+"""Chooses the units in place of criterion and allocation: (dense, groups, budget, pictures)."""
+
 
 class Job:
-    """One prune of one loaded backbone."""
+    """One prune of one loaded backbone.
+
+    Args:
+        backbone: What is pruned; it is not changed.
+        settings: What decides the prune.
+        progress: Is told how the work goes.
+        clock: Keeps the seconds; a survey that is shared counts in full for each job.
+        surveys: Surveys that are there already; new ones are added.
+        planner: Chooses the units instead of the settings' criterion and allocation.
+    """
 
     def __init__(
         self,
@@ -81,9 +104,13 @@ class Job:
         settings: Settings,
         progress: Progress,
         clock: Clock,
+        surveys: Surveys | None = None,
+        planner: Planner | None = None,
     ) -> None:
         self.backbone, self.settings, self.progress = backbone, settings, progress
         self.clock = clock
+        self.surveys: Surveys = {} if surveys is None else surveys
+        self.planner: Planner = planner or self._plan
         self.family: Family = FAMILIES.get(backbone.family)
         self.criterion, self.allocator, self.recovery = settings.check()
         self.device = next(backbone.tower.parameters()).device
@@ -107,7 +134,7 @@ class Job:
             self.settings.seed,
             self.progress,
         )
-        plan = self._plan(dense, groups, budget, pictures)
+        plan = self.planner(dense, groups, budget, pictures)
         slim = deepcopy(dense)
         cut(slim, groups, plan)
         if self.recovery.needs_pictures:
@@ -163,19 +190,7 @@ class Job:
     def _plan(
         self, dense: nn.Module, groups: list[Group], budget: Budget, pictures: Pictures
     ) -> Plan:
-        scores, curves = Survey(
-            dense,
-            self.family.stages(dense),
-            groups,
-            self.criterion,
-            pictures,
-            batch_size=self.settings.batch_size,
-            ridge=self.settings.ridge,
-            seed=self.settings.seed,
-            probe=self.settings.probe_pictures if self.allocator.needs_curves else 0,
-            progress=self.progress,
-        ).run()
-        self.clock.lap("survey")
+        scores, curves = self._survey(dense, groups, pictures)
         item = AllocationContext(
             groups,
             scores,
@@ -195,6 +210,31 @@ class Job:
         }
         self.clock.lap("allocate")
         return Plan(kept)
+
+    def _survey(
+        self, dense: nn.Module, groups: list[Group], pictures: Pictures
+    ) -> tuple[Scores, Curves | None]:
+        """Rankings and curves, which depend neither on the ratio nor on the recovery."""
+        probe = self.settings.probe_pictures if self.allocator.needs_curves else 0
+        key = (replace(self.settings, ratio=0.5, budget="", allocation="", recovery=""), probe)
+        if key not in self.surveys:
+            start = time.perf_counter()
+            found = Survey(
+                dense,
+                self.family.stages(dense),
+                groups,
+                self.criterion,
+                pictures,
+                batch_size=self.settings.batch_size,
+                ridge=self.settings.ridge,
+                seed=self.settings.seed,
+                probe=probe,
+                progress=self.progress,
+            ).run()
+            self.surveys[key] = (*found, time.perf_counter() - start)
+        scores, curves, seconds = self.surveys[key]
+        self.clock.add("survey", seconds)
+        return scores, curves
 
     def _recover(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -81,6 +82,43 @@ PRUNE = ["prune", "--model", "small", "--ratio", "0.5", "--samples", "4", "--thr
 def test_prune(place, args, message):
     assert message in refused(*PRUNE, *args)
     assert list(place.iterdir()) == []
+
+
+COMPARE = ["compare", "--model", "small", "--ratio", "0.5", "--threads", "1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ratio", "1.5"], "--ratio 1.5 is outside (0, 1)"),
+        (["--methods", "default,randon"], "unknown method 'randon'. Did you mean 'random'"),
+        (["--methods", "random+closed"], "Did you mean 'closed-form'?"),
+        (["--methods", "torch-pruning+uniform"], "torch-pruning brings its own allocation"),
+        (["--seeds", "0"], "--seeds 0 is out of range"),
+        (["--data", "nowhere"], "nowhere has no folder images/"),
+        (["--model", "ViT-B/61"], "unknown model 'ViT-B/61'. Did you mean 'ViT-B-16'"),
+    ],
+)
+def test_compare(place, args, message):
+    assert message in refused(*COMPARE, *args)
+    assert list(place.iterdir()) == []
+
+
+def test_compare_into_a_directory_of_mine(place):
+    (place / "compare" / "small").mkdir(parents=True)
+    (place / "compare" / "small" / "mine").touch()
+    assert "compare/small exists and holds no comparison" in refused(*COMPARE)
+
+
+def test_compare_shows_tables_and_the_record_alone_on_stdout(place):
+    quick = ["--samples", "4", "--scenes", "3", "--seeds", "1", "--methods", "random,magnitude"]
+    result = CliRunner().invoke(main, [*COMPARE, *quick, "--json", "-"])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert [row["method"] for row in record["rows"]] == ["random", "magnitude"]
+    assert record["output"] == "compare/small"
+    assert "50% of the MACs removed" in result.stderr
+    assert (place / "compare" / "small" / "README.md").is_file()
 
 
 def test_prune_into_an_output_that_exists(place):

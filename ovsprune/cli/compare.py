@@ -1,0 +1,84 @@
+"""``ovsprune compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ovsprune.cli.screen import Screen, compute_options, output_options
+
+
+@click.command("compare", short_help="Methods side by side under one budget.")
+@click.option("--model", required=True, help="tiny, ViT-B/16, or any open_clip ViT.")
+@click.option(
+    "--ratio",
+    "ratios",
+    required=True,
+    type=float,
+    multiple=True,
+    help="Part of the MACs to remove, in (0, 1); may be repeated.",
+)
+@click.option(
+    "--methods",
+    multiple=True,
+    metavar="A,B,C",
+    help="default, CRITERION, or torch-pruning, with +ALLOCATION and +RECOVERY; may be repeated.",
+)
+@click.option("--seeds", type=int, default=3, show_default=True, help="How many seeds, from 0 on.")
+@click.option(
+    "--data",
+    metavar="DIR",
+    help="A folder with images/, labels/ and classes.json; by default procedural test scenes.",
+)
+@click.option(
+    "--text-embeddings",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="Embeddings of the classes, for a model without a text tower.",
+)
+@click.option(
+    "--list",
+    "list_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file that names the pictures of --data to use, one stem a line.",
+)
+@click.option(
+    "--scenes",
+    type=int,
+    help="Test scenes to score on (500 by default), or the most pictures of --data.",
+)
+@click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
+@click.option(
+    "--calibration",
+    default="procedural",
+    show_default=True,
+    help="A folder of pictures without labels, or 'procedural'.",
+)
+@click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where rows, tables and plot go; by default compare/MODEL.",
+)
+@click.option("--overwrite", is_flag=True, help="Start anew instead of going on.")
+@compute_options(dtype=False)
+@output_options
+def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:
+    """Prune by several methods at the same budget, with the same pictures, and score each.
+
+    A method is `default`, a criterion (alone: uniform, without recovery) with `+ALLOCATION` and
+    `+RECOVERY`, such as `magnitude+sensitivity+closed-form`, or a stock method: `torch-pruning`,
+    `torch-pruning-uniform`, `torch-pruning-taylor`, `torch-pruning-isomorphic`, alone or with
+    `+RECOVERY`. Rows are kept as they are done: the same command goes on where it stopped.
+    """
+    from ovsprune.jobs.compare import METHODS, compare
+    from ovsprune.report.comparison import compare_summary
+
+    record = compare(methods=methods or METHODS, **options, progress=screen.progress)
+    screen.finish(record, *compare_summary(record))

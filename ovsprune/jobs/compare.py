@@ -1,0 +1,319 @@
+"""Compare: any methods at any ratios and seeds, under one budget, on the same pictures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovsprune import backbones
+from ovsprune.core.errors import MissingLibraryError, OptionError
+from ovsprune.core.progress import Progress, Silent
+from ovsprune.core.protocols import Backbone
+from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
+from ovsprune.graph.costs import measure
+from ovsprune.jobs.contest import Contest
+from ovsprune.jobs.evaluate import class_embeddings
+from ovsprune.jobs.examine import Examiner
+from ovsprune.jobs.measure import device_and_dtype, thread_limit
+from ovsprune.jobs.methods import DEFAULT, Method, parse_methods
+from ovsprune.jobs.rows import Rows, check_place, write_text
+from ovsprune.jobs.settings import Settings
+from ovsprune.report.comparison import differences, page, summary
+from ovsprune.slim.hashing import tensor_hash
+
+__all__ = ["METHODS", "compare"]
+
+METHODS = (
+    "default",
+    "magnitude+closed-form",
+    "random+closed-form",
+    "torch-pruning+closed-form",
+    "torch-pruning",
+    "reconstruction",
+    "magnitude",
+    "random",
+)
+"""What is compared when nothing is said: with and without recovery, random, and stock."""
+
+SCENE_SEED = 1_000_000
+"""Of the test scenes; calibration, whose scenes are of another split too, counts from 0."""
+
+
+def compare(
+    model: str | Backbone,
+    ratios: Sequence[float],
+    *,
+    methods: Sequence[str] = METHODS,
+    seeds: int = 3,
+    data: str | Path | None = None,
+    text_embeddings: str | Path | None = None,
+    list_file: str | Path | None = None,
+    scenes: int | None = None,
+    pretrained: str | None = None,
+    activation: str | None = None,
+    calibration: str = "procedural",
+    samples: int = 256,
+    device: str = "cpu",
+    batch_size: int = 16,
+    threads: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Prune by every method at every ratio and seed, and score what is left.
+
+    Rows are kept in ``output`` as they are done. The same call goes on where it stopped, and more
+    methods, ratios or seeds only add rows.
+
+    Args:
+        model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone.
+        ratios: Shares of the tower's MACs that go, each in (0, 1).
+        methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), or lists with commas.
+        seeds: How many: 0 to ``seeds - 1``. A seed chooses the calibration pictures and what a
+            method draws.
+        data: Folder with ``images/``, ``labels/`` and ``classes.json``; None scores on procedural
+            test scenes.
+        text_embeddings: NPZ with the classes' embeddings, for a model without a text tower.
+        list_file: Stems of ``data`` to use.
+        scenes: Test scenes to score on (500 by default), or, with ``data``, the most pictures.
+        pretrained: Tag, file, or ``"none"``.
+        activation: For a bare file.
+        calibration: A folder of pictures without labels, or ``"procedural"``.
+        samples: Calibration pictures.
+        device: Where the towers run.
+        batch_size: Pictures at a time.
+        threads: CPU threads; None leaves torch's own choice.
+        output: Directory for rows, record, page and plot; by default ``compare/<model>``.
+        overwrite: Start anew instead of going on.
+        progress: Told of every step.
+
+    Returns:
+        ``model, pretrained, trained, data, images, calibration, samples, seeds, ratios, methods,
+        dense{macs, params, miou, pixel_accuracy}, rows[{method, ratio, seed, status, reason,
+        criterion, allocation, recovery, source, macs, params, achieved, miou, pixel_accuracy,
+        retention, relative_error, seconds}], summary[], differences[], plot, output, seconds``;
+        ``rows`` in the order of ratio, method and seed. Retention is mIoU over dense mIoU.
+
+    Raises:
+        OptionError: A value is out of its range.
+        UnknownNameError: A model or a part of a method is unknown.
+        DataError: The data set, the embeddings or the calibration pictures cannot be used.
+        WeightsError: The model cannot be loaded, or there is nothing to embed class names with.
+        OutputError: ``output`` holds something else, or rows of other settings.
+    """
+    start = time.perf_counter()
+    progress = _Once(progress or Silent())
+    asked = parse_methods(methods)
+    ratios = list(dict.fromkeys(float(ratio) for ratio in ratios))
+    _check(ratios, seeds, scenes, data, list_file)
+    settings = Settings(
+        ratio=ratios[0], calibration=calibration, samples=samples, batch_size=batch_size
+    )
+    for ratio in ratios:
+        Settings(ratio=ratio, samples=samples, batch_size=batch_size).check()
+    device_and_dtype(device, "float32")
+    name = model if isinstance(model, str) else model.name
+    place = Path(output) if output else Path("compare") / backbones.canonical(name)
+    check_place(place)
+    opened = _open(data, list_file, scenes)
+    with thread_limit(threads):
+        backbone = _load(model, pretrained, activation, device, progress)
+        pictures = opened(max(backbone.preprocess.size))
+        embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
+        identity = _identity(backbone, settings, embeddings, data, list_file, len(pictures), device)
+        rows = Rows(place, identity, overwrite)
+        examiner = Examiner(backbone, embeddings, pictures, batch_size, progress)
+        contest = Contest(backbone, settings, examiner, progress)
+        dense = _dense(backbone, examiner, rows)
+        grid = list(itertools.product(range(seeds), ratios, asked))
+        found = _fill(grid, rows, contest, dense["miou"], progress)
+    order = itertools.product(ratios, asked, range(seeds))
+    record = {
+        "model": name,
+        "pretrained": backbone.pretrained,
+        "trained": backbone.trained,
+        "data": str(data) if data is not None else "scenes",
+        "images": len(pictures),
+        "calibration": calibration,
+        "samples": samples,
+        "seeds": seeds,
+        "ratios": ratios,
+        "methods": [method.name for method in asked],
+        "dense": dense,
+        "rows": [found[seed, ratio, method] for ratio, method, seed in order],
+    }
+    record["summary"] = summary(record)
+    record["differences"] = differences(record, _reference(asked))
+    return _write(record, place, start, progress)
+
+
+class _Once:
+    """A progress that says a note once, however many rows give rise to it."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self._said: set[str] = set()
+
+    def stage(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self._inner.stage(description, total)
+
+    def note(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self._inner.note(message)
+
+
+def _check(
+    ratios: Sequence[float],
+    seeds: int,
+    scenes: int | None,
+    data: str | Path | None,
+    list_file: str | Path | None,
+) -> None:
+    if not ratios:
+        raise OptionError("--ratio is missing: give at least one, such as --ratio 0.5")
+    if seeds < 1:
+        raise OptionError(f"--seeds {seeds} is out of range; give 1 or more")
+    if scenes is not None and scenes < 1:
+        raise OptionError(f"--scenes {scenes} is out of range; give 1 or more")
+    if list_file is not None and data is None:
+        raise OptionError(f"--list {list_file} needs --data DIR; scenes have no files")
+
+
+def _open(
+    data: str | Path | None, list_file: str | Path | None, scenes: int | None
+) -> Callable[[int], SegmentationData]:
+    """The labelled pictures, as soon as the size is known at which scenes are drawn."""
+    if data is None:
+        return lambda size: ScenesData(scenes or 500, seed=SCENE_SEED, size=size)
+    folder = FolderData(data, list_file, scenes)
+    return lambda size: folder
+
+
+def _load(
+    model: str | Backbone,
+    pretrained: str | None,
+    activation: str | None,
+    device: str,
+    progress: Progress,
+) -> Backbone:
+    """The dense model.
+
+    Raises:
+        OptionError: It is slim already.
+    """
+    if isinstance(model, str):
+        with progress.stage(f"loading {model}", 1) as advance:
+            model = backbones.load(
+                model, pretrained=pretrained, activation=activation, device=device
+            )
+            advance(1)
+    if model.slim is not None:
+        raise OptionError(
+            f"{model.slim.path} is slim already: compare on its dense model, {model.name}"
+        )
+    if not model.trained:
+        progress.note(f"{model.name} has random weights: its mIoU and retention mean nothing")
+    return model
+
+
+def _identity(
+    backbone: Backbone,
+    settings: Settings,
+    embeddings: Tensor,
+    data: str | Path | None,
+    list_file: str | Path | None,
+    images: int,
+    device: str,
+) -> dict[str, Any]:
+    """What decides a row beside method, ratio and seed."""
+    weights = [p.detach().flatten().float().cpu() for p in backbone.tower.state_dict().values()]
+    plain = settings.calibration == "procedural"
+    return {
+        "model": backbone.name,
+        "pretrained": backbone.pretrained,
+        "tower": tensor_hash(torch.cat(weights))[:16],
+        "embeddings": tensor_hash(embeddings)[:16],
+        "data": "scenes" if data is None else str(Path(data).resolve()),
+        "list": None if list_file is None else str(list_file),
+        "images": images,
+        "calibration": "procedural" if plain else str(Path(settings.calibration).resolve()),
+        "samples": settings.samples,
+        "device": str(device),
+    }
+
+
+def _dense(backbone: Backbone, examiner: Examiner, rows: Rows) -> dict[str, Any]:
+    """Costs and scores of the dense tower, from the file if they are there."""
+    stored = rows.find({"method": "dense"})
+    if stored is None:
+        costs = measure(backbone.tower, backbone.preprocess.size)
+        stored = {"method": "dense", "macs": costs.macs, "params": costs.params, **examiner.dense()}
+        rows.add(stored)
+    return {name: stored[name] for name in ("macs", "params", "miou", "pixel_accuracy")}
+
+
+def _fill(
+    grid: Sequence[tuple[int, float, Method]],
+    rows: Rows,
+    contest: Contest,
+    dense: float,
+    progress: Progress,
+) -> dict[tuple[int, float, Method], dict[str, Any]]:
+    """Every row of the grid, from the file or made now; each is on disk before the next begins."""
+    found = {place: rows.find(_key(*place)) for place in grid}
+    missing = [place for place, row in found.items() if row is None]
+    if missing and len(missing) < len(grid):
+        progress.note(f"{len(grid) - len(missing)} of {len(grid)} rows are in {rows.place} already")
+    with progress.stage("comparing", len(missing)) as advance:
+        for seed, ratio, method in missing:
+            row = contest.row(method, ratio, seed)
+            kept = None if row["miou"] is None or not dense else row["miou"] / dense
+            rows.add({**_key(seed, ratio, method), **row, "retention": kept})
+            found[seed, ratio, method] = rows.rows[-1]
+            advance(1)
+    return {place: row for place, row in found.items() if row is not None}
+
+
+def _key(seed: int, ratio: float, method: Method) -> dict[str, Any]:
+    """What makes a row one of its own; the parts are in it, so that a default may change."""
+    return {
+        "method": method.name,
+        "ratio": ratio,
+        "seed": seed,
+        "criterion": method.criterion,
+        "allocation": method.allocation,
+        "recovery": method.recovery,
+        "source": method.source,
+    }
+
+
+def _reference(asked: Sequence[Method]) -> str:
+    """The method that the others are set against: the default, or else the first."""
+    names = [method.name for method in asked]
+    return DEFAULT if DEFAULT in names else names[0]
+
+
+def _write(record: dict[str, Any], place: Path, start: float, progress: Progress) -> dict[str, Any]:
+    """Plot, page and record, beside the rows."""
+    from ovsprune.report.curves import draw
+
+    try:
+        draw(record, place / "curves.png")
+        record["plot"] = str(place / "curves.png")
+    except MissingLibraryError as error:
+        progress.note(f"no plot: {error}")
+        record["plot"] = None
+    record["output"] = str(place)
+    record["seconds"] = time.perf_counter() - start
+    write_text(place / "README.md", page(record))
+    write_text(place / "compare.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return record

@@ -1,0 +1,114 @@
+"""Names of methods to compare: ``default``, ``random+closed-form``, ``torch-pruning`` ..."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ovsprune.allocation import ALLOCATIONS
+from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.importance import CRITERIA
+from ovsprune.jobs.settings import Settings
+from ovsprune.jobs.stock import STOCK
+from ovsprune.recovery import RECOVERIES
+
+__all__ = ["DEFAULT", "Method", "parse_method", "parse_methods"]
+
+DEFAULT = "default"
+"""The method that ``prune`` takes when nothing is said."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to prune.
+
+    Attributes:
+        name: As it was given.
+        criterion: Name in the registry of criteria; for a stock method the method's own name.
+        allocation: Name in the registry of allocations; ``"own"`` for a stock method.
+        recovery: Name in the registry of recoveries; None for a stock method that is run on the
+            original tower, as a user of that library would.
+        source: Who selects: ``"ovsprune"`` or ``"torch-pruning"``.
+    """
+
+    name: str
+    criterion: str
+    allocation: str
+    recovery: str | None
+    source: Literal["ovsprune", "torch-pruning"]
+
+
+def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
+    """The methods of names or of lists ``"a,b,c"``, each once, in the order given.
+
+    Raises:
+        OptionError: There is none, or a part is given twice.
+        UnknownNameError: A part is unknown.
+    """
+    given = [part.strip() for name in names for part in name.split(",")]
+    methods = tuple(parse_method(name) for name in dict.fromkeys(filter(None, given)))
+    if not methods:
+        raise OptionError("--methods names none; give for example --methods default,random")
+    return methods
+
+
+def parse_method(name: str) -> Method:
+    """The method called ``name``: parts with ``+`` between them.
+
+    The first part is ``default``, a criterion, or a stock method. A criterion alone means that
+    criterion with uniform allocation and no recovery. Parts that follow are an allocation, a
+    recovery, or both; a name that both rooms know is the allocation unless there is one already.
+
+    >>> parse_method("random+closed-form").recovery
+    'closed-form'
+
+    Raises:
+        OptionError: A part is given twice, or an allocation to a stock method.
+        UnknownNameError: A part is unknown; names the closest.
+    """
+    first, *rest = (part.strip() for part in name.split("+"))
+    if first in STOCK:
+        return _stock_method(name, first, rest)
+    if first == DEFAULT:
+        plain = Settings(ratio=0.5)
+        criterion, allocation, recovery = plain.criterion, plain.allocation, plain.recovery
+    elif first in CRITERIA.names():
+        criterion, allocation, recovery = first, "uniform", "none"
+    else:
+        raise UnknownNameError("method", first, [DEFAULT, *STOCK, *CRITERIA.names()])
+    seen: set[str] = set()
+    for part in rest:
+        room = _room(part, seen)
+        if room in seen:
+            raise OptionError(f"--methods {name}: {part!r} is a second {room}; give at most one")
+        seen.add(room)
+        if room == "allocation":
+            allocation = part
+        else:
+            recovery = part
+    return Method(name, criterion, allocation, recovery, "ovsprune")
+
+
+def _room(part: str, seen: set[str]) -> str:
+    """Whether a later part is an allocation or a recovery."""
+    allocates, repairs = part in ALLOCATIONS.names(), part in RECOVERIES.names()
+    if not (allocates or repairs):
+        known = [*ALLOCATIONS.names(), *RECOVERIES.names()]
+        raise UnknownNameError("allocation or recovery", part, dict.fromkeys(known))
+    if allocates and repairs:
+        return "recovery" if "allocation" in seen else "allocation"
+    return "allocation" if allocates else "recovery"
+
+
+def _stock_method(name: str, first: str, rest: list[str]) -> Method:
+    """A stock method, as it is or followed by a recovery of ours."""
+    if len(rest) > 1:
+        raise OptionError(f"--methods {name}: {first} takes one recovery after the '+'")
+    if rest and rest[0] in ALLOCATIONS.names() and rest[0] not in RECOVERIES.names():
+        raise OptionError(
+            f"--methods {name}: {first} brings its own allocation; give a recovery after the '+'"
+        )
+    if rest:
+        RECOVERIES.get(rest[0])
+    return Method(name, first, "own", rest[0] if rest else None, "torch-pruning")

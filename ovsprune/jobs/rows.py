@@ -1,0 +1,135 @@
+"""Rows of a comparison on disk: appended one by one, so that a run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ovsprune.core.errors import OutputError
+
+__all__ = ["Rows", "check_place", "write_text"]
+
+SETTINGS = "settings.json"
+ROWS = "rows.jsonl"
+OWN = (SETTINGS, ROWS, "compare.json", "README.md", "curves.png")
+"""Files of a comparison; nothing else is ever removed."""
+
+Row = dict[str, Any]
+
+
+def check_place(place: Path) -> None:
+    """Make sure that ``place`` can hold a comparison; asked before long work.
+
+    Raises:
+        OutputError: It is a file, or a directory with something else in it.
+    """
+    if not os.path.lexists(place):
+        return
+    if not place.is_dir():
+        raise OutputError(f"{place} is a file; name a directory with -o")
+    if any(place.iterdir()) and not (place / SETTINGS).is_file():
+        raise OutputError(f"{place} exists and holds no comparison; name another directory with -o")
+
+
+class Rows:
+    """The rows in ``place``.
+
+    Args:
+        place: Directory; made where it is missing.
+        settings: What decides a row beside method, ratio and seed; plain JSON values. Rows of
+            other settings do not belong into the same directory.
+        overwrite: Start anew, whatever is there.
+
+    Raises:
+        OutputError: The directory holds rows of other settings, is damaged, or cannot be written.
+    """
+
+    def __init__(self, place: Path, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        self.place = place
+        check_place(place)
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                for name in OWN:
+                    (place / name).unlink(missing_ok=True)
+            if not (place / SETTINGS).is_file():
+                write_text(place / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"{place} cannot be written ({error.strerror or error}); name another directory "
+                "with -o"
+            ) from error
+        self._check(json.loads(json.dumps(settings)))
+        self.rows = self._read()
+
+    def find(self, key: Mapping[str, Any]) -> Row | None:
+        """The row that has all of ``key``'s values, or None."""
+        for row in self.rows:
+            if all(row.get(name) == value for name, value in key.items()):
+                return row
+        return None
+
+    def add(self, row: Row) -> None:
+        """Append ``row``; once this returns, it is on disk.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        line = json.dumps(row, allow_nan=False) + "\n"
+        try:
+            with open(self.place / ROWS, "ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self.place / ROWS} cannot be written ({error.strerror or error}); the rows "
+                "before are kept, and the same command goes on from them"
+            ) from error
+        self.rows.append(row)
+
+    def _check(self, settings: Mapping[str, Any]) -> None:
+        path = self.place / SETTINGS
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            other = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{path} cannot be read ({error}); pass --overwrite to start anew"
+            ) from error
+        if other:
+            said = "; ".join(f"{k} {found.get(k)}, now {settings.get(k)}" for k in other)
+            raise OutputError(
+                f"{self.place} holds a comparison with other settings ({said}). Name another "
+                "directory with -o, or pass --overwrite to start anew"
+            )
+
+    def _read(self) -> list[Row]:
+        path = self.place / ROWS
+        if not path.is_file():
+            return []
+        *lines, rest = path.read_bytes().split(b"\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                assert isinstance(row, dict)
+            except (ValueError, AssertionError) as error:
+                raise OutputError(
+                    f"{path}, line {number} is damaged; remove the line, or pass --overwrite to "
+                    "start anew"
+                ) from error
+            rows.append(row)
+        if rest:  # A line without its end: the run was killed while it wrote.
+            write_text(path, "".join(line.decode() + "\n" for line in lines))
+        return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``path`` so that a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

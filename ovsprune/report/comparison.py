@@ -1,0 +1,217 @@
+"""A comparison's summary, its tables for the terminal, and its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from ovsprune.report.intervals import pooled_difference, spread
+from ovsprune.report.numbers import count, duration, percent
+from ovsprune.report.tables import table
+
+__all__ = ["compare_summary", "differences", "page", "summary"]
+
+Record = Mapping[str, Any]
+FIGURES = ("retention", "miou", "pixel_accuracy", "relative_error")
+
+
+def summary(record: Record) -> list[dict[str, Any]]:
+    """Means over seeds, one entry a ratio and method, in the order of the record.
+
+    Returns:
+        ``method, ratio, seeds`` (rows that are done), ``macs`` (their mean), for each of
+        ``retention, miou, pixel_accuracy, relative_error`` a ``{mean, sd, half}`` (half-width of
+        the 95% interval of the mean; None where there is no or only one value), ``seconds`` (mean)
+        and ``reason`` (why rows are missing, or None).
+    """
+    entries = []
+    for ratio in record["ratios"]:
+        for method in record["methods"]:
+            rows = _rows(record, ratio, method)
+            done = [row for row in rows if row["status"] == "done"]
+            entry: dict[str, Any] = {"method": method, "ratio": ratio, "seeds": len(done)}
+            entry["macs"] = _mean([row["macs"] for row in done])
+            for figure in FIGURES:
+                entry[figure] = _figure([row[figure] for row in done if row[figure] is not None])
+            entry["seconds"] = _mean([row["seconds"] for row in done])
+            entry["reason"] = next((row["reason"] for row in rows if row["reason"]), None)
+            entries.append(entry)
+    return entries
+
+
+def differences(record: Record, reference: str) -> list[dict[str, Any]]:
+    """How far ``reference`` is ahead of every other method, with the pooled 95% interval.
+
+    Returns:
+        ``ratio, reference, method``, and for ``retention`` and ``relative_error`` a ``{mean, half,
+        clear}``: reference less method; ``clear`` says that the interval leaves zero out. Methods
+        without rows are left out.
+    """
+    found = []
+    for ratio in record["ratios"]:
+        for method in record["methods"]:
+            entry: dict[str, Any] = {"ratio": ratio, "reference": reference, "method": method}
+            for figure in ("retention", "relative_error"):
+                ours = _values(record, ratio, reference, figure)
+                theirs = _values(record, ratio, method, figure)
+                if ours and theirs and method != reference:
+                    gap = pooled_difference(ours, theirs)
+                    entry[figure] = {"mean": gap.mean, "half": gap.half, "clear": gap.clear}
+            if "retention" in entry:
+                found.append(entry)
+    return found
+
+
+def compare_summary(record: Record) -> Sequence[RenderableType]:
+    """One table a ratio, the gaps, and where the files are."""
+    columns = ["", *COLUMNS]
+    parts: list[RenderableType] = []
+    for ratio in record["ratios"]:
+        title = f"{record['model']}, {percent(ratio, 0)} of the MACs removed"
+        parts.append(table(title, columns, _cells(record, ratio)))
+    gaps = _gaps(record)
+    if gaps:
+        parts.append(table(_gap_title(record), GAP_COLUMNS, gaps))
+    lines = [_dense_line(record), NOTE]
+    lines += [f"{name}: {reason}" for name, reason in _reasons(record)]
+    lines += ["", f"Done in {duration(record['seconds'])}: {record['output']}/README.md"]
+    if record["plot"]:
+        lines.append(f"Plot: {record['plot']}")
+    return [*parts, Text("\n".join(lines))]
+
+
+def page(record: Record) -> str:
+    """The tables as a page in Markdown."""
+    lines = [f"# {record['model']}: methods compared", "", _dense_line(record), ""]
+    if not record["trained"]:
+        lines += ["**The weights are random: the quality figures on this page mean nothing.**", ""]
+    lines += [
+        f"{record['samples']} calibration pictures ({record['calibration']}), {record['seeds']} "
+        f"{'seed' if record['seeds'] == 1 else 'seeds'}; mean ± standard deviation over seeds. "
+        f"{NOTE}",
+        "",
+    ]
+    if record["plot"]:
+        lines += ["![Quality against MACs](curves.png)", ""]
+    for ratio in record["ratios"]:
+        lines += [f"## {percent(ratio, 0)} of the MACs removed", ""]
+        lines += [*_markdown(["method", *COLUMNS], _cells(record, ratio)), ""]
+    gaps = _gaps(record)
+    if gaps:
+        lines += [f"## {_gap_title(record)}", "", *_markdown(GAP_COLUMNS, gaps), ""]
+        lines += ["Difference of the means ± half-width of the pooled 95% interval.", ""]
+    reasons = _reasons(record)
+    if reasons:
+        lines += ["## Not reached", "", *(f"- `{name}`: {reason}" for name, reason in reasons), ""]
+    return "\n".join(lines)
+
+
+COLUMNS = ("seeds", "MACs", "kept", "mIoU", "error", "time")
+GAP_COLUMNS = ["against", "removed", "kept, points", "error"]
+NOTE = (
+    "kept: share of the dense mIoU; error: relative error of the dense features on the same "
+    "pictures, 0 is equal."
+)
+
+
+def _cells(record: Record, ratio: float) -> list[list[str]]:
+    """One line a method, the best kept share first; those out of reach last."""
+    entries = [e for e in record["summary"] if e["ratio"] == ratio]
+    entries.sort(key=lambda e: -1.0 if e["miou"]["mean"] is None else -e["miou"]["mean"] - 2.0)
+    cells = []
+    for entry in entries:
+        if not entry["seeds"]:
+            cells.append([entry["method"], "0", "not reached", "", "", "", ""])
+            continue
+        cells.append(
+            [
+                entry["method"],
+                str(entry["seeds"]),
+                count(entry["macs"]),
+                _points(entry["retention"]),
+                _points(entry["miou"]),
+                _error(entry["relative_error"]),
+                duration(entry["seconds"]),
+            ]
+        )
+    return cells
+
+
+def _gaps(record: Record) -> list[list[str]]:
+    cells = []
+    for gap in record["differences"]:
+        kept, error = gap["retention"], gap.get("relative_error")
+        cells.append(
+            [
+                gap["method"],
+                percent(gap["ratio"], 0),
+                _signed(100 * kept["mean"], kept["half"] and 100 * kept["half"], ".1f"),
+                _signed(error["mean"], error["half"], ".3f") if error else "",
+            ]
+        )
+    return cells
+
+
+def _gap_title(record: Record) -> str:
+    return f"{record['differences'][0]['reference']} less the others, with 95% intervals"
+
+
+def _signed(mean: float, half: float | None, form: str) -> str:
+    return f"{mean:+{form}}" + ("" if half is None else f" ± {half:{form}}")
+
+
+def _points(figure: Record) -> str:
+    if figure["mean"] is None:
+        return "n/a"
+    sd = "" if figure["sd"] is None else f" ± {100 * figure['sd']:.1f}"
+    return f"{100 * figure['mean']:.1f}%{sd}"
+
+
+def _error(figure: Record) -> str:
+    sd = "" if figure["sd"] is None else f" ± {figure['sd']:.3f}"
+    return f"{figure['mean']:.3f}{sd}"
+
+
+def _dense_line(record: Record) -> str:
+    dense, scenes = record["dense"], record["data"] == "scenes"
+    where = "procedural test scenes" if scenes else f"pictures of {record['data']}"
+    return (
+        f"Dense: {count(dense['macs'])} MACs, {count(dense['params'])} parameters, mIoU "
+        f"{percent(dense['miou'])} on {record['images']} {where}."
+    )
+
+
+def _reasons(record: Record) -> list[tuple[str, str]]:
+    return [
+        (f"{entry['method']} at {entry['ratio']:g}", entry["reason"])
+        for entry in record["summary"]
+        if entry["reason"]
+    ]
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _rows(record: Record, ratio: float, method: str) -> list[Record]:
+    return [r for r in record["rows"] if r["ratio"] == ratio and r["method"] == method]
+
+
+def _values(record: Record, ratio: float, method: str, figure: str) -> list[float]:
+    rows = _rows(record, ratio, method)
+    return [float(row[figure]) for row in rows if row[figure] is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return spread(values).mean if values else None
+
+
+def _figure(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "sd": None, "half": None}
+    found = spread(values)
+    return {"mean": found.mean, "sd": found.sd, "half": found.half}

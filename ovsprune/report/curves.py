@@ -1,0 +1,185 @@
+"""Quality against MACs: one curve a method, a band over seeds, names at the curves' ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovsprune.core.errors import MissingLibraryError
+from ovsprune.report.numbers import count
+
+__all__ = ["draw", "spread_out"]
+
+Record = Mapping[str, Any]
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, with grey and Tol's wine for the
+# yellow that white paper swallows; styles and markers go round at other lengths, so that no two
+# methods agree in all three.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A",
+    "#882255",
+)  # fmt: skip
+STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+DARKER = {"#E69F00": "#9A6A00", "#56B4E9": "#1F78AE"}
+"""Colours of names, where a line's own is too light to read."""
+
+PANEL = (7.6, 3.9)
+"""Inches of one panel, with its names."""
+LINE = 0.062
+"""Height of a name, as a share of a panel's."""
+
+
+def draw(record: Record, path: Path) -> None:
+    """Draw the share of the dense mIoU and the relative error against the MACs removed.
+
+    Args:
+        record: Of a comparison, with its summary.
+        path: The PNG to write.
+
+    Raises:
+        MissingLibraryError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
+    except ImportError as error:
+        raise MissingLibraryError(
+            "matplotlib is not installed, and plots need it: pip install 'ovsprune[plots]'"
+        ) from error
+    methods = list(record["methods"])
+    tall = max(1.0, len(methods) * LINE * 1.1)
+    figure = Figure(figsize=(PANEL[0], 2 * PANEL[1] * tall), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    kept, wrong = figure.subplots(2, 1, sharex=True)
+    kept.set_xlim(0, 100 * _most(record))
+    kept.set_title(_title(record), loc="left", fontsize=10)
+    _panel(kept, {m: _curve(record, m, "retention", 100.0, [(0.0, 100.0, 0.0)]) for m in methods})
+    kept.set_ylim(bottom=0)
+    kept.set_ylabel("mIoU kept (% of dense)")
+    # Logarithmic: errors of good methods are far smaller, and are what tells them apart.
+    wrong.set_yscale("log")
+    _panel(wrong, {m: _curve(record, m, "relative_error", 1.0, []) for m in methods})
+    wrong.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    wrong.yaxis.set_minor_locator(NullLocator())
+    wrong.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    wrong.set_ylabel("relative error of the features (log)")
+    wrong.set_xlabel(f"MACs removed (% of {count(record['dense']['macs'])})")
+    for axes in (kept, wrong):
+        _names(axes)
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+Curve = list[tuple[float, float, float]]
+"""MACs removed in percent, mean, standard deviation; ascending."""
+
+
+def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Heights near ``wanted``, at least ``gap`` apart, within [low, high] if they fit there.
+
+    >>> spread_out([0.5, 0.5, 0.9], 0.2, 0.0, 1.0)
+    [0.4, 0.6, 0.9]
+
+    Args:
+        wanted: Where names would like to stand, in any order.
+        gap: Least distance.
+        low: Least height.
+        high: Greatest height.
+    """
+    # Names that collide become one block about the mean of what they want.
+    blocks: list[list[int]] = []
+
+    def centre(block: Sequence[int]) -> float:
+        half = gap * (len(block) - 1) / 2
+        mean = sum(wanted[i] for i in block) / len(block)
+        return max(low + half, min(high - half, mean))
+
+    for index in sorted(range(len(wanted)), key=lambda i: wanted[i]):
+        blocks.append([index])
+        while len(blocks) > 1:
+            below, above = blocks[-2], blocks[-1]
+            reach = gap * (len(below) + len(above)) / 2
+            if centre(above) - centre(below) >= reach - 1e-12:
+                break
+            blocks[-2:] = [below + above]
+    places = [0.0] * len(wanted)
+    for block in blocks:
+        bottom = centre(block) - gap * (len(block) - 1) / 2
+        for step, index in enumerate(block):
+            places[index] = round(bottom + gap * step, 9)
+    return places
+
+
+def _most(record: Record) -> float:
+    """Where the axis of MACs ends: a little past the greatest ratio."""
+    return min(1.0, 1.05 * float(max(record["ratios"])))
+
+
+def _curve(record: Record, method: str, figure: str, scale: float, start: Curve) -> Curve:
+    """``start`` and every ratio that was reached; empty if none was."""
+    dense = record["dense"]["macs"]
+    points = [
+        (
+            100 * (1 - entry["macs"] / dense),
+            scale * entry[figure]["mean"],
+            scale * (entry[figure]["sd"] or 0.0),
+        )
+        for entry in record["summary"]
+        if entry["method"] == method and entry[figure]["mean"] is not None
+    ]
+    return [*start, *sorted(points)] if points else []
+
+
+def _panel(axes: Any, curves: Mapping[str, Curve]) -> None:
+    for place, (name, curve) in enumerate(curves.items()):
+        if not curve:
+            continue
+        x, y, band = zip(*curve, strict=True)
+        colour = COLOURS[place % len(COLOURS)]
+        axes.plot(
+            x, y, label=name, color=colour, linestyle=STYLES[place % len(STYLES)], linewidth=1.6,
+            marker=MARKERS[place % len(MARKERS)], markersize=5,
+        )  # fmt: skip
+        lower = [max(a - b, 0.2 * a) for a, b in zip(y, band, strict=True)]
+        upper = [a + b for a, b in zip(y, band, strict=True)]
+        axes.fill_between(x, lower, upper, color=colour, alpha=0.15, linewidth=0)
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _names(axes: Any) -> None:
+    """Every method's name right of the panel, near the height of its curve's end, with a leader."""
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axes.get_lines()]
+    if not ends:
+        return
+    wanted = axes.transAxes.inverted().transform(axes.transData.transform(ends))[:, 1]
+    furthest = max(x for x, _ in ends)
+    heights = spread_out([float(value) for value in wanted], LINE, 0.0, 1.0)
+    for line, end, height in zip(axes.get_lines(), ends, heights, strict=True):
+        axes.annotate(
+            line.get_label(),
+            xy=end,
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=DARKER.get(line.get_color(), line.get_color()),
+            arrowprops={
+                # Dotted from a curve that ends early, so that it is not taken for its course.
+                "linestyle": "-" if end[0] > furthest - 2 else (0, (1, 4)),
+                "arrowstyle": "-", "color": line.get_color(), "lw": 0.6, "alpha": 0.7,
+                "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3,
+            },
+        )  # fmt: skip
+
+
+def _title(record: Record) -> str:
+    seeds = record["seeds"]
+    what = "procedural scenes" if record["data"] == "scenes" else Path(record["data"]).name
+    band = "band: ± one standard deviation over" if seeds > 1 else "no band:"
+    said = f"{record['model']}: {record['images']} pictures ({what}); {band} {seeds} seed"
+    said += "s" if seeds > 1 else ""
+    return said if record["trained"] else said + "\nUNTRAINED WEIGHTS: these figures mean nothing"

@@ -1,0 +1,222 @@
+"""The comparison on a small untrained tower: what its rows say, and that a run goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
+from ovsprune.core.progress import Silent
+from ovsprune.jobs.compare import compare
+from ovsprune.jobs.contest import Contest
+from ovsprune.jobs.prune import prune
+
+QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
+METHODS = ["default,random+closed-form,random", "torch-pruning,torch-pruning+closed-form"]
+ROW = {
+    "method",
+    "ratio",
+    "seed",
+    "macs",
+    "params",
+    "miou",
+    "retention",
+    "relative_error",
+    "seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(small_clip, tmp_path_factory):
+    """A comparison in one go."""
+    place = tmp_path_factory.mktemp("compare") / "whole"
+    return compare(small_clip, [0.2, 0.5], methods=METHODS, seeds=2, output=place, **QUICK)
+
+
+def plain(row):
+    """A row without what a clock says."""
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
+def test_rows(whole):
+    names = [name for given in METHODS for name in given.split(",")]
+    assert whole["methods"] == names
+    assert [(r["ratio"], r["method"], r["seed"]) for r in whole["rows"]] == [
+        (ratio, name, seed) for ratio in (0.2, 0.5) for name in names for seed in (0, 1)
+    ]
+    dense = whole["dense"]
+    for row in whole["rows"]:
+        assert set(row) >= ROW
+        if row["status"] == "unreachable":
+            continue
+        assert 1 - row["macs"] / dense["macs"] == pytest.approx(row["ratio"], abs=0.01)
+        assert row["params"] < dense["params"]
+        assert row["retention"] == pytest.approx(row["miou"] / dense["miou"])
+        assert row["relative_error"] > 0 and row["seconds"] > 0
+
+
+def test_a_stock_row_that_cannot_be_reached_says_so(whole):
+    rows = {(r["method"], r["ratio"]): r for r in whole["rows"]}
+    assert rows["torch-pruning", 0.2]["status"] == "done"
+    assert rows["torch-pruning+closed-form", 0.5]["status"] == "done"
+    far = rows["torch-pruning", 0.5]
+    assert (far["status"], far["miou"], far["macs"]) == ("unreachable", None, None)
+    assert "took at most 0.3" in far["reason"]
+
+
+def test_a_row_is_what_prune_gives(whole, small_clip):
+    options = {"samples": 4, "batch_size": 4, "seed": 1}
+    spec = prune(small_clip, 0.5, **options).spec
+    row = next(
+        r for r in whole["rows"] if (r["method"], r["ratio"], r["seed"]) == ("default", 0.5, 1)
+    )
+    assert (row["macs"], row["params"]) == (spec.slim.macs, spec.slim.params)
+
+
+def test_recovery_brings_the_features_closer(whole):
+    error = {(e["method"], e["ratio"]): e["relative_error"]["mean"] for e in whole["summary"]}
+    for ratio in (0.2, 0.5):
+        assert error["random+closed-form", ratio] < error["random", ratio]
+
+
+def test_files(whole, tmp_path):
+    place = tmp_path.__class__(whole["output"])
+    names = {path.name for path in place.iterdir()}
+    assert names == {"settings.json", "rows.jsonl", "compare.json", "README.md", "curves.png"}
+    assert json.loads((place / "compare.json").read_text()) == whole
+    page = (place / "README.md").read_text()
+    assert "## 50% of the MACs removed" in page and "`torch-pruning at 0.5`" in page
+    assert "The weights are random" in page
+    with Image.open(place / "curves.png") as picture:
+        assert picture.width > 800
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_differences_are_set_against_the_default(whole):
+    assert {gap["reference"] for gap in whole["differences"]} == {"default"}
+    gap = next(g for g in whole["differences"] if (g["method"], g["ratio"]) == ("random", 0.5))
+    errors = {
+        name: [
+            r["relative_error"] for r in whole["rows"] if (r["method"], r["ratio"]) == (name, 0.5)
+        ]
+        for name in ("default", "random")
+    }
+    assert gap["relative_error"]["mean"] == pytest.approx(
+        sum(errors["default"]) / 2 - sum(errors["random"]) / 2
+    )
+
+
+def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
+    """Stopped after three rows, and in the middle of writing the fourth."""
+    made, real = [], Contest.row
+
+    def counted(self, method, ratio, seed):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append((method.name, ratio, seed))
+        return real(self, method, ratio, seed)
+
+    run = {"methods": METHODS, "seeds": 2, "output": tmp_path / "cut", **QUICK}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Contest, "row", counted)
+        compare(small_clip, [0.2, 0.5], **run)
+    with open(tmp_path / "cut" / "rows.jsonl", "ab") as file:
+        file.write(b'{"method": "ran')
+    first = list(made)
+
+    def rest(self, method, ratio, seed):
+        made.append((method.name, ratio, seed))
+        return real(self, method, ratio, seed)
+
+    monkeypatch.setattr(Contest, "row", rest)
+    heard = Silent()
+    record = compare(small_clip, [0.2, 0.5], progress=heard, **run)
+    assert "3 of 20 rows are in" in heard.notes[-1]
+    assert len(made) == len(set(made)) == 20 and made[:3] == first
+    assert [plain(r) for r in record["rows"]] == [plain(r) for r in whole["rows"]]
+    assert (record["dense"], record["summary"][0]["miou"]) == (
+        whole["dense"],
+        whole["summary"][0]["miou"],
+    )
+
+    monkeypatch.setattr(Contest, "row", counted)  # Would stop at once.
+    made[:] = [None] * 3
+    again = compare(small_clip, [0.5], **{**run, "methods": ["random"], "seeds": 1})
+    assert [r["miou"] for r in again["rows"]] == [
+        r["miou"]
+        for r in whole["rows"]
+        if (r["method"], r["ratio"], r["seed"]) == ("random", 0.5, 0)
+    ]
+
+
+SMALL = {"methods": ["random"], "seeds": 1}
+
+
+def test_other_settings_in_the_same_place(small_clip, tmp_path):
+    run = {**SMALL, "output": tmp_path / "out"}
+    first = compare(small_clip, [0.5], **run, **QUICK)
+    with pytest.raises(OutputError, match=r"other settings \(samples 4, now 5\).*--overwrite"):
+        compare(small_clip, [0.5], **run, **{**QUICK, "samples": 5})
+    with pytest.raises(OutputError, match=r"other settings \(images 4, now 3\)"):
+        compare(small_clip, [0.5], **run, **{**QUICK, "scenes": 3})
+    again = compare(small_clip, [0.5], overwrite=True, **run, **{**QUICK, "scenes": 3})
+    assert (first["images"], again["images"]) == (4, 3)
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2  # Dense, and one.
+
+
+def test_a_damaged_row(small_clip, tmp_path):
+    run = {**SMALL, "output": tmp_path / "out", **QUICK}
+    compare(small_clip, [0.5], **run)
+    rows = tmp_path / "out" / "rows.jsonl"
+    rows.write_text("{broken\n" + rows.read_text())
+    with pytest.raises(OutputError, match=r"rows.jsonl, line 1 is damaged.*--overwrite"):
+        compare(small_clip, [0.5], **run)
+
+
+def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    heard = Silent()
+    record = compare(small_clip, [0.5], **SMALL, output=tmp_path / "out", progress=heard, **QUICK)
+    assert record["plot"] is None and not (tmp_path / "out" / "curves.png").exists()
+    assert any("pip install 'ovsprune[plots]'" in note for note in heard.notes)
+    assert "curves.png" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "options", "error", "message"),
+    [
+        ([], {}, OptionError, "--ratio is missing"),
+        ([0.5, 1.0], {}, OptionError, r"--ratio 1 is outside \(0, 1\)"),
+        ([0.5], {"seeds": 0}, OptionError, "--seeds 0 is out of range"),
+        ([0.5], {"scenes": 0}, OptionError, "--scenes 0 is out of range"),
+        ([0.5], {"methods": ["randon"]}, UnknownNameError, "Did you mean 'random'"),
+        ([0.5], {"list_file": "x"}, OptionError, "--list x needs --data"),
+        ([0.5], {"data": "nowhere"}, DataError, "nowhere has no folder images/"),
+        ([0.5], {"text_embeddings": "nowhere.npz"}, DataError, "nowhere.npz"),
+        ([0.5], {"device": "abacus"}, OptionError, "--device 'abacus' cannot be used"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind(
+    small_clip, tmp_path, ratios, options, error, message
+):
+    with pytest.raises(error, match=message):
+        compare(small_clip, ratios, **{**QUICK, **SMALL, **options}, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_text_tower_needs_embeddings(small_clip, tmp_path):
+    import dataclasses
+
+    mute = dataclasses.replace(small_clip, encoder=None)
+    with pytest.raises(WeightsError, match="--text-embeddings"):
+        compare(mute, [0.5], **SMALL, output=tmp_path / "out", **QUICK)
+
+
+def test_a_place_with_something_else(small_clip, tmp_path):
+    (tmp_path / "mine.txt").touch()
+    for place, message in ((tmp_path, "holds no comparison"), (tmp_path / "mine.txt", "is a file")):
+        with pytest.raises(OutputError, match=message):
+            compare(small_clip, [0.5], **SMALL, output=place, overwrite=True, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
