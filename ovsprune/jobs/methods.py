@@ -72,6 +72,7 @@ def parse_method(name: str) -> Method:
         return _stock_method(name, first, rest)
     if first == DEFAULT:
         plain = Settings(ratio=0.5)
+        assert isinstance(plain.criterion, str)  # the default is a name
         criterion, allocation, recovery = plain.criterion, plain.allocation, plain.recovery
     elif first in CRITERIA.names():
         criterion, allocation, recovery = first, "uniform", "none"
