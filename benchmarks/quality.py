@@ -1,0 +1,91 @@
+"""What pruning keeps on the trained models, by method: the tables of the documentation.
+
+    python benchmarks/quality.py tiny
+    python benchmarks/quality.py photo --data DATA
+
+Every row is kept in ``--work`` as it is done: run again, it goes on where it stopped. At the end
+``benchmarks/quality/<testbed>/`` gets the record, the page and the plot of ``ovsprune compare``.
+DATA is the folder of photographs that ``photo_clip/data.py`` describes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ovsprune
+
+HERE = Path(__file__).resolve().parent
+METHODS = (
+    "default",
+    "reconstruction+closed-form",
+    "magnitude+sensitivity+closed-form",
+    "magnitude+closed-form",
+    "random+closed-form",
+    "reconstruction+sensitivity",
+    "magnitude",
+    "random",
+)
+RATIOS = (0.5, 0.7)
+
+
+def testbed(name: str, data: Path | None, work: Path) -> dict[str, Any]:
+    """What ``ovsprune.compare`` is given for a testbed.
+
+    The photographs that calibrate ``photo`` are those of MSRC's train list, never its test list.
+    """
+    if name == "tiny":
+        return {"model": "tiny"}
+    if data is None:
+        raise SystemExit("photo needs --data DATA, the folder of photographs")
+    pictures = work / "calibration"
+    pictures.mkdir(parents=True, exist_ok=True)
+    for stem in (data / "msrc" / "train.txt").read_text().split():
+        (source,) = (data / "msrc" / "images").glob(f"{stem}.*")
+        link = pictures / source.name
+        if not link.exists():
+            link.symlink_to(source.resolve())
+    return {
+        "model": os.path.relpath(HERE / "photo_clip" / "photo"),
+        "data": data / "msrc",
+        "list_file": data / "msrc" / "test.txt",
+        "text_embeddings": next((data / "text").glob("*.npz")),
+        "calibration": str(pictures),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("testbed", choices=("tiny", "photo"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path, help="default: work/quality-<testbed>")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--ratio", type=float, action="append")
+    parser.add_argument("--methods", action="append")
+    parser.add_argument("--threads", type=int, default=2)
+    chosen = parser.parse_args(arguments)
+    work = chosen.work or Path("work") / f"quality-{chosen.testbed}"
+    ovsprune.compare(
+        **testbed(chosen.testbed, chosen.data, work),
+        ratios=chosen.ratio or RATIOS,
+        methods=chosen.methods or METHODS,
+        seeds=chosen.seeds,
+        samples=chosen.samples,
+        threads=chosen.threads,
+        output=work / "rows",
+    )
+    page = HERE / "quality" / chosen.testbed
+    page.mkdir(parents=True, exist_ok=True)
+    for file in ("compare.json", "README.md", "curves.png"):
+        shutil.copyfile(work / "rows" / file, page / file)
+    print(page / "README.md")
+
+
+if __name__ == "__main__":
+    main()
