@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ from ovsprune.core.protocols import (
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
-from ovsprune.graph.groups import find_groups
-from ovsprune.jobs.settings import TOLERANCE, Settings
+from ovsprune.graph.groups import find_groups, with_costs
+from ovsprune.jobs.rounds import compose, everything, narrow, ratios
+from ovsprune.jobs.settings import TOLERANCE, Settings, recovery_chain
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
 from ovsprune.slim.spec import LayerSpec, SliceSpec
@@ -78,19 +80,20 @@ class Job:
         self.backbone, self.settings, self.progress = backbone, settings, progress
         self.clock = clock
         self.family: Family = FAMILIES.get(backbone.family)
-        self.criterion, self.allocator, self.recovery = settings.check()
+        self.criterion, self.allocator, _ = settings.check()
+        self.recoveries = recovery_chain(settings.recovery)
         self.device = next(backbone.tower.parameters()).device
 
     def run(self) -> Pruned:
         size = self.backbone.preprocess.size
-        dense = deepcopy(self.backbone.tower).eval().requires_grad_(False)
+        # Half precision is for files: second moments and repairs need float32.
+        dense = deepcopy(self.backbone.tower).float().eval().requires_grad_(False)
         base = measure(dense, size)
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
         free, protected = _split(seeds, self.settings.protect)
         groups = find_groups(dense, free, size)
         self.clock.lap("graph")
-        budget = self._budget(base)
         pictures, held_out = open_pictures(
             self.settings.calibration,
             self.backbone.preprocess,
@@ -99,12 +102,7 @@ class Job:
             self.settings.seed,
             self.progress,
         )
-        plan = self._plan(dense, groups, budget, pictures)
-        slim = deepcopy(dense)
-        cut(slim, groups, plan)
-        if self.recovery.needs_pictures:
-            self._recover(dense, slim, groups, plan, pictures)
-        self.clock.lap("recover")
+        plan, slim = self._rounds(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
         costs = measure(slim, size)
         achieved = self._achieved(base, costs)
@@ -130,16 +128,54 @@ class Job:
 
         return dense
 
-    def _budget(self, base: Costs) -> Budget:
-        whole = float(base.macs if self.settings.budget == "macs" else base.params)
-        return Budget(self.settings.budget, whole, whole * (1 - self.settings.ratio))
+    def _rounds(
+        self, dense: nn.Module, groups: list[Group], base: Costs, pictures: Pictures
+    ) -> tuple[Plan, nn.Module]:
+        """Plan, cut and repair, once or in rounds; the teacher is the dense tower every time."""
+        slim, plan = deepcopy(dense), everything(groups)
+        steps = ratios(self.settings.ratio, self.settings.rounds)
+        with self.progress.stage("pruning", len(steps)) as advance:
+            for number, ratio in enumerate(steps, 1):
+                found = narrow(groups, plan)
+                spent = base
+                if number > 1:
+                    found = with_costs(slim, found, self.backbone.preprocess.size)
+                    spent = self._left(base, dense, slim)
+                try:
+                    chosen = self._plan(slim, found, self._budget(base, spent, ratio), pictures)
+                except BudgetError as error:
+                    if len(steps) == 1:
+                        raise
+                    raise BudgetError(
+                        f"round {number} of {len(steps)}, in shares of what is left by then: "
+                        f"{error}"
+                    ) from error
+                cut(slim, found, chosen)
+                plan = compose(plan, chosen)
+                self._recover(dense, slim, groups, plan, pictures)
+                self.clock.lap("recover")
+                advance(1)
+        return plan, slim
+
+    def _left(self, base: Costs, dense: nn.Module, slim: nn.Module) -> Costs:
+        """Costs of the cut tower: those of the base less what the cuts took."""
+        size = self.backbone.preprocess.size
+        before, now = measure(dense, size), measure(slim, size)
+        return Costs(base.macs - before.macs + now.macs, base.params - before.params + now.params)
+
+    def _budget(self, base: Costs, spent: Costs, ratio: float) -> Budget:
+        kind = self.settings.budget
+        whole, now = (
+            (base.macs, spent.macs) if kind == "macs" else (base.params, spent.params)
+        )
+        return Budget(kind, float(now), whole * (1 - ratio))
 
     def _plan(
-        self, dense: nn.Module, groups: list[Group], budget: Budget, pictures: Pictures
+        self, tower: nn.Module, groups: list[Group], budget: Budget, pictures: Pictures
     ) -> Plan:
         scores, curves = Survey(
-            dense,
-            self.family.stages(dense),
+            tower,
+            self.family.stages(tower),
             groups,
             self.criterion,
             pictures,
@@ -166,20 +202,21 @@ class Job:
         plan: Plan,
         pictures: Pictures,
     ) -> None:
-        self.recovery.recover(
-            RecoveryContext(
-                dense,
-                slim,
-                self.family.stages,
-                groups,
-                plan,
-                pictures,
-                self.settings.batch_size,
-                self.settings.ridge,
-                self.settings.seed,
-                self.progress,
-            )
+        item = RecoveryContext(
+            dense,
+            slim,
+            self.family.stages,
+            groups,
+            plan,
+            pictures,
+            self.settings.batch_size,
+            self.settings.ridge,
+            self.settings.seed,
+            self.progress,
+            self.settings.distill.shared(self.settings.rounds),
         )
+        for recovery in self.recoveries:
+            recovery.recover(item)
 
     def _achieved(self, base: Costs, slim: Costs) -> float:
         pair = (
@@ -223,6 +260,7 @@ class Job:
                 "criterion": settings.criterion,
                 "allocation": settings.allocation,
                 "recovery": settings.recovery,
+                "rounds": settings.rounds,
                 "budget": settings.budget,
                 "ratio": settings.ratio,
                 "calibration": settings.calibration
@@ -234,8 +272,14 @@ class Job:
                 "ridge": settings.ridge,
                 "seed": settings.seed,
                 "torch": torch.__version__,
+                **self._training(),
             },
         )
+
+    def _training(self) -> dict[str, Any]:
+        """How the recoveries trained; empty where none takes a gradient step."""
+        trained = any(recovery.trains for recovery in self.recoveries)
+        return {"distill": asdict(self.settings.distill)} if trained else {}
 
 
 def _layer(group: Group, plan: Plan) -> LayerSpec:
