@@ -114,7 +114,7 @@ def masked_loss(
     return F.cross_entropy(logits, labels, ignore_index=-1)
 
 
-def train_head(photos: Photos, found: Tensor, work: Path, steps: int = 1500, seed: int = 0) -> Head:
+def train_head(photos: Photos, found: Tensor, work: Path, steps: int = 400, seed: int = 0) -> Head:
     """The head, trained on the cached features; kept in ``work``."""
     torch.manual_seed(seed)
     head, file = Head(), work / "head.pt"

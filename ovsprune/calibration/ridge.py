@@ -9,22 +9,45 @@ from ovsprune.core.protocols import Moments
 
 __all__ = ["correction", "regularised"]
 
+_MASSIVE = 10.0
+"""Variances above this many times the median count as this many in the mean variance."""
+_FLOOR = 1e-5
+"""Least that is added to a variance, relative to itself.
+
+Products are summed in float32 first, which leaves rounding of about 1e-7 of the geometric mean of
+two variances in every entry, and up to sqrt(n) times that in an eigenvalue of the correlations.
+"""
+
 
 def regularised(covariance: Tensor, ridge: float) -> Tensor:
-    """``C + ridge * mean(diag C) I`` in float64; a covariance of zeros becomes ``ridge * I``."""
-    c = covariance.double()
-    level = float(c.diagonal().mean())
-    out = c.clone()
-    out.diagonal().add_(ridge * (level if level > 0 else 1.0))
+    """``C + diag(max(ridge * level, 1e-5 diag C))`` in float64, positive definite.
+
+    ``level`` is the mean variance, a variance counting as at most 10 times the median: a few
+    channels of massive norm must not flatten all the others. For them, and for a ridge near zero,
+    the second term is a floor under the eigenvalues of the correlations, so that a covariance of
+    fewer rows than columns, or one rounded, can be factored. With a covariance of zeros ``level``
+    is 1.
+
+    Args:
+        covariance: [n, n].
+        ridge: Relative to the mean variance.
+    """
+    out = covariance.double().clone()
+    variance = out.diagonal().clone().clamp_min(0.0)
+    cap = _MASSIVE * variance.median()
+    level = variance.clamp_max(cap).mean() if cap > 0 else variance.mean()
+    if not level > 0:
+        level = torch.ones((), dtype=torch.float64)
+    out.diagonal().add_((_FLOOR * variance).clamp_min(ridge * level))
     return out
 
 
 def correction(moments: Moments, cross: Tensor, ridge: float) -> Tensor:
     """What to add to a weight so that it explains the residual as well.
 
-    Minimises ``E|e - x D|^2 + lambda |D|^2`` for centred x and e, lambda being ``ridge`` times the
-    mean variance of x: ridge regression whose prior is the present weight. A residual of zero
-    gives a correction of zero.
+    Minimises ``E|e - x D|^2 + sum_j lambda_j |D_j|^2`` for centred x and e, lambda being what
+    :func:`regularised` adds, ``ridge`` times the mean variance of x: ridge regression whose prior
+    is the present weight (Hoerl and Kennard 1970). A residual of zero gives a correction of zero.
 
     Args:
         moments: Of x [n].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from ovsprune.core.protocols import Moments
 from ovsprune.core.records import Group
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["FeatureError", "grid", "measure"]
+__all__ = ["FeatureError", "feature_loss", "grid", "measure", "spread"]
 
 
 def grid(units: int, floor: int = 1, points: int = 8) -> tuple[int, ...]:
@@ -43,20 +43,36 @@ class FeatureError:
 
     def __init__(self, pooled: Tensor, dense: Tensor) -> None:
         self._reference = (F.normalize(pooled, dim=1), F.normalize(dense, dim=1))
-        self._spread = tuple(_spread(part) for part in self._reference)
+        self._spread = tuple(spread(part) for part in self._reference)
 
     def __call__(self, pooled: Tensor, dense: Tensor) -> float:
         """The change, 0 for the same outputs, about 2 for unrelated ones."""
         total = 0.0
-        for part, before, spread in zip(
-            (pooled, dense), self._reference, self._spread, strict=True
-        ):
+        for part, before, scale in zip((pooled, dense), self._reference, self._spread, strict=True):
             error = (F.normalize(part, dim=1) - before).square().sum(1).mean()
-            total += 0.5 * float(error) / spread
+            total += 0.5 * float(error) / scale
         return total
 
 
-def _spread(features: Tensor) -> float:
+def feature_loss(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], spreads: Sequence[float]
+) -> Tensor:
+    """What :class:`FeatureError` measures, as a scalar tensor that gradients flow through.
+
+    Args:
+        found: Features [B, C, ...], each kind counting as much as the others.
+        wanted: What they should be.
+        spreads: Of every kind, see :func:`spread`.
+    """
+    parts = [
+        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() / scale
+        for a, b, scale in zip(found, wanted, spreads, strict=True)
+    ]
+    return torch.stack(parts).mean()
+
+
+def spread(features: Tensor) -> float:
+    """Mean squared distance of features [B, C, ...] from their mean, at least 1e-12."""
     flat = features.transpose(0, 1).flatten(1)
     return max(float((flat - flat.mean(1, keepdim=True)).square().sum(0).mean()), 1e-12)
 

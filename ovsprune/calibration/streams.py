@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import Pictures, Stages
 
-__all__ = ["MEMORY_LIMIT", "Capture", "allocate", "capture", "run_stem"]
+__all__ = ["MEMORY_LIMIT", "Capture", "allocate", "capture", "run_stem", "spread_over", "walk"]
 
 MEMORY_LIMIT = 1 << 30
 """Streams larger than this many bytes are memory-mapped to a temporary file."""
@@ -75,3 +75,40 @@ def capture(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def walk(
+    block: nn.Module,
+    stream: Tensor,
+    batch_size: int,
+    taps: Iterable[tuple[str, str]] = (),
+    prefix: str = "",
+    advance: bool = False,
+) -> Iterator[tuple[slice, Capture]]:
+    """Run one block over a stream, a batch at a time.
+
+    Args:
+        block: Maps stream -> stream.
+        stream: [pictures, ...] before the block.
+        batch_size: Pictures at a time.
+        taps: What to record, as for :func:`capture`.
+        prefix: Dotted name of the block, which taps' names begin with.
+        advance: Put the block's output in the stream's place.
+
+    Yields:
+        The pictures of the batch, and what passed the taps; the same object every time.
+    """
+    device = next(block.parameters()).device
+    with capture(block, taps, prefix) as seen:
+        for start in range(0, len(stream), batch_size):
+            part = slice(start, start + batch_size)
+            out = block(stream[part].to(device))
+            yield part, seen
+            if advance:
+                stream[part] = out.float().cpu()
+
+
+def spread_over(count: int, wanted: int) -> Tensor:
+    """int64: at most ``wanted`` of ``count`` indices, evenly spread: a folder may be sorted."""
+    return torch.linspace(0, count - 1, min(wanted, count)).round().long()

@@ -62,6 +62,11 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     metavar="FILE",
     help="Layer times for --budget latency; by default this machine's, in your cache directory.",
 )
+@click.option(
+    "--statistics",
+    metavar="FILE",
+    help="Keep what calibration measures, or take it from there: another ratio is then cheap.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
 @click.option("--text/--no-text", default=True, show_default=True, help="Save the text tower too.")
 @click.option(

@@ -13,7 +13,7 @@ Nothing is inherited; the contract tests run over every registered name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "Backbone",
     "Budget",
     "Criterion",
+    "Distillation",
     "Family",
     "Forward",
     "GradientCriterion",
@@ -386,9 +387,50 @@ class Allocator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """How long and how a recovery that trains may train.
+
+    Attributes:
+        steps: Gradient steps; None takes 400, or no limit where ``seconds`` is given.
+        seconds: Wall-clock limit, or None. What is stopped by it cannot be repeated exactly.
+        optimizer: Name of a class in ``torch.optim``.
+        lr: Peak learning rate.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+    optimizer: str = "AdamW"
+    lr: float = 1e-3
+
+    @property
+    def limit(self) -> int | None:
+        """Steps after which training ends in any case; None where only time ends it."""
+        return 400 if self.steps is None and self.seconds is None else self.steps
+
+    def shared(self, rounds: int) -> Distillation:
+        """What each of ``rounds`` may use, so that all of them together use no more than one."""
+        steps = None if self.limit is None else -(-self.limit // rounds)
+        return replace(self, steps=steps, seconds=self.seconds and self.seconds / rounds)
+
+
 @dataclass(frozen=True, eq=False)
 class RecoveryContext:
-    """What a recovery sees: the dense tower, the cut one (to be changed in place), pictures."""
+    """What a recovery sees: the dense tower, the cut one (to be changed in place), pictures.
+
+    Attributes:
+        dense: The dense tower, rewritten: what is to be come close to. Never changed.
+        slim: The cut tower, in the same rewritten form (separate linear maps).
+        stages: Either tower as a sequence of blocks.
+        groups: In the dense tower's coordinates.
+        plan: What ``slim`` keeps of them.
+        pictures: Calibration pictures.
+        batch_size: Pictures at a time.
+        ridge: Relative to the mean variance of what a layer reads.
+        seed: For recoveries that draw.
+        progress: Shows the work.
+        distill: For recoveries that train.
+    """
 
     dense: nn.Module
     slim: nn.Module
@@ -400,13 +442,21 @@ class RecoveryContext:
     ridge: float
     seed: int
     progress: Progress
+    distill: Distillation = field(default_factory=Distillation)
 
 
 class Recovery(Protocol):
     """Repairs a cut tower in place."""
 
     needs_pictures: bool
+    trains: bool
+    """Whether it takes gradient steps; the job then says so in the checkpoint."""
+    after: str | None
+    """Name of the recovery that runs before it, or None."""
 
     def recover(self, item: RecoveryContext) -> None:
-        """Change ``item.slim`` in place; a plan that keeps everything must leave it as it is."""
+        """Change ``item.slim`` in place; a plan that keeps everything must leave it as it is.
+
+        The values of its parameters and buffers may change, never its shapes or its modules.
+        """
         ...

@@ -20,7 +20,7 @@ from ovsprune.graph.costs import macs, on_meta
 from ovsprune.graph.cut import cut_group
 from ovsprune.graph.layers import weight_of
 
-__all__ = ["find_groups"]
+__all__ = ["find_groups", "with_costs"]
 
 
 def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) -> list[Group]:
@@ -44,7 +44,7 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
             tower, example_inputs=example.to(next(tower.parameters())), verbose=False
         )
     groups = [_grow(graph, tower.get_submodule(seed.layer), seed, names) for seed in seeds]
-    return _with_costs(tower, groups, size)
+    return with_costs(tower, groups, size)
 
 
 def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str]) -> Group:
@@ -92,7 +92,7 @@ def _units(rows: Tensor, seed: Seed) -> Tensor:
     return rows.view(-1, seed.unit_width)
 
 
-def _with_costs(tower: nn.Module, groups: list[Group], size: tuple[int, int]) -> list[Group]:
+def with_costs(tower: nn.Module, groups: Sequence[Group], size: tuple[int, int]) -> list[Group]:
     """Cost of a unit as the difference that cutting one unit makes, on meta tensors."""
     image = torch.empty(1, 3, *size, device="meta")
     dense = macs(on_meta(tower), image)

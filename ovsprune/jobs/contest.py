@@ -17,10 +17,12 @@ from ovsprune.core.protocols import Backbone, Budget, Family, Pictures
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.groups import find_groups
+from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.examine import Examiner
 from ovsprune.jobs.methods import Method
+from ovsprune.jobs.planning import Surveys
 from ovsprune.jobs.settings import Settings
-from ovsprune.jobs.steps import HELD_OUT, Clock, Job, Surveys
+from ovsprune.jobs.steps import HELD_OUT, Job
 from ovsprune.jobs.stock import STOCK, TorchPruning, feature_gradients
 
 __all__ = ["Contest"]

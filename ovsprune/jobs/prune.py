@@ -17,8 +17,9 @@ from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
+from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.settings import DTYPES, Settings
-from ovsprune.jobs.steps import Clock, Job
+from ovsprune.jobs.steps import Job
 from ovsprune.report.card import card
 from ovsprune.slim import SlimSpec, write
 from ovsprune.slim.write import check_output
@@ -191,7 +192,7 @@ def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str
         words += ["--pretrained", model.pretrained or "none"]
     for field in fields(Settings):
         value = getattr(settings, field.name)
-        if field.name in ("ratio", "ridge", "probe") or value == field.default:
+        if field.name in ("ratio", "ridge", "probe", "statistics") or value == field.default:
             continue
         if field.name == "criterion" and not isinstance(value, str):
             continue  # No command line can give an object; the note below says so.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 
 from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError
-from ovsprune.core.protocols import Allocator, Criterion, Recovery
+from ovsprune.core.protocols import Allocator, Criterion, Distillation, Recovery
 from ovsprune.importance import find_criterion
 from ovsprune.jobs.floors import parse_floor
 from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.distill import optimizer_class
 
-__all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings"]
+__all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings", "recovery_chain"]
 
 BUDGETS = ("macs", "params", "latency")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,6 +43,9 @@ class Settings:
     batch_size: int = 16
     ridge: float = 1e-2
     probe: int | None = None
+    rounds: int = 1
+    statistics: str | None = None
+    distill: Distillation = field(default_factory=Distillation)
 
     @property
     def probe_pictures(self) -> int:
@@ -65,9 +70,18 @@ class Settings:
             raise OptionError(
                 f"--latency-table is of use with --budget latency only, not {self.budget}"
             )
+        if self.rounds > 1 and self.budget == "latency":
+            raise OptionError(
+                f"--rounds {self.rounds} goes with --budget macs or params: layer times are "
+                "measured of the dense tower only"
+            )
         for floor in self.floor:
             parse_floor(floor)
-        for option, value in (("--round-to", self.round_to), ("--batch-size", self.batch_size)):
+        for option, value in (
+            ("--round-to", self.round_to),
+            ("--batch-size", self.batch_size),
+            ("--rounds", self.rounds),
+        ):
             if value < 1:
                 raise OptionError(f"{option} {value}: give at least 1")
         if self.seed < 0:
@@ -76,8 +90,37 @@ class Settings:
             raise OptionError(f"probe {self.probe}: give at least 1 picture")
         if not self.ridge > 0:
             raise OptionError(f"ridge {self.ridge:g}: give more than 0")
+        _check_distillation(self.distill)
         return (
             find_criterion(self.criterion),
             ALLOCATIONS.get(self.allocation),
             RECOVERIES.get(self.recovery),
         )
+
+
+def _check_distillation(options: Distillation) -> None:
+    if options.steps is not None and options.steps < 1:
+        raise OptionError(f"--distill-steps {options.steps}: give at least 1")
+    for option, value in (("seconds", options.seconds), ("lr", options.lr)):
+        if value is not None and not 0 < value < math.inf:
+            raise OptionError(f"--distill-{option} {value:g}: give a finite number above 0")
+    optimizer_class(options.optimizer)
+
+
+def recovery_chain(name: str) -> list[Recovery]:
+    """The recovery called ``name``, and before it the ones that it says run before it.
+
+    Raises:
+        UnknownNameError: A name is unknown.
+        ValueError: Recoveries wait for each other.
+    """
+    chain: list[Recovery] = []
+    names: list[str] = []
+    following: str | None = name
+    while following is not None:
+        if following in names:
+            raise ValueError(f"recoveries wait for each other: {' after '.join(names)}")
+        names.append(following)
+        chain.insert(0, RECOVERIES.get(following))
+        following = chain[0].after
+    return chain

@@ -1,48 +1,34 @@
-"""The steps of a prune, on a loaded backbone: group, rank, allocate, cut, recover, check."""
+"""The steps of a prune, on a loaded backbone: group, plan, cut and recover, check."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ovsprune.allocation.tied import tied_widths
-from ovsprune.allocation.trim import cost
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.fidelity import Fidelity, fidelity
-from ovsprune.calibration.pictures import calibration_hash, open_pictures
-from ovsprune.calibration.survey import Survey
+from ovsprune.calibration.pictures import open_pictures
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import (
-    AllocationContext,
-    Backbone,
-    Budget,
-    Family,
-    Pictures,
-    RecoveryContext,
-    Seed,
-)
-from ovsprune.core.records import Costs, Curves, Group, Plan, Scores
+from ovsprune.core.protocols import Backbone, Family, Pictures, RecoveryContext, Seed
+from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
-from ovsprune.graph.groups import find_groups
-from ovsprune.importance import criterion_name
+from ovsprune.graph.groups import find_groups, with_costs
+from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors
-from ovsprune.jobs.latency import compare_latency, latency_budget
-from ovsprune.jobs.settings import TOLERANCE, Settings
+from ovsprune.jobs.latency import compare_latency
+from ovsprune.jobs.planning import Planner, Planning, Surveys
+from ovsprune.jobs.provenance import make_spec, provenance
+from ovsprune.jobs.rounds import compose, everything, narrow, ratios
+from ovsprune.jobs.settings import TOLERANCE, Settings, recovery_chain
 from ovsprune.slim import SlimSpec
-from ovsprune.slim.hashing import base_spec
-from ovsprune.slim.spec import LayerSpec, SliceSpec
-from ovsprune.spectrum import group_alphas
 
-__all__ = ["Clock", "Job", "Planner", "Pruned", "Surveys"]
+__all__ = ["HELD_OUT", "Job", "Pruned"]
 
 HELD_OUT = 32
 """Pictures that calibration never sees, on which the fidelity is measured."""
@@ -57,33 +43,7 @@ class Pruned:
     plan: Plan
     achieved: float
     fidelity: Fidelity
-    latency: dict[str, float] | None = None
-
-
-class Clock:
-    """Seconds by step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, step: str) -> None:
-        now = time.perf_counter()
-        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
-        self._last = now
-
-    def add(self, step: str, seconds: float) -> None:
-        """Count ``seconds``, whoever spent them, and start the next lap now."""
-        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
-        self._last = time.perf_counter()
-
-
-Surveys = MutableMapping[Any, tuple[Scores, Curves | None, float]]
-"""What surveys of one backbone found, and their seconds: shared by jobs that differ in ratio,
-allocation or recovery."""
-
-Planner = Callable[[nn.Module, list[Group], Budget, Pictures], Plan]
-"""Chooses the units in place of criterion and allocation: (dense, groups, budget, pictures)."""
+    latency: dict[str, float] | None
 
 
 class Job:
@@ -93,7 +53,7 @@ class Job:
         backbone: What is pruned; it is not changed.
         settings: What decides the prune.
         progress: Is told how the work goes.
-        clock: Keeps the seconds; a survey that is shared counts in full for each job.
+        clock: Keeps the seconds.
         surveys: Surveys that are there already; new ones are added.
         planner: Chooses the units instead of the settings' criterion and allocation.
     """
@@ -109,23 +69,25 @@ class Job:
     ) -> None:
         self.backbone, self.settings, self.progress = backbone, settings, progress
         self.clock = clock
-        self.surveys: Surveys = {} if surveys is None else surveys
-        self.planner: Planner = planner or self._plan
         self.family: Family = FAMILIES.get(backbone.family)
-        self.criterion, self.allocator, self.recovery = settings.check()
+        self.planning = Planning(
+            backbone, self.family, settings, progress, clock, {} if surveys is None else surveys
+        )
+        self.planner: Planner = planner or self.planning.plan
+        self.recoveries = recovery_chain(settings.recovery)
         self.device = next(backbone.tower.parameters()).device
-        self._spent = 0.0  # What the allocator's own model says that the plan costs.
 
     def run(self) -> Pruned:
+        """The whole of it."""
         size = self.backbone.preprocess.size
-        dense = deepcopy(self.backbone.tower).eval().requires_grad_(False)
+        # Half precision is for files: second moments and repairs need float32.
+        dense = deepcopy(self.backbone.tower).float().eval().requires_grad_(False)
         base = measure(dense, size)
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
         free, protected = _split(seeds, self.settings.protect)
         groups = with_floors(find_groups(dense, free, size), self.settings.floor)
         self.clock.lap("graph")
-        budget = self._budget(base, dense, groups)
         pictures, held_out = open_pictures(
             self.settings.calibration,
             self.backbone.preprocess,
@@ -134,15 +96,10 @@ class Job:
             self.settings.seed,
             self.progress,
         )
-        plan = self.planner(dense, groups, budget, pictures)
-        slim = deepcopy(dense)
-        cut(slim, groups, plan)
-        if self.recovery.needs_pictures:
-            self._recover(dense, slim, groups, plan, pictures)
-        self.clock.lap("recover")
+        plan, slim, predicted = self._rounds(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
         costs = measure(slim, size)
-        achieved = self._achieved(budget, costs)
+        achieved = self._achieved(base, costs, predicted)
         closeness = fidelity(
             self._features(dense),
             self._features(slim),
@@ -150,9 +107,17 @@ class Job:
             self.settings.batch_size,
             self.device,
         )
-        latency = self._latency(slim, budget)
+        latency = self._latency(slim)
         self.clock.lap("check")
-        spec = self._spec(groups, seeds, protected, plan, base, costs, pictures)
+        spec = make_spec(
+            self.backbone,
+            self.family,
+            groups,
+            plan,
+            protected,
+            (base, costs),
+            provenance(self.settings, pictures),
+        )
         return Pruned(spec, slim, plan, achieved, closeness, latency)
 
     def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -166,75 +131,48 @@ class Job:
 
         return dense
 
-    def _budget(self, base: Costs, dense: nn.Module, groups: list[Group]) -> Budget:
-        settings = self.settings
-        if settings.budget == "latency":
-            size, file = self.backbone.preprocess.size, settings.latency_table
-            budget = latency_budget(
-                dense, groups, self.family, size, settings.ratio, file, self.progress
-            )
-            self.clock.lap("layer times")
-            return budget
-        whole = float(base.macs if settings.budget == "macs" else base.params)
-        return Budget(settings.budget, whole, whole * (1 - settings.ratio))
+    def _rounds(
+        self, dense: nn.Module, groups: list[Group], base: Costs, pictures: Pictures
+    ) -> tuple[Plan, nn.Module, float]:
+        """Plan, cut and repair, once or in rounds; the teacher is the dense tower every time.
 
-    def _latency(self, slim: nn.Module, budget: Budget) -> dict[str, float] | None:
-        """What the slim tower really takes, beside what the table said."""
-        if budget.kind != "latency":
-            return None
-        found = compare_latency(
-            self.backbone.tower, slim, self.backbone.preprocess.size, self.progress
-        )
-        return {**found, "predicted_ms": self._spent}
+        Returns:
+            The plan in dense coordinates, the slim tower, and the share of the budget's cost that
+            the last round took by the budget's own prices.
+        """
+        slim, plan = deepcopy(dense), everything(groups)
+        steps = ratios(self.settings.ratio, self.settings.rounds)
+        taken = 0.0
+        with self.progress.stage("pruning", len(steps)) as advance:
+            for number, ratio in enumerate(steps, 1):
+                found, now = narrow(groups, plan), base
+                if number > 1:
+                    self.planning.dense_no_more()
+                    found = with_costs(slim, found, self.backbone.preprocess.size)
+                    now = self._left(base, dense, slim)
+                budget = self.planning.budget(slim, found, base, now, ratio)
+                try:
+                    chosen = self.planner(slim, found, budget, pictures)
+                except BudgetError as error:
+                    if len(steps) == 1:
+                        raise
+                    raise BudgetError(
+                        f"round {number} of {len(steps)}, in shares of what is left by then: "
+                        f"{error}"
+                    ) from error
+                taken = 1 - self.planning.spent / budget.dense
+                cut(slim, found, chosen)
+                plan = compose(plan, chosen)
+                self._recover(dense, slim, groups, plan, pictures)
+                self.clock.lap("recover")
+                advance(1)
+        return plan, slim, taken
 
-    def _plan(
-        self, dense: nn.Module, groups: list[Group], budget: Budget, pictures: Pictures
-    ) -> Plan:
-        scores, curves = self._survey(dense, groups, pictures)
-        item = AllocationContext(
-            groups,
-            scores,
-            budget,
-            curves,
-            self.settings.round_to,
-            spectra=group_alphas(dense, groups, self.progress)
-            if self.allocator.needs_spectra
-            else None,
-            comparable=getattr(self.criterion, "comparable", False),
-        )
-        tied = self.settings.uniform_heads
-        widths = tied_widths(self.allocator, item) if tied else self.allocator.widths(item)
-        self._spent = cost(item, widths)
-        kept = {
-            g.name: scores.orders[g.name][g.units - widths[g.name] :].sort().values for g in groups
-        }
-        self.clock.lap("allocate")
-        return Plan(kept)
-
-    def _survey(
-        self, dense: nn.Module, groups: list[Group], pictures: Pictures
-    ) -> tuple[Scores, Curves | None]:
-        """Rankings and curves, which depend neither on the ratio nor on the recovery."""
-        probe = self.settings.probe_pictures if self.allocator.needs_curves else 0
-        key = (replace(self.settings, ratio=0.5, budget="", allocation="", recovery=""), probe)
-        if key not in self.surveys:
-            start = time.perf_counter()
-            found = Survey(
-                dense,
-                self.family.stages(dense),
-                groups,
-                self.criterion,
-                pictures,
-                batch_size=self.settings.batch_size,
-                ridge=self.settings.ridge,
-                seed=self.settings.seed,
-                probe=probe,
-                progress=self.progress,
-            ).run()
-            self.surveys[key] = (*found, time.perf_counter() - start)
-        scores, curves, seconds = self.surveys[key]
-        self.clock.add("survey", seconds)
-        return scores, curves
+    def _left(self, base: Costs, dense: nn.Module, slim: nn.Module) -> Costs:
+        """Costs of the cut tower: those of the base less what the cuts took."""
+        size = self.backbone.preprocess.size
+        before, now = measure(dense, size), measure(slim, size)
+        return Costs(base.macs - before.macs + now.macs, base.params - before.params + now.params)
 
     def _recover(
         self,
@@ -244,25 +182,29 @@ class Job:
         plan: Plan,
         pictures: Pictures,
     ) -> None:
-        self.recovery.recover(
-            RecoveryContext(
-                dense,
-                slim,
-                self.family.stages,
-                groups,
-                plan,
-                pictures,
-                self.settings.batch_size,
-                self.settings.ridge,
-                self.settings.seed,
-                self.progress,
-            )
+        item = RecoveryContext(
+            dense,
+            slim,
+            self.family.stages,
+            groups,
+            plan,
+            pictures,
+            self.settings.batch_size,
+            self.settings.ridge,
+            self.settings.seed,
+            self.progress,
+            self.settings.distill.shared(self.settings.rounds),
         )
+        for recovery in self.recoveries:
+            recovery.recover(item)
 
-    def _achieved(self, budget: Budget, slim: Costs) -> float:
+    def _achieved(self, base: Costs, slim: Costs, predicted: float) -> float:
         """Share of the budget's cost that is gone: counted, or for a latency, predicted."""
-        left = {"macs": slim.macs, "params": slim.params, "latency": self._spent}[budget.kind]
-        achieved = 1 - left / budget.dense
+        achieved = {
+            "macs": 1 - slim.macs / base.macs,
+            "params": 1 - slim.params / base.params,
+            "latency": predicted,
+        }[self.settings.budget]
         if abs(achieved - self.settings.ratio) > TOLERANCE:
             heads = ", --uniform-heads" if self.settings.uniform_heads else ""
             raise BudgetError(
@@ -272,69 +214,14 @@ class Job:
             )
         return achieved
 
-    def _spec(
-        self,
-        groups: list[Group],
-        seeds: list[Seed],
-        protected: dict[str, str],
-        plan: Plan,
-        base: Costs,
-        slim: Costs,
-        pictures: Pictures,
-    ) -> SlimSpec:
-        backbone, settings = self.backbone, self.settings
-        return SlimSpec(
-            base=base_spec(
-                backbone.name, backbone.pretrained, backbone.trained, backbone.tower.state_dict()
-            ),
-            family=backbone.family,
-            library=self.family.library,
-            library_version=backbone.library_version,
-            architecture=backbone.architecture,
-            activation=backbone.activation,
-            preprocess=backbone.preprocess,
-            layers=tuple(_layer(g, plan) for g in groups),
-            protected=tuple(protected),
-            dense=base,
-            slim=slim,
-            provenance={
-                "criterion": criterion_name(settings.criterion),
-                "allocation": settings.allocation,
-                "recovery": settings.recovery,
-                "budget": settings.budget,
-                "ratio": settings.ratio,
-                "calibration": settings.calibration
-                if settings.calibration == "procedural"
-                else "folder",
-                "calibration_hash": calibration_hash(pictures),
-                "samples": len(pictures),
-                "round_to": settings.round_to,
-                "floor": list(settings.floor),
-                "uniform_heads": settings.uniform_heads,
-                "ridge": settings.ridge,
-                "seed": settings.seed,
-                "torch": torch.__version__,
-            },
+    def _latency(self, slim: nn.Module) -> dict[str, float] | None:
+        """What the slim tower really takes, beside what the table said."""
+        if self.settings.budget != "latency":
+            return None
+        found = compare_latency(
+            self.backbone.tower, slim, self.backbone.preprocess.size, self.progress
         )
-
-
-def _layer(group: Group, plan: Plan) -> LayerSpec:
-    slices: tuple[SliceSpec, ...] = ()
-    if group.kind != "heads":
-        for part in group.slices:
-            offset = int(part.rows[0, 0])
-            if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):
-                raise AssertionError(f"{part.module}: the format has no units that are scattered")
-            slices += (SliceSpec(part.module, part.axis, offset),)
-    return LayerSpec(
-        name=group.name,
-        kind=group.kind,
-        block=group.block,
-        units=group.units,
-        kept=plan.width(group.name),
-        unit_width=int(group.columns.shape[1]),
-        slices=slices,
-    )
+        return {**found, "predicted_ms": self.planning.spent}
 
 
 def _split(seeds: Sequence[Seed], patterns: Sequence[str]) -> tuple[list[Seed], dict[str, str]]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.moments import CrossMoments
-from ovsprune.calibration.ridge import correction
-from ovsprune.calibration.streams import capture, run_stem
+from ovsprune.calibration.refit import Refit, held_out, row_weights
+from ovsprune.calibration.streams import allocate, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.core.records import Group, StreamPoint
-from ovsprune.graph.layers import bias_of, weight_of
+from ovsprune.core.records import Group
 from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.taps import cut_groups, median_norms, target_of
 
 __all__ = ["ClosedForm"]
 
@@ -24,6 +23,8 @@ class ClosedForm:
     """Ridge refit from the slim model's own activations to the dense residual stream."""
 
     needs_pictures = True
+    trains = False
+    after: str | None = None
 
     @torch.no_grad()
     def recover(self, item: RecoveryContext) -> None:
@@ -37,24 +38,23 @@ class ClosedForm:
         streams after it. So what earlier cuts have done is repaired too, and errors do not pile
         up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
         The residual ``y* - y`` is regressed on the slim activations with the present weight as the
-        prior (:func:`ovsprune.calibration.ridge.correction`); if nothing was cut it is zero, and
-        so is the correction.
+        prior, rows weighted and the result checked on held-out pictures
+        (:class:`ovsprune.calibration.refit.Refit`); if nothing was cut it is zero, and so is the
+        correction.
         """
         dense, slim = item.stages(item.dense), item.stages(item.slim)
         with item.progress.stage("closed-form refit", len(dense.blocks) + 1) as advance:
             dense_stream = run_stem(dense, item.pictures, item.batch_size)
-            slim_stream = dense_stream.clone()
+            slim_stream = allocate(tuple(dense_stream.shape)).copy_(dense_stream)
             advance(1)
             drifted = False
             for name, block in dense.blocks.items():
-                groups = [g for g in item.groups if g.block == name]
-                cut_here = any(item.plan.width(g.name) < g.units for g in groups)
-                drifted |= cut_here
+                drifted |= bool(cut_groups(item, name))
                 if drifted:
-                    walk = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
-                    for group in groups:
-                        walk.refit(group)
-                    walk.finish()
+                    pair = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
+                    for group in (g for g in item.groups if g.block == name):
+                        pair.refit(group)
+                    pair.finish()
                 else:
                     _run(block, dense_stream, item.batch_size)
                     slim_stream.copy_(dense_stream)
@@ -75,6 +75,10 @@ class _Target:
     point: tuple[str, str]
     rows: Tensor | None = None
 
+    def wanted(self, seen: Tensor) -> Tensor:
+        """What is compared, of what passed the point in the dense tower."""
+        return seen if self.rows is None else seen[..., self.rows.to(seen.device)]
+
 
 class _Block:
     """One block of both towers over both streams."""
@@ -91,7 +95,6 @@ class _Block:
         self.item, self.name = item, name
         self.dense, self.slim = dense, slim
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
-        self.device = next(slim.parameters()).device
 
     def refit(self, group: Group) -> None:
         """Refit what makes the units, then what reads them."""
@@ -100,54 +103,38 @@ class _Block:
         self._regress(
             [_Target(s.module, (s.module, "output"), s.rows[kept].flatten()) for s in producers]
         )
-        point = group.stream or StreamPoint(group.consumer, "output")
-        self._regress([_Target(group.consumer, (point.module, point.side))])
+        self._regress([_Target(group.consumer, target_of(group))])
 
     def _regress(self, targets: Sequence[_Target]) -> None:
         """Correct layers of the slim block, all from one pass over both streams."""
-        sums = [self._sums(target) for target in targets]
-        with (
-            capture(self.dense, [t.point for t in targets], self.name) as dense_seen,
-            capture(
-                self.slim,
-                [tap for t in targets for tap in (t.point, (t.module, "input"))],
-                self.name,
-            ) as slim_seen,
+        size, held = self.item.batch_size, held_out(len(self.dense_stream))
+        dense_taps = [t.point for t in targets]
+        slim_taps = [tap for t in targets for tap in (t.point, (t.module, "input"))]
+        medians = median_norms(
+            self.dense, self.dense_stream, size, self.name, [(t.point, t.wanted) for t in targets]
+        )
+        refits = [
+            Refit(self.item.slim.get_submodule(t.module), held, self.item.ridge) for t in targets
+        ]
+        for (part, wanted), (_, seen) in zip(
+            walk(self.dense, self.dense_stream, size, dense_taps, self.name),
+            walk(self.slim, self.slim_stream, size, slim_taps, self.name),
+            strict=True,
         ):
-            for start in range(0, len(self.dense_stream), self.item.batch_size):
-                part = slice(start, start + self.item.batch_size)
-                self.dense(self.dense_stream[part].to(self.device))
-                self.slim(self.slim_stream[part].to(self.device))
-                for target, found in zip(targets, sums, strict=True):
-                    wanted = dense_seen[target.point]
-                    if target.rows is not None:
-                        wanted = wanted[..., target.rows.to(self.device)]
-                    residual = wanted - slim_seen[target.point]
-                    found.update(slim_seen[target.module, "input"], residual)
-        for target, found in zip(targets, sums, strict=True):
-            _correct(self.item.slim.get_submodule(target.module), found, self.item.ridge)
-
-    def _sums(self, target: _Target) -> CrossMoments:
-        outputs, inputs = weight_of(self.item.slim.get_submodule(target.module)).flatten(1).shape
-        return CrossMoments(inputs, outputs)
+            for target, refit, median in zip(targets, refits, medians, strict=True):
+                goal = target.wanted(wanted[target.point])
+                residual = goal - seen[target.point]
+                weight = row_weights(goal, median)
+                refit.update(part, seen[target.module, "input"], residual, weight)
+        for refit in refits:
+            refit.apply()
 
     def finish(self) -> None:
+        """Put both streams behind the block."""
         _run(self.dense, self.dense_stream, self.item.batch_size)
         _run(self.slim, self.slim_stream, self.item.batch_size)
 
 
 def _run(block: nn.Module, stream: Tensor, batch_size: int) -> None:
-    device = next(block.parameters()).device
-    for start in range(0, len(stream), batch_size):
-        part = slice(start, start + batch_size)
-        stream[part] = block(stream[part].to(device)).float().cpu()
-
-
-def _correct(layer: nn.Module, sums: CrossMoments, ridge: float) -> None:
-    """Add the correction to weight and bias, in place."""
-    moments, mean_e, cross = sums.result()
-    change = correction(moments, cross, ridge)
-    weight, bias = weight_of(layer), bias_of(layer)
-    weight.copy_((weight.double().cpu().flatten(1) + change).view_as(weight).to(weight))
-    if bias is not None:
-        bias.copy_((bias.double().cpu() + mean_e - change @ moments.mean).to(bias))
+    for _ in walk(block, stream, batch_size, advance=True):
+        pass

@@ -13,6 +13,8 @@ class Nothing:
     """Leave the cut tower as it is."""
 
     needs_pictures = False
+    trains = False
+    after: str | None = None
 
     def recover(self, item: RecoveryContext) -> None:
         """Do nothing."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ovsprune.slim.cutting import fuse_qkv
 from ovsprune.slim.spec import BaseSpec
 
-__all__ = ["Match", "base_spec", "match", "state_hashes", "tensor_hash"]
+__all__ = ["Match", "base_spec", "match", "state_hashes", "tensor_hash", "tensors_hash"]
 
 Match = Literal["equal", "equal-after-half", "different", "missing"]
 
@@ -36,6 +36,12 @@ def tensor_hash(tensor: Tensor) -> str:
 def state_hashes(state: Mapping[str, Tensor]) -> dict[str, str]:
     """:func:`tensor_hash` of every tensor, by its name."""
     return {name: tensor_hash(tensor) for name, tensor in state.items()}
+
+
+def tensors_hash(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 over all of :func:`state_hashes`, in the order of the names."""
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def base_spec(

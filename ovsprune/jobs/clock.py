@@ -1,0 +1,26 @@
+"""Seconds by step."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["Clock"]
+
+
+class Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, step: str) -> None:
+        """Count the time since the last lap for ``step``."""
+        now = time.perf_counter()
+        self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
+        self._last = now
+
+    def add(self, step: str, seconds: float) -> None:
+        """Count ``seconds``, whoever spent them, and start the next lap now."""
+        self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+        self._last = time.perf_counter()

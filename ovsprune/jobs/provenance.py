@@ -1,0 +1,100 @@
+"""What a slim checkpoint says of the job that made it: layers, costs, settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from ovsprune.calibration.pictures import calibration_hash
+from ovsprune.core.protocols import Backbone, Family, Pictures
+from ovsprune.core.records import Costs, Group, Plan
+from ovsprune.importance import criterion_name
+from ovsprune.jobs.settings import Settings, recovery_chain
+from ovsprune.slim import SlimSpec
+from ovsprune.slim.hashing import base_spec
+from ovsprune.slim.spec import LayerSpec, SliceSpec
+
+__all__ = ["make_spec", "provenance"]
+
+
+def make_spec(
+    backbone: Backbone,
+    family: Family,
+    groups: Sequence[Group],
+    plan: Plan,
+    protected: Iterable[str],
+    costs: tuple[Costs, Costs],
+    provenance: dict[str, Any],
+) -> SlimSpec:
+    """The spec of a slim tower.
+
+    Args:
+        backbone: What was pruned.
+        family: Its family.
+        groups: What could be cut.
+        plan: What was kept.
+        protected: Names of the groups that could not.
+        costs: Of the dense and of the slim tower.
+        provenance: :func:`provenance`.
+    """
+    return SlimSpec(
+        base=base_spec(
+            backbone.name, backbone.pretrained, backbone.trained, backbone.tower.state_dict()
+        ),
+        family=backbone.family,
+        library=family.library,
+        library_version=backbone.library_version,
+        architecture=backbone.architecture,
+        activation=backbone.activation,
+        preprocess=backbone.preprocess,
+        layers=tuple(_layer(g, plan) for g in groups),
+        protected=tuple(protected),
+        dense=costs[0],
+        slim=costs[1],
+        provenance=provenance,
+    )
+
+
+def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
+    """Where a slim tower came from, as JSON values; no path of this machine."""
+    trains = any(recovery.trains for recovery in recovery_chain(settings.recovery))
+    return {
+        "criterion": criterion_name(settings.criterion),
+        "allocation": settings.allocation,
+        "recovery": settings.recovery,
+        "rounds": settings.rounds,
+        "budget": settings.budget,
+        "ratio": settings.ratio,
+        "calibration": settings.calibration if settings.calibration == "procedural" else "folder",
+        "calibration_hash": calibration_hash(pictures),
+        "samples": len(pictures),
+        "round_to": settings.round_to,
+        "floor": list(settings.floor),
+        "uniform_heads": settings.uniform_heads,
+        "ridge": settings.ridge,
+        "seed": settings.seed,
+        "torch": torch.__version__,
+        **({"distill": asdict(settings.distill)} if trains else {}),
+    }
+
+
+def _layer(group: Group, plan: Plan) -> LayerSpec:
+    slices: tuple[SliceSpec, ...] = ()
+    if group.kind != "heads":
+        for part in group.slices:
+            offset = int(part.rows[0, 0])
+            if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):
+                raise AssertionError(f"{part.module}: the format has no units that are scattered")
+            slices += (SliceSpec(part.module, part.axis, offset),)
+    return LayerSpec(
+        name=group.name,
+        kind=group.kind,
+        block=group.block,
+        units=group.units,
+        kept=plan.width(group.name),
+        unit_width=int(group.columns.shape[1]),
+        slices=slices,
+    )

@@ -1,0 +1,60 @@
+"""Iterative pruning: the ratio of every round, and plans in the dense model's coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ovsprune.core.records import Group, Plan
+
+__all__ = ["compose", "everything", "narrow", "ratios"]
+
+
+def ratios(ratio: float, rounds: int) -> list[float]:
+    """The ratio after every round: each removes the same share of what remains.
+
+    After round k of N, ``(1 - ratio)^(k/N)`` of the cost is left; the last entry is ``ratio``
+    itself (geometric, as iterative magnitude pruning: Frankle and Carbin, ICLR 2019).
+
+    Example:
+        >>> [round(r, 3) for r in ratios(0.75, 2)]
+        [0.5, 0.75]
+    """
+    return [1 - (1 - ratio) ** (k / rounds) for k in range(1, rounds)] + [ratio]
+
+
+def everything(groups: Sequence[Group]) -> Plan:
+    """The plan that keeps every unit."""
+    return Plan({g.name: torch.arange(g.units) for g in groups})
+
+
+def compose(first: Plan, then: Plan) -> Plan:
+    """Two plans as one, in the coordinates of the first.
+
+    Args:
+        first: In dense coordinates.
+        then: In the coordinates of what ``first`` kept.
+    """
+    kept = {name: units[then.kept[name]] for name, units in first.kept.items()}
+    return Plan(kept, {**first.notes, **then.notes})
+
+
+def narrow(groups: Sequence[Group], plan: Plan) -> list[Group]:
+    """The groups as they are in the tower that ``plan`` was cut from, in its own coordinates.
+
+    A cut puts the rows of the kept units one after another, so they are counted through. Costs of
+    a unit stay as they were; :func:`ovsprune.graph.groups.with_costs` measures them anew.
+    """
+    return [_narrowed(group, plan.width(group.name)) for group in groups]
+
+
+def _narrowed(group: Group, width: int) -> Group:
+    if width == group.units:
+        return group
+    slices = tuple(
+        replace(part, rows=torch.arange(width * part.rows.shape[1]).view(width, -1))
+        for part in group.slices
+    )
+    return replace(group, units=width, slices=slices, floor=min(group.floor, width))

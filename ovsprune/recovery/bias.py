@@ -1,0 +1,47 @@
+"""Bias: the mean of what the cut units gave goes into the consumer's bias."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovsprune.calibration.refit import row_weights
+from ovsprune.core.protocols import RecoveryContext
+from ovsprune.graph.layers import bias_of
+from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.dense import consumers_of
+
+__all__ = ["Bias"]
+
+
+@RECOVERIES.register("bias")
+class Bias:
+    """The mean of what the cut units gave goes into the consumer's bias, as in FLAP."""
+
+    needs_pictures = True
+    trains = False
+    after: str | None = None
+
+    @torch.no_grad()
+    def recover(self, item: RecoveryContext) -> None:
+        """Add ``W_cut E[a_cut]`` to each bias (An et al., FLAP, AAAI 2024, eq. 6).
+
+        The mean is that of the dense consumer's output less the slim consumer's on the dense kept
+        activations, which is the same for a tower that was only cut, and what is still missing for
+        one that was repaired before. Rows are weighted as in ``closed-form``. A consumer without a
+        bias is left as it is, and the progress is told.
+        """
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for seen in consumers_of(item, "bias compensation"):
+            layer = item.slim.get_submodule(seen.group.consumer)
+            residual = (seen.output - layer(seen.kept)).flatten(0, -2)
+            weight = row_weights(seen.target, seen.median).flatten()
+            one = (residual * weight[:, None]).sum(0, dtype=torch.float64), weight.double().sum()
+            before = sums.get(seen.group.consumer, (0.0, 0.0))
+            sums[seen.group.consumer] = before[0] + one[0], before[1] + one[1]
+        for name, (total, weights) in sums.items():
+            bias = bias_of(item.slim.get_submodule(name))
+            if bias is None:
+                item.progress.note(f"{name} has no bias: nothing makes up for what was cut there")
+            else:
+                bias.copy_((bias.double() + total / weights).to(bias))

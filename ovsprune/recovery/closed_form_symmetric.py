@@ -1,0 +1,40 @@
+"""Closed form, symmetric: every consumer refitted to itself, inside the dense tower."""
+
+from __future__ import annotations
+
+import torch
+
+from ovsprune.calibration.refit import Refit, held_out, row_weights
+from ovsprune.core.protocols import RecoveryContext
+from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.dense import consumers_of
+
+__all__ = ["ClosedFormSymmetric"]
+
+
+@RECOVERIES.register("closed-form-symmetric")
+class ClosedFormSymmetric:
+    """Ridge refit from the dense model's kept activations to the dense consumer's own output."""
+
+    needs_pictures = True
+    trains = False
+    after: str | None = None
+
+    @torch.no_grad()
+    def recover(self, item: RecoveryContext) -> None:
+        """Refit every consumer on its own: ``min E|W a + b - (W' a_kept + b')|^2``.
+
+        ``a`` is what the dense consumer reads and ``a_kept`` its kept columns, so inputs and goal
+        come from one tower, as in He, Zhang and Sun (ICCV 2017, eq. 3) and SparseGPT. The prior is
+        the slim consumer's present weight; rows are weighted and the result is checked on held-out
+        pictures as in ``closed-form``. What the blocks before do wrong is not seen.
+        """
+        refits: dict[str, Refit] = {}
+        held = held_out(len(item.pictures))
+        for seen in consumers_of(item, "symmetric closed-form refit"):
+            layer = item.slim.get_submodule(seen.group.consumer)
+            refit = refits.setdefault(seen.group.name, Refit(layer, held, item.ridge))
+            residual = seen.output - layer(seen.kept)
+            refit.update(seen.part, seen.kept, residual, row_weights(seen.target, seen.median))
+        for refit in refits.values():
+            refit.apply()

@@ -1,0 +1,249 @@
+"""Distillation: gradient steps towards the dense tower's own features, without labels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovsprune.calibration.refit import held_out
+from ovsprune.calibration.sensitivity import feature_loss, spread
+from ovsprune.calibration.streams import allocate
+from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.protocols import Distillation, RecoveryContext, Stages
+from ovsprune.recovery import RECOVERIES
+
+__all__ = ["Distill", "optimizer_class"]
+
+Features = tuple[Tensor, Tensor]
+"""Pooled [B, C] and dense [B, C, h, w] outputs."""
+
+_CHECKS = 20
+"""How often, over a training, the held-out error is measured."""
+_WARM_UP = 0.05
+"""Share of a training in which the learning rate rises."""
+
+
+@RECOVERIES.register("distill")
+class Distill:
+    """Feature distillation from the dense tower, no labels; runs after closed-form."""
+
+    needs_pictures = True
+    trains = True
+    after: str | None = "closed-form"
+
+    def recover(self, item: RecoveryContext) -> None:
+        """Train all weights of the slim tower in float32, and keep the best by held-out error.
+
+        The loss is :func:`ovsprune.calibration.sensitivity.feature_loss`: the squared distance of
+        the L2-normalised dense tokens and pooled outputs from the dense tower's (Romero et al.,
+        FitNets, 2015), over their spread. Both towers see the same crops and mirror images, new
+        ones at every step, so that few pictures go a long way (Beyer et al., CVPR 2022: a
+        consistent and patient teacher). An eighth of the pictures is held out; the weights with
+        the least error on them stay, the ones from before the training included.
+
+        Raises:
+            OptionError: The optimiser cannot train such a tower.
+        """
+        pupil = _Pupil(item)
+        best = pupil.error()
+        if best == 0.0:
+            return  # Nothing was cut, or nothing was lost: there is nothing to learn.
+        state = _copy(item.slim)
+        item.slim.requires_grad_(True)
+        try:
+            for _ in pupil.train():
+                error = pupil.error()
+                if error < best:
+                    best, state = error, _copy(item.slim)
+        finally:
+            item.slim.load_state_dict(state)
+            item.slim.requires_grad_(False)
+            for parameter in item.slim.parameters():
+                parameter.grad = None
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The optimiser of torch called ``name``.
+
+    Raises:
+        UnknownNameError: ``torch.optim`` has none of that name.
+    """
+    known = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }
+    if name not in known:
+        raise UnknownNameError("optimizer", name, known)
+    return known[name]
+
+
+class _Pupil:
+    """The slim tower, the dense one that it learns from, and the pictures."""
+
+    def __init__(self, item: RecoveryContext) -> None:
+        self.item, self.options = item, item.distill
+        self.dense, self.slim = item.stages(item.dense), item.stages(item.slim)
+        self.device = next(item.slim.parameters()).device
+        self.generator = torch.Generator().manual_seed(item.seed)
+        pictures = _stored(item)
+        held = held_out(len(pictures))
+        self.lessons = pictures[~held]
+        self.exam = pictures[held] if held.any() else pictures
+        self.answers = [self._teacher(images) for images in self.exam.split(item.batch_size)]
+        self.spreads = self._spreads()
+
+    def error(self) -> float:
+        """The loss on the held-out pictures."""
+        total = 0.0
+        with torch.no_grad():
+            for images, wanted in zip(
+                self.exam.split(self.item.batch_size), self.answers, strict=True
+            ):
+                found = _features(self.slim, images.to(self.device))
+                total += len(images) * float(feature_loss(found, wanted, self.spreads))
+        return total / len(self.exam)
+
+    def train(self) -> Iterator[None]:
+        """Train, stopping twenty times on the way, at the end too, to be examined."""
+        optimizer = self._optimizer()
+        clock = _Schedule(self.options)
+        checks = 0
+        with self.item.progress.stage("distillation", clock.total) as advance:
+            for images in self._batches():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.options.lr * clock.rate()
+                if not self._step(optimizer, images):
+                    self.item.progress.note(
+                        f"distillation diverged at step {clock.steps}; the best weights from "
+                        f"before are kept. Try a lower --distill-lr than {self.options.lr:g}"
+                    )
+                    return
+                advance(clock.tick())
+                if clock.share() * _CHECKS >= checks + 1:
+                    checks = int(clock.share() * _CHECKS)
+                    yield
+                if clock.share() >= 1.0:
+                    return
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        name = self.options.optimizer
+        try:
+            return optimizer_class(name)(self.item.slim.parameters(), lr=self.options.lr)  # type: ignore[call-arg]
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise _cannot(name, error) from error
+
+    def _step(self, optimizer: torch.optim.Optimizer, images: Tensor) -> bool:
+        """One step; False if the loss was not finite, and nothing was done."""
+        images = images.to(self.device)
+        wanted = self._teacher(images)
+        losses = []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = feature_loss(_features(self.slim, images), wanted, self.spreads)
+            losses.append(float(loss))
+            loss.backward()
+            return loss
+
+        try:
+            optimizer.step(closure)  # type: ignore[arg-type]
+        except RuntimeError as error:  # SparseAdam finds out here that gradients are dense.
+            raise _cannot(self.options.optimizer, error) from error
+        return all(map(math.isfinite, losses))
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Batches of changed pictures [b, 3, H, W], shuffled anew whenever all were seen."""
+        size = self.item.batch_size
+        while True:
+            for chosen in torch.randperm(len(self.lessons), generator=self.generator).split(size):
+                yield torch.stack([self._changed(self.lessons[int(i)]) for i in chosen])
+
+    def _changed(self, image: Tensor) -> Tensor:
+        """A random crop of half the area or more, at the full size again, mirrored or not."""
+        height, width = image.shape[1:]
+        draw = torch.rand(4, generator=self.generator).tolist()
+        side = math.sqrt(0.5 + 0.5 * draw[0])
+        h, w = max(1, round(side * height)), max(1, round(side * width))
+        top, left = round(draw[1] * (height - h)), round(draw[2] * (width - w))
+        crop = image[None, :, top : top + h, left : left + w]
+        crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True)[0]
+        return crop.flip(2) if draw[3] < 0.5 else crop
+
+    @torch.no_grad()
+    def _teacher(self, images: Tensor) -> Features:
+        return _features(self.dense, images.to(self.device))
+
+    def _spreads(self) -> list[float]:
+        """Spreads of the dense tower's features, on the lessons as they are and the exam."""
+        known = [self._teacher(part) for part in self.lessons[:64].split(self.item.batch_size)]
+        kinds = zip(*known, *self.answers, strict=True)
+        return [spread(F.normalize(torch.cat(kind), dim=1)) for kind in kinds]
+
+
+class _Schedule:
+    """How far a training is, in steps or in time, and the learning rate that goes with it."""
+
+    def __init__(self, options: Distillation) -> None:
+        self.limit, self.seconds = options.limit, options.seconds
+        self.steps = 0
+        self.start = time.monotonic()
+        self.total = self.limit if self.limit is not None else 1000
+        self.shown = 0
+
+    def share(self) -> float:
+        """Share of the training that is done, of steps or of time, whichever is more."""
+        steps = 0.0 if self.limit is None else self.steps / self.limit
+        passed = time.monotonic() - self.start
+        return max(steps, 0.0 if self.seconds is None else passed / self.seconds)
+
+    def rate(self) -> float:
+        """A linear rise, then half a cosine down to nothing (Loshchilov and Hutter 2017)."""
+        share = min(self.share(), 1.0)
+        if self.steps == 0 or share < _WARM_UP:
+            return max(share, 1e-3) / _WARM_UP
+        return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))
+
+    def tick(self) -> int:
+        """Count a step; by how much the bar moves."""
+        self.steps += 1
+        now = min(self.total, round(self.share() * self.total))
+        moved, self.shown = now - self.shown, now
+        return moved
+
+
+def _features(stages: Stages, images: Tensor) -> Features:
+    stream = stages.stem(images)
+    for block in stages.blocks.values():
+        stream = block(stream)
+    return stages.head(stream)
+
+
+def _stored(item: RecoveryContext) -> Tensor:
+    """All calibration pictures, float32 [pictures, 3, H, W]: they are drawn from at random."""
+    store: Tensor | None = None
+    done = 0
+    for images in item.pictures.batches(item.batch_size):
+        if store is None:
+            store = allocate((len(item.pictures), *images.shape[1:]))
+        store[done : done + len(images)] = images
+        done += len(images)
+    assert store is not None
+    return store
+
+
+def _copy(tower: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tower.state_dict().items()}
+
+
+def _cannot(name: str, error: Exception) -> OptionError:
+    return OptionError(
+        f"--distill-optimizer {name} cannot train this tower ({error}); take AdamW or another one"
+    )
