@@ -29,7 +29,7 @@ def load(
 
     Args:
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), or the
-            directory of a slim checkpoint.
+            directory of a slim checkpoint or of an unstructured result.
         pretrained: A tag of open_clip's, a file, ``"none"`` for random weights, or None for the
             default (OpenAI's where the name has them).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
@@ -42,7 +42,9 @@ def load(
         CheckpointError: ``name`` is a directory and no sound slim checkpoint.
         OptionError: An option that a slim checkpoint does not take, or a bad device.
     """
+    from ovsprune.backbones.masked_checkpoint import load_masked
     from ovsprune.backbones.slim_checkpoint import load_slim
+    from ovsprune.masks.directory import is_unstructured
 
     if _is_checkpoint(name):
         if pretrained or activation:
@@ -50,7 +52,8 @@ def load(
                 f"{name} is a slim checkpoint and brings its weights and its activation; leave "
                 "--pretrained and --activation out"
             )
-        backbone = load_slim(Path(name))
+        directory = Path(name)
+        backbone = load_masked(directory) if is_unstructured(directory) else load_slim(directory)
     else:
         backbone = _family_of(name).load(canonical(name), pretrained, activation)
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -12,8 +13,9 @@ from ovsprune.core.protocols import Allocator, Criterion, Recovery
 from ovsprune.importance import CRITERIA
 from ovsprune.recovery import RECOVERIES
 
-__all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings"]
+__all__ = ["BUDGETS", "DTYPES", "METHODS", "TOLERANCE", "Settings", "settings_of"]
 
+METHODS = ("default", "imp")
 BUDGETS = ("macs", "params")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = 0.01
@@ -37,6 +39,11 @@ class Settings:
     batch_size: int = 16
     ridge: float = 1e-2
     probe: int | None = None
+    method: str = "default"
+    imp_structured: bool = False
+    imp_steps: int = 100
+    imp_rewind: bool = False
+    imp_lr: float = 1e-4
 
     @property
     def probe_pictures(self) -> int:
@@ -66,8 +73,59 @@ class Settings:
             raise OptionError(f"probe {self.probe}: give at least 1 picture")
         if not self.ridge > 0:
             raise OptionError(f"ridge {self.ridge:g}: give more than 0")
+        self._check_method()
         return (
             CRITERIA.get(self.criterion),
             ALLOCATIONS.get(self.allocation),
-            RECOVERIES.get(self.recovery),
+            RECOVERIES.get("none" if self.method == "imp" else self.recovery),
         )
+
+    def _check_method(self) -> None:
+        """Refuse options of one method with another, instead of leaving them aside in silence."""
+        if self.method not in METHODS:
+            raise OptionError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.method == "imp":
+            if self.imp_steps < 0:
+                raise OptionError(f"--imp-steps {self.imp_steps}: give 0 or more")
+            if not self.imp_lr > 0:
+                raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
+            refused = {"criterion", "allocation", "round_to"}
+            refused |= set() if self.recovery == "none" else {"recovery"}
+            refused |= set() if self.imp_structured else {"budget"}
+            why = "iterative magnitude pruning ranks, counts and repairs in its own way"
+        else:
+            refused = {name for name in given if name.startswith("imp_")}
+            why = "they belong to --method imp"
+        wrong = [f"--{name.replace('_', '-')}" for name in given if name in refused]
+        if wrong:
+            raise OptionError(f"--method {self.method} does not take {', '.join(wrong)}: {why}")
+
+    def described(self) -> dict[str, Any]:
+        """What a record and a checkpoint's provenance say of the method; empty for the default."""
+        if self.method == "default":
+            return {}
+        return {
+            "method": self.method,
+            "criterion": "l1",
+            "allocation": "global",
+            "recovery": "none",
+            "imp_steps": self.imp_steps,
+            "imp_rewind": self.imp_rewind,
+            "imp_lr": self.imp_lr,
+        }
+
+
+def settings_of(ratio: float, options: dict[str, Any]) -> Settings:
+    """Settings from keyword arguments, checked.
+
+    Raises:
+        OptionError: A value is out of its range, or no field has that name.
+        UnknownNameError: A name is unknown.
+    """
+    try:
+        settings = Settings(ratio=ratio, **options)
+    except TypeError as error:
+        raise OptionError(str(error).replace("Settings.__init__()", "prune()")) from error
+    settings.check()
+    return settings

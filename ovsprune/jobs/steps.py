@@ -30,6 +30,7 @@ from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
+from ovsprune.jobs.imp_units import prune_units
 from ovsprune.jobs.settings import TOLERANCE, Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
@@ -99,8 +100,13 @@ class Job:
             self.settings.seed,
             self.progress,
         )
-        plan = self._plan(dense, groups, budget, pictures)
-        slim = deepcopy(dense)
+        if self.settings.method == "imp":
+            plan, slim = prune_units(
+                dense, groups, budget, pictures, self.family.stages, self.settings, self.progress
+            )
+            self.clock.lap("imp")
+        else:
+            plan, slim = self._plan(dense, groups, budget, pictures), deepcopy(dense)
         cut(slim, groups, plan)
         if self.recovery.needs_pictures:
             self._recover(dense, slim, groups, plan, pictures)
@@ -234,6 +240,7 @@ class Job:
                 "ridge": settings.ridge,
                 "seed": settings.seed,
                 "torch": torch.__version__,
+                **settings.described(),
             },
         )
 

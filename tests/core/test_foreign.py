@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.targets.foreign import read_foreign
+from ovsprune.core.foreign import read_foreign
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain"])
 
