@@ -51,11 +51,21 @@ class MaskedTraining:
         self._batches = _endless(len(self._images), batch_size, seed)
 
     @torch.no_grad()
-    def rewind(self) -> None:
-        """Give the student every parameter of the teacher again (Frankle and Carbin 2019)."""
+    def rewind(self, where: Mapping[str, Tensor] | None = None) -> None:
+        """Give the student the teacher's parameters again (Frankle and Carbin 2019).
+
+        Args:
+            where: Parameter's name to bool of its shape, the entries that are meant; by default
+                every entry of every parameter.
+        """
         first = dict(self.teacher.named_parameters())
         for name, parameter in self.student.named_parameters():
-            parameter.copy_(first[name])
+            if where is None:
+                parameter.copy_(first[name])
+            elif name in where:
+                parameter.copy_(
+                    torch.where(where[name].to(parameter.device), first[name], parameter)
+                )
 
     @torch.enable_grad()
     def run(

@@ -59,11 +59,11 @@ def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
     return [Product(name, shapes[name], count) for name, count in watch.found.items()]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the MACs of operations by the parameter that they read."""
 
     def __init__(self, names: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
         self.found: dict[str, int] = {}
 

@@ -64,14 +64,19 @@ def prune_units(
         seed=settings.seed,
     )
     kept = {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
+    masks = _masks(student, groups, kept)
+    first = unit_sizes(dense, groups)
     number = 0
     while cost(item, {name: int(k.sum()) for name, k in kept.items()}) > budget.target:
         number += 1
-        kept = remove_smallest(item, kept, unit_sizes(student, groups))
-        if settings.imp_rewind:
-            training.rewind()
+        before, kept = masks, remove_smallest(item, kept, unit_sizes(student, groups), first)
+        masks = _masks(student, groups, kept)
+        # what came back in the last round comes with its dense weights
+        training.rewind(
+            None if settings.imp_rewind else {n: m & ~before[n] for n, m in masks.items()}
+        )
         with progress.stage(f"round {number}", settings.imp_steps) as advance:
-            training.run(_masks(student, groups, kept), settings.imp_steps, advance)
+            training.run(masks, settings.imp_steps, advance)
     plan = Plan({name: k.nonzero().flatten() for name, k in kept.items()})
     return plan, student.requires_grad_(False)
 
@@ -96,17 +101,22 @@ def unit_sizes(tower: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
 
 
 def remove_smallest(
-    item: AllocationContext, kept: dict[str, Tensor], sizes: dict[str, Tensor]
+    item: AllocationContext,
+    kept: dict[str, Tensor],
+    sizes: dict[str, Tensor],
+    first: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """One round: a tenth of the units that remain go, the smallest first, none below a floor.
 
-    The last round stops at the budget, and then takes units back, the largest first, as far as
-    they fit: so the budget is met within one unit.
+    Near the budget, a unit whose removal would go beyond it is passed over for finer ones. When
+    none is fine enough any more, one of the cheapest ends it, and of all units that are gone, the
+    largest that fit come back. So the budget is met within the finest unit.
 
     Args:
         item: Groups and budget.
         kept: Group name to bool [units], what is left before.
-        sizes: Group name to float64 [units].
+        sizes: Group name to float64 [units], now.
+        first: The same in the dense tower, for those that are gone.
 
     Returns:
         What is left after.
@@ -115,24 +125,35 @@ def remove_smallest(
     kept = {name: mask.clone() for name, mask in kept.items()}
     widths = {name: int(mask.sum()) for name, mask in kept.items()}
     quota = max(1, round(RATE * sum(widths.values())))
+    now, target = cost(item, widths), item.budget.target
     left = [(float(sizes[n][u]), n, int(u)) for n in kept for u in kept[n].nonzero().flatten()]
-    gone: list[tuple[str, int]] = []
-    now = cost(item, widths)
-    for _, name, unit in sorted(left, key=lambda entry: entry[0]):
-        if len(gone) == quota or now <= item.budget.target:
-            break
-        if widths[name] > groups[name].floor:
-            widths[name] -= 1
-            now -= item.budget.unit(groups[name])
-            kept[name][unit] = False
-            gone.append((name, unit))
-    if now > item.budget.target:
-        return kept
-    for name, unit in reversed(gone):
-        price = item.budget.unit(groups[name])
-        if now + price <= item.budget.target:
-            now += price
-            kept[name][unit] = True
+    left.sort(key=lambda entry: entry[0])
+
+    def remove(within: Callable[[float], bool], most: int) -> int:
+        nonlocal now
+        gone = 0
+        for _, name, unit in left:
+            price = item.budget.unit(groups[name])
+            if not kept[name][unit] or widths[name] <= groups[name].floor:
+                continue
+            if gone < most and within(price):
+                kept[name][unit] = False
+                widths[name] -= 1
+                now -= price
+                gone += 1
+        return gone
+
+    gone = remove(lambda price: now - price >= target, quota)
+    if gone < quota and now > target:
+        free = [g for g in item.groups if widths[g.name] > g.floor]
+        cheapest = min(item.budget.unit(g) for g in free)
+        remove(lambda price: price <= cheapest, 1)
+        away = [(float(first[n][u]), n, int(u)) for n in kept for u in (~kept[n]).nonzero()]
+        for _, name, unit in sorted(away, key=lambda entry: -entry[0]):
+            wider = {**widths, name: widths[name] + 1}
+            if cost(item, wider) <= target:
+                kept[name][unit] = True
+                widths = wider
     return kept
 
 

@@ -100,4 +100,7 @@ def zero(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
 
 def _hold(parameter: Tensor, mask: Tensor) -> RemovableHandle:
     kept = mask.to(parameter.device)
-    return parameter.register_hook(lambda gradient: gradient * kept)
+    handle: RemovableHandle = parameter.register_hook(  # type: ignore[no-untyped-call]
+        lambda gradient: gradient * kept
+    )
+    return handle
