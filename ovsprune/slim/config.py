@@ -124,6 +124,12 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
 
 def _check_version(data: Any, at: str) -> None:
     """Refuse another format or a newer one before anything else is looked at."""
+    if isinstance(data, dict) and data.get("format") == "ovsprune-unstructured":
+        raise CheckpointError(
+            f"{at} is of an unstructured result, which has zeros and nothing that is smaller, so "
+            "it is no slim checkpoint; put its masks on a tower with ovsprune.masks.apply_masks, or "
+            "prune units (`ovsprune prune`, with `--method imp --imp-structured` if you like)"
+        )
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
             f'{at} does not say "format": "{FORMAT}", so this is no slim checkpoint; name a '
