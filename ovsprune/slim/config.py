@@ -127,8 +127,8 @@ def _check_version(data: Any, at: str) -> None:
     if isinstance(data, dict) and data.get("format") == "ovsprune-unstructured":
         raise CheckpointError(
             f"{at} is of an unstructured result, which has zeros and nothing that is smaller, so "
-            "it is no slim checkpoint; put its masks on a tower with ovsprune.masks.apply_masks, or "
-            "prune units (`ovsprune prune`, with `--method imp --imp-structured` if you like)"
+            "it is no slim checkpoint; put its masks on a tower with ovsprune.masks.apply_masks, "
+            "or prune units (`ovsprune prune`, with `--method imp --imp-structured` if you like)"
         )
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
