@@ -29,8 +29,9 @@ def load(
 
     Args:
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
-            directory of a slim checkpoint, or a folder that open_clip reads by ``local-dir:``
-            (``open_clip_config.json`` and weights, those of the image tower alone if need be).
+            directory of a slim checkpoint or of an unstructured result, or a folder that open_clip
+            reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
+            tower alone if need be).
         pretrained: A tag of open_clip's, a file, ``"none"`` for random weights, or None for the
             default (OpenAI's where the name has them).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
@@ -43,8 +44,10 @@ def load(
         CheckpointError: ``name`` is a directory and no sound slim checkpoint.
         OptionError: An option that a slim checkpoint does not take, or a bad device.
     """
+    from ovsprune.backbones.masked_checkpoint import load_masked
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.slim_checkpoint import load_slim
+    from ovsprune.masks.directory import is_unstructured
 
     if is_folder(Path(name)):
         backbone = _family_that_takes(Path(name)).load(name, pretrained, activation)
@@ -54,7 +57,8 @@ def load(
                 f"{name} is a slim checkpoint and brings its weights and its activation; leave "
                 "--pretrained and --activation out"
             )
-        backbone = load_slim(Path(name))
+        directory = Path(name)
+        backbone = load_masked(directory) if is_unstructured(directory) else load_slim(directory)
     else:
         backbone = _family_of(name).load(canonical(name), pretrained, activation)
     try:

@@ -52,9 +52,8 @@ def write_statistics(path: Path, found: Statistics) -> None:
         for name, widths in found.curves.widths.items():
             tensors[f"widths/{name}"] = widths
             tensors[f"errors/{name}"] = found.curves.errors[name]
-    notes = {"kind": _KIND, "origin": json.dumps(found.origin, sort_keys=True)}
     with staged_file(path) as file:
-        save_tensors(tensors, file, notes)
+        save_tensors(tensors, file, (_KIND, json.dumps(found.origin, sort_keys=True)))
 
 
 def read_statistics(path: Path, origin: Mapping[str, Any]) -> Statistics:
@@ -74,12 +73,12 @@ def read_statistics(path: Path, origin: Mapping[str, Any]) -> Statistics:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as statistics: {error}") from error
-    if notes.get("kind") != _KIND:
+    if _KIND not in notes:
         raise DataError(
-            f"{path} holds no statistics of this version ({notes.get('kind', 'no kind')} instead "
-            f"of {_KIND}): name another file, or delete it to measure anew"
+            f"{path} holds no {_KIND} (its header says {', '.join(notes) or 'nothing'}): name "
+            "another file, or delete it to measure anew"
         )
-    stored: dict[str, Any] = json.loads(notes["origin"])
+    stored: dict[str, Any] = json.loads(notes[_KIND])
     wanted = json.loads(json.dumps(origin))
     differing = [
         f"{key} is {stored.get(key)!r} there and {value!r} here"

@@ -31,6 +31,24 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 )
 @click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
 @click.option(
+    "--method",
+    default="default",
+    show_default=True,
+    help="default, or imp: iterative magnitude pruning with feature distillation, as OpenTrans.",
+)
+@click.option(
+    "--imp-structured", is_flag=True, help="imp: remove whole units, and not single weights."
+)
+@click.option(
+    "--imp-steps", type=int, default=100, show_default=True, help="imp: training steps a round."
+)
+@click.option(
+    "--imp-rewind", is_flag=True, help="imp: every round trains from the dense weights again."
+)
+@click.option(
+    "--imp-lr", type=float, default=1e-4, show_default=True, help="imp: AdamW's learning rate."
+)
+@click.option(
     "--criterion", default="reconstruction", show_default=True, help="Which units go first."
 )
 @click.option("--allocation", default="sensitivity", show_default=True, help="How much goes where.")
@@ -74,7 +92,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "-o",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the slim checkpoint goes; by default slim/MODEL-rRATIO.",
+    help="Where the slim checkpoint goes; by default slim/MODEL-rRATIO (imp: unstructured/...).",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Say what would be cut, and write nothing.")
@@ -85,7 +103,18 @@ def command(screen: Screen, **options: Any) -> None:
 
     Needs no labels and no gradient steps. `ovsprune criteria` lists the criteria, allocations and
     recoveries; the defaults are the best of them.
+
+    With `--method imp` single weights become zero instead, `--ratio` of them: that saves storage
+    and not time. `--imp-structured` removes whole units in the same rounds.
     """
+    if options["method"] == "imp" and not options["imp_structured"]:
+        from ovsprune.jobs.imp import imp
+        from ovsprune.report.unstructured import unstructured_summary
+
+        del options["method"]
+        record = imp(**options, progress=screen.progress).record()
+        screen.finish(record, *unstructured_summary(record))
+        return
     from ovsprune.jobs.prune import prune
     from ovsprune.report.tables import prune_summary
 

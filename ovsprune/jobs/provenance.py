@@ -12,7 +12,7 @@ from ovsprune.calibration.pictures import calibration_hash
 from ovsprune.core.protocols import Backbone, Family, Pictures
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.importance import criterion_name
-from ovsprune.jobs.settings import Settings, recovery_chain
+from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
 from ovsprune.slim.spec import LayerSpec, SliceSpec
@@ -60,7 +60,7 @@ def make_spec(
 
 def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
     """Where a slim tower came from, as JSON values; no path of this machine."""
-    trains = any(recovery.trains for recovery in recovery_chain(settings.recovery))
+    trains = any(recovery.trains for recovery in settings.recoveries)
     return {
         "criterion": criterion_name(settings.criterion),
         "allocation": settings.allocation,
@@ -78,6 +78,7 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
         "seed": settings.seed,
         "torch": torch.__version__,
         **({"distill": asdict(settings.distill)} if trains else {}),
+        **settings.described(),
     }
 
 

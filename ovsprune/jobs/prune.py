@@ -18,13 +18,13 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
 from ovsprune.jobs.clock import Clock
-from ovsprune.jobs.settings import DTYPES, Settings
+from ovsprune.jobs.settings import DTYPES, Settings, settings_of
 from ovsprune.jobs.steps import Job
 from ovsprune.report.card import card
 from ovsprune.slim import SlimSpec, write
 from ovsprune.slim.write import check_output
 
-__all__ = ["PruneResult", "Settings", "prune"]
+__all__ = ["PruneResult", "Settings", "command_of", "open_dense", "prune"]
 
 
 @dataclass(eq=False)
@@ -73,6 +73,7 @@ class PruneResult:
             "allocation": self.settings.allocation,
             "recovery": self.settings.recovery,
             "seed": self.settings.seed,
+            **self.settings.described(),
             "widths": {name: int(kept.numel()) for name, kept in self.plan.kept.items()},
             "seconds": round(sum(self.seconds.values()), 3),
             "timings": {step: round(value, 3) for step, value in self.seconds.items()},
@@ -117,7 +118,10 @@ def prune(
             ``allocation``, ``recovery``, ``protect`` (patterns of group names), ``round_to``,
             ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``, ``latency_table``
             (a file), ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance),
-            ``probe`` (pictures for curves).
+            ``probe`` (pictures for curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
+            :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with
+            ``imp_structured=True``; see :mod:`ovsprune.jobs.imp`), ``imp_steps``, ``imp_rewind``,
+            ``imp_lr``.
 
     Raises:
         OptionError: A value is out of its range.
@@ -127,11 +131,12 @@ def prune(
         DataError: The calibration pictures, or the table of layer times, cannot be used.
         OutputError: The output exists, or cannot be written.
     """
-    try:
-        settings = Settings(ratio=ratio, **options)
-    except TypeError as error:
-        raise OptionError(str(error).replace("Settings.__init__()", "prune()")) from error
-    settings.check()
+    settings = settings_of(ratio, options)
+    if settings.method == "imp" and not settings.imp_structured:
+        raise OptionError(
+            "method='imp' prunes single weights: call ovsprune.jobs.imp.imp, or give "
+            "imp_structured=True for units"
+        )
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     progress = progress or Silent()
@@ -141,19 +146,7 @@ def prune(
             raise OptionError(f"--threads {threads}: give at least 1")
         torch.set_num_threads(threads)
     clock = Clock()
-    if isinstance(model, str):
-        with progress.stage(f"loading {model}", 1) as advance:
-            model = backbones.load(
-                model, pretrained=pretrained, activation=activation, device=device
-            )
-            advance(1)
-        clock.lap("load")
-    if model.slim is not None:
-        raise OptionError(
-            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
-        )
-    if not model.trained:
-        progress.note(f"{model.name} has random weights: the result is marked as untrained")
+    model = open_dense(model, pretrained, activation, device, progress, clock)
     done = Job(model, settings, progress, clock).run()
     result = PruneResult(
         done.spec,
@@ -169,7 +162,7 @@ def prune(
     if target is not None:
         state = {f"visual.{k}": v.to(DTYPES[dtype]) for k, v in result.tower.state_dict().items()}
         kept_text = {k: v.to(DTYPES[dtype]) for k, v in model.text.items()} if text else {}
-        command = _command(model, settings, dtype, text)
+        command = command_of(model, settings, dtype, text)
         result.spec = replace(
             result.spec, provenance={**result.spec.provenance, "command": command}
         )
@@ -185,7 +178,37 @@ def prune(
     return result
 
 
-def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
+def open_dense(
+    model: str | Backbone,
+    pretrained: str | None,
+    activation: str | None,
+    device: str,
+    progress: Progress,
+    clock: Clock,
+) -> Backbone:
+    """The dense model that is to be pruned, loaded if it is not.
+
+    Raises:
+        OptionError: It is pruned already.
+        WeightsError: The weights cannot be had.
+    """
+    if isinstance(model, str):
+        with progress.stage(f"loading {model}", 1) as advance:
+            model = backbones.load(
+                model, pretrained=pretrained, activation=activation, device=device
+            )
+            advance(1)
+        clock.lap("load")
+    if model.slim is not None:
+        raise OptionError(
+            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
+        )
+    if not model.trained:
+        progress.note(f"{model.name} has random weights: the result is marked as untrained")
+    return model
+
+
+def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
     if model.pretrained not in ("embedded", "local"):

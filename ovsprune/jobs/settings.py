@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -15,8 +16,18 @@ from ovsprune.jobs.floors import parse_floor
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.distill import optimizer_class
 
-__all__ = ["BUDGETS", "DTYPES", "TOLERANCE", "Settings", "recovery_chain"]
+__all__ = [
+    "BUDGETS",
+    "DTYPES",
+    "METHODS",
+    "TOLERANCE",
+    "Settings",
+    "default_of",
+    "recovery_chain",
+    "settings_of",
+]
 
+METHODS = ("default", "imp")
 BUDGETS = ("macs", "params", "latency")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOLERANCE = 0.01
@@ -46,6 +57,11 @@ class Settings:
     rounds: int = 1
     statistics: str | None = None
     distill: Distillation = field(default_factory=Distillation)
+    method: str = "default"
+    imp_structured: bool = False
+    imp_steps: int = 100
+    imp_rewind: bool = False
+    imp_lr: float = 1e-4
 
     @property
     def probe_pictures(self) -> int:
@@ -91,11 +107,58 @@ class Settings:
         if not self.ridge > 0:
             raise OptionError(f"ridge {self.ridge:g}: give more than 0")
         _check_distillation(self.distill)
+        self._check_method()
         return (
             find_criterion(self.criterion),
             ALLOCATIONS.get(self.allocation),
             RECOVERIES.get(self.recovery),
         )
+
+    @property
+    def recoveries(self) -> list[Recovery]:
+        """What repairs the cut tower, in this order; nothing where the method trains it."""
+        return [] if self.method == "imp" else recovery_chain(self.recovery)
+
+    def _check_method(self) -> None:
+        """Refuse options of one method with another, instead of leaving them aside in silence."""
+        if self.method not in METHODS:
+            raise OptionError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        given = [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
+        if self.method == "imp":
+            if self.imp_steps < 0:
+                raise OptionError(f"--imp-steps {self.imp_steps}: give 0 or more")
+            if not self.imp_lr > 0:
+                raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
+            refused = {"criterion", "allocation", "round_to", "uniform_heads"}
+            refused |= {"rounds", "distill", "statistics", "latency_table"}
+            refused |= set() if self.recovery == "none" else {"recovery"}
+            refused |= set() if self.imp_structured else {"budget"}
+            why = "iterative magnitude pruning ranks, counts and repairs in its own way"
+        else:
+            refused = {name for name in given if name.startswith("imp_")}
+            why = "they belong to --method imp"
+        wrong = [f"--{name.replace('_', '-')}" for name in given if name in refused]
+        if wrong:
+            raise OptionError(f"--method {self.method} does not take {', '.join(wrong)}: {why}")
+
+    def described(self) -> dict[str, Any]:
+        """What a record and a checkpoint's provenance say of the method; empty for the default."""
+        if self.method == "default":
+            return {}
+        return {
+            "method": self.method,
+            "criterion": "l1",
+            "allocation": "global",
+            "recovery": "none",
+            "imp_steps": self.imp_steps,
+            "imp_rewind": self.imp_rewind,
+            "imp_lr": self.imp_lr,
+        }
+
+
+def default_of(field: Field[Any]) -> Any:
+    """A field's default value; ``MISSING`` where it has none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _check_distillation(options: Distillation) -> None:
@@ -124,3 +187,18 @@ def recovery_chain(name: str) -> list[Recovery]:
         chain.insert(0, RECOVERIES.get(following))
         following = chain[0].after
     return chain
+
+
+def settings_of(ratio: float, options: dict[str, Any]) -> Settings:
+    """Settings from keyword arguments, checked.
+
+    Raises:
+        OptionError: A value is out of its range, or no field has that name.
+        UnknownNameError: A name is unknown.
+    """
+    try:
+        settings = Settings(ratio=ratio, **options)
+    except TypeError as error:
+        raise OptionError(str(error).replace("Settings.__init__()", "prune()")) from error
+    settings.check()
+    return settings

@@ -21,11 +21,12 @@ from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors
+from ovsprune.jobs.imp_units import prune_units
 from ovsprune.jobs.latency import compare_latency
 from ovsprune.jobs.planning import Planner, Planning, Surveys
 from ovsprune.jobs.provenance import make_spec, provenance
 from ovsprune.jobs.rounds import compose, everything, narrow, ratios
-from ovsprune.jobs.settings import TOLERANCE, Settings, recovery_chain
+from ovsprune.jobs.settings import TOLERANCE, Settings
 from ovsprune.slim import SlimSpec
 
 __all__ = ["HELD_OUT", "Job", "Pruned"]
@@ -74,7 +75,7 @@ class Job:
             backbone, self.family, settings, progress, clock, {} if surveys is None else surveys
         )
         self.planner: Planner = planner or self.planning.plan
-        self.recoveries = recovery_chain(settings.recovery)
+        self.recoveries = settings.recoveries
         self.device = next(backbone.tower.parameters()).device
 
     def run(self) -> Pruned:
@@ -96,7 +97,8 @@ class Job:
             self.settings.seed,
             self.progress,
         )
-        plan, slim, predicted = self._rounds(dense, groups, base, pictures)
+        work = self._trained if self.settings.method == "imp" else self._rounds
+        plan, slim, predicted = work(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
         costs = measure(slim, size)
         achieved = self._achieved(base, costs, predicted)
@@ -167,6 +169,18 @@ class Job:
                 self.clock.lap("recover")
                 advance(1)
         return plan, slim, taken
+
+    def _trained(
+        self, dense: nn.Module, groups: list[Group], base: Costs, pictures: Pictures
+    ) -> tuple[Plan, nn.Module, float]:
+        """Iterative magnitude pruning of units; the same results as of :meth:`_rounds`."""
+        budget = self.planning.budget(dense, groups, base, base, self.settings.ratio)
+        plan, slim = prune_units(
+            dense, groups, budget, pictures, self.family.stages, self.settings, self.progress
+        )
+        cut(slim, groups, plan)
+        self.clock.lap("imp")
+        return plan, slim, 1 - budget.target / budget.dense
 
     def _left(self, base: Costs, dense: nn.Module, slim: nn.Module) -> Costs:
         """Costs of the cut tower: those of the base less what the cuts took."""

@@ -9,12 +9,12 @@ from typing import Any, overload
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, OptionError, TargetError
+from ovsprune.core.foreign import Foreign, read_foreign
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.slim.spec import CONFIG
 from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.convert import Converted
-from ovsprune.targets.foreign import Foreign, read_foreign
 from ovsprune.targets.output import check_place, write_output
 
 __all__ = ["newest_slim", "transfer"]

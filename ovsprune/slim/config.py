@@ -6,6 +6,7 @@ Reading trusts nothing: every field is checked, and one that this version does n
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ovsprune.core.errors import CheckpointError
@@ -23,7 +24,17 @@ from ovsprune.slim.spec import (
     SlimSpec,
 )
 
-__all__ = ["dump", "parse"]
+__all__ = [
+    "base_document",
+    "dump",
+    "files_document",
+    "parse",
+    "parse_base",
+    "parse_costs",
+    "parse_files",
+    "parse_preprocess",
+    "preprocess_document",
+]
 
 _FIELDS = (
     "format",
@@ -50,39 +61,21 @@ def dump(spec: SlimSpec) -> str:
     Raises:
         CheckpointError: ``architecture`` or ``provenance`` hold what JSON cannot.
     """
-    pre = spec.preprocess
-    base: dict[str, Any] = {
-        "model": spec.base.model,
-        "pretrained": spec.base.pretrained,
-        "trained": spec.base.trained,
-        "tensors": dict(sorted(spec.base.tensors.items())),
-    }
-    if spec.base.half:
-        base["half"] = dict(sorted(spec.base.half.items()))
     document = {
         "format": FORMAT,
         "format_version": spec.format_version,
-        "base": base,
+        "base": base_document(spec.base),
         "family": spec.family,
         "library": spec.library,
         "library_version": spec.library_version,
         "architecture": fields.free(spec.architecture, "architecture"),
         "activation": spec.activation,
-        "preprocess": {
-            "size": list(pre.size),
-            "mean": list(pre.mean),
-            "std": list(pre.std),
-            "interpolation": pre.interpolation,
-            "resize_mode": pre.resize_mode,
-        },
+        "preprocess": preprocess_document(spec.preprocess),
         "layers": [_layer_document(layer) for layer in spec.layers],
         "protected": list(spec.protected),
         "dense": {"macs": spec.dense.macs, "params": spec.dense.params},
         "slim": {"macs": spec.slim.macs, "params": spec.slim.params},
-        "files": {
-            name: {"sha256": entry.sha256, "bytes": entry.bytes}
-            for name, entry in sorted(spec.files.items())
-        },
+        "files": files_document(spec.files),
         "provenance": fields.free(spec.provenance, "provenance"),
     }
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -97,18 +90,13 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
     data = fields.parse(document, at)
     _check_version(data, at)
     fields.record(data, at, _FIELDS)
-    pre = fields.record(
-        data["preprocess"],
-        f"{at}: preprocess",
-        ("size", "mean", "std", "interpolation", "resize_mode"),
-    )
     architecture, provenance = data["architecture"], data["provenance"]
     for name, value in (("architecture", architecture), ("provenance", provenance)):
         if not isinstance(value, dict):
             raise CheckpointError(f"{at}: {name} is {type(value).__name__}, expected an object")
     spec = SlimSpec(
         format_version=data["format_version"],
-        base=_base(data["base"], f"{at}: base"),
+        base=parse_base(data["base"], f"{at}: base"),
         family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
         library=fields.text(data["library"], f"{at}: library", r"[A-Za-z0-9_.-]+"),
         library_version=fields.text(
@@ -116,7 +104,7 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
         ),
         architecture=architecture,
         activation=fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
-        preprocess=_preprocess(pre, f"{at}: preprocess"),
+        preprocess=parse_preprocess(data["preprocess"], f"{at}: preprocess"),
         layers=tuple(
             _layer(item, f"{at}: layers[{i}]")
             for i, item in enumerate(fields.array(data["layers"], f"{at}: layers"))
@@ -125,9 +113,9 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
             fields.text(item, f"{at}: protected[{i}]")
             for i, item in enumerate(fields.array(data["protected"], f"{at}: protected"))
         ),
-        dense=_costs(data["dense"], f"{at}: dense"),
-        slim=_costs(data["slim"], f"{at}: slim"),
-        files=_files(data["files"], f"{at}: files"),
+        dense=parse_costs(data["dense"], f"{at}: dense"),
+        slim=parse_costs(data["slim"], f"{at}: slim"),
+        files=parse_files(data["files"], f"{at}: files"),
         provenance=provenance,
     )
     _check_names(spec, at)
@@ -136,6 +124,12 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
 
 def _check_version(data: Any, at: str) -> None:
     """Refuse another format or a newer one before anything else is looked at."""
+    if isinstance(data, dict) and data.get("format") == "ovsprune-unstructured":
+        raise CheckpointError(
+            f"{at} is of an unstructured result, which has zeros and nothing that is smaller, so "
+            "it is no slim checkpoint; put its masks on a tower with ovsprune.masks.apply_masks, "
+            "or prune units (`ovsprune prune`, with `--method imp --imp-structured` if you like)"
+        )
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
             f'{at} does not say "format": "{FORMAT}", so this is no slim checkpoint; name a '
@@ -157,6 +151,38 @@ def _check_names(spec: SlimSpec, at: str) -> None:
             f"{at}: layers has {', '.join(double)} twice; the file was edited or damaged: copy or "
             "write the checkpoint again"
         )
+
+
+def base_document(base: BaseSpec) -> dict[str, Any]:
+    """What :func:`parse_base` reads."""
+    document: dict[str, Any] = {
+        "model": base.model,
+        "pretrained": base.pretrained,
+        "trained": base.trained,
+        "tensors": dict(sorted(base.tensors.items())),
+    }
+    if base.half:
+        document["half"] = dict(sorted(base.half.items()))
+    return document
+
+
+def preprocess_document(preprocess: Preprocess) -> dict[str, Any]:
+    """What :func:`parse_preprocess` reads."""
+    return {
+        "size": list(preprocess.size),
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
+        "resize_mode": preprocess.resize_mode,
+    }
+
+
+def files_document(files: Mapping[str, FileSpec]) -> dict[str, Any]:
+    """What :func:`parse_files` reads."""
+    return {
+        name: {"sha256": entry.sha256, "bytes": entry.bytes}
+        for name, entry in sorted(files.items())
+    }
 
 
 def _layer_document(layer: LayerSpec) -> dict[str, Any]:
@@ -211,7 +237,12 @@ def _slice(value: Any, at: str) -> SliceSpec:
     return SliceSpec(module, axis, fields.whole(data["offset"], f"{at}.offset"))
 
 
-def _base(value: Any, at: str) -> BaseSpec:
+def parse_base(value: Any, at: str) -> BaseSpec:
+    """The base model that ``value`` describes.
+
+    Raises:
+        CheckpointError: It is not that; the message names the field.
+    """
     data = fields.record(value, at, ("model", "pretrained", "trained", "tensors"), ("half",))
     pretrained = data["pretrained"]
     return BaseSpec(
@@ -234,7 +265,12 @@ def _digests(value: Any, at: str) -> dict[str, str]:
     }
 
 
-def _files(value: Any, at: str) -> dict[str, FileSpec]:
+def parse_files(value: Any, at: str) -> dict[str, FileSpec]:
+    """Names, digests and sizes of files.
+
+    Raises:
+        CheckpointError: It is not that; the message names the field.
+    """
     if not isinstance(value, dict):
         raise CheckpointError(f"{at} is {type(value).__name__}, expected an object")
     found = {}
@@ -246,7 +282,12 @@ def _files(value: Any, at: str) -> dict[str, FileSpec]:
     return found
 
 
-def _costs(value: Any, at: str) -> Costs:
+def parse_costs(value: Any, at: str) -> Costs:
+    """MACs and parameters.
+
+    Raises:
+        CheckpointError: It is not that; the message names the field.
+    """
     data = fields.record(value, at, ("macs", "params"))
     return Costs(
         macs=fields.whole(data["macs"], f"{at}.macs", 1),
@@ -254,7 +295,14 @@ def _costs(value: Any, at: str) -> Costs:
     )
 
 
-def _preprocess(data: dict[str, Any], at: str) -> Preprocess:
+def parse_preprocess(value: Any, at: str) -> Preprocess:
+    """How pictures become input.
+
+    Raises:
+        CheckpointError: It is not that; the message names the field.
+    """
+    known = ("size", "mean", "std", "interpolation", "resize_mode")
+    data = fields.record(value, at, known)
     height, width = (
         fields.whole(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
     )

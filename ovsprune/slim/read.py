@@ -14,9 +14,17 @@ from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.check import TOWER, check_mask, check_tensors
-from ovsprune.slim.spec import CONFIG, MASK, MODEL, SlimSpec
+from ovsprune.slim.spec import CONFIG, MASK, MODEL, FileSpec, SlimSpec
 
-__all__ = ["SlimCheckpoint", "file_digest", "read", "read_spec"]
+__all__ = [
+    "SlimCheckpoint",
+    "check_files",
+    "file_digest",
+    "read",
+    "read_config",
+    "read_spec",
+    "read_tensors",
+]
 
 # A config of a thousand layers and tensors has some hundred kilobytes.
 _LARGEST_CONFIG = 64 * 2**20
@@ -62,22 +70,10 @@ def read(directory: str | os.PathLike[str], *, verify: bool = True) -> SlimCheck
     for name in (MODEL, MASK):
         if name not in spec.files:
             raise CheckpointError(f"{path / CONFIG}: files does not list {name}; write it again")
-    for name, expected in spec.files.items():
-        file = _file(path, name)
-        size = file.stat().st_size
-        if size != expected.bytes:
-            raise CheckpointError(
-                f"{file} has {size} bytes, the config says {expected.bytes}; it was cut short or "
-                "exchanged: copy it again"
-            )
-        if verify and file_digest(file) != expected.sha256:
-            raise CheckpointError(
-                f"{file} is not the file that was written (its SHA-256 differs from the config's); "
-                "copy it again"
-            )
-    mask = _tensors(path / MASK)
+    check_files(path, spec.files, verify=verify)
+    mask = read_tensors(path / MASK)
     check_mask(spec, mask, str(path / MASK))
-    tensors = _tensors(path / MODEL)
+    tensors = read_tensors(path / MODEL)
     check_tensors(spec, tensors, str(path / MODEL))
     return SlimCheckpoint(path, spec, mask, tensors)
 
@@ -87,6 +83,16 @@ def read_spec(directory: str | os.PathLike[str]) -> SlimSpec:
 
     Raises:
         CheckpointError: The directory or its config is missing or damaged.
+    """
+    document, file = read_config(directory)
+    return SlimSpec.from_json(document, file)
+
+
+def read_config(directory: str | os.PathLike[str]) -> tuple[bytes, Path]:
+    """The bytes of a checkpoint's ``config.json``, and its path.
+
+    Raises:
+        CheckpointError: The directory or the file is missing, or no config by its size.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -104,7 +110,33 @@ def read_spec(directory: str | os.PathLike[str]) -> SlimSpec:
         document = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    return SlimSpec.from_json(document, file)
+    return document, file
+
+
+def check_files(path: Path, files: Mapping[str, FileSpec], *, verify: bool) -> None:
+    """Check that the files of a checkpoint are those that its config lists.
+
+    Args:
+        path: The directory.
+        files: What the config says.
+        verify: Compare the SHA-256 too, not the sizes alone.
+
+    Raises:
+        CheckpointError: A file is missing, or another one.
+    """
+    for name, expected in files.items():
+        file = _file(path, name)
+        size = file.stat().st_size
+        if size != expected.bytes:
+            raise CheckpointError(
+                f"{file} has {size} bytes, the config says {expected.bytes}; it was cut short or "
+                "exchanged: copy it again"
+            )
+        if verify and file_digest(file) != expected.sha256:
+            raise CheckpointError(
+                f"{file} is not the file that was written (its SHA-256 differs from the config's); "
+                "copy it again"
+            )
 
 
 def file_digest(file: Path) -> str:
@@ -133,7 +165,12 @@ def _file(path: Path, name: str) -> Path:
     return file
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        CheckpointError: It is none.
+    """
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,8 +120,19 @@ def staged_file(path: Path) -> Iterator[Path]:
         raise OutputError(f"{path} could not be written: {_reason(error)}") from error
 
 
-def check_output(output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def check_output(
+    output: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    files: Callable[[Path], Collection[str]] = lambda path: {*_OWN, *read_spec(path).files},
+) -> Path:
     """The path that ``output`` means, if a checkpoint may be written there; asked before long work.
+
+    Args:
+        output: The directory to make.
+        overwrite: Whether a checkpoint that is there may go.
+        files: Names of the files of the checkpoint in a directory; raises CheckpointError if there
+            is none. By default those of a slim checkpoint.
 
     Raises:
         OutputError: It exists and ``overwrite`` is false, or it is something that an overwrite
@@ -145,7 +156,7 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool = False) -> 
     if not entries:
         return path
     try:
-        known = {*_OWN, *read_spec(path).files}
+        known = set(files(path))
     except CheckpointError as error:
         raise OutputError(
             f"{path} is not overwritten, because it is no slim checkpoint ({error}); choose "
@@ -181,14 +192,15 @@ def _fill(
 
 
 def save_tensors(
-    tensors: Mapping[str, Tensor], file: Path, notes: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor], file: Path, header: tuple[str, str] = ("format", "pt")
 ) -> None:
     """Write a safetensors file; equal tensors give equal bytes.
 
     Args:
         tensors: On any device, contiguous or not, sharing memory or not.
         file: Where to.
-        notes: Entries for the file's own metadata.
+        header: Key and value of the header's metadata; a single one, since the order of several is
+            not fixed.
 
     Raises:
         OSError: It could not be written; SafetensorError likewise.
@@ -205,7 +217,7 @@ def save_tensors(
         plain[name] = tensor
     file.touch()
     mode = file.stat().st_mode
-    save_file(plain, file, metadata={"format": "pt", **(notes or {})})
+    save_file(plain, file, metadata=dict([header]))
     file.chmod(mode)  # safetensors leaves a file that only its owner can read
 
 

@@ -63,7 +63,7 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "s.safetensors")
-    with pytest.raises(DataError, match="holds no statistics"):
+    with pytest.raises(DataError, match="holds no ovsprune.statistics"):
         read_statistics(tmp_path / "s.safetensors", ORIGIN)
 
 

@@ -69,6 +69,15 @@ for weights in ("target", "slim"):
             assert torch.allclose(out, slim(images), atol=1e-5)
         applied.detach()
         assert torch.equal(dense(images), before)
+
+from ovsprune.masks import apply_masks, read_masks, write_masks
+
+masks = {"conv1.weight": dense.conv1.weight > 0}
+for name, form in (("masks.safetensors", "ovsprune"), ("masks.pth", "torch")):
+    found = read_masks(write_masks(name, masks, form=form))
+    assert torch.equal(found["conv1.weight"], masks["conv1.weight"])
+assert apply_masks(dense, found).zeros == int((~masks["conv1.weight"]).sum())
+
 assert slim.dense(torch.randn(1, 3, 96, 64)).shape == (1, 24, 6, 4)
 try:
     ovsprune.load_open_clip(directory)

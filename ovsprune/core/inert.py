@@ -1,4 +1,4 @@
-"""A pickle machine with nothing to call, for :mod:`ovsprune.targets.foreign`.
+"""A pickle machine with nothing to call, for :mod:`ovsprune.core.foreign`.
 
 What it hands to a pickle either describes a tensor or does nothing, is made anew for every file,
 and cannot be changed from inside the pickle in a way that outlives the reading.

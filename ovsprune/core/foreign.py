@@ -10,7 +10,7 @@ Layouts: the zip format of ``torch.save`` (torch 1.6 on), the plain one before i
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.targets.inert import Reader, Sketch
+from ovsprune.core.inert import Reader, Sketch
 
 __all__ = ["Foreign", "read_foreign"]
 
@@ -46,11 +46,24 @@ class Foreign:
     inert: tuple[str, ...]
 
 
-def read_foreign(path: str | Path) -> Foreign:
+Wanted = Callable[[Mapping[str, Tensor]], bool]
+
+
+def read_foreign(
+    path: str | Path, wanted: Wanted | None = None, what: str = "tensors of a model"
+) -> Foreign:
     """Read the model's tensors from a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file.
 
+    Args:
+        path: The file.
+        wanted: Asked of the tensors in one place, whether this is the place. By default that is
+            the top level or a usual container, whichever has tensors; with ``wanted``, every other
+            top-level entry is looked into as well.
+        what: What is wanted, for messages.
+
     Raises:
-        CheckpointError: The file is missing, damaged, in no known layout, or holds no tensors.
+        CheckpointError: The file is missing, damaged, in no known layout, or holds nothing that is
+            wanted.
     """
     path = Path(path)
     if not path.is_file():
@@ -58,7 +71,7 @@ def read_foreign(path: str | Path) -> Foreign:
             f"checkpoint {path} is not a file; give the framework's .pth or .safetensors file"
         )
     if path.suffix == ".safetensors":
-        return _collect(path, _read_safetensors(path), ())
+        return _collect(path, _read_safetensors(path), (), wanted, what)
     reader = Reader()
     try:
         with path.open("rb") as stream:
@@ -73,7 +86,7 @@ def read_foreign(path: str | Path) -> Foreign:
             f"({type(error).__name__}: {error}); it is damaged or of another kind. "
             "Save it again with torch.save(model.state_dict(), ...) or as safetensors"
         ) from None
-    return _collect(path, root, tuple(sorted(reader.asked)))
+    return _collect(path, root, tuple(sorted(reader.asked)), wanted, what)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -86,19 +99,27 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} is no safetensors file: {error}") from None
 
 
-def _collect(path: Path, root: Any, inert: tuple[str, ...]) -> Foreign:
+def _collect(
+    path: Path,
+    root: Any,
+    inert: tuple[str, ...],
+    wanted: Wanted | None,
+    what: str,
+) -> Foreign:
     """Find the model's state in what the file holds."""
     state, container = _plain(root), None  # reads of a dict, never calls of what a file made
-    if not _tensors(state):
-        for key in _CONTAINERS:
-            if _tensors(_plain(state.get(key))):
+    right = wanted or bool
+    if not right(_tensors(state)):
+        others = [] if wanted is None else [key for key in state if isinstance(key, str)]
+        for key in (*_CONTAINERS, *others):
+            if right(_tensors(_plain(state.get(key)))):
                 container = key
                 break
         else:
             held = ", ".join(_names(state)[:8]) or f"a {type(root).__name__}"
             raise CheckpointError(
-                f"checkpoint {path} holds no tensors of a model at its top level or under "
-                f"{', '.join(_CONTAINERS)}; it holds: {held}"
+                f"checkpoint {path} holds no {what} at its top level or under "
+                f"{', '.join(_CONTAINERS) if wanted is None else 'any entry'}; it holds: {held}"
             )
     inner = state if container is None else _plain(state[container])
     found = _tensors(inner)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.targets.foreign import read_foreign
+from ovsprune.core.foreign import read_foreign
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "plain"])
 
@@ -222,3 +222,20 @@ def test_storage_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
     rezip(tmp_path / "x.pth", tmp_path / "short.pth", shorten)
     with pytest.raises(CheckpointError, match="cut short or damaged"):
         read_foreign(tmp_path / "short.pth")
+
+
+@FORMATS
+def test_the_place_that_is_wanted_is_found(tmp_path: Path, zipped: bool) -> None:
+    file = tmp_path / "x.pth"
+    held = {"model": {"a": torch.ones(1)}, "odd": {"b.mask": torch.zeros(2)}, "step": 3}
+    torch.save(held, file, _use_new_zipfile_serialization=zipped)
+
+    def masked(state: Any) -> bool:
+        return any(name.endswith("mask") for name in state)
+
+    assert read_foreign(file).container == "model"
+    found = read_foreign(file, masked, "masks")
+    assert (found.container, set(found.tensors)) == ("odd", {"b.mask"})
+    assert found.other == ("model", "step")
+    with pytest.raises(CheckpointError, match="holds no such .* under any entry; it holds: model"):
+        read_foreign(file, lambda state: False, "such")

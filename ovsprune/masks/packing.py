@@ -1,0 +1,128 @@
+"""Masks as bits: eight entries a byte, the first in the lowest bit, row-major."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ovsprune.core.errors import CheckpointError
+from ovsprune.slim import fields
+from ovsprune.slim.write import save_tensors
+
+__all__ = ["is_packed", "pack", "read_packed", "save_packed", "unpack"]
+
+_HEADER = "ovsprune-masks"
+_VERSION = 1
+
+
+def pack(mask: Tensor) -> Tensor:
+    """The bits of ``mask``, bool of any shape: uint8 [ceil(n / 8)]; bits past the end are 0.
+
+    >>> pack(torch.tensor([True, False, True])).tolist()
+    [5]
+    """
+    flat = mask.detach().cpu().reshape(-1).to(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    packed = torch.zeros(len(flat), dtype=torch.uint8)
+    for bit in range(8):
+        packed |= flat[:, bit] << bit
+    return packed
+
+
+def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
+    """The mask of ``shape`` whose bits are ``packed``.
+
+    Args:
+        packed: uint8 [ceil(n / 8)].
+        shape: Of the mask, n entries in all.
+        where: What ``packed`` is, for messages.
+
+    Raises:
+        CheckpointError: It has another number of bytes or type, or bits past the end.
+    """
+    count = 1
+    for length in shape:
+        count *= length
+    size = -(-count // 8)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
+        raise CheckpointError(
+            f"{where} is {packed.dtype} {tuple(packed.shape)}, expected torch.uint8 ({size},) for "
+            f"the bits of a mask of shape {tuple(shape)}; the file was edited or damaged: copy it "
+            "again"
+        )
+    bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1).reshape(-1).bool()
+    if bits[count:].any():
+        raise CheckpointError(
+            f"{where} has bits past the end of a mask of shape {tuple(shape)}; the file was edited "
+            "or damaged: copy it again"
+        )
+    return bits[:count].reshape(tuple(shape))
+
+
+def save_packed(masks: Mapping[str, Tensor], file: Path) -> None:
+    """Write masks as packed bits; equal masks give equal bytes.
+
+    Raises:
+        OSError: It could not be written; SafetensorError likewise.
+    """
+    shapes = {name: list(masks[name].shape) for name in sorted(masks)}
+    header = {"format_version": _VERSION, "shapes": shapes}
+    packed = {name: pack(mask) for name, mask in masks.items()}
+    save_tensors(packed, file, (_HEADER, json.dumps(header, separators=(",", ":"))))
+
+
+def read_packed(file: Path) -> dict[str, Tensor]:
+    """Masks from a file of packed bits.
+
+    Raises:
+        CheckpointError: It is damaged, or of a version that is not known.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as content:
+            said = (content.metadata() or {}).get(_HEADER)
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} is no valid safetensors file ({error}); copy it again"
+        ) from error
+    if said is None:
+        raise CheckpointError(f"{file} is no file of masks: its header has no {_HEADER!r}")
+    shapes = _shapes(said, f"{file}: {_HEADER}")
+    if set(shapes) != set(tensors):
+        odd = sorted(set(shapes) ^ set(tensors))[0]
+        raise CheckpointError(f"{file}: {odd} has bits or a shape and not both; copy it again")
+    return {name: unpack(tensors[name], shapes[name], f"{file}: {name}") for name in shapes}
+
+
+def is_packed(path: Path) -> bool:
+    """Whether ``path`` is a file of packed bits, sound or not."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as content:
+            return _HEADER in (content.metadata() or {})
+    except (SafetensorError, OSError):
+        return False  # the reader of foreign files says what is wrong
+
+
+def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
+    data = fields.record(fields.parse(document, at), at, ("format_version", "shapes"))
+    version = fields.whole(data["format_version"], f"{at}: format_version", 1)
+    if version != _VERSION:
+        raise CheckpointError(
+            f"{at}: format_version is {version}, this ovsprune reads {_VERSION}; install a newer "
+            "ovsprune"
+        )
+    if not isinstance(data["shapes"], dict):
+        raise CheckpointError(f"{at}: shapes is no object; copy the file again")
+    return {
+        fields.text(name, f"{at}: a name", fields.DOTTED): tuple(
+            fields.whole(n, f"{at}: shapes.{name}") for n in fields.array(shape, f"{at}: {name}")
+        )
+        for name, shape in data["shapes"].items()
+    }

@@ -1,0 +1,109 @@
+"""What is said of an unstructured result: in the terminal, and on its card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from ovsprune.report.numbers import count, duration, percent
+from ovsprune.report.tables import table
+
+if TYPE_CHECKING:
+    from ovsprune.masks.spec import MaskedSpec
+
+__all__ = ["unstructured_card", "unstructured_summary"]
+
+
+def unstructured_summary(record: Mapping[str, Any]) -> Sequence[RenderableType]:
+    """What ``prune --method imp`` set to zero, and what that is not."""
+    dense, nonzero = record["dense"], record["nonzero"]
+    rows = [
+        ["parameters", count(dense["params"]), count(dense["params"]), count(nonzero["params"])],
+        ["MACs", count(dense["macs"]), count(dense["macs"]), count(nonzero["macs"])],
+    ]
+    made = table(
+        f"{record['model']}: image tower", ["", "dense", "masked", "masked, non-zero"], rows
+    )
+    fidelity = record["fidelity"]
+    lines = [
+        record["note"],
+        "",
+        "Dense features on held-out pictures, masked against dense: cosine "
+        f"{fidelity['cosine']:.4f}, relative error {fidelity['relative_error']:.4f}.",
+        f"{percent(record['achieved'], 2)} of the ranked weights are zero, after "
+        f"{len(record['rounds'])} rounds of {record['imp_steps']} steps, in "
+        f"{duration(record['seconds'])}.",
+    ]
+    if record.get("output"):
+        lines.append(f"Saved to {record['output']}")
+    else:
+        lines.append("Dry run: nothing was written.")
+    return [made, Text("\n".join(lines))]
+
+
+def unstructured_card(spec: MaskedSpec, record: Mapping[str, Any]) -> str:
+    """The text of an unstructured result's ``README.md``.
+
+    Args:
+        spec: What its config says; ``files`` need not be filled in yet.
+        record: The job's record.
+
+    Returns:
+        Markdown.
+    """
+    fidelity = record["fidelity"]
+    untrained = (
+        "\n> **Untrained.** The base model's weights were random: this shows shapes, and its "
+        "predictions mean nothing.\n"
+    )
+    made = "\n".join(f"- {key.replace('_', ' ')}: `{v}`" for key, v in spec.provenance.items())
+    rows = "\n".join(
+        f"| `{w.name}` | {w.count} | {w.zeros} | {percent(w.sparsity)} |" for w in spec.weights
+    )
+    kept = ", ".join(f"`{name}`" for name in spec.excluded)
+    params, macs = count(spec.dense.params), count(spec.dense.macs)
+    return f"""\
+# {spec.base.model}, masked
+
+The image tower of `{spec.base.model}` (weights `{spec.base.pretrained}`), in which
+{percent(spec.sparsity)} of the ranked weights are zero, found by iterative magnitude pruning with
+feature distillation.
+
+**{record["note"]}**
+{"" if spec.base.trained else untrained}
+| | dense | masked | masked, non-zero |
+| --- | ---: | ---: | ---: |
+| parameters | {params} | {params} | {count(spec.nonzero.params)} |
+| MACs | {macs} | {macs} | {count(spec.nonzero.macs)} |
+
+Dense features on held-out calibration pictures, masked against dense: cosine
+{fidelity["cosine"]:.4f}, relative error {fidelity["relative_error"]:.4f}.
+
+## Use
+
+`model.safetensors` has the base model's own names and shapes: whatever loads the base model loads
+it. `masks.safetensors` fits any weights of the architecture:
+
+```python
+from ovsprune.masks import apply_masks, read_masks
+
+apply_masks(model, read_masks("path/to/this/directory"))
+```
+
+## Weight by weight
+
+| weight | entries | zero | share |
+| --- | ---: | ---: | ---: |
+{rows}
+
+Not ranked: {kept}.
+
+## How it was made
+
+{made}
+
+The licence and the terms of use of the base model apply to this directory too.
+"""
