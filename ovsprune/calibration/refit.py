@@ -1,4 +1,4 @@
-"""One layer refitted from rows that arrive in chunks: weighted, and checked on held-out pictures."""
+"""One layer refitted from rows that come in chunks: weighted, checked on held-out pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ HELD_OUT = 8
 
 
 def held_out(pictures: int) -> Tensor:
-    """bool [pictures]: every eighth one, the last of fewer than eight, none of a single one.
+    """Every eighth of the pictures, the last of fewer than eight, none of a single one.
+
+    Returns:
+        bool [pictures].
 
     Example:
         >>> held_out(3).tolist()

@@ -92,9 +92,7 @@ def _units(rows: Tensor, seed: Seed) -> Tensor:
     return rows.view(-1, seed.unit_width)
 
 
-def with_costs(
-    tower: nn.Module, groups: Sequence[Group], size: tuple[int, int]
-) -> list[Group]:
+def with_costs(tower: nn.Module, groups: Sequence[Group], size: tuple[int, int]) -> list[Group]:
     """Cost of a unit as the difference that cutting one unit makes, on meta tensors."""
     image = torch.empty(1, 3, *size, device="meta")
     dense = macs(on_meta(tower), image)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovsprune import backbones
 from ovsprune.calibration.fidelity import Fidelity
@@ -66,6 +67,7 @@ class PruneResult:
             "criterion": self.settings.criterion,
             "allocation": self.settings.allocation,
             "recovery": self.settings.recovery,
+            "rounds": self.settings.rounds,
             "seed": self.settings.seed,
             "widths": {name: int(kept.numel()) for name, kept in self.plan.kept.items()},
             "seconds": round(sum(self.seconds.values()), 3),
@@ -108,7 +110,9 @@ def prune(
         options: Fields of :class:`Settings`: ``budget`` ("macs", "params"), ``calibration``
             (a folder or "procedural"), ``samples``, ``criterion``, ``allocation``, ``recovery``,
             ``protect`` (patterns of group names), ``round_to``, ``seed``, ``batch_size``,
-            ``ridge`` (relative to the mean variance), ``probe`` (pictures for curves).
+            ``ridge`` (relative to the mean variance), ``probe`` (pictures for curves), ``rounds``
+            (with recovery between them), ``distill``
+            (a :class:`~ovsprune.core.protocols.Distillation`, for recoveries that train).
 
     Raises:
         OptionError: A value is out of its range.
@@ -157,8 +161,8 @@ def prune(
         clock.seconds,
     )
     if target is not None:
-        state = {f"visual.{k}": v.to(DTYPES[dtype]) for k, v in result.tower.state_dict().items()}
-        kept_text = {k: v.to(DTYPES[dtype]) for k, v in model.text.items()} if text else {}
+        state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
+        tensors = _cast({**state, **(model.text if text else {})}, dtype)
         command = _command(model, settings, dtype, text)
         result.spec = replace(
             result.spec, provenance={**result.spec.provenance, "command": command}
@@ -166,7 +170,7 @@ def prune(
         result.path = write(
             target,
             result.spec,
-            {**state, **kept_text},
+            tensors,
             dict(result.plan.kept),
             card=card(result.spec, result.record()),
             overwrite=overwrite,
@@ -175,20 +179,45 @@ def prune(
     return result
 
 
+def _cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors as ``dtype``.
+
+    Raises:
+        OptionError: A value is too large for it.
+    """
+    cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
+    for name, tensor in cast.items():
+        if not tensor.isfinite().all() and state[name].isfinite().all():
+            raise OptionError(
+                f"--dtype {dtype} cannot hold {name}, whose largest value is "
+                f"{float(state[name].abs().max()):.3g}; take bfloat16 or float32"
+            )
+    return cast
+
+
 def _command(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
     if model.pretrained != "embedded":
         words += ["--pretrained", model.pretrained or "none"]
-    for field in fields(Settings):
-        value = getattr(settings, field.name)
-        if field.name in ("ratio", "ridge", "probe") or value == field.default:
+    defaults = Settings(ratio=settings.ratio)
+    for name, value, default in [
+        *_values("", settings, defaults),
+        *_values("distill_", settings.distill, defaults.distill),
+    ]:
+        if name in ("ratio", "ridge", "probe", "distill") or value == default:
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            words += [f"--{field.name.replace('_', '-')}", str(one)]
+            words += [f"--{name.replace('_', '-')}", str(one)]
     if dtype != "float32":
         words += ["--dtype", dtype]
     return shlex.join([*words, *([] if text else ["--no-text"])])
+
+
+def _values(prefix: str, chosen: Any, defaults: Any) -> list[tuple[str, Any, Any]]:
+    """Name, value and default of every field of a dataclass."""
+    names = [field.name for field in fields(chosen)]
+    return [(prefix + name, getattr(chosen, name), getattr(defaults, name)) for name in names]
 
 
 def _target(

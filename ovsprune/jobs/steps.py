@@ -165,9 +165,7 @@ class Job:
 
     def _budget(self, base: Costs, spent: Costs, ratio: float) -> Budget:
         kind = self.settings.budget
-        whole, now = (
-            (base.macs, spent.macs) if kind == "macs" else (base.params, spent.params)
-        )
+        whole, now = (base.macs, spent.macs) if kind == "macs" else (base.params, spent.params)
         return Budget(kind, float(now), whole * (1 - ratio))
 
     def _plan(
