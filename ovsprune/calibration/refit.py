@@ -19,7 +19,10 @@ HELD_OUT = 8
 
 
 def held_out(pictures: int) -> Tensor:
-    """Bool [pictures]: every eighth one, the last of fewer than eight, none of a single one.
+    """Every eighth of the pictures, the last of fewer than eight, none of a single one.
+
+    Returns:
+        bool [pictures].
 
     Example:
         >>> held_out(3).tolist()

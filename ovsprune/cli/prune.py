@@ -56,6 +56,33 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--recovery", default="closed-form", show_default=True, help="How the rest is repaired."
 )
 @click.option(
+    "--rounds",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Prune in this many rounds, with recovery after each.",
+)
+@click.option(
+    "--distill-steps",
+    type=int,
+    help="Gradient steps of the recovery distill, all rounds together; 400 by default.",
+)
+@click.option("--distill-seconds", type=float, help="Stop distilling after this time.")
+@click.option(
+    "--distill-optimizer",
+    default="AdamW",
+    show_default=True,
+    metavar="NAME",
+    help="Any optimiser of torch.optim.",
+)
+@click.option(
+    "--distill-lr",
+    type=float,
+    default=5e-4,
+    show_default=True,
+    help="Peak learning rate.",
+)
+@click.option(
     "--protect",
     multiple=True,
     metavar="PATTERN",
@@ -101,12 +128,19 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 def command(screen: Screen, **options: Any) -> None:
     """Cut heads and MLP units out of an image tower, and repair what is left.
 
-    Needs no labels and no gradient steps. `ovsprune criteria` lists the criteria, allocations and
-    recoveries; the defaults are the best of them.
+    Needs no labels, and no gradient steps unless `--recovery distill` is asked for. `ovsprune
+    criteria` lists the criteria, allocations and recoveries; the defaults are the best of them that
+    take no gradient step.
 
     With `--method imp` single weights become zero instead, `--ratio` of them: that saves storage
     and not time. `--imp-structured` removes whole units in the same rounds.
     """
+    from ovsprune.core.protocols import Distillation
+
+    training = {
+        name: options.pop(f"distill_{name}") for name in ("steps", "seconds", "optimizer", "lr")
+    }
+    options["distill"] = Distillation(**training)
     if options["method"] == "imp" and not options["imp_structured"]:
         from ovsprune.jobs.imp import imp
         from ovsprune.report.unstructured import unstructured_summary

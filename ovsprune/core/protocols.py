@@ -401,7 +401,7 @@ class Distillation:
     steps: int | None = None
     seconds: float | None = None
     optimizer: str = "AdamW"
-    lr: float = 1e-3
+    lr: float = 5e-4
 
     @property
     def limit(self) -> int | None:

@@ -29,9 +29,9 @@ from ovsprune.core.protocols import Backbone, Pictures
 from ovsprune.core.records import Costs
 from ovsprune.graph.costs import measure
 from ovsprune.graph.products import Product, find_products
+from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.prune import command_of, open_dense
 from ovsprune.jobs.settings import DTYPES, Settings, settings_of
-from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.steps import HELD_OUT
 from ovsprune.masks.directory import check_place, write_unstructured
 from ovsprune.masks.magnitude import RATE, keep_largest, kept_by_round

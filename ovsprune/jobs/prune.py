@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovsprune import backbones
 from ovsprune.calibration.fidelity import Fidelity
@@ -72,6 +73,7 @@ class PruneResult:
             "criterion": criterion_name(self.settings.criterion),
             "allocation": self.settings.allocation,
             "recovery": self.settings.recovery,
+            "rounds": self.settings.rounds,
             "seed": self.settings.seed,
             **self.settings.described(),
             "widths": {name: int(kept.numel()) for name, kept in self.plan.kept.items()},
@@ -160,8 +162,8 @@ def prune(
         done.latency,
     )
     if target is not None:
-        state = {f"visual.{k}": v.to(DTYPES[dtype]) for k, v in result.tower.state_dict().items()}
-        kept_text = {k: v.to(DTYPES[dtype]) for k, v in model.text.items()} if text else {}
+        state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
+        tensors = _cast({**state, **(model.text if text else {})}, dtype)
         command = command_of(model, settings, dtype, text)
         result.spec = replace(
             result.spec, provenance={**result.spec.provenance, "command": command}
@@ -169,7 +171,7 @@ def prune(
         result.path = write(
             target,
             result.spec,
-            {**state, **kept_text},
+            tensors,
             dict(result.plan.kept),
             card=card(result.spec, result.record()),
             overwrite=overwrite,
@@ -208,18 +210,37 @@ def open_dense(
     return model
 
 
+def _cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors as ``dtype``.
+
+    Raises:
+        OptionError: A value is too large for it.
+    """
+    cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
+    for name, tensor in cast.items():
+        if not tensor.isfinite().all() and state[name].isfinite().all():
+            raise OptionError(
+                f"--dtype {dtype} cannot hold {name}, whose largest value is "
+                f"{float(state[name].abs().max()):.3g}; take bfloat16 or float32"
+            )
+    return cast
+
+
 def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
     if model.pretrained not in ("embedded", "local"):
         words += ["--pretrained", model.pretrained or "none"]
-    for field in fields(Settings):
-        value = getattr(settings, field.name)
-        if field.name in ("ratio", "ridge", "probe", "statistics") or value == field.default:
+    defaults = Settings(ratio=settings.ratio)
+    for name, value, default in [
+        *_values("", settings, defaults),
+        *_values("distill_", settings.distill, defaults.distill),
+    ]:
+        if name in ("ratio", "ridge", "probe", "distill", "statistics") or value == default:
             continue
-        if field.name == "criterion" and not isinstance(value, str):
+        if name == "criterion" and not isinstance(value, str):
             continue  # No command line can give an object; the note below says so.
-        option = f"--{field.name.replace('_', '-')}"
+        option = f"--{name.replace('_', '-')}"
         for one in value if isinstance(value, tuple) else (value,):
             words += [option] if one is True else [option, str(one)]
     if dtype != "float32":
@@ -228,6 +249,12 @@ def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> s
     if not isinstance(settings.criterion, str):
         line += f"  # criterion: {criterion_name(settings.criterion)}, an object given from Python"
     return line
+
+
+def _values(prefix: str, chosen: Any, defaults: Any) -> list[tuple[str, Any, Any]]:
+    """Name, value and default of every field of a dataclass."""
+    names = [field.name for field in fields(chosen)]
+    return [(prefix + name, getattr(chosen, name), getattr(defaults, name)) for name in names]
 
 
 def _target(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ __all__ = [
     "METHODS",
     "TOLERANCE",
     "Settings",
-    "default_of",
     "recovery_chain",
     "settings_of",
 ]
@@ -123,7 +122,8 @@ class Settings:
         """Refuse options of one method with another, instead of leaving them aside in silence."""
         if self.method not in METHODS:
             raise OptionError(f"--method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        given = [f.name for f in fields(self) if getattr(self, f.name) != default_of(f)]
+        plain = Settings(ratio=self.ratio)
+        given = [f.name for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]
         if self.method == "imp":
             if self.imp_steps < 0:
                 raise OptionError(f"--imp-steps {self.imp_steps}: give 0 or more")
@@ -154,11 +154,6 @@ class Settings:
             "imp_rewind": self.imp_rewind,
             "imp_lr": self.imp_lr,
         }
-
-
-def default_of(field: Field[Any]) -> Any:
-    """A field's default value; ``MISSING`` where it has none."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _check_distillation(options: Distillation) -> None:

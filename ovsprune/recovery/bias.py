@@ -24,24 +24,25 @@ class Bias:
 
     @torch.no_grad()
     def recover(self, item: RecoveryContext) -> None:
-        """Add ``W_cut E[a_cut]`` to each bias (An et al., FLAP, AAAI 2024, eq. 6).
+        """Add ``W_cut E[a_cut]`` to each bias (An et al., FLAP, AAAI 2024).
 
         The mean is that of the dense consumer's output less the slim consumer's on the dense kept
         activations, which is the same for a tower that was only cut, and what is still missing for
         one that was repaired before. Rows are weighted as in ``closed-form``. A consumer without a
         bias is left as it is, and the progress is told.
         """
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        sums: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
         for seen in consumers_of(item, "bias compensation"):
-            layer = item.slim.get_submodule(seen.group.consumer)
-            residual = (seen.output - layer(seen.kept)).flatten(0, -2)
-            weight = row_weights(seen.target, seen.median).flatten()
-            one = (residual * weight[:, None]).sum(0, dtype=torch.float64), weight.double().sum()
-            before = sums.get(seen.group.consumer, (0.0, 0.0))
-            sums[seen.group.consumer] = before[0] + one[0], before[1] + one[1]
-        for name, (total, weights) in sums.items():
+            name = seen.group.consumer
+            residual = seen.output - item.slim.get_submodule(name)(seen.kept)
+            weight = row_weights(seen.target, seen.median)
+            total = (residual * weight[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
+            sums[name] = sums[name] + total if name in sums else total
+            weights[name] = weights.get(name, 0.0) + float(weight.sum(dtype=torch.float64))
+        for name, total in sums.items():
             bias = bias_of(item.slim.get_submodule(name))
             if bias is None:
                 item.progress.note(f"{name} has no bias: nothing makes up for what was cut there")
             else:
-                bias.copy_((bias.double() + total / weights).to(bias))
+                bias.copy_((bias.double() + total / weights[name]).to(bias))

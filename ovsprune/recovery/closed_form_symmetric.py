@@ -25,7 +25,7 @@ class ClosedFormSymmetric:
         """Refit every consumer on its own: ``min E|W a + b - (W' a_kept + b')|^2``.
 
         ``a`` is what the dense consumer reads and ``a_kept`` its kept columns, so inputs and goal
-        come from one tower, as in He, Zhang and Sun (ICCV 2017, eq. 3) and SparseGPT. The prior is
+        come from one tower, as in He, Zhang and Sun (ICCV 2017). The prior is
         the slim consumer's present weight; rows are weighted and the result is checked on held-out
         pictures as in ``closed-form``. What the blocks before do wrong is not seen.
         """

@@ -54,6 +54,7 @@ class Distill:
         if best == 0.0:
             return  # Nothing was cut, or nothing was lost: there is nothing to learn.
         state = _copy(item.slim)
+        before = {p: p.requires_grad for p in item.slim.parameters()}
         item.slim.requires_grad_(True)
         try:
             for _ in pupil.train():
@@ -62,9 +63,8 @@ class Distill:
                     best, state = error, _copy(item.slim)
         finally:
             item.slim.load_state_dict(state)
-            item.slim.requires_grad_(False)
-            for parameter in item.slim.parameters():
-                parameter.grad = None
+            for parameter, flag in before.items():
+                parameter.requires_grad_(flag).grad = None
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -93,22 +93,20 @@ class _Pupil:
         self.dense, self.slim = item.stages(item.dense), item.stages(item.slim)
         self.device = next(item.slim.parameters()).device
         self.generator = torch.Generator().manual_seed(item.seed)
-        pictures = _stored(item)
-        held = held_out(len(pictures))
-        self.lessons = pictures[~held]
-        self.exam = pictures[held] if held.any() else pictures
-        self.answers = [self._teacher(images) for images in self.exam.split(item.batch_size)]
+        self.pictures = _stored(item)
+        held = held_out(len(self.pictures))
+        self.lessons = (~held).nonzero().flatten()
+        self.exam = (held if held.any() else ~held).nonzero().flatten()
+        self.answers = [self._teacher(images) for images in self._plain(self.exam)]
         self.spreads = self._spreads()
 
+    @torch.no_grad()
     def error(self) -> float:
         """The loss on the held-out pictures."""
         total = 0.0
-        with torch.no_grad():
-            for images, wanted in zip(
-                self.exam.split(self.item.batch_size), self.answers, strict=True
-            ):
-                found = _features(self.slim, images.to(self.device))
-                total += len(images) * float(feature_loss(found, wanted, self.spreads))
+        for images, wanted in zip(self._plain(self.exam), self.answers, strict=True):
+            found = _features(self.slim, images.to(self.device))
+            total += len(images) * float(feature_loss(found, wanted, self.spreads))
         return total / len(self.exam)
 
     def train(self) -> Iterator[None]:
@@ -149,8 +147,8 @@ class _Pupil:
         def closure() -> Tensor:
             optimizer.zero_grad()
             loss = feature_loss(_features(self.slim, images), wanted, self.spreads)
-            losses.append(float(loss))
-            loss.backward()
+            losses.append(float(loss.detach()))
+            torch.autograd.backward(loss)
             return loss
 
         try:
@@ -163,8 +161,15 @@ class _Pupil:
         """Batches of changed pictures [b, 3, H, W], shuffled anew whenever all were seen."""
         size = self.item.batch_size
         while True:
-            for chosen in torch.randperm(len(self.lessons), generator=self.generator).split(size):
-                yield torch.stack([self._changed(self.lessons[int(i)]) for i in chosen])
+            order = torch.randperm(len(self.lessons), generator=self.generator)
+            for start in range(0, len(order), size):
+                chosen = self.lessons[order[start : start + size]]
+                yield torch.stack([self._changed(self.pictures[int(i)]) for i in chosen])
+
+    def _plain(self, chosen: Tensor) -> Iterator[Tensor]:
+        """Batches of pictures as they are."""
+        for start in range(0, len(chosen), self.item.batch_size):
+            yield self.pictures[chosen[start : start + self.item.batch_size]]
 
     def _changed(self, image: Tensor) -> Tensor:
         """A random crop of half the area or more, at the full size again, mirrored or not."""
@@ -183,7 +188,7 @@ class _Pupil:
 
     def _spreads(self) -> list[float]:
         """Spreads of the dense tower's features, on the lessons as they are and the exam."""
-        known = [self._teacher(part) for part in self.lessons[:64].split(self.item.batch_size)]
+        known = [self._teacher(images) for images in self._plain(self.lessons[:64])]
         kinds = zip(*known, *self.answers, strict=True)
         return [spread(F.normalize(torch.cat(kind), dim=1)) for kind in kinds]
 

@@ -67,8 +67,8 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     text = (
         f"# {spec.base.model}, slim\n\n"
         f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "
-        "Heads of attention and units of MLPs were cut out whole, without a label and without "
-        "a gradient step, so the tower is really smaller and faster on any machine."
+        "Heads of attention and units of MLPs were cut out whole, without a label "
+        f"{_training(spec)}, so the tower is really smaller and faster on any machine."
     )
     if not spec.base.trained:
         text += (
@@ -76,6 +76,12 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
             "checkpoint shows shapes and speed, and its predictions mean nothing."
         )
     return text
+
+
+def _training(spec: SlimSpec) -> str:
+    if "distill" in spec.provenance:
+        return "(what is left was trained to give the dense tower's features)"
+    return "and without a gradient step"
 
 
 def _weights(spec: SlimSpec) -> str:

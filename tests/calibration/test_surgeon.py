@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovsprune.calibration.moments import CrossMoments, SecondMoments
-from ovsprune.calibration.ridge import correction, regularised
+from ovsprune.calibration.moments import SecondMoments
+from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.surgeon import eliminate
 
 
@@ -97,29 +97,3 @@ def test_moments_in_chunks_equal_moments_at_once() -> None:
     assert found.count == 300
     torch.testing.assert_close(found.mean, rows.mean(0))
     torch.testing.assert_close(found.covariance, torch.cov(rows.T, correction=0))
-
-
-def test_the_correction_is_ridge_regression_about_the_present_weight() -> None:
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(400, 6, dtype=torch.float64, generator=generator) + 3
-    e = torch.randn(400, 2, dtype=torch.float64, generator=generator) + x[:, :2]
-    sums = CrossMoments(6, 2)
-    for start in range(0, 400, 90):
-        sums.update(x[start : start + 90], e[start : start + 90])
-    moments, mean_e, cross = sums.result()
-    torch.testing.assert_close(mean_e, e.mean(0))
-    ridge = 0.1
-    centred = x - x.mean(0)
-    level = ridge * centred.square().mean(0).mean()
-    inner = centred.T @ centred / 400 + level * torch.eye(6, dtype=torch.float64)
-    expected = torch.linalg.solve(inner, centred.T @ (e - e.mean(0)) / 400).T
-    torch.testing.assert_close(correction(moments, cross, ridge), expected)
-
-
-def test_no_residual_no_correction() -> None:
-    x = torch.randn(50, 4)
-    sums = CrossMoments(4, 3)
-    sums.update(x, torch.zeros(50, 3))
-    moments, mean_e, cross = sums.result()
-    assert not correction(moments, cross, 1e-2).any()
-    assert not mean_e.any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.pictures import ScenePictures
-from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.progress import Silent
+from ovsprune.core.protocols import Backbone, Distillation, RecoveryContext, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
 
 
@@ -112,6 +115,27 @@ class Case:
         pooled, dense = stages.head(stream)
         return torch.cat([pooled.flatten(), dense.flatten()])
 
+    def context(
+        self, slim: nn.Module, plan: Plan, batch_size: int = 5, **others: Any
+    ) -> RecoveryContext:
+        return RecoveryContext(
+            self.dense,
+            slim,
+            self.backbone.stages,
+            self.groups,
+            plan,
+            self.pictures,
+            batch_size,
+            1e-2,
+            0,
+            **{"progress": Silent(), "distill": Distillation(steps=4), **others},
+        )
+
+    def cut(self, plan: Plan) -> nn.Module:
+        slim = deepcopy(self.dense)
+        cut(slim, self.groups, plan)
+        return slim
+
     def random_plan(self, seed: int, share: float = 0.5) -> Plan:
         generator = torch.Generator().manual_seed(seed)
         kept = {}
@@ -125,15 +149,19 @@ class Case:
         return Plan({g.name: torch.arange(g.units) for g in self.groups})
 
 
-@pytest.fixture(scope="session", params=FAMILIES.names())
-def case(request: pytest.FixtureRequest) -> Case:
-    backbone = REPRESENTATIVES[request.param]()
-    family = FAMILIES.get(request.param)
+def prepared(backbone: Backbone, pictures: int = 12) -> Case:
+    """``backbone`` rewritten, with its groups and some pictures."""
+    family = FAMILIES.get(backbone.family)
     dense = deepcopy(backbone.tower).eval().requires_grad_(False)
     family.rewrite(dense)
     seeds = [seed for seed in family.seeds(dense) if not seed.protected]
     groups = find_groups(dense, seeds, backbone.preprocess.size)
-    return Case(backbone, dense, groups, ScenePictures(12, backbone.preprocess, 0))
+    return Case(backbone, dense, groups, ScenePictures(pictures, backbone.preprocess, 0))
+
+
+@pytest.fixture(scope="session", params=FAMILIES.names())
+def case(request: pytest.FixtureRequest) -> Case:
+    return prepared(REPRESENTATIVES[request.param]())
 
 
 @pytest.fixture(scope="session")

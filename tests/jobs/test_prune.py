@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import ovsprune
@@ -15,10 +18,12 @@ from ovsprune import backbones
 from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import BudgetError, OptionError, OutputError, UnknownNameError
 from ovsprune.core.progress import Silent
-from ovsprune.core.protocols import Backbone, Forward
+from ovsprune.core.protocols import Backbone, Distillation, Forward
 from ovsprune.graph.costs import measure
 from ovsprune.importance.taylor import Taylor
 from ovsprune.jobs.prune import prune
+from ovsprune.jobs.settings import recovery_chain
+from ovsprune.recovery import RECOVERIES
 from tests.contracts.conftest import open_clip_vit
 
 QUICK: dict[str, Any] = {"samples": 8, "batch_size": 8, "probe": 4}
@@ -115,10 +120,53 @@ def test_the_text_tower_can_be_left_out(small: Backbone, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_saved(small: Backbone, tmp_path: Path, dtype: str) -> None:
-    prune(small, 0.5, output=tmp_path / "slim", dtype=dtype, **QUICK)
+def test_half_precision_is_saved_and_loads(small: Backbone, tmp_path: Path, dtype: str) -> None:
+    result = prune(small, 0.5, output=tmp_path / "slim", dtype=dtype, **QUICK)
     tensors = ovsprune.read(tmp_path / "slim").tensors
     assert {t.dtype for t in tensors.values()} == {getattr(torch, dtype)}
+    tower = backbones.load(str(tmp_path / "slim")).tower
+    for name, tensor in result.tower.state_dict().items():
+        rounded = tensor.to(getattr(torch, dtype)).float()
+        assert torch.equal(tower.get_parameter(name).float(), rounded), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_comes_in_from_a_file(tmp_path: Path, dtype: str) -> None:
+    """The work is done in float32 on the rounded weights, whatever they came in."""
+    kind = getattr(torch, dtype)
+    whole = backbones.load("tiny")
+    state = {f"visual.{k}": v for k, v in whole.tower.state_dict().items()} | dict(whole.text)
+    for name, one in (("half", kind), ("float", torch.float32)):
+        save_file(
+            {k: v.to(kind).to(one).contiguous() for k, v in state.items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    half, full = (
+        prune("tiny", 0.5, pretrained=str(tmp_path / f"{name}.safetensors"), dry_run=True, **QUICK)
+        for name in ("half", "float")
+    )
+    assert all(torch.equal(half.plan.kept[k], full.plan.kept[k]) for k in half.plan.kept)
+    one, two = half.tower.state_dict(), full.tower.state_dict()
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert {v.dtype for v in one.values()} == {torch.float32}
+
+
+def test_a_tower_in_half_precision_is_worked_on_in_float32(small: Backbone) -> None:
+    half = dataclasses.replace(small, tower=deepcopy(small.tower).bfloat16())
+    rounded = dataclasses.replace(small, tower=deepcopy(half.tower).float())
+    results = [prune(one, 0.5, **QUICK) for one in (half, rounded)]
+    one, two = (r.tower.state_dict() for r in results)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert {p.dtype for p in half.tower.parameters()} == {torch.bfloat16}
+
+
+def test_what_float16_cannot_hold_is_refused(small: Backbone, tmp_path: Path) -> None:
+    large = dataclasses.replace(small, tower=deepcopy(small.tower))
+    large.tower.get_parameter("conv1.weight")[0, 0, 0, 0] = 1e5
+    options: dict[str, Any] = {"recovery": "none", "criterion": "magnitude", **QUICK}
+    with pytest.raises(OptionError, match=r"float16 cannot hold visual\.conv1\.weight.*1e\+05"):
+        prune(large, 0.5, output=tmp_path / "slim", dtype="float16", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_spec_says_how_it_was_made(small: Backbone, written: Path) -> None:
@@ -226,6 +274,10 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
         ({"budget": "time"}, "--budget 'time' is unknown"),
         ({"round_to": 0}, "--round-to 0"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"rounds": 0}, "--rounds 0: give at least 1"),
+        ({"distill": Distillation(steps=0)}, "--distill-steps 0: give at least 1"),
+        ({"distill": Distillation(seconds=0.0)}, "--distill-seconds 0: give a finite number"),
+        ({"distill": Distillation(lr=float("nan"))}, "--distill-lr nan: give a finite number"),
         ({"seed": -1}, "--seed -1"),
         ({"ridge": 0.0}, "ridge 0"),
         ({"probe": 0}, "probe 0"),
@@ -246,6 +298,37 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
 def test_bad_options_are_named(small: Backbone, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         prune(small, 0.5, **options)
+
+
+def test_an_unknown_optimiser_lists_the_closest(small: Backbone) -> None:
+    with pytest.raises(UnknownNameError, match="unknown optimizer 'AdamV'.*Did you mean 'Adam"):
+        prune(small, 0.5, distill=Distillation(optimizer="AdamV"))
+
+
+def test_recoveries_that_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(RECOVERIES.get("closed-form")), "after", "distill")
+    with pytest.raises(ValueError, match="wait for each other: distill after closed-form"):
+        recovery_chain("distill")
+
+
+def test_a_training_is_said(small: Backbone, tmp_path: Path) -> None:
+    options = Distillation(steps=2, lr=2e-4)
+    result = prune(
+        small, 0.5, recovery="distill", distill=options, output=tmp_path / "slim", **QUICK
+    )
+    made = result.spec.provenance
+    assert made["distill"] == {"steps": 2, "seconds": None, "optimizer": "AdamW", "lr": 2e-4}
+    assert "--recovery distill" in made["command"]
+    assert made["command"].endswith("--distill-steps 2 --distill-lr 0.0002")
+    card = (tmp_path / "slim" / "README.md").read_text("utf-8")
+    assert "without a gradient step" not in card and "was trained" in card
+    again = backbones.load(str(tmp_path / "slim")).tower.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in result.tower.state_dict().items())
+
+
+def test_without_training_nothing_is_said_of_it(small: Backbone, written: Path) -> None:
+    assert "distill" not in ovsprune.read(written).spec.provenance
+    assert "without a gradient step" in (written / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("kind", ["criterion", "allocation", "recovery"])

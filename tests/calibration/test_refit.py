@@ -1,0 +1,201 @@
+"""The refit of one layer: against least squares, with outliers, with few rows, held out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ovsprune.calibration.moments import CrossMoments
+from ovsprune.calibration.refit import Refit, held_out, row_weights
+from ovsprune.calibration.ridge import correction, regularised
+
+RIDGE = 1e-2
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
+
+
+def refit(
+    layer: nn.Linear, x: Tensor, wanted: Tensor, weight: Tensor | None = None, size: int = 3
+) -> None:
+    """Refit ``layer`` to ``wanted`` [pictures, rows, m] from ``x`` [pictures, rows, n]."""
+    found = Refit(layer, held_out(len(x)), RIDGE)
+    weight = torch.ones(x.shape[:-1]) if weight is None else weight
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        found.update(part, x[part], wanted[part] - layer(x[part]), weight[part])
+    found.apply()
+
+
+def test_the_correction_is_ridge_regression_about_the_present_weight() -> None:
+    x = normal(400, 6, dtype=torch.float64) + 3
+    e = normal(400, 2, seed=1, dtype=torch.float64) + x[:, :2]
+    sums = CrossMoments(6, 2)
+    for start in range(0, 400, 90):
+        sums.update(x[start : start + 90], e[start : start + 90])
+    joint = sums.result()
+    torch.testing.assert_close(joint.mean, e.mean(0))
+    torch.testing.assert_close(joint.power, e.var(0, correction=0))
+    centred = x - x.mean(0)
+    level = 0.1 * centred.square().mean(0).mean()
+    inner = centred.T @ centred / 400 + level * torch.eye(6, dtype=torch.float64)
+    expected = torch.linalg.solve(inner, centred.T @ (e - e.mean(0)) / 400).T
+    torch.testing.assert_close(correction(joint.inputs, joint.cross, 0.1), expected)
+
+
+def test_a_weight_of_two_is_a_row_seen_twice() -> None:
+    x, e = normal(20, 4, dtype=torch.float64), normal(20, 3, seed=1, dtype=torch.float64)
+    twice, weighted = CrossMoments(4, 3), CrossMoments(4, 3)
+    twice.update(torch.cat([x, x[:5]]), torch.cat([e, e[:5]]))
+    weighted.update(x, e, torch.tensor([2.0] * 5 + [1.0] * 15, dtype=torch.float64))
+    one, two = twice.result(), weighted.result()
+    torch.testing.assert_close(one.inputs.mean, two.inputs.mean)
+    torch.testing.assert_close(one.inputs.covariance, two.inputs.covariance)
+    for name in ("mean", "cross", "power"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name))
+
+
+def test_moments_of_two_parts_add_up() -> None:
+    x, e = normal(50, 4, dtype=torch.float64) + 5, normal(50, 3, seed=1, dtype=torch.float64) - 2
+    parts = []
+    for chosen in (slice(0, 17), slice(17, 50), slice(0, 50)):
+        sums = CrossMoments(4, 3)
+        sums.update(x[chosen], e[chosen])
+        parts.append(sums.result())
+    both, whole = parts[0] + parts[1], parts[2]
+    torch.testing.assert_close(both.inputs.mean, whole.inputs.mean)
+    torch.testing.assert_close(both.inputs.covariance, whole.inputs.covariance)
+    for name in ("mean", "cross", "power"):
+        torch.testing.assert_close(getattr(both, name), getattr(whole, name))
+
+
+def test_the_error_is_a_quadratic_form_of_the_moments() -> None:
+    x, e = normal(50, 4, dtype=torch.float64) + 5, normal(50, 3, seed=1, dtype=torch.float64)
+    weight, bias = normal(3, 4, seed=2, dtype=torch.float64), normal(3, seed=3).double()
+    sums = CrossMoments(4, 3)
+    sums.update(x, e)
+    expected = (e - x @ weight.T - bias).square().mean(0)
+    torch.testing.assert_close(sums.result().error(weight, bias), expected)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_no_residual_no_change(biased: bool) -> None:
+    weight, bias = normal(3, 8), normal(3, seed=1)
+    layer = linear(weight, bias if biased else None)
+    x = normal(16, 5, 8, seed=2)
+    refit(layer, x, layer(x))
+    assert torch.equal(layer.weight, weight)
+    assert not biased or torch.equal(layer.bias, bias)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_known_layer_is_found_again(biased: bool) -> None:
+    weight, bias = normal(3, 8), normal(3, seed=1) * biased
+    x = normal(64, 20, 8, seed=2) + 1
+    layer = linear(torch.zeros(3, 8), torch.zeros(3) if biased else None)
+    refit(layer, x, x @ weight.T + bias)
+    torch.testing.assert_close(layer.weight, weight, rtol=0, atol=0.06)
+    assert layer.bias is None or (layer.bias - bias).abs().max() < 0.1
+
+
+def test_the_same_in_other_batches() -> None:
+    x, wanted = normal(20, 6, 8), normal(20, 6, 3, seed=1)
+    layers = [linear(torch.zeros(3, 8), torch.zeros(3)) for _ in range(2)]
+    for layer, size in zip(layers, (3, 20), strict=True):
+        refit(layer, x, wanted, size=size)
+    torch.testing.assert_close(layers[0].weight, layers[1].weight)
+
+
+def test_what_harms_on_held_out_pictures_is_not_done() -> None:
+    """Noise that fits by chance: more columns than rows, and nothing to be learnt."""
+    weight, bias = normal(3, 64), normal(3, seed=1)
+    layer = linear(weight, bias)
+    x = normal(8, 5, 64, seed=2)
+    refit(layer, x, layer(x) + normal(8, 5, 3, seed=3))
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1e-12])
+def test_two_pictures_and_many_units(ridge: float) -> None:
+    weight, bias = normal(6, 300), normal(6, seed=1)
+    basis = normal(20, 300, seed=2)
+    x = normal(2, 10, 20, seed=3) @ basis  # Pictures live in few directions, as activations do.
+    layer = linear(torch.zeros(6, 300), bias)
+    found = Refit(layer, held_out(2), ridge)
+    wanted = x @ weight.T + bias
+    found.update(slice(0, 2), x, wanted - layer(x), torch.ones(2, 10))
+    found.apply()
+    assert layer.weight.isfinite().all() and layer.bias.isfinite().all()
+    others = normal(50, 20, seed=4) @ basis
+    goal = others @ weight.T + bias
+    assert (layer(others) - goal).norm() < (bias - goal).norm()
+
+
+def test_the_floor_holds_under_massive_channels_and_little_ridge() -> None:
+    rows = normal(40, 200)  # Of rank 40, and in float32.
+    rows[:, :3] *= 1e4
+    covariance = rows.T @ rows / 40
+    assert torch.linalg.cholesky_ex(covariance.double()).info > 0
+    found = regularised(covariance, 1e-9)
+    assert torch.linalg.cholesky_ex(found).info == 0
+    scale = found.diagonal().rsqrt()
+    assert torch.linalg.eigvalsh(scale[:, None] * found * scale).min() > 5e-6
+
+
+def test_massive_channels_do_not_set_the_ridge() -> None:
+    rows = normal(4000, 50, dtype=torch.float64)
+    plain = regularised(rows.T @ rows / 4000, RIDGE) - rows.T @ rows / 4000
+    rows[:, 0] *= 100
+    massive = regularised(rows.T @ rows / 4000, RIDGE) - rows.T @ rows / 4000
+    assert massive[1, 1] < 1.5 * plain[1, 1]
+
+
+def outliers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ordinary rows that follow one rule, and a few massive ones that follow another."""
+    rule, other = normal(4, 16), normal(4, 16, seed=1)
+    x = normal(32, 50, 16, seed=2)
+    x[:, 0] *= 100
+    wanted = x @ rule.T
+    wanted[:, 0] = x[:, 0] @ other.T
+    return rule, x, wanted, row_weights(wanted, float(wanted.square().sum(-1).median()))
+
+
+def test_massive_rows_do_not_swallow_the_refit() -> None:
+    rule, x, wanted, weight = outliers()
+    errors = []
+    for given in (weight, None):
+        layer = linear(torch.zeros(4, 16), torch.zeros(4))
+        refit(layer, x, wanted, given)
+        errors.append(float((layer.weight - rule).norm() / rule.norm()))
+    assert errors[0] < 0.1
+    assert errors[1] > 0.9
+
+
+def test_a_row_in_n_has_at_most_two_nths_of_the_weight() -> None:
+    _, x, _, weight = outliers()
+    share = weight[:, 0].sum() / weight.sum()
+    assert weight.max() == 1.0
+    assert 0 < share < 2 / x.shape[1]
+    assert (weight == 1.0).float().mean() >= 0.5
+
+
+@pytest.mark.parametrize(("pictures", "held"), [(1, 0), (2, 1), (7, 1), (8, 1), (16, 2), (256, 32)])
+def test_how_many_are_held_out(pictures: int, held: int) -> None:
+    assert int(held_out(pictures).sum()) == held
+
+
+def test_a_single_picture_is_fitted_to() -> None:
+    rule, x = normal(3, 8), normal(1, 400, 8, seed=1)
+    layer = linear(torch.zeros(3, 8), torch.zeros(3))
+    refit(layer, x, x @ rule.T)
+    torch.testing.assert_close(layer.weight, rule, rtol=0, atol=0.1)

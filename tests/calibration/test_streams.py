@@ -1,0 +1,70 @@
+"""Streams: on disk above a limit, walked a batch at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ovsprune.calibration import streams
+from ovsprune.calibration.streams import allocate, spread_over, walk
+from ovsprune.recovery import RECOVERIES, closed_form
+from tests.contracts.conftest import open_clip_vit, prepared
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what was mapped to a file."""
+    shapes = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        shapes.append(options["shape"])
+        return real(*args, **options)
+
+    real = np.memmap
+    monkeypatch.setattr(streams.np, "memmap", spy)
+    return shapes
+
+
+def test_large_streams_lie_on_disk(mapped: list[tuple[int, ...]]) -> None:
+    allocate((4, 8), limit=128)
+    assert mapped == []
+    large = allocate((4, 9), limit=128)
+    assert mapped == [(4, 9)]
+    large.copy_(torch.arange(36.0).view(4, 9))
+    assert large[3, 8] == 35
+
+
+def test_both_streams_of_the_closed_form_lie_on_disk(
+    mapped: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slim stream is no copy in memory of a dense one that was too large for it."""
+    for place in (streams, closed_form):
+        monkeypatch.setattr(place, "allocate", lambda shape: allocate(shape, limit=0))
+    case = prepared(open_clip_vit())
+    plan = case.random_plan(0)
+    RECOVERIES.get("closed-form").recover(case.context(case.cut(plan), plan))
+    assert len(mapped) == 2 and mapped[0] == mapped[1]
+
+
+def test_a_walk_sees_every_batch_once_and_advances_only_if_told() -> None:
+    block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    stream = torch.randn(5, 2, 3)
+    before = stream.clone()
+    with torch.no_grad():
+        inner, after = block[0](stream), block(stream)
+    for advance in (False, True):
+        parts = []
+        for part, seen in walk(block, stream, 2, [("top.0", "output")], "top", advance):
+            parts.append(part)
+            torch.testing.assert_close(seen["top.0", "output"], inner[part])
+        assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]
+        torch.testing.assert_close(stream, after if advance else before)
+
+
+def test_samples_are_spread_over_the_pictures() -> None:
+    assert spread_over(100, 5).tolist() == [0, 25, 50, 74, 99]
+    assert spread_over(3, 32).tolist() == [0, 1, 2]

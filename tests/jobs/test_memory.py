@@ -1,0 +1,57 @@
+"""Peak memory does not grow with the calibration pictures, apart from the residual streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys
+import torch
+from ovsprune.backbones.open_clip_vit import assemble, build_clip
+from ovsprune.core.records import Preprocess
+from ovsprune.jobs.prune import prune
+
+torch.set_num_threads(1)
+config = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 64, "layers": 2, "width": 32, "head_width": 16, "patch_size": 4,
+                   "mlp_ratio": 24.0},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+}
+backbone = assemble("wide", None, build_clip(config), config, Preprocess((64, 64)), trained=False)
+prune(backbone, 0.3, samples=int(sys.argv[1]), probe=4, batch_size=8, recovery=sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+TOKENS, WIDTH, HIDDEN = 257, 32, 32 * 24
+SLACK = 16 << 20
+
+
+def peak(samples: int, recovery: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(samples), recovery],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        # One arena and no cached blocks: the system's allocator is not what is measured.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
+             "MALLOC_MMAP_THRESHOLD_": "65536"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize(
+    "recovery",
+    ["closed-form", pytest.param("closed-form-symmetric", marks=pytest.mark.slow)],
+)
+def test_peak_memory_grows_by_the_streams_alone(recovery: str) -> None:
+    few, many = 8, 64
+    streams = 2 * (many - few) * TOKENS * WIDTH * 4
+    activations = (many - few) * TOKENS * HIDDEN * 4  # Of one layer, if they were all held.
+    assert activations > 2 * (streams + SLACK)
+    assert peak(many, recovery) - peak(few, recovery) < streams + SLACK

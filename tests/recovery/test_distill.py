@@ -1,0 +1,124 @@
+"""Distillation: what it learns, what it never loses, and how it is stopped."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.progress import Silent
+from ovsprune.core.protocols import Distillation
+from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.distill import _Pupil, optimizer_class
+from tests.contracts.conftest import Case, open_clip_vit, prepared
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return prepared(open_clip_vit())
+
+
+def distilled(case: Case, options: Distillation, **others: Any) -> tuple[nn.Module, float, float]:
+    """A cut tower after distillation, and its held-out error before and after."""
+    plan = case.random_plan(0)
+    slim = case.cut(plan)
+    item = case.context(slim, plan, distill=options, **others)
+    before = _Pupil(item).error()
+    RECOVERIES.get("distill").recover(item)
+    return slim, before, _Pupil(item).error()
+
+
+def test_it_learns_on_held_out_pictures(case: Case) -> None:
+    slim, before, after = distilled(case, Distillation(steps=30))
+    assert after < 0.7 * before
+    changed = case.cut(case.random_plan(0)).state_dict()
+    assert all(not torch.equal(v, changed[k]) for k, v in slim.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop", "LBFGS", "Rprop", "Adafactor"])
+def test_optimisers_of_torch(case: Case, name: str) -> None:
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    lr = {"SGD": 0.05, "LBFGS": 0.1}.get(name, 1e-3)
+    _, before, after = distilled(case, Distillation(steps=4, optimizer=name, lr=lr))
+    assert after < before
+
+
+@pytest.mark.parametrize("name", ["SparseAdam", "Muon"])
+def test_optimisers_that_cannot_train_a_tower_are_refused(case: Case, name: str) -> None:
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    with pytest.raises(OptionError, match=f"--distill-optimizer {name} cannot train this tower"):
+        distilled(case, Distillation(steps=4, optimizer=name))
+
+
+@pytest.mark.parametrize("name", ["adamw", "Optimizer", "lr_scheduler"])
+def test_unknown_optimisers(name: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"unknown optimizer '{name}'.*Known: .*AdamW"):
+        optimizer_class(name)
+
+
+@pytest.mark.parametrize("lr", [1e3, 1e30])
+def test_it_never_ends_worse_than_it_began(case: Case, lr: float) -> None:
+    progress = Silent()
+    options = Distillation(steps=8, optimizer="SGD", lr=lr)
+    slim, before, after = distilled(case, options, progress=progress)
+    assert after <= before
+    assert all(tensor.isfinite().all() for tensor in slim.state_dict().values())
+    if lr == 1e30:
+        assert any("distillation diverged at step" in note for note in progress.notes)
+
+
+def test_a_time_limit_ends_it(case: Case) -> None:
+    start = time.monotonic()
+    _, before, after = distilled(case, Distillation(seconds=1.5))
+    assert 1.5 <= time.monotonic() - start < 30
+    assert after < before
+
+
+def test_the_first_limit_counts(case: Case) -> None:
+    start = time.monotonic()
+    distilled(case, Distillation(steps=2, seconds=300.0))
+    assert time.monotonic() - start < 100
+
+
+def test_limits_are_shared_by_the_rounds() -> None:
+    assert Distillation().limit == 400
+    assert Distillation(seconds=9.0).limit is None
+    assert Distillation(steps=10, seconds=9.0).shared(3) == Distillation(4, 3.0)
+    assert Distillation().shared(1).limit == 400
+
+
+def test_a_single_picture(case: Case) -> None:
+    one = prepared(open_clip_vit(), pictures=1)
+    _, before, after = distilled(one, Distillation(steps=4))
+    assert after <= before
+
+
+def test_the_bar_is_filled_to_its_end(case: Case) -> None:
+    class Counting(Silent):
+        done: dict[str, list[int]]
+
+        def stage(self, description: str, total: int) -> Any:
+            from contextlib import contextmanager
+
+            counts = self.__dict__.setdefault("done", {}).setdefault(description, [total, 0])
+
+            @contextmanager
+            def opened() -> Any:
+                def advance(steps: int) -> None:
+                    counts[1] += steps
+
+                yield advance
+
+            return opened()
+
+    for options in (Distillation(steps=7), Distillation(seconds=0.5)):
+        progress = Counting()
+        distilled(case, options, progress=progress)
+        total, done = progress.done["distillation"]
+        assert done == total
