@@ -1,0 +1,91 @@
+"""Statistics once: another ratio from a file costs only the plan and the refit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ovsprune.calibration.survey import Survey
+from ovsprune.core.errors import DataError, OptionError
+from ovsprune.core.protocols import Backbone
+from ovsprune.jobs.prune import prune
+from tests.contracts.conftest import open_clip_vit
+
+OPTIONS: dict[str, Any] = {"samples": 6, "batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def small() -> Backbone:
+    return open_clip_vit()
+
+
+@pytest.fixture
+def surveys(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry for every survey that is really measured."""
+    seen: list[int] = []
+    real = Survey.run
+
+    def run(self: Survey) -> Any:
+        seen.append(1)
+        return real(self)
+
+    monkeypatch.setattr(Survey, "run", run)
+    return seen
+
+
+def test_another_ratio_measures_nothing_and_gives_the_same_tower(
+    small: Backbone, tmp_path: Path, surveys: list[int]
+) -> None:
+    file = str(tmp_path / "statistics.safetensors")
+    prune(small, 0.3, statistics=file, **OPTIONS)
+    assert len(surveys) == 1
+    stored = prune(small, 0.5, statistics=file, **OPTIONS)
+    assert len(surveys) == 1
+    fresh = prune(small, 0.5, **OPTIONS)
+    assert len(surveys) == 2
+    for name, tensor in fresh.tower.state_dict().items():
+        assert torch.equal(tensor, stored.tower.state_dict()[name]), name
+
+
+def test_another_allocation_uses_it_too(
+    small: Backbone, tmp_path: Path, surveys: list[int]
+) -> None:
+    file = str(tmp_path / "statistics.safetensors")
+    prune(small, 0.5, statistics=file, **OPTIONS)
+    prune(small, 0.5, statistics=file, allocation="uniform", recovery="none", **OPTIONS)
+    assert len(surveys) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"seed": 1}, "seed"), ({"criterion": "magnitude"}, "criterion")]
+)
+def test_statistics_of_something_else_are_refused(
+    small: Backbone, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    file = str(tmp_path / "statistics.safetensors")
+    prune(small, 0.5, statistics=file, **OPTIONS)
+    with pytest.raises(DataError, match=f"measured on something else.*{said}"):
+        prune(small, 0.5, statistics=file, **{**OPTIONS, **change})
+
+
+def test_the_file_is_not_in_the_checkpoints_command(small: Backbone, tmp_path: Path) -> None:
+    file = str(tmp_path / "statistics.safetensors")
+    done = prune(small, 0.5, statistics=file, output=tmp_path / "slim", **OPTIONS)
+    assert "statistics" not in done.spec.to_json()
+
+
+def test_rounds_measure_the_cut_tower_anew(
+    small: Backbone, tmp_path: Path, surveys: list[int]
+) -> None:
+    file = str(tmp_path / "statistics.safetensors")
+    prune(small, 0.3, statistics=file, **OPTIONS)
+    prune(small, 0.5, statistics=file, rounds=2, **OPTIONS)
+    assert len(surveys) == 2
+
+
+def test_rounds_do_not_go_with_layer_times(small: Backbone) -> None:
+    with pytest.raises(OptionError, match="--rounds 2 goes with --budget macs or params"):
+        prune(small, 0.5, rounds=2, budget="latency", **OPTIONS)
