@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from ovsprune.cli import main as cli
 from ovsprune.cli.silence import silence_libraries
 from ovsprune.core.errors import CheckpointError
+from ovsprune.core.protocols import Distillation
 from ovsprune.jobs import inspect as inspect_job
 
 CONTEXT = click.Context(cli.main, info_name="ovsprune")
@@ -132,6 +133,7 @@ def test_every_option_has_the_default_that_the_job_has(name):
     accepted = _accepted(getattr(module, name))
     if name == "prune":
         accepted |= _accepted(module.Settings)
+        accepted |= {f"distill_{k}": v for k, v in _accepted(Distillation).items()}
     command = cli.main.get_command(CONTEXT, name)
     given = command.make_context(name, REQUIRED[name]).params
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}

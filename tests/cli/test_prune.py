@@ -1,23 +1,9 @@
-"""The options of `ovsprune prune` say the defaults that the job has."""
+"""What the help of `ovsprune prune` says of the job."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-import pytest
-
 from ovsprune.cli.prune import command
 from ovsprune.core.protocols import Distillation
-from ovsprune.jobs.settings import Settings
-
-DEFAULTS = {f"distill_{f.name}": getattr(Distillation(), f.name) for f in fields(Distillation)}
-DEFAULTS["rounds"] = Settings(ratio=0.5).rounds
-
-
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_agree(name: str) -> None:
-    given = command.make_context("prune", ["--model", "tiny", "--ratio", "0.5"])
-    assert given.params[name] == DEFAULTS[name]
 
 
 def test_the_help_says_how_many_steps_are_taken() -> None:

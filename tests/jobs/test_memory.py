@@ -36,10 +36,9 @@ def peak(samples: int, recovery: str) -> int:
         capture_output=True,
         text=True,
         timeout=500,
-        # One arena and no cached blocks: the system's allocator is not what is measured.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
-             "MALLOC_MMAP_THRESHOLD_": "65536"},
-    )  # fmt: skip
+        # One arena: the system's allocator is not what is measured.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return int(done.stdout)
 
