@@ -1,6 +1,6 @@
 """What pruning itself costs: time in forward passes over the calibration pictures, peak memory.
 
-    python benchmarks/prune_cost.py [--model ViT-B/16] [--samples 64]
+    python benchmarks/prune_cost.py [--model ViT-B/16] [--samples 64] [--output DIR]
 
 Random weights: cost does not depend on them. Writes ``benchmarks/prune_cost.json``.
 """
@@ -41,11 +41,12 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B/16")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--output", type=Path, help="keep the slim tower, for 'ovsprune benchmark'")
     chosen = parser.parse_args()
     backbone = backbones.load(chosen.model, pretrained="none")
     before = forward_pass(backbone, chosen.samples)
     start = time.perf_counter()
-    result = prune(backbone, chosen.ratio, samples=chosen.samples)
+    result = prune(backbone, chosen.ratio, samples=chosen.samples, output=chosen.output)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     one_pass = (before + forward_pass(backbone, chosen.samples)) / 2

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Features", "feature_loss"]
+__all__ = ["Features", "feature_loss", "spread"]
 
 Features = tuple[Tensor, Tensor]
 """Pooled [B, C] and dense [B, C, h, w] outputs of a tower."""
 
 
-def feature_loss(found: Features, wanted: Features) -> Tensor:
+def feature_loss(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], spreads: Sequence[float] = (1.0, 1.0)
+) -> Tensor:
     """Squared distance of L2-normalised features, to be differentiated.
 
     Half the mean over dense tokens of ``|t / |t| - t* / |t*||^2``, and half the same of the pooled
@@ -20,14 +25,21 @@ def feature_loss(found: Features, wanted: Features) -> Tensor:
     it is the semantic-agnostic loss of OpenTrans (Xu et al., CVPR 2024).
 
     Args:
-        found: Of the tower that is trained.
+        found: Pooled [B, C] and dense [B, C, h, w] features of the tower that is trained.
         wanted: Of the dense tower, for the same pictures.
+        spreads: What each kind's distance is divided by, see :func:`spread`.
 
     Returns:
-        Scalar in [0, 4]: 0 for equal directions, 2 for orthogonal ones.
+        Scalar; with spreads of 1 in [0, 4]: 0 for equal directions, 2 for orthogonal ones.
     """
-    total = found[0].new_zeros(())
-    for one, other in zip(found, wanted, strict=True):
-        distance = (F.normalize(one, dim=1) - F.normalize(other, dim=1)).square().sum(1)
-        total = total + 0.5 * distance.mean()
-    return total
+    parts = [
+        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() / scale
+        for a, b, scale in zip(found, wanted, spreads, strict=True)
+    ]
+    return torch.stack(parts).mean()
+
+
+def spread(features: Tensor) -> float:
+    """Mean squared distance of features [B, C, ...] from their mean, at least 1e-12."""
+    flat = features.transpose(0, 1).flatten(1)
+    return max(float((flat - flat.mean(1, keepdim=True)).square().sum(0).mean()), 1e-12)

@@ -117,10 +117,7 @@ def _forward(stages: Stages, count: int) -> Forward:
                 f"{len(images)}: every picture has masks of its own, so call forward once for each "
                 f"view, with {count} pictures"
             )
-        stream = stages.stem(images)
-        for block in stages.blocks.values():
-            stream = block(stream)
-        return stages.head(stream)
+        return stages.outputs(images)
 
     return forward
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.feature_loss import feature_loss
-from ovsprune.calibration.streams import allocate
+from ovsprune.calibration.streams import stored
 from ovsprune.core.protocols import Pictures, Stages
 from ovsprune.masks.apply import zero
 
@@ -47,7 +47,7 @@ class MaskedTraining:
         self.teacher = teacher
         self._student, self._teacher = stages(student), stages(teacher)
         self._device = next(student.parameters()).device
-        self._images = _held(pictures, batch_size)
+        self._images = stored(pictures, batch_size)
         self._batches = _endless(len(self._images), batch_size, seed)
 
     @torch.no_grad()
@@ -90,8 +90,8 @@ class MaskedTraining:
         for _ in range(steps):
             images = self._images[next(self._batches)].to(self._device)
             with torch.no_grad():
-                wanted = _features(self._teacher, images)
-            loss = feature_loss(_features(self._student, images), wanted)
+                wanted = self._teacher.outputs(images)
+            loss = feature_loss(self._student.outputs(images), wanted)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -100,25 +100,6 @@ class MaskedTraining:
             advance(1)
         optimizer.zero_grad()
         return losses
-
-
-def _features(stages: Stages, images: Tensor) -> tuple[Tensor, Tensor]:
-    stream = stages.stem(images)
-    for block in stages.blocks.values():
-        stream = block(stream)
-    return stages.head(stream)
-
-
-def _held(pictures: Pictures, batch_size: int) -> Tensor:
-    held: Tensor | None = None
-    done = 0
-    for images in pictures.batches(batch_size):
-        if held is None:
-            held = allocate((len(pictures), *images.shape[1:]))
-        held[done : done + len(images)] = images
-        done += len(images)
-    assert held is not None and done == len(pictures)
-    return held
 
 
 def _endless(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsprune.calibration.feature_loss import spread
 from ovsprune.core.protocols import Moments
 from ovsprune.core.records import Group
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["FeatureError", "feature_loss", "grid", "measure", "spread"]
+__all__ = ["FeatureError", "grid", "measure"]
 
 
 def grid(units: int, floor: int = 1, points: int = 8) -> tuple[int, ...]:
@@ -52,29 +53,6 @@ class FeatureError:
             error = (F.normalize(part, dim=1) - before).square().sum(1).mean()
             total += 0.5 * float(error) / scale
         return total
-
-
-def feature_loss(
-    found: Sequence[Tensor], wanted: Sequence[Tensor], spreads: Sequence[float]
-) -> Tensor:
-    """What :class:`FeatureError` measures, as a scalar tensor that gradients flow through.
-
-    Args:
-        found: Features [B, C, ...], each kind counting as much as the others.
-        wanted: What they should be.
-        spreads: Of every kind, see :func:`spread`.
-    """
-    parts = [
-        (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() / scale
-        for a, b, scale in zip(found, wanted, spreads, strict=True)
-    ]
-    return torch.stack(parts).mean()
-
-
-def spread(features: Tensor) -> float:
-    """Mean squared distance of features [B, C, ...] from their mean, at least 1e-12."""
-    flat = features.transpose(0, 1).flatten(1)
-    return max(float((flat - flat.mean(1, keepdim=True)).square().sum(0).mean()), 1e-12)
 
 
 @torch.no_grad()

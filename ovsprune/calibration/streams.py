@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import Pictures, Stages
 
-__all__ = ["MEMORY_LIMIT", "Capture", "allocate", "capture", "run_stem", "spread_over", "walk"]
+__all__ = [
+    "MEMORY_LIMIT",
+    "Capture",
+    "allocate",
+    "capture",
+    "run_stem",
+    "spread_over",
+    "stored",
+    "walk",
+]
 
 MEMORY_LIMIT = 1 << 30
 """Streams larger than this many bytes are memory-mapped to a temporary file."""
@@ -30,17 +39,27 @@ def allocate(shape: tuple[int, ...], limit: int = MEMORY_LIMIT) -> Tensor:
 @torch.no_grad()
 def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> Tensor:
     """The stream [pictures, ...] before the first block, float32 on the CPU."""
-    stream: Tensor | None = None
-    done = 0
     device = next(next(iter(stages.blocks.values())).parameters()).device
-    for images in pictures.batches(batch_size):
-        part = stages.stem(images.to(device)).float().cpu()
-        if stream is None:
-            stream = allocate((len(pictures), *part.shape[1:]))
-        stream[done : done + len(part)] = part
+    batches = pictures.batches(batch_size)
+    return _gathered((stages.stem(images.to(device)) for images in batches), len(pictures))
+
+
+def stored(pictures: Pictures, batch_size: int) -> Tensor:
+    """All pictures, float32 [pictures, 3, H, W], to be drawn from at random."""
+    return _gathered(pictures.batches(batch_size), len(pictures))
+
+
+def _gathered(parts: Iterable[Tensor], count: int) -> Tensor:
+    """Parts [b, ...] one after another, float32 [count, ...] on the CPU."""
+    whole: Tensor | None = None
+    done = 0
+    for part in parts:
+        if whole is None:
+            whole = allocate((count, *part.shape[1:]))
+        whole[done : done + len(part)] = part.float().cpu()
         done += len(part)
-    assert stream is not None and done == len(pictures)
-    return stream
+    assert whole is not None and done == count
+    return whole
 
 
 class Capture(dict[tuple[str, str], Tensor]):

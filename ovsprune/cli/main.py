@@ -101,7 +101,11 @@ Start here:
 """
 
 
-@click.group(cls=LazyGroup, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    help=HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OVSPRUNE"},
+)
 @click.version_option(package_name="ovsprune")
 def main() -> None:
     """The command line; see :data:`HELP`."""

@@ -72,6 +72,13 @@ class Stages:
     blocks: Mapping[str, nn.Module]
     head: Callable[[Tensor], tuple[Tensor, Tensor]]
 
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
+        stream = self.stem(images)
+        for block in self.blocks.values():
+            stream = block(stream)
+        return self.head(stream)
+
 
 @dataclass(frozen=True)
 class Seed:
@@ -175,11 +182,7 @@ class Backbone:
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
-        stages = self.stages(self.tower)
-        stream = stages.stem(images)
-        for block in stages.blocks.values():
-            stream = block(stream)
-        return stages.head(stream)
+        return self.stages(self.tower).outputs(images)
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:

@@ -124,14 +124,7 @@ class Job:
 
     def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         stages = self.family.stages(tower)
-
-        def dense(images: Tensor) -> Tensor:
-            stream = stages.stem(images)
-            for block in stages.blocks.values():
-                stream = block(stream)
-            return stages.head(stream)[1]
-
-        return dense
+        return lambda images: stages.outputs(images)[1]
 
     def _rounds(
         self, dense: nn.Module, groups: list[Group], base: Costs, pictures: Pictures
@@ -147,14 +140,16 @@ class Job:
         taken = 0.0
         with self.progress.stage("pruning", len(steps)) as advance:
             for number, ratio in enumerate(steps, 1):
-                found, now = narrow(groups, plan), base
+                # A planner may keep the tower that it is given: the dense one is never changed.
+                tower, found, now = dense, narrow(groups, plan), base
                 if number > 1:
+                    tower = slim
                     self.planning.dense_no_more()
                     found = with_costs(slim, found, self.backbone.preprocess.size)
                     now = self._left(base, dense, slim)
-                budget = self.planning.budget(slim, found, base, now, ratio)
+                budget = self.planning.budget(tower, found, base, now, ratio)
                 try:
-                    chosen = self.planner(slim, found, budget, pictures)
+                    chosen = self.planner(tower, found, budget, pictures)
                 except BudgetError as error:
                     if len(steps) == 1:
                         raise

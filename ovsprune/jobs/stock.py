@@ -295,7 +295,4 @@ def _pairs(
 
 
 def _tokens(stages: Stages, images: Tensor) -> Tensor:
-    stream = stages.stem(images)
-    for block in stages.blocks.values():
-        stream = block(stream)
-    return F.normalize(stages.head(stream)[1], dim=1)
+    return F.normalize(stages.outputs(images)[1], dim=1)

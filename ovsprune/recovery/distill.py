@@ -10,17 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsprune.calibration.feature_loss import Features, feature_loss, spread
 from ovsprune.calibration.refit import held_out
-from ovsprune.calibration.sensitivity import feature_loss, spread
-from ovsprune.calibration.streams import allocate
+from ovsprune.calibration.streams import stored
 from ovsprune.core.errors import OptionError, UnknownNameError
-from ovsprune.core.protocols import Distillation, RecoveryContext, Stages
+from ovsprune.core.protocols import Distillation, RecoveryContext
 from ovsprune.recovery import RECOVERIES
 
 __all__ = ["Distill", "optimizer_class"]
-
-Features = tuple[Tensor, Tensor]
-"""Pooled [B, C] and dense [B, C, h, w] outputs."""
 
 _CHECKS = 20
 """How often, over a training, the held-out error is measured."""
@@ -39,7 +36,7 @@ class Distill:
     def recover(self, item: RecoveryContext) -> None:
         """Train all weights of the slim tower in float32, and keep the best by held-out error.
 
-        The loss is :func:`ovsprune.calibration.sensitivity.feature_loss`: the squared distance of
+        The loss is :func:`ovsprune.calibration.feature_loss.feature_loss`: the squared distance of
         the L2-normalised dense tokens and pooled outputs from the dense tower's (Romero et al.,
         FitNets, 2015), over their spread. Both towers see the same crops and mirror images, new
         ones at every step, so that few pictures go a long way (Beyer et al., CVPR 2022: a
@@ -93,7 +90,7 @@ class _Pupil:
         self.dense, self.slim = item.stages(item.dense), item.stages(item.slim)
         self.device = next(item.slim.parameters()).device
         self.generator = torch.Generator().manual_seed(item.seed)
-        self.pictures = _stored(item)
+        self.pictures = stored(item.pictures, item.batch_size)
         held = held_out(len(self.pictures))
         self.lessons = (~held).nonzero().flatten()
         self.exam = (held if held.any() else ~held).nonzero().flatten()
@@ -105,7 +102,7 @@ class _Pupil:
         """The loss on the held-out pictures."""
         total = 0.0
         for images, wanted in zip(self._plain(self.exam), self.answers, strict=True):
-            found = _features(self.slim, images.to(self.device))
+            found = self.slim.outputs(images.to(self.device))
             total += len(images) * float(feature_loss(found, wanted, self.spreads))
         return total / len(self.exam)
 
@@ -146,7 +143,7 @@ class _Pupil:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = feature_loss(_features(self.slim, images), wanted, self.spreads)
+            loss = feature_loss(self.slim.outputs(images), wanted, self.spreads)
             losses.append(float(loss.detach()))
             torch.autograd.backward(loss)
             return loss
@@ -184,7 +181,7 @@ class _Pupil:
 
     @torch.no_grad()
     def _teacher(self, images: Tensor) -> Features:
-        return _features(self.dense, images.to(self.device))
+        return self.dense.outputs(images.to(self.device))
 
     def _spreads(self) -> list[float]:
         """Spreads of the dense tower's features, on the lessons as they are and the exam."""
@@ -222,26 +219,6 @@ class _Schedule:
         now = min(self.total, round(self.share() * self.total))
         moved, self.shown = now - self.shown, now
         return moved
-
-
-def _features(stages: Stages, images: Tensor) -> Features:
-    stream = stages.stem(images)
-    for block in stages.blocks.values():
-        stream = block(stream)
-    return stages.head(stream)
-
-
-def _stored(item: RecoveryContext) -> Tensor:
-    """All calibration pictures, float32 [pictures, 3, H, W]: they are drawn from at random."""
-    store: Tensor | None = None
-    done = 0
-    for images in item.pictures.batches(item.batch_size):
-        if store is None:
-            store = allocate((len(item.pictures), *images.shape[1:]))
-        store[done : done + len(images)] = images
-        done += len(images)
-    assert store is not None
-    return store
 
 
 def _copy(tower: nn.Module) -> dict[str, Tensor]:

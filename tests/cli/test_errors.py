@@ -64,7 +64,7 @@ PRUNE = ["prune", "--model", "small", "--ratio", "0.5", "--samples", "4", "--thr
         (["--distill-optimizer", "AdamV"], "unknown optimizer 'AdamV'. Did you mean 'Adam"),
         (["--ratio", "50"], "--ratio 50 is outside (0, 1)"),
         (["--model", "ViT-B/61"], "unknown model 'ViT-B/61'. Did you mean 'ViT-B-16'"),
-        (["--criterion", "magnitud"], "unknown criterion 'magnitud'. Did you mean 'magnitude'?"),
+        (["--criterion", "magnitud"], "unknown criterion 'magnitud'. Did you mean 'magnitude'"),
         (["--allocation", "unifrom"], "unknown allocation 'unifrom'. Did you mean 'uniform'?"),
         (["--recovery", "closed"], "unknown recovery 'closed'. Did you mean 'closed-form'?"),
         (["--budget", "watts"], "--budget 'watts' is unknown"),

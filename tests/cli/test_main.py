@@ -98,6 +98,13 @@ def test_usage_errors(run, args, message):
     assert message in result.stderr
 
 
+def test_options_come_from_the_environment_too(run, monkeypatch):
+    monkeypatch.setenv("OVSPRUNE_PRUNE_SAMPLES", "many")
+    result = run("prune", "--model", "tiny", "--ratio", "0.5")
+    assert result.exit_code == 2
+    assert "Invalid value for '--samples': 'many'" in result.stderr
+
+
 def test_help_lists_every_command_with_a_whole_sentence(run):
     result = run("--help")
     assert result.exit_code == 0
