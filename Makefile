@@ -9,6 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 REQUIREMENTS := $(wildcard requirements/*.txt)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# Processes of one thread each: small towers gain nothing from more threads.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test slow docs setup setup-dev clean
@@ -29,7 +31,8 @@ test: $(VENV)/.ready-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	$(BIN)/python -m pytest -m "not slow and not gpu and not upstream" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+	    -m "not slow and not gpu and not upstream" $(PYTEST_ARGS)
 
 slow: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

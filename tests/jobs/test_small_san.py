@@ -36,7 +36,9 @@ def test_a_slim_tower_in_a_small_san(small_clip, scenes, tmp_path):
     found = []
     for name, ratio in (("little", 0.2), ("much", 0.6)):
         output = tmp_path / name
-        prune(trained, ratio, output=output, samples=8, batch_size=8, allocation="uniform")
+        # No refit: on random weights it turns on rounding, and says nothing of what was cut.
+        prune(trained, ratio, output=output, samples=8, criterion="magnitude",
+              allocation="uniform", recovery="none")  # fmt: skip
         found.append(run(trained, output, scenes))
     little, much = found
     assert little["detached"] and much["detached"]
