@@ -42,6 +42,9 @@ def testbed(name: str, data: Path | None, work: Path) -> dict[str, Any]:
         return {"model": "tiny"}
     if data is None:
         raise SystemExit("photo needs --data DATA, the folder of photographs")
+    folder = HERE / "photo_clip" / "photo"
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is missing: make it with photo_clip/train.py and export.py")
     pictures = work / "calibration"
     pictures.mkdir(parents=True, exist_ok=True)
     for stem in (data / "msrc" / "train.txt").read_text().split():
@@ -50,7 +53,7 @@ def testbed(name: str, data: Path | None, work: Path) -> dict[str, Any]:
         if not link.exists():
             link.symlink_to(source.resolve())
     return {
-        "model": os.path.relpath(HERE / "photo_clip" / "photo"),
+        "model": os.path.relpath(folder),
         "data": data / "msrc",
         "list_file": data / "msrc" / "test.txt",
         "text_embeddings": next((data / "text").glob("*.npz")),
@@ -63,14 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("testbed", choices=("tiny", "photo"))
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--work", type=Path, help="default: work/quality-<testbed>")
+    parser.add_argument("--work", type=Path, help="default: runs/quality-<testbed>")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--ratio", type=float, action="append")
     parser.add_argument("--methods", action="append")
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    work = chosen.work or Path("work") / f"quality-{chosen.testbed}"
+    work = chosen.work or Path("runs") / f"quality-{chosen.testbed}"
     ovsprune.compare(
         **testbed(chosen.testbed, chosen.data, work),
         ratios=chosen.ratio or RATIOS,

