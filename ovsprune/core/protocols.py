@@ -409,7 +409,7 @@ class Distillation:
         return 400 if self.steps is None and self.seconds is None else self.steps
 
     def shared(self, rounds: int) -> Distillation:
-        """What each of ``rounds`` may use, so that all of them together use no more than one."""
+        """An equal part for each of ``rounds``, steps rounded up."""
         steps = None if self.limit is None else -(-self.limit // rounds)
         return replace(self, steps=steps, seconds=self.seconds and self.seconds / rounds)
 
