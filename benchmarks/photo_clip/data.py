@@ -112,6 +112,7 @@ class Batch:
         grid: float32 [B, S, S, 2], where each pixel came from, as ``grid_sample`` wants it, before
             anything was pasted.
         pastes: what was pasted from crop to crop, as :func:`paste` takes it.
+        allowed: bool [B, K], the classes of the data sets that a crop's pixels come from.
     """
 
     images: Tensor
@@ -119,6 +120,7 @@ class Batch:
     rows: Tensor
     grid: Tensor
     pastes: tuple[tuple[int, int, int, int], ...]
+    allowed: Tensor
 
 
 def paste(maps: Tensor, pastes: Sequence[tuple[int, int, int, int]]) -> Tensor:
@@ -153,7 +155,10 @@ def batch(photos: Photos, step: int, size: int, seed: int) -> Batch:
     labels = F.grid_sample(labels, grid, mode="nearest", padding_mode="zeros", align_corners=False)
     pastes = tuple(_rectangle(rng) for _ in range(size))
     images, labels = paste(_coloured(images, rng), pastes), paste(labels[:, 0], pastes)
-    return Batch(normalised(images), labels.long() + VOID, rows, grid, pastes)
+    allowed = photos.classes[photos.origin[rows]]
+    pasted = torch.tensor([bottom > top for top, _, bottom, _ in pastes])
+    allowed = allowed | (allowed & pasted[:, None]).roll(-1, 0)
+    return Batch(normalised(images), labels.long() + VOID, rows, grid, pastes, allowed)
 
 
 def _rectangle(rng: np.random.Generator) -> tuple[int, int, int, int]:

@@ -97,19 +97,19 @@ class Head(nn.Module):
 
 
 def masked_loss(
-    dense: Tensor, labels: Tensor, origin: Tensor, photos: Photos, scale: Tensor
+    dense: Tensor, labels: Tensor, allowed: Tensor, embeddings: Tensor, scale: Tensor
 ) -> Tensor:
-    """Cross-entropy of dense features against the class names of each picture's own data set.
+    """Cross-entropy of dense features against the class names that a picture may show.
 
     Args:
         dense: unit length, shape (B, 512, h, w).
         labels: shape (B, H, W); void pixels do not count.
-        origin: data set of each picture, shape (B,).
-        photos: names, embeddings and classes.
+        allowed: which classes can be told apart in each picture, bool, shape (B, K).
+        embeddings: of the K names, unit length, shape (K, 512).
         scale: factor on cosines.
     """
-    logits = scale * torch.einsum("bchw,kc->bkhw", dense, photos.embeddings)
-    logits = logits.masked_fill(~photos.classes[origin][:, :, None, None], -1e4)
+    logits = scale * torch.einsum("bchw,kc->bkhw", dense, embeddings)
+    logits = logits.masked_fill(~allowed[:, :, None, None], -1e4)
     logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, labels, ignore_index=-1)
 
@@ -130,7 +130,8 @@ def train_head(photos: Photos, found: Tensor, work: Path, steps: int = 400, seed
         x, y = found[rows].float(), photos.labels[rows].long()[:, ::4, ::4]
         if step % 2:
             x, y = x.flip(3), y.flip(2)
-        loss = masked_loss(head(x), y, photos.origin[rows], photos, scale.exp())
+        allowed = photos.classes[photos.origin[rows]]
+        loss = masked_loss(head(x), y, allowed, photos.embeddings, scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
