@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ovsprune.backbones.built import dense_of
 from ovsprune.backbones.pretrained import fit
-from ovsprune.core.errors import CheckpointError
 from ovsprune.core.protocols import Backbone
 from ovsprune.masks.directory import read_unstructured
-from ovsprune.slim.check import TOWER
 
 __all__ = ["load_masked"]
 
@@ -20,28 +19,9 @@ def load_masked(directory: Path) -> Backbone:
         CheckpointError: It is damaged, or of a family that this version cannot build.
         WeightsError: Its tensors do not fit its architecture.
     """
-    from ovsprune.backbones.open_clip_vit import assemble, build_clip
-
     checkpoint = read_unstructured(directory)
     spec = checkpoint.spec
-    if spec.family != "open_clip-vit":
-        raise CheckpointError(
-            f"{checkpoint.path} is of the family {spec.family!r}, which this version cannot build; "
-            "its model.safetensors loads wherever the base model's weights do"
-        )
-    model = build_clip(spec.architecture)
-    text = checkpoint.text()
-    own = {} if text else {k: v for k, v in model.state_dict().items() if not k.startswith(TOWER)}
-    fit(spec.base.model, checkpoint.path, {**own, **checkpoint.tensors}, model)
-    backbone = assemble(
-        spec.base.model,
-        spec.base.pretrained,
-        model,
-        spec.architecture,
-        spec.preprocess,
-        trained=spec.base.trained,
-    )
+    backbone = dense_of(checkpoint.path, spec, checkpoint.text())
+    fit(spec.base.model, checkpoint.path, checkpoint.tower(), backbone.tower)
     backbone.slim = checkpoint
-    if not text:
-        backbone.encoder, backbone.text = None, {}
     return backbone

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_folder import Folder, embedded, is_folder, open_folder
+from ovsprune.backbones.open_clip_model import build_clip, encoder_of, fit_text, preprocess_of
 from ovsprune.backbones.pretrained import default_tag, fit, read_state, resolve
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone, Seed, Stages
@@ -22,7 +21,7 @@ from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
 
-__all__ = ["OpenClipVit", "assemble", "build_clip", "encoder_of"]
+__all__ = ["OpenClipVit", "assemble", "build_clip"]
 
 TINY = "tiny"
 _GELUS = ("gelu", "quick_gelu")
@@ -86,9 +85,28 @@ class OpenClipVit:
             None if pretrained == "none" else Path(pretrained or "").name,
             model,
             config,
-            _preprocess(model, preprocess),
+            preprocess_of(model.visual, preprocess),
             trained=state is not None,
         )
+
+    def build(
+        self,
+        name: str,
+        pretrained: str | None,
+        architecture: Mapping[str, Any],
+        preprocess: Preprocess,
+        *,
+        trained: bool,
+        text: Mapping[str, Tensor],
+    ) -> Backbone:
+        """The dense CLIP, its image tower with random weights; see the protocol."""
+        model = build_clip(architecture)
+        if text:
+            fit_text(name, text, model)
+        backbone = assemble(name, pretrained, model, architecture, preprocess, trained=trained)
+        if not text:
+            backbone.encoder, backbone.text = None, {}
+        return backbone
 
     def rewrite(self, tower: nn.Module) -> None:
         """Attention of every block to separate linear maps, in place."""
@@ -150,18 +168,6 @@ class OpenClipVit:
         return Stages(vit._embeds, _blocks(tower), head)
 
 
-def build_clip(config: Mapping[str, Any]) -> nn.Module:
-    """open_clip's CLIP from its model configuration, random weights drawn from a fixed seed."""
-    import open_clip
-
-    chosen = {k: v for k, v in deepcopy(dict(config)).items() if k != "custom_text"}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        model: nn.Module = open_clip.CLIP(**chosen)
-    return model.eval().requires_grad_(False)
-
-
 def assemble(
     name: str,
     pretrained: str | None,
@@ -190,20 +196,6 @@ def assemble(
         text={k: v for k, v in model.state_dict().items() if not k.startswith("visual.")},
         encoder=encoder_of(model, config),
     )
-
-
-def encoder_of(model: nn.Module, config: Mapping[str, Any]) -> Callable[[Sequence[str]], Tensor]:
-    """Texts to L2-normalised embeddings [K, C], with open_clip's own tokenizer."""
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        from open_clip.tokenizer import SimpleTokenizer
-
-        tokenizer = SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
-        clip: Any = model
-        embeddings: Tensor = clip.encode_text(tokenizer(list(texts)).to(clip.logit_scale.device))
-        return F.normalize(embeddings.float(), dim=1)
-
-    return encode
 
 
 @cache
@@ -262,18 +254,6 @@ def _fused(separate: SeparateAttention) -> nn.MultiheadAttention:
     return whole.eval()
 
 
-def _preprocess(model: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
-    size = model.visual.image_size  # type: ignore[union-attr]
-    defaults = Preprocess(size=tuple(size))  # type: ignore[arg-type]
-    return Preprocess(
-        size=defaults.size,
-        mean=tuple(overrides.get("mean", defaults.mean)),
-        std=tuple(overrides.get("std", defaults.std)),
-        interpolation=overrides.get("interpolation", defaults.interpolation),
-        resize_mode=overrides.get("resize_mode", defaults.resize_mode),
-    )
-
-
 def _check_activation(name: str, tag: str, quick: bool, activation: str | None) -> None:
     own = "quick_gelu" if quick else "gelu"
     if activation is not None and activation != own:
@@ -295,7 +275,7 @@ def _load_folder(name: str, tag: str, folder: Folder, activation: str | None) ->
         fit(name, folder.weights, bare, model.visual)  # type: ignore[arg-type]
     else:
         fit(name, folder.weights, state, model)
-    preprocess = _preprocess(model, folder.preprocess)
+    preprocess = preprocess_of(model.visual, folder.preprocess)
     backbone = assemble(name, tag, model, config, preprocess, trained=True)
     if towers_only:
         backbone.encoder, backbone.text = None, {}

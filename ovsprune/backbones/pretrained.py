@@ -138,7 +138,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k not in OPENAI_EXTRAS}
 
 
-def fit(name: str, path: Path, state: Mapping[str, Tensor], model: torch.nn.Module) -> None:
+def fit(name: str, path: Path | str, state: Mapping[str, Tensor], model: torch.nn.Module) -> None:
     """Load ``state`` into ``model``, all of it or nothing.
 
     Raises:

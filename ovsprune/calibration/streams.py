@@ -15,6 +15,7 @@ from ovsprune.core.protocols import Pictures, Stages
 __all__ = [
     "MEMORY_LIMIT",
     "Capture",
+    "Stream",
     "allocate",
     "capture",
     "run_stem",
@@ -36,12 +37,54 @@ def allocate(shape: tuple[int, ...], limit: int = MEMORY_LIMIT) -> Tensor:
         return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
 
 
+class Stream:
+    """What all pictures are between two blocks: float32 on the CPU, [pictures, ...].
+
+    It is read and written a batch at a time, in the order of the pictures. A batch of the same
+    shape takes the place of the old one; where a block changes the shape, what comes behind it
+    is gathered beside, and takes over with the last batch.
+
+    Args:
+        tensor: [pictures, ...]; it is written to.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._now = tensor
+        self._next: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._now)
+
+    def __getitem__(self, which: slice | Tensor) -> Tensor:
+        return self._now[which]
+
+    def __setitem__(self, part: slice, out: Tensor) -> None:
+        if out.shape[1:] == self._now.shape[1:]:
+            self._now[part] = out
+            return
+        if self._next is None:
+            self._next = allocate((len(self), *out.shape[1:]))
+        self._next[part] = out
+        if part.start + len(out) == len(self):
+            self._now, self._next = self._next, None
+
+    def copy(self) -> Stream:
+        """The same values in storage of their own."""
+        return Stream(allocate(tuple(self._now.shape)).copy_(self._now))
+
+    def copy_(self, other: Stream) -> None:
+        """Take the values, and the shape, of ``other``."""
+        if self._now.shape != other._now.shape:
+            self._now = allocate(tuple(other._now.shape))
+        self._now.copy_(other._now)
+
+
 @torch.no_grad()
-def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> Tensor:
-    """The stream [pictures, ...] before the first block, float32 on the CPU."""
+def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> Stream:
+    """The stream before the first block."""
     device = next(next(iter(stages.blocks.values())).parameters()).device
     batches = pictures.batches(batch_size)
-    return _gathered((stages.stem(images.to(device)) for images in batches), len(pictures))
+    return Stream(_gathered((stages.stem(images.to(device)) for images in batches), len(pictures)))
 
 
 def stored(pictures: Pictures, batch_size: int) -> Tensor:
@@ -99,7 +142,7 @@ def capture(
 @torch.no_grad()
 def walk(
     block: nn.Module,
-    stream: Tensor,
+    stream: Stream,
     batch_size: int,
     taps: Iterable[tuple[str, str]] = (),
     prefix: str = "",
@@ -109,7 +152,7 @@ def walk(
 
     Args:
         block: Maps stream -> stream.
-        stream: [pictures, ...] before the block.
+        stream: Before the block.
         batch_size: Pictures at a time.
         taps: What to record, as for :func:`capture`.
         prefix: Dotted name of the block, which taps' names begin with.

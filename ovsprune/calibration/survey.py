@@ -13,7 +13,7 @@ from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.sensitivity import FeatureError, grid, measure
-from ovsprune.calibration.streams import capture, run_stem
+from ovsprune.calibration.streams import Stream, run_stem, walk
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
@@ -28,6 +28,7 @@ from ovsprune.core.protocols import (
 )
 from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.graph.layers import weight_of
+from ovsprune.graph.rows import flat_columns, read_rows
 
 __all__ = ["Survey"]
 
@@ -166,23 +167,24 @@ class Survey:
         return eliminate(
             weight_of(consumer).detach().flatten(1).cpu(),
             regularised(moments.covariance, self.ridge),
-            group.columns,
+            flat_columns(consumer, group.columns),
             order=order,
             snapshots=grid(group.units, group.floor),
         ).weights
 
     def _advance(
-        self, name: str, block: nn.Module, groups: Sequence[Group], stream: Tensor
+        self, name: str, block: nn.Module, groups: Sequence[Group], stream: Stream
     ) -> dict[str, Moments]:
         """Run one block over the whole stream, in place, gathering its groups' moments."""
-        sums = {g.name: SecondMoments(int(g.columns.numel())) for g in groups}
-        with capture(block, [(g.consumer, "input") for g in groups], name) as seen:
-            for start in range(0, len(stream), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                out = block(stream[part].to(self.device))
-                for group in groups:
-                    sums[group.name].update(seen[group.consumer, "input"])
-                stream[part] = out.float().cpu()
+        layers = {g.name: self.tower.get_submodule(g.consumer) for g in groups}
+        sums = {
+            n: SecondMoments(weight_of(layer).flatten(1).shape[1]) for n, layer in layers.items()
+        }
+        taps = [(g.consumer, "input") for g in groups]
+        for _, seen in walk(block, stream, self.batch_size, taps, name, advance=True):
+            for group in groups:
+                rows = read_rows(layers[group.name], seen[group.consumer, "input"])
+                sums[group.name].update(rows)
         return {name: found.result() for name, found in sums.items()}
 
     def _final_error(self, stream: Tensor) -> FeatureError:

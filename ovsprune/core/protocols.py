@@ -122,12 +122,41 @@ class Family(Protocol):
         """
         ...
 
+    def build(
+        self,
+        name: str,
+        pretrained: str | None,
+        architecture: Mapping[str, Any],
+        preprocess: Preprocess,
+        *,
+        trained: bool,
+        text: Mapping[str, Tensor],
+    ) -> Backbone:
+        """The dense backbone that a checkpoint was made from, its tower with random weights.
+
+        Args:
+            name: The base model's name.
+            pretrained: Which weights it had.
+            architecture: As :attr:`Backbone.architecture` was.
+            preprocess: How pictures become its input.
+            trained: Whether the weights that will be loaded are.
+            text: As :attr:`Backbone.text` was; empty for a backbone without a text tower.
+
+        Raises:
+            WeightsError: ``text`` does not fit.
+        """
+        ...
+
     def rewrite(self, tower: nn.Module) -> None:
-        """Replace, in place, fused attention by separate linear maps; the outputs stay."""
+        """Replace, in place, what cannot be cut or refitted as it is; the outputs stay.
+
+        Fused attention becomes separate linear maps, and a norm behind a consumer is folded into
+        it.
+        """
         ...
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
-        """Replace, in place, what :meth:`rewrite` put in by slim modules."""
+        """Replace, in place, what :meth:`rewrite` put in by slim modules, or by what was there."""
         ...
 
     def seeds(self, tower: nn.Module) -> list[Seed]:

@@ -109,7 +109,11 @@ class Group:
 
     @property
     def columns(self) -> Tensor:
-        """int64 [units, width]: the consumer's input columns of each unit."""
+        """int64 [units, width]: the consumer's input columns of each unit.
+
+        Of a convolution, its input channels: each is as many columns of the flattened weight as
+        the kernel has taps (:func:`ovsprune.graph.rows.flat_columns`).
+        """
         for part in self.slices:
             if part.module == self.consumer and part.axis == "in":
                 return part.rows

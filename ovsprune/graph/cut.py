@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.records import Group, Plan, Slice
-from ovsprune.graph.layers import weight_of
+from ovsprune.graph.layers import is_channelwise, weight_of
 
 __all__ = ["cut", "cut_group", "mask", "removed"]
 
@@ -52,6 +52,8 @@ _WIDTHS: dict[str, tuple[str, ...]] = {
 
 def _cut_slice(layer: nn.Module, part: Slice, indices: Tensor) -> None:
     axis = 0 if part.axis == "out" else 1
+    # Of a depthwise convolution every width is the number of its channels.
+    whole = axis == 0 and weight_of(layer).ndim > 1 and is_channelwise(layer)
     tensors = {"weight": axis}
     if axis == 0:
         tensors |= {"bias": 0, "running_mean": 0, "running_var": 0}
@@ -63,7 +65,7 @@ def _cut_slice(layer: nn.Module, part: Slice, indices: Tensor) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(layer, name, new)
-    for attribute in _WIDTHS[part.axis]:
+    for attribute in (*_WIDTHS[part.axis], *(("in_channels", "groups") if whole else ())):
         if hasattr(layer, attribute):
             wide = attribute == "normalized_shape"
             setattr(layer, attribute, (len(indices),) if wide else len(indices))

@@ -6,7 +6,8 @@ other layers must go along. The masked-equivalence test, not the graph, is the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from ovsprune.core.protocols import Seed
 from ovsprune.core.records import Group, Slice
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.graph.cut import cut_group
-from ovsprune.graph.layers import weight_of
+from ovsprune.graph.layers import is_channelwise, weight_of
+from ovsprune.graph.products import find_products
+from ovsprune.graph.rows import reads_everything
 
 __all__ = ["find_groups", "with_costs"]
 
@@ -32,19 +35,33 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
         size: Native height and width in pixels, for the costs.
 
     Raises:
-        ValueError: A seed's group has no consumer or several, or reaches the tower's output: the
-            family offered something that cannot be cut alone.
+        ValueError: A seed's group has no consumer or several, reaches the tower's output, or goes
+            through a convolution of groups of several channels: the family offered something that
+            cannot be cut alone.
     """
     if not seeds:
         return []
     example = torch.zeros(1, 3, *size)
     names = {module: name for name, module in tower.named_modules()}
-    with torch.enable_grad():
+    with torch.enable_grad(), _differentiable(tower):
         graph = torch_pruning.DependencyGraph().build_dependency(
             tower, example_inputs=example.to(next(tower.parameters())), verbose=False
         )
     groups = [_grow(graph, tower.get_submodule(seed.layer), seed, names) for seed in seeds]
     return with_costs(tower, groups, size)
+
+
+@contextmanager
+def _differentiable(tower: nn.Module) -> Iterator[None]:
+    """The graph is read off autograd's: for as long as it is built, every parameter takes part."""
+    frozen = [p for p in tower.parameters() if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str]) -> Group:
@@ -60,11 +77,15 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
             continue
         name = names[module]
         is_input = graph.is_in_channel_pruning_fn(dependency.handler)
-        norm = getattr(module, "weight", None) is not None and module.weight.ndim == 1
-        axis: Any = "in" if is_input and not norm else "out"
+        passes = getattr(module, "weight", None) is not None and is_channelwise(module)
+        if not (passes or reads_everything(module)):
+            raise ValueError(
+                f"{seed.layer}: its units go through {name}, whose groups are of several channels"
+            )
+        axis: Any = "in" if is_input and not passes else "out"
         rows = torch.as_tensor(list(map(int, indices)), dtype=torch.int64)
         slices[name, axis] = Slice(name, axis, _units(rows, seed))
-        if norm:
+        if passes and module.weight.ndim == 1:
             norms.append(name)
         elif axis == "in":
             consumers.append(name)
@@ -97,12 +118,16 @@ def with_costs(tower: nn.Module, groups: Sequence[Group], size: tuple[int, int])
     image = torch.empty(1, 3, *size, device="meta")
     dense = macs(on_meta(tower), image)
     params = sum(p.numel() for p in tower.parameters())
+    spent = {product.name: product.macs for product in find_products(tower, size)}
     measured: dict[tuple[Any, ...], tuple[float, float]] = {}
     result = []
     for group in groups:
         # Groups of one shape at one resolution cost the same: count each shape once.
-        shapes = tuple(tuple(weight_of(tower.get_submodule(s.module)).shape) for s in group.slices)
-        key = (group.kind, group.units, shapes, group.stream is not None)
+        layers = tuple(
+            (tuple(weight_of(tower.get_submodule(s.module)).shape), spent.get(f"{s.module}.weight"))
+            for s in group.slices
+        )
+        key = (group.kind, group.units, layers, group.stream is not None)
         if key not in measured:
             shell = on_meta(tower)
             cut_group(shell, group, torch.arange(1, group.units))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["bias_of", "input_axis", "weight_of"]
+__all__ = ["bias_of", "input_axis", "is_channelwise", "weight_of"]
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -23,6 +23,13 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     """The layer's bias, or None."""
     bias = getattr(layer, "bias", None)
     return bias if isinstance(bias, Tensor) else None
+
+
+def is_channelwise(layer: nn.Module) -> bool:
+    """Whether every channel passes on its own: a norm, or a convolution of as many groups."""
+    weight = weight_of(layer)
+    groups = int(getattr(layer, "groups", 1))
+    return weight.ndim == 1 or (groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1)
 
 
 def input_axis(layer: nn.Module) -> int:

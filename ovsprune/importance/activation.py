@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ovsprune.core.protocols import GroupContext, Ranking
-from ovsprune.graph.layers import weight_of
 from ovsprune.importance import CRITERIA
+from ovsprune.importance.slices import consumer
 
 __all__ = ["Activation"]
 
@@ -28,9 +28,9 @@ class Activation:
         is on average costs nothing, because the consumer's bias can take it over.
         """
         assert item.moments is not None
-        weight = weight_of(item.layers[item.group.consumer]).detach().double().cpu().flatten(1)
+        weight, units = consumer(item)
         variance = item.moments.covariance.diagonal().clamp_min(0)
-        columns = (variance * weight.square().sum(0))[item.group.columns]
+        columns = (variance * weight.square().sum(0))[units]
         spread = columns.std(correction=0)
         level = columns - columns.mean()
         z = (level / spread if spread > 0 else level).mean(1)

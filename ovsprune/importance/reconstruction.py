@@ -5,8 +5,8 @@ from __future__ import annotations
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.protocols import GroupContext, Ranking
-from ovsprune.graph.layers import weight_of
 from ovsprune.importance import CRITERIA
+from ovsprune.importance.slices import consumer
 
 __all__ = ["Reconstruction"]
 
@@ -20,11 +20,11 @@ class Reconstruction:
     def score(self, item: GroupContext) -> Ranking:
         """Order of :func:`ovsprune.calibration.surgeon.eliminate`; costs as it found them."""
         assert item.moments is not None
-        weight = weight_of(item.layers[item.group.consumer]).detach()
+        weight, columns = consumer(item)
         found = eliminate(
-            weight.flatten(1).cpu(),
+            weight,
             regularised(item.moments.covariance, item.ridge),
-            item.group.columns,
+            columns,
             snapshots=item.snapshots,
         )
         return Ranking(found.costs, found.order, found.weights)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ovsprune.core.protocols import GroupContext
 from ovsprune.graph.layers import weight_of
+from ovsprune.graph.rows import flat_columns
 
-__all__ = ["square_norms", "weights"]
+__all__ = ["consumer", "square_norms", "weights"]
 
 
 def weights(item: GroupContext, *axes: str) -> Iterator[Tensor]:
@@ -31,6 +32,18 @@ def weights(item: GroupContext, *axes: str) -> Iterator[Tensor]:
             continue
         rows = weight.double().cpu().transpose(0, 0 if part.axis == "out" else 1)
         yield rows[part.rows].flatten(1)
+
+
+def consumer(item: GroupContext) -> tuple[Tensor, Tensor]:
+    """The linear map that reads the units.
+
+    Returns:
+        Its weight, float64 [m, n] on the CPU, and the columns of each unit in it,
+        int64 [units, k]; a convolution has a column for each channel and tap.
+    """
+    layer = item.layers[item.group.consumer]
+    weight = weight_of(layer).detach().double().cpu().flatten(1)
+    return weight, flat_columns(layer, item.group.columns)
 
 
 def square_norms(item: GroupContext) -> Tensor:

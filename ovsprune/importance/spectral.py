@@ -6,8 +6,8 @@ import torch
 
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import GroupContext, Ranking
-from ovsprune.graph.layers import weight_of
 from ovsprune.importance import CRITERIA
+from ovsprune.importance.slices import consumer
 
 __all__ = ["Spectral"]
 
@@ -41,7 +41,7 @@ class Spectral:
         what they say is a unit's share of its own group.
         """
         assert item.moments is not None
-        weight = weight_of(item.layers[item.group.consumer]).detach().double().cpu().flatten(1)
+        weight, columns = consumer(item)
         values, vectors = torch.linalg.eigh(item.moments.covariance)
         # W C^(1/2) on the eigenvectors of C; the singular values are those of the output's spread.
         scaled = (weight @ vectors) * values.clamp_min(0).sqrt()
@@ -55,5 +55,5 @@ class Spectral:
         enough = int((spread.cumsum(0) < self.energy * total).sum()) + 1
         k = min(enough, int(numeric.sum()))
         right = vectors @ (scaled.T @ basis[:, :k] / spread[:k].sqrt())  # V [n, k]
-        costs = right.square().sum(1)[item.group.columns].sum(1) / k
+        costs = right.square().sum(1)[columns].sum(1) / k
         return Ranking(costs, torch.argsort(costs, stable=True))

@@ -208,12 +208,15 @@ def open_dense(
 
 
 def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors as ``dtype``.
+    """The tensors as ``dtype``, apart from whole numbers (what a norm has counted).
 
     Raises:
         OptionError: A value is too large for it.
     """
-    found = {name: tensor.to(DTYPES[dtype]) for name, tensor in state.items()}
+    found = {
+        name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
     for name, tensor in found.items():
         if not tensor.isfinite().all() and state[name].isfinite().all():
             raise OptionError(

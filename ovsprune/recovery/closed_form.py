@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.refit import Refit, held_out, row_weights
-from ovsprune.calibration.streams import allocate, run_stem, walk
+from ovsprune.calibration.streams import Stream, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
+from ovsprune.graph.layers import is_channelwise
+from ovsprune.graph.rows import given_rows, read_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.taps import cut_groups, median_norms, target_of
 
@@ -45,7 +47,7 @@ class ClosedForm:
         dense, slim = item.stages(item.dense), item.stages(item.slim)
         with item.progress.stage("closed-form refit", len(dense.blocks) + 1) as advance:
             dense_stream = run_stem(dense, item.pictures, item.batch_size)
-            slim_stream = allocate(tuple(dense_stream.shape)).copy_(dense_stream)
+            slim_stream = dense_stream.copy()
             advance(1)
             drifted = False
             for name, block in dense.blocks.items():
@@ -77,16 +79,19 @@ class _Target:
     Attributes:
         module: Dotted name of the layer.
         point: Tap at which the slim tower should be what the dense one is.
-        rows: Which of the dense tower's outputs to compare with; None for all.
+        layer: That layer in the slim tower.
+        outputs: Which of the dense tower's outputs to compare with; None for all.
     """
 
     module: str
     point: tuple[str, str]
-    rows: Tensor | None = None
+    layer: nn.Module
+    outputs: Tensor | None = None
 
     def wanted(self, seen: Tensor) -> Tensor:
-        """What is compared, of what passed the point in the dense tower."""
-        return seen if self.rows is None else seen[..., self.rows.to(seen.device)]
+        """Rows that are compared, of what passed the point in the dense tower."""
+        rows = given_rows(self.layer, seen)
+        return rows if self.outputs is None else rows[..., self.outputs.to(seen.device)]
 
 
 class _Block:
@@ -98,21 +103,26 @@ class _Block:
         name: str,
         dense: nn.Module,
         slim: nn.Module,
-        dense_stream: Tensor,
-        slim_stream: Tensor,
+        dense_stream: Stream,
+        slim_stream: Stream,
     ) -> None:
         self.item, self.name = item, name
         self.dense, self.slim = dense, slim
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
 
     def refit(self, group: Group) -> None:
-        """Refit what makes the units, then what reads them."""
-        kept = self.item.plan.kept[group.name]
-        producers = [s for s in group.slices if s.axis == "out" and s.module not in group.norms]
-        self._regress(
-            [_Target(s.module, (s.module, "output"), s.rows[kept].flatten()) for s in producers]
-        )
-        self._regress([_Target(group.consumer, target_of(group))])
+        """Refit what makes the units, then what reads them.
+
+        What makes a unit from that unit alone, a norm or a depthwise convolution, is left as it is.
+        """
+        kept, find = self.item.plan.kept[group.name], self.item.slim.get_submodule
+        makers = [
+            _Target(s.module, (s.module, "output"), find(s.module), s.rows[kept].flatten())
+            for s in group.slices
+            if s.axis == "out" and not is_channelwise(find(s.module))
+        ]
+        self._regress(makers)
+        self._regress([_Target(group.consumer, target_of(group), find(group.consumer))])
 
     def _regress(self, targets: Sequence[_Target]) -> None:
         """Correct layers of the slim block, all from one pass over both streams."""
@@ -122,9 +132,7 @@ class _Block:
         medians = median_norms(
             self.dense, self.dense_stream, size, self.name, [(t.point, t.wanted) for t in targets]
         )
-        refits = [
-            Refit(self.item.slim.get_submodule(t.module), held, self.item.ridge) for t in targets
-        ]
+        refits = [Refit(t.layer, held, self.item.ridge) for t in targets]
         for (part, wanted), (_, seen) in zip(
             walk(self.dense, self.dense_stream, size, dense_taps, self.name),
             walk(self.slim, self.slim_stream, size, slim_taps, self.name),
@@ -132,9 +140,9 @@ class _Block:
         ):
             for target, refit, median in zip(targets, refits, medians, strict=True):
                 goal = target.wanted(wanted[target.point])
-                residual = goal - seen[target.point]
-                weight = row_weights(goal, median)
-                refit.update(part, seen[target.module, "input"], residual, weight)
+                residual = goal - given_rows(target.layer, seen[target.point])
+                read = read_rows(target.layer, seen[target.module, "input"])
+                refit.update(part, read, residual, row_weights(goal, median))
         for refit in refits:
             refit.apply()
 
@@ -144,6 +152,6 @@ class _Block:
         _run(self.slim, self.slim_stream, self.item.batch_size)
 
 
-def _run(block: nn.Module, stream: Tensor, batch_size: int) -> None:
+def _run(block: nn.Module, stream: Stream, batch_size: int) -> None:
     for _ in walk(block, stream, batch_size, advance=True):
         pass

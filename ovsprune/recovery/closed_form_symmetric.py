@@ -6,6 +6,7 @@ import torch
 
 from ovsprune.calibration.refit import Refit, held_out, row_weights
 from ovsprune.core.protocols import RecoveryContext
+from ovsprune.graph.rows import given_rows, read_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.dense import consumers_of
 
@@ -34,7 +35,8 @@ class ClosedFormSymmetric:
         for seen in consumers_of(item, "symmetric closed-form refit"):
             layer = item.slim.get_submodule(seen.group.consumer)
             refit = refits.setdefault(seen.group.name, Refit(layer, held, item.ridge))
-            residual = seen.output - layer(seen.kept)
-            refit.update(seen.part, seen.kept, residual, row_weights(seen.target, seen.median))
+            residual = seen.output - given_rows(layer, layer(seen.kept))
+            read = read_rows(layer, seen.kept)
+            refit.update(seen.part, read, residual, row_weights(seen.target, seen.median))
         for refit in refits.values():
             refit.apply()

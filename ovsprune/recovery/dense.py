@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovsprune.calibration.streams import run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
+from ovsprune.graph.layers import input_axis
+from ovsprune.graph.rows import given_rows
 from ovsprune.recovery.taps import cut_groups, median_norms, target_of
 
 __all__ = ["Seen", "consumers_of"]
@@ -22,9 +25,9 @@ class Seen:
     Attributes:
         group: The cut group.
         part: Pictures of the batch.
-        kept: Kept columns of what the consumer reads, [b, ..., kept * width].
-        output: What it gives, [b, ..., m].
-        target: The residual stream after it, or its output, [b, ..., m].
+        kept: Of what the consumer reads, the channels of the kept units: what the slim one reads.
+        output: What it gives, as rows [b, ..., m].
+        target: The residual stream after it, or its output, as rows [b, ..., m].
         median: Of the squared norms of the rows of ``target``.
     """
 
@@ -53,22 +56,29 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
         for name, block in list(stages.blocks.items())[: last + 1]:
             groups = cut_groups(item, name)
             points = [target_of(g) for g in groups]
+            layers = [item.dense.get_submodule(g.consumer) for g in groups]
+            rows = [partial(given_rows, layer) for layer in layers]
             medians = median_norms(
-                block, stream, item.batch_size, name, [(p, lambda rows: rows) for p in points]
+                block, stream, item.batch_size, name, list(zip(points, rows, strict=True))
             )
             taps = [(g.consumer, side) for g in groups for side in ("input", "output")]
             for part, seen in walk(
                 block, stream, item.batch_size, [*taps, *points], name, advance=True
             ):
-                for group, point, median in zip(groups, points, medians, strict=True):
-                    columns = group.columns[item.plan.kept[group.name]].flatten()
-                    read = seen[group.consumer, "input"]
+                for group, layer, point, median in zip(
+                    groups, layers, points, medians, strict=True
+                ):
                     yield Seen(
                         group,
                         part,
-                        read[..., columns.to(read.device)],
-                        seen[group.consumer, "output"],
-                        seen[point],
+                        _kept(item, group, layer, seen[group.consumer, "input"]),
+                        given_rows(layer, seen[group.consumer, "output"]),
+                        given_rows(layer, seen[point]),
                         median,
                     )
             advance(1)
+
+
+def _kept(item: RecoveryContext, group: Group, layer: nn.Module, read: Tensor) -> Tensor:
+    columns = group.columns[item.plan.kept[group.name]].flatten()
+    return read.index_select(input_axis(layer), columns.to(read.device))

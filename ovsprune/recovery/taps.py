@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.refit import squared_norms
-from ovsprune.calibration.streams import spread_over, walk
+from ovsprune.calibration.streams import Stream, spread_over, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
 
@@ -35,7 +35,7 @@ def target_of(group: Group) -> Tap:
 
 def median_norms(
     block: nn.Module,
-    stream: Tensor,
+    stream: Stream,
     batch_size: int,
     name: str,
     points: Sequence[tuple[Tap, Callable[[Tensor], Tensor]]],
@@ -44,12 +44,12 @@ def median_norms(
 
     Args:
         block: Of the dense tower.
-        stream: [pictures, ...] before it.
+        stream: Before it.
         batch_size: Pictures at a time.
         name: The block's dotted name.
-        points: Taps, and what of the tensor there is meant.
+        points: Taps, and the rows of the tensor there that are meant, [b, ..., k].
     """
-    sample = stream[spread_over(len(stream), _SAMPLED)]
+    sample = Stream(stream[spread_over(len(stream), _SAMPLED)])
     norms: list[list[Tensor]] = [[] for _ in points]
     for _, seen in walk(block, sample, batch_size, [tap for tap, _ in points], name):
         for found, (tap, chosen) in zip(norms, points, strict=True):

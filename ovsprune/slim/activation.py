@@ -23,6 +23,7 @@ _NAMES = {
     "pytorchgelutanh": "gelu_tanh",
     "newgeluactivation": "gelu_tanh",
     "relu": "relu",
+    "relu6": "relu6",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
+from ovsprune.slim.timm_tower import narrow_timm_tower, timm_dense
 from ovsprune.slim.vit import VisionTransformer
 
 __all__ = ["SlimTower", "build", "load"]
@@ -26,9 +29,7 @@ class SlimTower(nn.Module):
         mask: Layer name to int64 [kept], in the base model's coordinates.
     """
 
-    def __init__(
-        self, tower: VisionTransformer, spec: SlimSpec, mask: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, tower: nn.Module, spec: SlimSpec, mask: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.tower = tower
         self.spec = spec
@@ -41,7 +42,7 @@ class SlimTower(nn.Module):
 
     def dense(self, images: Tensor) -> Tensor:
         """Embedding of each patch, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-        return self.tower.dense(images)
+        return _BUILDERS[self.spec.family].dense(self.tower, images)
 
 
 def load(
@@ -52,6 +53,8 @@ def load(
 ) -> SlimTower:
     """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP ViT.
 
+    A tower of timm's is built by open_clip and timm, which must be installed.
+
     Args:
         directory: What ``ovsprune prune`` wrote.
         device: Where to.
@@ -59,7 +62,8 @@ def load(
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its parts do not fit each other.
-        MissingLibraryError: The family is not one that this version builds itself.
+        MissingLibraryError: The family is not one that this version builds, or what it needs for
+            that is not installed.
     """
     checkpoint = read(directory)
     tower = build(checkpoint)
@@ -67,25 +71,26 @@ def load(
     return loaded.to(device=device, dtype=dtype)
 
 
-def build(checkpoint: SlimCheckpoint) -> VisionTransformer:
+def build(checkpoint: SlimCheckpoint) -> nn.Module:
     """The tower of ``checkpoint``, with its weights, on the CPU.
 
     Raises:
         CheckpointError: The tensors do not make the tower that the config describes.
-        MissingLibraryError: The family is not one that this version builds itself.
+        MissingLibraryError: The family is not one that this version builds, or what it needs for
+            that is not installed.
     """
     spec = checkpoint.spec
     builder = _BUILDERS.get(spec.family)
     if builder is None:
         raise MissingLibraryError(
             f"{checkpoint.path} is of the family {spec.family!r}, which this ovsprune does not "
-            f"build by itself (it builds {', '.join(sorted(_BUILDERS))}); build the tower with "
+            f"build (it builds {', '.join(sorted(_BUILDERS))}); build the tower with "
             f"{spec.library} {spec.library_version} and call ovsprune.apply(tower, "
             "ovsprune.read(directory))"
         )
     state = checkpoint.tower()
     with torch.device("meta"):
-        tower = builder(checkpoint)
+        tower = builder.build(checkpoint)
     own = tower.state_dict()
     wrong = [
         f"{name} {_shape(state, name)} instead of {_shape(own, name)}"
@@ -99,9 +104,9 @@ def build(checkpoint: SlimCheckpoint) -> VisionTransformer:
             "checkpoint again"
         )
     tower.to_empty(device="cpu")
-    for name, parameter in tower.named_parameters():
+    for name, tensor in tower.state_dict(keep_vars=True).items():
         # as stored, so that what is loaded is bit for bit what was saved
-        parameter.data = state[name].clone()
+        tensor.data = state[name].clone()
     return tower
 
 
@@ -109,7 +114,16 @@ def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
     return tuple(state[name].shape) if name in state else None
 
 
-# Families whose towers we build ourselves, by the name that the config gives.
-_BUILDERS: dict[str, Callable[[SlimCheckpoint], VisionTransformer]] = {
-    "open_clip-vit": build_vision_transformer,
+@dataclass(frozen=True)
+class _Builder:
+    """How a family's tower is built, without weights, and what its dense output is."""
+
+    build: Callable[[SlimCheckpoint], nn.Module]
+    dense: Callable[[Any, Tensor], Tensor]
+
+
+# Families whose towers can be built here, by the name that the config gives.
+_BUILDERS = {
+    "open_clip-vit": _Builder(build_vision_transformer, VisionTransformer.dense),
+    "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense),
 }

@@ -92,8 +92,13 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
             f"{type(module).__name__} has no plain weight to cut; take off what wraps it "
             "(quantisation, LoRA, parametrisation) first"
         )
-    if getattr(module, "groups", 1) != 1:
-        raise TargetError(f"{type(module).__name__} has groups, which a mask cannot cut")
+    groups = getattr(module, "groups", 1)
+    depthwise = groups > 1 and weight.shape[:2] == (groups, 1) and set(index) == {"out"}
+    if groups != 1 and not depthwise:
+        raise TargetError(
+            f"{type(module).__name__} has {groups} groups of several channels, which a mask cannot "
+            "cut"
+        )
     slim = copy.copy(module)
     slim._parameters = {
         name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
@@ -116,7 +121,7 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
             statistics = slim._buffers.get(name)
             if statistics is not None:
                 slim._buffers[name] = _chosen(statistics, 0, chosen)
-        for name in _WIDTHS[axis]:
+        for name in (*_WIDTHS[axis], *(("in_channels", "groups") if depthwise else ())):
             if hasattr(slim, name):
                 slim.__dict__[name] = chosen.numel()
         if axis == "out" and isinstance(slim, nn.LayerNorm):

@@ -39,7 +39,7 @@ MASK = "mask.safetensors"
 CARD = "README.md"
 
 KINDS = ("heads", "mlp", "channels")
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
 }
 
 

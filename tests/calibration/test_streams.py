@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ovsprune.calibration import streams
-from ovsprune.calibration.streams import allocate, spread_over, walk
-from ovsprune.recovery import RECOVERIES, closed_form
+from ovsprune.calibration.streams import Stream, allocate, spread_over, walk
+from ovsprune.recovery import RECOVERIES
 from tests.contracts.conftest import open_clip_vit, prepared
 
 
@@ -42,8 +42,7 @@ def test_both_streams_of_the_closed_form_lie_on_disk(
     mapped: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The slim stream is no copy in memory of a dense one that was too large for it."""
-    for place in (streams, closed_form):
-        monkeypatch.setattr(place, "allocate", lambda shape: allocate(shape, limit=0))
+    monkeypatch.setattr(streams, "allocate", lambda shape: allocate(shape, limit=0))
     case = prepared(open_clip_vit())
     plan = case.random_plan(0)
     RECOVERIES.get("closed-form").recover(case.context(case.cut(plan), plan))
@@ -52,17 +51,34 @@ def test_both_streams_of_the_closed_form_lie_on_disk(
 
 def test_a_walk_sees_every_batch_once_and_advances_only_if_told() -> None:
     block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
-    stream = torch.randn(5, 2, 3)
-    before = stream.clone()
+    before = torch.randn(5, 2, 3)
+    stream = Stream(before.clone())
     with torch.no_grad():
-        inner, after = block[0](stream), block(stream)
+        inner, after = block[0](before), block(before)
     for advance in (False, True):
         parts = []
         for part, seen in walk(block, stream, 2, [("top.0", "output")], "top", advance):
             parts.append(part)
             torch.testing.assert_close(seen["top.0", "output"], inner[part])
         assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]
-        torch.testing.assert_close(stream, after if advance else before)
+        torch.testing.assert_close(stream[:], after if advance else before)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_a_block_may_change_the_shape_of_the_stream(size: int) -> None:
+    block = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2))
+    before = torch.randn(5, 2, 9, 7)
+    stream, other = Stream(before.clone()), Stream(before.clone())
+    for part, _ in walk(block, stream, size, advance=True):
+        # What is not read yet is as it was, also in the middle of the walk.
+        if part.stop < 5:
+            assert torch.equal(stream[part.stop :], before[part.stop :])
+    with torch.no_grad():
+        torch.testing.assert_close(stream[:], block(before))
+    copied = stream.copy()
+    other.copy_(stream)
+    stream[0:5] = torch.zeros(5, 3, 4, 3)
+    assert torch.equal(other[:], copied[:]) and bool(copied[:].any())
 
 
 def test_samples_are_spread_over_the_pictures() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from timm.models import register_model
 from torch import nn
 
 from ovsprune.backbones import FAMILIES
@@ -43,6 +45,63 @@ def open_clip_vit() -> Backbone:
         },
     }
     return assemble("small", None, build_clip(config), config, Preprocess((48, 48)), trained=False)
+
+
+@register_model
+def ovsprune_lite(pretrained: bool = False, **options: Any) -> nn.Module:
+    """An EfficientNet-Lite of six blocks, for timm's registry."""
+    from timm.models import efficientnet
+
+    blocks = [
+        ["ds_r1_k3_s1_e1_c8"],
+        ["ir_r2_k3_s2_e4_c12"],
+        ["ir_r2_k5_s2_e4_c16"],
+        ["ir_r1_k3_s1_e4_c24"],
+    ]
+    return efficientnet._create_effnet(  # type: ignore[no-any-return]
+        "ovsprune_lite",
+        pretrained,
+        block_args=efficientnet.decode_arch_def(blocks),
+        stem_size=8,
+        num_features=32,
+        pad_type="same",
+        act_layer=nn.ReLU6,
+        norm_layer=nn.BatchNorm2d,
+        **options,
+    )
+
+
+LITE = {
+    "embed_dim": 24,
+    "vision_cfg": {"timm_model_name": "ovsprune_lite", "image_size": 48},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@cache
+def _lite() -> dict[str, torch.Tensor]:
+    """Weights, scales and statistics as uneven as a trained network's."""
+    from ovsprune.slim.timm_tower import build_timm_tower
+
+    tower = build_timm_tower(LITE).train()
+    generator = torch.Generator().manual_seed(0)
+    for module in tower.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.4, 1.6, generator=generator)
+            module.bias.normal_(0, 0.3, generator=generator)
+            module.momentum = None  # The mean over all batches.
+    with torch.no_grad():
+        for images in ScenePictures(32, Preprocess((48, 48)), 3).batches(16):
+            tower(images)
+    return tower.state_dict()
+
+
+def open_clip_efficientnet() -> Backbone:
+    """A convolutional tower: six blocks, of which five have channels of their own."""
+    family = FAMILIES.get("open_clip-efficientnet")
+    backbone = family.build("lite", None, LITE, Preprocess((48, 48)), trained=False, text={})
+    backbone.tower.load_state_dict(_lite())
+    return backbone
 
 
 class Sublayer(nn.Module):
@@ -92,7 +151,10 @@ class NormedTower(nn.Module):
         ]
 
 
-REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {"open_clip-vit": open_clip_vit}
+REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
+    "open_clip-efficientnet": open_clip_efficientnet,
+    "open_clip-vit": open_clip_vit,
+}
 
 
 @dataclass

@@ -1,0 +1,112 @@
+"""A norm behind a layer, folded into it while the tower is pruned, and taken out again.
+
+``norm(W x + b) = s (W x + b) + t`` in evaluation mode, with ``s = gamma / sqrt(var + eps)`` and
+``t = beta - s mean``. Folded, the layer is ``(s W) x + (s b + t)``: its output is what the network
+sees, and it has a bias, into which a repair can put the mean of what was cut. Taken out, gamma and
+the statistics are as before: changes of the weight go to the layer, those of the bias to beta.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FoldedNorm", "fold", "unfold"]
+
+_LEAST = 1e-6
+"""A channel whose scale is below this share of the largest is as good as switched off."""
+
+
+class FoldedNorm(nn.Module):
+    """Stands where a norm stood that was folded into the layer before it; changes nothing.
+
+    Args:
+        layer: The layer as it was.
+        norm: The norm.
+    """
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, of any shape."""
+        return x
+
+
+@torch.no_grad()
+def fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]:
+    """The layer with the norm in it, and what takes the norm's place.
+
+    Args:
+        layer: A convolution or a matrix, with or without a bias.
+        norm: A batch norm over its outputs, with running statistics, in evaluation mode.
+
+    Returns:
+        A layer of the same type with tensors of its own, and a place-holder that keeps both.
+    """
+    weight, bias = _folded(layer, norm)
+    return _with(layer, weight, bias), FoldedNorm(layer, norm)
+
+
+@torch.no_grad()
+def unfold(
+    layer: nn.Module, place: FoldedNorm, columns: Tensor | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """The layer and the norm again, with what was changed since; what was not is bit for bit as is.
+
+    Args:
+        layer: The layer with the norm in it, as it is now.
+        place: The other half of what :func:`fold` gave.
+        columns: int64, the input channels that were kept; None for all.
+
+    Returns:
+        The layer without the norm, and the norm, both with tensors of their own.
+    """
+    now: Any = layer
+    old: Any = place.layer
+    norm: Any = deepcopy(place.norm)
+    weight, bias = _folded(old, norm)
+    raw = old.weight.detach()
+    if columns is not None:
+        columns = columns.to(raw.device)
+        weight, raw = weight.index_select(1, columns), raw.index_select(1, columns)
+    more = now.weight.detach().double() - weight.double()
+    scale = _scale(norm)
+    # No weight gets through a norm that multiplies by nothing: such a one is made to let it.
+    shut = (scale.abs() <= _LEAST * scale.abs().max()) & more.flatten(1).any(1)
+    step = more / torch.where(shut | (scale == 0), 1.0, scale).view(-1, *[1] * (raw.ndim - 1))
+    new = (raw.double() + step).to(raw)
+    norm.bias.add_((now.bias.detach().double() - bias.double()).to(norm.bias))
+    if shut.any():
+        new[shut] = now.weight.detach()[shut]
+        norm.weight[shut] = (norm.running_var[shut].double() + norm.eps).sqrt().to(norm.weight)
+        own = 0.0 if old.bias is None else old.bias.detach()[shut].double()
+        shift = own - norm.running_mean[shut].double()
+        norm.bias[shut] = (now.bias.detach()[shut].double() - shift).to(norm.bias)
+    return _with(layer, new, None if old.bias is None else old.bias.detach().clone()), norm
+
+
+def _scale(norm: Any) -> Tensor:
+    scale: Tensor = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale
+
+
+def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    weight, scale = layer.weight.detach(), _scale(norm)
+    own = 0.0 if layer.bias is None else layer.bias.detach().double()
+    bias = norm.bias.detach().double() + scale * (own - norm.running_mean.double())
+    folded = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
+    return folded.to(weight), bias.to(weight)
+
+
+def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A copy of the layer with other parameters, which need gradients as the old ones did."""
+    copied = deepcopy(layer)
+    flag = next(layer.parameters()).requires_grad
+    copied._parameters["weight"] = nn.Parameter(weight, requires_grad=flag)
+    copied._parameters["bias"] = None if bias is None else nn.Parameter(bias, requires_grad=flag)
+    return copied

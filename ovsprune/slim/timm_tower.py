@@ -1,0 +1,100 @@
+"""Convolutional towers of open_clip's ``TimmModel``: built by open_clip and timm, then narrowed.
+
+Nothing of either is imported until a tower is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.core.errors import CheckpointError, MissingLibraryError
+from ovsprune.slim.cutting import keep_index, layer_runs
+from ovsprune.slim.modules import slim_module
+from ovsprune.slim.read import SlimCheckpoint
+
+__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_dense", "timm_outputs"]
+
+
+def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
+    """The dense tower that open_clip builds, with random weights from a fixed seed.
+
+    Args:
+        architecture: open_clip's model configuration, with ``timm_model_name`` in ``vision_cfg``.
+
+    Raises:
+        MissingLibraryError: open_clip or timm is not installed.
+        CheckpointError: They cannot build it.
+    """
+    try:
+        # by name, so that this room imports no framework until somebody asks for one
+        model = importlib.import_module("open_clip.model")
+        importlib.import_module("timm")
+    except ImportError as error:
+        raise MissingLibraryError(
+            f"this tower is built by open_clip and timm ({error}); `pip install open_clip_torch "
+            "timm`, or build it yourself and call ovsprune.apply"
+        ) from error
+    config = deepcopy(dict(architecture))
+    try:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            tower: nn.Module = model._build_vision_tower(
+                config["embed_dim"], config["vision_cfg"], bool(config.get("quick_gelu"))
+            )
+    except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"the installed open_clip and timm cannot build this architecture ({error}); install "
+            "the version of the library that the checkpoint's config names"
+        ) from error
+    return tower.eval().requires_grad_(False)
+
+
+def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
+    """A tower of the widths of ``checkpoint``, without its weights.
+
+    Raises:
+        MissingLibraryError: open_clip or timm is not installed.
+        CheckpointError: The config does not describe such a tower.
+    """
+    tower = build_timm_tower(checkpoint.spec.architecture)
+    with torch.device("cpu"):  # where the mask is, whatever the tower is built on
+        for name, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
+            try:
+                layer: Any = tower.get_submodule(name)
+            except AttributeError:
+                raise CheckpointError(
+                    f"{checkpoint.path}: the architecture has no layer {name}; copy or write the "
+                    "checkpoint again"
+                ) from None
+            sizes = {axis: layer.weight.shape[0 if axis == "out" else 1] for axis in axes}
+            index = {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()}
+            parent, _, own = name.rpartition(".")
+            setattr(tower.get_submodule(parent), own, slim_module(layer, index))
+    return tower
+
+
+def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
+    """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    trunk: Any = tower.trunk
+    return timm_outputs(tower, trunk.forward_features(images))[1]
+
+
+def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled [B, C] and dense [B, C, h, w] outputs of the trunk's features [B, K, h, w].
+
+    The projection is linear and the pooling a mean, so the pooled output is the mean of the dense
+    one: each position goes through the head as the pooled features do.
+    """
+    model: Any = tower
+    pooled = model.head(model.trunk.forward_head(features))
+    dense = model.head(model.trunk.classifier(features.movedim(1, -1))).movedim(-1, 1)
+    return pooled, dense
