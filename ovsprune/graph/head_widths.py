@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ovsprune.core.protocols import Seed
 from ovsprune.core.records import Group
 from ovsprune.graph.attention import SeparateAttention
+from ovsprune.graph.groups import with_costs
 from ovsprune.graph.layers import bias_of, weight_of
 from ovsprune.slim.directions import dual, turned
 from ovsprune.slim.spec import WIDTH_KINDS
 
-__all__ = ["WIDTH_KINDS", "turn", "width_groups", "width_seeds"]
+__all__ = ["WIDTH_KINDS", "turn", "width_seeds", "with_directions"]
 
 _PARTS = {"qk": ("q_proj", "k_proj"), "vo": ("v_proj", "out_proj")}
 _ATTRIBUTES = {"qk": "qk_dim", "vo": "v_dim"}
@@ -40,32 +41,34 @@ def width_seeds(seeds: Iterable[Seed]) -> list[Seed]:
     ]
 
 
-def width_groups(
-    tower: nn.Module, seeds: Sequence[Seed], heads: Iterable[Group], energies: Mapping[str, Tensor]
+def with_directions(
+    tower: nn.Module, groups: Iterable[Group], seeds: Sequence[Seed], size: tuple[int, int]
 ) -> list[Group]:
-    """The groups of ``seeds``, from the groups of the heads that they lie in; without costs.
+    """``groups``, and after each group of heads those of the seeds inside it.
+
+    What a direction costs to lose is not known yet, and zero in the new groups' ``known``.
 
     Args:
         tower: The rewritten dense tower.
+        groups: Of heads and others.
         seeds: From :func:`width_seeds`.
-        heads: Groups of heads; a seed whose heads are not among them gives no group.
-        energies: Seed to float64 [width]: what removing each direction costs, falling.
+        size: Native height and width in pixels, for what a direction costs to keep.
     """
-    by_name = {group.name: group for group in heads if group.kind == "heads"}
-    return [
-        _group(tower, seed, by_name[seed.layer], energies[seed.name])
-        for seed in seeds
-        if seed.layer in by_name
-    ]
+    found = []
+    for group in groups:
+        inner = [_group(tower, seed, group) for seed in seeds if seed.layer == group.name]
+        found += [group, *with_costs(tower, inner, size)]
+    return found
 
 
-def _group(tower: nn.Module, seed: Seed, heads: Group, energies: Tensor) -> Group:
+def _group(tower: nn.Module, seed: Seed, heads: Group) -> Group:
+    width = _attention(tower, seed.layer).head_dim
     layers = {f"{seed.layer}.{part}" for part in _PARTS[seed.kind]}
     return replace(
         heads,
         name=seed.name,
         kind=seed.kind,
-        units=_attention(tower, seed.layer).head_dim,
+        units=width,
         slices=tuple(
             replace(part, rows=part.rows.T.contiguous())
             for part in heads.slices
@@ -73,7 +76,7 @@ def _group(tower: nn.Module, seed: Seed, heads: Group, energies: Tensor) -> Grou
         ),
         floor=1,
         inside=heads.name,
-        known=energies,
+        known=torch.zeros(width, dtype=torch.float64),
         attribute=f"{seed.layer}.{_ATTRIBUTES[seed.kind]}",
     )
 

@@ -34,7 +34,7 @@ class Bias:
         sums: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         for seen in consumers_of(item, "bias compensation"):
-            name = seen.group.consumer
+            name = seen.site.consumer
             residual = seen.output - item.slim.get_submodule(name)(seen.kept)
             weight = row_weights(seen.target, seen.median)
             total = (residual * weight[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)

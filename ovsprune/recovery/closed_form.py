@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ovsprune.calibration.refit import Refit, held_out, row_weights
 from ovsprune.calibration.streams import allocate, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.core.records import Group
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.taps import cut_groups, median_norms, target_of
+from ovsprune.recovery.taps import Site, median_norms, sites
 
 __all__ = ["ClosedForm"]
 
@@ -28,7 +27,7 @@ class ClosedForm:
 
     @torch.no_grad()
     def recover(self, item: RecoveryContext) -> None:
-        """Refit consumers in the order of the blocks, groups of a block in their own order.
+        """Refit consumers in the order of the blocks, those of a block in the order of its groups.
 
         Two streams go through the towers side by side, the dense one and the slim one. First the
         layers that make a group's units are refitted, from what they read in the slim tower to
@@ -51,12 +50,14 @@ class ClosedForm:
             for name, block in dense.blocks.items():
                 # A training between rounds changes blocks that nothing was cut from, too.
                 drifted = (
-                    drifted or bool(cut_groups(item, name)) or _changed(block, slim.blocks[name])
+                    drifted
+                    or any(site.cut for site in sites(item, name))
+                    or _changed(block, slim.blocks[name])
                 )
                 if drifted:
                     pair = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
-                    for group in (g for g in item.groups if g.block == name):
-                        pair.refit(group)
+                    for site in sites(item, name):
+                        pair.refit(site)
                     pair.finish()
                 else:
                     _run(block, dense_stream, item.batch_size)
@@ -105,14 +106,12 @@ class _Block:
         self.dense, self.slim = dense, slim
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
 
-    def refit(self, group: Group) -> None:
+    def refit(self, site: Site) -> None:
         """Refit what makes the units, then what reads them."""
-        kept = self.item.plan.kept[group.name]
-        producers = [s for s in group.slices if s.axis == "out" and s.module not in group.norms]
         self._regress(
-            [_Target(s.module, (s.module, "output"), s.rows[kept].flatten()) for s in producers]
+            [_Target(name, (name, "output"), rows) for name, rows in site.producers.items()]
         )
-        self._regress([_Target(group.consumer, target_of(group))])
+        self._regress([_Target(site.consumer, site.target)])
 
     def _regress(self, targets: Sequence[_Target]) -> None:
         """Correct layers of the slim block, all from one pass over both streams."""

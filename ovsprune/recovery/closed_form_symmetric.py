@@ -32,8 +32,8 @@ class ClosedFormSymmetric:
         refits: dict[str, Refit] = {}
         held = held_out(len(item.pictures))
         for seen in consumers_of(item, "symmetric closed-form refit"):
-            layer = item.slim.get_submodule(seen.group.consumer)
-            refit = refits.setdefault(seen.group.name, Refit(layer, held, item.ridge))
+            layer = item.slim.get_submodule(seen.site.consumer)
+            refit = refits.setdefault(seen.site.consumer, Refit(layer, held, item.ridge))
             residual = seen.output - layer(seen.kept)
             refit.update(seen.part, seen.kept, residual, row_weights(seen.target, seen.median))
         for refit in refits.values():

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ovsprune.calibration.streams import run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.core.records import Group
-from ovsprune.recovery.taps import cut_groups, median_norms, target_of
+from ovsprune.recovery.taps import Site, median_norms, sites
 
 __all__ = ["Seen", "consumers_of"]
 
@@ -20,7 +19,7 @@ class Seen:
     """One batch at one consumer of the dense tower.
 
     Attributes:
-        group: The cut group.
+        site: The consumer.
         part: Pictures of the batch.
         kept: Kept columns of what the consumer reads, [b, ..., kept * width].
         output: What it gives, [b, ..., m].
@@ -28,7 +27,7 @@ class Seen:
         median: Of the squared norms of the rows of ``target``.
     """
 
-    group: Group
+    site: Site
     part: slice
     kept: Tensor
     output: Tensor
@@ -37,38 +36,37 @@ class Seen:
 
 
 def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
-    """Every batch of calibration pictures at the consumer of every cut group, block after block.
+    """Every batch of calibration pictures at every consumer of cut groups, block after block.
 
     Args:
         item: The recovery's context; nothing is run where nothing was cut.
         description: Of the stage that the progress shows.
     """
     stages = item.stages(item.dense)
-    last = max((i for i, name in enumerate(stages.blocks) if cut_groups(item, name)), default=-1)
+    cut = {name: [s for s in sites(item, name) if s.cut] for name in stages.blocks}
+    last = max((i for i, name in enumerate(cut) if cut[name]), default=-1)
     if last < 0:
         return
     with item.progress.stage(description, last + 2) as advance:
         stream = run_stem(stages, item.pictures, item.batch_size)
         advance(1)
         for name, block in list(stages.blocks.items())[: last + 1]:
-            groups = cut_groups(item, name)
-            points = [target_of(g) for g in groups]
+            points = [site.target for site in cut[name]]
             medians = median_norms(
                 block, stream, item.batch_size, name, [(p, lambda rows: rows) for p in points]
             )
-            taps = [(g.consumer, side) for g in groups for side in ("input", "output")]
+            taps = [(site.consumer, side) for site in cut[name] for side in ("input", "output")]
             for part, seen in walk(
                 block, stream, item.batch_size, [*taps, *points], name, advance=True
             ):
-                for group, point, median in zip(groups, points, medians, strict=True):
-                    columns = group.columns[item.plan.kept[group.name]].flatten()
-                    read = seen[group.consumer, "input"]
+                for site, median in zip(cut[name], medians, strict=True):
+                    read = seen[site.consumer, "input"]
                     yield Seen(
-                        group,
+                        site,
                         part,
-                        read[..., columns.to(read.device)],
-                        seen[group.consumer, "output"],
-                        seen[point],
+                        read[..., site.columns.to(read.device)],
+                        seen[site.consumer, "output"],
+                        seen[site.target],
                         median,
                     )
             advance(1)
