@@ -6,10 +6,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 from ovsprune.core.errors import BudgetError
-from ovsprune.core.protocols import AllocationContext
+from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Group
 
-__all__ = ["cost", "fill", "floor_of", "place", "spare", "trim", "widths_of"]
+__all__ = ["cost", "fill", "floor_of", "kept_price", "place", "spare", "trim", "widths_of"]
 
 Widths = dict[str, int]
 
@@ -31,11 +31,34 @@ def floor_of(group: Group, round_to: int) -> int:
 
 
 def cost(item: AllocationContext, widths: Mapping[str, int]) -> float:
-    """What the tower costs with these widths: dense, less what each group alone saves."""
-    price = item.budget.price
+    """What the tower costs with these widths: dense, less what each group alone saves.
+
+    A group of heads and the directions inside them save together.
+    """
+    inner: dict[str, list[Group]] = {}
+    for group in item.groups:
+        if group.inside is not None:
+            inner.setdefault(group.inside, []).append(group)
     return item.budget.dense - sum(
-        price(g, g.units) - price(g, widths[g.name]) for g in item.groups
+        item.budget.price(g, g.units) - kept_price(item.budget, g, inner.get(g.name, ()), widths)
+        for g in item.groups
+        if g.inside is None
     )
+
+
+def kept_price(
+    budget: Budget, group: Group, inner: Sequence[Group], widths: Mapping[str, int]
+) -> float:
+    """What the kept units of ``group`` cost, each without what is cut inside it.
+
+    Args:
+        budget: Prices of a unit of each group while all others are whole.
+        group: The outer group.
+        inner: Groups inside it; each of their units has an equal part in each of its units.
+        widths: Of all of them.
+    """
+    gone = sum((g.units - widths[g.name]) * budget.price(g, 1) for g in inner) / group.units
+    return budget.price(group, widths[group.name]) - widths[group.name] * gone
 
 
 def spare(item: AllocationContext) -> float:

@@ -115,7 +115,7 @@ class OpenClipVit:
                 block.attn = SeparateAttention(block.attn)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
-        """Rewritten attention to slim attention, or to torch's own where all heads stay."""
+        """Rewritten attention to slim attention, or to torch's own where all heads stay whole."""
         by_name = {group.name: group for group in groups}
         for name, block in _blocks(tower).items():
             separate = block.attn
@@ -123,7 +123,8 @@ class OpenClipVit:
                 continue
             group = by_name.get(f"{name}.attn")
             heads = range(separate.num_heads) if group is None else plan.kept[group.name].tolist()
-            if len(heads) == separate.num_heads:
+            whole = separate.qk_dim == separate.v_dim == separate.head_dim
+            if whole and len(heads) == separate.num_heads:
                 block.attn = _fused(separate)
                 continue
             block.attn = SlimAttention.from_projections(
@@ -135,6 +136,8 @@ class OpenClipVit:
                 kept_heads=heads,
                 head_dim=separate.head_dim,
                 batch_first=separate.batch_first,
+                qk_dim=separate.qk_dim,
+                v_dim=separate.v_dim,
             )
 
     def seeds(self, tower: nn.Module) -> list[Seed]:

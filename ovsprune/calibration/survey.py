@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
-from ovsprune.calibration.sensitivity import FeatureError, grid, measure
+from ovsprune.calibration.sensitivity import FeatureError, grid, measure, measure_masked
 from ovsprune.calibration.streams import Stream, run_stem, walk
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.errors import OptionError
@@ -105,7 +105,7 @@ class Survey:
                 before = stream[probe].clone()
                 moments = self._advance(name, block, groups, stream)
                 for group in groups:
-                    self._measure(group, moments[group.name], before, error)
+                    self._measure(group, moments[group.consumer], before, error)
                     advance(1)
         curves = Curves(self._widths, self._errors) if self.probe else None
         return Scores(self._costs, self._orders), curves
@@ -117,15 +117,22 @@ class Survey:
         self._keep(group, ranking)
         if error is None:
             return
-        consumer = self.tower.get_submodule(group.consumer)
-        weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
         rest = list(self.stages.blocks)[list(self.stages.blocks).index(group.block) :]
         run = self._runner(before, [self.stages.blocks[name] for name in rest], error)
-        found = dict(sorted(measure(group, consumer, moments, weights, run).items()))
+        if group.has_columns:
+            consumer = self.tower.get_submodule(group.consumer)
+            weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
+            errors = measure(group, consumer, moments, weights, run)
+        else:
+            widths = grid(group.units, group.floor)
+            errors = measure_masked(self.tower, group, ranking.order, widths, run)
+        found = dict(sorted(errors.items()))
         self._widths[group.name] = torch.tensor(list(found))
         self._errors[group.name] = torch.tensor(list(found.values()), dtype=torch.float64)
 
     def _rank(self, group: Group, moments: Moments | None) -> Ranking:
+        if group.known is not None:
+            return Ranking(group.known, torch.arange(group.units).flip(0))
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
         widths = grid(group.units, group.floor) if self.probe else ()
@@ -136,8 +143,13 @@ class Survey:
             GroupContext(group, layers, moments, self.ridge, generator, widths, gradients)
         )
 
+    @property
+    def _ranked(self) -> list[Group]:
+        """The groups whose units the criterion is asked to rank."""
+        return [g for g in self.groups if g.known is None]
+
     def _check_norms(self) -> None:
-        bare = [g for g in self.groups if not g.norms] if "norms" in self.criterion.needs else []
+        bare = [g for g in self._ranked if not g.norms] if "norms" in self.criterion.needs else []
         if bare:
             raise OptionError(
                 f"{type(self.criterion).__name__} ranks units by the scale of a norm behind them, "
@@ -150,7 +162,7 @@ class Survey:
         return mask_gradients(
             self.tower,
             self.stages,
-            self.groups,
+            self._ranked,
             cast(GradientCriterion, self.criterion).objective,
             self.pictures,
             batch_size=self.batch_size,
@@ -175,17 +187,16 @@ class Survey:
     def _advance(
         self, name: str, block: nn.Module, groups: Sequence[Group], stream: Stream
     ) -> dict[str, Moments]:
-        """Run one block over the whole stream, in place, gathering its groups' moments."""
-        layers = {g.name: self.tower.get_submodule(g.consumer) for g in groups}
+        """Run one block over the whole stream, in place; moments of what each consumer reads."""
+        layers = {g.consumer: self.tower.get_submodule(g.consumer) for g in groups}
         sums = {
             n: SecondMoments(weight_of(layer).flatten(1).shape[1]) for n, layer in layers.items()
         }
-        taps = [(g.consumer, "input") for g in groups]
+        taps = [(consumer, "input") for consumer in layers]
         for _, seen in walk(block, stream, self.batch_size, taps, name, advance=True):
-            for group in groups:
-                rows = read_rows(layers[group.name], seen[group.consumer, "input"])
-                sums[group.name].update(rows)
-        return {name: found.result() for name, found in sums.items()}
+            for consumer, found in sums.items():
+                found.update(read_rows(layers[consumer], seen[consumer, "input"]))
+        return {consumer: found.result() for consumer, found in sums.items()}
 
     def _final_error(self, stream: Tensor) -> FeatureError:
         return FeatureError(*self._finish(stream, list(self.stages.blocks.values())))

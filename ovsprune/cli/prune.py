@@ -103,6 +103,11 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 )
 @click.option("--uniform-heads", is_flag=True, help="Keep as many heads in every layer.")
 @click.option(
+    "--prune-head-dim",
+    is_flag=True,
+    help="Also cut directions inside heads: widths of queries and keys, and of values.",
+)
+@click.option(
     "--latency-table",
     metavar="FILE",
     help="Layer times for --budget latency; by default this machine's, in your cache directory.",

@@ -12,7 +12,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Costs", "Curves", "Group", "Plan", "Preprocess", "Scores", "Slice", "StreamPoint"]
+__all__ = [
+    "Axis",
+    "Costs",
+    "Curves",
+    "Group",
+    "Plan",
+    "Preprocess",
+    "Scores",
+    "Slice",
+    "StreamPoint",
+]
+
+Axis = Literal["out", "in"]
+"""``"out"``: rows of a weight and entries of a bias; ``"in"``: columns."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Slice:
     """
 
     module: str
-    axis: Literal["out", "in"]
+    axis: Axis
     rows: Tensor
 
 
@@ -82,7 +95,8 @@ class Group:
 
     Attributes:
         name: Unique name, the dotted path of what is cut (``"transformer.resblocks.3.attn"``).
-        kind: Unit kind: ``"heads"``, ``"mlp"``, ``"channels"``.
+        kind: Unit kind: ``"heads"``, ``"mlp"``, ``"channels"``, or ``"qk"`` and ``"vo"``, the
+            directions inside heads (:mod:`ovsprune.graph.head_widths`).
         units: How many units there are.
         slices: Every slice of every layer that goes with a unit.
         consumer: Dotted name of the projection that reads the units (it has the ``"in"`` slice).
@@ -93,6 +107,13 @@ class Group:
         macs: MACs that one unit costs at the native resolution.
         params: Parameters that one unit costs.
         floor: Fewest units that may stay.
+        inside: Name of the group in every unit of which each unit of this one has a part: the
+            directions inside heads. Either may be cut without the other, and what they cost is a
+            product; see :mod:`ovsprune.allocation.joint`.
+        known: float64 [units]: what removing each unit costs, where that is known before any
+            criterion is asked: the units then lie in falling order, and the last goes first.
+        attribute: Dotted attribute of the tower that says how many units there are, where no
+            layer's shape tells.
     """
 
     name: str
@@ -106,6 +127,18 @@ class Group:
     macs: float = 0.0
     params: float = 0.0
     floor: int = 1
+    inside: str | None = None
+    known: Tensor | None = None
+    attribute: str | None = None
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether the consumer has columns of its own for each unit.
+
+        The directions of queries and keys have none: what reads them is the softmax, and the
+        consumer only what comes after it.
+        """
+        return any(s.module == self.consumer and s.axis == "in" for s in self.slices)
 
     @property
     def columns(self) -> Tensor:

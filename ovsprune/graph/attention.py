@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsprune.slim.directions import scaled
+
 __all__ = ["SeparateAttention"]
 
 
 class SeparateAttention(nn.Module):
     """Self-attention with q, k, v and output projections apart; equals the module it replaces.
 
-    The number of heads is read from the weights, so that a cut needs no bookkeeping.
+    The number of heads is read from the weights, so that a cut of heads needs no bookkeeping.
+    ``qk_dim`` and ``v_dim``, the widths of one head, are the dense ``head_dim`` until directions
+    inside heads are cut; the logits keep the dense head's scale.
 
     Args:
         attention: Self-attention with one width for q, k and v, without ``bias_k`` or
@@ -34,6 +38,7 @@ class SeparateAttention(nn.Module):
         self.embed_dim = width
         self.num_heads = attention.num_heads
         self.head_dim = width // attention.num_heads
+        self.qk_dim = self.v_dim = self.head_dim
         self.batch_first = attention.batch_first
         weights = attention.in_proj_weight.detach().chunk(3)
         bias = attention.in_proj_bias
@@ -58,12 +63,15 @@ class SeparateAttention(nn.Module):
         stream = query if self.batch_first else query.transpose(0, 1)
         batch, tokens, _ = stream.shape
 
-        def heads(projection: nn.Linear) -> Tensor:
+        def heads(projection: nn.Linear, width: int) -> Tensor:
             split: Tensor = projection(stream)
-            return split.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            return split.view(batch, tokens, -1, width).transpose(1, 2)
 
         mixed = F.scaled_dot_product_attention(
-            heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), attn_mask
+            scaled(heads(self.q_proj, self.qk_dim), self.head_dim),
+            heads(self.k_proj, self.qk_dim),
+            heads(self.v_proj, self.v_dim),
+            attn_mask,
         )
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         return (out if self.batch_first else out.transpose(0, 1)), None

@@ -7,33 +7,69 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ovsprune.core.records import Group, Plan, Slice
-from ovsprune.graph.layers import is_channelwise, weight_of
+from ovsprune.core.records import Axis, Group, Plan
+from ovsprune.graph.layers import bias_of, is_channelwise, weight_of
 
-__all__ = ["cut", "cut_group", "mask", "removed"]
+__all__ = ["cut", "cut_group", "kept_rows", "mask", "removed"]
 
 
 def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Cut, in place, every unit that ``plan`` does not keep."""
+    groups = [g for g in groups if plan.width(g.name) < g.units]
+    for (name, axis), indices in kept_rows(tower, groups, plan).items():
+        _cut_axis(tower.get_submodule(name), axis, indices)
     for group in groups:
-        if plan.width(group.name) < group.units:
-            cut_group(tower, group, plan.kept[group.name])
+        if group.attribute is not None:
+            owner, _, name = group.attribute.rpartition(".")
+            setattr(tower.get_submodule(owner), name, plan.width(group.name))
 
 
 def cut_group(tower: nn.Module, group: Group, kept: Tensor) -> None:
     """Cut one group in place so that only the units ``kept`` (int64, ascending) stay."""
-    for part in group.slices:
-        _cut_slice(tower.get_submodule(part.module), part, part.rows[kept].flatten())
+    cut(tower, [group], Plan({group.name: kept}))
+
+
+def kept_rows(
+    tower: nn.Module, groups: Iterable[Group], plan: Plan
+) -> dict[tuple[str, Axis], Tensor]:
+    """What stays of every layer that ``groups`` have slices of: (layer, axis) to int64, ascending.
+
+    Groups may share an axis: what any of them loses is gone.
+
+    Args:
+        tower: In whose coordinates the groups are.
+        groups: Cut or not.
+        plan: What is kept of them.
+    """
+    keep: dict[tuple[str, Axis], Tensor] = {}
+    for group in groups:
+        gone = removed(group, plan)
+        for part in group.slices:
+            weight = weight_of(tower.get_submodule(part.module))
+            size = weight.shape[0 if part.axis == "out" else 1]
+            key = part.module, part.axis
+            alive = keep.setdefault(key, torch.ones(size, dtype=torch.bool))
+            alive[part.rows[gone].flatten()] = False
+    return {key: alive.nonzero().flatten() for key, alive in keep.items()}
 
 
 @torch.no_grad()
 def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
-    """Mask, in place, the units that ``plan`` does not keep: their consumer reads them as zero."""
+    """Mask, in place, the units that ``plan`` does not keep: their consumer reads them as zero.
+
+    Where the consumer has no columns of them, what makes them gives zero.
+    """
     for group in groups:
-        columns = group.columns[removed(group, plan)].flatten()
-        if columns.numel():
+        gone = removed(group, plan)
+        if group.has_columns:
             weight = weight_of(tower.get_submodule(group.consumer))
-            weight[:, columns.to(weight.device)] = 0.0
+            weight[:, group.columns[gone].flatten().to(weight.device)] = 0.0
+            continue
+        for part in group.slices:
+            layer = tower.get_submodule(part.module)
+            for tensor in (weight_of(layer), bias_of(layer)):
+                if tensor is not None:
+                    tensor[part.rows[gone].flatten().to(tensor.device)] = 0.0
 
 
 def removed(group: Group, plan: Plan) -> Tensor:
@@ -50,12 +86,11 @@ _WIDTHS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _cut_slice(layer: nn.Module, part: Slice, indices: Tensor) -> None:
-    axis = 0 if part.axis == "out" else 1
+def _cut_axis(layer: nn.Module, axis: Axis, indices: Tensor) -> None:
     # Of a depthwise convolution every width is the number of its channels.
-    whole = axis == 0 and weight_of(layer).ndim > 1 and is_channelwise(layer)
-    tensors = {"weight": axis}
-    if axis == 0:
+    whole = axis == "out" and weight_of(layer).ndim > 1 and is_channelwise(layer)
+    tensors = {"weight": 0 if axis == "out" else 1}
+    if axis == "out":
         tensors |= {"bias": 0, "running_mean": 0, "running_var": 0}
     for name, dim in tensors.items():
         old = getattr(layer, name, None)
@@ -65,7 +100,7 @@ def _cut_slice(layer: nn.Module, part: Slice, indices: Tensor) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(layer, name, new)
-    for attribute in (*_WIDTHS[part.axis], *(("in_channels", "groups") if whole else ())):
+    for attribute in (*_WIDTHS[axis], *(("in_channels", "groups") if whole else ())):
         if hasattr(layer, attribute):
             wide = attribute == "normalized_shape"
             setattr(layer, attribute, (len(indices),) if wide else len(indices))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ovsprune.allocation.joint import joint_widths
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.allocation.trim import cost
 from ovsprune.calibration.pictures import calibration_hash
@@ -106,7 +107,7 @@ class Planning:
             comparable=getattr(self.criterion, "comparable", False),
         )
         tied = self.settings.uniform_heads
-        widths = tied_widths(self.allocator, item) if tied else self.allocator.widths(item)
+        widths = (tied_widths if tied else joint_widths)(self.allocator, item)
         self.spent = cost(item, widths)
         kept = {
             g.name: scores.orders[g.name][g.units - widths[g.name] :].sort().values for g in groups

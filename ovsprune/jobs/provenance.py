@@ -15,7 +15,7 @@ from ovsprune.importance import criterion_name
 from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
-from ovsprune.slim.spec import LayerSpec, SliceSpec
+from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec, SliceSpec, version_of
 
 __all__ = ["make_spec", "provenance"]
 
@@ -40,6 +40,7 @@ def make_spec(
         costs: Of the dense and of the slim tower.
         provenance: :func:`provenance`.
     """
+    layers = tuple(_layer(g, plan) for g in groups)
     return SlimSpec(
         base=base_spec(
             backbone.name, backbone.pretrained, backbone.trained, backbone.tower.state_dict()
@@ -50,7 +51,8 @@ def make_spec(
         architecture=backbone.architecture,
         activation=backbone.activation,
         preprocess=backbone.preprocess,
-        layers=tuple(_layer(g, plan) for g in groups),
+        layers=layers,
+        format_version=version_of(layers),
         protected=tuple(protected),
         dense=costs[0],
         slim=costs[1],
@@ -77,6 +79,7 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
         "ridge": settings.ridge,
         "seed": settings.seed,
         "torch": torch.__version__,
+        **({"prune_head_dim": True} if settings.prune_head_dim else {}),
         **({"distill": asdict(settings.distill)} if trains else {}),
         **settings.described(),
     }
@@ -84,7 +87,8 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
 
 def _layer(group: Group, plan: Plan) -> LayerSpec:
     slices: tuple[SliceSpec, ...] = ()
-    if group.kind != "heads":
+    inside = group.kind in WIDTH_KINDS
+    if not (inside or group.kind == "heads"):
         for part in group.slices:
             offset = int(part.rows[0, 0])
             if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):
@@ -96,6 +100,6 @@ def _layer(group: Group, plan: Plan) -> LayerSpec:
         block=group.block,
         units=group.units,
         kept=plan.width(group.name),
-        unit_width=int(group.columns.shape[1]),
+        unit_width=1 if inside else int(group.columns.shape[1]),
         slices=slices,
     )

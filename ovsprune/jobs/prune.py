@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class PruneResult:
         seconds: Time by step.
         latency: For a latency budget, ``dense_ms``, ``slim_ms`` and ``measured_ratio`` (the share
             of the time that is really gone, in one run), and ``predicted_ms``; None otherwise.
+        bases: Of layers that lost directions inside heads, see :func:`ovsprune.read`.
     """
 
     spec: SlimSpec
@@ -53,6 +54,7 @@ class PruneResult:
     fidelity: Fidelity
     seconds: dict[str, float]
     latency: dict[str, float] | None = None
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """What ``ovsprune prune --json`` prints."""
@@ -118,8 +120,8 @@ def prune(
             ``calibration`` (a folder or "procedural"), ``samples``, ``criterion`` (a name, or an
             object such as :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own),
             ``allocation``, ``recovery``, ``protect`` (patterns of group names), ``round_to``,
-            ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``, ``latency_table``
-            (a file), ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance),
+            ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
+            ``prune_head_dim`` (directions inside heads, too), ``latency_table`` (a file), ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance),
             ``probe`` (pictures for curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
             :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with
             ``imp_structured=True``; see :mod:`ovsprune.jobs.imp`), ``imp_steps``, ``imp_rewind``,
@@ -157,6 +159,7 @@ def prune(
         done.fidelity,
         clock.seconds,
         done.latency,
+        done.bases,
     )
     if target is not None:
         state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
@@ -172,6 +175,7 @@ def prune(
             dict(result.plan.kept),
             card=card(result.spec, result.record()),
             overwrite=overwrite,
+            bases=result.bases,
         )
         clock.lap("write")
     return result

@@ -48,6 +48,7 @@ class Settings:
     round_to: int = 1
     floor: tuple[str, ...] = ()
     uniform_heads: bool = False
+    prune_head_dim: bool = False
     latency_table: str | None = None
     seed: int = 0
     batch_size: int = 16
@@ -107,6 +108,7 @@ class Settings:
             raise OptionError(f"ridge {self.ridge:g}: give more than 0")
         _check_distillation(self.distill)
         self._check_method()
+        self._check_directions()
         return (
             find_criterion(self.criterion),
             ALLOCATIONS.get(self.allocation),
@@ -117,6 +119,36 @@ class Settings:
     def recoveries(self) -> list[Recovery]:
         """What repairs the cut tower, in this order; nothing where the method trains it."""
         return [] if self.method == "imp" else recovery_chain(self.recovery)
+
+    def _check_directions(self) -> None:
+        """Refuse what does not go with directions inside heads."""
+        if not self.prune_head_dim:
+            return
+        for wrong, option, why in (
+            (
+                not ALLOCATIONS.get(self.allocation).needs_curves,
+                f"--allocation {self.allocation}",
+                "no criterion ranks directions against heads, only measured curves do: take "
+                "sensitivity",
+            ),
+            (
+                self.uniform_heads,
+                "--uniform-heads",
+                "heads and the directions inside them are chosen together, layer by layer",
+            ),
+            (
+                self.budget == "latency",
+                "--budget latency",
+                "layer times are measured by heads and MLP units alone: take macs or params",
+            ),
+            (
+                self.rounds > 1,
+                f"--rounds {self.rounds}",
+                "the directions are those of the dense heads, and are cut once",
+            ),
+        ):
+            if wrong:
+                raise OptionError(f"--prune-head-dim does not go with {option}: {why}")
 
     def _check_method(self) -> None:
         """Refuse options of one method with another, instead of leaving them aside in silence."""
@@ -129,7 +161,7 @@ class Settings:
                 raise OptionError(f"--imp-steps {self.imp_steps}: give 0 or more")
             if not self.imp_lr > 0:
                 raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
-            refused = {"criterion", "allocation", "round_to", "uniform_heads"}
+            refused = {"criterion", "allocation", "round_to", "uniform_heads", "prune_head_dim"}
             refused |= {"rounds", "distill", "statistics", "latency_table"}
             refused |= set() if self.recovery == "none" else {"recovery"}
             refused |= set() if self.imp_structured else {"budget"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.fidelity import Fidelity, fidelity
+from ovsprune.calibration.head_bases import HeadBases, find_bases
 from ovsprune.calibration.pictures import open_pictures
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
@@ -19,6 +20,7 @@ from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups, with_costs
+from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors
 from ovsprune.jobs.imp_units import prune_units
@@ -45,6 +47,7 @@ class Pruned:
     achieved: float
     fidelity: Fidelity
     latency: dict[str, float] | None
+    bases: dict[str, Tensor]
 
 
 class Job:
@@ -86,8 +89,12 @@ class Job:
         base = measure(dense, size)
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
+        if self.settings.prune_head_dim:
+            seeds += width_seeds(seeds)
         free, protected = _split(seeds, self.settings.protect)
-        groups = with_floors(find_groups(dense, free, size), self.settings.floor)
+        inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
+        groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
+        groups = with_floors(with_directions(dense, groups, inner, size), self.settings.floor)
         self.clock.lap("graph")
         pictures, held_out = open_pictures(
             self.settings.calibration,
@@ -97,6 +104,8 @@ class Job:
             self.settings.seed,
             self.progress,
         )
+        bases = self._turn(dense, inner, pictures)
+        groups = [replace(g, known=bases.energies.get(g.name)) for g in groups]
         work = self._trained if self.settings.method == "imp" else self._rounds
         plan, slim, predicted = work(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
@@ -120,7 +129,24 @@ class Job:
             (base, costs),
             provenance(self.settings, pictures),
         )
-        return Pruned(spec, slim, plan, achieved, closeness, latency)
+        turned = {layer.name: bases.bases[layer.name] for layer in spec.turned()}
+        return Pruned(spec, slim, plan, achieved, closeness, latency, turned)
+
+    def _turn(self, dense: nn.Module, seeds: Sequence[Seed], pictures: Pictures) -> HeadBases:
+        """Put the heads of the dense tower in the bases of their directions; its outputs stay."""
+        if not seeds:
+            return HeadBases()
+        found = find_bases(
+            dense,
+            self.family.stages(dense),
+            seeds,
+            pictures,
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
+        turn(dense, found.bases)
+        self.clock.lap("bases")
+        return found
 
     def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         stages = self.family.stages(tower)
@@ -248,6 +274,8 @@ def _split(seeds: Sequence[Seed], patterns: Sequence[str]) -> tuple[list[Seed], 
                 f"{', '.join(s.name for s in seeds[:2])}, and * stands for anything"
             )
         protected |= dict.fromkeys(hits, f"--protect {pattern}")
+    # Where heads stay whole, so do the directions inside them.
+    protected |= {s.name: protected[s.layer] for s in seeds if s.layer in protected}
     free = [s for s in seeds if s.name not in protected]
     if not free:
         raise OptionError("everything is protected; there is nothing to cut")

@@ -35,7 +35,7 @@ class Bias:
         sums: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         for seen in consumers_of(item, "bias compensation"):
-            name = seen.group.consumer
+            name = seen.site.consumer
             layer = item.slim.get_submodule(name)
             residual = seen.output - given_rows(layer, layer(seen.kept))
             weight = row_weights(seen.target, seen.median)

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from ovsprune.calibration.refit import Refit, held_out, row_weights
 from ovsprune.calibration.streams import Stream, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.core.records import Group
-from ovsprune.graph.layers import is_channelwise
 from ovsprune.graph.rows import given_rows, read_rows
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.taps import cut_groups, median_norms, target_of
+from ovsprune.recovery.taps import Site, median_norms, sites
 
 __all__ = ["ClosedForm"]
 
@@ -30,7 +28,7 @@ class ClosedForm:
 
     @torch.no_grad()
     def recover(self, item: RecoveryContext) -> None:
-        """Refit consumers in the order of the blocks, groups of a block in their own order.
+        """Refit consumers in the order of the blocks, those of a block in the order of its groups.
 
         Two streams go through the towers side by side, the dense one and the slim one. First the
         layers that make a group's units are refitted, from what they read in the slim tower to
@@ -53,12 +51,14 @@ class ClosedForm:
             for name, block in dense.blocks.items():
                 # A training between rounds changes blocks that nothing was cut from, too.
                 drifted = (
-                    drifted or bool(cut_groups(item, name)) or _changed(block, slim.blocks[name])
+                    drifted
+                    or any(site.cut for site in sites(item, name))
+                    or _changed(block, slim.blocks[name])
                 )
                 if drifted:
                     pair = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
-                    for group in (g for g in item.groups if g.block == name):
-                        pair.refit(group)
+                    for site in sites(item, name):
+                        pair.refit(site)
                     pair.finish()
                 else:
                     _run(block, dense_stream, item.batch_size)
@@ -110,19 +110,16 @@ class _Block:
         self.dense, self.slim = dense, slim
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
 
-    def refit(self, group: Group) -> None:
-        """Refit what makes the units, then what reads them.
-
-        What makes a unit from that unit alone, a norm or a depthwise convolution, is left as it is.
-        """
-        kept, find = self.item.plan.kept[group.name], self.item.slim.get_submodule
-        makers = [
-            _Target(s.module, (s.module, "output"), find(s.module), s.rows[kept].flatten())
-            for s in group.slices
-            if s.axis == "out" and not is_channelwise(find(s.module))
-        ]
-        self._regress(makers)
-        self._regress([_Target(group.consumer, target_of(group), find(group.consumer))])
+    def refit(self, site: Site) -> None:
+        """Refit what makes the units, then what reads them."""
+        find = self.item.slim.get_submodule
+        self._regress(
+            [
+                _Target(name, (name, "output"), find(name), rows)
+                for name, rows in site.producers.items()
+            ]
+        )
+        self._regress([_Target(site.consumer, site.target, find(site.consumer))])
 
     def _regress(self, targets: Sequence[_Target]) -> None:
         """Correct layers of the slim block, all from one pass over both streams."""

@@ -33,8 +33,8 @@ class ClosedFormSymmetric:
         refits: dict[str, Refit] = {}
         held = held_out(len(item.pictures))
         for seen in consumers_of(item, "symmetric closed-form refit"):
-            layer = item.slim.get_submodule(seen.group.consumer)
-            refit = refits.setdefault(seen.group.name, Refit(layer, held, item.ridge))
+            layer = item.slim.get_submodule(seen.site.consumer)
+            refit = refits.setdefault(seen.site.consumer, Refit(layer, held, item.ridge))
             residual = seen.output - given_rows(layer, layer(seen.kept))
             read = read_rows(layer, seen.kept)
             refit.update(seen.part, read, residual, row_weights(seen.target, seen.median))

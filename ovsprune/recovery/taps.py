@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from ovsprune.calibration.refit import squared_norms
 from ovsprune.calibration.streams import Stream, spread_over, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
+from ovsprune.graph.cut import kept_rows
+from ovsprune.graph.layers import is_channelwise
 
-__all__ = ["Tap", "cut_groups", "median_norms", "target_of"]
+__all__ = ["Site", "Tap", "median_norms", "sites"]
 
 Tap = tuple[str, str]
 """Dotted name of a layer, and its ``"input"`` or ``"output"``."""
@@ -21,13 +24,49 @@ _SAMPLED = 32
 """Pictures on which a median is taken."""
 
 
-def cut_groups(item: RecoveryContext, block: str) -> list[Group]:
-    """Groups of ``block`` of which the plan does not keep everything."""
-    return [g for g in item.groups if g.block == block and item.plan.width(g.name) < g.units]
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A layer that reads units, and the layers that make what it reads.
+
+    Several groups may share them: heads, and the directions inside heads.
+
+    Attributes:
+        consumer: Dotted name of the layer that reads.
+        target: Where its effect is read: the residual stream after it, or its own output.
+        columns: int64, its columns that are kept.
+        producers: Dotted name of each layer that makes units, to its kept rows, int64. What makes a
+            unit from that unit alone, a norm or a depthwise convolution, is not among them.
+        cut: Whether anything is gone.
+    """
+
+    consumer: str
+    target: Tap
+    columns: Tensor
+    producers: Mapping[str, Tensor]
+    cut: bool
 
 
-def target_of(group: Group) -> Tap:
-    """Where the consumer's effect is read: the residual stream after it, or its own output."""
+def sites(item: RecoveryContext, block: str) -> list[Site]:
+    """The consumers of ``block``, in the order of its groups."""
+    groups = [g for g in item.groups if g.block == block]
+    rows, find = kept_rows(item.dense, groups, item.plan), item.dense.get_submodule
+    found = []
+    for consumer in dict.fromkeys(g.consumer for g in groups):
+        mine = [g for g in groups if g.consumer == consumer]
+        makers = [s.module for g in mine for s in g.slices if s.axis == "out"]
+        found.append(
+            Site(
+                consumer,
+                _target_of(mine[0]),
+                rows[consumer, "in"],
+                {name: rows[name, "out"] for name in makers if not is_channelwise(find(name))},
+                any(item.plan.width(g.name) < g.units for g in mine),
+            )
+        )
+    return found
+
+
+def _target_of(group: Group) -> Tap:
     if group.stream is None:
         return group.consumer, "output"
     return group.stream.module, group.stream.side

@@ -43,6 +43,12 @@ def card(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_BASES = (
+    " Directions (`qk`: of queries and keys, `vo`: of values) are counted in each head in the basis "
+    "that lies beside them."
+)
+
+
 def _front_matter() -> str:
     lines = [
         "---",
@@ -67,7 +73,7 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     text = (
         f"# {spec.base.model}, slim\n\n"
         f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "
-        "Heads of attention and units of MLPs were cut out whole, without a label "
+        f"{_what(spec)} were cut out whole, without a label "
         f"{_training(spec)}, so the tower is really smaller and faster on any machine."
     )
     if not spec.base.trained:
@@ -76,6 +82,11 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
             "checkpoint shows shapes and speed, and its predictions mean nothing."
         )
     return text
+
+
+def _what(spec: SlimSpec) -> str:
+    inside = ", directions inside heads" if spec.turned() else ""
+    return f"Heads of attention{inside} and units of MLPs"
 
 
 def _training(spec: SlimSpec) -> str:
@@ -159,6 +170,7 @@ def _layers(spec: SlimSpec) -> str:
     return (
         f"## Layer by layer\n\n{table}\n\n`mask.safetensors` holds the indices of "
         "the kept units in the base model's coordinates, for any weights of that architecture."
+        + (_BASES if spec.turned() else "")
     )
 
 

@@ -138,7 +138,10 @@ def inspect_summary(record: Record) -> Parts:
     rows = []
     for layer in record["layers"]:
         share = percent(layer["kept"] / layer["units"], 0)
-        what = "heads" if layer["kind"] == "heads" else f"{layer['kind']} units"
+        kind = layer["kind"]
+        what = {"heads": kind, "qk": "qk directions", "vo": "vo directions"}.get(
+            kind, f"{kind} units"
+        )
         mark = "protected" if layer["protected"] else ""
         rows.append([layer["name"], what, str(layer["kept"]), str(layer["units"]), share, mark])
     listed = {layer["name"] for layer in record["layers"]}

@@ -16,7 +16,7 @@ from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.cutting import head_runs, keep_index, layer_runs
 from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
-from ovsprune.slim.spec import LayerSpec
+from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec
 from ovsprune.slim.vit import resize_positions
 
 __all__ = ["Applied", "Swap", "apply", "renamed"]
@@ -257,8 +257,12 @@ class _Plan:
                     f"{axis} for {layer.units} heads of width {layer.unit_width}; check the "
                     "model's name"
                 )
-        if layer.kept < layer.units:
-            self.modules[path] = (old, slim_attention(old, kept))
+        spec, bases = self.checkpoint.spec, self.checkpoint.bases
+        own = {k: bases[f"{layer.name}.{k}"] for k in WIDTH_KINDS if f"{layer.name}.{k}" in bases}
+        if layer.kept < layer.units or own:
+            qk_dim, v_dim = spec.head_widths(layer)
+            slim = slim_attention(old, kept, qk_dim=qk_dim, v_dim=v_dim, bases=own)
+            self.modules[path] = (old, slim)
 
     def load_tensors(self) -> None:
         """The checkpoint's values, into the new modules and for the tower's other tensors."""

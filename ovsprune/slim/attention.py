@@ -6,7 +6,7 @@ a mask with a row per dense head is gathered at the kept heads here, so no calle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
 from ovsprune.slim.dense import (
+    Maps,
     check_heads,
+    check_width,
     dropout,
-    head_index,
-    in_projection,
+    maps_of,
     refuse_extras,
     takes_key_value,
 )
+from ovsprune.slim.directions import scaled
 from ovsprune.slim.masks import combine_masks
 
 __all__ = ["SlimAttention"]
@@ -33,13 +35,16 @@ class SlimAttention(nn.Module):
 
     Its output equals that of the dense module whose cut heads are masked to zero before the out
     projection. Parameters have the names of ``nn.MultiheadAttention``: ``in_proj_weight``
-    [3 * kept * head_dim, embed_dim] (queries, keys, values), ``in_proj_bias``, ``out_proj``.
+    [kept * (2 * qk_dim + v_dim), embed_dim] (queries, keys, values), ``in_proj_bias``, ``out_proj``.
 
     Args:
         embed_dim: Width of the residual stream.
         num_heads: Heads of the dense module.
         kept_heads: Dense indices of the heads that are here, strictly ascending.
-        head_dim: Width of one head; ``embed_dim // num_heads`` by default.
+        head_dim: Width of one dense head, which scales the logits; ``embed_dim // num_heads`` by
+            default.
+        qk_dim: Width of the queries and keys of one head; ``head_dim`` by default.
+        v_dim: Width of the values of one head; ``head_dim`` by default.
         bias: Whether the in projection has a bias.
         batch_first: Inputs are [N, L, E] if true, else [L, N, E].
         dropout: Probability of dropping an attention weight in training.
@@ -47,7 +52,7 @@ class SlimAttention(nn.Module):
             open_clip's ``Attention``: called as (x, attn_mask), returns the tensor alone.
 
     Raises:
-        OptionError: ``kept_heads`` are not valid, or the head width cannot be told.
+        OptionError: ``kept_heads`` or a width are not valid, or the head width cannot be told.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class SlimAttention(nn.Module):
         kept_heads: Sequence[int],
         *,
         head_dim: int | None = None,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
         bias: bool = True,
         batch_first: bool = True,
         dropout: float = 0.0,
@@ -73,13 +80,15 @@ class SlimAttention(nn.Module):
         self.num_heads = num_heads
         self.kept_heads = check_heads(num_heads, kept_heads)
         self.head_dim = head_dim
+        self.qk_dim = check_width("qk_dim", qk_dim, head_dim)
+        self.v_dim = check_width("v_dim", v_dim, head_dim)
         self.batch_first = batch_first
         self.dropout = dropout
         self.returns_tuple = returns_tuple
-        inner = len(self.kept_heads) * head_dim
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * inner, embed_dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner)) if bias else None
-        self.out_proj = nn.Linear(inner, embed_dim)
+        rows = sum(self._rows)
+        self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
+        self.out_proj = nn.Linear(self._rows[-1], embed_dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         # nn.MultiheadAttention's attributes that its callers read. The last one keeps
         # nn.TransformerEncoderLayer off its fused path, which assumes embed_dim wide projections.
@@ -87,6 +96,11 @@ class SlimAttention(nn.Module):
         self.bias_k = self.bias_v = None
         self.add_zero_attn = False
         self._qkv_same_embed_dim = False
+
+    @property
+    def _rows(self) -> list[int]:
+        """Rows of the queries, keys and values in the in projection."""
+        return [len(self.kept_heads) * width for width in (self.qk_dim, self.qk_dim, self.v_dim)]
 
     def forward(
         self,
@@ -139,7 +153,7 @@ class SlimAttention(nn.Module):
         drop = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            logits = (q * self.qk_dim**-0.5) @ k.transpose(-2, -1)
             weights = (logits if mask is None else logits + mask).softmax(dim=-1)
             weights = F.dropout(weights, drop) if drop else weights
             x = weights.to(v.dtype) @ v
@@ -151,7 +165,7 @@ class SlimAttention(nn.Module):
         return (x, weights) if self.returns_tuple else x
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [N, kept, length, head_dim]."""
+        """Queries (scaled) and keys [N, kept, length, qk_dim], and values [..., v_dim]."""
         order = "[N, L, E]" if self.batch_first else "[L, N, E]"
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() != 3 or x.shape[-1] != self.embed_dim:
@@ -160,36 +174,53 @@ class SlimAttention(nn.Module):
                     f"{self.embed_dim}; add the batch axis to an unbatched input"
                 )
         if query is key and key is value:
-            flat = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+            both = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            flat = both.split(self._rows, dim=-1)
         else:
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            bias = self.in_proj_bias
+            biases = (None,) * 3 if bias is None else bias.split(self._rows)
+            weights = self.in_proj_weight.split(self._rows)
             flat = tuple(
                 F.linear(x, w, b)
-                for x, w, b in zip(
-                    (query, key, value), self.in_proj_weight.chunk(3), biases, strict=True
-                )
+                for x, w, b in zip((query, key, value), weights, biases, strict=True)
             )
+        count = len(self.kept_heads)
         heads = [x if self.batch_first else x.transpose(0, 1) for x in flat]
-        q, k, v = (x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for x in heads)
-        return q, k, v
+        q, k, v = (x.reshape(*x.shape[:2], count, -1).transpose(1, 2) for x in heads)
+        return scaled(q, self.head_dim), k, v
 
     def extra_repr(self) -> str:
         """Dense and kept heads, for ``print(model)``."""
-        kept = len(self.kept_heads)
-        return f"embed_dim={self.embed_dim}, heads={kept} of {self.num_heads} x {self.head_dim}"
+        heads = f"{len(self.kept_heads)} of {self.num_heads} x {self.head_dim}"
+        if (self.qk_dim, self.v_dim) != (self.head_dim, self.head_dim):
+            heads += f" (qk {self.qk_dim}, v {self.v_dim})"
+        return f"embed_dim={self.embed_dim}, heads={heads}"
 
     @classmethod
-    def from_dense(cls, mha: nn.Module, kept_heads: Sequence[int]) -> SlimAttention:
+    def from_dense(
+        cls,
+        mha: nn.Module,
+        kept_heads: Sequence[int],
+        *,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        bases: Mapping[str, Tensor] | None = None,
+    ) -> SlimAttention:
         """The slim attention that keeps some heads of ``mha``, with those heads' weights.
 
         Args:
             mha: ``nn.MultiheadAttention`` or a module with its parameters (open_clip's
                 ``Attention``, one with ``q_proj_weight`` and so on, or a ``SlimAttention``).
             kept_heads: Dense indices; of a ``SlimAttention``, those must be among its own.
+            qk_dim: How many of the first directions of the queries and keys of each head stay; all
+                that ``mha`` has by default.
+            v_dim: How many of the first directions of the values stay; likewise.
+            bases: ``"qk"`` and ``"vo"`` to T [num_heads, d, d], in which the heads are put before;
+                as they are without (:mod:`ovsprune.slim.directions`).
 
         Raises:
             TargetError: ``mha`` has something that a cut would change (see the message).
-            OptionError: ``kept_heads`` are not valid.
+            OptionError: ``kept_heads`` or a width are not valid.
         """
         refuse_extras(mha)
         num_heads = int(mha.num_heads)  # type: ignore[arg-type]
@@ -198,22 +229,23 @@ class SlimAttention(nn.Module):
         missing = [h for h in kept if h not in present]
         if missing:
             raise OptionError(f"heads {missing} are cut already; {present} are left of {num_heads}")
-        weight, bias = in_projection(mha)
-        out = mha.out_proj
-        assert isinstance(out, nn.Linear)
-        head_dim = weight.shape[0] // (3 * len(present))
+        maps = maps_of(mha, len(present))
+        widths = maps.widths
         slim = cls(
-            weight.shape[1],
+            maps.weights[0].shape[1],
             num_heads,
             kept,
-            head_dim=head_dim,
-            bias=bias is not None,
+            head_dim=mha.head_dim if isinstance(mha, SlimAttention) else widths[0],
+            qk_dim=widths[0] if qk_dim is None else check_width("qk_dim", qk_dim, widths[0]),
+            v_dim=widths[1] if v_dim is None else check_width("v_dim", v_dim, widths[1]),
+            bias=any(bias is not None for bias in maps.biases),
             batch_first=bool(getattr(mha, "batch_first", True)),
             dropout=dropout(mha),
             returns_tuple=takes_key_value(mha),
-        ).to(device=weight.device, dtype=weight.dtype)
-        rows = head_index([present.index(h) for h in kept], head_dim).to(weight.device)
-        slim._fill(weight, bias, out, rows)
+        ).to(device=maps.columns.device, dtype=maps.columns.dtype)
+        if bases:
+            maps = maps.turned({kind: basis[list(present)] for kind, basis in bases.items()})
+        slim._fill(maps, [present.index(h) for h in kept])
         slim.train(mha.training)
         return slim
 
@@ -229,63 +261,62 @@ class SlimAttention(nn.Module):
         kept_heads: Sequence[int],
         head_dim: int,
         batch_first: bool = True,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
     ) -> SlimAttention:
         """The slim attention that does what separate linear maps do.
 
         Args:
-            q: Query map, [kept * head_dim, embed_dim], or dense and then cut here.
+            q: Query map, [kept * qk_dim, embed_dim], or of all heads and then cut here.
             k: Key map, likewise.
-            v: Value map, likewise.
-            out: Out projection, [embed_dim, kept * head_dim], or dense.
+            v: Value map, [kept * v_dim, embed_dim], or of all heads.
+            out: Out projection, [embed_dim, kept * v_dim], or of all heads.
             num_heads: Heads of the dense module.
             kept_heads: Dense indices of the heads that stay.
-            head_dim: Width of one head.
+            head_dim: Width of one dense head.
             batch_first: Axis order of the inputs.
+            qk_dim: Width of the queries and keys of one head; ``head_dim`` by default.
+            v_dim: Width of the values of one head; ``head_dim`` by default.
 
         Raises:
-            OptionError: The maps' widths are neither the kept nor the dense one.
+            OptionError: The maps' widths are neither those of the kept nor those of all heads.
         """
-        kept = check_heads(num_heads, kept_heads)
-        widths = {m.weight.shape[0] for m in (q, k, v)} | {out.weight.shape[1]}
-        if widths == {len(kept) * head_dim}:
+        slim = cls(
+            q.weight.shape[1],
+            num_heads,
+            kept_heads,
+            head_dim=head_dim,
+            qk_dim=qk_dim,
+            v_dim=v_dim,
+            bias=any(m.bias is not None for m in (q, k, v)),
+            batch_first=batch_first,
+        ).to(device=q.weight.device, dtype=q.weight.dtype)
+        kept = slim.kept_heads
+        widths = [m.weight.shape[0] for m in (q, k, v)] + [out.weight.shape[1]]
+        one = [slim.qk_dim, slim.qk_dim, slim.v_dim, slim.v_dim]
+        if widths == [len(kept) * width for width in one]:
             positions: Sequence[int] = range(len(kept))
-        elif widths == {num_heads * head_dim}:
+        elif widths == [num_heads * width for width in one]:
             positions = kept
         else:
             raise OptionError(
-                f"q, k, v and out have widths {sorted(widths)}; expected all {len(kept)} or all "
-                f"{num_heads} heads of width {head_dim}"
+                f"q, k, v and out have widths {sorted(set(widths))}; expected all {len(kept)} or "
+                f"all {num_heads} heads of width {', '.join(map(str, sorted(set(one))))}"
             )
-        weight = torch.cat([m.weight.detach() for m in (q, k, v)])
-        bias = None
-        if any(m.bias is not None for m in (q, k, v)):
-            rows = q.weight.shape[0]
-            bias = torch.cat(
-                [weight.new_zeros(rows) if m.bias is None else m.bias.detach() for m in (q, k, v)]
-            )
-        slim = cls(
-            weight.shape[1],
-            num_heads,
-            kept,
-            head_dim=head_dim,
-            bias=bias is not None,
-            batch_first=batch_first,
-        ).to(device=weight.device, dtype=weight.dtype)
-        slim._fill(weight, bias, out, head_index(positions, head_dim).to(weight.device))
+        slim._fill(Maps.of((q, k, v), out, widths[0] // slim.qk_dim), positions)
         slim.train(out.training)
         return slim
 
     @torch.no_grad()
-    def _fill(self, weight: Tensor, bias: Tensor | None, out: nn.Linear, rows: Tensor) -> None:
-        """Copy rows ``rows`` of each third of the in projection and columns of the out one."""
-        third = weight.shape[0] // 3
-        three = torch.cat([rows + i * third for i in range(3)])
-        self.in_proj_weight.copy_(weight[three])
-        if self.in_proj_bias is not None and bias is not None:
-            self.in_proj_bias.copy_(bias[three])
-        self.out_proj.weight.copy_(out.weight[:, rows])
-        bias_out: Tensor | None = out.bias
-        if bias_out is None:
+    def _fill(self, maps: Maps, positions: Sequence[int]) -> None:
+        """Copy the heads at ``positions``, of each the first channels that there is room for."""
+        maps = maps.cut(positions, self.qk_dim, self.v_dim)
+        self.in_proj_weight.copy_(torch.cat(maps.weights))
+        if self.in_proj_bias is not None:
+            for to, bias in zip(self.in_proj_bias.split(self._rows), maps.biases, strict=True):
+                to.copy_(torch.zeros_like(to) if bias is None else bias)
+        self.out_proj.weight.copy_(maps.columns)
+        if maps.out_bias is None:
             self.out_proj.register_parameter("bias", None)
         else:
-            self.out_proj.bias.copy_(bias_out)
+            self.out_proj.bias.copy_(maps.out_bias)

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.fields import DOTTED
-from ovsprune.slim.spec import MASK, MODEL, LayerSpec, SlimSpec
+from ovsprune.slim.spec import MASK, MODEL, WIDTH_KINDS, LayerSpec, SlimSpec
 
-__all__ = ["TOWER", "check_mask", "check_tensors", "kept_width"]
+__all__ = ["BASIS", "TOWER", "check_bases", "check_mask", "check_tensors", "kept_width"]
 
 TOWER = "visual."
+BASIS = ".basis"
+"""Suffix of the basis of a layer in the file of the mask."""
 
 _AGAIN = "copy or write the checkpoint again"
 
@@ -54,11 +56,45 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
                 f"{at}: {layer.name} is not strictly ascending, so a unit is out of order or "
                 f"there twice; {_AGAIN}"
             )
+        if layer.kind in WIDTH_KINDS and int(kept[-1]) != layer.kept - 1:
+            raise CheckpointError(
+                f"{at}: {layer.name} keeps the direction {int(kept[-1])}, expected the first "
+                f"{layer.kept} of its basis; {_AGAIN}"
+            )
         if int(kept[0]) < 0 or int(kept[-1]) >= layer.units:
             raise CheckpointError(
                 f"{at}: {layer.name} keeps units from {int(kept[0])} to {int(kept[-1])}, expected "
                 f"indices within [0, {layer.units}); {_AGAIN}"
             )
+
+
+def check_bases(spec: SlimSpec, bases: Mapping[str, Tensor], at: str = MASK) -> None:
+    """Check that ``bases`` holds the basis of every layer that lost directions, and nothing else.
+
+    Args:
+        spec: What the bases should fit.
+        bases: Layer name to floating-point [heads, units, units].
+        at: Where they come from, for messages.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    heads = {layer.name: layer.units for layer in spec.layers if layer.kind == "heads"}
+    wanted = {x.name: (heads[x.name.rpartition(".")[0]], x.units, x.units) for x in spec.turned()}
+    for problem, found in (
+        ("lacks", wanted.keys() - bases.keys()),
+        ("has an unknown", bases.keys() - wanted.keys()),
+    ):
+        if found:
+            raise CheckpointError(f"{at} {problem} basis of {', '.join(sorted(found))}; {_AGAIN}")
+    for name, basis in bases.items():
+        if tuple(basis.shape) != wanted[name] or not basis.is_floating_point():
+            raise CheckpointError(
+                f"{at}: the basis of {name} is {basis.dtype} {tuple(basis.shape)}, expected "
+                f"floating point {wanted[name]}; {_AGAIN}"
+            )
+        if not basis.isfinite().all() or bool((torch.linalg.det(basis.double()) == 0).any()):
+            raise CheckpointError(f"{at}: the basis of {name} cannot be inverted; {_AGAIN}")
 
 
 def kept_width(layer: LayerSpec) -> int:
@@ -84,7 +120,7 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
         raise CheckpointError(f"{at} has no tensor of the tower ({TOWER}*); {_AGAIN}")
     for layer in spec.layers:
         if layer.kind == "heads":
-            _check_heads(layer, tensors, at)
+            _check_heads(layer, spec.head_widths(layer), tensors, at)
             continue
         for part in layer.slices:
             name = f"{TOWER}{part.module}.weight"
@@ -98,15 +134,17 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
                 )
 
 
-def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> None:
-    width = kept_width(layer)
-    for name, axis, size in (("in_proj_weight", 0, 3 * width), ("out_proj.weight", 1, width)):
+def _check_heads(
+    layer: LayerSpec, widths: tuple[int, int], tensors: Mapping[str, Tensor], at: str
+) -> None:
+    qk, vo = (layer.kept * width for width in widths)
+    for name, axis, size in (("in_proj_weight", 0, 2 * qk + vo), ("out_proj.weight", 1, vo)):
         full = f"{TOWER}{layer.name}.{name}"
         shape = tuple(_tensor(tensors, full, at).shape)
         if len(shape) != 2 or shape[axis] != size:
             raise CheckpointError(
                 f"{at}: {full} has shape {shape}, expected {size} on axis {axis} for "
-                f"{layer.kept} heads of width {layer.unit_width}; {_AGAIN}"
+                f"{layer.kept} heads of width {' and '.join(map(str, sorted({*widths})))}; {_AGAIN}"
             )
 
 

@@ -15,13 +15,15 @@ from ovsprune.slim import fields
 from ovsprune.slim.spec import (
     ACTIVATIONS,
     FORMAT,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     KINDS,
+    WIDTH_KINDS,
     BaseSpec,
     FileSpec,
     LayerSpec,
     SliceSpec,
     SlimSpec,
+    version_of,
 )
 
 __all__ = [
@@ -119,6 +121,7 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
         provenance=provenance,
     )
     _check_names(spec, at)
+    _check_directions(spec, at)
     return spec
 
 
@@ -136,10 +139,10 @@ def _check_version(data: Any, at: str) -> None:
             "directory that `ovsprune prune` wrote"
         )
     version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
         raise CheckpointError(
-            f"{at}: format_version is {version}, this ovsprune reads {FORMAT_VERSION}; "
-            "install a newer ovsprune, or write the checkpoint again with this one"
+            f"{at}: format_version is {version}, this ovsprune reads "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; install a newer ovsprune, or write the checkpoint again with this one"
         )
 
 
@@ -151,6 +154,29 @@ def _check_names(spec: SlimSpec, at: str) -> None:
             f"{at}: layers has {', '.join(double)} twice; the file was edited or damaged: copy or "
             "write the checkpoint again"
         )
+
+
+def _check_directions(spec: SlimSpec, at: str) -> None:
+    """Layers of directions are for version 2, each beside the heads that they lie in."""
+    heads = {layer.name: layer for layer in spec.layers if layer.kind == "heads"}
+    for layer in spec.layers:
+        if layer.kind not in WIDTH_KINDS:
+            continue
+        if version_of([layer]) > spec.format_version:
+            raise CheckpointError(
+                f"{at}: {layer.name} is of the kind {layer.kind!r}, which format_version "
+                f"{spec.format_version} does not have; the file was edited or damaged: copy or "
+                "write the checkpoint again"
+            )
+        whole = heads.get(layer.name.removesuffix(f".{layer.kind}"))
+        wanted = None if whole is None else (whole.block, whole.unit_width, 1, ())
+        if (layer.block, layer.units, layer.unit_width, layer.slices) != wanted:
+            raise CheckpointError(
+                f"{at}: {layer.name} does not fit the heads that it lies in: expected a layer of "
+                f"heads whose name it has before .{layer.kind}, with its block, its head width as "
+                "units, unit_width 1 and no slices; the file was edited or damaged: copy or write "
+                "the checkpoint again"
+            )
 
 
 def base_document(base: BaseSpec) -> dict[str, Any]:
@@ -222,7 +248,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
             for i, item in enumerate(fields.array(data["slices"], f"{at}.slices"))
         ),
     )
-    if layer.kind != "heads" and not layer.slices:
+    if layer.kind in ("mlp", "channels") and not layer.slices:
         raise CheckpointError(
             f"{at}.slices is empty, expected at least one for the kind {layer.kind!r}; the file "
             "was edited or damaged: copy or write the checkpoint again"

@@ -112,8 +112,14 @@ def cut_state(
         The same names, in the same order, with copies of what was cut.
 
     Raises:
-        CheckpointError: A tensor is missing, or not of the model that the mask was made for.
+        CheckpointError: A tensor is missing, or not of the model that the mask was made for; or the
+            checkpoint lost directions inside heads.
     """
+    if spec.turned():
+        raise CheckpointError(
+            f"{spec.turned()[0].name} lost directions inside its heads, which no choice of a "
+            "tensor's rows can take away; put the checkpoint on a tower with ovsprune.apply"
+        )
     cut = dict(state)
     for layer in spec.layers:
         if layer.kind == "heads" and layer.kept < layer.units:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,19 +34,22 @@ _WIDTHS = {
 }
 
 
-def slim_attention(mha: nn.Module, kept_heads: Sequence[int] | Tensor) -> SlimAttention:
+def slim_attention(
+    mha: nn.Module, kept_heads: Sequence[int] | Tensor, **directions: Any
+) -> SlimAttention:
     """A slim attention to stand where ``mha`` stood, with its weights, hooks, and flags.
 
     Args:
         mha: ``nn.MultiheadAttention`` or a module with its parameters.
         kept_heads: Dense indices, strictly ascending.
+        directions: ``qk_dim``, ``v_dim`` and ``bases`` of :meth:`SlimAttention.from_dense`.
 
     Raises:
         TargetError: ``mha`` has something that a cut by heads would not leave as it was.
         OptionError: ``kept_heads`` are not valid.
     """
     heads = kept_heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
-    slim = SlimAttention.from_dense(mha, heads)
+    slim = SlimAttention.from_dense(mha, heads, **directions)
     flags = {name: p.requires_grad for name, p in mha.named_parameters()}
     for name, parameter in slim.named_parameters():
         # separate projections have names of their own: the query's speaks for the three

@@ -87,7 +87,10 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
     heads = {layer.name: layer for layer in checkpoint.spec.layers if layer.kind == "heads"}
     if name in heads:
         kept = tuple(checkpoint.mask[name].tolist())
-        return BlockShape(heads[name].units, kept, heads[name].unit_width, mlp_width)
+        head = heads[name]
+        return BlockShape(
+            head.units, kept, head.unit_width, mlp_width, *checkpoint.spec.head_widths(head)
+        )
     # not in the list, so not cut: all heads, as wide as everywhere else
     widths = [layer.unit_width for layer in heads.values()]
     head_dim = widths[0] if widths else _head_dim(checkpoint)

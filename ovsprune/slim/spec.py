@@ -6,7 +6,7 @@ The page ``docs/format.md`` and ``schema.json`` beside this file say the same to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ __all__ = [
     "CARD",
     "CONFIG",
     "FORMAT",
-    "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
     "KINDS",
     "MASK",
     "MODEL",
@@ -27,18 +27,22 @@ __all__ = [
     "LayerSpec",
     "SliceSpec",
     "SlimSpec",
+    "WIDTH_KINDS",
     "schema",
+    "version_of",
 ]
 
 FORMAT = "ovsprune-slim"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
 MASK = "mask.safetensors"
 CARD = "README.md"
 
-KINDS = ("heads", "mlp", "channels")
+WIDTH_KINDS = ("qk", "vo")
+"""Directions inside the heads of an attention; new in version 2 of the format."""
+KINDS = ("heads", "mlp", "channels", *WIDTH_KINDS)
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6")
 
 
@@ -63,14 +67,16 @@ class LayerSpec:
     """One group of units, some of which were cut.
 
     Attributes:
-        name: Unique name; for ``"heads"`` the dotted path of the attention module.
-        kind: ``"heads"``, ``"mlp"`` or ``"channels"``.
+        name: Unique name; for ``"heads"`` the dotted path of the attention module, for ``"qk"`` and
+            ``"vo"`` that path, a dot and the kind.
+        kind: One of :data:`KINDS`.
         block: Dotted path of the block that holds it.
         units: Units in the base model.
         kept: Units that are left.
-        unit_width: Channels that make up one unit (the head width, or 1).
+        unit_width: Channels that make up one unit (the head width, or 1), for ``"qk"`` and ``"vo"``
+            in each head.
         slices: Unit u covers indices ``offset + u * unit_width`` and on, of each slice. A
-            ``"heads"`` layer is cut as a whole and needs none.
+            ``"heads"`` layer is cut as a whole and needs none, and directions have none.
     """
 
     name: str
@@ -127,7 +133,7 @@ class SlimSpec:
         slim: Costs of the slim tower.
         files: File name to digest and size; filled in on writing.
         provenance: How it was made (plain JSON); a reader may ignore it.
-        format_version: Version of the format.
+        format_version: Version of the format; :func:`version_of` the layers.
     """
 
     base: BaseSpec
@@ -143,7 +149,7 @@ class SlimSpec:
     slim: Costs
     files: Mapping[str, FileSpec] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     @property
     def ratio(self) -> float:
@@ -160,6 +166,16 @@ class SlimSpec:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    def head_widths(self, layer: LayerSpec) -> tuple[int, int]:
+        """Width of the queries and keys, and of the values, that a head of ``layer`` has here."""
+        kept = {other.name: other.kept for other in self.layers}
+        qk, vo = (kept.get(f"{layer.name}.{kind}", layer.unit_width) for kind in WIDTH_KINDS)
+        return qk, vo
+
+    def turned(self) -> tuple[LayerSpec, ...]:
+        """The layers that lost directions inside their heads: those that have a basis."""
+        return tuple(x for x in self.layers if x.kind in WIDTH_KINDS and x.kept < x.units)
 
     def to_json(self) -> str:
         """The text of ``config.json``; equal specs give equal text.
@@ -186,6 +202,11 @@ class SlimSpec:
         from ovsprune.slim import config
 
         return config.parse(document, str(source))
+
+
+def version_of(layers: Iterable[LayerSpec]) -> int:
+    """The earliest version of the format that can say ``layers``."""
+    return 2 if any(layer.kind in WIDTH_KINDS for layer in layers) else 1
 
 
 def schema() -> dict[str, Any]:

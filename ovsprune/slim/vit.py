@@ -48,12 +48,16 @@ class BlockShape:
         kept_heads: Those that are left, by their index there.
         head_dim: Width of one head.
         mlp_width: Hidden units of the MLP.
+        qk_dim: Width of the queries and keys of one head; ``head_dim`` if None.
+        v_dim: Width of the values of one head; likewise.
     """
 
     num_heads: int
     kept_heads: tuple[int, ...]
     head_dim: int
     mlp_width: int
+    qk_dim: int | None = None
+    v_dim: int | None = None
 
 
 class LayerScale(nn.Module):
@@ -77,7 +81,12 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = SlimAttention(
-            width, shape.num_heads, shape.kept_heads, head_dim=shape.head_dim, batch_first=True
+            width,
+            shape.num_heads,
+            shape.kept_heads,
+            head_dim=shape.head_dim,
+            qk_dim=shape.qk_dim,
+            v_dim=shape.v_dim,
         )
         self.ls_1: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
         self.ln_2 = nn.LayerNorm(width, eps)

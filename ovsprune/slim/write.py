@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, OutputError
 from ovsprune.slim import swap
-from ovsprune.slim.check import check_mask, check_tensors
+from ovsprune.slim.check import BASIS, check_bases, check_mask, check_tensors
 from ovsprune.slim.fields import FILE_NAME
 from ovsprune.slim.read import file_digest, read_spec
 from ovsprune.slim.spec import CARD, CONFIG, MASK, MODEL, FileSpec, SlimSpec
@@ -41,6 +41,7 @@ def write(
     card: str,
     overwrite: bool = False,
     extra: Mapping[str, bytes] | None = None,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a slim checkpoint, so that afterwards there is all of it or nothing new.
 
@@ -52,6 +53,7 @@ def write(
         card: Text of the model card, ``README.md``.
         overwrite: Swap an existing slim checkpoint for the new one.
         extra: More files, by plain name.
+        bases: Of layers that lost directions inside heads, as :func:`ovsprune.read` gives them.
 
     Returns:
         The directory.
@@ -72,8 +74,10 @@ def write(
     check_mask(spec, mask, "the mask to be written")
     check_tensors(spec, tensors, "the tensors to be written")
     SlimSpec.from_json(spec.to_json(), "the config to be written")
+    check_bases(spec, bases or {}, "the mask to be written")
     with staged(path) as scratch:
-        _fill(scratch, spec, tensors, mask, card, extra)
+        both = {**mask, **{f"{name}{BASIS}": basis for name, basis in (bases or {}).items()}}
+        _fill(scratch, spec, tensors, both, card, extra)
     return path
 
 

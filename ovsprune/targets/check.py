@@ -18,6 +18,7 @@ from ovsprune.targets.surgery import cuts_of, dense_shapes
 __all__ = [
     "Weights",
     "check_activation",
+    "check_directions",
     "check_fits",
     "check_heads",
     "check_trained",
@@ -38,6 +39,21 @@ def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
             f"{checkpoint.path} was pruned from {checkpoint.spec.base.model} with random weights "
             "(--pretrained none), so its mask and tensors mean nothing; prune trained weights, or "
             "transfer it all the same with --force (force=True)"
+        )
+
+
+def check_directions(checkpoint: SlimCheckpoint) -> None:
+    """Refuse a checkpoint that lost directions inside heads.
+
+    Raises:
+        TargetError: It did.
+    """
+    turned = checkpoint.spec.turned()
+    if turned:
+        raise TargetError(
+            f"{checkpoint.path} lost directions inside heads ({turned[0].name} and "
+            f"{len(turned) - 1} more; --prune-head-dim), which no target takes yet; prune again "
+            "without --prune-head-dim"
         )
 
 

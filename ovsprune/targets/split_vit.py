@@ -17,6 +17,7 @@ from ovsprune.targets.attached import Attached, attach_tower
 from ovsprune.targets.check import (
     Weights,
     check_activation,
+    check_directions,
     check_fits,
     check_heads,
     check_trained,
@@ -120,6 +121,7 @@ def check(
 ) -> tuple[Weights, str]:
     """Ask everything before anything is touched; see ``Target.check``."""
     check_trained(checkpoint, force)
+    check_directions(checkpoint)
     towers(model, places)
     names = model.state_dict()
     where = layout(names, depth_of(checkpoint), places)
@@ -160,6 +162,7 @@ def convert(
 ) -> Converted:
     """A framework's saved state with the slim tower in it; see ``Target.convert``."""
     check_trained(checkpoint, force)
+    check_directions(checkpoint)
     where = layout(state, depth_of(checkpoint), places)
     tower = None if state is None else where.tower_state(state)
     if tower is not None:
