@@ -13,8 +13,7 @@ loss goes through the tower, and there is no learning rate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +21,14 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Segment", "Tensors", "conjugate_gradients"]
+from ovsprune.calibration.moments import SecondMoments
+from ovsprune.calibration.ridge import regularised
+from ovsprune.calibration.streams import Enough, capture
+
+__all__ = ["Metric", "Segment", "Tensors", "added", "conjugate_gradients"]
 
 Tensors = dict[str, Tensor]
 """Parameters, or a change of them, by dotted name."""
-
-
-class _Done(Exception):
-    """The consumer has run; what comes after it is not wanted."""
 
 
 class Segment:
@@ -39,12 +38,15 @@ class Segment:
         block: Maps stream -> stream.
         layers: Dotted names inside ``block``: whose parameters change. None comes after another.
         consumer: Dotted name inside ``block``.
+
+    Attributes:
+        parameters: Weights and biases of ``layers`` as they were at first, by dotted name.
     """
 
     def __init__(self, block: nn.Module, layers: Sequence[str], consumer: str) -> None:
-        self.block, self.consumer = block, block.get_submodule(consumer)
+        self.block, self.consumer = block, consumer
         self.parameters: Tensors = {
-            f"{layer}.{name}": parameter.detach()
+            f"{layer}.{name}": parameter.detach().clone()
             for layer in layers
             for name, parameter in block.get_submodule(layer).named_parameters()
         }
@@ -75,29 +77,26 @@ class Segment:
         """
         with _derivatives(self.parameters) as leaves, forward_ad.dual_level():
             duals = {
-                name: forward_ad.make_dual(leaf, change[name].to(leaf))
+                name: forward_ad.make_dual(leaf, change[name].to(leaf))  # type: ignore[no-untyped-call]
                 for name, leaf in leaves.items()
             }
-            out, tangent = forward_ad.unpack_dual(self._output(duals, stream))
+            out, tangent = forward_ad.unpack_dual(self._output(duals, stream))  # type: ignore[no-untyped-call]
             assert tangent is not None
             return _pulled(out, leaves, weight * tangent.detach())
 
+    @torch.no_grad()
+    def put(self, change: Tensors, step: float) -> None:
+        """Set the parameters, in place, to what they were at first plus a part of a change."""
+        for name, first in self.parameters.items():
+            new = first.double() + step * change[name].to(first.device)
+            self.block.get_parameter(name).copy_(new.to(first) if step else first)
+
     def _output(self, parameters: Tensors, stream: Tensor) -> Tensor:
         """The consumer's output; the rest of the block does not run."""
-        found: list[Tensor] = []
-
-        def stop(_: nn.Module, __: Any, out: Tensor) -> None:
-            found.append(out)
-            raise _Done
-
-        handle = self.consumer.register_forward_hook(stop)
-        try:
+        tap = self.consumer, "output"
+        with capture(self.block, [tap], stop=True) as seen, suppress(Enough):
             functional_call(self.block, parameters, (stream,))
-        except _Done:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+        return seen[tap]
 
 
 @contextmanager
@@ -110,6 +109,53 @@ def _derivatives(parameters: Tensors) -> Iterator[Tensors]:
 def _pulled(out: Tensor, leaves: Tensors, rows: Tensor) -> Tensors:
     found = torch.autograd.grad(out, list(leaves.values()), rows)
     return {name: part.double().cpu() for name, part in zip(leaves, found, strict=True)}
+
+
+class Metric:
+    """Second moments of what layers read: the preconditioner of :func:`conjugate_gradients`.
+
+    Args:
+        ridge: Relative to the mean variance.
+    """
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge = ridge
+        self._moments: dict[str, SecondMoments] = {}
+        self._same: dict[str, str] = {}
+        self._factors: dict[str, Tensor] = {}
+
+    def update(self, read: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add rows [b, ..., n], by layer, with weights [b, ...]; what several read counts once."""
+        self._factors.clear()
+        for name, rows in read.items():
+            first = next(other for other, theirs in read.items() if theirs is rows)
+            self._same[name] = first
+            if first == name:
+                self._moments.setdefault(name, SecondMoments(rows.shape[-1])).update(rows, weight)
+
+    def precondition(self, values: Tensors) -> Tensors:
+        """Weights times the inverse of their layer's second moment, biases over the whole weight.
+
+        Args:
+            values: ``layer.weight`` [m, n] or [m, channels, ...] and ``layer.bias`` [m].
+        """
+        result = {}
+        for name, value in values.items():
+            layer = self._same[name.rpartition(".")[0]]
+            if value.ndim == 1:
+                result[name] = value / self._moments[layer].total
+            else:
+                solved = torch.cholesky_solve(value.flatten(1).T, self._factor(layer))
+                result[name] = solved.T.reshape(value.shape)
+        return result
+
+    def _factor(self, layer: str) -> Tensor:
+        if layer not in self._factors:
+            found = self._moments[layer].result()
+            square = found.covariance + torch.outer(found.mean, found.mean)
+            whole = regularised(square, self.ridge) * self._moments[layer].total
+            self._factors[layer] = torch.linalg.cholesky(whole)
+        return self._factors[layer]
 
 
 def conjugate_gradients(
@@ -138,11 +184,11 @@ def conjugate_gradients(
         if not (power > 0 and curvature > 0):
             break
         step = power / curvature
-        change = _plus(change, step, direction)
-        left = _plus(left, -step, product)
+        change = added(change, direction, step)
+        left = added(left, product, -step)
         ahead = precondition(left)
         before, power = power, _inner(left, ahead)
-        direction = _plus(ahead, power / before, direction)
+        direction = added(ahead, direction, power / before)
     return change
 
 
@@ -150,5 +196,6 @@ def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return float(sum((a[name] * b[name]).sum() for name in a))
 
 
-def _plus(a: Tensors, factor: float, b: Tensors) -> Tensors:
+def added(a: Tensors, b: Tensors, factor: float = 1.0) -> Tensors:
+    """``a + factor * b``."""
     return {name: part + factor * b[name] for name, part in a.items()}

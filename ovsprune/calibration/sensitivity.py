@@ -31,12 +31,17 @@ def grid(units: int, floor: int = 1, points: int = 8) -> tuple[int, ...]:
     return tuple(sorted(widths))
 
 
+_SHARES = (0.1, 0.9)
+"""Of the pooled output, and of the dense tokens."""
+
+
 class FeatureError:
     """Relative squared change of the normalised dense tokens and the pooled output.
 
     Zero-shot heads compare directions, so tokens are L2-normalised first; the change is relative
     to the spread of the dense model's own tokens, so that it does not depend on how anisotropic
-    the embedding is. The pooled output counts as much as all the dense tokens together.
+    the embedding is. The pooled output counts a tenth: what is pruned for segmentation is read
+    token by token, and an allocation for both in equal parts keeps less of the tokens.
 
     Args:
         pooled: [B, C] of the dense tower.
@@ -50,9 +55,11 @@ class FeatureError:
     def __call__(self, pooled: Tensor, dense: Tensor) -> float:
         """The change, 0 for the same outputs, about 2 for unrelated ones."""
         total = 0.0
-        for part, before, scale in zip((pooled, dense), self._reference, self._spread, strict=True):
+        for part, before, scale, share in zip(
+            (pooled, dense), self._reference, self._spread, _SHARES, strict=True
+        ):
             error = (F.normalize(part, dim=1) - before).square().sum(1).mean()
-            total += 0.5 * float(error) / scale
+            total += share * float(error) / scale
         return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ovsprune.core.protocols import Pictures, Stages
 __all__ = [
     "MEMORY_LIMIT",
     "Capture",
+    "Enough",
     "Stream",
     "allocate",
     "capture",
@@ -109,9 +110,13 @@ class Capture(dict[tuple[str, str], Tensor]):
     """What passed the tapped layers in the last forward: (module, "input"|"output") -> tensor."""
 
 
+class Enough(Exception):
+    """All that was wanted has passed; what comes after it need not run."""
+
+
 @contextmanager
 def capture(
-    root: nn.Module, taps: Iterable[tuple[str, str]], prefix: str = ""
+    root: nn.Module, taps: Iterable[tuple[str, str]], prefix: str = "", stop: bool = False
 ) -> Iterator[Capture]:
     """Record the inputs or outputs of layers while the context is open.
 
@@ -119,17 +124,20 @@ def capture(
         root: Module that holds the layers.
         taps: (dotted name, ``"input"`` or ``"output"``).
         prefix: Dotted name of ``root`` itself inside the tower, which taps' names begin with.
+        stop: End every forward, with an exception, as soon as all taps have been passed.
     """
-    seen = Capture()
+    seen, wanted = Capture(), set(taps)
 
     def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             seen[key] = args[0] if key[1] == "input" else out
+            if stop and len(seen) == len(wanted):
+                raise Enough
 
         return hook
 
     handles = []
-    for name, side in set(taps):
+    for name, side in wanted:
         layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
         handles.append(layer.register_forward_hook(hook_for((name, side))))
     try:
@@ -148,7 +156,7 @@ def walk(
     prefix: str = "",
     advance: bool = False,
 ) -> Iterator[tuple[slice, Capture]]:
-    """Run one block over a stream, a batch at a time.
+    """Run one block over a stream, a batch at a time, no further than is wanted.
 
     Args:
         block: Maps stream -> stream.
@@ -162,10 +170,12 @@ def walk(
         The pictures of the batch, and what passed the taps; the same object every time.
     """
     device = next(block.parameters()).device
-    with capture(block, taps, prefix) as seen:
+    with capture(block, taps, prefix, stop=not advance) as seen:
         for start in range(0, len(stream), batch_size):
             part = slice(start, start + batch_size)
-            out = block(stream[part].to(device))
+            seen.clear()
+            with suppress(Enough):
+                out = block(stream[part].to(device))
             yield part, seen
             if advance:
                 stream[part] = out.float().cpu()

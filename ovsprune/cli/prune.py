@@ -53,7 +53,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 )
 @click.option("--allocation", default="sensitivity", show_default=True, help="How much goes where.")
 @click.option(
-    "--recovery", default="closed-form", show_default=True, help="How the rest is repaired."
+    "--recovery", default="gauss-newton", show_default=True, help="How the rest is repaired."
 )
 @click.option(
     "--rounds",

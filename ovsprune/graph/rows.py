@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ovsprune.graph.layers import weight_of
 
-__all__ = ["flat_columns", "given_rows", "read_rows", "reads_everything"]
+__all__ = ["flat_columns", "from_rows", "given_rows", "read_rows", "reads_everything"]
 
 
 def read_rows(layer: nn.Module, read: Tensor) -> Tensor:
@@ -38,6 +38,11 @@ def read_rows(layer: nn.Module, read: Tensor) -> Tensor:
 def given_rows(layer: nn.Module, given: Tensor) -> Tensor:
     """What ``layer`` gives, or anything of that layout, as rows [b, ..., m]."""
     return given if weight_of(layer).ndim == 2 else given.movedim(1, -1)
+
+
+def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """The inverse of :func:`given_rows`."""
+    return rows if weight_of(layer).ndim == 2 else rows.movedim(-1, 1)
 
 
 def flat_columns(layer: nn.Module, columns: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Settings:
     samples: int = 256
     criterion: str | Criterion = "reconstruction"
     allocation: str = "sensitivity"
-    recovery: str = "closed-form"
+    recovery: str = "gauss-newton"
     protect: tuple[str, ...] = ()
     round_to: int = 1
     floor: tuple[str, ...] = ()

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
 
-from ovsprune.calibration.refit import Refit, held_out, row_weights
-from ovsprune.calibration.streams import Stream, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.graph.rows import given_rows, read_rows
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.taps import Site, median_norms, sites
+from ovsprune.recovery.pair import pairs
+from ovsprune.recovery.taps import sites
 
 __all__ = ["ClosedForm"]
 
@@ -28,127 +22,17 @@ class ClosedForm:
 
     @torch.no_grad()
     def recover(self, item: RecoveryContext) -> None:
-        """Refit consumers in the order of the blocks, those of a block in the order of its groups.
+        """Refit in the order of the blocks, the consumers of a block in the order of its groups.
 
-        Two streams go through the towers side by side, the dense one and the slim one. First the
-        layers that make a group's units are refitted, from what they read in the slim tower to
-        what the kept units are in the dense tower; then the layer that reads the units. Its
-        target is what takes the slim stream to where the dense stream is at that point:
-        ``y* = y + (r_dense - r_slim)``, y being the slim consumer's present output and r the
-        streams after it. So what earlier cuts have done is repaired too, and errors do not pile
-        up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
-        The residual ``y* - y`` is regressed on the slim activations with the present weight as the
-        prior, rows weighted and the result checked on held-out pictures
+        First the layers that make a group's units are refitted, from what they read in the slim
+        tower to what the kept units are in the dense tower; then the layer that reads the units,
+        towards the dense residual stream (:class:`ovsprune.recovery.pair.Pair`). Each time the
+        residual is regressed on the slim activations with the present weight as the prior, rows
+        weighted and the result checked on held-out pictures
         (:class:`ovsprune.calibration.refit.Refit`); if nothing was cut it is zero, and so is the
         correction.
         """
-        dense, slim = item.stages(item.dense), item.stages(item.slim)
-        with item.progress.stage("closed-form refit", len(dense.blocks) + 1) as advance:
-            dense_stream = run_stem(dense, item.pictures, item.batch_size)
-            slim_stream = dense_stream.copy()
-            advance(1)
-            drifted = False
-            for name, block in dense.blocks.items():
-                # A training between rounds changes blocks that nothing was cut from, too.
-                drifted = (
-                    drifted
-                    or any(site.cut for site in sites(item, name))
-                    or _changed(block, slim.blocks[name])
-                )
-                if drifted:
-                    pair = _Block(item, name, block, slim.blocks[name], dense_stream, slim_stream)
-                    for site in sites(item, name):
-                        pair.refit(site)
-                    pair.finish()
-                else:
-                    _run(block, dense_stream, item.batch_size)
-                    slim_stream.copy_(dense_stream)
-                advance(1)
-
-
-def _changed(dense: nn.Module, slim: nn.Module) -> bool:
-    """Whether two blocks of the same shapes have different tensors."""
-    other = slim.state_dict()
-    return any(not torch.equal(t, other[name]) for name, t in dense.state_dict().items())
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """A layer to correct, and where the towers are compared.
-
-    Attributes:
-        module: Dotted name of the layer.
-        point: Tap at which the slim tower should be what the dense one is.
-        layer: That layer in the slim tower.
-        outputs: Which of the dense tower's outputs to compare with; None for all.
-    """
-
-    module: str
-    point: tuple[str, str]
-    layer: nn.Module
-    outputs: Tensor | None = None
-
-    def wanted(self, seen: Tensor) -> Tensor:
-        """Rows that are compared, of what passed the point in the dense tower."""
-        rows = given_rows(self.layer, seen)
-        return rows if self.outputs is None else rows[..., self.outputs.to(seen.device)]
-
-
-class _Block:
-    """One block of both towers over both streams."""
-
-    def __init__(
-        self,
-        item: RecoveryContext,
-        name: str,
-        dense: nn.Module,
-        slim: nn.Module,
-        dense_stream: Stream,
-        slim_stream: Stream,
-    ) -> None:
-        self.item, self.name = item, name
-        self.dense, self.slim = dense, slim
-        self.dense_stream, self.slim_stream = dense_stream, slim_stream
-
-    def refit(self, site: Site) -> None:
-        """Refit what makes the units, then what reads them."""
-        find = self.item.slim.get_submodule
-        self._regress(
-            [
-                _Target(name, (name, "output"), find(name), rows)
-                for name, rows in site.producers.items()
-            ]
-        )
-        self._regress([_Target(site.consumer, site.target, find(site.consumer))])
-
-    def _regress(self, targets: Sequence[_Target]) -> None:
-        """Correct layers of the slim block, all from one pass over both streams."""
-        size, held = self.item.batch_size, held_out(len(self.dense_stream))
-        dense_taps = [t.point for t in targets]
-        slim_taps = [tap for t in targets for tap in (t.point, (t.module, "input"))]
-        medians = median_norms(
-            self.dense, self.dense_stream, size, self.name, [(t.point, t.wanted) for t in targets]
-        )
-        refits = [Refit(t.layer, held, self.item.ridge) for t in targets]
-        for (part, wanted), (_, seen) in zip(
-            walk(self.dense, self.dense_stream, size, dense_taps, self.name),
-            walk(self.slim, self.slim_stream, size, slim_taps, self.name),
-            strict=True,
-        ):
-            for target, refit, median in zip(targets, refits, medians, strict=True):
-                goal = target.wanted(wanted[target.point])
-                residual = goal - given_rows(target.layer, seen[target.point])
-                read = read_rows(target.layer, seen[target.module, "input"])
-                refit.update(part, read, residual, row_weights(goal, median))
-        for refit in refits:
-            refit.apply()
-
-    def finish(self) -> None:
-        """Put both streams behind the block."""
-        _run(self.dense, self.dense_stream, self.item.batch_size)
-        _run(self.slim, self.slim_stream, self.item.batch_size)
-
-
-def _run(block: nn.Module, stream: Stream, batch_size: int) -> None:
-    for _ in walk(block, stream, batch_size, advance=True):
-        pass
+        for pair in pairs(item, "closed-form refit"):
+            for site in sites(item, pair.name):
+                pair.refit_producers(site)
+                pair.refit_consumer(site)

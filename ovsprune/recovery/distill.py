@@ -27,11 +27,11 @@ _WARM_UP = 0.05
 
 @RECOVERIES.register("distill")
 class Distill:
-    """Feature distillation from the dense tower, no labels; runs after closed-form."""
+    """Feature distillation from the dense tower, no labels; runs after gauss-newton."""
 
     needs_pictures = True
     trains = True
-    after: str | None = "closed-form"
+    after: str | None = "gauss-newton"
 
     def recover(self, item: RecoveryContext) -> None:
         """Train all weights of the slim tower in float32, and keep the best by held-out error.

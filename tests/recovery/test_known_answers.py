@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.progress import Silent
 from ovsprune.core.records import Group, Plan
-from ovsprune.recovery import RECOVERIES, closed_form, closed_form_symmetric
+from ovsprune.recovery import RECOVERIES, closed_form_symmetric, gauss_newton, pair
 from tests.contracts.conftest import Case, open_clip_vit, prepared
 
 
@@ -48,7 +48,7 @@ def producer(case: Case, group: Group) -> nn.Linear:
     return layer
 
 
-@pytest.mark.parametrize("name", ["closed-form", "closed-form-symmetric"])
+@pytest.mark.parametrize("name", ["closed-form", "closed-form-symmetric", "gauss-newton"])
 def test_a_duplicated_unit_is_made_up_for(case: Case, name: str) -> None:
     group = mlp(case)
     first = producer(case, group)
@@ -60,7 +60,7 @@ def test_a_duplicated_unit_is_made_up_for(case: Case, name: str) -> None:
     assert error(case, repaired(case, plan, name), images) < 0.05 * before
 
 
-@pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric"])
+@pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric", "gauss-newton"])
 def test_units_that_are_constant_are_made_up_for_exactly(case: Case, name: str) -> None:
     group = mlp(case)
     first = producer(case, group)
@@ -80,7 +80,7 @@ def test_bias_changes_biases_alone(case: Case) -> None:
     assert changed == {f"{g.consumer}.bias" for g in case.groups}
 
 
-@pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric"])
+@pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric", "gauss-newton"])
 def test_a_consumer_without_a_bias(case: Case, name: str) -> None:
     """Left as it is by ``bias``, and said so; refitted about zero by the closed forms."""
     group = mlp(case)
@@ -132,7 +132,7 @@ def ordinary_error(case: Case, slim: nn.Module) -> float:
 @pytest.mark.parametrize(
     # The symmetric form reads behind norms only, where a massive token is as long as the others.
     ("name", "of_plain"),
-    [("closed-form", 0.97), ("closed-form-symmetric", 1.01)],
+    [("closed-form", 0.97), ("closed-form-symmetric", 1.01), ("gauss-newton", 0.97)],
 )
 def test_massive_tokens_do_not_swallow_the_refit(
     name: str, of_plain: float, monkeypatch: pytest.MonkeyPatch
@@ -141,11 +141,28 @@ def test_massive_tokens_do_not_swallow_the_refit(
     plan = case.random_plan(3)
     before = ordinary_error(case, case.cut(plan))
     weighted = ordinary_error(case, repaired(case, plan, name))
-    for module in (closed_form, closed_form_symmetric):
+    for module in (pair, gauss_newton, closed_form_symmetric):
         monkeypatch.setattr(module, "row_weights", lambda rows, median: torch.ones(rows.shape[:-1]))
     plain = ordinary_error(case, repaired(case, plan, name))
     assert weighted < 0.5 * before
     assert weighted < of_plain * plain
+
+
+def test_kept_units_take_over_what_cut_ones_did(case: Case) -> None:
+    """Units that are read alike can be one unit, their sum: the consumer cannot bring that about."""
+    group = mlp(case)
+    first = producer(case, group)
+    consumer = case.dense.get_submodule(group.consumer)
+    assert isinstance(consumer, nn.Linear)
+    first.bias[:] = 8.0  # Far to the right, where the activation is a straight line.
+    plan = plan_without(case, group, list(range(16, group.units)))
+    # What the consumer is given lies in 16 directions, as many as there are kept units.
+    consumer.weight[:, 16:] = consumer.weight[:, :16].repeat(1, group.units // 16 - 1)
+    images = case.images()
+    linear, both = (
+        error(case, repaired(case, plan, n), images) for n in ("closed-form", "gauss-newton")
+    )
+    assert both < 0.6 * linear
 
 
 def test_a_recovery_repeated_finds_nothing_more_to_do_in_the_mean(case: Case) -> None:

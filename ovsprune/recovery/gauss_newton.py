@@ -1,0 +1,198 @@
+"""Gauss-Newton: closed form, and what makes the units refitted through what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial, reduce
+
+import torch
+from torch import Tensor
+
+from ovsprune.calibration.linearised import (
+    Metric,
+    Segment,
+    Tensors,
+    added,
+    conjugate_gradients,
+)
+from ovsprune.calibration.refit import capped, held_out, row_weights
+from ovsprune.calibration.streams import Capture, Stream, allocate, walk
+from ovsprune.core.protocols import RecoveryContext
+from ovsprune.graph.layers import weight_of
+from ovsprune.graph.rows import from_rows, given_rows, read_rows
+from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.pair import Pair, pairs
+from ovsprune.recovery.taps import Site, median_norms, sites
+
+__all__ = ["GaussNewton"]
+
+ROUNDS = 2
+"""How often, for each layer that reads units, what makes them and then it is refitted."""
+PRODUCTS = 3
+"""Products with the normal matrix, each time."""
+STEPS = (1.0, 0.5)
+"""Shares of the solution that are tried on held-out pictures: it holds to first order only."""
+
+
+@RECOVERIES.register("gauss-newton")
+class GaussNewton:
+    """Closed form, then the layers that make the units by linearised least squares."""
+
+    needs_pictures = True
+    trains = False
+    after: str | None = None
+
+    @torch.no_grad()
+    def recover(self, item: RecoveryContext) -> None:
+        """Refit as ``closed-form`` does; then what makes the units, and again what reads them.
+
+        ``closed-form`` makes the kept units what they were in the dense tower. But what the cut
+        units did can be done in part by the kept ones, if they change: what the consumer could not
+        explain of the residual is explained by a change of the producers, linearised
+        (:mod:`ovsprune.calibration.linearised`). How much of it is taken is decided on held-out
+        pictures: nothing, if it does harm.
+        """
+        for pair in pairs(item, "Gauss-Newton refit"):
+            for site in sites(item, pair.name):
+                pair.refit_producers(site)
+                pair.refit_consumer(site)
+                for _ in range(ROUNDS if site.producers else 0):
+                    if not _Refinement(pair, site).run():
+                        break
+                    pair.refit_consumer(site)
+
+
+class _Refinement:
+    """A change of the layers that make units, towards what their consumer lacks.
+
+    Args:
+        pair: The block.
+        site: The layer that reads the units.
+    """
+
+    def __init__(self, pair: Pair, site: Site) -> None:
+        self.pair, self.site, self.size = pair, site, pair.item.batch_size
+        self.layer = pair.item.slim.get_submodule(site.consumer)
+        self.segment = Segment(
+            pair.slim, [pair.inside(name) for name in site.producers], pair.inside(site.consumer)
+        )
+        self.held = held_out(len(pair.slim_stream))
+        (self.median,) = median_norms(
+            pair.dense,
+            pair.dense_stream,
+            self.size,
+            pair.name,
+            [(site.target, partial(given_rows, self.layer))],
+        )
+        self.weights: list[Tensor] = []
+        self.share = torch.ones(())
+
+    def run(self) -> bool:
+        """Change the layers in place; whether anything was changed."""
+        residuals, metric = self._look()
+        change = conjugate_gradients(
+            self._normal, self._target(residuals), metric.precondition, PRODUCTS
+        )
+        return self._take(change)
+
+    def _compared(
+        self, dense: Stream, slim: Stream, layers: tuple[str, ...] = ()
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Capture]]:
+        """Batches of pictures, and how the towers differ behind the consumer.
+
+        Yields:
+            Which pictures; weights [b, ...] and residuals [b, ..., m] of the rows there; and what
+            ``layers`` read.
+        """
+        pair, target = self.pair, self.site.target
+        taps = [target, *((name, "input") for name in layers)]
+        for (part, wanted), (_, seen) in zip(
+            walk(pair.dense, dense, self.size, [target], pair.name),
+            walk(pair.slim, slim, self.size, taps, pair.name),
+            strict=True,
+        ):
+            goal = given_rows(self.layer, wanted[target])
+            residual = goal - given_rows(self.layer, seen[target])
+            yield part, row_weights(goal, self.median), residual, seen
+
+    def _look(self) -> tuple[Stream, Metric]:
+        """The residuals, rows [pictures, ..., m], and the metric of what the producers read."""
+        find, makers = self.pair.item.slim.get_submodule, tuple(self.site.producers)
+        metric = Metric(self.pair.item.ridge)
+        found: Stream | None = None
+        power = torch.zeros((), dtype=torch.float64)
+        for part, weight, residual, seen in self._compared(
+            self.pair.dense_stream, self.pair.slim_stream, makers
+        ):
+            if found is None:
+                found = Stream(allocate((len(self.held), *residual.shape[1:])))
+            found[part] = residual.cpu()
+            power = power + _power(weight, residual)
+            # What is held out has no weight.
+            fitted = (~self.held[part]).to(weight)
+            weight = weight * fitted.view(-1, *[1] * (weight.ndim - 1))
+            self.weights.append(weight.cpu())
+            metric.update(
+                {
+                    self.pair.inside(name): read_rows(find(name), seen[name, "input"])
+                    for name in makers
+                },
+                weight,
+            )
+        assert found is not None
+        self.share = capped(power, power.median())  # A massive output counts as one, too.
+        return found, metric
+
+    def _target(self, residuals: Stream) -> Tensors:
+        """What the residuals say of each parameter."""
+        parts = (
+            self.segment.transposed(stream, self._weighted(weight, residuals[part].to(stream)))
+            for part, stream, weight in self._batches()
+        )
+        return reduce(added, parts)
+
+    def _normal(self, change: Tensors) -> Tensors:
+        """What a change explains of itself."""
+        parts = (
+            self.segment.normal(stream, self._weighted(weight), change)
+            for _, stream, weight in self._batches()
+        )
+        return reduce(added, parts)
+
+    def _batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which pictures, the stream before the block, and the weights of the rows behind it."""
+        start = 0
+        device = weight_of(self.layer).device
+        for weight in self.weights:
+            part = slice(start, start + len(weight))
+            yield part, self.pair.slim_stream[part].to(device), weight.to(device)
+            start = part.stop
+
+    def _weighted(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Weights [b, ...], times rows [b, ..., m] if given, laid out as what the layer gives."""
+        scale = weight.unsqueeze(-1) * self.share.to(weight)
+        return from_rows(self.layer, scale if rows is None else scale * rows)
+
+    def _take(self, change: Tensors) -> bool:
+        """Take the share of a change that is best on held-out pictures; whether it is any."""
+        exam = self.held if self.held.any() else ~self.held
+        streams = self.pair.dense_stream, self.pair.slim_stream
+        dense, slim = (Stream(stream[exam.nonzero().flatten()]) for stream in streams)
+        best, least = 0.0, self._error(dense, slim)
+        for step in STEPS:
+            self.segment.put(change, step)
+            error = self._error(dense, slim)
+            if error < least:
+                best, least = step, error
+        self.segment.put(change, best)
+        return best > 0
+
+    def _error(self, dense: Stream, slim: Stream) -> float:
+        found = self._compared(dense, slim)
+        return float(sum((_power(w, e) * self.share).sum() for _, w, e, _ in found))
+
+
+def _power(weight: Tensor, residual: Tensor) -> Tensor:
+    """Weighted sum of squares of rows [b, ..., m], float64 [m]."""
+    squares = weight.unsqueeze(-1) * residual.square()
+    return squares.flatten(0, -2).sum(0, dtype=torch.float64).cpu()
