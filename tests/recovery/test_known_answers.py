@@ -149,7 +149,7 @@ def test_massive_tokens_do_not_swallow_the_refit(
 
 
 def test_kept_units_take_over_what_cut_ones_did(case: Case) -> None:
-    """Units that are read alike can be one unit, their sum: the consumer cannot bring that about."""
+    """Units that are read alike can be one, their sum; the consumer cannot bring that about."""
     group = mlp(case)
     first = producer(case, group)
     consumer = case.dense.get_submodule(group.consumer)
