@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
-from ovsprune.calibration.sensitivity import FeatureError, grid, measure
+from ovsprune.calibration.sensitivity import FeatureError, grid, measure, points_for
 from ovsprune.calibration.streams import capture, run_stem
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.errors import OptionError
@@ -127,7 +127,7 @@ class Survey:
     def _rank(self, group: Group, moments: Moments | None) -> Ranking:
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
-        widths = grid(group.units, group.floor) if self.probe else ()
+        widths = self._grid(group) if self.probe else ()
         gradients = self._gradients.get(group.name)
         if gradients is not None:
             gradients = gradients.double()
@@ -168,8 +168,12 @@ class Survey:
             regularised(moments.covariance, self.ridge),
             group.columns,
             order=order,
-            snapshots=grid(group.units, group.floor),
+            snapshots=self._grid(group),
         ).weights
+
+    def _grid(self, group: Group) -> tuple[int, ...]:
+        """Widths at which the group's curve is measured."""
+        return grid(group.units, group.floor, points_for(len(self.stages.blocks)))
 
     def _advance(
         self, name: str, block: nn.Module, groups: Sequence[Group], stream: Tensor
