@@ -1,31 +1,80 @@
-"""What pruning itself costs: time in forward passes over the calibration pictures, peak memory.
+"""What pruning itself costs: time by stage, in forward passes over the pictures; peak memory.
 
     python benchmarks/prune_cost.py [--model ViT-B/16] [--samples 64] [--output DIR]
 
-Random weights: cost does not depend on them. Writes ``benchmarks/prune_cost.json``.
+Random weights: cost does not depend on them. Adds a row to ``benchmarks/prune_cost.json``.
+``prune_scaling.py`` draws the curve over sizes of towers.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import inspect
 import json
-import resource
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ovsprune import backbones
+from ovsprune.calibration import sensitivity
 from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.calibration.refit import Refit
+from ovsprune.calibration.surgeon import eliminate
+from ovsprune.calibration.survey import Survey
 from ovsprune.core.protocols import Backbone
-from ovsprune.jobs.prune import prune
+from ovsprune.jobs import prune as job
+from ovsprune.jobs.peak import high_water
+from ovsprune.jobs.prune import PruneResult, prune
+from ovsprune.recovery.closed_form import ClosedForm
+
+PASSED: Mapping[str, Sequence[Callable[..., Any]]] = {
+    "survey": [Survey.run],
+    "moments": [Survey._advance],
+    "curves": [sensitivity.measure],
+    "elimination": [eliminate],
+    "refit": [ClosedForm.recover],
+    "ridge": [Refit.apply],
+    "write": [job.write],
+}
+"""Functions whose seconds are taken, what they call included."""
+
+
+def seconds_in(profile: cProfile.Profile) -> dict[str, float]:
+    """Seconds that a profiled run spent in each of :data:`PASSED`."""
+    by_code = {entry.code: entry.totaltime for entry in profile.getstats()}
+    return {
+        name: sum(by_code.get(inspect.unwrap(function).__code__, 0.0) for function in functions)
+        for name, functions in PASSED.items()
+    }
+
+
+def stages_of(total: float, passed: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by stage, which add up to ``total``; ``solver`` is O(n^3) in a group's units.
+
+    ``moments``: the pictures through the dense tower, and second moments. ``curves``: the change
+    of the features by width. ``solver``: the surgeon's eliminations and the ridge solves.
+    ``refit``: both towers side by side, and their moments. ``write``: the checkpoint. ``rest``:
+    the graph, the pictures, the check on held-out pictures.
+    """
+    stages = {
+        "moments": passed["survey"] - passed["curves"] - passed["elimination"],
+        "curves": passed["curves"],
+        "solver": passed["elimination"] + passed["ridge"],
+        "refit": passed["refit"] - passed["ridge"],
+        "write": passed["write"],
+    }
+    stages["rest"] = total - sum(stages.values())
+    return {name: round(value, 2) for name, value in stages.items()}
 
 
 def forward_pass(backbone: Backbone, samples: int) -> float:
     """Seconds of one pass of the dense tower over all the pictures, batches of 16."""
-    images = torch.cat(list(ScenePictures(16, backbone.preprocess).batches(16)))
+    images = torch.cat(list(ScenePictures(min(16, samples), backbone.preprocess).batches(16)))
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -33,6 +82,37 @@ def forward_pass(backbone: Backbone, samples: int) -> float:
             backbone.pooled(images)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def cost(
+    backbone: Backbone, samples: int, ratio: float = 0.5, output: Path | None = None
+) -> dict[str, Any]:
+    """Prune once, and say what it took: one row of the records in this folder.
+
+    The peak is the process's: nothing else should have been done in it.
+    """
+    before = forward_pass(backbone, samples)
+    profile = cProfile.Profile()
+    start = time.perf_counter()
+    with profile:
+        result: PruneResult = prune(backbone, ratio, samples=samples, output=output)
+    seconds = time.perf_counter() - start
+    peak = high_water()
+    one_pass = (before + forward_pass(backbone, samples)) / 2
+    return {
+        "model": backbone.name,
+        "macs": result.spec.dense.macs,
+        "params": result.spec.dense.params,
+        "samples": samples,
+        "ratio": ratio,
+        "achieved": result.achieved,
+        "seconds": round(seconds, 1),
+        "forward_pass_seconds": round(one_pass, 2),
+        "forward_passes": round(seconds / one_pass, 1),
+        "peak_gib": None if peak is None else round(peak / 2**30, 2),
+        "stages": stages_of(seconds, seconds_in(profile)),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main() -> None:
@@ -44,24 +124,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="keep the slim tower, for 'ovsprune benchmark'")
     chosen = parser.parse_args()
     backbone = backbones.load(chosen.model, pretrained="none")
-    before = forward_pass(backbone, chosen.samples)
-    start = time.perf_counter()
-    result = prune(backbone, chosen.ratio, samples=chosen.samples, output=chosen.output)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    one_pass = (before + forward_pass(backbone, chosen.samples)) / 2
-    row: dict[str, Any] = {
-        "model": backbone.name,
-        "samples": chosen.samples,
-        "ratio": chosen.ratio,
-        "achieved": result.achieved,
-        "seconds": round(seconds, 1),
-        "forward_pass_seconds": round(one_pass, 2),
-        "forward_passes": round(seconds / one_pass, 1),
-        "peak_gib": round(peak, 2),
-        "timings": result.record()["timings"],
-        "threads": torch.get_num_threads(),
-    }
+    row = cost(backbone, chosen.samples, chosen.ratio, chosen.output)
     path = Path(__file__).with_suffix(".json")
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
     rows = [r for r in rows if (r["model"], r["samples"]) != (row["model"], row["samples"])]

@@ -15,10 +15,27 @@ from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import mask
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["FeatureError", "grid", "measure", "measure_masked"]
+__all__ = ["FeatureError", "grid", "measure", "measure_masked", "points_for"]
+
+POINTS = (4, 8)
+"""Fewest and most widths at which a group of many units is measured."""
 
 
-def grid(units: int, floor: int = 1, points: int = 8) -> tuple[int, ...]:
+def points_for(blocks: int) -> int:
+    """Widths to measure of each group in a tower of so many blocks.
+
+    Every measurement runs the rest of the tower, so the time of all of them grows with the square
+    of the depth. Deep towers have more groups, of which each matters less, and are measured at
+    fewer widths: about 128 for all groups of a kind together.
+
+    >>> [points_for(blocks) for blocks in (12, 24, 32)]
+    [8, 5, 4]
+    """
+    fewest, most = POINTS
+    return max(fewest, min(most, 128 // blocks))
+
+
+def grid(units: int, floor: int = 1, points: int = POINTS[1]) -> tuple[int, ...]:
     """Widths at which a group of ``units`` units is measured, ascending, the dense width last.
 
     Every width for small groups; otherwise ``points`` fractions, closer together where a group is

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
-from ovsprune.calibration.sensitivity import FeatureError, grid, measure, measure_masked
+from ovsprune.calibration.sensitivity import (
+    FeatureError,
+    grid,
+    measure,
+    measure_masked,
+    points_for,
+)
 from ovsprune.calibration.streams import Stream, run_stem, walk
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.errors import OptionError
@@ -124,7 +130,7 @@ class Survey:
             weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
             errors = measure(group, consumer, moments, weights, run)
         else:
-            widths = grid(group.units, group.floor)
+            widths = self._grid(group)
             errors = measure_masked(self.tower, group, ranking.order, widths, run)
         found = dict(sorted(errors.items()))
         self._widths[group.name] = torch.tensor(list(found))
@@ -135,7 +141,7 @@ class Survey:
             return Ranking(group.known, torch.arange(group.units).flip(0))
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
-        widths = grid(group.units, group.floor) if self.probe else ()
+        widths = self._grid(group) if self.probe else ()
         gradients = self._gradients.get(group.name)
         if gradients is not None:
             gradients = gradients.double()
@@ -181,8 +187,12 @@ class Survey:
             regularised(moments.covariance, self.ridge),
             flat_columns(consumer, group.columns),
             order=order,
-            snapshots=grid(group.units, group.floor),
+            snapshots=self._grid(group),
         ).weights
+
+    def _grid(self, group: Group) -> tuple[int, ...]:
+        """Widths at which the group's curve is measured."""
+        return grid(group.units, group.floor, points_for(len(self.stages.blocks)))
 
     def _advance(
         self, name: str, block: nn.Module, groups: Sequence[Group], stream: Stream

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ovsprune.cli.options import budget_options, scoring_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
@@ -18,8 +19,9 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     required=True,
     type=float,
     multiple=True,
-    help="Part of the MACs to remove, in (0, 1); may be repeated.",
+    help="Part of the cost to remove, in (0, 1); may be repeated.",
 )
+@budget_options(latency=False)
 @click.option(
     "--methods",
     multiple=True,
@@ -32,19 +34,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     metavar="DIR",
     help="A folder with images/, labels/ and classes.json; by default procedural test scenes.",
 )
-@click.option(
-    "--text-embeddings",
-    type=click.Path(path_type=Path),
-    metavar="FILE.npz",
-    help="Embeddings of the classes, for a model without a text tower.",
-)
-@click.option(
-    "--list",
-    "list_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A file that names the pictures of --data to use, one stem a line.",
-)
+@scoring_options
 @click.option(
     "--scenes",
     type=int,

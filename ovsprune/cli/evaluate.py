@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from ovsprune.cli.options import scoring_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
@@ -19,19 +19,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 )
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
-@click.option(
-    "--list",
-    "list_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A file that names the pictures to use, one stem a line.",
-)
-@click.option(
-    "--text-embeddings",
-    type=click.Path(path_type=Path),
-    metavar="FILE.npz",
-    help="Embeddings of the classes, for a model without a text tower.",
-)
+@scoring_options
 @click.option("--limit", type=int, help="Use only the first so many pictures.")
 @compute_options()
 @output_options

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ovsprune.cli.options import budget_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
@@ -17,12 +18,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option("--ratio", required=True, type=float, help="Part of the cost to remove, in (0, 1).")
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
-@click.option(
-    "--budget",
-    default="macs",
-    show_default=True,
-    help="What --ratio counts: macs, params, latency (of one picture on this machine).",
-)
+@budget_options(latency=True)
 @click.option(
     "--calibration",
     default="procedural",
@@ -81,19 +77,6 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     default=5e-4,
     show_default=True,
     help="Peak learning rate.",
-)
-@click.option(
-    "--protect",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave the layers whose name matches (as in a shell: '*.11.*'); may be repeated.",
-)
-@click.option(
-    "--round-to",
-    type=int,
-    default=1,
-    show_default=True,
-    help="Keep MLP widths at multiples of this.",
 )
 @click.option(
     "--floor",

@@ -40,6 +40,10 @@ class Costs:
     macs: int
     params: int
 
+    def of(self, budget: str) -> int:
+        """What a budget counts: ``"macs"`` or ``"params"``."""
+        return {"macs": self.macs, "params": self.params}[budget]
+
 
 @dataclass(frozen=True)
 class Preprocess:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ def compare(
     seeds: int = 3,
     data: str | Path | None = None,
     text_embeddings: str | Path | None = None,
+    centred: bool = False,
     list_file: str | Path | None = None,
     scenes: int | None = None,
+    budget: str = "macs",
+    protect: Sequence[str] = (),
+    round_to: int = 1,
     pretrained: str | None = None,
     activation: str | None = None,
     calibration: str = "procedural",
@@ -75,15 +80,19 @@ def compare(
 
     Args:
         model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone.
-        ratios: Shares of the tower's MACs that go, each in (0, 1).
+        ratios: Shares of the tower's cost that go, each in (0, 1).
         methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), or lists with commas.
         seeds: How many: 0 to ``seeds - 1``. A seed chooses the calibration pictures and what a
             method draws.
         data: Folder with ``images/``, ``labels/`` and ``classes.json``; None scores on procedural
             test scenes.
         text_embeddings: NPZ with the classes' embeddings, for a model without a text tower.
+        centred: Take the mean of the classes' embeddings off each of them before scoring.
         list_file: Stems of ``data`` to use.
         scenes: Test scenes to score on (500 by default), or, with ``data``, the most pictures.
+        budget: What a ratio counts: ``"macs"`` or ``"params"``.
+        protect: Patterns of groups that no method may cut, as of :func:`ovsprune.prune`.
+        round_to: Units of one column stay in multiples of this.
         pretrained: Tag, file, or ``"none"``.
         activation: For a bare file.
         calibration: A folder of pictures without labels, or ``"procedural"``.
@@ -96,10 +105,11 @@ def compare(
         progress: Told of every step.
 
     Returns:
-        ``model, pretrained, trained, data, images, calibration, samples, seeds, ratios, methods,
-        dense{macs, params, miou, pixel_accuracy}, rows[{method, ratio, seed, status, reason,
-        criterion, allocation, recovery, source, macs, params, achieved, miou, pixel_accuracy,
-        retention, relative_error, seconds}], summary[], differences[], plot, output, seconds``;
+        ``model, pretrained, trained, data, centred, images, calibration, samples, budget, protect,
+        round_to, seeds, ratios, methods, dense{macs, params, miou, pixel_accuracy}, rows[{method,
+        ratio, seed, status, reason, criterion, allocation, recovery, source, macs, params,
+        achieved, miou, pixel_accuracy, retention, relative_error, seconds}], summary[],
+        differences[], plot, output, seconds``;
         ``rows`` in the order of ratio, method and seed. Retention is mIoU over dense mIoU.
 
     Raises:
@@ -113,12 +123,18 @@ def compare(
     progress = _Once(progress or Silent())
     asked = parse_methods(methods)
     ratios = list(dict.fromkeys(float(ratio) for ratio in ratios))
-    _check(ratios, seeds, scenes, data, list_file)
+    _check(ratios, seeds, scenes, data, list_file, budget)
     settings = Settings(
-        ratio=ratios[0], calibration=calibration, samples=samples, batch_size=batch_size
+        ratio=ratios[0],
+        budget=budget,
+        calibration=calibration,
+        samples=samples,
+        protect=tuple(protect),
+        round_to=round_to,
+        batch_size=batch_size,
     )
     for ratio in ratios:
-        Settings(ratio=ratio, samples=samples, batch_size=batch_size).check()
+        replace(settings, ratio=ratio).check()
     device_and_dtype(device, "float32")
     name = model if isinstance(model, str) else model.name
     place = Path(output) if output else Path("compare") / backbones.canonical(name)
@@ -128,10 +144,12 @@ def compare(
         backbone = _load(model, pretrained, activation, device, progress)
         pictures = opened(max(backbone.preprocess.size))
         embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
-        identity = _identity(backbone, settings, embeddings, data, list_file, len(pictures), device)
-        rows = Rows(place, identity, overwrite)
-        examiner = Examiner(backbone, embeddings, pictures, batch_size, progress)
+        examiner = Examiner(backbone, embeddings, pictures, batch_size, progress, centred)
         contest = Contest(backbone, settings, examiner, progress)
+        contest.check()
+        identity = _identity(backbone, settings, embeddings, data, list_file, len(pictures), device)
+        identity |= _chosen(settings, centred)
+        rows = Rows(place, identity, overwrite)
         dense = _dense(backbone, examiner, rows)
         grid = list(itertools.product(range(seeds), ratios, asked))
         found = _fill(grid, rows, contest, dense["miou"], progress)
@@ -141,9 +159,13 @@ def compare(
         "pretrained": backbone.pretrained,
         "trained": backbone.trained,
         "data": str(data) if data is not None else "scenes",
+        "centred": centred,
         "images": len(pictures),
         "calibration": calibration,
         "samples": samples,
+        "budget": budget,
+        "protect": list(protect),
+        "round_to": round_to,
         "seeds": seeds,
         "ratios": ratios,
         "methods": [method.name for method in asked],
@@ -177,7 +199,13 @@ def _check(
     scenes: int | None,
     data: str | Path | None,
     list_file: str | Path | None,
+    budget: str,
 ) -> None:
+    if budget == "latency":
+        raise OptionError(
+            "--budget latency cannot be compared: a stock method has no table of layer times; take "
+            "macs or params, and time the slim towers with 'ovsprune benchmark'"
+        )
     if not ratios:
         raise OptionError("--ratio is missing: give at least one, such as --ratio 0.5")
     if seeds < 1:
@@ -249,6 +277,14 @@ def _identity(
         "samples": settings.samples,
         "device": str(device),
     }
+
+
+def _chosen(settings: Settings, centred: bool) -> dict[str, Any]:
+    """Options that decide a row, too, as far as they are not the defaults: older rows stay good."""
+    plain = Settings(ratio=settings.ratio)
+    given = {name: getattr(settings, name) for name in ("budget", "protect", "round_to")}
+    changed = {name: value for name, value in given.items() if value != getattr(plain, name)}
+    return {**changed, **({"centred": True} if centred else {})}
 
 
 def _dense(backbone: Backbone, examiner: Examiner, rows: Rows) -> dict[str, Any]:

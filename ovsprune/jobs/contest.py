@@ -22,7 +22,7 @@ from ovsprune.jobs.examine import Examiner
 from ovsprune.jobs.methods import Method
 from ovsprune.jobs.planning import Surveys
 from ovsprune.jobs.settings import Settings
-from ovsprune.jobs.steps import HELD_OUT, Job
+from ovsprune.jobs.steps import HELD_OUT, Job, split_seeds
 from ovsprune.jobs.stock import STOCK, TorchPruning, feature_gradients
 
 __all__ = ["Contest"]
@@ -60,6 +60,14 @@ class Contest:
         self._stock: dict[_Form, TorchPruning] = {}
         self._groups: list[Group] | None = None
 
+    def check(self) -> None:
+        """Look at the groups that may be cut, before any row is made.
+
+        Raises:
+            OptionError: A pattern of ``settings.protect`` matches nothing, or they leave nothing.
+        """
+        self._found()
+
     def row(self, method: Method, ratio: float, seed: int) -> dict[str, Any]:
         """Prune and score; a budget that is out of reach is a row that says so.
 
@@ -90,7 +98,7 @@ class Contest:
             "reason": None,
             "macs": slim.macs,
             "params": slim.params,
-            "achieved": 1 - slim.macs / dense.macs,
+            "achieved": 1 - slim.of(settings.budget) / dense.of(settings.budget),
             **self.examiner.examine(tower, title),
             "seconds": round(sum(clock.seconds.values()), 3),
         }
@@ -145,14 +153,23 @@ class Contest:
                 stages, batch_size = self.family.stages, settings.batch_size
                 gradients = feature_gradients(tower, stages, pictures, batch_size, settings.seed)
             size = self.backbone.preprocess.size
-            self._stock[form] = TorchPruning(form.name, stock, tower, groups, size, gradients)
+            self._stock[form] = TorchPruning(
+                form.name,
+                stock,
+                tower,
+                groups,
+                size,
+                gradients,
+                settings.budget,
+                settings.round_to,
+            )
         return self._stock[form]
 
     def _found(self) -> list[Group]:
-        """What our default may cut, found on a rewritten copy."""
+        """What our methods may cut, found on a rewritten copy."""
         if self._groups is None:
             dense = deepcopy(self.backbone.tower).eval().requires_grad_(False)
             self.family.rewrite(dense)
-            seeds = [seed for seed in self.family.seeds(dense) if not seed.protected]
-            self._groups = find_groups(dense, seeds, self.backbone.preprocess.size)
+            free, _ = split_seeds(self.family.seeds(dense), self.settings.protect)
+            self._groups = find_groups(dense, free, self.backbone.preprocess.size)
         return self._groups

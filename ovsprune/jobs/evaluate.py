@@ -34,6 +34,7 @@ def evaluate(
     activation: str | None = None,
     list_file: str | Path | None = None,
     text_embeddings: str | Path | None = None,
+    centred: bool = False,
     limit: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
@@ -51,6 +52,8 @@ def evaluate(
         activation: For a weights file that does not say.
         list_file: Names the pictures to use, one stem a line.
         text_embeddings: ``.npz`` with the classes' embeddings, for a model without a text tower.
+        centred: Take the mean of the classes' embeddings off each of them first, which helps where
+            all of them point the same way.
         limit: Use only the first so many pictures.
         device: Where to run.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -60,7 +63,7 @@ def evaluate(
 
     Returns:
         ``miou`` and ``pixel_accuracy`` in 0..1, ``per_class{name: IoU}``, ``images``, ``seconds``,
-        ``model, data, pixels``.
+        ``model, data, centred, pixels``.
 
     Raises:
         OptionError: An option is out of range, or no data set is named.
@@ -81,11 +84,18 @@ def evaluate(
         embeddings = class_embeddings(backbone, opened.prompts, text_embeddings)
         backbone.tower.to(found, kind)
         result = score_backbone(
-            backbone, embeddings, opened, batch_size, progress, f"segmenting with {backbone.name}"
+            backbone,
+            embeddings,
+            opened,
+            batch_size,
+            progress,
+            f"segmenting with {backbone.name}",
+            centred,
         )
     return {
         "model": model,
         "data": label,
+        "centred": centred,
         "miou": result["miou"],
         "per_class": result["per_class"],
         "pixel_accuracy": result["pixel_accuracy"],
@@ -115,14 +125,15 @@ def class_embeddings(
     return torch.nn.functional.normalize(total, dim=-1)
 
 
-def head(backbone: Backbone, embeddings: Tensor) -> DenseZeroShot:
+def head(backbone: Backbone, embeddings: Tensor, centred: bool = False) -> DenseZeroShot:
     """The dense zero-shot head on ``backbone``, in whatever dtype and place its tower is."""
     weight = next(backbone.tower.parameters())
     return DenseZeroShot(
         lambda images: backbone.dense(images.to(weight.dtype)),
         embeddings,
         backbone.preprocess,
-        device=weight.device,
+        centred,
+        weight.device,
     )
 
 
@@ -133,6 +144,7 @@ def score_backbone(
     batch_size: int,
     progress: Progress,
     label: str,
+    centred: bool = False,
 ) -> dict[str, Any]:
     """``miou, per_class, pixel_accuracy, pixels, images, seconds`` of a loaded backbone."""
     with progress.stage(label, len(data)) as advance:
@@ -143,7 +155,9 @@ def score_backbone(
             advance(done - before)
             before = done
 
-        found = score(head(backbone, embeddings), data, batch_size=batch_size, progress=tell)
+        found = score(
+            head(backbone, embeddings, centred), data, batch_size=batch_size, progress=tell
+        )
     return {
         "miou": found.scores.miou,
         "per_class": found.scores.per_class,

@@ -64,6 +64,7 @@ class Examiner:
         data: Labelled pictures.
         batch_size: Pictures at a time.
         progress: Told of every pass.
+        centred: Take the mean of the embeddings off each of them first.
     """
 
     def __init__(
@@ -73,8 +74,9 @@ class Examiner:
         data: SegmentationData,
         batch_size: int,
         progress: Progress,
+        centred: bool = False,
     ) -> None:
-        self._backbone, self._embeddings = dense, embeddings
+        self._backbone, self._embeddings, self._centred = dense, embeddings, centred
         self._data, self._batch_size, self._progress = KeptData(data), batch_size, progress
         self._features: Tensor | None = None
 
@@ -115,7 +117,7 @@ class Examiner:
         self, tower: nn.Module, label: str, see: Callable[[Tensor], None]
     ) -> dict[str, float]:
         backbone = dataclasses.replace(self._backbone, tower=tower.eval())
-        plain = head(backbone, self._embeddings)
+        plain = head(backbone, self._embeddings, self._centred)
 
         @torch.no_grad()
         def features(images: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["measure"]
+__all__ = ["high_water", "measure"]
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -51,7 +51,7 @@ def measure(task: dict[str, Any]) -> int | None:
         tower(images)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    mark = _mark()
+    mark = high_water()
     return None if mark is None or before is None else weights + max(0, mark - before)
 
 
@@ -63,8 +63,8 @@ def _reset_mark() -> None:
         return
 
 
-def _mark() -> int | None:
-    """High-water mark of resident memory in bytes."""
+def high_water() -> int | None:
+    """High-water mark of this process's resident memory in bytes; None where nothing tells it."""
     return _status("VmHWM") or _rusage()
 
 

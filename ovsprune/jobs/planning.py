@@ -81,9 +81,7 @@ class Planning:
             budget = latency_budget(tower, groups, self.family, size, ratio, file, self.progress)
             self.clock.lap("layer times")
             return budget
-        whole, left = (
-            (base.macs, now.macs) if settings.budget == "macs" else (base.params, now.params)
-        )
+        whole, left = base.of(settings.budget), now.of(settings.budget)
         return Budget(settings.budget, float(left), whole * (1 - ratio))
 
     def plan(

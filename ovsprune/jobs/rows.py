@@ -101,7 +101,10 @@ class Rows:
                 f"{path} cannot be read ({error}); pass --overwrite to start anew"
             ) from error
         if other:
-            said = "; ".join(f"{k} {found.get(k)}, now {settings.get(k)}" for k in other)
+            plain = "the default"
+            said = "; ".join(
+                f"{k} {found.get(k, plain)}, now {settings.get(k, plain)}" for k in other
+            )
             raise OutputError(
                 f"{self.place} holds a comparison with other settings ({said}). Name another "
                 "directory with -o, or pass --overwrite to start anew"

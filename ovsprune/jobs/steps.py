@@ -31,7 +31,7 @@ from ovsprune.jobs.rounds import compose, everything, narrow, ratios
 from ovsprune.jobs.settings import TOLERANCE, Settings
 from ovsprune.slim import SlimSpec
 
-__all__ = ["HELD_OUT", "Job", "Pruned"]
+__all__ = ["HELD_OUT", "Job", "Pruned", "split_seeds"]
 
 HELD_OUT = 32
 """Pictures that calibration never sees, on which the fidelity is measured."""
@@ -91,7 +91,7 @@ class Job:
         seeds = self.family.seeds(dense)
         if self.settings.prune_head_dim:
             seeds += width_seeds(seeds)
-        free, protected = _split(seeds, self.settings.protect)
+        free, protected = split_seeds(seeds, self.settings.protect)
         inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
         groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
         groups = with_floors(with_directions(dense, groups, inner, size), self.settings.floor)
@@ -161,14 +161,16 @@ class Job:
             The plan in dense coordinates, the slim tower, and the share of the budget's cost that
             the last round took by the budget's own prices.
         """
-        slim, plan = deepcopy(dense), everything(groups)
+        # The copy that is cut is made after the survey: two whole towers, and not three, beside it.
+        slim: nn.Module | None = None
+        plan = everything(groups)
         steps = ratios(self.settings.ratio, self.settings.rounds)
         taken = 0.0
         with self.progress.stage("pruning", len(steps)) as advance:
             for number, ratio in enumerate(steps, 1):
                 # A planner may keep the tower that it is given: the dense one is never changed.
                 tower, found, now = dense, narrow(groups, plan), base
-                if number > 1:
+                if slim is not None:
                     tower = slim
                     self.planning.dense_no_more()
                     found = with_costs(slim, found, self.backbone.preprocess.size)
@@ -184,11 +186,14 @@ class Job:
                         f"{error}"
                     ) from error
                 taken = 1 - self.planning.spent / budget.dense
+                if slim is None:
+                    slim = deepcopy(dense)
                 cut(slim, found, chosen)
                 plan = compose(plan, chosen)
                 self._recover(dense, slim, groups, plan, pictures)
                 self.clock.lap("recover")
                 advance(1)
+        assert slim is not None
         return plan, slim, taken
 
     def _trained(
@@ -259,7 +264,9 @@ class Job:
         return {**found, "predicted_ms": self.planning.spent}
 
 
-def _split(seeds: Sequence[Seed], patterns: Sequence[str]) -> tuple[list[Seed], dict[str, str]]:
+def split_seeds(
+    seeds: Sequence[Seed], patterns: Sequence[str]
+) -> tuple[list[Seed], dict[str, str]]:
     """Seeds that may be cut, and the names of the others with the reason.
 
     Raises:

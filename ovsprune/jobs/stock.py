@@ -1,4 +1,4 @@
-"""Stock baselines: Torch-Pruning through its own API, brought to the same measured MACs.
+"""Stock baselines: Torch-Pruning through its own API, brought to the same measured cost.
 
 A stock method is run in one of two forms. Alone, it prunes the tower as its library builds it, as a
 user of Torch-Pruning would: of ``nn.MultiheadAttention`` it can then cut nothing, so that only MLPs
@@ -26,6 +26,7 @@ from ovsprune.core.protocols import Pictures, Stages
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.jobs.settings import TOLERANCE
+from ovsprune.report.numbers import budget_name
 
 __all__ = ["STOCK", "Selection", "StockMethod", "TorchPruning", "feature_gradients"]
 
@@ -83,7 +84,7 @@ class Selection:
     Attributes:
         tower: The tower that it cut, in place.
         plan: The units that it kept.
-        achieved: Share of the measured MACs that went.
+        achieved: Share of the measured cost (MACs or parameters) that went.
     """
 
     tower: nn.Module
@@ -101,6 +102,8 @@ class TorchPruning:
         groups: What may be cut, found on the rewritten tower.
         size: Native height and width in pixels.
         gradients: Name of a parameter to its gradient, where ``method.taylor`` needs them.
+        budget: What a ratio counts: ``"macs"`` or ``"params"``.
+        round_to: The library's own ``round_to``: channels stay in multiples of this.
     """
 
     def __init__(
@@ -111,25 +114,28 @@ class TorchPruning:
         groups: Sequence[Group],
         size: tuple[int, int],
         gradients: Mapping[str, Tensor] | None = None,
+        budget: str = "macs",
+        round_to: int = 1,
     ) -> None:
         self.name, self.method, self.tower, self.size = name, method, tower, size
         self.gradients = gradients or {}
+        self.budget, self.round_to = budget, round_to
         present = {name for name, _ in tower.named_modules()}
         self.groups = [g for g in groups if all(s.module in present for s in g.slices)]
         self.left_alone = [g.name for g in groups if g not in self.groups]
-        self._dense = measure(tower, size).macs
+        self._dense = self._cost(tower)
         self._tried: dict[Pair, float] = {}
 
     def reach(self, ratio: float) -> Selection:
-        """Bisect the library's own ratio until the measured MACs are what was asked for.
+        """Bisect the library's own ratio until the measured cost is what was asked for.
 
         One ratio serves widths and heads at first, as in the library's examples. Heads are coarse,
         and a layer all of whose heads fall below the threshold is left whole by the library, so
-        that the MACs may jump over the goal or stay short of it: then the heads' ratio is held,
+        that the cost may jump over the goal or stay short of it: then the heads' ratio is held,
         below the jump or where the library goes furthest, and the widths' ratio is bisected alone.
 
         Args:
-            ratio: Share of the MACs that should go, in (0, 1).
+            ratio: Share of the cost that should go, in (0, 1).
 
         Raises:
             BudgetError: It cannot be reached within 0.01; the message says how far it came.
@@ -161,8 +167,11 @@ class TorchPruning:
         tower.requires_grad_(False)
         for parameter in tower.parameters():
             parameter.grad = None
-        achieved = 1 - measure(tower, self.size).macs / self._dense
+        achieved = 1 - self._cost(tower) / self._dense
         return Selection(tower, self._plan(gone), achieved)
+
+    def _cost(self, tower: nn.Module) -> int:
+        return measure(tower, self.size).of(self.budget)
 
     def _pruner(self, tower: nn.Module, widths: float, heads: float) -> torch_pruning.BasePruner:
         free = {s.module for g in self.groups for s in g.slices if s.axis == "out"}
@@ -188,6 +197,7 @@ class TorchPruning:
             },
             prune_num_heads=True,
             prune_head_dims=False,
+            round_to=self.round_to if self.round_to > 1 else None,
             # Its defaults are shared between pruners, and it writes into them.
             in_channel_groups={},
             out_channel_groups={},
@@ -241,7 +251,8 @@ class TorchPruning:
     def _too_far(self, tried: Sequence[Pair], ratio: float) -> str:
         most = max(self._at(pair) for pair in tried)
         nearest = min((self._at(pair) for pair in tried), key=lambda value: abs(value - ratio))
-        said = f"{self.name} took at most {most:.3f} of the MACs; {ratio:.3f} were asked for"
+        said = f"{self.name} took at most {most:.3f} of the {budget_name(self.budget)}; "
+        said += f"{ratio:.3f} were asked for"
         if nearest != most:
             said += f", and the nearest is {nearest:.3f}"
         if self.left_alone:

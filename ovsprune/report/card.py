@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from ovsprune.report.numbers import change, count, duration, percent
+from ovsprune.report.numbers import budget_name, change, count, duration, percent
 
 if TYPE_CHECKING:
     from ovsprune.slim.spec import LayerSpec, SlimSpec
@@ -68,8 +68,8 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     removed = f"{percent(spec.ratio)} of its MACs removed"
     asked = record.get("ratio")
     if asked is not None:
-        budget = {"macs": "MACs", "params": "parameters"}.get(str(record.get("budget", "macs")))
-        removed += f" (asked for: {percent(float(asked))} of the {budget or record['budget']})"
+        budget = budget_name(str(record.get("budget", "macs")))
+        removed += f" (asked for: {percent(float(asked))} of the {budget})"
     text = (
         f"# {spec.base.model}, slim\n\n"
         f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "

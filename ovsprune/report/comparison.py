@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ovsprune.report.intervals import pooled_difference, spread
-from ovsprune.report.numbers import count, duration, percent
+from ovsprune.report.numbers import budget_name, count, duration, percent
 from ovsprune.report.tables import table
 
 __all__ = ["compare_summary", "differences", "page", "summary"]
@@ -22,7 +22,7 @@ def summary(record: Record) -> list[dict[str, Any]]:
     """Means over seeds, one entry a ratio and method, in the order of the record.
 
     Returns:
-        ``method, ratio, seeds`` (rows that are done), ``macs`` (their mean), for each of
+        ``method, ratio, seeds`` (rows that are done), ``macs`` and ``params`` (means), for each of
         ``retention, miou, pixel_accuracy, relative_error`` a ``{mean, sd, half}`` (half-width of
         the 95% interval of the mean; None where there is no or only one value), ``seconds`` (mean)
         and ``reason`` (why rows are missing, or None).
@@ -33,7 +33,8 @@ def summary(record: Record) -> list[dict[str, Any]]:
             rows = _rows(record, ratio, method)
             done = [row for row in rows if row["status"] == "done"]
             entry: dict[str, Any] = {"method": method, "ratio": ratio, "seeds": len(done)}
-            entry["macs"] = _mean([row["macs"] for row in done])
+            for cost in ("macs", "params"):
+                entry[cost] = _mean([row[cost] for row in done])
             for figure in FIGURES:
                 entry[figure] = _figure([row[figure] for row in done if row[figure] is not None])
             entry["seconds"] = _mean([row["seconds"] for row in done])
@@ -67,10 +68,10 @@ def differences(record: Record, reference: str) -> list[dict[str, Any]]:
 
 def compare_summary(record: Record) -> Sequence[RenderableType]:
     """One table a ratio, the gaps, and where the files are."""
-    columns = ["", *COLUMNS]
+    columns = ["", *_columns(record)]
     parts: list[RenderableType] = []
     for ratio in record["ratios"]:
-        title = f"{record['model']}, {percent(ratio, 0)} of the MACs removed"
+        title = f"{record['model']}, {_removed(record, ratio)}"
         parts.append(table(title, columns, _cells(record, ratio)))
     gaps = _gaps(record)
     if gaps:
@@ -91,14 +92,14 @@ def page(record: Record) -> str:
     lines += [
         f"{record['samples']} calibration pictures ({record['calibration']}), {record['seeds']} "
         f"{'seed' if record['seeds'] == 1 else 'seeds'}; mean ± standard deviation over seeds. "
-        f"{NOTE}",
+        f"{NOTE}{_options(record)}",
         "",
     ]
     if record["plot"]:
-        lines += ["![Quality against MACs](curves.png)", ""]
+        lines += [f"![Quality against {budget_name(record['budget'])}](curves.png)", ""]
     for ratio in record["ratios"]:
-        lines += [f"## {percent(ratio, 0)} of the MACs removed", ""]
-        lines += [*_markdown(["method", *COLUMNS], _cells(record, ratio)), ""]
+        lines += [f"## {_removed(record, ratio)}", ""]
+        lines += [*_markdown(["method", *_columns(record)], _cells(record, ratio)), ""]
     gaps = _gaps(record)
     if gaps:
         lines += [f"## {_gap_title(record)}", "", *_markdown(GAP_COLUMNS, gaps), ""]
@@ -109,12 +110,27 @@ def page(record: Record) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ("seeds", "MACs", "kept", "mIoU", "error", "time")
 GAP_COLUMNS = ["against", "removed", "kept, points", "error"]
 NOTE = (
     "kept: share of the dense mIoU; error: relative error of the dense features on the same "
     "pictures, 0 is equal."
 )
+
+
+def _columns(record: Record) -> tuple[str, ...]:
+    return ("seeds", budget_name(record["budget"]), "kept", "mIoU", "error", "time")
+
+
+def _removed(record: Record, ratio: float) -> str:
+    return f"{percent(ratio, 0)} of the {budget_name(record['budget'])} removed"
+
+
+def _options(record: Record) -> str:
+    """What was asked for beside the defaults, as a sentence; empty for none."""
+    said = [f"--protect {pattern}" for pattern in record["protect"]]
+    said += [f"--round-to {record['round_to']}"] if record["round_to"] > 1 else []
+    said += ["--centred"] if record["centred"] else []
+    return f" Options: `{' '.join(said)}`." if said else ""
 
 
 def _cells(record: Record, ratio: float) -> list[list[str]]:
@@ -130,7 +146,7 @@ def _cells(record: Record, ratio: float) -> list[list[str]]:
             [
                 entry["method"],
                 str(entry["seeds"]),
-                count(entry["macs"]),
+                count(entry[record["budget"]]),
                 _points(entry["retention"]),
                 _points(entry["miou"]),
                 _error(entry["relative_error"]),

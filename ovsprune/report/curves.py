@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsprune.core.errors import MissingLibraryError
-from ovsprune.report.numbers import count
+from ovsprune.report.numbers import budget_name, count
 
 __all__ = ["draw", "spread_out"]
 
@@ -33,7 +33,7 @@ LINE = 0.062
 
 
 def draw(record: Record, path: Path) -> None:
-    """Draw the share of the dense mIoU and the relative error against the MACs removed.
+    """Draw the share of the dense mIoU and the relative error against the cost removed.
 
     Args:
         record: Of a comparison, with its summary.
@@ -67,14 +67,15 @@ def draw(record: Record, path: Path) -> None:
     wrong.yaxis.set_minor_locator(NullLocator())
     wrong.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     wrong.set_ylabel("relative error of the features (log)")
-    wrong.set_xlabel(f"MACs removed (% of {count(record['dense']['macs'])})")
+    budget = record["budget"]
+    wrong.set_xlabel(f"{budget_name(budget)} removed (% of {count(record['dense'][budget])})")
     for axes in (kept, wrong):
         _names(axes)
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
 Curve = list[tuple[float, float, float]]
-"""MACs removed in percent, mean, standard deviation; ascending."""
+"""Cost removed in percent, mean, standard deviation; ascending."""
 
 
 def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -114,16 +115,17 @@ def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> 
 
 
 def _most(record: Record) -> float:
-    """Where the axis of MACs ends: a little past the greatest ratio."""
+    """Where the axis of costs ends: a little past the greatest ratio."""
     return min(1.0, 1.05 * float(max(record["ratios"])))
 
 
 def _curve(record: Record, method: str, figure: str, scale: float, start: Curve) -> Curve:
     """``start`` and every ratio that was reached; empty if none was."""
-    dense = record["dense"]["macs"]
+    budget = record["budget"]
+    dense = record["dense"][budget]
     points = [
         (
-            100 * (1 - entry["macs"] / dense),
+            100 * (1 - entry[budget] / dense),
             scale * entry[figure]["mean"],
             scale * (entry[figure]["sd"] or 0.0),
         )

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["change", "count", "duration", "file_size", "percent", "speedup"]
+__all__ = ["budget_name", "change", "count", "duration", "file_size", "percent", "speedup"]
 
 _COUNTS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 _SIZES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
+
+
+_BUDGETS = {"macs": "MACs", "params": "parameters"}
+
+
+def budget_name(kind: str) -> str:
+    """What a budget counts, in words.
+
+    >>> budget_name("params"), budget_name("latency")
+    ('parameters', 'latency')
+    """
+    return _BUDGETS.get(kind, kind)
 
 
 def count(value: float) -> str:

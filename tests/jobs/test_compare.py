@@ -9,9 +9,12 @@ from PIL import Image
 
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
-from ovsprune.jobs.compare import compare
+from ovsprune.evaluation.datasets import ScenesData
+from ovsprune.jobs.compare import SCENE_SEED, compare
 from ovsprune.jobs.contest import Contest
+from ovsprune.jobs.evaluate import class_embeddings, score_backbone
 from ovsprune.jobs.prune import prune
+from ovsprune.jobs.stock import STOCK
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
 METHODS = ["default,random+closed-form,random", "torch-pruning,torch-pruning+closed-form"]
@@ -166,6 +169,115 @@ def test_other_settings_in_the_same_place(small_clip, tmp_path):
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2  # Dense, and one.
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("budget", "params", "budget the default, now params"),
+        ("protect", ["*.0.mlp"], r"protect the default, now \['\*.0.mlp'\]"),
+        ("round_to", 8, "round_to the default, now 8"),
+        ("centred", True, "centred the default, now True"),
+    ],
+)
+def test_rows_of_other_options_are_refused(small_clip, tmp_path, option, value, said):
+    run = {**SMALL, "output": tmp_path / "out", **QUICK}
+    compare(small_clip, [0.3], **run)
+    with pytest.raises(OutputError, match=rf"other settings \({said}\).*--overwrite"):
+        compare(small_clip, [0.3], **run, **{option: value})
+    compare(small_clip, [0.3], **run, **{option: value}, overwrite=True)
+    with pytest.raises(OutputError, match=rf"\({option} .*, now the default\)"):
+        compare(small_clip, [0.3], **run)
+
+
+def test_rows_from_before_there_were_options_are_kept(small_clip, tmp_path):
+    """What is not the default is in the settings; the defaults are not."""
+    run = {**SMALL, "output": tmp_path / "out", **QUICK}
+    compare(small_clip, [0.3], **run)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert not {"budget", "protect", "round_to", "centred"} & set(settings)
+
+
+BOTH = ("magnitude", "torch-pruning", "torch-pruning+closed-form")
+
+
+def test_the_budget_is_one_of_parameters(small_clip, tmp_path):
+    record = compare(
+        small_clip, [0.25], methods=BOTH, seeds=1, budget="params", output=tmp_path / "out", **QUICK
+    )
+    dense = record["dense"]
+    assert record["budget"] == "params" and len(record["rows"]) == 3
+    for row in record["rows"]:
+        assert 1 - row["params"] / dense["params"] == pytest.approx(0.25, abs=0.01)
+        assert row["achieved"] == pytest.approx(1 - row["params"] / dense["params"])
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "## 25% of the parameters removed" in page and "| parameters |" in page
+
+
+def test_what_is_protected_is_whole_in_every_row_and_widths_are_rounded(
+    small_clip, tmp_path, monkeypatch
+):
+    towers, real = {}, Contest._prune
+
+    def kept(self, method, settings, clock):
+        towers[method.name] = real(self, method, settings, clock)
+        return towers[method.name]
+
+    monkeypatch.setattr(Contest, "_prune", kept)
+    record = compare(
+        small_clip,
+        [0.2],
+        methods=BOTH,
+        seeds=1,
+        protect=["*.1.mlp"],
+        round_to=8,
+        centred=True,
+        output=tmp_path / "out",
+        **QUICK,
+    )
+    assert {row["status"] for row in record["rows"]} == {"done"}
+    for name in BOTH:
+        widths = [block.mlp.c_fc.out_features for block in towers[name].transformer.resblocks]
+        assert widths[1] == 128 and min(widths) < 128, name
+        assert all(width % 8 == 0 for width in widths), name
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "Options: `--protect *.1.mlp --round-to 8 --centred`." in page
+
+
+def test_centred_embeddings_are_what_evaluate_scores_against(small_clip, tmp_path):
+    run = {**SMALL, **QUICK, "scenes": 16}
+    given = compare(small_clip, [0.3], **run, output=tmp_path / "given")
+    centred = compare(small_clip, [0.3], **run, centred=True, output=tmp_path / "centred")
+    data = ScenesData(16, seed=SCENE_SEED, size=48)
+    embeddings = class_embeddings(small_clip, data.prompts)
+    for record in (given, centred):
+        expected = score_backbone(
+            small_clip, embeddings, data, 4, Silent(), "", centred=record["centred"]
+        )
+        assert record["dense"]["miou"] == expected["miou"]
+    assert given["dense"]["miou"] != centred["dense"]["miou"]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
+    small_clip, tmp_path, name
+):
+    methods = [f"{name}+none", f"{name}+closed-form", name]
+    record = compare(
+        small_clip, [0.5, 0.95], methods=methods, seeds=1, output=tmp_path / "out", **QUICK
+    )
+    rows = {(row["method"], row["ratio"]): row for row in record["rows"]}
+    bare, repaired = rows[methods[0], 0.5], rows[methods[1], 0.5]
+    assert (bare["source"], repaired["source"]) == ("torch-pruning", "torch-pruning")
+    assert bare["macs"] == repaired["macs"]  # The same selection.
+    assert repaired["relative_error"] < bare["relative_error"]
+    page = (tmp_path / "out" / "README.md").read_text()
+    for method in methods:
+        far = rows[method, 0.95]
+        assert (far["status"], far["miou"]) == ("unreachable", None)
+        assert f"{name} took at most 0." in far["reason"]
+        assert f"- `{method} at 0.95`: {far['reason']}" in page
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
+
+
 def test_a_damaged_row(small_clip, tmp_path):
     run = {**SMALL, "output": tmp_path / "out", **QUICK}
     compare(small_clip, [0.5], **run)
@@ -196,6 +308,10 @@ def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, mo
         ([0.5], {"data": "nowhere"}, DataError, "nowhere has no folder images/"),
         ([0.5], {"text_embeddings": "nowhere.npz"}, DataError, "nowhere.npz"),
         ([0.5], {"device": "abacus"}, OptionError, "--device 'abacus' cannot be used"),
+        ([0.5], {"budget": "latency"}, OptionError, "--budget latency cannot be compared"),
+        ([0.5], {"budget": "seconds"}, OptionError, "--budget 'seconds' is unknown"),
+        ([0.5], {"protect": ["*.77.*"]}, OptionError, r"--protect '\*.77.\*' matches no group"),
+        ([0.5], {"round_to": 0}, OptionError, "--round-to 0: give at least 1"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(

@@ -30,6 +30,7 @@ def record():
                         "status": "unreachable" if far else "done",
                         "reason": "took at most 0.441" if far else None,
                         "macs": None if far else round(1e8 * (1 - ratio)),
+                        "params": None if far else round(6e5 * (1 - ratio)),
                         "miou": None if far else 0.8 * kept,
                         "pixel_accuracy": None if far else 0.9,
                         "retention": None if far else kept,
@@ -39,7 +40,8 @@ def record():
                 )
     made = {
         "model": "tiny", "trained": True, "data": "scenes", "images": 500, "samples": 256,
-        "calibration": "procedural", "seeds": 3, "ratios": [0.3, 0.7], "methods": list(METHODS),
+        "calibration": "procedural", "centred": False, "budget": "macs", "protect": [],
+        "round_to": 1, "seeds": 3, "ratios": [0.3, 0.7], "methods": list(METHODS),
         "dense": {"macs": 100_000_000, "params": 600_000, "miou": 0.8}, "rows": rows,
         "plot": "out/curves.png", "output": "out", "seconds": 3.0,
     }  # fmt: skip

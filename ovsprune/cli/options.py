@@ -1,0 +1,73 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["budget_options", "scoring_options"]
+
+Callback = Callable[..., Any]
+
+
+def budget_options(*, latency: bool) -> Callable[[Callback], Callback]:
+    """Add ``--budget``, ``--protect`` and ``--round-to``: what a ratio counts and may cut.
+
+    Args:
+        latency: Whether the command knows the budget ``latency``.
+    """
+    known = "macs, params, latency (of one picture on this machine)" if latency else "macs, params"
+    return _adding(
+        click.option(
+            "--budget", default="macs", show_default=True, help=f"What --ratio counts: {known}."
+        ),
+        click.option(
+            "--protect",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave the layers whose name matches (as in a shell: '*.11.*'); may be repeated.",
+        ),
+        click.option(
+            "--round-to",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Keep MLP widths at multiples of this.",
+        ),
+    )
+
+
+def scoring_options(function: Callback) -> Callback:
+    """Add ``--list``, ``--text-embeddings`` and ``--centred``: on what, and against what."""
+    return _adding(
+        click.option(
+            "--list",
+            "list_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="A file that names the pictures of --data to use, one stem a line.",
+        ),
+        click.option(
+            "--text-embeddings",
+            type=click.Path(path_type=Path),
+            metavar="FILE.npz",
+            help="Embeddings of the classes, for a model without a text tower.",
+        ),
+        click.option(
+            "--centred",
+            is_flag=True,
+            help="Take the mean of the classes' embeddings off each of them before scoring.",
+        ),
+    )(function)
+
+
+def _adding(*options: Callable[[Callback], Callback]) -> Callable[[Callback], Callback]:
+    def decorate(function: Callback) -> Callback:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
