@@ -31,7 +31,7 @@ from ovsprune.graph.layers import weight_of
 __all__ = ["HeadBases", "balance", "find_bases"]
 
 RIDGE = 1e-4
-"""Relative to the mean variance: what keeps a basis invertible, far below what decides the order."""
+"""Relative to the mean variance: keeps a basis invertible, far below what decides the order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +97,7 @@ def find_bases(
         advance(1)
         for name, block in list(stages.blocks.items())[: last + 1]:
             mine = [seed for seed in seeds if seed.block == name]
-            sums = {
-                tap: SecondMoments(_width(tower, tap)) for seed in mine for tap in _taps(seed)
-            }
+            sums = {tap: SecondMoments(_width(tower, tap)) for seed in mine for tap in _taps(seed)}
             for _, seen in walk(block, stream, batch_size, list(sums), name, advance=True):
                 for tap, moments in sums.items():
                     moments.update(seen[tap])
