@@ -31,7 +31,7 @@ from ovsprune.graph.layers import weight_of
 __all__ = ["HeadBases", "balance", "find_bases"]
 
 RIDGE = 1e-4
-"""Relative to the mean variance: what keeps a basis invertible, far below what decides the order."""
+"""Relative to the mean variance: keeps a basis invertible, far below what decides the order."""
 
 
 @dataclass(frozen=True, eq=False)

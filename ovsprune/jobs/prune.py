@@ -121,8 +121,9 @@ def prune(
             object such as :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own),
             ``allocation``, ``recovery``, ``protect`` (patterns of group names), ``round_to``,
             ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
-            ``prune_head_dim`` (directions inside heads, too), ``latency_table`` (a file), ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance),
-            ``probe`` (pictures for curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
+            ``prune_head_dim`` (directions inside heads, too), ``latency_table`` (a file), ``seed``,
+            ``batch_size``, ``ridge`` (relative to the mean variance), ``probe`` (pictures for
+            curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
             :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with
             ``imp_structured=True``; see :mod:`ovsprune.jobs.imp`), ``imp_steps``, ``imp_rewind``,
             ``imp_lr``.

@@ -44,8 +44,8 @@ def card(spec: SlimSpec, record: Mapping[str, Any]) -> str:
 
 
 _BASES = (
-    " Directions (`qk`: of queries and keys, `vo`: of values) are counted in each head in the basis "
-    "that lies beside them."
+    " Directions (`qk`: of queries and keys, `vo`: of values) are counted in the basis of each "
+    "head, which lies beside them."
 )
 
 

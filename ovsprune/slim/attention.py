@@ -34,8 +34,8 @@ class SlimAttention(nn.Module):
     """Self- or cross-attention over the kept heads of a dense attention.
 
     Its output equals that of the dense module whose cut heads are masked to zero before the out
-    projection. Parameters have the names of ``nn.MultiheadAttention``: ``in_proj_weight``
-    [kept * (2 * qk_dim + v_dim), embed_dim] (queries, keys, values), ``in_proj_bias``, ``out_proj``.
+    projection. Parameters have the names of ``nn.MultiheadAttention``: ``in_proj_weight`` (queries,
+    keys, values) [kept * (2 * qk_dim + v_dim), embed_dim], ``in_proj_bias``, ``out_proj``.
 
     Args:
         embed_dim: Width of the residual stream.

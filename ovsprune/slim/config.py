@@ -142,7 +142,8 @@ def _check_version(data: Any, at: str) -> None:
     if version not in FORMAT_VERSIONS:
         raise CheckpointError(
             f"{at}: format_version is {version}, this ovsprune reads "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}; install a newer ovsprune, or write the checkpoint again with this one"
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; install a newer ovsprune, or write the "
+            "checkpoint again with this one"
         )
 
 

@@ -22,12 +22,12 @@ __all__ = [
     "KINDS",
     "MASK",
     "MODEL",
+    "WIDTH_KINDS",
     "BaseSpec",
     "FileSpec",
     "LayerSpec",
     "SliceSpec",
     "SlimSpec",
-    "WIDTH_KINDS",
     "schema",
     "version_of",
 ]

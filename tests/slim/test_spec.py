@@ -14,7 +14,7 @@ from ovsprune.core.errors import CheckpointError
 from ovsprune.core.records import Costs, Preprocess
 from ovsprune.slim.spec import (
     ACTIVATIONS,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     KINDS,
     BaseSpec,
     FileSpec,
@@ -84,13 +84,13 @@ def test_the_schema_says_what_the_reader_says() -> None:
     }
     assert found["properties"]["activation"]["enum"] == list(ACTIVATIONS)
     assert found["$defs"]["layer"]["properties"]["kind"]["enum"] == list(KINDS)
-    assert found["properties"]["format_version"]["const"] == FORMAT_VERSION
+    assert found["properties"]["format_version"]["enum"] == list(FORMAT_VERSIONS)
 
 
 BAD: dict[str, tuple[Change, str]] = {
     "another format": (lambda d: d.update(format="safetensors"), "no slim checkpoint"),
     "no format": (lambda d: d.pop("format"), "no slim checkpoint"),
-    "newer version": (lambda d: d.update(format_version=2), "format_version is 2, this ovsprune"),
+    "newer version": (lambda d: d.update(format_version=3), "format_version is 3, this ovsprune"),
     "version as text": (lambda d: d.update(format_version="1"), "format_version is '1', expected"),
     "missing field": (lambda d: d.pop("layers"), "lacks 'layers'"),
     "unknown field": (lambda d: d.update(auto_map={"m": "x.Y"}), "unknown field 'auto_map'"),
