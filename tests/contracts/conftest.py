@@ -151,6 +151,50 @@ class NormedTower(nn.Module):
         ]
 
 
+class PatchBlock(nn.Module):
+    """Two 3x3 convolutions with a norm between; the second has no residual where it strides."""
+
+    def __init__(self, width: int, units: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, units, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(units)
+        self.second = nn.Conv2d(units, width, 3, padding=1, stride=stride)
+        nn.init.uniform_(self.norm.weight, 0.3, 1.5)
+        nn.init.normal_(self.norm.bias, 0, 0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(self.norm(self.first(x)).relu())
+        return x + out if out.shape == x.shape else out
+
+
+class PatchTower(nn.Module):
+    """A tower whose consumers read patches of nine positions, and whose grid shrinks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.blocks = nn.ModuleList(
+            PatchBlock(8, units, stride) for units, stride in ((12, 1), (14, 2), (10, 1))
+        )
+        self.project = nn.Linear(8, 6)
+
+    def stages(self) -> Stages:
+        def head(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            dense = self.project(stream.movedim(1, -1)).movedim(-1, 1)
+            return dense.mean((2, 3)), dense
+
+        return Stages(self.stem, {f"blocks.{i}": b for i, b in enumerate(self.blocks)}, head)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.stages().outputs(images)[0]
+
+    def seeds(self) -> list[Seed]:
+        return [
+            Seed(n, "channels", f"{n}.first", 1, n, None if i == 1 else StreamPoint(n, "output"))
+            for i, n in enumerate(f"blocks.{i}" for i in range(len(self.blocks)))
+        ]
+
+
 REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
     "open_clip-efficientnet": open_clip_efficientnet,
     "open_clip-vit": open_clip_vit,
@@ -226,21 +270,19 @@ def case(request: pytest.FixtureRequest) -> Case:
     return prepared(REPRESENTATIVES[request.param]())
 
 
-@pytest.fixture(scope="session")
-def normed() -> Case:
-    """A tower that is of no family, for what asks for norms."""
+def of_no_family(name: str, make: Callable[[], Any], activation: str) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tower = NormedTower().eval()
+        tower = make().eval()
     backbone = Backbone(
-        name="normed",
+        name=name,
         pretrained=None,
         trained=False,
         family="none",
         tower=tower,
         stages=lambda tower: tower.stages(),  # type: ignore[operator]
         preprocess=Preprocess((48, 48)),
-        activation="gelu",
+        activation=activation,
         architecture={},
         library_version="0",
         text={},
@@ -248,3 +290,15 @@ def normed() -> Case:
     groups = find_groups(tower, tower.seeds(), (48, 48))
     tower.requires_grad_(False)
     return Case(backbone, deepcopy(tower), groups, ScenePictures(12, backbone.preprocess, 0))
+
+
+@pytest.fixture(scope="session")
+def normed() -> Case:
+    """A tower that is of no family, for what asks for norms."""
+    return of_no_family("normed", NormedTower, "gelu")
+
+
+@pytest.fixture(scope="session")
+def patches() -> Case:
+    """A tower that is of no family, whose consumers are 3x3 convolutions."""
+    return of_no_family("patches", PatchTower, "relu")

@@ -21,10 +21,12 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["family", "normed"])
-def ranked(request: pytest.FixtureRequest, case: Case, normed: Case, name: str) -> Case:
-    """Groups that the criterion can rank: those of every family, and some with norms."""
-    chosen = case if request.param == "family" else normed
+@pytest.fixture(params=["family", "normed", "patches"])
+def ranked(
+    request: pytest.FixtureRequest, case: Case, normed: Case, patches: Case, name: str
+) -> Case:
+    """Groups that the criterion can rank: of every family, some with norms, some of 3x3 layers."""
+    chosen = {"family": case, "normed": normed, "patches": patches}[request.param]
     if refused(chosen, name):
         pytest.skip(f"{name} refuses these groups, which have no norms")
     return chosen

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ovsprune.core.protocols import Seed
 from ovsprune.core.records import Plan
-from ovsprune.graph.cut import cut, removed
+from ovsprune.graph.cut import cut, mask, removed
 from ovsprune.graph.groups import find_groups
 
 
@@ -70,3 +72,62 @@ def test_units_of_a_width_that_does_not_divide_are_refused() -> None:
 
 def test_nothing_offered_nothing_found() -> None:
     assert find_groups(Convolutions(forked=False), [], (16, 16)) == []
+
+
+class Separable(nn.Module):
+    """A 1x1 layer, a convolution of ``groups`` groups between norms, and a 1x1 reader."""
+
+    def __init__(self, groups: int, stride: int = 1) -> None:
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1, stride=stride, groups=groups)
+        self.after, self.reduce = nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.reduce(self.after(self.middle(self.norm(self.expand(x)).relu())).relu())
+        return out
+
+
+def test_a_depthwise_convolution_goes_along() -> None:
+    tower = Separable(groups=8).eval().requires_grad_(False)
+    for norm in (tower.norm, tower.after):
+        norm.running_mean.uniform_(0.5, 1)
+    (group,) = find_groups(tower, [Seed("g", "channels", "expand", 1, "", None)], (16, 16))
+    assert not any(p.requires_grad for p in tower.parameters())
+    assert group.norms == ("norm", "after")
+    assert {(s.module, s.axis) for s in group.slices} == {
+        ("expand", "out"),
+        ("norm", "out"),
+        ("middle", "out"),
+        ("after", "out"),
+        ("reduce", "in"),
+    }
+    assert group.macs == 256 * (3 + 9 + 3)
+    assert group.params == 3 + 2 + 10 + 2 + 3
+    plan = Plan({"g": torch.tensor([0, 3, 5])})
+    x = torch.randn(2, 3, 16, 16)
+    masked = deepcopy(tower)
+    mask(masked, [group], plan)
+    cut(tower, [group], plan)
+    torch.testing.assert_close(tower(x), masked(x), atol=1e-6, rtol=1e-5)
+    assert (tower.middle.in_channels, tower.middle.out_channels, tower.middle.groups) == (3,) * 3
+
+
+def test_a_tower_that_needs_gradients_still_does() -> None:
+    tower = Separable(groups=8).eval()
+    tower.expand.requires_grad_(False)
+    find_groups(tower, [Seed("g", "channels", "expand", 1, "", None)], (16, 16))
+    assert [n for n, p in tower.named_parameters() if not p.requires_grad] == ["expand.weight"]
+
+
+def test_groups_of_several_channels_are_refused() -> None:
+    seed = Seed("g", "channels", "expand", 1, "", None)
+    with pytest.raises(ValueError, match="expand: its units go through middle, whose groups"):
+        find_groups(Separable(groups=2).eval(), [seed], (16, 16))
+
+
+def test_equal_layers_at_other_resolutions_cost_what_they_cost() -> None:
+    tower = nn.Sequential(Separable(8), Separable(8, stride=2), Separable(8)).eval()
+    seeds = [Seed(f"{i}", "channels", f"{i}.expand", 1, "", None) for i in range(3)]
+    costs = [group.macs for group in find_groups(tower, seeds, (16, 16))]
+    assert costs == [256 * 15, 256 * 3 + 64 * 12, 64 * 15]

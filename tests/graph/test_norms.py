@@ -1,0 +1,81 @@
+"""Norms folded into the layer before them, and taken out again."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from ovsprune.graph.norms import fold, unfold
+
+
+def pair(bias: bool = False) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    generator = torch.Generator().manual_seed(0)
+    layer, norm = nn.Conv2d(6, 5, 3, bias=bias), nn.BatchNorm2d(5)
+    with torch.no_grad():
+        norm.weight.uniform_(-2, 2, generator=generator)
+        norm.bias.normal_(generator=generator)
+        norm.running_mean.normal_(generator=generator)
+        norm.running_var.uniform_(0.1, 3, generator=generator)
+    return layer.eval().requires_grad_(False), norm.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_is_the_same(bias: bool) -> None:
+    layer, norm = (module.double() for module in pair(bias))
+    images = torch.randn(2, 6, 7, 7, dtype=torch.float64)
+    folded, place = fold(layer, norm)
+    torch.testing.assert_close(place(folded(images)), norm(layer(images)), atol=1e-12, rtol=1e-12)
+    assert folded.bias is not None and not folded.weight.requires_grad
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [None, torch.tensor([0, 2, 5])])
+def test_what_was_not_changed_comes_back_bit_for_bit(
+    bias: bool, columns: torch.Tensor | None
+) -> None:
+    layer, norm = pair(bias)
+    folded, place = fold(layer, norm)
+    if columns is not None:
+        folded.weight = nn.Parameter(folded.weight[:, columns].clone(), requires_grad=False)
+        folded.in_channels = len(columns)
+    again, after = unfold(folded, deepcopy(place), columns)
+    wanted = layer.weight if columns is None else layer.weight[:, columns]
+    assert torch.equal(again.weight, wanted)
+    assert (again.bias is None) == (layer.bias is None)
+    assert after is not norm and type(after) is nn.BatchNorm2d
+    assert all(torch.equal(v, norm.state_dict()[k]) for k, v in after.state_dict().items())
+
+
+def test_changes_go_to_the_weight_and_to_the_shift() -> None:
+    layer, norm = pair()
+    folded, place = fold(layer, norm)
+    folded.weight[1, 2] += 0.5
+    folded.bias[3] += 0.25
+    images = torch.randn(2, 6, 7, 7)
+    wanted = folded(images)
+    again, after = unfold(folded, place)
+    torch.testing.assert_close(after(again(images)), wanted, atol=1e-5, rtol=1e-5)
+    for name in ("weight", "running_mean", "running_var"):
+        assert torch.equal(getattr(after, name), getattr(norm, name))
+    same = torch.ones_like(layer.weight, dtype=torch.bool)
+    same[1, 2] = False
+    assert torch.equal(again.weight[same], layer.weight[same])
+    assert torch.equal(after.bias[[0, 1, 2, 4]], norm.bias[[0, 1, 2, 4]])
+    # The originals are as they were.
+    torch.testing.assert_close(place.norm.bias, norm.bias, atol=0, rtol=0)
+
+
+def test_a_norm_that_multiplies_by_nothing_is_opened_for_a_change() -> None:
+    layer, norm = pair()
+    norm.weight[[0, 4]] = 0.0
+    folded, place = fold(layer, norm)
+    folded.weight[4, 1] += 0.5
+    folded.bias[4] -= 1.0
+    images = torch.randn(2, 6, 7, 7)
+    wanted = folded(images)
+    again, after = unfold(folded, place)
+    torch.testing.assert_close(after(again(images)), wanted, atol=1e-5, rtol=1e-5)
+    assert after.weight[0] == 0 and torch.equal(again.weight[0], layer.weight[0])
