@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from ovsprune.calibration.linearised import (
     added,
     conjugate_gradients,
 )
-from ovsprune.calibration.refit import capped, held_out, row_weights
-from ovsprune.calibration.streams import Capture, Stream, allocate, walk
+from ovsprune.calibration.refit import capped
+from ovsprune.calibration.streams import Stream, allocate
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import weight_of
-from ovsprune.graph.rows import from_rows, given_rows, read_rows
+from ovsprune.graph.rows import from_rows, read_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import Pair, pairs
-from ovsprune.recovery.taps import Site, median_norms, sites
+from ovsprune.recovery.taps import Site, sites
 
 __all__ = ["GaussNewton"]
 
@@ -71,18 +71,10 @@ class _Refinement:
     """
 
     def __init__(self, pair: Pair, site: Site) -> None:
-        self.pair, self.site, self.size = pair, site, pair.item.batch_size
+        self.pair, self.site = pair, site
         self.layer = pair.item.slim.get_submodule(site.consumer)
         self.segment = Segment(
             pair.slim, [pair.inside(name) for name in site.producers], pair.inside(site.consumer)
-        )
-        self.held = held_out(len(pair.slim_stream))
-        (self.median,) = median_norms(
-            pair.dense,
-            pair.dense_stream,
-            self.size,
-            pair.name,
-            [(site.target, partial(given_rows, self.layer))],
         )
         self.weights: list[Tensor] = []
         self.share = torch.ones(())
@@ -95,41 +87,19 @@ class _Refinement:
         )
         return self._take(change)
 
-    def _compared(
-        self, dense: Stream, slim: Stream, layers: tuple[str, ...] = ()
-    ) -> Iterator[tuple[slice, Tensor, Tensor, Capture]]:
-        """Batches of pictures, and how the towers differ behind the consumer.
-
-        Yields:
-            Which pictures; weights [b, ...] and residuals [b, ..., m] of the rows there; and what
-            ``layers`` read.
-        """
-        pair, target = self.pair, self.site.target
-        taps = [target, *((name, "input") for name in layers)]
-        for (part, wanted), (_, seen) in zip(
-            walk(pair.dense, dense, self.size, [target], pair.name),
-            walk(pair.slim, slim, self.size, taps, pair.name),
-            strict=True,
-        ):
-            goal = given_rows(self.layer, wanted[target])
-            residual = goal - given_rows(self.layer, seen[target])
-            yield part, row_weights(goal, self.median), residual, seen
-
     def _look(self) -> tuple[Stream, Metric]:
         """The residuals, rows [pictures, ..., m], and the metric of what the producers read."""
         find, makers = self.pair.item.slim.get_submodule, tuple(self.site.producers)
         metric = Metric(self.pair.item.ridge)
         found: Stream | None = None
         power = torch.zeros((), dtype=torch.float64)
-        for part, weight, residual, seen in self._compared(
-            self.pair.dense_stream, self.pair.slim_stream, makers
-        ):
+        for part, weight, residual, seen in self.pair.compared(self.site, makers):
             if found is None:
-                found = Stream(allocate((len(self.held), *residual.shape[1:])))
+                found = Stream(allocate((len(self.pair.held), *residual.shape[1:])))
             found[part] = residual.cpu()
             power = power + _power(weight, residual)
             # What is held out has no weight.
-            fitted = (~self.held[part]).to(weight)
+            fitted = (~self.pair.held[part]).to(weight)
             weight = weight * fitted.view(-1, *[1] * (weight.ndim - 1))
             self.weights.append(weight.cpu())
             metric.update(
@@ -175,20 +145,19 @@ class _Refinement:
 
     def _take(self, change: Tensors) -> bool:
         """Take the share of a change that is best on held-out pictures; whether it is any."""
-        exam = self.held if self.held.any() else ~self.held
-        streams = self.pair.dense_stream, self.pair.slim_stream
-        dense, slim = (Stream(stream[exam.nonzero().flatten()]) for stream in streams)
-        best, least = 0.0, self._error(dense, slim)
+        best, least = 0.0, self._error()
         for step in STEPS:
             self.segment.put(change, step)
-            error = self._error(dense, slim)
+            error = self._error()
             if error < least:
                 best, least = step, error
         self.segment.put(change, best)
         return best > 0
 
-    def _error(self, dense: Stream, slim: Stream) -> float:
-        found = self._compared(dense, slim)
+    def _error(self) -> float:
+        held = self.pair.held
+        which = (held if held.any() else ~held).nonzero().flatten()
+        found = self.pair.compared(self.site, which=which)
         return float(sum((_power(w, e) * self.share).sum() for _, w, e, _ in found))
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.refit import Refit, held_out, row_weights
-from ovsprune.calibration.streams import Stream, run_stem, walk
+from ovsprune.calibration.streams import Capture, Stream, allocate, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.rows import given_rows, read_rows
-from ovsprune.recovery.taps import Site, Tap, median_norms, sites
+from ovsprune.recovery.taps import Site, median_norm, median_norms, sites
 
 __all__ = ["Pair", "pairs"]
 
@@ -60,28 +60,6 @@ def _run(block: nn.Module, stream: Stream, batch_size: int) -> None:
         pass
 
 
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """A layer to correct, and where the towers are compared.
-
-    Attributes:
-        module: Dotted name of the layer.
-        point: Tap at which the slim tower should be what the dense one is.
-        layer: That layer in the slim tower.
-        outputs: Which of the dense tower's outputs to compare with; None for all.
-    """
-
-    module: str
-    point: Tap
-    layer: nn.Module
-    outputs: Tensor | None = None
-
-    def wanted(self, seen: Tensor) -> Tensor:
-        """Rows that are compared, of what passed the point in the dense tower."""
-        rows = given_rows(self.layer, seen)
-        return rows if self.outputs is None else rows[..., self.outputs.to(seen.device)]
-
-
 class Pair:
     """One block of the dense and of the slim tower, and the streams before it.
 
@@ -103,9 +81,11 @@ class Pair:
         dense_stream: Stream,
         slim_stream: Stream,
     ) -> None:
-        self.item, self.name = item, name
+        self.item, self.name, self.size = item, name, item.batch_size
         self.dense, self.slim = dense, slim
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
+        self.held = held_out(len(dense_stream))
+        self._goal: tuple[str, Stream, float] | None = None
 
     def inside(self, name: str) -> str:
         """The dotted name of a layer inside the block."""
@@ -113,13 +93,35 @@ class Pair:
 
     def refit_producers(self, site: Site) -> None:
         """Refit what makes the units: from what it reads in the slim tower to the dense units."""
-        find = self.item.slim.get_submodule
-        self._regress(
-            [
-                _Target(name, (name, "output"), find(name), rows)
-                for name, rows in site.producers.items()
-            ]
+        layers = {name: self.item.slim.get_submodule(name) for name in site.producers}
+        if not layers:
+            return
+
+        def units(name: str, given: Tensor) -> Tensor:
+            return given_rows(layers[name], given)[..., site.producers[name].to(given.device)]
+
+        outputs = {name: (name, "output") for name in layers}
+        medians = median_norms(
+            self.dense,
+            self.dense_stream,
+            self.size,
+            self.name,
+            [(tap, partial(units, name)) for name, tap in outputs.items()],
         )
+        refits = {name: Refit(layer, self.held, self.item.ridge) for name, layer in layers.items()}
+        both = [(name, side) for name in layers for side in ("input", "output")]
+        for (part, wanted), (_, seen) in zip(
+            walk(self.dense, self.dense_stream, self.size, outputs.values(), self.name),
+            walk(self.slim, self.slim_stream, self.size, both, self.name),
+            strict=True,
+        ):
+            for (name, layer), median in zip(layers.items(), medians, strict=True):
+                goal = units(name, wanted[outputs[name]])
+                residual = goal - given_rows(layer, seen[outputs[name]])
+                read = read_rows(layer, seen[name, "input"])
+                refits[name].update(part, read, residual, row_weights(goal, median))
+        for refit in refits.values():
+            refit.apply()
 
     def refit_consumer(self, site: Site) -> None:
         """Refit what reads the units.
@@ -130,26 +132,50 @@ class Pair:
         up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
         """
         layer = self.item.slim.get_submodule(site.consumer)
-        self._regress([_Target(site.consumer, site.target, layer)])
+        refit = Refit(layer, self.held, self.item.ridge)
+        for part, weight, residual, seen in self.compared(site, [site.consumer]):
+            refit.update(part, read_rows(layer, seen[site.consumer, "input"]), residual, weight)
+        refit.apply()
 
-    def _regress(self, targets: Sequence[_Target]) -> None:
-        """Correct layers of the slim block, all from one pass over both streams."""
-        size, held = self.item.batch_size, held_out(len(self.dense_stream))
-        dense_taps = [t.point for t in targets]
-        slim_taps = [tap for t in targets for tap in (t.point, (t.module, "input"))]
-        medians = median_norms(
-            self.dense, self.dense_stream, size, self.name, [(t.point, t.wanted) for t in targets]
-        )
-        refits = [Refit(t.layer, held, self.item.ridge) for t in targets]
-        for (part, wanted), (_, seen) in zip(
-            walk(self.dense, self.dense_stream, size, dense_taps, self.name),
-            walk(self.slim, self.slim_stream, size, slim_taps, self.name),
-            strict=True,
-        ):
-            for target, refit, median in zip(targets, refits, medians, strict=True):
-                goal = target.wanted(wanted[target.point])
-                residual = goal - given_rows(target.layer, seen[target.point])
-                read = read_rows(target.layer, seen[target.module, "input"])
-                refit.update(part, read, residual, row_weights(goal, median))
-        for refit in refits:
-            refit.apply()
+    def compared(
+        self, site: Site, layers: Sequence[str] = (), which: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Capture]]:
+        """Batches of pictures, and how far the slim tower is from the dense one behind a consumer.
+
+        Args:
+            site: The consumer.
+            layers: Whose inputs are wanted.
+            which: int64, the pictures; all by default.
+
+        Yields:
+            Their slice of ``which``; weights [b, ...] and residuals [b, ..., m] of the rows behind
+            the consumer; and what ``layers`` read.
+        """
+        layer = self.item.slim.get_submodule(site.consumer)
+        goals, median = self._goals(site, layer)
+        stream = self.slim_stream
+        if which is not None:
+            goals, stream = Stream(goals[which]), Stream(stream[which])
+        taps = [site.target, *((name, "input") for name in layers)]
+        for part, seen in walk(self.slim, stream, self.size, taps, self.name):
+            now = given_rows(layer, seen[site.target])
+            goal = goals[part].to(now)
+            yield part, row_weights(goal, median), goal - now, seen
+
+    def _goals(self, site: Site, layer: nn.Module) -> tuple[Stream, float]:
+        """Rows behind a consumer in the dense tower, and the median of their squared norms.
+
+        They are gathered once for a consumer, however often it is refitted.
+        """
+        if self._goal is None or self._goal[0] != site.consumer:
+            found: Stream | None = None
+            for part, seen in walk(
+                self.dense, self.dense_stream, self.size, [site.target], self.name
+            ):
+                rows = given_rows(layer, seen[site.target]).float().cpu()
+                if found is None:
+                    found = Stream(allocate((len(self.held), *rows.shape[1:])))
+                found[part] = rows
+            assert found is not None
+            self._goal = site.consumer, found, median_norm(found)
+        return self._goal[1:]

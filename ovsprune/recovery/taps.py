@@ -15,12 +15,12 @@ from ovsprune.core.records import Group
 from ovsprune.graph.cut import kept_rows
 from ovsprune.graph.layers import is_channelwise
 
-__all__ = ["Site", "Tap", "median_norms", "sites"]
+__all__ = ["Site", "Tap", "median_norm", "median_norms", "sites"]
 
 Tap = tuple[str, str]
 """Dotted name of a layer, and its ``"input"`` or ``"output"``."""
 
-_SAMPLED = 32
+_SAMPLED = 16
 """Pictures on which a median is taken."""
 
 
@@ -72,6 +72,11 @@ def _target_of(group: Group) -> Tap:
     return group.stream.module, group.stream.side
 
 
+def median_norm(rows: Stream) -> float:
+    """Median of the squared norms of rows [pictures, ..., k], on at most 16 pictures."""
+    return float(squared_norms(rows[spread_over(len(rows), _SAMPLED)]).median())
+
+
 def median_norms(
     block: nn.Module,
     stream: Stream,
@@ -79,7 +84,7 @@ def median_norms(
     name: str,
     points: Sequence[tuple[Tap, Callable[[Tensor], Tensor]]],
 ) -> list[float]:
-    """Medians of the rows' squared norms at some points of a block, on at most 32 pictures.
+    """Medians of the rows' squared norms at some points of a block, on at most 16 pictures.
 
     Args:
         block: Of the dense tower.
