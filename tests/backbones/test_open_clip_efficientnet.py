@@ -92,7 +92,7 @@ def test_only_expanded_channels_are_offered() -> None:
         ({"timm_model_name": "tf_efficientnet_lite0"}, True),
         ({"timm_model_name": "mobilenetv2_050"}, True),
         ({"timm_model_name": "efficientnet_b0"}, False),  # squeeze-and-excitation everywhere
-        ({"timm_model_name": "mnasnet_a1"}, True),  # in some blocks
+        ({"timm_model_name": "semnasnet_100"}, True),  # in some blocks
         ({"timm_model_name": "resnet18"}, False),
         ({"timm_model_name": "no_such_model"}, False),
         ({"timm_model_name": 5}, False),
@@ -107,7 +107,7 @@ def test_what_the_family_takes(options: dict[str, Any], taken: bool) -> None:
 
 def test_blocks_with_squeeze_and_excitation_are_protected() -> None:
     tower = FAMILY.build(
-        "x", None, vision(timm_model_name="mnasnet_a1"), open_clip_efficientnet().preprocess,
+        "x", None, vision(timm_model_name="semnasnet_100"), open_clip_efficientnet().preprocess,
         trained=False, text={},
     ).tower  # fmt: skip
     reasons = {s.block: s.protected for s in FAMILY.seeds(tower)}
