@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ovsprune.backbones import load
 from ovsprune.calibration.fidelity import Agreement
@@ -45,6 +45,8 @@ METHODS = (
     "random",
 )
 RATIOS = (0.3, 0.5, 0.7)
+COLUMNS = ("status", "reason", "macs", "params", "achieved", "relative_error", "pooled_error",
+           "cosine", "seconds")  # fmt: skip
 FIGURES = {"relative_error": "error, dense", "pooled_error": "error, pooled", "cosine": "cosine"}
 
 
@@ -62,7 +64,7 @@ class FeatureExaminer:
         self._wanted = list(self._outputs(backbone.tower))
 
     def examine(self, tower: nn.Module, label: str) -> dict[str, float]:
-        """``relative_error`` and ``cosine`` of the dense outputs, ``pooled_error`` of the pooled."""
+        """Figures of a tower: :data:`FIGURES`."""
         dense, pooled = Agreement(), Agreement()
         for wanted, found in zip(self._wanted, self._outputs(tower.eval()), strict=True):
             pooled.update(wanted[0][:, :, None, None], found[0][:, :, None, None])
@@ -129,10 +131,10 @@ def page(record: dict[str, Any]) -> str:
         "calibration pictures of MSRC's train list and COCO128, "
         f"{record['seeds']} seeds; mean ± standard deviation.",
         "",
-        "error: norm of the difference over the norm of the dense tower's outputs about their mean; "
-        "0 is equal, 1 is as bad as the mean everywhere. dense: the last layer's features, position "
-        "by position; pooled: their mean over a picture. No gradient step anywhere. There is no "
-        "mIoU: no text embeddings belong to this network.",
+        "error: norm of the difference over the norm of the dense tower's outputs about their "
+        "mean; 0 is equal, 1 is as bad as the mean everywhere. dense: the last layer's features, "
+        "position by position; pooled: their mean over a picture. No gradient step anywhere. There "
+        "is no mIoU: no text embeddings belong to this network.",
         "",
     ]
     for ratio in record["ratios"]:
@@ -196,8 +198,7 @@ def compare(chosen: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         row = rows.find(key)
         if row is None:
             found = contest.row(method, ratio, seed)
-            row = {**key, **{f: found.get(f) for f in ("status", "reason", "macs", "params",
-                                                       "achieved", *FIGURES, "seconds")}}  # fmt: skip
+            row = {**key, **{name: found.get(name) for name in COLUMNS}}
             rows.add(row)
             print(json.dumps(row), flush=True)
         wanted.append(row)

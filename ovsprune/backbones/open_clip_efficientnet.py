@@ -75,6 +75,8 @@ class OpenClipEfficientNet:
         elif pretrained != "none":
             source = Path(pretrained)
             state = read_state(source)
+            if not any(key.startswith("visual.") for key in state):  # of the tower alone
+                state = {f"visual.{key}": value for key, value in state.items()}
         text = {key: value for key, value in state.items() if not key.startswith("visual.")}
         backbone = self.build(
             Path(name).resolve().name,
