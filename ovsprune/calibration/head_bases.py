@@ -107,7 +107,8 @@ def find_bases(
                 pairs = [_per_head(matrix, heads) for matrix in _pair(tower, seed, results)]
                 both = [balance(*pair) for pair in zip(*pairs, strict=True)]
                 found.bases[seed.name] = torch.stack([basis for basis, _ in both]).float()
-                found.energies[seed.name] = sum(values.square() for _, values in both)
+                spread = torch.stack([values for _, values in both])
+                found.energies[seed.name] = spread.square().sum(0)
             advance(1)
     return found
 

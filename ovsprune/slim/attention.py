@@ -175,11 +175,11 @@ class SlimAttention(nn.Module):
                 )
         if query is key and key is value:
             both = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            flat = both.split(self._rows, dim=-1)
+            flat = torch.split(both, self._rows, dim=-1)
         else:
             bias = self.in_proj_bias
-            biases = (None,) * 3 if bias is None else bias.split(self._rows)
-            weights = self.in_proj_weight.split(self._rows)
+            biases = (None,) * 3 if bias is None else torch.split(bias, self._rows)
+            weights = torch.split(self.in_proj_weight, self._rows)
             flat = tuple(
                 F.linear(x, w, b)
                 for x, w, b in zip((query, key, value), weights, biases, strict=True)
@@ -313,7 +313,8 @@ class SlimAttention(nn.Module):
         maps = maps.cut(positions, self.qk_dim, self.v_dim)
         self.in_proj_weight.copy_(torch.cat(maps.weights))
         if self.in_proj_bias is not None:
-            for to, bias in zip(self.in_proj_bias.split(self._rows), maps.biases, strict=True):
+            parts = torch.split(self.in_proj_bias, self._rows)
+            for to, bias in zip(parts, maps.biases, strict=True):
                 to.copy_(torch.zeros_like(to) if bias is None else bias)
         self.out_proj.weight.copy_(maps.columns)
         if maps.out_bias is None:

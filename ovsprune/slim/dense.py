@@ -157,8 +157,8 @@ class Maps:
         """The heads at ``positions``, and of each the first ``qk_dim`` and ``v_dim`` channels."""
         rows = []
         for whole, width in zip(self.widths, (qk_dim, v_dim), strict=True):
-            index = head_index(positions, whole).view(len(positions), whole)
-            rows.append(index[:, :width].reshape(-1).to(self.columns.device))
+            channels = head_index(positions, whole).view(len(positions), whole)
+            rows.append(channels[:, :width].reshape(-1).to(self.columns.device))
         index = (rows[0], rows[0], rows[1])
         weights = tuple(w[i] for w, i in zip(self.weights, index, strict=True))
         biases = tuple(None if b is None else b[i] for b, i in zip(self.biases, index, strict=True))
@@ -176,8 +176,9 @@ def maps_of(mha: nn.Module, heads: int) -> Maps:
     assert isinstance(out, nn.Linear)
     inner = out.weight.shape[1]
     wide = (weight.shape[0] - inner) // 2
-    biases = (None, None, None) if bias is None else bias.split([wide, wide, inner])
-    return Maps(weight.split([wide, wide, inner]), biases, out.weight, out.bias, heads)
+    rows = [wide, wide, inner]
+    biases = (None, None, None) if bias is None else torch.split(bias, rows)
+    return Maps(torch.split(weight, rows), biases, out.weight, out.bias, heads)
 
 
 def _in_projection(mha: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -45,4 +45,5 @@ def turned(rows: Tensor, basis: Tensor) -> Tensor:
 
 def dual(basis: Tensor) -> Tensor:
     """``T^-T`` [heads, d, d] of T, in float64: what keys and the out projection are turned by."""
-    return torch.linalg.inv(basis.double()).transpose(-2, -1)
+    inverse: Tensor = torch.linalg.inv(basis.double())
+    return inverse.transpose(-2, -1)

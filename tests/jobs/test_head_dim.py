@@ -47,7 +47,7 @@ def directory(result: PruneResult) -> Path:
     return result.path
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
+@pytest.mark.parametrize("ratio", [0.1, 0.6])
 @pytest.mark.parametrize("budget", ["macs", "params"])
 def test_the_ratio_is_reached(small: Backbone, ratio: float, budget: str) -> None:
     found = prune(small, ratio, budget=budget, prune_head_dim=True, recovery="none", **QUICK)
@@ -58,7 +58,7 @@ def test_the_ratio_is_reached(small: Backbone, ratio: float, budget: str) -> Non
     assert found.achieved == pytest.approx(gone)
 
 
-def test_directions_were_cut_and_the_spec_says_so(result: PruneResult) -> None:
+def test_directions_were_cut_and_the_spec_says_so(result: PruneResult, directory: Path) -> None:
     spec = result.spec
     assert spec.format_version == 2
     assert spec.turned()
@@ -68,7 +68,7 @@ def test_directions_were_cut_and_the_spec_says_so(result: PruneResult) -> None:
         if layer.kind in ("qk", "vo"):
             assert kept.tolist() == list(range(layer.kept))
             assert (layer.units, layer.unit_width, layer.slices) == (16, 1, ())
-    jsonschema.validate(json.loads(spec.to_json()), schema())
+    jsonschema.validate(json.loads((directory / "config.json").read_text()), schema())
     assert spec.provenance["prune_head_dim"] is True
 
 
