@@ -30,6 +30,9 @@ ROUNDS = 2
 """How often, for each layer that reads units, what makes them and then it is refitted."""
 PRODUCTS = 3
 """Products with the normal matrix, each time."""
+PICTURES = 128
+"""Products are taken over about as many pictures: the curvature needs fewer than the residual does
+(subsampled Newton, Byrd et al. 2011)."""
 STEPS = (1.0, 0.5)
 """Shares of the solution that are tried on held-out pictures: it holds to first order only."""
 
@@ -123,20 +126,22 @@ class _Refinement:
 
     def _normal(self, change: Tensors) -> Tensors:
         """What a change explains of itself."""
+        every = max(1, len(self.pair.held) // PICTURES)
+        totals = [float(weight.sum()) for weight in self.weights]
+        scale = sum(totals) / sum(totals[::every])
         parts = (
-            self.segment.normal(stream, self._weighted(weight), change)
-            for _, stream, weight in self._batches()
+            self.segment.normal(stream, self._weighted(scale * weight), change)
+            for _, stream, weight in self._batches(every)
         )
         return reduce(added, parts)
 
-    def _batches(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _batches(self, every: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Which pictures, the stream before the block, and the weights of the rows behind it."""
-        start = 0
-        device = weight_of(self.layer).device
-        for weight in self.weights:
-            part = slice(start, start + len(weight))
+        device, size = weight_of(self.layer).device, self.pair.size
+        for number in range(0, len(self.weights), every):
+            weight = self.weights[number]
+            part = slice(number * size, number * size + len(weight))
             yield part, self.pair.slim_stream[part].to(device), weight.to(device)
-            start = part.stop
 
     def _weighted(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weights [b, ...], times rows [b, ..., m] if given, laid out as what the layer gives."""
