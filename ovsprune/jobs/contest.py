@@ -61,12 +61,13 @@ class Contest:
         self._groups: list[Group] | None = None
 
     def check(self) -> None:
-        """Look at the groups that may be cut, before any row is made.
+        """Refuse, before any row is made, what no row could be made with.
 
         Raises:
             OptionError: A pattern of ``settings.protect`` matches nothing, or they leave nothing.
         """
-        self._found()
+        if self.settings.protect:
+            self._found()
 
     def row(self, method: Method, ratio: float, seed: int) -> dict[str, Any]:
         """Prune and score; a budget that is out of reach is a row that says so.

@@ -169,6 +169,14 @@ def test_other_settings_in_the_same_place(small_clip, tmp_path):
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2  # Dense, and one.
 
 
+@pytest.fixture(scope="module")
+def plain_run(small_clip, tmp_path_factory):
+    """A comparison without options, and how it was called."""
+    run = {**SMALL, **QUICK, "output": tmp_path_factory.mktemp("compare") / "plain"}
+    compare(small_clip, [0.3], **run)
+    return run
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
@@ -178,22 +186,22 @@ def test_other_settings_in_the_same_place(small_clip, tmp_path):
         ("centred", True, "centred the default, now True"),
     ],
 )
-def test_rows_of_other_options_are_refused(small_clip, tmp_path, option, value, said):
-    run = {**SMALL, "output": tmp_path / "out", **QUICK}
-    compare(small_clip, [0.3], **run)
+def test_rows_of_other_options_are_refused(small_clip, plain_run, option, value, said):
     with pytest.raises(OutputError, match=rf"other settings \({said}\).*--overwrite"):
-        compare(small_clip, [0.3], **run, **{option: value})
-    compare(small_clip, [0.3], **run, **{option: value}, overwrite=True)
-    with pytest.raises(OutputError, match=rf"\({option} .*, now the default\)"):
-        compare(small_clip, [0.3], **run)
+        compare(small_clip, [0.3], **plain_run, **{option: value})
 
 
-def test_rows_from_before_there_were_options_are_kept(small_clip, tmp_path):
+def test_rows_from_before_there_were_options_are_kept(plain_run):
     """What is not the default is in the settings; the defaults are not."""
-    run = {**SMALL, "output": tmp_path / "out", **QUICK}
-    compare(small_clip, [0.3], **run)
-    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    settings = json.loads((plain_run["output"] / "settings.json").read_text())
     assert not {"budget", "protect", "round_to", "centred"} & set(settings)
+
+
+def test_rows_of_options_are_no_rows_of_the_defaults(small_clip, tmp_path):
+    run = {**SMALL, **QUICK, "output": tmp_path / "out"}
+    compare(small_clip, [0.3], **run, round_to=8)
+    with pytest.raises(OutputError, match=r"\(round_to 8, now the default\)"):
+        compare(small_clip, [0.3], **run)
 
 
 BOTH = ("magnitude", "torch-pruning", "torch-pruning+closed-form")
