@@ -22,15 +22,23 @@ import ovsprune
 HERE = Path(__file__).resolve().parent
 METHODS = (
     "default",
-    "reconstruction+closed-form",
-    "magnitude+sensitivity+closed-form",
-    "magnitude+closed-form",
+    "random+gauss-newton",
     "random+closed-form",
-    "reconstruction+sensitivity",
-    "magnitude",
     "random",
+    "reconstruction+sensitivity+closed-form",
+    "reconstruction+sensitivity",
+    "reconstruction+gauss-newton",
+    "magnitude+sensitivity+gauss-newton",
+    "magnitude+gauss-newton",
+    "magnitude",
+    "torch-pruning+gauss-newton",
+    "torch-pruning-taylor+gauss-newton",
+    "torch-pruning-isomorphic+gauss-newton",
+    "torch-pruning",
+    "torch-pruning-taylor",
+    "torch-pruning-isomorphic",
 )
-RATIOS = (0.5, 0.7)
+RATIOS = (0.3, 0.5, 0.7, 0.85)
 
 
 def testbed(name: str, data: Path | None, work: Path) -> dict[str, Any]:

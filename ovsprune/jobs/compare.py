@@ -34,9 +34,10 @@ __all__ = ["METHODS", "compare"]
 
 METHODS = (
     "default",
-    "magnitude+closed-form",
+    "magnitude+gauss-newton",
+    "random+gauss-newton",
     "random+closed-form",
-    "torch-pruning+closed-form",
+    "torch-pruning+gauss-newton",
     "torch-pruning",
     "reconstruction",
     "magnitude",

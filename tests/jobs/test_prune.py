@@ -306,8 +306,8 @@ def test_an_unknown_optimiser_lists_the_closest(small: Backbone) -> None:
 
 
 def test_recoveries_that_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(RECOVERIES.get("closed-form")), "after", "distill")
-    with pytest.raises(ValueError, match="wait for each other: distill after closed-form"):
+    monkeypatch.setattr(type(RECOVERIES.get("gauss-newton")), "after", "distill")
+    with pytest.raises(ValueError, match="wait for each other: distill after gauss-newton"):
         recovery_chain("distill")
 
 
