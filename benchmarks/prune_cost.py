@@ -22,6 +22,7 @@ import torch
 
 from ovsprune import backbones
 from ovsprune.calibration import sensitivity
+from ovsprune.calibration.linearised import Metric
 from ovsprune.calibration.pictures import ScenePictures
 from ovsprune.calibration.refit import Refit
 from ovsprune.calibration.surgeon import eliminate
@@ -30,15 +31,15 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.jobs import prune as job
 from ovsprune.jobs.peak import high_water
 from ovsprune.jobs.prune import PruneResult, prune
-from ovsprune.recovery.closed_form import ClosedForm
+from ovsprune.jobs.steps import Job
 
 PASSED: Mapping[str, Sequence[Callable[..., Any]]] = {
     "survey": [Survey.run],
     "moments": [Survey._advance],
     "curves": [sensitivity.measure],
     "elimination": [eliminate],
-    "refit": [ClosedForm.recover],
-    "ridge": [Refit.apply],
+    "refit": [Job._recover],
+    "ridge": [Refit.apply, Metric.precondition],
     "write": [job.write],
 }
 """Functions whose seconds are taken, what they call included."""

@@ -125,13 +125,19 @@ class Metric:
         self._factors: dict[str, Tensor] = {}
 
     def update(self, read: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add rows [b, ..., n], by layer, with weights [b, ...]; what several read counts once."""
+        """Add what layers read.
+
+        Args:
+            read: Rows [b, ..., n] by layer; what several layers read counts once.
+            weight: Of each picture, [b].
+        """
         self._factors.clear()
         for name, rows in read.items():
             first = next(other for other, theirs in read.items() if theirs is rows)
             self._same[name] = first
             if first == name:
-                self._moments.setdefault(name, SecondMoments(rows.shape[-1])).update(rows, weight)
+                each = weight.view(-1, *[1] * (rows.ndim - 2)).expand(rows.shape[:-1])
+                self._moments.setdefault(name, SecondMoments(rows.shape[-1])).update(rows, each)
 
     def precondition(self, values: Tensors) -> Tensors:
         """Weights times the inverse of their layer's second moment, biases over the whole weight.

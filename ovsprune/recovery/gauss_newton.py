@@ -110,7 +110,8 @@ class _Refinement:
                     self.pair.inside(name): read_rows(find(name), seen[name, "input"])
                     for name in makers
                 },
-                weight,
+                # There may be other positions in between: a picture's mean stands for them all.
+                weight.flatten(1).mean(1),
             )
         assert found is not None
         self.share = capped(power, power.median())  # A massive output counts as one, too.

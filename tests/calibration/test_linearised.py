@@ -119,7 +119,7 @@ def test_the_metric_solves_a_linear_layer_in_one_product() -> None:
     square = x.double().T @ x.double()
     metric = Metric(1e-9)
     for rows in x.split(100):
-        metric.update({"layer": rows}, torch.ones(len(rows)))
+        metric.update({"layer": rows[:, None]}, torch.ones(len(rows)))
     found = conjugate_gradients(
         lambda d: {"layer.weight": d["layer.weight"] @ square},
         {"layer.weight": wanted @ square},

@@ -179,7 +179,7 @@ def test_the_spec_says_how_it_was_made(small: Backbone, written: Path) -> None:
     assert (made["criterion"], made["allocation"], made["recovery"]) == (
         "reconstruction",
         "sensitivity",
-        "closed-form",
+        "gauss-newton",
     )
     assert made["calibration_hash"].startswith("sha256:")
     assert made["samples"] == 8
