@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ovsprune.core.errors import MissingLibraryError, OptionError, TargetError
 from ovsprune.core.protocols import Distillation
 from ovsprune.core.records import Preprocess
 from ovsprune.graph.costs import measure
+from ovsprune.jobs import latency
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.imp import imp
 from ovsprune.jobs.methods import parse_method
@@ -141,6 +143,15 @@ def test_half_precision_keeps_whole_numbers_whole(tmp_path: Path) -> None:
         assert (slim(images()) - wanted).norm() < 0.02 * wanted.norm()
 
 
+def as_the_width(passes: Mapping[tuple[str, int], Any], *_: object) -> dict[tuple[str, int], float]:
+    """Every piece runs, and takes as long as it is wide: a clock would make luck of it."""
+    widest: dict[str, int] = {}
+    for (piece, width), make in passes.items():
+        make()()
+        widest[piece] = max(width, widest.get(piece, 0))
+    return {(piece, width): 10.0 * width / widest[piece] for piece, width in passes}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -160,9 +171,10 @@ def test_every_way_through(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(latency, "_measured", as_the_width)
     ratio = 0.3
     done = prune(open_clip_efficientnet(), ratio, **{**QUICK, "probe": None, **options})
-    assert abs(done.achieved - ratio) <= 0.01 or options.get("budget") == "latency"
+    assert abs(done.achieved - ratio) <= 0.01
     with torch.no_grad():
         assert done.tower(images()).isfinite().all()
     if "round_to" in options:
