@@ -62,10 +62,11 @@ def testbed(name: str, data: Path | None, work: Path) -> dict[str, Any]:
             link.symlink_to(source.resolve())
     return {
         "model": os.path.relpath(folder),
-        "data": data / "msrc",
-        "list_file": data / "msrc" / "test.txt",
-        "text_embeddings": next((data / "text").glob("*.npz")),
-        "calibration": str(pictures),
+        # Relative: they stand in the record and on the page.
+        "data": os.path.relpath(data / "msrc"),
+        "list_file": os.path.relpath(data / "msrc" / "test.txt"),
+        "text_embeddings": os.path.relpath(next((data / "text").glob("*.npz"))),
+        "calibration": os.path.relpath(pictures),
     }
 
 
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seeds=chosen.seeds,
         samples=chosen.samples,
         threads=chosen.threads,
-        output=work / "rows",
+        output=os.path.relpath(work / "rows"),
     )
     page = HERE / "quality" / chosen.testbed
     page.mkdir(parents=True, exist_ok=True)
