@@ -6,6 +6,9 @@ queries and keys, directions of values) with the true cost of each, counted out,
 three measured errors. Of all states those remain that no other beats in both (the Pareto front),
 in rising order of cost; that is a group as any other, with a table of prices. The budget is met as
 exactly as without, in one pass.
+
+States have one width for queries, keys and values where both may be cut: fused attention (torch's
+on CPUs, flash attention) takes no other, and other kernels are slower by more than it saves.
 """
 
 from __future__ import annotations
@@ -96,6 +99,8 @@ def _front(item: AllocationContext, heads: Group, inner: Sequence[Group]) -> _Fr
     steps = [widths_of(heads, item.round_to), *(_widths(g, item.round_to) for g in inner)]
     found = []
     for widths in product(*steps):
+        if len({*widths[1:]}) > 1:
+            continue  # See the top of the file.
         state = {g.name: width for g, width in zip(groups, widths, strict=True)}
         price = kept_price(item.budget, heads, inner, state)
         found.append((price, float(sum(curves[n][w] for n, w in state.items())), state))

@@ -67,11 +67,12 @@ def test_the_budget_is_met_by_the_true_cost(seed: int, share: float) -> None:
     assert spent >= share * DENSE - 1.0 or found["m"] == 200
     assert spent >= share * DENSE - 10.0
     assert all(found[g.name] % 2 == 0 for g in GROUPS if g.inside)
+    assert all(found[f"{name}.qk"] == found[f"{name}.vo"] for name in "ab")
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_choice_of_heads_and_widths_is_better(seed: int) -> None:
-    """One attention and one MLP, all choices tried."""
+    """One attention and one MLP, all choices tried that fused attention takes."""
     asked = item(0.5 * DENSE, seed)
     asked = AllocationContext(GROUPS[:4], asked.scores, asked.budget, asked.curves)
     found = joint_widths(ALLOCATIONS.get("sensitivity"), asked)
@@ -82,7 +83,8 @@ def test_no_choice_of_heads_and_widths_is_better(seed: int) -> None:
     best = min(
         sum(float(curves[n][w]) for n, w in widths.items())
         for choice in product(*options)
-        if cost(asked, widths := dict(zip(curves, choice, strict=True))) <= asked.budget.target
+        if (widths := dict(zip(curves, choice, strict=True)))["a.qk"] == widths["a.vo"]
+        and cost(asked, widths) <= asked.budget.target
     )
     ours = sum(float(curves[n][w]) for n, w in found.items())
     assert best <= ours <= best * 1.02 + 1e-9

@@ -62,6 +62,9 @@ def test_directions_were_cut_and_the_spec_says_so(result: PruneResult, directory
     spec = result.spec
     assert spec.format_version == 2
     assert spec.turned()
+    for layer in spec.layers:
+        if layer.kind == "heads":
+            assert len({*spec.head_widths(layer)}) == 1  # What fused attention takes.
     assert set(result.bases) == {layer.name for layer in spec.turned()}
     for layer in spec.layers:
         kept = result.plan.kept[layer.name]
