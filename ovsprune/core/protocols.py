@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.progress import Progress
-from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, StreamPoint
+from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, Slice, StreamPoint
 
 __all__ = [
     "NEEDS",
@@ -89,6 +89,8 @@ class Seed:
         block: Dotted name of the block.
         stream: Where the residual stream is read after the consumer.
         protected: Why it is not offered by default, or None.
+        along: Slices that go along and that no graph sees, because they are no part of what is
+            computed: an index of the units.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Seed:
     block: str
     stream: StreamPoint | None
     protected: str | None = None
+    along: tuple[Slice, ...] = ()
 
 
 class Family(Protocol):
