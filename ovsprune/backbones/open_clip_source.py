@@ -171,8 +171,8 @@ def fill(source: Source, model: nn.Module) -> dict[str, Tensor]:
         fit(source.name, path, {**tower, **own}, model, state)
         if parts.others:
             source.notes += (
-                f"{path.name}: the image tower lies under {parts.prefix!r}; {parts.others} other "
-                "tensors are not of this model and are left out",
+                f"{path.name}: the image tower lies under {parts.prefix!r}; tensors of other "
+                f"things are left out ({parts.others})",
             )
     if not has_own_text(source.config):
         source.notes += (

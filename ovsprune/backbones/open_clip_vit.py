@@ -177,7 +177,7 @@ def assemble(
     """
     import open_clip
 
-    tower = model.get_submodule("visual")
+    tower: Any = model.get_submodule("visual")
     tower.output_tokens = False  # CoCa's would give the captioner's tokens along
     if text is None:
         text = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}

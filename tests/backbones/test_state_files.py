@@ -136,8 +136,8 @@ def test_what_is_left_out_is_said(clip: State, tmp_path: Path) -> None:
     torch.save(WHOLE["CAT-Seg"](clip), tmp_path / "w.pt")
     backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert backbone.notes == (
-        f"w.pt: the image tower lies under '{CATSEG}visual.'; 1 other tensors are not of this "
-        "model and are left out",
+        f"w.pt: the image tower lies under '{CATSEG}visual.'; tensors of other things are left out "
+        "(1)",
     )
 
 
