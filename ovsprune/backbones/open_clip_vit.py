@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_folder import Folder, embedded, is_folder, open_folder
-from ovsprune.backbones.open_clip_model import build_clip, encoder_of, fit_text, preprocess_of
-from ovsprune.backbones.pretrained import default_tag, fit, read_state, resolve
-from ovsprune.core.errors import OptionError
+from ovsprune.backbones.open_clip_model import (
+    build_clip,
+    encoder_of,
+    fit_text,
+    has_own_text,
+    preprocess_of,
+)
+from ovsprune.backbones.open_clip_source import TINY, config_of, fill, open_source
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
+from ovsprune.slim.pooling import each_alone
 
 __all__ = ["OpenClipVit", "assemble", "build_clip"]
-
-TINY = "tiny"
-_GELUS = ("gelu", "quick_gelu")
 
 
 @FAMILIES.register("open_clip-vit")
@@ -38,56 +38,33 @@ class OpenClipVit:
         return _is_plain_vit(config)
 
     def names(self) -> Sequence[str]:
-        """``tiny`` and open_clip's ViTs that have class-token or average pooling."""
+        """``tiny`` and every VisionTransformer of open_clip's own."""
         return _names()
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
         """Build the CLIP called ``name`` and load its weights.
 
-        The activation is the pretrained tag's own (OpenAI's tags are QuickGELU, also under the
-        plain name, for which open_clip builds GELU and only warns); for a bare file the name's
-        (``-quickgelu``), or what ``activation`` says.
+        See :func:`ovsprune.backbones.open_clip_source.open_source`. A text tower that lives on a
+        hub is not built; its state is passed on where the file has it.
 
         Raises:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        if activation is not None and activation not in _GELUS:
-            raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
-        if name == TINY and pretrained is None:
-            with embedded(TINY) as folder:
-                return _load_folder(TINY, "embedded", folder, activation)
-        if is_folder(Path(name)) and pretrained is None:
-            path = Path(name)
-            return _load_folder(path.resolve().name, "local", open_folder(path), activation)
-        config = _config(name)
-        preprocess: dict[str, Any] = {}
-        state: dict[str, Tensor] | None = None
-        path = Path()
-        quick = bool(config.get("quick_gelu", False))
-        if pretrained != "none":
-            if pretrained is not None and Path(pretrained).is_file():
-                path = Path(pretrained)
-            else:
-                pretrained = pretrained or default_tag(name)
-                path, preprocess = resolve(name, pretrained)
-                quick = bool(preprocess.get("quick_gelu", False))
-                _check_activation(name, pretrained, quick, activation)
-            state = read_state(path)
-        if activation is not None:
-            quick = activation == "quick_gelu"
-        config["quick_gelu"] = quick
-        model = build_clip(config)
-        if state is not None:
-            fit(name, path, state, model)
-        return assemble(
-            name,
-            None if pretrained == "none" else Path(pretrained or "").name,
+        source = open_source(name, pretrained, activation)
+        model = build_clip(source.config)
+        text = fill(source, model)
+        backbone = assemble(
+            source.name,
+            source.pretrained,
             model,
-            config,
-            preprocess_of(model.visual, preprocess),
-            trained=state is not None,
+            source.config,
+            preprocess_of(model.visual, source.preprocess),
+            trained=source.weights is not None,
+            text=text,
         )
+        backbone.notes = source.notes
+        return backbone
 
     def build(
         self,
@@ -101,12 +78,11 @@ class OpenClipVit:
     ) -> Backbone:
         """The dense CLIP, its image tower with random weights; see the protocol."""
         model = build_clip(architecture)
-        if text:
+        if text and has_own_text(architecture):
             fit_text(name, text, model)
-        backbone = assemble(name, pretrained, model, architecture, preprocess, trained=trained)
-        if not text:
-            backbone.encoder, backbone.text = None, {}
-        return backbone
+        return assemble(
+            name, pretrained, model, architecture, preprocess, trained=trained, text=text
+        )
 
     def rewrite(self, tower: nn.Module) -> None:
         """Attention of every block to separate linear maps, in place."""
@@ -157,12 +133,18 @@ class OpenClipVit:
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:
-        """Patches and positions; the residual blocks; pooling and projection."""
+        """Patches and positions; the residual blocks; pooling and projection.
+
+        Dense is what the pooled output would be of a picture of that patch alone: ``ln_post`` and
+        ``proj`` of the token; where attention pools, first the values that it reads there.
+        """
         vit: Any = tower
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
             pooled, tokens = vit._pool(stream)
-            if vit.final_ln_after_pool:
+            if vit.attn_pool is not None:
+                tokens = vit.ln_post(each_alone(vit.attn_pool, stream[:, 1:]))
+            elif vit.final_ln_after_pool:
                 tokens = vit.ln_post(tokens)
             height, width = vit.grid_size
             dense = (tokens @ vit.proj).transpose(1, 2).unflatten(2, (height, width))
@@ -179,12 +161,26 @@ def assemble(
     preprocess: Preprocess,
     *,
     trained: bool,
+    text: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
-    """The backbone record of a built CLIP."""
+    """The backbone record of a built CLIP.
+
+    Args:
+        name: What the model is called.
+        pretrained: Which weights.
+        model: From :func:`build_clip`.
+        config: What it was built from.
+        preprocess: How pictures become its input.
+        trained: Whether the weights are.
+        text: State of everything but the tower; the model's own by default, empty for a model whose
+            text tower has no weights.
+    """
     import open_clip
 
-    tower = model.visual
-    assert isinstance(tower, nn.Module)
+    tower: Any = model.get_submodule("visual")
+    tower.output_tokens = False  # CoCa's would give the captioner's tokens along
+    if text is None:
+        text = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
     return Backbone(
         name=name,
         pretrained=pretrained,
@@ -196,8 +192,8 @@ def assemble(
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",
         architecture=dict(config),
         library_version=open_clip.__version__,
-        text={k: v for k, v in model.state_dict().items() if not k.startswith("visual.")},
-        encoder=encoder_of(model, config),
+        text=text,
+        encoder=encoder_of(model, config) if text and has_own_text(config) else None,
     )
 
 
@@ -205,33 +201,18 @@ def assemble(
 def _names() -> tuple[str, ...]:
     import open_clip
 
-    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(_config(name))))
-
-
-def _config(name: str) -> dict[str, Any]:
-    import open_clip
-
-    if name == TINY:
-        with embedded(TINY) as folder:
-            return deepcopy(dict(folder.model))
-    if is_folder(Path(name)):
-        return deepcopy(dict(open_folder(Path(name)).model))
-    config = open_clip.get_model_config(name)
-    assert config is not None
-    return deepcopy(config)
+    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(config_of(name))))
 
 
 def _is_plain_vit(config: Mapping[str, Any]) -> bool:
     vision = config["vision_cfg"]
     return (
         isinstance(vision.get("layers", 12), int)
-        and "timm_model_name" not in vision
-        and not vision.get("attentional_pool")
+        and not vision.get("timm_model_name")
+        # "parallel" and "cascade", for two poolers, are in no configuration and untested there
+        and not isinstance(vision.get("attentional_pool"), str)
         and not vision.get("block_type")
         and not any(key.startswith("scale_") or key == "qk_norm" for key in vision)
-        and "hf_model_name" not in config["text_cfg"]
-        and "multimodal_cfg" not in config
-        and not config.get("custom_text", False)
     )
 
 
@@ -255,31 +236,3 @@ def _fused(separate: SeparateAttention) -> nn.MultiheadAttention:
         whole.in_proj_bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
     whole.out_proj.weight, whole.out_proj.bias = separate.out_proj.weight, separate.out_proj.bias
     return whole.eval()
-
-
-def _check_activation(name: str, tag: str, quick: bool, activation: str | None) -> None:
-    own = "quick_gelu" if quick else "gelu"
-    if activation is not None and activation != own:
-        raise OptionError(
-            f"the weights {tag!r} of {name} were trained with {own}, not {activation}; leave "
-            "--activation out"
-        )
-
-
-def _load_folder(name: str, tag: str, folder: Folder, activation: str | None) -> Backbone:
-    """A folder's model; one with weights of the image tower alone has no text tower."""
-    config = folder.model
-    _check_activation(name, tag, bool(config.get("quick_gelu", False)), activation)
-    model = build_clip(config)
-    state = folder.state()
-    towers_only = all(key.startswith("visual.") for key in state)
-    if towers_only:
-        bare = {key.removeprefix("visual."): value for key, value in state.items()}
-        fit(name, folder.weights, bare, model.visual)  # type: ignore[arg-type]
-    else:
-        fit(name, folder.weights, state, model)
-    preprocess = preprocess_of(model.visual, folder.preprocess)
-    backbone = assemble(name, tag, model, config, preprocess, trained=True)
-    if towers_only:
-        backbone.encoder, backbone.text = None, {}
-    return backbone

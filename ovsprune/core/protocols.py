@@ -188,6 +188,7 @@ class Backbone:
         text: State of everything but the tower, by canonical name; empty when there is none.
         encoder: texts -> [K, C] L2-normalised, or None without a text tower.
         slim: The slim checkpoint that this was read from, or None for a dense model.
+        notes: What a user should know about how it was loaded, a line each.
     """
 
     name: str
@@ -203,6 +204,7 @@ class Backbone:
     text: Mapping[str, Tensor]
     encoder: Callable[[Sequence[str]], Tensor] | None = None
     slim: Any = None
+    notes: Sequence[str] = ()
 
     @property
     def has_text(self) -> bool:
