@@ -89,6 +89,8 @@ class Seed:
         block: Dotted name of the block.
         stream: Where the residual stream is read after the consumer.
         protected: Why it is not offered by default, or None.
+        consumer: Dotted name of the layer whose columns are ranked and refitted, where several
+            layers read the units; None where one does.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Seed:
     block: str
     stream: StreamPoint | None
     protected: str | None = None
+    consumer: str | None = None
 
 
 class Family(Protocol):
@@ -184,6 +187,7 @@ class Backbone:
         library_version: Version of the library that built it.
         text: State of everything but the tower, by canonical name; empty when there is none.
         encoder: texts -> [K, C] L2-normalised, or None without a text tower.
+        no_encoder: Why there is none although the model has a text tower; else empty.
         slim: The slim checkpoint that this was read from, or None for a dense model.
     """
 
@@ -200,6 +204,7 @@ class Backbone:
     text: Mapping[str, Tensor]
     encoder: Callable[[Sequence[str]], Tensor] | None = None
     slim: Any = None
+    no_encoder: str = ""
 
     @property
     def has_text(self) -> bool:
@@ -225,14 +230,15 @@ class Backbone:
         """Text embeddings [K, C], L2-normalised.
 
         Raises:
-            WeightsError: The model has no text tower.
+            WeightsError: The model has no text tower, or its tokenizer is not here.
         """
         from ovsprune.core.errors import WeightsError
 
         if self.encoder is None:
             raise WeightsError(
-                f"{self.name} has no text tower here; give class embeddings instead "
-                "(--text-embeddings FILE.npz)"
+                f"{self.name} has no text tower here"
+                f"{f' ({self.no_encoder})' if self.no_encoder else ''}; give class embeddings "
+                "instead (--text-embeddings FILE.npz)"
             )
         return self.encoder(texts)
 
@@ -266,7 +272,7 @@ class GroupContext:
         snapshots: Widths whose refitted weight an allocator will want; a criterion that has them at
             hand returns them, and spares a second elimination.
         gradients: float64 [samples, units]: derivative of the criterion's objective with respect to
-            the unit's mask, a factor of 1 on the unit's columns of what the consumer reads; a row
+            the unit's mask, a factor of 1 on the unit's columns of whatever reads it; a row
             for each picture, or for each of the objective's values of each picture. None unless the
             criterion needs ``"gradients"``.
     """
