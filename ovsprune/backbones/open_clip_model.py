@@ -99,8 +99,8 @@ def _tokenizer(text: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
     options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
     name = text.get("hf_tokenizer_name")
     tokenizer: Callable[[list[str]], Tensor]
-    tokenizer = HFTokenizer(_cached_tokenizer(name), **options) if name else (
-        SimpleTokenizer(**options)
+    tokenizer = (
+        HFTokenizer(_cached_tokenizer(name), **options) if name else (SimpleTokenizer(**options))
     )
     return tokenizer
 

@@ -227,7 +227,9 @@ def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
 
     listed = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
     trunks = {n: str(c["vision_cfg"].get("timm_model_name")) for n, c in listed.items()}
-    return tuple(n for n, trunk in trunks.items() if timm.is_model_in_modules(trunk, modules))
+    return tuple(
+        n for n, trunk in trunks.items() if timm.models.is_model_in_modules(trunk, modules)
+    )
 
 
 @cache

@@ -97,7 +97,7 @@ class Pair:
         A gate on the units comes last, behind the layers that read them for it, which are refitted
         to what they gave.
         """
-        self._refit_makers(site, [name for name in site.producers if name not in site.gates])
+        self._refit_makers(site, site.makers)
         for other in site.others:
             self.refit_consumer(other)
         self._refit_makers(site, [name for name in site.producers if name in site.gates])

@@ -53,6 +53,11 @@ class Site:
     others: tuple[Site, ...] = ()
     gates: frozenset[str] = frozenset()
 
+    @property
+    def makers(self) -> list[str]:
+        """The producers that are no gates."""
+        return [name for name in self.producers if name not in self.gates]
+
     def rows(self, layer: nn.Module, given: Tensor) -> Tensor:
         """What lies at the target, as rows [b, ..., m] in the order of the consumer's."""
         return given_rows(layer, given) if self.axis is None else given.movedim(self.axis, -1)

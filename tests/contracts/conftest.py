@@ -169,11 +169,11 @@ def _uneven(name: str, projection: str) -> dict[str, torch.Tensor]:
     return {key: draw(key, tensor) for key, tensor in tower.state_dict().items()}
 
 
-def timm_backbone(family: str, name: str, projection: str = "linear") -> Backbone:
-    """A tower of 48 pixels with uneven weights."""
-    config = of_timm(name, timm_proj=projection)
+def timm_backbone(family: str, name: str, size: int, projection: str = "linear") -> Backbone:
+    """A tower with uneven weights, for pictures of ``size`` pixels."""
+    config = of_timm(name, timm_proj=projection, image_size=size)
     backbone = FAMILIES.get(family).build(
-        name, None, config, Preprocess((48, 48)), trained=False, text={}
+        name, None, config, Preprocess((size, size)), trained=False, text={}
     )
     backbone.tower.load_state_dict(_uneven(name, projection))
     return backbone
@@ -181,17 +181,17 @@ def timm_backbone(family: str, name: str, projection: str = "linear") -> Backbon
 
 def open_clip_convnext() -> Backbone:
     """A ConvNeXt whose MLPs are matrices, with a projection of two layers."""
-    return timm_backbone("open_clip-convnext", "ovsprune_convnext", "mlp")
+    return timm_backbone("open_clip-convnext", "ovsprune_convnext", 64, "mlp")
 
 
 def open_clip_convnext_conv() -> Backbone:
     """A ConvNeXt whose MLPs are 1x1 convolutions."""
-    return timm_backbone("open_clip-convnext", "ovsprune_convnext_conv")
+    return timm_backbone("open_clip-convnext", "ovsprune_convnext_conv", 64)
 
 
 def squeezed() -> Backbone:
     """An EfficientNet whose channels have two readers."""
-    return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed")
+    return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed", 48)
 
 
 class Sublayer(nn.Module):

@@ -1,0 +1,123 @@
+"""Loading towers of open_clip's TimmModel, with the text towers that go with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ovsprune import backbones
+from ovsprune.backbones import FAMILIES, open_clip_model, open_clip_timm
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.core.errors import WeightsError
+from tests.contracts.conftest import of_timm, open_clip_convnext_conv
+
+CONFIG = of_timm("ovsprune_convnext_conv", image_size=64)
+
+
+def clip(config: dict[str, Any]) -> dict[str, Tensor]:
+    """A whole CLIP's state around the representative's tower."""
+    model = build_clip(config)
+    model.get_submodule("visual").load_state_dict(open_clip_convnext_conv().tower.state_dict())
+    return dict(model.state_dict())
+
+
+def folder(place: Path, config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    place.mkdir()
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file({k: v.contiguous() for k, v in state.items()}, place / "open_clip_model.safetensors")
+    return str(place)
+
+
+def with_text(**text: Any) -> dict[str, Any]:
+    return {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}
+
+
+def test_a_clip_whose_text_tower_is_a_module_of_its_own(tmp_path: Path) -> None:
+    import open_clip
+
+    config = {**CONFIG, "custom_text": True, "init_logit_bias": -10}
+    state = clip(config)
+    place = folder(tmp_path / "custom", config, state)
+    loaded = backbones.load(place)
+    theirs = open_clip.create_model(f"local-dir:{place}").eval()
+    tokens = open_clip.tokenizer.SimpleTokenizer(context_length=8)(["a cat", "two dogs"])
+    with torch.no_grad():
+        expected = theirs.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(loaded.encode_text(["a cat", "two dogs"]), expected)
+    assert set(loaded.text) == {k for k in state if not k.startswith("visual.")}
+    assert {"text.token_embedding.weight", "logit_bias"} <= set(loaded.text)
+
+
+def test_an_old_files_text_tower_finds_its_place(tmp_path: Path) -> None:
+    config = {**CONFIG, "custom_text": True}
+    new = clip(config)
+    old = {k.removeprefix("text."): v for k, v in new.items()}
+    old["logit_scale"] = old["logit_scale"].reshape(1)
+    loaded = backbones.load(folder(tmp_path / "old", config, old))
+    assert {k: v.shape for k, v in loaded.text.items()} == {
+        k: v.shape for k, v in new.items() if not k.startswith("visual.")
+    }
+    assert loaded.has_text
+
+
+def test_half_precision_is_read_as_float(tmp_path: Path) -> None:
+    state = {k: v.half() if v.is_floating_point() else v for k, v in clip(CONFIG).items()}
+    loaded = backbones.load(folder(tmp_path / "half", CONFIG, state))
+    assert {p.dtype for p in loaded.tower.parameters()} == {torch.float32}
+    assert loaded.encode_text(["a cat"]).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ({"hf_tokenizer_name": "nobody/nothing-of-that-name"}, "tokenizer nobody/nothing-of-that"),
+        ({"hf_model_name": "nobody/a-text-tower"}, "text tower nobody/a-text-tower lives on a hub"),
+    ],
+)
+def test_what_lives_on_a_hub_is_told(text: dict[str, Any], said: str, tmp_path: Path) -> None:
+    config = with_text(**text)
+    loaded = backbones.load(folder(tmp_path / "hub", config, clip(CONFIG)))
+    assert not loaded.has_text and loaded.text  # it is kept, and saved with the slim tower
+    with pytest.raises(WeightsError, match=rf"{said}.*--text-embeddings FILE"):
+        loaded.encode_text(["a cat"])
+
+
+def test_a_hubs_tokenizer_in_the_cache_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "a": 2, "cat": 3}, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
+    made.save_pretrained(tmp_path / "tokenizer")
+    monkeypatch.setattr(
+        open_clip_model, "_cached_tokenizer", lambda name: str(tmp_path / "tokenizer")
+    )
+    config = with_text(hf_tokenizer_name="somebody/tokenizer")
+    loaded = backbones.load(folder(tmp_path / "cached", config, clip(CONFIG)))
+    a, b, c = loaded.encode_text(["a cat", "a  cat", "a dog"])
+    assert torch.equal(a, b) and not torch.allclose(a, c)
+
+
+def test_a_tag_brings_its_preprocessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    file = tmp_path / "weights.safetensors"
+    save_file({k: v.contiguous() for k, v in clip(CONFIG).items()}, file)
+    monkeypatch.setattr(open_clip, "get_model_config", lambda name: CONFIG)
+    monkeypatch.setattr(
+        open_clip_timm, "resolve", lambda name, tag: (file, {"mean": (0.5, 0.5, 0.5)})
+    )
+    loaded = FAMILIES.get("open_clip-convnext").load("convnext_tiny", "laion", None)
+    assert (loaded.name, loaded.pretrained, loaded.trained) == ("convnext_tiny", "laion", True)
+    assert loaded.preprocess.mean == (0.5, 0.5, 0.5) and loaded.preprocess.size == (64, 64)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded.pooled(images), open_clip_convnext_conv().pooled(images))
