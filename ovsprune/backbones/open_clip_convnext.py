@@ -35,7 +35,7 @@ class OpenClipConvNext:
         The second has a norm over all units of a hidden layer (GRN), in which a unit that is cut is
         missed by the others.
         """
-        from timm.layers import Mlp
+        from timm.layers.mlp import Mlp
         from timm.models.convnext import ConvNeXt
 
         if not (isinstance(trunk, ConvNeXt) and pools_positions(vision)):

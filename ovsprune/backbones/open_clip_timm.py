@@ -38,8 +38,10 @@ __all__ = ["TimmFamily", "TimmParts", "pools_positions", "timm_family"]
 class TimmParts(Protocol):
     """What a family of ``TimmModel`` towers says; the rest of a family is the same for all."""
 
-    modules: tuple[str, ...]
-    """timm's modules that define its trunks, for the list of names."""
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Modules of timm that define its trunks, for the list of names."""
+        ...
 
     def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
         """Whether this is one of its towers.
@@ -234,7 +236,7 @@ def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
 
 @cache
 def _trunk(name: str) -> nn.Module | None:
-    """timm's model of that name, on the meta device."""
+    """The model of timm of that name, on the meta device."""
     import timm
 
     if not timm.is_model(name):

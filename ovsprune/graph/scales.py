@@ -106,7 +106,8 @@ def _times(tensor: Tensor, factor: Tensor) -> Tensor:
 def _lengths(tensors: Mapping[str, Tensor]) -> Tensor:
     """Length of each output's weights and bias, float64 [m]."""
     rows = [tensor.double().reshape(len(tensor), -1) for tensor in tensors.values()]
-    return torch.cat(rows, 1).norm(dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
+    return lengths
 
 
 def _put(layer: nn.Module, name: str, value: Tensor) -> None:
