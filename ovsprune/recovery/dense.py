@@ -46,7 +46,10 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
         description: Of the stage that the progress shows.
     """
     stages = item.stages(item.dense)
-    cut = {name: [s for s in sites(item, name) if s.cut] for name in stages.blocks}
+    cut = {
+        name: [s for found in sites(item, name) for s in (*found.others, found) if s.cut]
+        for name in stages.blocks
+    }
     last = max((i for i, name in enumerate(cut) if cut[name]), default=-1)
     if last < 0:
         return
@@ -56,7 +59,7 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
         for name, block in list(stages.blocks.items())[: last + 1]:
             points = [site.target for site in cut[name]]
             layers = [item.dense.get_submodule(site.consumer) for site in cut[name]]
-            rows = [partial(given_rows, layer) for layer in layers]
+            rows = [partial(s.rows, layer) for s, layer in zip(cut[name], layers, strict=True)]
             medians = median_norms(
                 block, stream, item.batch_size, name, list(zip(points, rows, strict=True))
             )
@@ -71,7 +74,7 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
                         part,
                         read.index_select(input_axis(layer), site.columns.to(read.device)),
                         given_rows(layer, seen[site.consumer, "output"]),
-                        given_rows(layer, seen[site.target]),
+                        site.rows(layer, seen[site.target]),
                         median,
                     )
             advance(1)

@@ -92,8 +92,18 @@ class Pair:
         return name.removeprefix(self.name).removeprefix(".")
 
     def refit_producers(self, site: Site) -> None:
-        """Refit what makes the units: from what it reads in the slim tower to the dense units."""
-        layers = {name: self.item.slim.get_submodule(name) for name in site.producers}
+        """Refit what makes the units: from what it reads in the slim tower to the dense units.
+
+        A gate on the units comes last, behind the layers that read them for it, which are refitted
+        to what they gave.
+        """
+        self._refit_makers(site, site.makers)
+        for other in site.others:
+            self.refit_consumer(other)
+        self._refit_makers(site, [name for name in site.producers if name in site.gates])
+
+    def _refit_makers(self, site: Site, names: Sequence[str]) -> None:
+        layers = {name: self.item.slim.get_submodule(name) for name in names}
         if not layers:
             return
 
@@ -158,7 +168,7 @@ class Pair:
             goals, stream = Stream(goals[which]), Stream(stream[which])
         taps = [site.target, *((name, "input") for name in layers)]
         for part, seen in walk(self.slim, stream, self.size, taps, self.name):
-            now = given_rows(layer, seen[site.target])
+            now = site.rows(layer, seen[site.target])
             goal = goals[part].to(now)
             yield part, row_weights(goal, median), goal - now, seen
 
@@ -172,7 +182,7 @@ class Pair:
             for part, seen in walk(
                 self.dense, self.dense_stream, self.size, [site.target], self.name
             ):
-                rows = given_rows(layer, seen[site.target]).float().cpu()
+                rows = site.rows(layer, seen[site.target]).float().cpu()
                 if found is None:
                     found = Stream(allocate((len(self.held), *rows.shape[1:])))
                 found[part] = rows
