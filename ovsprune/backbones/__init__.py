@@ -80,7 +80,9 @@ def canonical(name: str) -> str:
     """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``), or a folder's last part."""
     from ovsprune.backbones.open_clip_folder import is_folder
 
-    return Path(name).resolve().name if is_folder(Path(name)) else name.replace("/", "-")
+    path = Path(name)
+    here = is_folder(path) or (path / "config.json").is_file()
+    return path.resolve().name if here else name.replace("/", "-")
 
 
 def _family_of(name: str) -> Family:

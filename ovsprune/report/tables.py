@@ -68,9 +68,17 @@ def prune_summary(record: Record) -> Parts:
     ]
     fidelity = record.get("fidelity") or {}
     lines = []
+    given = record.get("given")
+    if given:
+        lines.append(
+            f"{given['slim']} was slim before, with {count(given['macs'])} MACs: ratio, features "
+            "and times below are against it, the table is against the dense base."
+        )
     if fidelity:
         lines.append(
-            "Dense features on held-out pictures, slim against dense: cosine "
+            "Dense features on held-out pictures, slim against what was given: cosine "
+            if given
+            else "Dense features on held-out pictures, slim against dense: cosine "
             f"{fidelity['cosine']:.4f}, relative error {fidelity['relative_error']:.4f}."
         )
     lines.append(
