@@ -26,10 +26,10 @@ def preprocess(image: Image.Image, said: dict) -> np.ndarray:
     assert said["resize_mode"] == "shortest"
     height, width = said["size"]
     scale = max(height / image.height, width / image.width)
-    wide, high = (max(round(scale * n), m) for n, m in zip(image.size, (width, height)))
+    wide, high = max(int(scale * image.width), width), max(int(scale * image.height), height)
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
     image = image.convert("RGB").resize((wide, high), filters[said["interpolation"]])
-    left, top = (wide - width) // 2, (high - height) // 2
+    left, top = round((wide - width) / 2), round((high - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
     pixels = (pixels - np.float32(said["mean"])) / np.float32(said["std"])
     return pixels.transpose(2, 0, 1)[None]

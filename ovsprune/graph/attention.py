@@ -37,15 +37,17 @@ class SeparateAttention(nn.Module):
         super().__init__()
         if attention.in_proj_weight is None or attention.bias_k is not None:
             raise ValueError("only self-attention with one width for q, k and v can be rewritten")
-        slim = isinstance(attention, SlimAttention)
-        if slim and not attention.returns_tuple:
-            raise ValueError("slim attention that returns no tuple cannot be rewritten")
+        heads = tuple(range(attention.num_heads))
+        if isinstance(attention, SlimAttention):
+            if not attention.returns_tuple:
+                raise ValueError("slim attention that returns no tuple cannot be rewritten")
+            heads = attention.kept_heads
         self.embed_dim = attention.embed_dim
         self.num_heads = attention.num_heads
-        self.kept_heads = attention.kept_heads if slim else tuple(range(attention.num_heads))
+        self.kept_heads = heads
         self.head_dim = attention.head_dim
         self.batch_first = attention.batch_first
-        maps = maps_of(attention, len(self.kept_heads))
+        maps = maps_of(attention, len(heads))
         self.qk_dim, self.v_dim = maps.widths
         self.q_proj, self.k_proj, self.v_proj = (
             _linear(w, b) for w, b in zip(maps.weights, maps.biases, strict=True)

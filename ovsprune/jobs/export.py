@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +300,8 @@ def _latency(
     for batch in batch_sizes if pairs else ():
         images = _pictures(batch, size)
         passes: dict[str, Pass] = {
-            "torch": lambda images=images: tower.outputs(images),
-            "onnxruntime": lambda images=images: session(images),
+            "torch": partial(tower.outputs, images),
+            "onnxruntime": partial(session, images),
         }
         times = alternate(
             passes, rounds=pairs, progress=progress, label=f"latency at batch {batch}"
