@@ -88,7 +88,9 @@ def canonical(name: str) -> str:
     repository = repository_of(name)
     if repository is not None:
         return repository.rpartition("/")[2]
-    return Path(name).resolve().name if is_folder(Path(name)) else name.replace("/", "-")
+    path = Path(name)
+    here = is_folder(path) or (path / "config.json").is_file()
+    return path.resolve().name if here else name.replace("/", "-")
 
 
 def _family_of(name: str) -> Family:

@@ -12,7 +12,7 @@ from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
 
-__all__ = ["build_vision_transformer"]
+__all__ = ["build_vision_transformer", "native_grid"]
 
 
 def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
@@ -49,7 +49,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         width=width,
         blocks=blocks,
         patch_size=heights,
-        grid_size=_grid(checkpoint, heights, tokens - 1),
+        grid_size=native_grid(checkpoint, heights, tokens - 1),
         output_dim=output,
         activation=checkpoint.spec.activation,
         pool=str(vision.get("pool_type") or "tok"),
@@ -123,8 +123,17 @@ def _head_dim(checkpoint: SlimCheckpoint) -> int:
     return head_width
 
 
-def _grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of the native grid, which must make as many tokens as there are."""
+def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """Rows and columns of the native grid, which must make as many tokens as there are.
+
+    Args:
+        checkpoint: Of a CLIP vision transformer.
+        patch: Height and width of a patch in pixels.
+        tokens: Patches that there are positions for.
+
+    Raises:
+        CheckpointError: No grid that the config gives makes them, and they make no square.
+    """
     height, width = checkpoint.spec.preprocess.size
     size = _vision_config(checkpoint).get("image_size")
     sizes = [(height, width)]

@@ -20,7 +20,7 @@ from ovsprune.slim.cutting import Run, keep_index, layer_runs
 from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_dense", "timm_outputs"]
+__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_both", "timm_dense", "timm_outputs"]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
@@ -109,8 +109,13 @@ def _narrowed(layer: Any, axes: Mapping[Any, Sequence[Run]]) -> nn.Module:
 
 def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
     """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    return timm_both(tower, images)[1]
+
+
+def timm_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W], in one pass."""
     trunk: Any = tower.trunk
-    return timm_outputs(tower, trunk.forward_features(images))[1]
+    return timm_outputs(tower, trunk.forward_features(images))
 
 
 def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:

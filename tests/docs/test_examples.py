@@ -62,6 +62,14 @@ def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
     assert written == {"model.safetensors", "transfer.json", "lines.py"}
 
 
+def test_run_onnx(pruned: tuple[Path, str]) -> None:
+    place, _ = pruned
+    said = run("run_onnx.py", place)
+    assert "standard deviations of the output" in said
+    assert "pooled (1, " in said and "dense (1, " in said
+    assert (place / "export" / "example.onnx").is_file()
+
+
 @pytest.mark.framework
 def test_transfer_to_a_live_san(pruned: tuple[Path, str]) -> None:
     pytest.importorskip("mmseg")
