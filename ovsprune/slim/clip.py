@@ -78,13 +78,18 @@ def _transform(open_clip: Any, spec: SlimSpec, is_train: bool) -> Any:
     for name, old in _OLD_TRANSFORM.items():
         if name not in known and options.pop(name) != old:
             raise MissingLibraryError(
-                f"open_clip {open_clip.__version__} prepares pictures with {name} {old!r} only, "
+                f"open_clip {_version()} prepares pictures with {name} {old!r} only, "
                 f"the checkpoint wants {getattr(pre, name)!r}; install open_clip_torch "
                 f"{spec.library_version} or newer, or use ovsprune.load"
             )
     return open_clip.image_transform(
         pre.size, is_train=is_train, mean=pre.mean, std=pre.std, **options
     )
+
+
+def _version() -> str:
+    """Of the installed open_clip; up to 2.24 its package itself does not say."""
+    return str(importlib.import_module("open_clip.version").__version__)
 
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
@@ -96,7 +101,7 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
             model = open_clip.CLIP(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{checkpoint.path / CONFIG}: open_clip {open_clip.__version__} cannot build "
+            f"{checkpoint.path / CONFIG}: open_clip {_version()} cannot build "
             f"architecture ({error}); install {checkpoint.spec.library_version}, or use "
             "ovsprune.load"
         ) from error

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import json
 import platform
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -196,6 +198,21 @@ def refused(item: Item) -> float:
     return float("inf")
 
 
+def unbuildable(item: Item) -> float:
+    """An architecture that this open_clip does not know is refused with its version."""
+    with tempfile.TemporaryDirectory() as scratch:
+        slim = shutil.copytree(item.folder / "slim", Path(scratch) / "slim")
+        config = json.loads((slim / "config.json").read_text("utf-8"))
+        config["architecture"]["vision_cfg"]["unheard_of"] = 1
+        (slim / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            ovsprune.load_open_clip(slim)
+        except ovsprune.OvspruneError as found:
+            named = f"open_clip {version('open_clip')} cannot build"
+            return 0.0 if named in str(found) and "unheard_of" in str(found) else float("inf")
+    return float("inf")
+
+
 @dataclass(frozen=True)
 class Check:
     """What is asked.
@@ -231,6 +248,7 @@ CHECKS = {
     "load": Check(load, every_form=False),
     "load_open_clip": Check(load_open_clip, every_form=False),
     "refused": Check(refused, every_form=False, wanted=_is_vit),
+    "unbuildable": Check(unbuildable, every_form=False),
     "attach": Check(attach),
     "target": Check(target),
     "detach": Check(detach),
@@ -267,6 +285,12 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
                 yield {"case": folder.name, "form": form, **row(name, check, item, tower)}
 
 
+def version(name: str) -> str:
+    """Of what is imported, whatever else is installed; open_clip's package did not say at first."""
+    module = importlib.import_module(f"{name}.version" if name == "open_clip" else name)
+    return str(module.__version__)
+
+
 def main(checkpoints: Path, result: Path) -> None:
     """Run everything and write it down."""
     start = time.perf_counter()
@@ -274,7 +298,7 @@ def main(checkpoints: Path, result: Path) -> None:
     assert Path(ovsprune.__file__).is_relative_to(sys.prefix), "not this environment's ovsprune"
     found = [row for folder in sorted(checkpoints.iterdir()) for row in rows(folder)]
     names = ("torch", "open_clip", "timm", "safetensors", "ovsprune")
-    versions = {name: importlib.import_module(name).__version__ for name in names}
+    versions = {name: version(name) for name in names}
     record = {
         "versions": {"python": platform.python_version(), **versions},
         "rows": found,
