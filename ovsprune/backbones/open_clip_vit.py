@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_folder import Folder, embedded, is_folder, open_folder
-from ovsprune.backbones.open_clip_model import build_clip, encoder_of, fit_text, preprocess_of
-from ovsprune.backbones.pretrained import default_tag, fit, read_state, resolve
-from ovsprune.core.errors import OptionError
+from ovsprune.backbones.open_clip_folder import embedded
+from ovsprune.backbones.open_clip_model import (
+    Clip,
+    build_clip,
+    is_plain_clip,
+    load_clip,
+    load_folder,
+    load_named,
+    named_config,
+    rebuild_clip,
+)
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
@@ -24,7 +29,6 @@ from ovsprune.slim import SlimAttention
 __all__ = ["OpenClipVit", "assemble", "build_clip"]
 
 TINY = "tiny"
-_GELUS = ("gelu", "quick_gelu")
 
 
 @FAMILIES.register("open_clip-vit")
@@ -52,42 +56,16 @@ class OpenClipVit:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        if activation is not None and activation not in _GELUS:
-            raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
-        if name == TINY and pretrained is None:
+        if name == TINY:
             with embedded(TINY) as folder:
-                return _load_folder(TINY, "embedded", folder, activation)
-        if is_folder(Path(name)) and pretrained is None:
-            path = Path(name)
-            return _load_folder(path.resolve().name, "local", open_folder(path), activation)
-        config = _config(name)
-        preprocess: dict[str, Any] = {}
-        state: dict[str, Tensor] | None = None
-        path = Path()
-        quick = bool(config.get("quick_gelu", False))
-        if pretrained != "none":
-            if pretrained is not None and Path(pretrained).is_file():
-                path = Path(pretrained)
-            else:
-                pretrained = pretrained or default_tag(name)
-                path, preprocess = resolve(name, pretrained)
-                quick = bool(preprocess.get("quick_gelu", False))
-                _check_activation(name, pretrained, quick, activation)
-            state = read_state(path)
-        if activation is not None:
-            quick = activation == "quick_gelu"
-        config["quick_gelu"] = quick
-        model = build_clip(config)
-        if state is not None:
-            fit(name, path, state, model)
-        return assemble(
-            name,
-            None if pretrained == "none" else Path(pretrained or "").name,
-            model,
-            config,
-            preprocess_of(model.visual, preprocess),
-            trained=state is not None,
-        )
+                clip = (
+                    load_folder(TINY, "embedded", folder, activation)
+                    if pretrained is None
+                    else load_named(TINY, dict(folder.model), pretrained, activation)
+                )
+        else:
+            clip = load_clip(name, pretrained, activation)
+        return _backbone(clip)
 
     def build(
         self,
@@ -100,13 +78,9 @@ class OpenClipVit:
         text: Mapping[str, Tensor],
     ) -> Backbone:
         """The dense CLIP, its image tower with random weights; see the protocol."""
-        model = build_clip(architecture)
-        if text:
-            fit_text(name, text, model)
-        backbone = assemble(name, pretrained, model, architecture, preprocess, trained=trained)
-        if not text:
-            backbone.encoder, backbone.text = None, {}
-        return backbone
+        return _backbone(
+            rebuild_clip(name, pretrained, architecture, preprocess, trained=trained, text=text)
+        )
 
     def rewrite(self, tower: nn.Module) -> None:
         """Attention of every block to separate linear maps, in place."""
@@ -181,57 +155,29 @@ def assemble(
     trained: bool,
 ) -> Backbone:
     """The backbone record of a built CLIP."""
-    import open_clip
+    return _backbone(Clip(name, pretrained, model, config, preprocess, trained))
 
-    tower = model.visual
-    assert isinstance(tower, nn.Module)
-    return Backbone(
-        name=name,
-        pretrained=pretrained,
-        trained=trained,
-        family="open_clip-vit",
-        tower=tower,
-        stages=FAMILIES.get("open_clip-vit").stages,
-        preprocess=preprocess,
-        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
-        architecture=dict(config),
-        library_version=open_clip.__version__,
-        text={k: v for k, v in model.state_dict().items() if not k.startswith("visual.")},
-        encoder=encoder_of(model, config),
-    )
+
+def _backbone(clip: Clip) -> Backbone:
+    activation = "quick_gelu" if clip.config.get("quick_gelu") else "gelu"
+    return clip.backbone("open_clip-vit", activation, FAMILIES.get("open_clip-vit").stages)
 
 
 @cache
 def _names() -> tuple[str, ...]:
     import open_clip
 
-    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(_config(name))))
-
-
-def _config(name: str) -> dict[str, Any]:
-    import open_clip
-
-    if name == TINY:
-        with embedded(TINY) as folder:
-            return deepcopy(dict(folder.model))
-    if is_folder(Path(name)):
-        return deepcopy(dict(open_folder(Path(name)).model))
-    config = open_clip.get_model_config(name)
-    assert config is not None
-    return deepcopy(config)
+    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(named_config(name))))
 
 
 def _is_plain_vit(config: Mapping[str, Any]) -> bool:
     vision = config["vision_cfg"]
     return (
-        isinstance(vision.get("layers", 12), int)
-        and "timm_model_name" not in vision
+        is_plain_clip(config)
+        and isinstance(vision.get("layers", 12), int)
         and not vision.get("attentional_pool")
         and not vision.get("block_type")
         and not any(key.startswith("scale_") or key == "qk_norm" for key in vision)
-        and "hf_model_name" not in config["text_cfg"]
-        and "multimodal_cfg" not in config
-        and not config.get("custom_text", False)
     )
 
 
@@ -255,31 +201,3 @@ def _fused(separate: SeparateAttention) -> nn.MultiheadAttention:
         whole.in_proj_bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
     whole.out_proj.weight, whole.out_proj.bias = separate.out_proj.weight, separate.out_proj.bias
     return whole.eval()
-
-
-def _check_activation(name: str, tag: str, quick: bool, activation: str | None) -> None:
-    own = "quick_gelu" if quick else "gelu"
-    if activation is not None and activation != own:
-        raise OptionError(
-            f"the weights {tag!r} of {name} were trained with {own}, not {activation}; leave "
-            "--activation out"
-        )
-
-
-def _load_folder(name: str, tag: str, folder: Folder, activation: str | None) -> Backbone:
-    """A folder's model; one with weights of the image tower alone has no text tower."""
-    config = folder.model
-    _check_activation(name, tag, bool(config.get("quick_gelu", False)), activation)
-    model = build_clip(config)
-    state = folder.state()
-    towers_only = all(key.startswith("visual.") for key in state)
-    if towers_only:
-        bare = {key.removeprefix("visual."): value for key, value in state.items()}
-        fit(name, folder.weights, bare, model.visual)  # type: ignore[arg-type]
-    else:
-        fit(name, folder.weights, state, model)
-    preprocess = preprocess_of(model.visual, folder.preprocess)
-    backbone = assemble(name, tag, model, config, preprocess, trained=True)
-    if towers_only:
-        backbone.encoder, backbone.text = None, {}
-    return backbone

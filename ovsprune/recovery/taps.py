@@ -14,6 +14,7 @@ from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
 from ovsprune.graph.cut import kept_rows
 from ovsprune.graph.layers import is_channelwise
+from ovsprune.graph.rows import given_rows
 
 __all__ = ["Site", "Tap", "median_norm", "median_norms", "sites"]
 
@@ -36,6 +37,7 @@ class Site:
         columns: int64, its columns that are kept.
         producers: Dotted name of each layer that makes units, to its kept rows, int64. What makes a
             unit from that unit alone, a norm or a depthwise convolution, is not among them.
+        given: int64, its rows that are kept, or None for all: in other groups it may make units.
         cut: Whether anything is gone.
     """
 
@@ -43,7 +45,22 @@ class Site:
     target: Tap
     columns: Tensor
     producers: Mapping[str, Tensor]
+    given: Tensor | None
     cut: bool
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the target is its own output, since nothing is added to it."""
+        return self.target == (self.consumer, "output")
+
+    def output(self, layer: nn.Module, given: Tensor) -> Tensor:
+        """What the slim consumer could give of what the dense one gives, as rows [b, ..., m]."""
+        rows = given_rows(layer, given)
+        return rows if self.given is None else rows[..., self.given.to(rows.device)]
+
+    def goal(self, layer: nn.Module, read: Tensor) -> Tensor:
+        """What was read at the target in the dense tower, as rows [b, ..., m]."""
+        return self.output(layer, read) if self.is_own else given_rows(layer, read)
 
 
 def sites(item: RecoveryContext, block: str) -> list[Site]:
@@ -60,6 +77,7 @@ def sites(item: RecoveryContext, block: str) -> list[Site]:
                 _target_of(mine[0]),
                 rows[consumer, "in"],
                 {name: rows[name, "out"] for name in makers if not is_channelwise(find(name))},
+                rows.get((consumer, "out")),
                 any(item.plan.width(g.name) < g.units for g in mine),
             )
         )

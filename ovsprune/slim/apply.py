@@ -323,7 +323,11 @@ def _tensor(root: nn.Module, path: str) -> Tensor | None:
 
 def _fit(name: str, value: Tensor, old: Tensor) -> Tensor | None:
     """``value`` with the shape, type, device and flag of ``old``, or None if it cannot be."""
-    if name == "positional_embedding" and value.dim() == 2 and value.shape[0] != old.shape[-2]:
+    if (
+        name.endswith("positional_embedding")
+        and value.dim() == 2
+        and value.shape[0] != old.shape[-2]
+    ):
         sides = [round((n - 1) ** 0.5) for n in (value.shape[0], old.shape[-2])]
         if all(s * s == n - 1 for s, n in zip(sides, (value.shape[0], old.shape[-2]), strict=True)):
             value = resize_positions(value, (sides[0], sides[0]), (sides[1], sides[1]))

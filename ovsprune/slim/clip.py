@@ -75,7 +75,8 @@ def load_open_clip(
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
     config.pop("custom_text", None)
-    config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
+    if checkpoint.spec.activation in ("gelu", "quick_gelu"):  # else the text tower's is another
+        config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.read import SlimCheckpoint, read
+from ovsprune.slim.resnet import ModifiedResNet
+from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
 from ovsprune.slim.timm_tower import narrow_timm_tower, timm_dense
@@ -51,7 +53,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> SlimTower:
-    """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP ViT.
+    """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP tower.
 
     A tower of timm's is built by open_clip and timm, which must be installed.
 
@@ -125,5 +127,6 @@ class _Builder:
 # Families whose towers can be built here, by the name that the config gives.
 _BUILDERS = {
     "open_clip-vit": _Builder(build_vision_transformer, VisionTransformer.dense),
+    "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense),
 }

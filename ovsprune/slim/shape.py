@@ -11,7 +11,7 @@ from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
 
-__all__ = ["build_vision_transformer"]
+__all__ = ["build_vision_transformer", "native_grid", "vision_config"]
 
 
 def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
@@ -24,7 +24,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         CheckpointError: The tensors are not those of a CLIP vision transformer.
         MissingLibraryError: It is a variant that only the library that made it can build.
     """
-    state, vision = checkpoint.tower(), _vision_config(checkpoint)
+    state, vision = checkpoint.tower(), vision_config(checkpoint)
     if vision.get("attentional_pool") or "attn_pool.query" in state:
         spec = checkpoint.spec
         raise MissingLibraryError(
@@ -46,7 +46,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         width=width,
         blocks=blocks,
         patch_size=heights,
-        grid_size=_grid(checkpoint, heights, tokens - 1),
+        grid_size=native_grid(checkpoint, heights, tokens - 1),
         output_dim=output,
         activation=checkpoint.spec.activation,
         pool=str(vision.get("pool_type") or "tok"),
@@ -59,7 +59,8 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
     )
 
 
-def _vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:
+def vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:
+    """open_clip's ``vision_cfg`` of a checkpoint; empty if it has none."""
     architecture = checkpoint.spec.architecture
     vision = architecture.get("vision_cfg", architecture)
     return vision if isinstance(vision, dict) else {}
@@ -101,16 +102,25 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
 
 
 def _head_dim(checkpoint: SlimCheckpoint) -> int:
-    head_width = _vision_config(checkpoint).get("head_width", 64)  # open_clip's default
+    head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
     if not isinstance(head_width, int) or head_width < 1:
         raise ValueError(f"head_width is {head_width!r}")
     return head_width
 
 
-def _grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of the native grid, which must make as many tokens as there are."""
+def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
+    """Rows and columns of the native grid, which must make as many tokens as there are.
+
+    Args:
+        checkpoint: Says the native size.
+        patch: Height and width in pixels of one position.
+        tokens: Positions, without the class or mean token.
+
+    Raises:
+        CheckpointError: No grid makes so many.
+    """
     height, width = checkpoint.spec.preprocess.size
-    size = _vision_config(checkpoint).get("image_size")
+    size = vision_config(checkpoint).get("image_size")
     sizes = [(height, width)]
     if isinstance(size, int):
         sizes.insert(0, (size, size))
