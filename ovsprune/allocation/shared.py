@@ -66,7 +66,7 @@ class Shared:
         return self._exact(item, point)
 
     def _exact(self, item: AllocationContext, point: Mapping[str, float]) -> Widths:
-        """The allocator's widths for the highest target that truly costs no more than the budget."""
+        """The allocator's widths for the highest target that truly keeps the budget."""
         shown = _linear(item, point)
         floors = {g.name: floor_of(g, item.round_to) for g in item.groups}
         least, most = cost(shown, floors), shown.budget.dense

@@ -41,7 +41,7 @@ class OpenClipResNet:
         return is_plain_clip(config) and isinstance(config["vision_cfg"].get("layers"), list)
 
     def names(self) -> Sequence[str]:
-        """``RN50``, ``RN101``, ``RN50x4``, ``RN50x16``, ``RN50x64``, and the same ``-quickgelu``."""
+        """``RN50``, ``RN101``, ``RN50x4``, ``x16`` and ``x64``, and the same ``-quickgelu``."""
         return _names()
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
