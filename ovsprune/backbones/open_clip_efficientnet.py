@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_folder import is_folder, open_folder
-from ovsprune.backbones.open_clip_model import build_clip, encoder_of, fit_text, preprocess_of
-from ovsprune.backbones.pretrained import fit, read_state
-from ovsprune.core.errors import OptionError, WeightsError
+from ovsprune.backbones.open_clip_model import (
+    build_clip,
+    encoder_of,
+    fit_text,
+    has_own_text,
+    preprocess_of,
+)
+from ovsprune.backbones.open_clip_source import fill, open_source
+from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold, unfold
@@ -55,10 +59,10 @@ class OpenClipEfficientNet:
         return ()
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-        """Load a folder of open_clip's form.
+        """Load a folder of open_clip's form, or a repository on the hub.
 
         Args:
-            name: The folder.
+            name: The folder, or ``hf-hub:org/repo``.
             pretrained: A file, ``"none"``, or None for the folder's own weights.
             activation: What the network has anyway, or None.
 
@@ -66,34 +70,25 @@ class OpenClipEfficientNet:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is not the network's own.
         """
-        if not is_folder(Path(name)):
-            raise WeightsError(f"{name} is no folder with an open_clip_config.json")
-        folder = open_folder(Path(name))
-        state: Mapping[str, Tensor] = {}
-        if pretrained is None:
-            source, state = folder.weights, folder.state()
-        elif pretrained != "none":
-            source = Path(pretrained)
-            state = read_state(source)
-            if not any(key.startswith("visual.") for key in state):  # of the tower alone
-                state = {f"visual.{key}": value for key, value in state.items()}
-        text = {key: value for key, value in state.items() if not key.startswith("visual.")}
-        backbone = self.build(
-            Path(name).resolve().name,
-            "local" if pretrained is None else None if pretrained == "none" else source.name,
-            folder.model,
-            Preprocess((1, 1)),
-            trained=bool(state),
+        source = open_source(name, pretrained, None)
+        model = build_clip(source.config)
+        text = fill(source, model)
+        backbone = self._backbone(
+            source.name,
+            source.pretrained,
+            model.get_submodule("visual"),
+            source.config,
+            preprocess_of(model.visual, source.preprocess),
+            trained=source.weights is not None,
             text=text,
         )
-        backbone.preprocess = preprocess_of(backbone.tower, folder.preprocess)
+        if text and has_own_text(source.config):
+            backbone.encoder = encoder_of(model, source.config)
+        backbone.notes = source.notes
         if activation not in (None, backbone.activation):
             raise OptionError(
                 f"--activation {activation!r}: {name} has {backbone.activation}; leave it out"
             )
-        if state:
-            bare = {k.removeprefix("visual."): v for k, v in state.items() if k not in text}
-            fit(name, source, bare, backbone.tower)
         return backbone
 
     def build(
@@ -107,15 +102,33 @@ class OpenClipEfficientNet:
         text: Mapping[str, Tensor],
     ) -> Backbone:
         """The dense tower with random weights, and the CLIP around it where there is a text."""
+        if not text or not has_own_text(architecture):
+            tower = build_timm_tower(architecture)
+            return self._backbone(
+                name, pretrained, tower, architecture, preprocess, trained=trained, text=text
+            )
+        model = build_clip(architecture)
+        fit_text(name, text, model)
+        tower = model.get_submodule("visual")
+        backbone = self._backbone(
+            name, pretrained, tower, architecture, preprocess, trained=trained, text=text
+        )
+        backbone.encoder = encoder_of(model, architecture)
+        return backbone
+
+    def _backbone(
+        self,
+        name: str,
+        pretrained: str | None,
+        tower: nn.Module,
+        architecture: Mapping[str, Any],
+        preprocess: Preprocess,
+        *,
+        trained: bool,
+        text: Mapping[str, Tensor],
+    ) -> Backbone:
         import open_clip
 
-        encoder = None
-        if text:
-            model = build_clip(architecture)
-            fit_text(name, text, model)
-            tower, encoder = model.get_submodule("visual"), encoder_of(model, architecture)
-        else:
-            tower = build_timm_tower(architecture)
         (activation,) = find_activations(tower.modules())
         return Backbone(
             name=name,
@@ -129,7 +142,6 @@ class OpenClipEfficientNet:
             architecture=dict(architecture),
             library_version=open_clip.__version__,
             text=text,
-            encoder=encoder,
         )
 
     def rewrite(self, tower: nn.Module) -> None:

@@ -13,13 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_model import (
-    Clip,
-    is_plain_clip,
-    load_clip,
-    named_config,
-    rebuild_clip,
-)
+from ovsprune.backbones.open_clip_own import load_own, rebuild_own
+from ovsprune.backbones.open_clip_source import config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold, unfold
@@ -38,7 +33,8 @@ class OpenClipResNet:
 
     def takes(self, config: Mapping[str, Any]) -> bool:
         """Whether open_clip builds a ModifiedResNet from ``config``."""
-        return is_plain_clip(config) and isinstance(config["vision_cfg"].get("layers"), list)
+        vision = config["vision_cfg"]
+        return isinstance(vision.get("layers"), list) and not vision.get("timm_model_name")
 
     def names(self) -> Sequence[str]:
         """``RN50``, ``RN101``, ``RN50x4``, ``x16`` and ``x64``, and the same ``-quickgelu``."""
@@ -54,7 +50,7 @@ class OpenClipResNet:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        return self._backbone(load_clip(name, pretrained, activation))
+        return _with_relu(load_own("open_clip-resnet", name, pretrained, activation))
 
     def build(
         self,
@@ -67,12 +63,17 @@ class OpenClipResNet:
         text: Mapping[str, Tensor],
     ) -> Backbone:
         """The dense CLIP, its image tower with random weights; see the protocol."""
-        return self._backbone(
-            rebuild_clip(name, pretrained, architecture, preprocess, trained=trained, text=text)
+        return _with_relu(
+            rebuild_own(
+                "open_clip-resnet",
+                name,
+                pretrained,
+                architecture,
+                preprocess,
+                trained=trained,
+                text=text,
+            )
         )
-
-    def _backbone(self, clip: Clip) -> Backbone:
-        return clip.backbone("open_clip-resnet", "relu", self.stages)
 
     def rewrite(self, tower: nn.Module) -> None:
         """The norms behind what reads units into it, in place.
@@ -137,7 +138,12 @@ def _names() -> tuple[str, ...]:
     import open_clip
 
     family = FAMILIES.get("open_clip-resnet")
-    return tuple(name for name in open_clip.list_models() if family.takes(named_config(name)))
+    return tuple(name for name in open_clip.list_models() if family.takes(config_of(name)))
+
+
+def _with_relu(backbone: Backbone) -> Backbone:
+    backbone.activation = "relu"
+    return backbone
 
 
 def _blocks(tower: nn.Module) -> dict[str, Any]:

@@ -9,26 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_folder import embedded
-from ovsprune.backbones.open_clip_model import (
-    Clip,
-    build_clip,
-    is_plain_clip,
-    load_clip,
-    load_folder,
-    load_named,
-    named_config,
-    rebuild_clip,
-)
+from ovsprune.backbones import FAMILIES, open_clip_own
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.backbones.open_clip_own import load_own, rebuild_own
+from ovsprune.backbones.open_clip_source import TINY, config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
+from ovsprune.slim.pooling import each_alone
 
 __all__ = ["OpenClipVit", "assemble", "build_clip"]
-
-TINY = "tiny"
 
 
 @FAMILIES.register("open_clip-vit")
@@ -42,30 +33,20 @@ class OpenClipVit:
         return _is_plain_vit(config)
 
     def names(self) -> Sequence[str]:
-        """``tiny`` and open_clip's ViTs that have class-token or average pooling."""
+        """``tiny`` and every VisionTransformer of open_clip's own."""
         return _names()
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
         """Build the CLIP called ``name`` and load its weights.
 
-        The activation is the pretrained tag's own (OpenAI's tags are QuickGELU, also under the
-        plain name, for which open_clip builds GELU and only warns); for a bare file the name's
-        (``-quickgelu``), or what ``activation`` says.
+        See :func:`ovsprune.backbones.open_clip_source.open_source`. A text tower that lives on a
+        hub is not built; its state is passed on where the file has it.
 
         Raises:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        if name == TINY:
-            with embedded(TINY) as folder:
-                clip = (
-                    load_folder(TINY, "embedded", folder, activation)
-                    if pretrained is None
-                    else load_named(TINY, dict(folder.model), pretrained, activation)
-                )
-        else:
-            clip = load_clip(name, pretrained, activation)
-        return _backbone(clip)
+        return _plain(load_own("open_clip-vit", name, pretrained, activation))
 
     def build(
         self,
@@ -78,8 +59,16 @@ class OpenClipVit:
         text: Mapping[str, Tensor],
     ) -> Backbone:
         """The dense CLIP, its image tower with random weights; see the protocol."""
-        return _backbone(
-            rebuild_clip(name, pretrained, architecture, preprocess, trained=trained, text=text)
+        return _plain(
+            rebuild_own(
+                "open_clip-vit",
+                name,
+                pretrained,
+                architecture,
+                preprocess,
+                trained=trained,
+                text=text,
+            )
         )
 
     def rewrite(self, tower: nn.Module) -> None:
@@ -131,12 +120,18 @@ class OpenClipVit:
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:
-        """Patches and positions; the residual blocks; pooling and projection."""
+        """Patches and positions; the residual blocks; pooling and projection.
+
+        Dense is what the pooled output would be of a picture of that patch alone: ``ln_post`` and
+        ``proj`` of the token; where attention pools, first the values that it reads there.
+        """
         vit: Any = tower
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
             pooled, tokens = vit._pool(stream)
-            if vit.final_ln_after_pool:
+            if vit.attn_pool is not None:
+                tokens = vit.ln_post(each_alone(vit.attn_pool, stream[:, 1:]))
+            elif vit.final_ln_after_pool:
                 tokens = vit.ln_post(tokens)
             height, width = vit.grid_size
             dense = (tokens @ vit.proj).transpose(1, 2).unflatten(2, (height, width))
@@ -153,29 +148,35 @@ def assemble(
     preprocess: Preprocess,
     *,
     trained: bool,
+    text: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
-    """The backbone record of a built CLIP."""
-    return _backbone(Clip(name, pretrained, model, config, preprocess, trained))
+    """The backbone record of a built CLIP, as ``open_clip_own`` makes it."""
+    own = open_clip_own.assemble(
+        "open_clip-vit", name, pretrained, model, config, preprocess, trained=trained, text=text
+    )
+    return _plain(own)
 
 
-def _backbone(clip: Clip) -> Backbone:
-    activation = "quick_gelu" if clip.config.get("quick_gelu") else "gelu"
-    return clip.backbone("open_clip-vit", activation, FAMILIES.get("open_clip-vit").stages)
+def _plain(backbone: Backbone) -> Backbone:
+    tower: Any = backbone.tower
+    tower.output_tokens = False  # CoCa's would give the captioner's tokens along
+    return backbone
 
 
 @cache
 def _names() -> tuple[str, ...]:
     import open_clip
 
-    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(named_config(name))))
+    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(config_of(name))))
 
 
 def _is_plain_vit(config: Mapping[str, Any]) -> bool:
     vision = config["vision_cfg"]
     return (
-        is_plain_clip(config)
-        and isinstance(vision.get("layers", 12), int)
-        and not vision.get("attentional_pool")
+        isinstance(vision.get("layers", 12), int)
+        and not vision.get("timm_model_name")
+        # "parallel" and "cascade", for two poolers, are in no configuration and untested there
+        and not isinstance(vision.get("attentional_pool"), str)
         and not vision.get("block_type")
         and not any(key.startswith("scale_") or key == "qk_norm" for key in vision)
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.progress import Progress
-from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, StreamPoint
+from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, Slice, StreamPoint
 
 __all__ = [
     "NEEDS",
@@ -89,6 +89,8 @@ class Seed:
         block: Dotted name of the block.
         stream: Where the residual stream is read after the consumer.
         protected: Why it is not offered by default, or None.
+        along: Slices that go along and that no graph sees, because they are no part of what is
+            computed: an index of the units.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Seed:
     block: str
     stream: StreamPoint | None
     protected: str | None = None
+    along: tuple[Slice, ...] = ()
 
 
 class Family(Protocol):
@@ -185,6 +188,7 @@ class Backbone:
         text: State of everything but the tower, by canonical name; empty when there is none.
         encoder: texts -> [K, C] L2-normalised, or None without a text tower.
         slim: The slim checkpoint that this was read from, or None for a dense model.
+        notes: What a user should know about how it was loaded, a line each.
     """
 
     name: str
@@ -200,6 +204,7 @@ class Backbone:
     text: Mapping[str, Tensor]
     encoder: Callable[[Sequence[str]], Tensor] | None = None
     slim: Any = None
+    notes: Sequence[str] = ()
 
     @property
     def has_text(self) -> bool:

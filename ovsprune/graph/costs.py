@@ -48,6 +48,8 @@ def on_meta(tower: nn.Module) -> nn.Module:
     """A copy of ``tower`` on the meta device, made without copying its weights."""
     memo: dict[int, Any] = {}
     for tensor in (*tower.parameters(), *tower.buffers()):
-        empty = torch.empty_like(tensor, device="meta", dtype=torch.float32)
-        memo[id(tensor)] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+        # Without gradients: the counter cannot follow a view of a parameter that wants one.
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     return deepcopy(tower, memo).eval()

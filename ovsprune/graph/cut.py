@@ -52,16 +52,18 @@ def kept_rows(
 def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Mask, in place, the units that ``plan`` does not keep: their consumer reads them as zero.
 
-    Where the consumer has no columns of them, what makes them gives zero.
+    Where the consumer has no columns of them, or a norm in between sees them first, what makes them
+    gives zero.
     """
     for group in groups:
         gone = removed(group, plan)
         if group.has_columns:
             weight = weight_of(tower.get_submodule(group.consumer))
             weight[:, group.columns[gone].flatten().to(weight.device)] = 0.0
-            continue
-        for part in group.slices:
+        for part in group.slices if group.norms or not group.has_columns else ():
             layer = tower.get_submodule(part.module)
+            if part.axis == "in" or is_channelwise(layer):
+                continue
             for tensor in (weight_of(layer), bias_of(layer)):
                 if tensor is not None:
                     tensor[part.rows[gone].flatten().to(tensor.device)] = 0.0

@@ -102,7 +102,7 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         name=seed.name,
         kind=seed.kind,
         units=channels // seed.unit_width,
-        slices=tuple(slices.values()),
+        slices=(*slices.values(), *seed.along),
         consumer=consumers[0],
         block=seed.block,
         stream=seed.stream,

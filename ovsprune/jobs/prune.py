@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune import backbones
+from ovsprune.backbones.open_clip_source import OWN_WEIGHTS
 from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
@@ -207,6 +208,8 @@ def open_dense(
         raise OptionError(
             f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
         )
+    for note in model.notes:
+        progress.note(note)
     if not model.trained:
         progress.note(f"{model.name} has random weights: the result is marked as untrained")
     return model
@@ -234,7 +237,7 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
-    if model.pretrained not in ("embedded", "local"):
+    if model.pretrained not in OWN_WEIGHTS:
         words += ["--pretrained", model.pretrained or "none"]
     defaults = Settings(ratio=settings.ratio)
     for name, value, default in [

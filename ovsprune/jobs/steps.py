@@ -90,7 +90,7 @@ class Job:
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
         if self.settings.prune_head_dim:
-            seeds += width_seeds(seeds)
+            seeds += self._directions(dense, seeds)
         free, protected = split_seeds(seeds, self.settings.protect)
         inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
         groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
@@ -131,6 +131,17 @@ class Job:
         )
         turned = {layer.name: bases.bases[layer.name] for layer in spec.turned()}
         return Pruned(spec, slim, plan, achieved, closeness, latency, turned)
+
+    def _directions(self, dense: nn.Module, seeds: Sequence[Seed]) -> list[Seed]:
+        """Seeds inside heads, of the attentions that can lose them."""
+        heads = [s for s in seeds if s.kind == "heads"]
+        found = width_seeds(s for s in heads if hasattr(dense.get_submodule(s.name), "qk_dim"))
+        if not found:
+            raise OptionError(
+                f"--prune-head-dim: {self.backbone.name} is of the family {self.backbone.family}, "
+                "whose attention cannot lose directions inside its heads; leave it out"
+            )
+        return found
 
     def _turn(self, dense: nn.Module, seeds: Sequence[Seed], pictures: Pictures) -> HeadBases:
         """Put the heads of the dense tower in the bases of their directions; its outputs stay."""

@@ -138,7 +138,7 @@ def _check_heads(
     layer: LayerSpec, widths: tuple[int, int], tensors: Mapping[str, Tensor], at: str
 ) -> None:
     qk, vo = (layer.kept * width for width in widths)
-    for name, axis, size in (("in_proj_weight", 0, 2 * qk + vo), ("out_proj.weight", 1, vo)):
+    for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, qk, vo):
         full = f"{TOWER}{layer.name}.{name}"
         shape = tuple(_tensor(tensors, full, at).shape)
         if len(shape) != 2 or shape[axis] != size:
@@ -146,6 +146,19 @@ def _check_heads(
                 f"{at}: {full} has shape {shape}, expected {size} on axis {axis} for "
                 f"{layer.kept} heads of width {' and '.join(map(str, sorted({*widths})))}; {_AGAIN}"
             )
+
+
+def _head_tensors(
+    path: str, tensors: Mapping[str, Tensor], qk: int, vo: int
+) -> list[tuple[str, int, int]]:
+    """Weights of an attention by the names that it has there, the axis that is cut, its size."""
+    if f"{path}.qkv.weight" in tensors:
+        return [("qkv.weight", 0, 2 * qk + vo), ("proj.weight", 1, vo)]
+    if f"{path}.q_proj.weight" in tensors:
+        out = "proj.weight" if f"{path}.proj.weight" in tensors else "out_proj.weight"
+        apart = [(f"{which}_proj.weight", 0, vo if which == "v" else qk) for which in "qkv"]
+        return [*apart, (out, 1, vo)]
+    return [("in_proj_weight", 0, 2 * qk + vo), ("out_proj.weight", 1, vo)]
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, at: str) -> Tensor:

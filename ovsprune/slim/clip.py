@@ -6,6 +6,7 @@ import copy
 import importlib
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from ovsprune.slim.apply import apply
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.spec import CONFIG, MODEL
 
-__all__ = ["load_open_clip"]
+__all__ = ["clip_class", "load_open_clip"]
+
+
+def clip_class(open_clip: Any, config: Mapping[str, Any]) -> Any:
+    """The class of which open_clip makes the model of a configuration, as its factory chooses."""
+    if not (config.get("custom_text") or config["text_cfg"].get("hf_model_name")):
+        return open_clip.CLIP
+    return open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
 
 
 def load_open_clip(
@@ -74,13 +82,20 @@ def load_open_clip(
 
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
+    if config["text_cfg"].get("hf_model_name"):
+        raise CheckpointError(
+            f"{checkpoint.path / CONFIG}: the text tower is {config['text_cfg']['hf_model_name']} "
+            "of a hub, which this ovsprune does not build; use open_clip's own model and "
+            "ovsprune.apply on its .visual, or ovsprune.load for the image tower alone"
+        )
+    make = clip_class(open_clip, config)
     config.pop("custom_text", None)
     if checkpoint.spec.activation in ("gelu", "quick_gelu"):  # else the text tower's is another
         config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = open_clip.CLIP(**config)
+            model = make(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path / CONFIG}: open_clip {open_clip.__version__} cannot build "

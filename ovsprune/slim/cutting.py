@@ -15,6 +15,7 @@ from ovsprune.slim.spec import LayerSpec, SlimSpec
 __all__ = ["Run", "cut_state", "fuse_qkv", "head_runs", "keep_index", "layer_runs"]
 
 _SPLIT = re.compile(r"(?P<stem>.+)\.(?P<which>[qkv])_proj[._](?P<what>weight|bias)")
+_OUT_PROJECTIONS = ("out_proj.weight", "proj.weight")
 _OUT_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -74,15 +75,13 @@ def head_runs(layer: LayerSpec, kept: Tensor) -> dict[str, tuple[int, list[Run]]
     def runs(*offsets: int) -> list[Run]:
         return [Run(o, layer.units, layer.unit_width, kept, layer.name) for o in offsets]
 
-    found = {
-        "in_proj_weight": (0, runs(0, width, 2 * width)),
-        "in_proj_bias": (0, runs(0, width, 2 * width)),
-        "out_proj.weight": (1, runs(0)),
-    }
+    fused = ("in_proj_weight", "in_proj_bias", "qkv.weight", "qkv.bias")
+    found = {name: (0, runs(0, width, 2 * width)) for name in fused}
+    found |= {name: (1, runs(0)) for name in _OUT_PROJECTIONS}
     for which in "qkv":
-        for what in ("_proj_weight", "_proj.weight", "_proj.bias"):
+        for what in ("_proj_weight", "_proj.weight", "_proj.bias", "_bias"):
             found[which + what] = (0, runs(0))
-    return found
+    return found | {name: (0, runs(0)) for name in ("norm.weight", "norm.bias")}
 
 
 def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str, list[Run]]]:
@@ -138,10 +137,11 @@ def cut_state(
 def _cut_heads(state: dict[str, Tensor], layer: LayerSpec, kept: Tensor) -> None:
     runs = head_runs(layer, kept)
     present = [name for name in runs if f"{layer.name}.{name}" in state]
-    if "out_proj.weight" not in present or len(present) < 2:
+    if not set(_OUT_PROJECTIONS) & set(present) or len(present) < 2:
         raise CheckpointError(
-            f"the attention {layer.name} has no out_proj.weight or no in_proj_weight (nor "
-            "q_proj, k_proj and v_proj); expected a dense tower with canonical names"
+            f"the attention {layer.name} has no out_proj.weight (nor proj.weight) or no "
+            "in_proj_weight (nor qkv, nor q_proj, k_proj and v_proj); expected a dense tower with "
+            "canonical names"
         )
     for name in present:
         axis, parts = runs[name]
@@ -166,7 +166,8 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put separate queries, keys and values together as ``nn.MultiheadAttention`` names them.
 
     ``x.q_proj.weight`` or ``x.q_proj_weight`` (with its k and v) becomes ``x.in_proj_weight``, and
-    ``x.q_proj.bias`` becomes ``x.in_proj_bias``; every other tensor is passed on.
+    ``x.q_proj.bias`` becomes ``x.in_proj_bias``; every other tensor is passed on, and so are
+    queries, keys and values that read different widths, which have no fused form.
     """
     fused = dict(state)
     parts: dict[tuple[str, str], dict[str, str]] = {}
@@ -176,6 +177,6 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = found["stem"], found["what"]
             parts.setdefault(key, {})[found["which"]] = name
     for (stem, what), names in parts.items():
-        if set(names) == set("qkv"):
+        if set(names) == set("qkv") and len({state[n].shape[1:] for n in names.values()}) == 1:
             fused[f"{stem}.in_proj_{what}"] = torch.cat([fused.pop(names[w]) for w in "qkv"])
     return fused

@@ -105,11 +105,24 @@ def build(checkpoint: SlimCheckpoint) -> nn.Module:
             f"{'; '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}; copy or write the "
             "checkpoint again"
         )
-    tower.to_empty(device="cpu")
-    for name, tensor in tower.state_dict(keep_vars=True).items():
-        # as stored, so that what is loaded is bit for bit what was saved
-        tensor.data = state[name].clone()
+    _fill(tower, state)
     return tower
+
+
+def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put tensors, as stored, so that what is loaded is bit for bit what was saved, in a tower.
+
+    Buffers that are not saved stay as the builder made them.
+    """
+    for path, module in tower.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = state[prefix + name].clone()
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and prefix + name in state:
+                module._buffers[name] = state[prefix + name].clone()
 
 
 def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.norms import CountedLayerNorm
+from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
 
 __all__ = ["slim_attention", "slim_linear", "slim_module"]
 
@@ -36,11 +38,11 @@ _WIDTHS = {
 
 def slim_attention(
     mha: nn.Module, kept_heads: Sequence[int] | Tensor, **directions: Any
-) -> SlimAttention:
+) -> SlimAttention | TimmAttention:
     """A slim attention to stand where ``mha`` stood, with its weights, hooks, and flags.
 
     Args:
-        mha: ``nn.MultiheadAttention`` or a module with its parameters.
+        mha: ``nn.MultiheadAttention`` or a module with its parameters, or one of timm's.
         kept_heads: Dense indices, strictly ascending.
         directions: ``qk_dim``, ``v_dim`` and ``bases`` of :meth:`SlimAttention.from_dense`.
 
@@ -49,7 +51,16 @@ def slim_attention(
         OptionError: ``kept_heads`` are not valid.
     """
     heads = kept_heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
-    slim = SlimAttention.from_dense(mha, heads, **directions)
+    slim: SlimAttention | TimmAttention
+    if is_timm_attention(mha):
+        if directions.get("bases"):
+            raise TargetError(
+                f"{type(mha).__name__} cannot lose directions inside its heads; use a checkpoint "
+                "that was made without --prune-head-dim"
+            )
+        slim = TimmAttention(mha, heads)
+    else:
+        slim = SlimAttention.from_dense(mha, heads, **directions)
     flags = {name: p.requires_grad for name, p in mha.named_parameters()}
     for name, parameter in slim.named_parameters():
         # separate projections have names of their own: the query's speaks for the three
@@ -130,7 +141,16 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
                 slim.__dict__[name] = chosen.numel()
         if axis == "out" and isinstance(slim, nn.LayerNorm):
             slim.normalized_shape = (chosen.numel(),)
-    return slim
+    return _counted(module, slim) if isinstance(module, nn.LayerNorm) else slim
+
+
+def _counted(dense: nn.LayerNorm, slim: Any) -> CountedLayerNorm:
+    """The slim norm with the dense one's statistics."""
+    counted = CountedLayerNorm(slim)
+    counted.dense_width = CountedLayerNorm(dense).dense_width
+    for name in _HOOKS:
+        counted.__dict__[name] = slim.__dict__[name]
+    return counted
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
+from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
 
@@ -25,11 +26,12 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         MissingLibraryError: It is a variant that only the library that made it can build.
     """
     state, vision = checkpoint.tower(), vision_config(checkpoint)
-    if vision.get("attentional_pool") or "attn_pool.query" in state:
+    if "attn_pool_contrastive.query" in state:
         spec = checkpoint.spec
         raise MissingLibraryError(
-            f"{checkpoint.path} pools by attention, which this ovsprune does not build by itself; "
-            f"build the tower with {spec.library} {spec.library_version} and call ovsprune.apply"
+            f"{checkpoint.path} pools by two attentions, which this ovsprune does not build by "
+            f"itself; build the tower with {spec.library} {spec.library_version} and call "
+            "ovsprune.apply"
         )
     try:
         width, _, *patch = state["conv1.weight"].shape
@@ -37,6 +39,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         blocks = [_block(checkpoint, state, i) for i in range(_depth(state))]
         output = state["proj"].shape[1] if "proj" in state else width
         heights = (patch[0], patch[1])
+        pooler = _pooler(state, vision, width)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors are not those of a CLIP vision transformer ({error}); "
@@ -50,12 +53,13 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         output_dim=output,
         activation=checkpoint.spec.activation,
         pool=str(vision.get("pool_type") or "tok"),
-        norm_after_pool=bool(vision.get("final_ln_after_pool", False)),
+        norm_after_pool=pooler is None and bool(vision.get("final_ln_after_pool", False)),
         pre_norm="ln_pre.weight" in state,
         layer_scale="transformer.resblocks.0.ls_1.gamma" in state,
         projection="proj" in state,
         patch_bias="conv1.bias" in state,
         eps=_eps(vision),
+        pooler=pooler,
     )
 
 
@@ -70,6 +74,18 @@ def _eps(vision: Mapping[str, Any]) -> float:
     options = vision.get("norm_kwargs")
     eps = options.get("eps") if isinstance(options, dict) else None
     return float(eps) if isinstance(eps, (int, float)) else 1e-5
+
+
+def _pooler(
+    state: Mapping[str, Tensor], vision: Mapping[str, Any], width: int
+) -> PoolerShape | None:
+    if "attn_pool.query" not in state:
+        return None
+    queries, own = state["attn_pool.query"].shape
+    heads = vision.get("attn_pooler_heads", 8)  # open_clip's default
+    if not isinstance(heads, int) or heads < 1 or own % heads:
+        raise ValueError(f"attn_pooler_heads is {heads!r} for a width of {own}")
+    return PoolerShape(queries, own, width, heads)
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
 from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.pooling import AttentionalPooler, PoolerShape, each_alone
 
 __all__ = ["ACTIVATION_MODULES", "BlockShape", "QuickGELU", "VisionTransformer", "resize_positions"]
 
@@ -147,6 +148,8 @@ class VisionTransformer(nn.Module):
         projection: Whether there is ``proj``; without it C is ``width``.
         patch_bias: Whether the patch embedding has a bias.
         eps: What the LayerNorms add to the variance.
+        pooler: Widths of the attention that pools the tokens to queries, of which ``pool`` then
+            takes the first or the mean of the others; None without one.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class VisionTransformer(nn.Module):
         projection: bool = True,
         patch_bias: bool = False,
         eps: float = 1e-5,
+        pooler: PoolerShape | None = None,
     ) -> None:
         super().__init__()
         if pool not in ("tok", "avg"):
@@ -179,6 +183,8 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
         self.ln_pre: nn.Module = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
         self.transformer = Transformer(width, blocks, activation, layer_scale, eps)
+        self.attn_pool = None if pooler is None else AttentionalPooler(pooler, eps)
+        width = width if pooler is None else pooler.width
         self.ln_post = nn.LayerNorm(width, eps)
         self.proj = nn.Parameter(torch.zeros(width, output_dim)) if projection else None
 
@@ -189,6 +195,8 @@ class VisionTransformer(nn.Module):
             OptionError: The pictures are smaller than one patch or of another shape.
         """
         x = self.tokens(images)
+        if self.attn_pool is not None:
+            x = self.attn_pool(x)
         if not self.norm_after_pool:
             x = self.ln_post(x)
         pooled = x[:, 0] if self.pool == "tok" else x[:, 1:].mean(dim=1)
@@ -200,12 +208,17 @@ class VisionTransformer(nn.Module):
     def dense(self, images: Tensor) -> Tensor:
         """Embedding of each patch, [B, 3, H, W] -> [B, C, H // patch, W // patch].
 
-        ``ln_post`` and ``proj`` of every patch token, as the class token is projected.
+        ``ln_post`` and ``proj`` of every patch token, as the class token is projected; where
+        attention pools, of what it reads of that token
+        (:func:`ovsprune.slim.pooling.each_alone`).
 
         Raises:
             OptionError: The pictures are smaller than one patch or of another shape.
         """
-        x = self.ln_post(self.tokens(images)[:, 1:])
+        x = self.tokens(images)[:, 1:]
+        if self.attn_pool is not None:
+            x = each_alone(self.attn_pool, x)
+        x = self.ln_post(x)
         x = x if self.proj is None else x @ self.proj
         out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grid(images))
         return out

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import Attention, AttentionRope
+from timm.layers.pos_embed_rel import RelPosMlp
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
+from torch import Tensor, nn
+
+from ovsprune.core.errors import OptionError, TargetError
+from ovsprune.slim.modules import slim_attention
+from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
+
+WIDTH, HEADS, TOKENS = 24, 3, 10
+KEPT = (0, 2)
+NORM = nn.LayerNorm
+
+FORMS: dict[str, Callable[[], nn.Module]] = {
+    "fused": partial(Attention, WIDTH, HEADS, qkv_bias=True),
+    "no bias": partial(Attention, WIDTH, HEADS),
+    "norms": partial(
+        Attention, WIDTH, HEADS, qkv_bias=True, qk_norm=True, scale_norm=True, norm_layer=NORM
+    ),
+    "wide": partial(Attention, WIDTH, HEADS, attn_head_dim=6, qkv_bias=True),
+    "rope": partial(AttentionRope, WIDTH, HEADS),
+    "rope apart": partial(AttentionRope, WIDTH, HEADS, qkv_fused=False, rotate_half=True),
+    "bias beside": partial(EvaAttention, WIDTH, HEADS, scale_norm=False),
+    "eva": partial(EvaAttention, WIDTH, HEADS, qkv_fused=False, norm_layer=NORM),
+    "relative": partial(
+        RelPosAttention, WIDTH, HEADS, rel_pos_cls=partial(RelPosMlp, window_size=(2, 5))
+    ),
+}
+
+
+@pytest.fixture(params=FORMS)
+def dense(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    module = FORMS[request.param]().eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.requires_grad_(False)
+
+
+def _inputs(dense: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+    x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    if not isinstance(dense, (AttentionRope, EvaAttention)):
+        return x, {}
+    angle = torch.linspace(0, 3, 9).outer(torch.linspace(0.1, 1, 8))
+    return x, {"rope": torch.cat([angle.sin(), angle.cos()], dim=-1)}
+
+
+def _masked(dense: Any, kept: tuple[int, ...]) -> nn.Module:
+    """Heads that are not kept give zero, before the norm and behind it."""
+    parts = TimmAttention(dense, apart=True)
+    width = parts.head_dim
+    for head in set(range(HEADS)) - set(kept):
+        rows = slice(head * width, (head + 1) * width)
+        parts.v_proj.weight[rows] = 0
+        if parts.v_proj.bias is not None:
+            parts.v_proj.bias[rows] = 0
+        parts.proj.weight[:, rows] = 0
+    return parts.whole()
+
+
+def test_all_heads_are_the_dense_module(dense: nn.Module) -> None:
+    x, extra = _inputs(dense)
+    assert is_timm_attention(dense)
+    for apart in (False, True):
+        slim = TimmAttention(dense, apart=apart)
+        torch.testing.assert_close(slim(x, **extra), dense(x, **extra), atol=1e-6, rtol=1e-5)
+        whole = slim.whole()
+        assert type(whole) is type(dense)
+        assert torch.equal(whole(x, **extra), dense(x, **extra))
+        state = dense.state_dict()
+        assert whole.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+
+
+def test_kept_heads_equal_the_masked_dense_module(dense: nn.Module) -> None:
+    x, extra = _inputs(dense)
+    expected = _masked(dense, KEPT)(x, **extra)
+    slim = slim_attention(dense, KEPT)
+    scale = expected.std()
+    assert (slim(x, **extra) - expected).abs().max() <= 1e-5 * scale
+    assert slim.state_dict().keys() == dense.state_dict().keys()
+    assert (slim.num_heads, slim.kept_heads) == (HEADS, KEPT)
+    wrong = slim_attention(dense, (0, 1))
+    assert (wrong(x, **extra) - expected).abs().max() > 0.1 * scale
+
+
+def test_apart_and_back_is_the_dense_form(dense: nn.Module) -> None:
+    x, extra = _inputs(dense)
+    once = TimmAttention(dense, KEPT)
+    again = TimmAttention(TimmAttention(dense, KEPT, apart=True))
+    assert once.state_dict().keys() == again.state_dict().keys()
+    assert torch.equal(once(x, **extra), again(x, **extra))
+    fewer = TimmAttention(once, (2,))
+    assert torch.equal(fewer(x, **extra), TimmAttention(dense, (2,))(x, **extra))
+    with pytest.raises(OptionError, match="are left"):
+        TimmAttention(once, (1,))
+    with pytest.raises(OptionError, match="only 2 of 3"):
+        once.whole()
+
+
+def test_masks_are_gathered_at_the_kept_heads(dense: nn.Module) -> None:
+    if isinstance(dense, RelPosAttention):
+        pytest.skip("timm's own takes no mask here")
+    x, extra = _inputs(dense)
+    mask = torch.randn(1, HEADS, TOKENS, TOKENS)
+    expected = _masked(dense, KEPT)(x, attn_mask=mask, **extra)
+    found = slim_attention(dense, KEPT)(x, attn_mask=mask, **extra)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, slim_attention(dense, KEPT)(x, **extra), atol=1e-2)
+
+
+def test_flags_stay(dense: nn.Module) -> None:
+    dense.requires_grad_(True)
+    name = next(n for n, _ in dense.named_parameters() if n.startswith("proj"))
+    dense.get_parameter(name).requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in slim_attention(dense, KEPT).named_parameters()}
+    assert flags == {n: p.requires_grad for n, p in dense.named_parameters()}
+
+
+def test_what_a_cut_would_change_is_refused() -> None:
+    with pytest.raises(TargetError, match="gate"):
+        TimmAttention(Attention(WIDTH, HEADS, gated=True), KEPT)
+    shared = AttentionRope(WIDTH, 4, qkv_fused=False, num_kv_heads=2)
+    with pytest.raises(TargetError, match="shared by several heads"):
+        TimmAttention(shared, KEPT)
+    with pytest.raises(TargetError, match="no maps by timm's names"):
+        TimmAttention(nn.MultiheadAttention(WIDTH, HEADS), KEPT)
+    with pytest.raises(TargetError, match="--prune-head-dim"):
+        slim_attention(Attention(WIDTH, HEADS), KEPT, bases={"qk": torch.eye(8)})
