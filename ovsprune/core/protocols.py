@@ -89,6 +89,8 @@ class Seed:
         block: Dotted name of the block.
         stream: Where the residual stream is read after the consumer.
         protected: Why it is not offered by default, or None.
+        consumer: Dotted name of the layer whose columns are ranked and refitted, where several
+            layers read the units; None where one does.
         along: Slices that go along and that no graph sees, because they are no part of what is
             computed: an index of the units.
     """
@@ -100,6 +102,7 @@ class Seed:
     block: str
     stream: StreamPoint | None
     protected: str | None = None
+    consumer: str | None = None
     along: tuple[Slice, ...] = ()
 
 
@@ -230,7 +233,7 @@ class Backbone:
         """Text embeddings [K, C], L2-normalised.
 
         Raises:
-            WeightsError: The model has no text tower.
+            WeightsError: The model has no text tower, or its tokenizer is not here.
         """
         from ovsprune.core.errors import WeightsError
 
@@ -271,7 +274,7 @@ class GroupContext:
         snapshots: Widths whose refitted weight an allocator will want; a criterion that has them at
             hand returns them, and spares a second elimination.
         gradients: float64 [samples, units]: derivative of the criterion's objective with respect to
-            the unit's mask, a factor of 1 on the unit's columns of what the consumer reads; a row
+            the unit's mask, a factor of 1 on the unit's columns of whatever reads it; a row
             for each picture, or for each of the objective's values of each picture. None unless the
             criterion needs ``"gradients"``.
     """

@@ -50,7 +50,7 @@ def kept_rows(
 
 @torch.no_grad()
 def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
-    """Mask, in place, the units that ``plan`` does not keep: their consumer reads them as zero.
+    """Mask, in place, the units that ``plan`` does not keep: whatever reads them reads zero.
 
     Where the consumer has no columns of them, or a norm in between sees them first, what makes them
     gives zero.
@@ -58,8 +58,9 @@ def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     for group in groups:
         gone = removed(group, plan)
         if group.has_columns:
-            weight = weight_of(tower.get_submodule(group.consumer))
-            weight[:, group.columns[gone].flatten().to(weight.device)] = 0.0
+            for part in group.readers:
+                weight = weight_of(tower.get_submodule(part.module))
+                weight[:, part.rows[gone].flatten().to(weight.device)] = 0.0
         for part in group.slices if group.norms or not group.has_columns else ():
             layer = tower.get_submodule(part.module)
             if part.axis == "in" or is_channelwise(layer):

@@ -6,7 +6,7 @@ other layers must go along. The masked-equivalence test, not the graph, is the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -36,9 +36,9 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
         size: Native height and width in pixels, for the costs.
 
     Raises:
-        ValueError: A seed's group has no consumer or several, reaches the tower's output, or goes
-            through a convolution of groups of several channels: the family offered something that
-            cannot be cut alone.
+        ValueError: A seed's group is read by no layer, by several of which the seed names none, or
+            not by the one that it names; reaches the tower's output; or goes through a convolution
+            of groups of several channels: the family offered something that cannot be cut alone.
     """
     if not seeds:
         return []
@@ -75,7 +75,7 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(range(channels))
     )
     slices: dict[tuple[str, str], Slice] = {}
-    norms, consumers = [], []
+    norms, readers = [], []
     for dependency, indices in found:
         module = dependency.target.module
         if module not in names or not list(module.parameters(recurse=False)):
@@ -93,21 +93,38 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         if passes and module.weight.ndim == 1:
             norms.append(name)
         elif axis == "in":
-            consumers.append(name)
-    if len(consumers) != 1:
+            readers.append(name)
+    consumer = seed.consumer or "".join(readers[:1])
+    if consumer not in readers or (seed.consumer is None and len(readers) > 1):
         raise ValueError(
-            f"{seed.layer}: its units are read by {consumers or 'nothing'}, not by one layer"
+            f"{seed.layer}: its units are read by {readers or 'nothing'}, not by "
+            f"{seed.consumer or 'one layer'}"
         )
     return Group(
         name=seed.name,
         kind=seed.kind,
         units=channels // seed.unit_width,
         slices=(*slices.values(), *seed.along),
-        consumer=consumers[0],
+        consumer=consumer,
         block=seed.block,
         stream=seed.stream,
         norms=tuple(norms),
+        gates=_gates(graph, slices.values(), consumer, names),
     )
+
+
+def _gates(
+    graph: Any, slices: Iterable[Slice], consumer: str, names: dict[nn.Module, str]
+) -> tuple[str, ...]:
+    """Layers that make units and come behind a layer, other than the consumer, that reads them."""
+    nodes = {names[module]: node for module, node in graph.module2node.items() if module in names}
+    waiting = [nodes[s.module] for s in slices if s.axis == "in" and s.module != consumer]
+    behind = set()
+    while waiting:
+        found = [n for n in waiting.pop().outputs if n not in behind and n is not nodes[consumer]]
+        behind.update(found)
+        waiting += found
+    return tuple(s.module for s in slices if s.axis == "out" and nodes[s.module] in behind)
 
 
 def _units(rows: Tensor, seed: Seed) -> Tensor:

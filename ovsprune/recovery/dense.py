@@ -45,7 +45,10 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
         description: Of the stage that the progress shows.
     """
     stages = item.stages(item.dense)
-    cut = {name: [s for s in sites(item, name) if s.cut] for name in stages.blocks}
+    cut = {
+        name: [s for found in sites(item, name) for s in (*found.others, found) if s.cut]
+        for name in stages.blocks
+    }
     last = max((i for i, name in enumerate(cut) if cut[name]), default=-1)
     if last < 0:
         return

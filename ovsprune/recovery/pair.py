@@ -95,10 +95,17 @@ class Pair:
     def refit_producers(self, site: Site) -> None:
         """Refit what makes the units: from what it reads in the slim tower to the dense units.
 
-        What reads units of another group, too, was fitted to just that as their consumer.
+        A gate on the units comes last, behind the layers that read them for it, which are refitted
+        to what they gave. What reads units of another group, too, was fitted to just that as their
+        consumer.
         """
-        makers = [name for name in site.producers if name not in self._fitted]
-        layers = {name: self.item.slim.get_submodule(name) for name in makers}
+        self._refit_makers(site, [name for name in site.makers if name not in self._fitted])
+        for other in site.others:
+            self.refit_consumer(other)
+        self._refit_makers(site, [name for name in site.producers if name in site.gates])
+
+    def _refit_makers(self, site: Site, names: Sequence[str]) -> None:
+        layers = {name: self.item.slim.get_submodule(name) for name in names}
         if not layers:
             return
 
@@ -166,7 +173,7 @@ class Pair:
             goals, stream = Stream(goals[which]), Stream(stream[which])
         taps = [site.target, *((name, "input") for name in layers)]
         for part, seen in walk(self.slim, stream, self.size, taps, self.name):
-            now = given_rows(layer, seen[site.target])
+            now = site.rows(layer, seen[site.target])
             goal = goals[part].to(now)
             yield part, row_weights(goal, median), goal - now, seen
 

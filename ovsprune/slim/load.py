@@ -140,6 +140,7 @@ class _Builder:
 # Families whose towers can be built here, by the name that the config gives.
 _BUILDERS = {
     "open_clip-vit": _Builder(build_vision_transformer, VisionTransformer.dense),
+    "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense),
     "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense),
 }

@@ -43,7 +43,7 @@ CARD = "README.md"
 WIDTH_KINDS = ("qk", "vo")
 """Directions inside the heads of an attention; new in version 2 of the format."""
 KINDS = ("heads", "mlp", "channels", *WIDTH_KINDS)
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6", "silu")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
+
+from ovsprune.backbones.open_clip_model import build_clip
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -36,6 +40,19 @@ def test_prune(pruned: tuple[Path, str]) -> None:
     place, said = pruned
     assert "saved to" in said
     assert (place / "slim" / "example" / "model.safetensors").is_file()
+
+
+def test_prune_convnext(tmp_path: Path) -> None:
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"timm_model_name": "convnext_atto", "timm_pool": "", "image_size": 64}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    folder = tmp_path / "atto"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(build_clip(config).state_dict(), folder / "open_clip_model.safetensors")
+    said = run("prune_convnext.py", tmp_path, "--model", str(folder), "--samples", "6")
+    assert "stage (1, 320, 2, 2)" in said and "bit for bit: True" in said
+    assert "trunk.stages.0.blocks.0.mlp:" in said
 
 
 def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
