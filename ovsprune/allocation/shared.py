@@ -12,7 +12,7 @@ At the end the true cost decides: the target that the allocator is shown is bise
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,21 +29,16 @@ BISECTIONS = 12
 Widths = dict[str, int]
 
 
-@dataclass(frozen=True)
 class Shared:
-    """An allocator that knows what groups cost together; itself where they share nothing."""
+    """An allocator that knows what groups cost together; itself where they share nothing.
 
-    allocator: Allocator
+    Args:
+        allocator: Whose prices are a sum.
+    """
 
-    @property
-    def needs_curves(self) -> bool:
-        """As the allocator does."""
-        return self.allocator.needs_curves
-
-    @property
-    def needs_spectra(self) -> bool:
-        """As the allocator does."""
-        return self.allocator.needs_spectra
+    def __init__(self, allocator: Allocator) -> None:
+        self.allocator = allocator
+        self.needs_curves, self.needs_spectra = allocator.needs_curves, allocator.needs_spectra
 
     def widths(self, item: AllocationContext) -> Widths:
         """Units to keep in each group, at most the budget and within one unit of it.
@@ -101,7 +96,8 @@ def _linear(item: AllocationContext, point: Mapping[str, float]) -> AllocationCo
         widths = np.arange(group.units + 1)
         prices = np.array([budget.price(group, int(width)) for width in widths])
         # Measured prices may fall with the width then; a price never does.
-        tables[group.name] = np.maximum.accumulate(prices - away.get(group.name, 0.0) * widths)
+        now = prices - away.get(group.name, 0.0) * widths
+        tables[group.name] = np.maximum.accumulate(now).tolist()
     twice = sum(gone[name] * part for name, part in away.items()) / 2
     return replace(
         item,

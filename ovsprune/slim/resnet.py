@@ -174,7 +174,8 @@ class ModifiedResNet(nn.Module):
         Raises:
             OptionError: The pictures are smaller than one position or of another shape.
         """
-        return self.attnpool.dense(self.features(images))
+        out: Tensor = self.attnpool.dense(self.features(images))
+        return out
 
     def features(self, images: Tensor) -> Tensor:
         """What the last stage gives, [B, width, H // 32, W // 32].
@@ -187,11 +188,8 @@ class ModifiedResNet(nn.Module):
                 f"images have shape {tuple(images.shape)}, expected [B, 3, H, W] with H and W of "
                 f"at least {STRIDE} pixels"
             )
-        x = images
-        for i in range(1, 4):
-            for part in ("conv", "bn", "act"):
-                x = self.get_submodule(f"{part}{i}")(x)
-        x = self.avgpool(x)
-        for name in self.stages:
+        x: Tensor = images
+        stem = [f"{part}{i}" for i in range(1, 4) for part in ("conv", "bn", "act")]
+        for name in (*stem, "avgpool", *self.stages):
             x = self.get_submodule(name)(x)
         return x
