@@ -99,7 +99,7 @@ def _tokenizer(text: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
 def preprocess_of(tower: Any, overrides: Mapping[str, Any]) -> Preprocess:
     """The native size of a tower, with what a configuration says of the pictures."""
     size = tower.image_size
-    defaults = Preprocess(size=tuple(size))
+    defaults = Preprocess(size=(size, size) if isinstance(size, int) else tuple(size))
     return Preprocess(
         size=defaults.size,
         mean=tuple(overrides.get("mean", defaults.mean)),

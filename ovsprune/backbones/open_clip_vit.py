@@ -8,15 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_model import (
-    build_clip,
-    encoder_of,
-    fit_text,
-    has_own_text,
-    preprocess_of,
-)
-from ovsprune.backbones.open_clip_source import TINY, config_of, fill, open_source
+from ovsprune.backbones import FAMILIES, open_clip_own
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.backbones.open_clip_own import load_own, rebuild_own
+from ovsprune.backbones.open_clip_source import TINY, config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
@@ -50,20 +45,7 @@ class OpenClipVit:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        source = open_source(name, pretrained, activation)
-        model = build_clip(source.config)
-        text = fill(source, model)
-        backbone = assemble(
-            source.name,
-            source.pretrained,
-            model,
-            source.config,
-            preprocess_of(model.visual, source.preprocess),
-            trained=source.weights is not None,
-            text=text,
-        )
-        backbone.notes = source.notes
-        return backbone
+        return _plain(load_own("open_clip-vit", name, pretrained, activation))
 
     def build(
         self,
@@ -76,11 +58,16 @@ class OpenClipVit:
         text: Mapping[str, Tensor],
     ) -> Backbone:
         """The dense CLIP, its image tower with random weights; see the protocol."""
-        model = build_clip(architecture)
-        if text and has_own_text(architecture):
-            fit_text(name, text, model)
-        return assemble(
-            name, pretrained, model, architecture, preprocess, trained=trained, text=text
+        return _plain(
+            rebuild_own(
+                "open_clip-vit",
+                name,
+                pretrained,
+                architecture,
+                preprocess,
+                trained=trained,
+                text=text,
+            )
         )
 
     def rewrite(self, tower: nn.Module) -> None:
@@ -142,38 +129,17 @@ def assemble(
     trained: bool,
     text: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
-    """The backbone record of a built CLIP.
-
-    Args:
-        name: What the model is called.
-        pretrained: Which weights.
-        model: From :func:`build_clip`.
-        config: What it was built from.
-        preprocess: How pictures become its input.
-        trained: Whether the weights are.
-        text: State of everything but the tower; the model's own by default, empty for a model whose
-            text tower has no weights.
-    """
-    import open_clip
-
-    tower: Any = model.get_submodule("visual")
-    tower.output_tokens = False  # CoCa's would give the captioner's tokens along
-    if text is None:
-        text = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    return Backbone(
-        name=name,
-        pretrained=pretrained,
-        trained=trained,
-        family="open_clip-vit",
-        tower=tower,
-        stages=FAMILIES.get("open_clip-vit").stages,
-        preprocess=preprocess,
-        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
-        architecture=dict(config),
-        library_version=open_clip.__version__,
-        text=text,
-        encoder=encoder_of(model, config) if text and has_own_text(config) else None,
+    """The backbone record of a built CLIP, as ``open_clip_own`` makes it."""
+    own = open_clip_own.assemble(
+        "open_clip-vit", name, pretrained, model, config, preprocess, trained=trained, text=text
     )
+    return _plain(own)
+
+
+def _plain(backbone: Backbone) -> Backbone:
+    tower: Any = backbone.tower
+    tower.output_tokens = False  # CoCa's would give the captioner's tokens along
+    return backbone
 
 
 @cache

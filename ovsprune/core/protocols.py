@@ -383,6 +383,20 @@ class Budget:
             return float(table[width])
         return width * (group.params if self.kind == "params" else group.macs)
 
+    def together(self, group: Group, other: Group) -> float:
+        """What one unit of each costs together, which :meth:`price` of either counts as its own.
+
+        0 where ``group.shared`` does not name ``other``. Of a latency, which is measured of each
+        group alone, it is the share of the MACs, in the mean time that a MAC of theirs takes.
+        """
+        shared = group.shared.get(other.name)
+        if shared is None:
+            return 0.0
+        if self.kind != "latency":
+            return float(shared.of(self.kind))
+        times = [self.price(g, g.units) / (g.units * g.macs) for g in (group, other)]
+        return shared.macs * sum(times) / 2
+
 
 @dataclass(frozen=True, eq=False)
 class AllocationContext:

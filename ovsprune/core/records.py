@@ -119,6 +119,9 @@ class Group:
             product; see :mod:`ovsprune.allocation.joint`.
         known: float64 [units]: what removing each unit costs, where that is known before any
             criterion is asked: the units then lie in falling order, and the last goes first.
+        shared: Name of another group to what one unit of each costs together, where a layer reads
+            the units of one and makes those of the other: their costs are then a product, and a
+            unit of either is counted with all units of the other. Named in one of the two.
         attribute: Dotted attribute of the tower that says how many units there are, where no
             layer's shape tells.
         gates: Dotted names of layers that make a factor of each unit from what a reader other than
@@ -138,6 +141,7 @@ class Group:
     floor: int = 1
     inside: str | None = None
     known: Tensor | None = None
+    shared: Mapping[str, Costs] = field(default_factory=dict)
     attribute: str | None = None
     gates: tuple[str, ...] = ()
 

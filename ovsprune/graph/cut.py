@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ovsprune.core.records import Axis, Group, Plan
 from ovsprune.graph.layers import bias_of, is_channelwise, weight_of
 
-__all__ = ["cut", "cut_group", "kept_rows", "mask", "removed"]
+__all__ = ["cut", "kept_rows", "mask", "removed"]
 
 
 def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
@@ -22,11 +22,6 @@ def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
         if group.attribute is not None:
             owner, _, name = group.attribute.rpartition(".")
             setattr(tower.get_submodule(owner), name, plan.width(group.name))
-
-
-def cut_group(tower: nn.Module, group: Group, kept: Tensor) -> None:
-    """Cut one group in place so that only the units ``kept`` (int64, ascending) stay."""
-    cut(tower, [group], Plan({group.name: kept}))
 
 
 def kept_rows(

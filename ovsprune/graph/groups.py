@@ -16,10 +16,11 @@ import torch_pruning
 from torch import Tensor, nn
 
 from ovsprune.core.protocols import Seed
-from ovsprune.core.records import Group, Slice
+from ovsprune.core.records import Costs, Group, Plan, Slice
 from ovsprune.graph.costs import macs, on_meta
-from ovsprune.graph.cut import cut_group
+from ovsprune.graph.cut import cut
 from ovsprune.graph.layers import is_channelwise, weight_of
+from ovsprune.graph.norms import FoldedNorm
 from ovsprune.graph.products import find_products
 from ovsprune.graph.rows import reads_everything
 
@@ -45,7 +46,11 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
     names = {module: name for name, module in tower.named_modules()}
     with torch.enable_grad(), _differentiable(tower):
         graph = torch_pruning.DependencyGraph().build_dependency(
-            tower, example_inputs=example.to(next(tower.parameters())), verbose=False
+            tower,
+            example_inputs=example.to(next(tower.parameters())),
+            # It keeps the norm's tensors, which go with the channels as the norm's would.
+            customized_pruners={FoldedNorm: torch_pruning.pruner.function.BatchnormPruner()},
+            verbose=False,
         )
     groups = [_grow(graph, tower.get_submodule(seed.layer), seed, names) for seed in seeds]
     return with_costs(tower, groups, size)
@@ -131,24 +136,64 @@ def _units(rows: Tensor, seed: Seed) -> Tensor:
 
 
 def with_costs(tower: nn.Module, groups: Sequence[Group], size: tuple[int, int]) -> list[Group]:
-    """Cost of a unit as the difference that cutting one unit makes, on meta tensors."""
-    image = torch.empty(1, 3, *size, device="meta")
-    dense = macs(on_meta(tower), image)
-    params = sum(p.numel() for p in tower.parameters())
-    spent = {product.name: product.macs for product in find_products(tower, size)}
-    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
-    result = []
+    """Cost of a unit as the difference that cutting one unit makes, on meta tensors.
+
+    Where a layer reads one group's units and makes another's, the costs multiply: what a unit of
+    each costs together is in the later group's ``shared``.
+    """
+    count = _Count(tower, size)
+    result: list[Group] = []
     for group in groups:
-        # Groups of one shape at one resolution cost the same: count each shape once.
+        alone = count.saved(group)
+        shared = {
+            other.name: count.together(other, group) for other in result if _meet(other, group)
+        }
+        result.append(
+            replace(group, macs=float(alone.macs), params=float(alone.params), shared=shared)
+        )
+    return result
+
+
+def _meet(one: Group, other: Group) -> bool:
+    """Whether a layer reads the units of one and makes those of the other."""
+    sides = [{(s.module, s.axis) for s in group.slices} for group in (one, other)]
+    return any((module, "in" if axis == "out" else "out") in sides[1] for module, axis in sides[0])
+
+
+class _Count:
+    """Counts what cutting saves; groups of one shape at one resolution are counted once."""
+
+    def __init__(self, tower: nn.Module, size: tuple[int, int]) -> None:
+        self.tower = tower
+        self.image = torch.empty(1, 3, *size, device="meta")
+        self.macs = macs(on_meta(tower), self.image)
+        self.params = sum(p.numel() for p in tower.parameters())
+        self.spent = {product.name: product.macs for product in find_products(tower, size)}
+        self.known: dict[Any, Costs] = {}
+
+    def saved(self, *groups: Group) -> Costs:
+        """What goes with one unit of each of ``groups``."""
+        key = tuple(map(self._shape, groups))
+        if key not in self.known:
+            shell = on_meta(self.tower)
+            cut(shell, groups, Plan({g.name: torch.arange(1, g.units) for g in groups}))
+            fewer = sum(p.numel() for p in shell.parameters())
+            self.known[key] = Costs(self.macs - macs(shell, self.image), self.params - fewer)
+        return self.known[key]
+
+    def together(self, one: Group, other: Group) -> Costs:
+        """What a unit of each costs together: either alone saves it, and both save it once."""
+        first, second, both = self.saved(one), self.saved(other), self.saved(one, other)
+        return Costs(
+            first.macs + second.macs - both.macs, first.params + second.params - both.params
+        )
+
+    def _shape(self, group: Group) -> Any:
         layers = tuple(
-            (tuple(weight_of(tower.get_submodule(s.module)).shape), spent.get(f"{s.module}.weight"))
+            (
+                tuple(weight_of(self.tower.get_submodule(s.module)).shape),
+                self.spent.get(f"{s.module}.weight"),
+            )
             for s in group.slices
         )
-        key = (group.kind, group.units, layers, group.stream is not None)
-        if key not in measured:
-            shell = on_meta(tower)
-            cut_group(shell, group, torch.arange(1, group.units))
-            fewer = sum(p.numel() for p in shell.parameters())
-            measured[key] = (float(dense - macs(shell, image)), float(params - fewer))
-        result.append(replace(group, macs=measured[key][0], params=measured[key][1]))
-    return result
+        return group.kind, group.units, layers, group.stream is not None

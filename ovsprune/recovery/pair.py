@@ -86,6 +86,7 @@ class Pair:
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
         self.held = held_out(len(dense_stream))
         self._goal: tuple[str, Stream, float] | None = None
+        self._fitted: set[str] = set()
 
     def inside(self, name: str) -> str:
         """The dotted name of a layer inside the block."""
@@ -95,9 +96,10 @@ class Pair:
         """Refit what makes the units: from what it reads in the slim tower to the dense units.
 
         A gate on the units comes last, behind the layers that read them for it, which are refitted
-        to what they gave.
+        to what they gave. What reads units of another group, too, was fitted to just that as their
+        consumer.
         """
-        self._refit_makers(site, site.makers)
+        self._refit_makers(site, [name for name in site.makers if name not in self._fitted])
         for other in site.others:
             self.refit_consumer(other)
         self._refit_makers(site, [name for name in site.producers if name in site.gates])
@@ -139,13 +141,16 @@ class Pair:
         Its target is what takes the slim stream to where the dense stream is at that point:
         ``y* = y + (r_dense - r_slim)``, y being the slim consumer's present output and r the
         streams after it. So what earlier cuts have done is repaired too, and errors do not pile
-        up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
+        up. Without a residual (``stream`` is None) the target is the dense consumer's own output,
+        of which the slim one may have lost a part as units of another group.
         """
         layer = self.item.slim.get_submodule(site.consumer)
         refit = Refit(layer, self.held, self.item.ridge)
         for part, weight, residual, seen in self.compared(site, [site.consumer]):
             refit.update(part, read_rows(layer, seen[site.consumer, "input"]), residual, weight)
         refit.apply()
+        if site.is_own:
+            self._fitted.add(site.consumer)
 
     def compared(
         self, site: Site, layers: Sequence[str] = (), which: Tensor | None = None
@@ -182,7 +187,7 @@ class Pair:
             for part, seen in walk(
                 self.dense, self.dense_stream, self.size, [site.target], self.name
             ):
-                rows = site.rows(layer, seen[site.target]).float().cpu()
+                rows = site.goal(layer, seen[site.target]).float().cpu()
                 if found is None:
                     found = Stream(allocate((len(self.held), *rows.shape[1:])))
                 found[part] = rows

@@ -42,6 +42,7 @@ class Site:
         axis: Where the channels lie at the target; None where they do in the consumer's output.
         others: Sites of the other layers that read the units, without producers.
         gates: Those of the producers that work on what ``others`` give.
+        given: int64, its rows that are kept, or None for all: in other groups it may make units.
     """
 
     consumer: str
@@ -52,6 +53,7 @@ class Site:
     axis: int | None = None
     others: tuple[Site, ...] = ()
     gates: frozenset[str] = frozenset()
+    given: Tensor | None = None
 
     @property
     def makers(self) -> list[str]:
@@ -61,6 +63,20 @@ class Site:
     def rows(self, layer: nn.Module, given: Tensor) -> Tensor:
         """What lies at the target, as rows [b, ..., m] in the order of the consumer's."""
         return given_rows(layer, given) if self.axis is None else given.movedim(self.axis, -1)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the target is its own output, since nothing is added to it."""
+        return self.target == (self.consumer, "output")
+
+    def output(self, layer: nn.Module, given: Tensor) -> Tensor:
+        """What the slim consumer could give of what the dense one gives, as rows [b, ..., m]."""
+        rows = given_rows(layer, given)
+        return rows if self.given is None else rows[..., self.given.to(rows.device)]
+
+    def goal(self, layer: nn.Module, read: Tensor) -> Tensor:
+        """What was read at the target in the dense tower, as rows [b, ..., m]."""
+        return self.output(layer, read) if self.is_own else self.rows(layer, read)
 
 
 def sites(item: RecoveryContext, block: str) -> list[Site]:
@@ -84,6 +100,7 @@ def sites(item: RecoveryContext, block: str) -> list[Site]:
                 None if stream is None else stream.axis,
                 tuple(Site(n, (n, "output"), rows[n, "in"], {}, cut) for n in others),
                 frozenset(name for g in mine for name in g.gates),
+                rows.get((consumer, "out")),
             )
         )
     return found

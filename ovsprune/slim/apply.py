@@ -16,6 +16,7 @@ from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.cutting import head_runs, keep_index, layer_runs
 from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
+from ovsprune.slim.resnet import STRIDE
 from ovsprune.slim.shape import native_grid
 from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec
 from ovsprune.slim.vit import resize_positions
@@ -276,8 +277,8 @@ class _Plan:
             root = self.tower if inside is None else self.modules[inside][1]
             old = _tensor(root, path if inside is None else path[len(inside) + 1 :])
             assert old is not None  # find_tensors, and slim copies have what the dense had
-            if name == "positional_embedding":
-                value = self._positions(value, old)
+            if name in ("positional_embedding", "attnpool.positional_embedding"):
+                value = self._positions(name, value, old)
             fitted = _fit(value, old)
             if fitted is None:
                 wrong.append(f"{path} {tuple(old.shape)} instead of {tuple(value.shape)}")
@@ -291,17 +292,18 @@ class _Plan:
                 "the model's name"
             )
 
-    def _positions(self, value: Tensor, old: Tensor) -> Tensor:
-        """A CLIP ViT's positions for the grid that the tower was built for.
+    def _positions(self, name: str, value: Tensor, old: Tensor) -> Tensor:
+        """Positions of a CLIP ViT, or of an attention pool, for the tower's own grid.
 
         A tower that does not tell its grid has the checkpoint's if it has as many positions, and
         otherwise a square one, or one that does not fit.
         """
-        patch = self.checkpoint.tower()["conv1.weight"].shape[-2:]
-        native = native_grid(self.checkpoint, (patch[0], patch[1]), value.shape[0] - 1)
+        kernel = self.checkpoint.tower()["conv1.weight"].shape[-2:]
+        step = (kernel[0], kernel[1]) if name == "positional_embedding" else (STRIDE, STRIDE)
+        native = native_grid(self.checkpoint, step, value.shape[0] - 1)
         count = old.shape[-2] - 1 if old.dim() > 1 else 0
         side = round(count**0.5) if count > 0 else 0
-        owner = self.tower.get_submodule(self.path("positional_embedding").rpartition(".")[0])
+        owner = self.tower.get_submodule(self.path(name).rpartition(".")[0])
         told = getattr(owner, "grid_size", None)
         if isinstance(told, (tuple, list)) and len(told) == 2 and told[0] * told[1] == count:
             return resize_positions(value, native, (told[0], told[1]))

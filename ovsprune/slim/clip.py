@@ -26,6 +26,7 @@ def clip_class(open_clip: Any, config: Mapping[str, Any]) -> Any:
         return open_clip.CLIP
     return open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
 
+
 # What open_clip's transforms do in the versions in which they could not be told (2.16 to 2.20).
 _OLD_TRANSFORM = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
@@ -109,7 +110,8 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
         )
     make = clip_class(open_clip, config)
     config.pop("custom_text", None)
-    config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
+    if checkpoint.spec.activation in ("gelu", "quick_gelu"):  # else the text tower's is another
+        config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.read import SlimCheckpoint, read
+from ovsprune.slim.resnet import ModifiedResNet
+from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
 from ovsprune.slim.timm_tower import narrow_timm_tower, timm_both, timm_dense
@@ -69,7 +71,7 @@ def load(
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
 ) -> SlimTower:
-    """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP ViT.
+    """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP tower.
 
     A tower of timm's is built by open_clip and timm, which must be installed.
 
@@ -185,6 +187,7 @@ _BUILDERS = {
         VisionTransformer.outputs,
         VisionTransformer.set_size,
     ),
+    "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
     "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
 }

@@ -12,7 +12,7 @@ from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
 
-__all__ = ["build_vision_transformer", "native_grid"]
+__all__ = ["build_vision_transformer", "native_grid", "vision_config"]
 
 
 def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
@@ -25,7 +25,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         CheckpointError: The tensors are not those of a CLIP vision transformer.
         MissingLibraryError: It is a variant that only the library that made it can build.
     """
-    state, vision = checkpoint.tower(), _vision_config(checkpoint)
+    state, vision = checkpoint.tower(), vision_config(checkpoint)
     if "attn_pool_contrastive.query" in state:
         spec = checkpoint.spec
         raise MissingLibraryError(
@@ -63,7 +63,8 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
     )
 
 
-def _vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:
+def vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:
+    """open_clip's ``vision_cfg`` of a checkpoint; empty if it has none."""
     architecture = checkpoint.spec.architecture
     vision = architecture.get("vision_cfg", architecture)
     return vision if isinstance(vision, dict) else {}
@@ -117,7 +118,7 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
 
 
 def _head_dim(checkpoint: SlimCheckpoint) -> int:
-    head_width = _vision_config(checkpoint).get("head_width", 64)  # open_clip's default
+    head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
     if not isinstance(head_width, int) or head_width < 1:
         raise ValueError(f"head_width is {head_width!r}")
     return head_width
@@ -135,7 +136,7 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
         CheckpointError: No grid that the config gives makes them, and they make no square.
     """
     height, width = checkpoint.spec.preprocess.size
-    size = _vision_config(checkpoint).get("image_size")
+    size = vision_config(checkpoint).get("image_size")
     sizes = [(height, width)]
     if isinstance(size, int):
         sizes.insert(0, (size, size))

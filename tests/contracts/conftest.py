@@ -80,18 +80,22 @@ LITE = {
 
 @cache
 def _lite() -> dict[str, torch.Tensor]:
-    """Weights, scales and statistics as uneven as a trained network's."""
     from ovsprune.slim.timm_tower import build_timm_tower
 
-    tower = build_timm_tower(LITE).train()
-    generator = torch.Generator().manual_seed(0)
+    return uneven(build_timm_tower(LITE), 48)
+
+
+def uneven(tower: nn.Module, side: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A convolutional tower's tensors with scales and statistics as uneven as a trained one's."""
+    tower.train()
+    generator = torch.Generator().manual_seed(seed)
     for module in tower.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.4, 1.6, generator=generator)
             module.bias.normal_(0, 0.3, generator=generator)
             module.momentum = None  # The mean over all batches.
     with torch.no_grad():
-        for images in ScenePictures(32, Preprocess((48, 48)), 3).batches(16):
+        for images in ScenePictures(32, Preprocess((side, side)), 3).batches(16):
             tower(images)
     return tower.state_dict()
 
@@ -194,6 +198,28 @@ def squeezed() -> Backbone:
     return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed", 48)
 
 
+RESNET = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 64, "layers": [2, 1, 1, 1], "width": 8, "head_width": 64},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@cache
+def _resnet() -> dict[str, torch.Tensor]:
+    from ovsprune.backbones.open_clip_model import build_clip
+
+    return uneven(build_clip(RESNET).get_submodule("visual"), 64, 1)
+
+
+def open_clip_resnet() -> Backbone:
+    """A residual network whose groups share a convolution: five bottlenecks, one without a path."""
+    family = FAMILIES.get("open_clip-resnet")
+    backbone = family.build("resnet", None, RESNET, Preprocess((64, 64)), trained=False, text={})
+    backbone.tower.load_state_dict(_resnet())
+    return backbone
+
+
 class Sublayer(nn.Module):
     """An MLP with a norm before its second layer, on a residual stream."""
 
@@ -288,6 +314,7 @@ class PatchTower(nn.Module):
 REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
     "open_clip-convnext": open_clip_convnext,
     "open_clip-efficientnet": open_clip_efficientnet,
+    "open_clip-resnet": open_clip_resnet,
     "open_clip-vit": open_clip_vit,
 }
 
