@@ -31,7 +31,8 @@ def load(
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
             directory of a slim checkpoint or of an unstructured result, or a folder that open_clip
             reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
-            tower alone if need be).
+            tower alone if need be); a model of transformers as ``"hf:ORG/REPOSITORY"`` or
+            ``"hf:FOLDER"``, or that folder.
         pretrained: A tag of open_clip's, a file, ``"none"`` for random weights, or None for the
             default (OpenAI's where the name has them).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
@@ -47,10 +48,13 @@ def load(
     from ovsprune.backbones.masked_checkpoint import load_masked
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.slim_checkpoint import load_slim
+    from ovsprune.backbones.transformers_source import is_transformers
     from ovsprune.masks.directory import is_unstructured
 
     if is_folder(Path(name)):
         backbone = _family_that_takes(Path(name)).load(name, pretrained, activation)
+    elif is_transformers(name):
+        backbone = FAMILIES.get("transformers-vit").load(name, pretrained, activation)
     elif _is_checkpoint(name):
         if pretrained or activation:
             raise OptionError(
@@ -79,7 +83,10 @@ def _is_checkpoint(name: str) -> bool:
 def canonical(name: str) -> str:
     """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``), or a folder's last part."""
     from ovsprune.backbones.open_clip_folder import is_folder
+    from ovsprune.backbones.transformers_source import is_transformers, short_name
 
+    if is_transformers(name):
+        return short_name(name)
     return Path(name).resolve().name if is_folder(Path(name)) else name.replace("/", "-")
 
 

@@ -234,7 +234,7 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
-    if model.pretrained not in ("embedded", "local"):
+    if model.pretrained not in ("embedded", "local", "hub"):
         words += ["--pretrained", model.pretrained or "none"]
     defaults = Settings(ratio=settings.ratio)
     for name, value, default in [

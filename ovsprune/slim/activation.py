@@ -24,6 +24,8 @@ _NAMES = {
     "newgeluactivation": "gelu_tanh",
     "relu": "relu",
     "relu6": "relu6",
+    "silu": "silu",
+    "swish": "silu",
 }
 
 

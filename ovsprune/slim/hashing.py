@@ -73,8 +73,8 @@ def match(state: Mapping[str, Tensor], base: BaseSpec) -> dict[str, Match]:
         ``"equal-after-half"`` (equal once both are rounded to float16: one of them was stored in
         half precision), ``"different"``, or ``"missing"``.
     """
-    fused = fuse_qkv(state)
-    return {name: _compare(fused.get(name), name, base) for name in base.tensors}
+    known = {**fuse_qkv(state), **state}  # whichever form the base model has
+    return {name: _compare(known.get(name), name, base) for name in base.tensors}
 
 
 def _compare(tensor: Tensor | None, name: str, base: BaseSpec) -> Match:

@@ -15,6 +15,8 @@ from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
 from ovsprune.slim.timm_tower import narrow_timm_tower, timm_dense
+from ovsprune.slim.transformers_build import narrow_tower
+from ovsprune.slim.transformers_tower import transformers_dense
 from ovsprune.slim.vit import VisionTransformer
 
 __all__ = ["SlimTower", "build", "load"]
@@ -53,7 +55,8 @@ def load(
 ) -> SlimTower:
     """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP ViT.
 
-    A tower of timm's is built by open_clip and timm, which must be installed.
+    A tower of timm's is built by open_clip and timm, one of transformers' by that library, which
+    must be installed.
 
     Args:
         directory: What ``ovsprune prune`` wrote.
@@ -139,4 +142,5 @@ class _Builder:
 _BUILDERS = {
     "open_clip-vit": _Builder(build_vision_transformer, VisionTransformer.dense),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense),
+    "transformers-vit": _Builder(narrow_tower, transformers_dense),
 }
