@@ -35,29 +35,21 @@ WHOLE = {
 }
 """Models with a text tower, and the class of their vision tower."""
 
-_OLDEST = 5
-"""First major version whose attention takes maps of fewer heads."""
-
 
 def transformers_library() -> Any:
     """The library, imported.
 
     Raises:
-        MissingLibraryError: It is not installed, or too old.
+        MissingLibraryError: It is not installed.
     """
     try:
         # by name, so that this room imports no framework until somebody asks for one
         library = importlib.import_module("transformers")
     except ImportError as error:
         raise MissingLibraryError(
-            f"this tower is built by transformers ({error}); `pip install 'transformers>="
-            f"{_OLDEST}'`, or build it yourself and call ovsprune.apply"
+            f"this tower is built by transformers ({error}); `pip install transformers`, or "
+            "build it yourself and call ovsprune.apply"
         ) from error
-    if int(library.__version__.partition(".")[0]) < _OLDEST:
-        raise MissingLibraryError(
-            f"transformers {library.__version__} is installed, but its attention cannot have fewer "
-            f"heads; `pip install 'transformers>={_OLDEST}'`"
-        )
     return library
 
 
@@ -82,7 +74,7 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
         architecture: From :func:`architecture_of`.
 
     Raises:
-        MissingLibraryError: transformers is not installed.
+        MissingLibraryError: transformers is not installed, or too old.
         CheckpointError: It cannot build this.
     """
     name, numbers = architecture.get("class"), architecture.get("config")
@@ -105,7 +97,7 @@ def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
     """The vision tower that an architecture describes, of a model with a text tower too.
 
     Raises:
-        MissingLibraryError: transformers is not installed.
+        MissingLibraryError: transformers is not installed, or too old.
         CheckpointError: It cannot build this.
     """
     name, config = architecture.get("class"), architecture.get("config")
@@ -137,8 +129,16 @@ def _config(model_class: str, config: Mapping[str, Any]) -> Any:
             f"{model_class[:80]!r} is no class of transformers' that this ovsprune builds; it "
             f"builds {', '.join([*FORMS, *WHOLE])}"
         )
+    library = transformers_library()
+    since = FORMS[WHOLE.get(model_class, model_class)].since
+    if tuple(int(part) for part in library.__version__.split(".")[:2]) < since:
+        version = ".".join(map(str, since))
+        raise MissingLibraryError(
+            f"transformers {library.__version__} builds {model_class} in another way than later "
+            f"versions, one that cannot have fewer heads; `pip install 'transformers>={version}'`"
+        )
     # of transformers' own: a configuration cannot name another class
-    config_class = getattr(transformers_library(), model_class).config_class
+    config_class = getattr(library, model_class).config_class
     try:
         return config_class(**config)
     except Exception as error:  # the library's own validation errors have no common base

@@ -55,6 +55,8 @@ class Form:
         pool: Attention pool behind that norm; None where the first token is a class token.
         projection: Linear map of the pooled embedding, or None.
         pooled: Name of the pooled embedding in what the model returns.
+        since: First version of the library, major and minor, that has this layout and whose
+            attention takes maps of fewer heads.
     """
 
     inputs: Callable[[Any, Tensor], Mapping[str, Any]]
@@ -68,6 +70,7 @@ class Form:
     pool: str | None = None
     projection: str | None = None
     pooled: str = "pooler_output"
+    since: tuple[int, int] = (5, 6)
 
 
 _CLIP = Form(_any_size, before="pre_layrnorm")
@@ -86,6 +89,7 @@ FORMS = {
         attention="attention",
         middle="norm2",
         after="layernorm",
+        since=(5, 18),
     ),
 }
 """Form of every class, by its name in transformers."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
-from ovsprune.core.errors import CheckpointError, TargetError
+from ovsprune.core.errors import CheckpointError, MissingLibraryError, TargetError
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import cut, mask
 from ovsprune.graph.groups import find_groups
@@ -302,3 +302,19 @@ def test_a_configuration_chooses_no_code() -> None:
     assert not any(key in str(architecture) for key in ("somebody", "Mine", "quant"))
     built = build_tower({"class": "CLIPVisionModel", "config": config})
     assert built.model.config._attn_implementation == "sdpa"
+
+
+def test_a_library_that_is_missing_or_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
+    ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    with pytest.raises(MissingLibraryError, match=r"5\.9\.1 builds Dinov2Model .*>=5\.18'"):
+        ovsprune.load(tmp_path / "slim")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingLibraryError, match=r"built by transformers \(.*pip install trans"):
+        ovsprune.load(tmp_path / "slim")
+    assert ovsprune.read(tmp_path / "slim").spec.library == "transformers"  # needs none
