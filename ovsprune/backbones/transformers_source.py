@@ -108,14 +108,13 @@ class Source:
         file = self._optional(_PICTURES)
         said = {} if file is None else _read_json(file)
         try:
-            mean = tuple(float(x) for x in said.get("image_mean") or usual.mean)
-            std = tuple(float(x) for x in said.get("image_std") or usual.std)
-            (_, _, _), (_, _, _) = mean, std
+            mean = _three(said.get("image_mean") or usual.mean)
+            std = _three(said.get("image_std") or usual.std)
             method = said.get("resample")
             interpolation = usual.interpolation if method is None else _INTERPOLATIONS[method]
             mode = usual.resize_mode
-            if "size" in said:
-                edges = said["size"]
+            edges = said.get("size")
+            if edges is not None:
                 shortest = isinstance(edges, int) or "shortest_edge" in edges
                 mode = "shortest" if shortest else "squash"
         except (KeyError, TypeError, ValueError) as error:
@@ -226,6 +225,11 @@ def _class_of(name: str, config: Mapping[str, Any]) -> str:
     said = config.get("architectures")
     named = [c for c in said if c in classes] if isinstance(said, list) else []
     return (named or classes)[0]
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -193,8 +193,9 @@ class _Plan:
             )
 
     def _hint(self) -> str:
-        if hasattr(self.tower, "visual"):
-            return "this looks like a whole CLIP: pass its .visual"
+        for part in ("visual", "vision_model"):
+            if hasattr(self.tower, part):
+                return f"this looks like a whole CLIP: pass its .{part}"
         return "a framework with other names needs its target or a prefix_map"
 
     def block_modules(self) -> Iterator[nn.Module]:

@@ -197,7 +197,8 @@ class TransformersTower(nn.Module):
         if self.form.projection is not None:
             stream = self.get_submodule(self.form.projection)(stream)
         height, width = grid or self._grid(self.native_size)
-        return stream[:, 0], stream[:, 1:].transpose(1, 2).unflatten(2, (height, width))
+        each = stream[:, 1:].transpose(1, 2)
+        return stream[:, 0], each.reshape(*each.shape[:2], height, width)
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled [B, C] and dense [B, C, h, w] embeddings of images [B, 3, H, W] of any size."""
@@ -229,8 +230,8 @@ def _bound(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _forward(block: nn.Module, stream: Tensor) -> Tensor:
-    out = type(block).forward(block, stream, None)  # no mask
-    return out[0] if isinstance(out, tuple) else out
+    out: Tensor = type(block).forward(block, stream, None)  # no mask
+    return out
 
 
 def _pooled_each(pool: Any, norm: nn.Module, stream: Tensor) -> Tensor:

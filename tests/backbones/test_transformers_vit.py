@@ -257,6 +257,8 @@ def test_a_slim_tower_on_another_model_is_refused(tmp_path: Path) -> None:
     checkpoint = ovsprune.read(tmp_path / "slim")
     with pytest.raises(TargetError, match=r"has no tensor embeddings\.class_embedding, pre_"):
         ovsprune.apply(make("SiglipVisionModel"), checkpoint)
+    with pytest.raises(TargetError, match=r"looks like a whole CLIP: pass its \.vision_model"):
+        ovsprune.apply(make("CLIPModel"), checkpoint)
     with pytest.raises(TargetError, match=r"shape \(16, 16\), expected 32 on axis 0"):
         small = make("CLIPVisionModel", hidden_size=16, num_attention_heads=2)
         ovsprune.apply(small, checkpoint)
