@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -43,12 +43,11 @@ def make_spec(
         provenance: :func:`provenance`.
         order: Names of all layers in the order of the blocks, for a model that was slim before.
     """
-    layers = tuple(_layer(g, plan) for g in groups)
+    state = backbone.tower.state_dict()
+    layers = tuple(_layer(g, plan, state) for g in groups)
     if backbone.slim is None:
         dense = costs[0]
-        base = base_spec(
-            backbone.name, backbone.pretrained, backbone.trained, backbone.tower.state_dict()
-        )
+        base = base_spec(backbone.name, backbone.pretrained, backbone.trained, state)
     else:
         base, dense = backbone.slim.spec.base, backbone.slim.spec.dense
         layers = layers_in_base(backbone.slim, layers, order)
@@ -95,10 +94,16 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _layer(group: Group, plan: Plan) -> LayerSpec:
+def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
+    """What the spec says of a group; ``base`` has the names of the base tower's tensors.
+
+    Where rewriting took an attention apart, its parts are no layers of the base tower: it is cut
+    as a whole, and has no slices.
+    """
     slices: tuple[SliceSpec, ...] = ()
     inside = group.kind in WIDTH_KINDS
-    if not (inside or group.kind == "heads"):
+    fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)
+    if not (inside or fused):
         for part in group.slices:
             offset = int(part.rows[0, 0])
             if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):

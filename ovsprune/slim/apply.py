@@ -195,14 +195,15 @@ class _Plan:
             )
 
     def _hint(self) -> str:
-        if hasattr(self.tower, "visual"):
-            return "this looks like a whole CLIP: pass its .visual"
+        for part in ("visual", "vision_model"):
+            if hasattr(self.tower, part):
+                return f"this looks like a whole CLIP: pass its .{part}"
         return "a framework with other names needs its target or a prefix_map"
 
     def block_modules(self) -> Iterator[nn.Module]:
         """Modules of the blocks in which something can be cut."""
         for layer in self.checkpoint.spec.layers:
-            for part in layer.slices if layer.kind != "heads" else ():
+            for part in layer.slices:
                 # a map may know the layers, but not their block
                 for scope in (self.path(layer.block), self.path(part.module).rpartition(".")[0]):
                     try:
@@ -214,7 +215,7 @@ class _Plan:
     def replace_modules(self) -> None:
         spec, mask = self.checkpoint.spec, self.checkpoint.mask
         for layer in spec.layers:
-            if layer.kind == "heads":
+            if layer.whole:
                 self._replace_heads(layer, mask[layer.name])
         for name, axes in layer_runs(spec, mask).items():
             old, path = self.module(name), self.path(name)
@@ -236,7 +237,7 @@ class _Plan:
         spec = self.checkpoint.spec
         size = self.checkpoint.tensors[f"visual.{name}.weight"].shape[0 if axis == "out" else 1]
         for layer in spec.layers:
-            for part in layer.slices if layer.kind != "heads" else ():
+            for part in layer.slices:
                 if part.module == name and part.axis == axis:
                     size += (layer.units - layer.kept) * layer.unit_width
         return size

@@ -17,6 +17,8 @@ from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
 from ovsprune.slim.timm_tower import narrow_timm_tower, timm_both, timm_dense
+from ovsprune.slim.transformers_build import narrow_tower
+from ovsprune.slim.transformers_tower import transformers_dense
 from ovsprune.slim.vit import VisionTransformer
 
 __all__ = ["SlimTower", "build", "load", "tower_of"]
@@ -73,7 +75,8 @@ def load(
 ) -> SlimTower:
     """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP tower.
 
-    A tower of timm's is built by open_clip and timm, which must be installed.
+    A tower of timm's is built by open_clip and timm, one of transformers' by that library, which
+    must be installed.
 
     Args:
         directory: What ``ovsprune prune`` wrote.
@@ -190,4 +193,5 @@ _BUILDERS = {
     "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
     "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
+    "transformers-vit": _Builder(narrow_tower, transformers_dense),
 }

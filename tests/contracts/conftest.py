@@ -311,11 +311,26 @@ class PatchTower(nn.Module):
         ]
 
 
+def transformers_vit() -> Backbone:
+    """A SigLIP tower of transformers: two blocks and an attention pool."""
+    from ovsprune.slim.transformers_build import architecture_of
+    from tests.backbones.hf_models import make
+
+    family = FAMILIES.get("transformers-vit")
+    model = make("SiglipVisionModel", image_size=48)
+    architecture = architecture_of("SiglipVisionModel", model.config.to_dict())
+    preprocess = Preprocess((48, 48))
+    backbone = family.build("siglip", None, architecture, preprocess, trained=False, text={})
+    backbone.tower.load_state_dict(model.state_dict())
+    return backbone
+
+
 REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
     "open_clip-convnext": open_clip_convnext,
     "open_clip-efficientnet": open_clip_efficientnet,
     "open_clip-resnet": open_clip_resnet,
     "open_clip-vit": open_clip_vit,
+    "transformers-vit": transformers_vit,
 }
 
 
