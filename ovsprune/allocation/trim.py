@@ -9,9 +9,23 @@ from ovsprune.core.errors import BudgetError
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Group
 
-__all__ = ["cost", "fill", "floor_of", "kept_price", "place", "spare", "trim", "widths_of"]
+__all__ = [
+    "Partners",
+    "cost",
+    "fill",
+    "floor_of",
+    "kept_price",
+    "partners",
+    "place",
+    "spare",
+    "step_price",
+    "trim",
+    "widths_of",
+]
 
 Widths = dict[str, int]
+Partners = Mapping[str, Sequence[tuple[Group, float]]]
+"""Group name to the groups that it shares costs with, and what a unit of each costs together."""
 
 
 def widths_of(group: Group, round_to: int) -> list[int]:
@@ -33,17 +47,46 @@ def floor_of(group: Group, round_to: int) -> int:
 def cost(item: AllocationContext, widths: Mapping[str, int]) -> float:
     """What the tower costs with these widths: dense, less what each group alone saves.
 
-    A group of heads and the directions inside them save together.
+    A group of heads and the directions inside them save together; and what groups share is saved
+    once.
     """
     inner: dict[str, list[Group]] = {}
     for group in item.groups:
         if group.inside is not None:
             inner.setdefault(group.inside, []).append(group)
-    return item.budget.dense - sum(
+    saved = sum(
         item.budget.price(g, g.units) - kept_price(item.budget, g, inner.get(g.name, ()), widths)
         for g in item.groups
         if g.inside is None
     )
+    gone = {g.name: g.units - widths[g.name] for g in item.groups}
+    twice = sum(
+        gone[name] * gone[other.name] * price
+        for name, found in partners(item).items()
+        for other, price in found
+    )
+    return item.budget.dense - saved + twice / 2
+
+
+def partners(item: AllocationContext) -> Partners:
+    """Which of the groups share costs; each pair is listed from both sides."""
+    groups = {g.name: g for g in item.groups}
+    found: dict[str, list[tuple[Group, float]]] = {}
+    for group in item.groups:
+        for other in (groups[name] for name in group.shared if name in groups):
+            price = item.budget.together(group, other)
+            found.setdefault(group.name, []).append((other, price))
+            found.setdefault(other.name, []).append((group, price))
+    return found
+
+
+def step_price(
+    budget: Budget, group: Group, to: int, widths: Mapping[str, int], shared: Partners
+) -> float:
+    """What it costs to go from a group's present width to another, all others as they are."""
+    now = widths[group.name]
+    away = sum((g.units - widths[g.name]) * price for g, price in shared.get(group.name, ()))
+    return budget.price(group, to) - budget.price(group, now) - (to - now) * away
 
 
 def kept_price(
@@ -121,6 +164,7 @@ def trim(
     """
     left = item.budget.target - cost(item, widths)
     slack = 1e-9 * item.budget.dense
+    shared = partners(item)
     options: Mapping[str, Sequence[int]] = {
         g.name: widths_of(g, item.round_to) for g in item.groups
     }
@@ -131,7 +175,7 @@ def trim(
             at = bisect_right(steps, now)
             if at == len(steps):
                 continue
-            price = item.budget.price(group, steps[at]) - item.budget.price(group, now)
+            price = step_price(item.budget, group, steps[at], widths, shared)
             if price > left + slack:
                 continue
             value = worth(group, now, steps[at])

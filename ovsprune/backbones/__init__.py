@@ -29,12 +29,12 @@ def load(
 
     Args:
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
-            directory of a slim checkpoint or of an unstructured result, or a folder that open_clip
+            directory of a slim checkpoint or of an unstructured result, a folder that open_clip
             reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
-            tower alone if need be); a model of transformers as ``"hf:ORG/REPOSITORY"`` or
-            ``"hf:FOLDER"``, or that folder.
-        pretrained: A tag of open_clip's, a file, ``"none"`` for random weights, or None for the
-            default (OpenAI's where the name has them).
+            tower alone if need be), ``"hf-hub:ORG/REPOSITORY"`` with the same files, or a model of
+            transformers as ``"hf:ORG/REPOSITORY"`` or ``"hf:FOLDER"``, or that folder.
+        pretrained: A tag of open_clip's, a file, ``"hf-hub:ORG/REPOSITORY"``, ``"none"`` for random
+            weights, or None for the default (OpenAI's where the name has them).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
             tell.
         device: Where the tower goes.
@@ -45,14 +45,15 @@ def load(
         CheckpointError: ``name`` is a directory and no sound slim checkpoint.
         OptionError: An option that a slim checkpoint does not take, or a bad device.
     """
+    from ovsprune.backbones.hub import repository_of
     from ovsprune.backbones.masked_checkpoint import load_masked
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.slim_checkpoint import load_slim
     from ovsprune.backbones.transformers_source import is_transformers
     from ovsprune.masks.directory import is_unstructured
 
-    if is_folder(Path(name)):
-        backbone = _family_that_takes(Path(name)).load(name, pretrained, activation)
+    if is_folder(Path(name)) or repository_of(name):
+        backbone = _family_that_takes(name).load(name, pretrained, activation)
     elif is_transformers(name):
         backbone = FAMILIES.get("transformers-vit").load(name, pretrained, activation)
     elif _is_checkpoint(name):
@@ -81,13 +82,22 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def canonical(name: str) -> str:
-    """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``), or a folder's last part."""
+    """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``).
+
+    Of a folder, and of a repository on the hub, its last part.
+    """
+    from ovsprune.backbones.hub import repository_of
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.transformers_source import is_transformers, short_name
 
     if is_transformers(name):
         return short_name(name)
-    return Path(name).resolve().name if is_folder(Path(name)) else name.replace("/", "-")
+    repository = repository_of(name)
+    if repository is not None:
+        return repository.rpartition("/")[2]
+    path = Path(name)
+    here = is_folder(path) or (path / "config.json").is_file()
+    return path.resolve().name if here else name.replace("/", "-")
 
 
 def _family_of(name: str) -> Family:
@@ -98,12 +108,12 @@ def _family_of(name: str) -> Family:
     raise UnknownNameError("model", name, model_names())
 
 
-def _family_that_takes(folder: Path) -> Family:
-    from ovsprune.backbones.open_clip_folder import open_folder
+def _family_that_takes(name: str) -> Family:
+    from ovsprune.backbones.open_clip_source import config_of
 
-    config = open_folder(folder).model
+    config = config_of(name)
     for key in FAMILIES:
         family = FAMILIES.get(key)
         if family.takes(config):
             return family
-    raise WeightsError(f"{folder} holds a model of none of the families {', '.join(FAMILIES)}")
+    raise WeightsError(f"{name} holds a model of none of the families {', '.join(FAMILIES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovsprune.backbones.built import dense_of
-from ovsprune.backbones.pretrained import fit
+from ovsprune.backbones.fitting import fit
 from ovsprune.core.protocols import Backbone
 from ovsprune.masks.directory import read_unstructured
 

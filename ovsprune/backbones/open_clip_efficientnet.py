@@ -1,136 +1,43 @@
-"""open_clip's ``TimmModel`` around an EfficientNet without squeeze-and-excitation.
+"""open_clip's ``TimmModel`` around an EfficientNet, with or without squeeze-and-excitation.
 
-EfficientNet-Lite and MobileNetV2 are such networks. Cut are the expanded channels of the inverted
-residual blocks; the width between the blocks stays.
+EfficientNet-Lite, EfficientNet-B and MobileNetV2 are such networks. Cut are the expanded channels
+of the inverted residual blocks; the width between the blocks stays. Squeeze-and-excitation loses
+the columns and the rows of the channels that go: a channel that is cut is zero in its mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_folder import is_folder, open_folder
-from ovsprune.backbones.open_clip_model import build_clip, encoder_of, fit_text, preprocess_of
-from ovsprune.backbones.pretrained import fit, read_state
-from ovsprune.core.errors import OptionError, WeightsError
-from ovsprune.core.protocols import Backbone, Seed, Stages
-from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
+from ovsprune.core.protocols import Seed, Stages
+from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold, unfold
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
-from ovsprune.slim.timm_tower import build_timm_tower, timm_outputs
+from ovsprune.slim.timm_tower import timm_outputs
 
 __all__ = ["OpenClipEfficientNet"]
 
 
-@FAMILIES.register("open_clip-efficientnet")
+@timm_family("open_clip-efficientnet")
 class OpenClipEfficientNet:
-    """timm EfficientNet-Lite and MobileNetV2 in open_clip: expanded channels of every block."""
+    """timm EfficientNet and MobileNetV2 in open_clip: expanded channels of every block."""
 
-    library = "open_clip_torch"
+    modules = ("efficientnet",)
 
-    def takes(self, config: Mapping[str, Any]) -> bool:
-        """Whether open_clip builds, from ``config``, a trunk in which something can be cut.
+    def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
+        """Whether it is an EfficientNet in which something can be cut."""
+        from timm.models.efficientnet import EfficientNet
 
-        The pooling must be a mean and the projection linear, so that the dense output is what the
-        pooled one is the mean of.
-        """
-        vision = config["vision_cfg"]
-        name = vision.get("timm_model_name")
-        return (
-            isinstance(name, str)
-            and vision.get("timm_pool", "avg") == "avg"
-            and vision.get("timm_proj", "linear") in ("linear", "none", "")
-            and _is_cuttable(name)
-        )
-
-    def names(self) -> Sequence[str]:
-        """None: open_clip lists no such model, so they come as folders."""
-        return ()
-
-    def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-        """Load a folder of open_clip's form.
-
-        Args:
-            name: The folder.
-            pretrained: A file, ``"none"``, or None for the folder's own weights.
-            activation: What the network has anyway, or None.
-
-        Raises:
-            WeightsError: The weights cannot be had or do not fit.
-            OptionError: ``activation`` is not the network's own.
-        """
-        if not is_folder(Path(name)):
-            raise WeightsError(f"{name} is no folder with an open_clip_config.json")
-        folder = open_folder(Path(name))
-        state: Mapping[str, Tensor] = {}
-        if pretrained is None:
-            source, state = folder.weights, folder.state()
-        elif pretrained != "none":
-            source = Path(pretrained)
-            state = read_state(source)
-            if not any(key.startswith("visual.") for key in state):  # of the tower alone
-                state = {f"visual.{key}": value for key, value in state.items()}
-        text = {key: value for key, value in state.items() if not key.startswith("visual.")}
-        backbone = self.build(
-            Path(name).resolve().name,
-            "local" if pretrained is None else None if pretrained == "none" else source.name,
-            folder.model,
-            Preprocess((1, 1)),
-            trained=bool(state),
-            text=text,
-        )
-        backbone.preprocess = preprocess_of(backbone.tower, folder.preprocess)
-        if activation not in (None, backbone.activation):
-            raise OptionError(
-                f"--activation {activation!r}: {name} has {backbone.activation}; leave it out"
-            )
-        if state:
-            bare = {k.removeprefix("visual."): v for k, v in state.items() if k not in text}
-            fit(name, source, bare, backbone.tower)
-        return backbone
-
-    def build(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
-        """The dense tower with random weights, and the CLIP around it where there is a text."""
-        import open_clip
-
-        encoder = None
-        if text:
-            model = build_clip(architecture)
-            fit_text(name, text, model)
-            tower, encoder = model.get_submodule("visual"), encoder_of(model, architecture)
-        else:
-            tower = build_timm_tower(architecture)
-        (activation,) = find_activations(tower.modules())
-        return Backbone(
-            name=name,
-            pretrained=pretrained,
-            trained=trained,
-            family="open_clip-efficientnet",
-            tower=tower,
-            stages=self.stages,
-            preprocess=preprocess,
-            activation=activation,
-            architecture=dict(architecture),
-            library_version=open_clip.__version__,
-            text=text,
-            encoder=encoder,
-        )
+        if not (isinstance(trunk, EfficientNet) and pools_positions(vision)):
+            return False
+        known = find_activations(trunk.modules())
+        expanding = _expanding(nn.ModuleDict({"trunk": trunk}))
+        return bool(expanding) and len(known) == 1 and known <= set(ACTIVATIONS)
 
     def rewrite(self, tower: nn.Module) -> None:
         """The norm behind every block's last convolution into that convolution, in place."""
@@ -151,8 +58,12 @@ class OpenClipEfficientNet:
         seeds = []
         for name, block in _expanding(tower).items():
             after = StreamPoint(name, "output") if block.has_skip else None
-            reason = None if _is_free(block) else "squeeze-and-excitation reads the channels too"
-            seeds.append(Seed(name, "channels", f"{name}.conv_pw", 1, name, after, reason))
+            # squeeze-and-excitation reads the channels too
+            seeds.append(
+                Seed(
+                    name, "channels", f"{name}.conv_pw", 1, name, after, consumer=f"{name}.conv_pwl"
+                )
+            )
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:
@@ -180,27 +91,17 @@ def _blocks(tower: nn.Module) -> dict[str, Any]:
 
 def _expanding(tower: nn.Module) -> dict[str, Any]:
     """Inverted residual blocks; a depthwise separable one has no channels of its own."""
-    wanted = ("conv_pw", "conv_dw", "conv_pwl", "bn3")
-    return {n: b for n, b in _blocks(tower).items() if all(hasattr(b, w) for w in wanted)}
+    return {name: block for name, block in _blocks(tower).items() if _is_inverted(block)}
 
 
-def _is_free(block: Any) -> bool:
-    """Whether nothing but its last convolution reads the block's channels."""
-    return isinstance(block.se, nn.Identity)
-
-
-@cache
-def _is_cuttable(name: str) -> bool:
-    import timm
-    from timm.models.efficientnet import EfficientNet
-
-    if not timm.is_model(name):
-        return False
-    with torch.device("meta"):
-        trunk = timm.create_model(name, pretrained=False)
-    if not isinstance(trunk, EfficientNet):
-        return False
-    tower = nn.ModuleDict({"trunk": trunk})
-    activations = find_activations(trunk.modules())
-    free = [block for block in _expanding(tower).values() if _is_free(block)]
-    return bool(free) and len(activations) == 1 and activations <= set(ACTIVATIONS)
+def _is_inverted(block: Any) -> bool:
+    """Whether it is plain: other convolutions, norms and filters know the channels otherwise."""
+    convolutions = [getattr(block, name, None) for name in ("conv_pw", "conv_dw", "conv_pwl")]
+    norms = [getattr(block, name, None) for name in ("bn1", "bn2", "bn3")]
+    return (
+        all(isinstance(layer, nn.Conv2d) for layer in convolutions)
+        and all(isinstance(norm, nn.BatchNorm2d | FoldedNorm) for norm in norms)
+        and block.conv_dw.groups == block.conv_dw.out_channels
+        and isinstance(block.aa, nn.Identity)
+        and (isinstance(block.se, nn.Identity) or hasattr(block.se, "conv_reduce"))
+    )

@@ -1,21 +1,25 @@
-"""A folder in the form that open_clip reads by ``local-dir:``: configuration and weights."""
+"""A folder in the form that open_clip reads by ``local-dir:``: configuration and weights.
+
+The repositories that it reads by ``hf-hub:`` have the same form.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ovsprune.backbones.pretrained import read_state
+from ovsprune.backbones.hub import PREFIX, hub_file
+from ovsprune.backbones.state_file import read_state
 from ovsprune.core.errors import WeightsError
 
-__all__ = ["CONFIG", "Folder", "embedded", "is_folder", "open_folder"]
+__all__ = ["CONFIG", "Folder", "embedded", "hub_folder", "is_folder", "open_folder"]
 
 CONFIG = "open_clip_config.json"
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -29,11 +33,13 @@ class Folder:
         path: The folder.
         model: open_clip's model configuration.
         preprocess: Its preprocessing configuration; may be empty.
+        file: The weights' file, where it is not in the folder.
     """
 
     path: Path
     model: Mapping[str, Any]
     preprocess: Mapping[str, Any]
+    file: Path | None = None
 
     @property
     def weights(self) -> Path:
@@ -42,6 +48,8 @@ class Folder:
         Raises:
             WeightsError: There is none.
         """
+        if self.file is not None:
+            return self.file
         for name in _WEIGHTS:
             if (self.path / name).is_file():
                 return self.path / name
@@ -77,6 +85,25 @@ def open_folder(path: Path) -> Folder:
             "with embed_dim, vision_cfg and text_cfg"
         ) from error
     return Folder(path, model, config.get("preprocess_cfg") or {})
+
+
+def hub_folder(repository: str, *, weights: bool = True) -> Folder:
+    """What a repository on the hub holds, from the local cache where it is there.
+
+    Args:
+        repository: ``org/repo``.
+        weights: Whether the weights are wanted, too.
+
+    Raises:
+        WeightsError: It is neither in the cache nor to be had, or not in open_clip's form.
+    """
+    config = hub_file(
+        repository, [CONFIG], f"the configuration and weights of {PREFIX}{repository}"
+    )
+    file = None
+    if weights:
+        file = hub_file(repository, _WEIGHTS, f"the weights of {PREFIX}{repository}")
+    return replace(open_folder(config.parent), file=file)
 
 
 @contextmanager

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_folder import Folder, embedded, is_folder, open_folder
-from ovsprune.backbones.open_clip_model import build_clip, encoder_of, fit_text, preprocess_of
-from ovsprune.backbones.pretrained import default_tag, fit, read_state, resolve
-from ovsprune.core.errors import OptionError
+from ovsprune.backbones import FAMILIES, open_clip_own
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.backbones.open_clip_own import load_own, rebuild_own
+from ovsprune.backbones.open_clip_source import TINY, config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
+from ovsprune.slim.pooling import each_alone
 
 __all__ = ["OpenClipVit", "assemble", "build_clip"]
-
-TINY = "tiny"
-_GELUS = ("gelu", "quick_gelu")
 
 
 @FAMILIES.register("open_clip-vit")
@@ -38,56 +32,20 @@ class OpenClipVit:
         return _is_plain_vit(config)
 
     def names(self) -> Sequence[str]:
-        """``tiny`` and open_clip's ViTs that have class-token or average pooling."""
+        """``tiny`` and every VisionTransformer of open_clip's own."""
         return _names()
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
         """Build the CLIP called ``name`` and load its weights.
 
-        The activation is the pretrained tag's own (OpenAI's tags are QuickGELU, also under the
-        plain name, for which open_clip builds GELU and only warns); for a bare file the name's
-        (``-quickgelu``), or what ``activation`` says.
+        See :func:`ovsprune.backbones.open_clip_source.open_source`. A text tower that lives on a
+        hub is not built; its state is passed on where the file has it.
 
         Raises:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        if activation is not None and activation not in _GELUS:
-            raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
-        if name == TINY and pretrained is None:
-            with embedded(TINY) as folder:
-                return _load_folder(TINY, "embedded", folder, activation)
-        if is_folder(Path(name)) and pretrained is None:
-            path = Path(name)
-            return _load_folder(path.resolve().name, "local", open_folder(path), activation)
-        config = _config(name)
-        preprocess: dict[str, Any] = {}
-        state: dict[str, Tensor] | None = None
-        path = Path()
-        quick = bool(config.get("quick_gelu", False))
-        if pretrained != "none":
-            if pretrained is not None and Path(pretrained).is_file():
-                path = Path(pretrained)
-            else:
-                pretrained = pretrained or default_tag(name)
-                path, preprocess = resolve(name, pretrained)
-                quick = bool(preprocess.get("quick_gelu", False))
-                _check_activation(name, pretrained, quick, activation)
-            state = read_state(path)
-        if activation is not None:
-            quick = activation == "quick_gelu"
-        config["quick_gelu"] = quick
-        model = build_clip(config)
-        if state is not None:
-            fit(name, path, state, model)
-        return assemble(
-            name,
-            None if pretrained == "none" else Path(pretrained or "").name,
-            model,
-            config,
-            preprocess_of(model.visual, preprocess),
-            trained=state is not None,
-        )
+        return _plain(load_own("open_clip-vit", name, pretrained, activation))
 
     def build(
         self,
@@ -100,45 +58,29 @@ class OpenClipVit:
         text: Mapping[str, Tensor],
     ) -> Backbone:
         """The dense CLIP, its image tower with random weights; see the protocol."""
-        model = build_clip(architecture)
-        if text:
-            fit_text(name, text, model)
-        backbone = assemble(name, pretrained, model, architecture, preprocess, trained=trained)
-        if not text:
-            backbone.encoder, backbone.text = None, {}
-        return backbone
+        return _plain(
+            rebuild_own(
+                "open_clip-vit",
+                name,
+                pretrained,
+                architecture,
+                preprocess,
+                trained=trained,
+                text=text,
+            )
+        )
 
     def rewrite(self, tower: nn.Module) -> None:
-        """Attention of every block to separate linear maps, in place."""
+        """Attention of every block, slim or not, to separate linear maps, in place."""
         for block in _blocks(tower).values():
-            if isinstance(block.attn, nn.MultiheadAttention):
+            if isinstance(block.attn, (nn.MultiheadAttention, SlimAttention)):
                 block.attn = SeparateAttention(block.attn)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Rewritten attention to slim attention, or to torch's own where all heads stay whole."""
-        by_name = {group.name: group for group in groups}
         for name, block in _blocks(tower).items():
-            separate = block.attn
-            if not isinstance(separate, SeparateAttention):
-                continue
-            group = by_name.get(f"{name}.attn")
-            heads = range(separate.num_heads) if group is None else plan.kept[group.name].tolist()
-            whole = separate.qk_dim == separate.v_dim == separate.head_dim
-            if whole and len(heads) == separate.num_heads:
-                block.attn = _fused(separate)
-                continue
-            block.attn = SlimAttention.from_projections(
-                separate.q_proj,
-                separate.k_proj,
-                separate.v_proj,
-                separate.out_proj,
-                num_heads=separate.num_heads,
-                kept_heads=heads,
-                head_dim=separate.head_dim,
-                batch_first=separate.batch_first,
-                qk_dim=separate.qk_dim,
-                v_dim=separate.v_dim,
-            )
+            if isinstance(block.attn, SeparateAttention):
+                block.attn = block.attn.finished(plan.kept.get(f"{name}.attn"))
 
     def seeds(self, tower: nn.Module) -> list[Seed]:
         """Heads and MLP units of every block; the last block's heads are protected."""
@@ -157,12 +99,18 @@ class OpenClipVit:
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:
-        """Patches and positions; the residual blocks; pooling and projection."""
+        """Patches and positions; the residual blocks; pooling and projection.
+
+        Dense is what the pooled output would be of a picture of that patch alone: ``ln_post`` and
+        ``proj`` of the token; where attention pools, first the values that it reads there.
+        """
         vit: Any = tower
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
             pooled, tokens = vit._pool(stream)
-            if vit.final_ln_after_pool:
+            if vit.attn_pool is not None:
+                tokens = vit.ln_post(each_alone(vit.attn_pool, stream[:, 1:]))
+            elif vit.final_ln_after_pool:
                 tokens = vit.ln_post(tokens)
             height, width = vit.grid_size
             dense = (tokens @ vit.proj).transpose(1, 2).unflatten(2, (height, width))
@@ -179,107 +127,40 @@ def assemble(
     preprocess: Preprocess,
     *,
     trained: bool,
+    text: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
-    """The backbone record of a built CLIP."""
-    import open_clip
-
-    tower = model.visual
-    assert isinstance(tower, nn.Module)
-    return Backbone(
-        name=name,
-        pretrained=pretrained,
-        trained=trained,
-        family="open_clip-vit",
-        tower=tower,
-        stages=FAMILIES.get("open_clip-vit").stages,
-        preprocess=preprocess,
-        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
-        architecture=dict(config),
-        library_version=open_clip.__version__,
-        text={k: v for k, v in model.state_dict().items() if not k.startswith("visual.")},
-        encoder=encoder_of(model, config),
+    """The backbone record of a built CLIP, as ``open_clip_own`` makes it."""
+    own = open_clip_own.assemble(
+        "open_clip-vit", name, pretrained, model, config, preprocess, trained=trained, text=text
     )
+    return _plain(own)
+
+
+def _plain(backbone: Backbone) -> Backbone:
+    tower: Any = backbone.tower
+    tower.output_tokens = False  # CoCa's would give the captioner's tokens along
+    return backbone
 
 
 @cache
 def _names() -> tuple[str, ...]:
     import open_clip
 
-    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(_config(name))))
-
-
-def _config(name: str) -> dict[str, Any]:
-    import open_clip
-
-    if name == TINY:
-        with embedded(TINY) as folder:
-            return deepcopy(dict(folder.model))
-    if is_folder(Path(name)):
-        return deepcopy(dict(open_folder(Path(name)).model))
-    config = open_clip.get_model_config(name)
-    assert config is not None
-    return deepcopy(config)
+    return (TINY, *(name for name in open_clip.list_models() if _is_plain_vit(config_of(name))))
 
 
 def _is_plain_vit(config: Mapping[str, Any]) -> bool:
     vision = config["vision_cfg"]
     return (
         isinstance(vision.get("layers", 12), int)
-        and "timm_model_name" not in vision
-        and not vision.get("attentional_pool")
+        and not vision.get("timm_model_name")
+        # "parallel" and "cascade", for two poolers, are in no configuration and untested there
+        and not isinstance(vision.get("attentional_pool"), str)
         and not vision.get("block_type")
         and not any(key.startswith("scale_") or key == "qk_norm" for key in vision)
-        and "hf_model_name" not in config["text_cfg"]
-        and "multimodal_cfg" not in config
-        and not config.get("custom_text", False)
     )
 
 
 def _blocks(tower: nn.Module) -> dict[str, Any]:
     blocks = tower.get_submodule("transformer.resblocks")
     return {f"transformer.resblocks.{i}": block for i, block in blocks.named_children()}
-
-
-def _fused(separate: SeparateAttention) -> nn.MultiheadAttention:
-    """Torch's own attention again, with the weights as they are now."""
-    whole = nn.MultiheadAttention(
-        separate.embed_dim,
-        separate.num_heads,
-        bias=separate.q_proj.bias is not None,
-        batch_first=separate.batch_first,
-        device="meta",
-    )
-    parts = (separate.q_proj, separate.k_proj, separate.v_proj)
-    whole.in_proj_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-    if separate.q_proj.bias is not None:
-        whole.in_proj_bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
-    whole.out_proj.weight, whole.out_proj.bias = separate.out_proj.weight, separate.out_proj.bias
-    return whole.eval()
-
-
-def _check_activation(name: str, tag: str, quick: bool, activation: str | None) -> None:
-    own = "quick_gelu" if quick else "gelu"
-    if activation is not None and activation != own:
-        raise OptionError(
-            f"the weights {tag!r} of {name} were trained with {own}, not {activation}; leave "
-            "--activation out"
-        )
-
-
-def _load_folder(name: str, tag: str, folder: Folder, activation: str | None) -> Backbone:
-    """A folder's model; one with weights of the image tower alone has no text tower."""
-    config = folder.model
-    _check_activation(name, tag, bool(config.get("quick_gelu", False)), activation)
-    model = build_clip(config)
-    state = folder.state()
-    towers_only = all(key.startswith("visual.") for key in state)
-    if towers_only:
-        bare = {key.removeprefix("visual."): value for key, value in state.items()}
-        fit(name, folder.weights, bare, model.visual)  # type: ignore[arg-type]
-    else:
-        fit(name, folder.weights, state, model)
-    preprocess = preprocess_of(model.visual, folder.preprocess)
-    backbone = assemble(name, tag, model, config, preprocess, trained=True)
-    if towers_only:
-        backbone.encoder, backbone.text = None, {}
-    return backbone

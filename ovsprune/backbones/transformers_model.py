@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.backbones.pretrained import fit
+from ovsprune.backbones.fitting import fit
 from ovsprune.core.errors import WeightsError
 from ovsprune.slim.transformers_build import (
     WHOLE,

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ovsprune.backbones.hub import cached, hub_file, knock
-from ovsprune.backbones.pretrained import read_state
+from ovsprune.backbones.state_file import read_state
 from ovsprune.core.errors import WeightsError
 from ovsprune.core.records import Preprocess
 

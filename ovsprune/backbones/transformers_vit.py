@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.pretrained import read_state
+from ovsprune.backbones.state_file import read_state
 from ovsprune.backbones.transformers_model import (
     encoder_of,
     filled,

@@ -34,8 +34,8 @@ def mask_gradients(
 ) -> dict[str, Tensor]:
     """Gradient of ``objective`` with respect to every unit's mask, for every picture.
 
-    A mask is a factor of 1 on the unit's columns of what the consumer reads, one for each picture,
-    so that one backward pass gives the gradients of all pictures of a batch, and of all groups.
+    A mask is a factor of 1 on the unit's columns of whatever reads it, one for each picture, so
+    that one backward pass gives the gradients of all pictures of a batch, and of all groups.
     Weights get no gradient. Memory does not grow with the number of pictures, apart from the
     result; that is mapped to a temporary file above
     :data:`ovsprune.calibration.streams.MEMORY_LIMIT`.
@@ -139,12 +139,14 @@ def _frozen(tower: nn.Module) -> Iterator[None]:
 def _masked(
     tower: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Multiply what each group's consumer reads by the units' masks [b, units]."""
+    """Multiply what each group's readers read by the units' masks [b, units]."""
     handles = []
     try:
         for group in groups:
-            layer = tower.get_submodule(group.consumer)
-            handles.append(layer.register_forward_pre_hook(_hook(group, layer, masks[group.name])))
+            for part in group.readers:
+                layer = tower.get_submodule(part.module)
+                hook = _hook(part.rows, layer, masks[group.name])
+                handles.append(layer.register_forward_pre_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -152,14 +154,15 @@ def _masked(
 
 
 def _hook(
-    group: Group, layer: nn.Module, mask: Tensor
+    columns: Tensor, layer: nn.Module, mask: Tensor
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     axis = input_axis(layer)
+    units, width = columns.shape
     # Unit of each input column; columns of no unit come last, and have a factor that stays 1.
-    unit = torch.full((weight_of(layer).shape[1],), group.units, device=mask.device)
-    unit[group.columns.flatten().to(mask.device)] = torch.arange(
-        group.units, device=mask.device
-    ).repeat_interleave(group.columns.shape[1])
+    unit = torch.full((weight_of(layer).shape[1],), units, device=mask.device)
+    unit[columns.flatten().to(mask.device)] = torch.arange(
+        units, device=mask.device
+    ).repeat_interleave(width)
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         read, *rest = args

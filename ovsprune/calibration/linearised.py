@@ -75,14 +75,17 @@ class Segment:
         Returns:
             As :meth:`transposed`.
         """
-        with _derivatives(self.parameters) as leaves, forward_ad.dual_level():
-            duals = {
-                name: forward_ad.make_dual(leaf, change[name].to(leaf))  # type: ignore[no-untyped-call]
-                for name, leaf in leaves.items()
-            }
-            out, tangent = forward_ad.unpack_dual(self._output(duals, stream))  # type: ignore[no-untyped-call]
-            assert tangent is not None
-            return _pulled(out, leaves, weight * tangent.detach())
+        with _derivatives(self.parameters) as leaves:
+            with forward_ad.dual_level():
+                duals = {
+                    name: forward_ad.make_dual(leaf, change[name].to(leaf))  # type: ignore[no-untyped-call]
+                    for name, leaf in leaves.items()
+                }
+                out, tangent = forward_ad.unpack_dual(self._output(duals, stream))  # type: ignore[no-untyped-call]
+                assert tangent is not None
+                tangent = tangent.detach()
+            # Outside, where the run back has no tangents: not every function has such derivatives.
+            return _pulled(out, leaves, weight * tangent)
 
     @torch.no_grad()
     def put(self, change: Tensors, step: float) -> None:

@@ -130,7 +130,8 @@ def capture(
 
     def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            seen[key] = args[0] if key[1] == "input" else out
+            # what comes next may work in place
+            seen[key] = args[0] if key[1] == "input" else out.clone()
             if stop and len(seen) == len(wanted):
                 raise Enough
 

@@ -13,10 +13,10 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 
 @click.command("prune", short_help="Cut an image tower to a budget, and repair it.")
 @click.option(
-    "--model", required=True, help="tiny, ViT-B/16, any open_clip ViT, or a slim directory."
+    "--model", required=True, help="tiny, ViT-B/16, any open_clip ViT, or hf-hub:ORG/REPOSITORY."
 )
 @click.option("--ratio", required=True, type=float, help="Part of the cost to remove, in (0, 1).")
-@click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
+@click.option("--pretrained", help="Weights: a tag of open_clip, a file, hf-hub:..., or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
 @budget_options(latency=True)
 @click.option(

@@ -4,7 +4,8 @@ A ``.pth`` file is a pickle, and a pickle is a program. This reader runs that pr
 to call: every name in it becomes an inert placeholder, except for the handful of names that
 describe a tensor, and those are answered by closures of ours. Nothing is imported by name.
 
-Layouts: the zip format of ``torch.save`` (torch 1.6 on), the plain one before it, and safetensors.
+Layouts: the zip format of ``torch.save`` (torch 1.6 on), the plain one before it, safetensors, and
+TorchScript archives, whose modules are taken as the tensors in them; their code stays unread.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ovsprune.core.inert import Reader, Sketch
 
 __all__ = ["Foreign", "read_foreign"]
 
+_MOST_MODULES, _DEEPEST = 1 << 16, 64
 _CONTAINERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
 
 
@@ -76,6 +78,8 @@ def read_foreign(
     try:
         with path.open("rb") as stream:
             root = reader.zip(stream) if zipfile.is_zipfile(stream) else reader.plain(stream)
+        if reader.scripted:
+            root = _flat(root)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     except RecursionError:
@@ -128,6 +132,25 @@ def _collect(
     other |= set(_names(k for k in inner if k not in found))
     named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return Foreign(path, named, container, prefix, tuple(sorted(other)), inert)
+
+
+def _flat(root: Any) -> dict[str, Any]:
+    """The tensors of nested modules by their dotted names."""
+    found: dict[str, Any] = {}
+    todo, visited = [("", 0, root)], 0
+    while todo:
+        prefix, depth, module = todo.pop()
+        visited += 1
+        if visited > _MOST_MODULES or depth > _DEEPEST:
+            raise CheckpointError(
+                f"it has more than {_MOST_MODULES} modules or {_DEEPEST} inside each other"
+            )
+        for key, value in _plain(module).items():
+            if isinstance(key, str) and isinstance(value, dict):
+                todo.append((f"{prefix}{key}.", depth + 1, value))
+            elif isinstance(key, str):
+                found[f"{prefix}{key}"] = value
+    return found
 
 
 def _plain(value: Any) -> dict[Any, Any]:

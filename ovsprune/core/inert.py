@@ -81,6 +81,8 @@ class Reader:
 
     def __init__(self) -> None:
         self.asked: set[str] = set()
+        self.scripted = False
+        """Whether the file is a TorchScript archive, whose modules are dicts of attributes here."""
         self._answers: dict[str, Any] = {}
 
     def find(self, module: str, name: str) -> Any:
@@ -101,6 +103,9 @@ class Reader:
             return lambda data, *rest: data
         if key == "torch.Size":
             return lambda sizes=(): tuple(sizes)
+        if module.split(".")[0] == "__torch__":
+            self.scripted = True
+            return _fresh_module()
         self.asked.add(key)
         return _placeholder(key)
 
@@ -230,8 +235,12 @@ def _view(storage: Any, offset: Any, size: Any, stride: Any) -> Sketch:
 
 
 def _check_entries(entries: Iterable[zipfile.ZipInfo], base: str, archive: zipfile.ZipFile) -> None:
-    """Refuse what can grow (compressed, overlapping) and what would be read the wrong way."""
-    entries = list(entries)
+    """Refuse what can grow (compressed, overlapping) and what would be read the wrong way.
+
+    Only of the entries that are read: a TorchScript archive has its code beside them, compressed.
+    """
+    read = (f"{base}data.pkl", f"{base}byteorder")
+    entries = [e for e in entries if e.filename in read or e.filename.startswith(f"{base}data/")]
     total = sum(entry.file_size for entry in entries)
     if total > (archive.fp.seek(0, io.SEEK_END) if archive.fp else 0):
         raise CheckpointError("its entries claim more bytes than the file has")
@@ -247,6 +256,16 @@ def _check_entries(entries: Iterable[zipfile.ZipInfo], base: str, archive: zipfi
 
 def _fresh_dict() -> type:
     return type("OrderedDict", (dict,), {})
+
+
+def _fresh_module() -> type:
+    """A module of a TorchScript archive: its attributes, and nothing of its code."""
+
+    def hold(self: dict[Any, Any], state: Any = None) -> None:
+        if isinstance(state, dict):
+            dict.update(self, dict.items(state))
+
+    return type("ScriptModule", (dict,), {"__setstate__": hold})
 
 
 def _placeholder(key: str) -> type:

@@ -89,6 +89,8 @@ class Seed:
         block: Dotted name of the block.
         stream: Where the residual stream is read after the consumer.
         protected: Why it is not offered by default, or None.
+        consumer: Dotted name of the layer whose columns are ranked and refitted, where several
+            layers read the units; None where one does.
         along: Slices that go along and that no graph sees, because they are no part of what is
             computed: an index of the units.
     """
@@ -100,6 +102,7 @@ class Seed:
     block: str
     stream: StreamPoint | None
     protected: str | None = None
+    consumer: str | None = None
     along: tuple[Slice, ...] = ()
 
 
@@ -154,7 +157,7 @@ class Family(Protocol):
         """Replace, in place, what cannot be cut or refitted as it is; the outputs stay.
 
         Fused attention becomes separate linear maps, and a norm behind a consumer is folded into
-        it.
+        it. The tower may have been finished as a slim one before: it can be pruned again.
         """
         ...
 
@@ -188,6 +191,7 @@ class Backbone:
         text: State of everything but the tower, by canonical name; empty when there is none.
         encoder: texts -> [K, C] L2-normalised, or None without a text tower.
         slim: The slim checkpoint that this was read from, or None for a dense model.
+        notes: What a user should know about how it was loaded, a line each.
     """
 
     name: str
@@ -203,6 +207,7 @@ class Backbone:
     text: Mapping[str, Tensor]
     encoder: Callable[[Sequence[str]], Tensor] | None = None
     slim: Any = None
+    notes: Sequence[str] = ()
 
     @property
     def has_text(self) -> bool:
@@ -228,7 +233,7 @@ class Backbone:
         """Text embeddings [K, C], L2-normalised.
 
         Raises:
-            WeightsError: The model has no text tower.
+            WeightsError: The model has no text tower, or its tokenizer is not here.
         """
         from ovsprune.core.errors import WeightsError
 
@@ -269,7 +274,7 @@ class GroupContext:
         snapshots: Widths whose refitted weight an allocator will want; a criterion that has them at
             hand returns them, and spares a second elimination.
         gradients: float64 [samples, units]: derivative of the criterion's objective with respect to
-            the unit's mask, a factor of 1 on the unit's columns of what the consumer reads; a row
+            the unit's mask, a factor of 1 on the unit's columns of whatever reads it; a row
             for each picture, or for each of the objective's values of each picture. None unless the
             criterion needs ``"gradients"``.
     """
@@ -377,6 +382,20 @@ class Budget:
         if table is not None:
             return float(table[width])
         return width * (group.params if self.kind == "params" else group.macs)
+
+    def together(self, group: Group, other: Group) -> float:
+        """What one unit of each costs together, which :meth:`price` of either counts as its own.
+
+        0 where ``group.shared`` does not name ``other``. Of a latency, which is measured of each
+        group alone, it is the share of the MACs, in the mean time that a MAC of theirs takes.
+        """
+        shared = group.shared.get(other.name)
+        if shared is None:
+            return 0.0
+        if self.kind != "latency":
+            return float(shared.of(self.kind))
+        times = [self.price(g, g.units) / (g.units * g.macs) for g in (group, other)]
+        return shared.macs * sum(times) / 2
 
 
 @dataclass(frozen=True, eq=False)

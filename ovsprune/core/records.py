@@ -87,10 +87,13 @@ class StreamPoint:
     Attributes:
         module: Dotted name of a layer of the tower.
         side: Its ``"input"`` or its ``"output"`` is the stream.
+        axis: Where its channels lie, if not where they lie in the consumer's output: a stream
+            [B, C, h, w] behind a matrix that maps [B, h, w, n] to [B, h, w, C] has them on axis 1.
     """
 
     module: str
     side: Literal["input", "output"]
+    axis: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,7 @@ class Group:
             directions inside heads (:mod:`ovsprune.graph.head_widths`).
         units: How many units there are.
         slices: Every slice of every layer that goes with a unit.
-        consumer: Dotted name of the projection that reads the units (it has the ``"in"`` slice).
+        consumer: Dotted name of the projection that reads the units (it has an ``"in"`` slice).
             Its input is where the units' activation is tapped.
         block: Dotted name of the block that holds the group; blocks run one after another.
         stream: Where the residual stream is read after the consumer, or None without a residual.
@@ -116,8 +119,13 @@ class Group:
             product; see :mod:`ovsprune.allocation.joint`.
         known: float64 [units]: what removing each unit costs, where that is known before any
             criterion is asked: the units then lie in falling order, and the last goes first.
+        shared: Name of another group to what one unit of each costs together, where a layer reads
+            the units of one and makes those of the other: their costs are then a product, and a
+            unit of either is counted with all units of the other. Named in one of the two.
         attribute: Dotted attribute of the tower that says how many units there are, where no
             layer's shape tells.
+        gates: Dotted names of layers that make a factor of each unit from what a reader other than
+            the consumer gives: squeeze-and-excitation's second layer.
     """
 
     name: str
@@ -133,7 +141,18 @@ class Group:
     floor: int = 1
     inside: str | None = None
     known: Tensor | None = None
+    shared: Mapping[str, Costs] = field(default_factory=dict)
     attribute: str | None = None
+    gates: tuple[str, ...] = ()
+
+    @property
+    def readers(self) -> tuple[Slice, ...]:
+        """The slices of every layer that reads the units: a masked unit is zero for all of them.
+
+        Only the consumer's units are ranked and its weight refitted for a width; what else reads
+        them, as squeeze-and-excitation does, loses its columns.
+        """
+        return tuple(s for s in self.slices if s.axis == "in")
 
     @property
     def has_columns(self) -> bool:

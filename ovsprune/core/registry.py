@@ -47,17 +47,25 @@ class Registry(Generic[T]):
         """
 
         def decorate(cls: type[C]) -> type[C]:
-            if name in self._entries:
-                taken = type(self._entries[name])
-                raise ValueError(
-                    f"{self.kind} {name!r} is registered already by "
-                    f"{taken.__module__}.{taken.__qualname__}; choose another name"
-                )
-            self._entries[name] = cls()  # type: ignore[assignment]
-            self._summaries[name] = (cls.__doc__ or "").strip().partition("\n")[0]
+            self.add(name, cls(), cls.__doc__)  # type: ignore[arg-type]
             return cls
 
         return decorate
+
+    def add(self, name: str, entry: T, doc: str | None) -> None:
+        """Register an object under ``name``; the first line of ``doc`` is its summary.
+
+        Raises:
+            ValueError: ``name`` is taken already.
+        """
+        if name in self._entries:
+            taken = type(self._entries[name])
+            raise ValueError(
+                f"{self.kind} {name!r} is registered already by "
+                f"{taken.__module__}.{taken.__qualname__}; choose another name"
+            )
+        self._entries[name] = entry
+        self._summaries[name] = (doc or "").strip().partition("\n")[0]
 
     def get(self, name: str) -> T:
         """The plug-in registered under ``name``.

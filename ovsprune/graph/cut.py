@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ovsprune.core.records import Axis, Group, Plan
 from ovsprune.graph.layers import bias_of, is_channelwise, weight_of
 
-__all__ = ["cut", "cut_group", "kept_rows", "mask", "removed"]
+__all__ = ["cut", "kept_rows", "mask", "removed"]
 
 
 def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
@@ -22,11 +22,6 @@ def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
         if group.attribute is not None:
             owner, _, name = group.attribute.rpartition(".")
             setattr(tower.get_submodule(owner), name, plan.width(group.name))
-
-
-def cut_group(tower: nn.Module, group: Group, kept: Tensor) -> None:
-    """Cut one group in place so that only the units ``kept`` (int64, ascending) stay."""
-    cut(tower, [group], Plan({group.name: kept}))
 
 
 def kept_rows(
@@ -55,7 +50,7 @@ def kept_rows(
 
 @torch.no_grad()
 def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
-    """Mask, in place, the units that ``plan`` does not keep: their consumer reads them as zero.
+    """Mask, in place, the units that ``plan`` does not keep: whatever reads them reads zero.
 
     Where the consumer has no columns of them, or a norm in between sees them first, what makes them
     gives zero.
@@ -63,8 +58,9 @@ def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     for group in groups:
         gone = removed(group, plan)
         if group.has_columns:
-            weight = weight_of(tower.get_submodule(group.consumer))
-            weight[:, group.columns[gone].flatten().to(weight.device)] = 0.0
+            for part in group.readers:
+                weight = weight_of(tower.get_submodule(part.module))
+                weight[:, part.rows[gone].flatten().to(weight.device)] = 0.0
         for part in group.slices if group.norms or not group.has_columns else ():
             layer = tower.get_submodule(part.module)
             if part.axis == "in" or is_channelwise(layer):

@@ -6,7 +6,7 @@ other layers must go along. The masked-equivalence test, not the graph, is the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,10 +16,11 @@ import torch_pruning
 from torch import Tensor, nn
 
 from ovsprune.core.protocols import Seed
-from ovsprune.core.records import Group, Slice
+from ovsprune.core.records import Costs, Group, Plan, Slice
 from ovsprune.graph.costs import macs, on_meta
-from ovsprune.graph.cut import cut_group
+from ovsprune.graph.cut import cut
 from ovsprune.graph.layers import is_channelwise, weight_of
+from ovsprune.graph.norms import FoldedNorm
 from ovsprune.graph.products import find_products
 from ovsprune.graph.rows import reads_everything
 
@@ -35,9 +36,9 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
         size: Native height and width in pixels, for the costs.
 
     Raises:
-        ValueError: A seed's group has no consumer or several, reaches the tower's output, or goes
-            through a convolution of groups of several channels: the family offered something that
-            cannot be cut alone.
+        ValueError: A seed's group is read by no layer, by several of which the seed names none, or
+            not by the one that it names; reaches the tower's output; or goes through a convolution
+            of groups of several channels: the family offered something that cannot be cut alone.
     """
     if not seeds:
         return []
@@ -45,7 +46,11 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
     names = {module: name for name, module in tower.named_modules()}
     with torch.enable_grad(), _differentiable(tower):
         graph = torch_pruning.DependencyGraph().build_dependency(
-            tower, example_inputs=example.to(next(tower.parameters())), verbose=False
+            tower,
+            example_inputs=example.to(next(tower.parameters())),
+            # It keeps the norm's tensors, which go with the channels as the norm's would.
+            customized_pruners={FoldedNorm: torch_pruning.pruner.function.BatchnormPruner()},
+            verbose=False,
         )
     groups = [_grow(graph, tower.get_submodule(seed.layer), seed, names) for seed in seeds]
     return with_costs(tower, groups, size)
@@ -70,7 +75,7 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(range(channels))
     )
     slices: dict[tuple[str, str], Slice] = {}
-    norms, consumers = [], []
+    norms, readers = [], []
     for dependency, indices in found:
         module = dependency.target.module
         if module not in names or not list(module.parameters(recurse=False)):
@@ -88,21 +93,38 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         if passes and module.weight.ndim == 1:
             norms.append(name)
         elif axis == "in":
-            consumers.append(name)
-    if len(consumers) != 1:
+            readers.append(name)
+    consumer = seed.consumer or "".join(readers[:1])
+    if consumer not in readers or (seed.consumer is None and len(readers) > 1):
         raise ValueError(
-            f"{seed.layer}: its units are read by {consumers or 'nothing'}, not by one layer"
+            f"{seed.layer}: its units are read by {readers or 'nothing'}, not by "
+            f"{seed.consumer or 'one layer'}"
         )
     return Group(
         name=seed.name,
         kind=seed.kind,
         units=channels // seed.unit_width,
         slices=(*slices.values(), *seed.along),
-        consumer=consumers[0],
+        consumer=consumer,
         block=seed.block,
         stream=seed.stream,
         norms=tuple(norms),
+        gates=_gates(graph, slices.values(), consumer, names),
     )
+
+
+def _gates(
+    graph: Any, slices: Iterable[Slice], consumer: str, names: dict[nn.Module, str]
+) -> tuple[str, ...]:
+    """Layers that make units and come behind a layer, other than the consumer, that reads them."""
+    nodes = {names[module]: node for module, node in graph.module2node.items() if module in names}
+    waiting = [nodes[s.module] for s in slices if s.axis == "in" and s.module != consumer]
+    behind = set()
+    while waiting:
+        found = [n for n in waiting.pop().outputs if n not in behind and n is not nodes[consumer]]
+        behind.update(found)
+        waiting += found
+    return tuple(s.module for s in slices if s.axis == "out" and nodes[s.module] in behind)
 
 
 def _units(rows: Tensor, seed: Seed) -> Tensor:
@@ -114,24 +136,64 @@ def _units(rows: Tensor, seed: Seed) -> Tensor:
 
 
 def with_costs(tower: nn.Module, groups: Sequence[Group], size: tuple[int, int]) -> list[Group]:
-    """Cost of a unit as the difference that cutting one unit makes, on meta tensors."""
-    image = torch.empty(1, 3, *size, device="meta")
-    dense = macs(on_meta(tower), image)
-    params = sum(p.numel() for p in tower.parameters())
-    spent = {product.name: product.macs for product in find_products(tower, size)}
-    measured: dict[tuple[Any, ...], tuple[float, float]] = {}
-    result = []
+    """Cost of a unit as the difference that cutting one unit makes, on meta tensors.
+
+    Where a layer reads one group's units and makes another's, the costs multiply: what a unit of
+    each costs together is in the later group's ``shared``.
+    """
+    count = _Count(tower, size)
+    result: list[Group] = []
     for group in groups:
-        # Groups of one shape at one resolution cost the same: count each shape once.
+        alone = count.saved(group)
+        shared = {
+            other.name: count.together(other, group) for other in result if _meet(other, group)
+        }
+        result.append(
+            replace(group, macs=float(alone.macs), params=float(alone.params), shared=shared)
+        )
+    return result
+
+
+def _meet(one: Group, other: Group) -> bool:
+    """Whether a layer reads the units of one and makes those of the other."""
+    sides = [{(s.module, s.axis) for s in group.slices} for group in (one, other)]
+    return any((module, "in" if axis == "out" else "out") in sides[1] for module, axis in sides[0])
+
+
+class _Count:
+    """Counts what cutting saves; groups of one shape at one resolution are counted once."""
+
+    def __init__(self, tower: nn.Module, size: tuple[int, int]) -> None:
+        self.tower = tower
+        self.image = torch.empty(1, 3, *size, device="meta")
+        self.macs = macs(on_meta(tower), self.image)
+        self.params = sum(p.numel() for p in tower.parameters())
+        self.spent = {product.name: product.macs for product in find_products(tower, size)}
+        self.known: dict[Any, Costs] = {}
+
+    def saved(self, *groups: Group) -> Costs:
+        """What goes with one unit of each of ``groups``."""
+        key = tuple(map(self._shape, groups))
+        if key not in self.known:
+            shell = on_meta(self.tower)
+            cut(shell, groups, Plan({g.name: torch.arange(1, g.units) for g in groups}))
+            fewer = sum(p.numel() for p in shell.parameters())
+            self.known[key] = Costs(self.macs - macs(shell, self.image), self.params - fewer)
+        return self.known[key]
+
+    def together(self, one: Group, other: Group) -> Costs:
+        """What a unit of each costs together: either alone saves it, and both save it once."""
+        first, second, both = self.saved(one), self.saved(other), self.saved(one, other)
+        return Costs(
+            first.macs + second.macs - both.macs, first.params + second.params - both.params
+        )
+
+    def _shape(self, group: Group) -> Any:
         layers = tuple(
-            (tuple(weight_of(tower.get_submodule(s.module)).shape), spent.get(f"{s.module}.weight"))
+            (
+                tuple(weight_of(self.tower.get_submodule(s.module)).shape),
+                self.spent.get(f"{s.module}.weight"),
+            )
             for s in group.slices
         )
-        key = (group.kind, group.units, layers, group.stream is not None)
-        if key not in measured:
-            shell = on_meta(tower)
-            cut_group(shell, group, torch.arange(1, group.units))
-            fewer = sum(p.numel() for p in shell.parameters())
-            measured[key] = (float(dense - macs(shell, image)), float(params - fewer))
-        result.append(replace(group, macs=measured[key][0], params=measured[key][1]))
-    return result
+        return group.kind, group.units, layers, group.stream is not None

@@ -249,6 +249,8 @@ def _load(
         raise OptionError(
             f"{model.slim.path} is slim already: compare on its dense model, {model.name}"
         )
+    for note in model.notes:
+        progress.note(note)
     if not model.trained:
         progress.note(f"{model.name} has random weights: its mIoU and retention mean nothing")
     return model

@@ -80,6 +80,8 @@ def evaluate(
     found, kind = device_and_dtype(device, dtype)
     with thread_limit(threads):
         backbone = load(model, pretrained=pretrained, activation=activation, device=device)
+        for note in backbone.notes:
+            progress.note(note)
         opened, label = _open(data, backbone, list_file, limit)
         embeddings = class_embeddings(backbone, opened.prompts, text_embeddings)
         backbone.tower.to(found, kind)

@@ -13,7 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from ovsprune.allocation.trim import cost, spare
+from ovsprune.allocation.trim import cost, partners, spare, step_price
 from ovsprune.calibration.masked_training import MaskedTraining
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import AllocationContext, Budget, Pictures, Stages
@@ -125,15 +125,18 @@ def remove_smallest(
     kept = {name: mask.clone() for name, mask in kept.items()}
     widths = {name: int(mask.sum()) for name, mask in kept.items()}
     quota = max(1, round(RATE * sum(widths.values())))
-    now, target = cost(item, widths), item.budget.target
+    now, target, shared = cost(item, widths), item.budget.target, partners(item)
     left = [(float(sizes[n][u]), n, int(u)) for n in kept for u in kept[n].nonzero().flatten()]
     left.sort(key=lambda entry: entry[0])
+
+    def unit_price(name: str) -> float:
+        return -step_price(item.budget, groups[name], widths[name] - 1, widths, shared)
 
     def remove(within: Callable[[float], bool], most: int) -> int:
         nonlocal now
         gone = 0
         for _, name, unit in left:
-            price = item.budget.price(groups[name], 1)
+            price = unit_price(name)
             if not kept[name][unit] or widths[name] <= groups[name].floor:
                 continue
             if gone < most and within(price):
@@ -146,7 +149,7 @@ def remove_smallest(
     gone = remove(lambda price: now - price >= target, quota)
     if gone < quota and now > target:
         free = [g for g in item.groups if widths[g.name] > g.floor]
-        cheapest = min(item.budget.price(g, 1) for g in free)
+        cheapest = min(unit_price(g.name) for g in free)
         remove(lambda price: price <= cheapest, 1)
         away = [(float(first[n][u]), n, int(u)) for n in kept for u in (~kept[n]).nonzero()]
         for _, name, unit in sorted(away, key=lambda entry: -entry[0]):

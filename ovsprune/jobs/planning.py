@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ovsprune.allocation.joint import joint_widths
+from ovsprune.allocation.shared import Shared
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.allocation.trim import cost
 from ovsprune.calibration.pictures import calibration_hash
@@ -105,7 +106,7 @@ class Planning:
             comparable=getattr(self.criterion, "comparable", False),
         )
         tied = self.settings.uniform_heads
-        widths = (tied_widths if tied else joint_widths)(self.allocator, item)
+        widths = (tied_widths if tied else joint_widths)(Shared(self.allocator), item)
         self.spent = cost(item, widths)
         kept = {
             g.name: scores.orders[g.name][g.units - widths[g.name] :].sort().values for g in groups

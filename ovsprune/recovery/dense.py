@@ -11,7 +11,6 @@ from torch import Tensor
 from ovsprune.calibration.streams import run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import input_axis
-from ovsprune.graph.rows import given_rows
 from ovsprune.recovery.taps import Site, median_norms, sites
 
 __all__ = ["Seen", "consumers_of"]
@@ -25,8 +24,8 @@ class Seen:
         site: The consumer.
         part: Pictures of the batch.
         kept: Of what the consumer reads, the channels of the kept units: what the slim one reads.
-        output: What it gives, as rows [b, ..., m].
-        target: The residual stream after it, or its output, as rows [b, ..., m].
+        output: What it gives where the slim one gives something, as rows [b, ..., m].
+        target: The residual stream after it, or ``output``, as rows [b, ..., m].
         median: Of the squared norms of the rows of ``target``.
     """
 
@@ -46,7 +45,10 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
         description: Of the stage that the progress shows.
     """
     stages = item.stages(item.dense)
-    cut = {name: [s for s in sites(item, name) if s.cut] for name in stages.blocks}
+    cut = {
+        name: [s for found in sites(item, name) for s in (*found.others, found) if s.cut]
+        for name in stages.blocks
+    }
     last = max((i for i, name in enumerate(cut) if cut[name]), default=-1)
     if last < 0:
         return
@@ -56,7 +58,9 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
         for name, block in list(stages.blocks.items())[: last + 1]:
             points = [site.target for site in cut[name]]
             layers = [item.dense.get_submodule(site.consumer) for site in cut[name]]
-            rows = [partial(given_rows, layer) for layer in layers]
+            rows = [
+                partial(site.goal, layer) for site, layer in zip(cut[name], layers, strict=True)
+            ]
             medians = median_norms(
                 block, stream, item.batch_size, name, list(zip(points, rows, strict=True))
             )
@@ -70,8 +74,8 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
                         site,
                         part,
                         read.index_select(input_axis(layer), site.columns.to(read.device)),
-                        given_rows(layer, seen[site.consumer, "output"]),
-                        given_rows(layer, seen[site.target]),
+                        site.output(layer, seen[site.consumer, "output"]),
+                        site.goal(layer, seen[site.target]),
                         median,
                     )
             advance(1)

@@ -59,7 +59,7 @@ class GaussNewton:
             for site in sites(item, pair.name):
                 pair.refit_producers(site)
                 pair.refit_consumer(site)
-                for _ in range(ROUNDS if site.producers else 0):
+                for _ in range(ROUNDS if site.makers else 0):
                     if not _Refinement(pair, site).run():
                         break
                     pair.refit_consumer(site)
@@ -67,6 +67,9 @@ class GaussNewton:
 
 class _Refinement:
     """A change of the layers that make units, towards what their consumer lacks.
+
+    Gates stay: they act at all positions of a picture at once, so that they and what makes the
+    units at each position are of other scales, which the few products do not bring together.
 
     Args:
         pair: The block.
@@ -77,7 +80,7 @@ class _Refinement:
         self.pair, self.site = pair, site
         self.layer = pair.item.slim.get_submodule(site.consumer)
         self.segment = Segment(
-            pair.slim, [pair.inside(name) for name in site.producers], pair.inside(site.consumer)
+            pair.slim, [pair.inside(name) for name in site.makers], pair.inside(site.consumer)
         )
         self.weights: list[Tensor] = []
         self.share = torch.ones(())
@@ -92,7 +95,7 @@ class _Refinement:
 
     def _look(self) -> tuple[Stream, Metric]:
         """The residuals, rows [pictures, ..., m], and the metric of what the producers read."""
-        find, makers = self.pair.item.slim.get_submodule, tuple(self.site.producers)
+        find, makers = self.pair.item.slim.get_submodule, tuple(self.site.makers)
         metric = Metric(self.pair.item.ridge)
         found: Stream | None = None
         power = torch.zeros((), dtype=torch.float64)

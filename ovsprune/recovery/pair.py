@@ -86,14 +86,26 @@ class Pair:
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
         self.held = held_out(len(dense_stream))
         self._goal: tuple[str, Stream, float] | None = None
+        self._fitted: set[str] = set()
 
     def inside(self, name: str) -> str:
         """The dotted name of a layer inside the block."""
         return name.removeprefix(self.name).removeprefix(".")
 
     def refit_producers(self, site: Site) -> None:
-        """Refit what makes the units: from what it reads in the slim tower to the dense units."""
-        layers = {name: self.item.slim.get_submodule(name) for name in site.producers}
+        """Refit what makes the units: from what it reads in the slim tower to the dense units.
+
+        A gate on the units comes last, behind the layers that read them for it, which are refitted
+        to what they gave. What reads units of another group, too, was fitted to just that as their
+        consumer.
+        """
+        self._refit_makers(site, [name for name in site.makers if name not in self._fitted])
+        for other in site.others:
+            self.refit_consumer(other)
+        self._refit_makers(site, [name for name in site.producers if name in site.gates])
+
+    def _refit_makers(self, site: Site, names: Sequence[str]) -> None:
+        layers = {name: self.item.slim.get_submodule(name) for name in names}
         if not layers:
             return
 
@@ -129,13 +141,16 @@ class Pair:
         Its target is what takes the slim stream to where the dense stream is at that point:
         ``y* = y + (r_dense - r_slim)``, y being the slim consumer's present output and r the
         streams after it. So what earlier cuts have done is repaired too, and errors do not pile
-        up. Without a residual (``stream`` is None) the target is the dense consumer's own output.
+        up. Without a residual (``stream`` is None) the target is the dense consumer's own output,
+        of which the slim one may have lost a part as units of another group.
         """
         layer = self.item.slim.get_submodule(site.consumer)
         refit = Refit(layer, self.held, self.item.ridge)
         for part, weight, residual, seen in self.compared(site, [site.consumer]):
             refit.update(part, read_rows(layer, seen[site.consumer, "input"]), residual, weight)
         refit.apply()
+        if site.is_own:
+            self._fitted.add(site.consumer)
 
     def compared(
         self, site: Site, layers: Sequence[str] = (), which: Tensor | None = None
@@ -158,7 +173,7 @@ class Pair:
             goals, stream = Stream(goals[which]), Stream(stream[which])
         taps = [site.target, *((name, "input") for name in layers)]
         for part, seen in walk(self.slim, stream, self.size, taps, self.name):
-            now = given_rows(layer, seen[site.target])
+            now = site.rows(layer, seen[site.target])
             goal = goals[part].to(now)
             yield part, row_weights(goal, median), goal - now, seen
 
@@ -172,7 +187,7 @@ class Pair:
             for part, seen in walk(
                 self.dense, self.dense_stream, self.size, [site.target], self.name
             ):
-                rows = given_rows(layer, seen[site.target]).float().cpu()
+                rows = site.goal(layer, seen[site.target]).float().cpu()
                 if found is None:
                     found = Stream(allocate((len(self.held), *rows.shape[1:])))
                 found[part] = rows

@@ -14,6 +14,7 @@ from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
 from ovsprune.graph.cut import kept_rows
 from ovsprune.graph.layers import is_channelwise
+from ovsprune.graph.rows import given_rows
 
 __all__ = ["Site", "Tap", "median_norm", "median_norms", "sites"]
 
@@ -28,7 +29,8 @@ _SAMPLED = 16
 class Site:
     """A layer that reads units, and the layers that make what it reads.
 
-    Several groups may share them: heads, and the directions inside heads.
+    Several groups may share them: heads, and the directions inside heads. Where more than one layer
+    reads the units, the site is the consumer's, and the others have sites of their own inside it.
 
     Attributes:
         consumer: Dotted name of the layer that reads.
@@ -37,6 +39,10 @@ class Site:
         producers: Dotted name of each layer that makes units, to its kept rows, int64. What makes a
             unit from that unit alone, a norm or a depthwise convolution, is not among them.
         cut: Whether anything is gone.
+        axis: Where the channels lie at the target; None where they do in the consumer's output.
+        others: Sites of the other layers that read the units, without producers.
+        gates: Those of the producers that work on what ``others`` give.
+        given: int64, its rows that are kept, or None for all: in other groups it may make units.
     """
 
     consumer: str
@@ -44,6 +50,33 @@ class Site:
     columns: Tensor
     producers: Mapping[str, Tensor]
     cut: bool
+    axis: int | None = None
+    others: tuple[Site, ...] = ()
+    gates: frozenset[str] = frozenset()
+    given: Tensor | None = None
+
+    @property
+    def makers(self) -> list[str]:
+        """The producers that are no gates."""
+        return [name for name in self.producers if name not in self.gates]
+
+    def rows(self, layer: nn.Module, given: Tensor) -> Tensor:
+        """What lies at the target, as rows [b, ..., m] in the order of the consumer's."""
+        return given_rows(layer, given) if self.axis is None else given.movedim(self.axis, -1)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the target is its own output, since nothing is added to it."""
+        return self.target == (self.consumer, "output")
+
+    def output(self, layer: nn.Module, given: Tensor) -> Tensor:
+        """What the slim consumer could give of what the dense one gives, as rows [b, ..., m]."""
+        rows = given_rows(layer, given)
+        return rows if self.given is None else rows[..., self.given.to(rows.device)]
+
+    def goal(self, layer: nn.Module, read: Tensor) -> Tensor:
+        """What was read at the target in the dense tower, as rows [b, ..., m]."""
+        return self.output(layer, read) if self.is_own else self.rows(layer, read)
 
 
 def sites(item: RecoveryContext, block: str) -> list[Site]:
@@ -54,13 +87,20 @@ def sites(item: RecoveryContext, block: str) -> list[Site]:
     for consumer in dict.fromkeys(g.consumer for g in groups):
         mine = [g for g in groups if g.consumer == consumer]
         makers = [s.module for g in mine for s in g.slices if s.axis == "out"]
+        cut = any(item.plan.width(g.name) < g.units for g in mine)
+        others = dict.fromkeys(s.module for g in mine for s in g.readers if s.module != consumer)
+        stream = mine[0].stream
         found.append(
             Site(
                 consumer,
                 _target_of(mine[0]),
                 rows[consumer, "in"],
                 {name: rows[name, "out"] for name in makers if not is_channelwise(find(name))},
-                any(item.plan.width(g.name) < g.units for g in mine),
+                cut,
+                None if stream is None else stream.axis,
+                tuple(Site(n, (n, "output"), rows[n, "in"], {}, cut) for n in others),
+                frozenset(name for g in mine for name in g.gates),
+                rows.get((consumer, "out")),
             )
         )
     return found

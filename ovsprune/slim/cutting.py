@@ -166,7 +166,8 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put separate queries, keys and values together as ``nn.MultiheadAttention`` names them.
 
     ``x.q_proj.weight`` or ``x.q_proj_weight`` (with its k and v) becomes ``x.in_proj_weight``, and
-    ``x.q_proj.bias`` becomes ``x.in_proj_bias``; every other tensor is passed on.
+    ``x.q_proj.bias`` becomes ``x.in_proj_bias``; every other tensor is passed on, and so are
+    queries, keys and values that read different widths, which have no fused form.
     """
     fused = dict(state)
     parts: dict[tuple[str, str], dict[str, str]] = {}
@@ -176,6 +177,6 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             key = found["stem"], found["what"]
             parts.setdefault(key, {})[found["which"]] = name
     for (stem, what), names in parts.items():
-        if set(names) == set("qkv"):
+        if set(names) == set("qkv") and len({state[n].shape[1:] for n in names.values()}) == 1:
             fused[f"{stem}.in_proj_{what}"] = torch.cat([fused.pop(names[w]) for w in "qkv"])
     return fused

@@ -1,4 +1,4 @@
-"""Convolutional towers of open_clip's ``TimmModel``: built by open_clip and timm, then narrowed.
+"""Towers of open_clip's ``TimmModel``: built by open_clip and timm, then narrowed.
 
 Nothing of either is imported until a tower is asked for.
 """
@@ -19,7 +19,7 @@ from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.narrowing import narrowed
 from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_dense", "timm_outputs"]
+__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_both", "timm_dense", "timm_outputs"]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
@@ -70,17 +70,26 @@ def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
 
 def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
     """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    return timm_both(tower, images)[1]
+
+
+def timm_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W], in one pass."""
     trunk: Any = tower.trunk
-    return timm_outputs(tower, trunk.forward_features(images))[1]
+    return timm_outputs(tower, trunk.forward_features(images))
 
 
 def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled [B, C] and dense [B, C, h, w] outputs of the trunk's features [B, K, h, w].
 
-    The projection is linear and the pooling a mean, so the pooled output is the mean of the dense
-    one: each position goes through the head as the pooled features do.
+    Each position goes through the head, norm and projection included, as the pooled features do:
+    as a picture of one position, as FC-CLIP does (Yu et al. 2023). Where all of that is linear and
+    the pooling a mean, the pooled output is the mean of the dense one; a norm or a projection of
+    two layers behind the pooling makes them differ.
     """
     model: Any = tower
     pooled = model.head(model.trunk.forward_head(features))
-    dense = model.head(model.trunk.classifier(features.movedim(1, -1))).movedim(-1, 1)
-    return pooled, dense
+    batch, channels, height, width = features.shape
+    positions = features.movedim(1, -1).reshape(-1, channels, 1, 1)
+    dense = model.head(model.trunk.forward_head(positions))
+    return pooled, dense.view(batch, height, width, -1).movedim(-1, 1)

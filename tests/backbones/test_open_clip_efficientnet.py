@@ -1,8 +1,9 @@
-"""EfficientNets without squeeze-and-excitation, as towers of open_clip's TimmModel."""
+"""EfficientNets as towers of open_clip's TimmModel."""
 
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.core.errors import OptionError, WeightsError
-from tests.contracts.conftest import LITE, open_clip_efficientnet
+from ovsprune.graph.cut import mask
+from tests.contracts.conftest import LITE, open_clip_efficientnet, prepared, squeezed
 
 FAMILY = FAMILIES.get("open_clip-efficientnet")
 
@@ -91,13 +93,16 @@ def test_only_expanded_channels_are_offered() -> None:
         ({}, True),
         ({"timm_model_name": "tf_efficientnet_lite0"}, True),
         ({"timm_model_name": "mobilenetv2_050"}, True),
-        ({"timm_model_name": "efficientnet_b0"}, False),  # squeeze-and-excitation everywhere
+        ({"timm_model_name": "efficientnet_b0"}, True),  # squeeze-and-excitation everywhere
         ({"timm_model_name": "semnasnet_100"}, True),  # in some blocks
         ({"timm_model_name": "resnet18"}, False),
         ({"timm_model_name": "no_such_model"}, False),
         ({"timm_model_name": 5}, False),
         ({"timm_pool": "rot_attn"}, False),
-        ({"timm_proj": "mlp"}, False),
+        ({"timm_proj": "mlp"}, True),
+        ({"timm_pool": "", "timm_proj": ""}, False),  # nothing is pooled
+        ({"timm_model_name": "efficientnet_b3_g8_gn"}, False),  # groups of eight channels
+        ({"timm_model_name": "mobilenetv3_small_100"}, False),
         ({"timm_proj": "none"}, True),
     ],
 )
@@ -105,18 +110,31 @@ def test_what_the_family_takes(options: dict[str, Any], taken: bool) -> None:
     assert FAMILY.takes(vision(**options)) is taken
 
 
-def test_blocks_with_squeeze_and_excitation_are_protected() -> None:
-    tower = FAMILY.build(
-        "x", None, vision(timm_model_name="semnasnet_100"), open_clip_efficientnet().preprocess,
-        trained=False, text={},
-    ).tower  # fmt: skip
-    reasons = {s.block: s.protected for s in FAMILY.seeds(tower)}
-    assert reasons["trunk.blocks.1.0"] is None
-    assert "squeeze-and-excitation" in str(reasons["trunk.blocks.2.0"])
+def test_squeeze_and_excitation_reads_the_channels_and_makes_a_gate() -> None:
+    case = prepared(squeezed())
+    block = "trunk.blocks.2.1"
+    group = next(g for g in case.groups if g.name == block)
+    readers = {f"{block}.se.conv_reduce", f"{block}.conv_pwl"}
+    assert {s.module for s in group.readers} == readers
+    assert group.consumer == f"{block}.conv_pwl" and group.gates == (f"{block}.se.conv_expand",)
+    plan = case.full_plan()
+    plan.kept[block] = torch.arange(10)  # type: ignore[index]
+    se, images = case.dense.get_submodule(f"{block}.se"), case.images()
+    slim = case.cut(plan).get_submodule(f"{block}.se")
+    read = torch.randn(2, group.units, 3, 3)
+    read[:, 10:] = 0
+    with torch.no_grad():
+        torch.testing.assert_close(slim(read[:, :10]), se(read)[:, :10], atol=1e-6, rtol=1e-5)
+    # masked for the last convolution alone, the channels still speak through the mean of all
+    masked, half = deepcopy(case.dense), deepcopy(case.dense)
+    mask(masked, [group], plan)
+    half.get_submodule(group.consumer).weight[:, 10:] = 0
+    expected = case.outputs(masked, images)
+    assert (case.outputs(half, images) - expected).abs().max() > 1e-3 * expected.std()
 
 
 def test_a_folder_that_no_family_takes(folder: Path) -> None:
-    write(folder, vision(timm_model_name="efficientnet_b0"), {"a": torch.zeros(1)})
+    write(folder, vision(timm_model_name="mobilenetv3_small_100"), {"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="none of the families .*open_clip-efficientnet"):
         backbones.load(str(folder))
 
@@ -134,7 +152,9 @@ def test_random_weights_and_a_file(folder: Path, tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit(folder: Path) -> None:
     save_file({"visual.trunk.a": torch.zeros(1)}, folder / "open_clip_model.safetensors")
-    with pytest.raises(WeightsError, match=r"does not fit .*missing .*1 unexpected \(trunk\.a\)"):
+    with pytest.raises(
+        WeightsError, match=r"not fit .*missing .*1 unexpected \(visual\.trunk\.a\)"
+    ):
         backbones.load(str(folder))
 
 

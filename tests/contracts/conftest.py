@@ -80,18 +80,22 @@ LITE = {
 
 @cache
 def _lite() -> dict[str, torch.Tensor]:
-    """Weights, scales and statistics as uneven as a trained network's."""
     from ovsprune.slim.timm_tower import build_timm_tower
 
-    tower = build_timm_tower(LITE).train()
-    generator = torch.Generator().manual_seed(0)
+    return uneven(build_timm_tower(LITE), 48)
+
+
+def uneven(tower: nn.Module, side: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A convolutional tower's tensors with scales and statistics as uneven as a trained one's."""
+    tower.train()
+    generator = torch.Generator().manual_seed(seed)
     for module in tower.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.uniform_(0.4, 1.6, generator=generator)
             module.bias.normal_(0, 0.3, generator=generator)
             module.momentum = None  # The mean over all batches.
     with torch.no_grad():
-        for images in ScenePictures(32, Preprocess((48, 48)), 3).batches(16):
+        for images in ScenePictures(32, Preprocess((side, side)), 3).batches(16):
             tower(images)
     return tower.state_dict()
 
@@ -101,6 +105,118 @@ def open_clip_efficientnet() -> Backbone:
     family = FAMILIES.get("open_clip-efficientnet")
     backbone = family.build("lite", None, LITE, Preprocess((48, 48)), trained=False, text={})
     backbone.tower.load_state_dict(_lite())
+    return backbone
+
+
+@register_model
+def ovsprune_squeezed(pretrained: bool = False, **options: Any) -> nn.Module:
+    """An EfficientNet with squeeze-and-excitation, of five blocks."""
+    from timm.models import efficientnet
+
+    blocks = [
+        ["ds_r1_k3_s1_e1_c8_se0.25"],
+        ["ir_r2_k3_s2_e4_c12_se0.25"],
+        ["ir_r2_k3_s2_e4_c16_se0.25"],
+    ]
+    return efficientnet._create_effnet(  # type: ignore[no-any-return]
+        "ovsprune_squeezed",
+        pretrained,
+        block_args=efficientnet.decode_arch_def(blocks),
+        stem_size=8,
+        num_features=24,
+        act_layer=nn.SiLU,
+        norm_layer=nn.BatchNorm2d,
+        **options,
+    )
+
+
+@register_model
+def ovsprune_convnext(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A ConvNeXt of five blocks; ``conv_mlp`` as in timm's small ones."""
+    from timm.models import convnext
+
+    given = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "conv_mlp": False, **options}
+    return convnext._create_convnext(  # type: ignore[no-any-return]
+        "ovsprune_convnext", pretrained, **given
+    )
+
+
+@register_model
+def ovsprune_convnext_conv(pretrained: bool = False, **options: Any) -> nn.Module:
+    """The same with 1x1 convolutions in the MLPs."""
+    return ovsprune_convnext(pretrained, conv_mlp=True, **options)
+
+
+def of_timm(name: str, **vision: Any) -> dict[str, Any]:
+    """open_clip's configuration of one of these."""
+    return {**LITE, "vision_cfg": {**LITE["vision_cfg"], "timm_model_name": name, **vision}}
+
+
+@cache
+def _uneven(name: str, projection: str) -> dict[str, torch.Tensor]:
+    """A tower's state with every tensor away from what timm starts it with."""
+    from ovsprune.slim.timm_tower import build_timm_tower
+
+    tower = build_timm_tower(of_timm(name, timm_proj=projection))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("running_var") or (tensor.ndim == 1 and "weight" in name):
+            return (0.3 * noise).exp()
+        if name.endswith("gamma"):
+            return 0.5 + 0.3 * noise
+        return noise * (0.3 if tensor.ndim == 1 else tensor[0].numel() ** -0.5)
+
+    return {key: draw(key, tensor) for key, tensor in tower.state_dict().items()}
+
+
+def timm_backbone(family: str, name: str, size: int, projection: str = "linear") -> Backbone:
+    """A tower with uneven weights, for pictures of ``size`` pixels."""
+    config = of_timm(name, timm_proj=projection, image_size=size)
+    backbone = FAMILIES.get(family).build(
+        name, None, config, Preprocess((size, size)), trained=False, text={}
+    )
+    backbone.tower.load_state_dict(_uneven(name, projection))
+    return backbone
+
+
+def open_clip_convnext() -> Backbone:
+    """A ConvNeXt whose MLPs are matrices, with a projection of two layers."""
+    return timm_backbone("open_clip-convnext", "ovsprune_convnext", 64, "mlp")
+
+
+def open_clip_convnext_conv() -> Backbone:
+    """A ConvNeXt whose MLPs are 1x1 convolutions."""
+    return timm_backbone("open_clip-convnext", "ovsprune_convnext_conv", 64)
+
+
+def squeezed() -> Backbone:
+    """An EfficientNet whose channels have two readers."""
+    return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed", 48)
+
+
+RESNET = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 64, "layers": [2, 1, 1, 1], "width": 8, "head_width": 64},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@cache
+def _resnet() -> dict[str, torch.Tensor]:
+    from ovsprune.backbones.open_clip_model import build_clip
+
+    return uneven(build_clip(RESNET).get_submodule("visual"), 64, 1)
+
+
+def open_clip_resnet() -> Backbone:
+    """A residual network whose groups share a convolution: five bottlenecks, one without a path."""
+    family = FAMILIES.get("open_clip-resnet")
+    backbone = family.build("resnet", None, RESNET, Preprocess((64, 64)), trained=False, text={})
+    backbone.tower.load_state_dict(_resnet())
     return backbone
 
 
@@ -210,10 +326,19 @@ def transformers_vit() -> Backbone:
 
 
 REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
+    "open_clip-convnext": open_clip_convnext,
     "open_clip-efficientnet": open_clip_efficientnet,
+    "open_clip-resnet": open_clip_resnet,
     "open_clip-vit": open_clip_vit,
     "transformers-vit": transformers_vit,
 }
+
+
+MORE: dict[str, Callable[[], Backbone]] = {
+    "open_clip-convnext: 1x1 convolutions": open_clip_convnext_conv,
+    "open_clip-efficientnet: squeeze-and-excitation": squeezed,
+}
+"""Towers of families that have another one above, of another kind inside."""
 
 
 @dataclass
@@ -280,9 +405,9 @@ def prepared(backbone: Backbone, pictures: int = 12) -> Case:
     return Case(backbone, dense, groups, ScenePictures(pictures, backbone.preprocess, 0))
 
 
-@pytest.fixture(scope="session", params=FAMILIES.names())
+@pytest.fixture(scope="session", params=(*FAMILIES.names(), *MORE))
 def case(request: pytest.FixtureRequest) -> Case:
-    return prepared(REPRESENTATIVES[request.param]())
+    return prepared((REPRESENTATIVES | MORE)[request.param]())
 
 
 def of_no_family(name: str, make: Callable[[], Any], activation: str) -> Case:

@@ -239,3 +239,72 @@ def test_the_place_that_is_wanted_is_found(tmp_path: Path, zipped: bool) -> None
     assert found.other == ("model", "step")
     with pytest.raises(CheckpointError, match="holds no such .* under any entry; it holds: model"):
         read_foreign(file, lambda state: False, "such")
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("steps", torch.arange(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.visual(x) * self.scale
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:.*jit")
+@pytest.mark.parametrize("make", ["trace", "script"])
+def test_a_torchscript_archive_gives_its_tensors(tmp_path: Path, make: str) -> None:
+    model = Scripted().eval()
+    archive = (
+        torch.jit.trace(model, torch.ones(1, 3)) if make == "trace" else torch.jit.script(model)
+    )
+    torch.jit.save(archive, tmp_path / "x.pt")
+    found = read_foreign(tmp_path / "x.pt")
+    assert same(found.tensors, model.state_dict())
+    assert not any("__torch__" in name for name in found.inert)
+
+
+@pytest.mark.filterwarnings("ignore:.*jit")
+def test_the_code_of_an_archive_is_not_even_read(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(Scripted()), tmp_path / "x.pt")
+
+    def spoil(new: zipfile.ZipFile, entry: zipfile.ZipInfo, raw: bytes) -> None:
+        new.writestr(entry.filename, b"no program" if "/code/" in entry.filename else raw)
+
+    rezip(tmp_path / "x.pt", tmp_path / "spoilt.pt", spoil)
+    with pytest.raises(RuntimeError):
+        torch.jit.load(tmp_path / "spoilt.pt")
+    assert "visual.0.weight" in read_foreign(tmp_path / "spoilt.pt").tensors
+
+
+def archive_of(tmp_path: Path, pickled: bytes) -> Path:
+    """A zip as torch writes it, around a pickle of one's own."""
+    path = tmp_path / "hostile.pt"
+    with zipfile.ZipFile(path, "w") as new:
+        new.writestr("archive/data.pkl", pickled)
+        new.writestr("archive/byteorder", b"little")
+    return path
+
+
+MODULE = b"c__torch__\nM\n)\x81"  # an instance of __torch__.M
+
+
+ITSELF = MODULE + b"q\x00}X\x01\x00\x00\x00ah\x00sb."  # a module that is an attribute of itself
+TWICE = MODULE + b"}(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ubq\x00"
+DOUBLED = MODULE + b"q\x00" + TWICE * 40 + b"."  # 2^40 modules by their names
+
+
+@pytest.mark.parametrize("pickled", [ITSELF, DOUBLED])
+def test_hostile_archives_end(tmp_path: Path, pickled: bytes) -> None:
+    with pytest.raises(CheckpointError, match="inside each other"):
+        read_foreign(archive_of(tmp_path, b"\x80\x02" + pickled))
+
+
+def test_a_pickle_cannot_change_what_modules_are(tmp_path: Path) -> None:
+    """State set on the class, and not on an instance, goes nowhere."""
+    on_the_class = b"c__torch__\nM\n}X\x01\x00\x00\x00aK\x01sb0"
+    instance = MODULE + b"}b."
+    with pytest.raises(CheckpointError, match="holds no tensors .* it holds: a dict"):
+        read_foreign(archive_of(tmp_path, b"\x80\x02" + on_the_class + instance))

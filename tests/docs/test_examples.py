@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
+
+from ovsprune.backbones.open_clip_model import build_clip
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -44,11 +48,46 @@ def test_prune_transformers(tmp_path: Path) -> None:
     assert (tmp_path / "slim" / "transformers-example" / "model.safetensors").is_file()
 
 
+def test_prune_convnext(tmp_path: Path) -> None:
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"timm_model_name": "convnext_atto", "timm_pool": "", "image_size": 64}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    folder = tmp_path / "atto"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(build_clip(config).state_dict(), folder / "open_clip_model.safetensors")
+    said = run("prune_convnext.py", tmp_path, "--model", str(folder), "--samples", "6")
+    assert "stage (1, 320, 2, 2)" in said and "bit for bit: True" in said
+    assert "trunk.stages.0.blocks.0.mlp:" in said
+
+
+def test_prune_resnet(tmp_path: Path) -> None:
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(build_clip(config).state_dict(), folder / "open_clip_model.safetensors")
+    options = ("--model", str(folder), "--pretrained", "none", "--samples", "6")
+    said = run("prune_resnet.py", tmp_path, *options)
+    assert "layer4.0.conv2: " in said and "bit for bit: True" in said
+    assert "stage (1, 256, 2, 2)" in said and "dense features (1, 24, 4, 4)" in said
+
+
 def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
     place, _ = pruned
     assert "ovsprune.targets.load(model" in run("transfer_to_san.py", place)
     written = {path.name for path in (place / "transfer" / "example").iterdir()}
     assert written == {"model.safetensors", "transfer.json", "lines.py"}
+
+
+def test_run_onnx(pruned: tuple[Path, str]) -> None:
+    place, _ = pruned
+    said = run("run_onnx.py", place)
+    assert "standard deviations of the output" in said
+    assert "pooled (1, " in said and "dense (1, " in said
+    assert (place / "export" / "example.onnx").is_file()
 
 
 @pytest.mark.framework

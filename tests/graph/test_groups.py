@@ -64,6 +64,26 @@ def test_units_with_two_readers_are_refused() -> None:
         find_groups(Convolutions(forked=True).eval(), [seed], (16, 16))
 
 
+def test_a_seed_names_the_consumer_of_units_with_two_readers() -> None:
+    tower = Convolutions(forked=True).eval().requires_grad_(False)
+    seed = Seed("g", "channels", "first", 1, "", None, consumer="second")
+    (group,) = find_groups(tower, [seed], (16, 16))
+    assert group.consumer == "second" and group.gates == ()
+    assert {s.module for s in group.readers} == {"second", "fork"}
+    plan, x = Plan({"g": torch.tensor([0, 3, 5])}), torch.randn(2, 3, 16, 16)
+    masked = deepcopy(tower)
+    mask(masked, [group], plan)
+    cut(tower, [group], plan)
+    torch.testing.assert_close(tower(x), masked(x), atol=1e-6, rtol=1e-5)
+    assert tower.fork is not None and tower.fork.in_channels == 3
+
+
+def test_a_named_consumer_must_read_the_units() -> None:
+    seed = Seed("g", "channels", "first", 1, "", None, consumer="norm")
+    with pytest.raises(ValueError, match=r"read by \['second'\], not by norm"):
+        find_groups(Convolutions(forked=False).eval(), [seed], (16, 16))
+
+
 def test_units_of_a_width_that_does_not_divide_are_refused() -> None:
     seed = Seed("g", "channels", "first", 3, "", None)
     with pytest.raises(ValueError, match="8 channels are no multiple of 3"):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from ovsprune.core.records import Group, Plan, Slice
+from ovsprune.graph.cut import cut
 from ovsprune.graph.norms import fold, unfold
 
 
@@ -49,6 +51,44 @@ def test_what_was_not_changed_comes_back_bit_for_bit(
     assert all(torch.equal(v, norm.state_dict()[k]) for k, v in after.state_dict().items())
 
 
+def test_rows_go_with_the_entries_of_the_norm() -> None:
+    layer, norm = pair(bias=True)
+    folded, place = fold(layer, norm)
+    tower = nn.ModuleDict({"layer": folded, "norm": place})
+    columns, rows = torch.tensor([0, 2, 5]), torch.tensor([1, 2, 4])
+    groups = [
+        group("a", 6, (Slice("layer", "in", torch.arange(6)[:, None]),)),
+        group("b", 5, tuple(Slice(n, "out", torch.arange(5)[:, None]) for n in tower)),
+    ]
+    cut(tower, groups, Plan({"a": columns, "b": rows}))
+    images = torch.randn(2, 3, 7, 7)
+    wanted = tower["norm"](tower["layer"](images))
+    again, after = unfold(tower["layer"], place, columns, rows)
+    torch.testing.assert_close(after(again(images)), wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(again.weight, layer.weight[rows][:, columns])
+    assert torch.equal(again.bias, layer.bias[rows])
+    assert after.num_features == again.out_channels == 3
+    assert all(
+        torch.equal(v, norm.state_dict()[k] if v.ndim == 0 else norm.state_dict()[k][rows])
+        for k, v in after.state_dict().items()
+    )
+
+
+def group(name: str, units: int, slices: tuple[Slice, ...]) -> Group:
+    return Group(name, "channels", units, slices, "layer", "block")
+
+
+def test_a_folded_norm_counts_as_much_as_it_did() -> None:
+    layer, norm = pair()
+    before = [p.numel() for module in (layer, norm) for p in module.parameters()]
+    folded, place = fold(layer, norm)
+    own = [p.numel() for p in place.parameters(recurse=False)]
+    assert sum(own) + sum(p.numel() for p in folded.parameters()) == sum(before)
+    # What it gives may be written into.
+    images = torch.randn(1, 5, 4, 4)
+    assert place(images) is not images and torch.equal(place(images), images)
+
+
 def test_changes_go_to_the_weight_and_to_the_shift() -> None:
     layer, norm = pair()
     folded, place = fold(layer, norm)
@@ -65,7 +105,7 @@ def test_changes_go_to_the_weight_and_to_the_shift() -> None:
     assert torch.equal(again.weight[same], layer.weight[same])
     assert torch.equal(after.bias[[0, 1, 2, 4]], norm.bias[[0, 1, 2, 4]])
     # The originals are as they were.
-    torch.testing.assert_close(place.norm.bias, norm.bias, atol=0, rtol=0)
+    assert torch.equal(place.bias, norm.bias) and torch.equal(place.weight, norm.weight)
 
 
 def test_a_norm_that_multiplies_by_nothing_is_opened_for_a_change() -> None:

@@ -207,9 +207,16 @@ def test_a_family_that_we_do_not_build(make_tower: Make, write_slim: Any) -> Non
         load(path)
 
 
-def test_attentional_pooling_is_not_ours(make_tower: Make, write_slim: Any) -> None:
-    path = write_slim(make_tower(), architecture={"vision_cfg": {"attentional_pool": True}})
-    with pytest.raises(MissingLibraryError, match="pools by attention"):
+def test_two_poolers_are_not_ours(make_tower: Make, write_slim: Any) -> None:
+    path = write_slim(make_tower(attentional_pool="cascade", attn_pooler_heads=4))
+    with pytest.raises(MissingLibraryError, match="pools by two attentions"):
+        load(path)
+
+
+def test_a_pooler_whose_heads_do_not_divide_its_width(make_tower: Make, write_slim: Any) -> None:
+    tower = make_tower(attentional_pool=True, attn_pooler_heads=4)
+    path = write_slim(tower, architecture={"vision_cfg": {"attn_pooler_heads": 5}})
+    with pytest.raises(CheckpointError, match="attn_pooler_heads is 5 for a width of 24"):
         load(path)
 
 

@@ -1,0 +1,135 @@
+"""Prunes every image tower in open_clip's registry to half, and proves what was written.
+
+    python benchmarks/registry_sweep.py
+    python benchmarks/registry_sweep.py --name RN50 --name ViT-B-32
+
+Each name in a process of its own: build it (its real size where that fits, otherwise the same
+architecture with two blocks a stage), give every parameter a value, prune to half by magnitude
+without a recovery, save. A fresh process then loads it with nothing but what the checkpoint says.
+It is ``ok`` if the ratio is met within 0.01, if the largest error against the dense tower with the
+cut units masked is at most 1e-4 of the output's standard deviation, pooled and dense, and if every
+tensor that is loaded is bit for bit what was pruned. Beside it stands how much of the MACs
+Torch-Pruning removes of the original tower when it is asked for half.
+
+Rows are kept in ``registry_sweep.json`` as they are done: run again, it goes on where it stopped.
+The page is ``registry_sweep.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovsprune.jobs.rows import write_text
+from ovsprune.report.numbers import count
+
+HERE = Path(__file__).resolve().parent
+RECORD, PAGE = HERE / "registry_sweep.json", HERE / "registry_sweep.md"
+LIMIT = 7200
+"""Seconds for one name."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    import open_clip
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--name", action="append", help="only these, again")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--retry", action="store_true", help="those that are not ok, again")
+    chosen = parser.parse_args(arguments)
+    names = open_clip.list_models()
+    rows = {row["name"]: row for row in _stored() if row["name"] in names}
+    for name in chosen.name or names:
+        known = rows.get(name)
+        if chosen.name or known is None or (chosen.retry and known["status"] != "ok"):
+            rows[name] = _one(name, chosen.threads, chosen.work)
+            print(json.dumps(rows[name]), flush=True)
+            _write([rows[n] for n in names if n in rows])
+    _write([rows[n] for n in names if n in rows])
+
+
+def _stored() -> list[dict[str, Any]]:
+    return json.loads(RECORD.read_text())["rows"] if RECORD.is_file() else []
+
+
+def _one(name: str, threads: int, work: Path) -> dict[str, Any]:
+    """A name's row, whatever becomes of the process that makes it."""
+    start = time.perf_counter()
+    row = {"name": name, "status": "no", "reason": None, "dense": None, "slim": None}
+    row |= {"max_error": None, "blocks": None, "stock": None}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        command = [sys.executable, str(HERE / "registry_one.py"), name, folder]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=LIMIT, env=environment, check=False
+            )
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            row |= found
+        except subprocess.TimeoutExpired:
+            row["reason"] = f"took more than {LIMIT} s"
+        except (IndexError, json.JSONDecodeError):
+            lines = done.stderr.strip().splitlines()
+            row["reason"] = lines[-1] if lines else f"ended with {done.returncode}"
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _write(rows: Sequence[dict[str, Any]]) -> None:
+    import open_clip
+    import timm
+    import torch
+
+    record = {
+        "open_clip": open_clip.__version__,
+        "timm": timm.__version__,
+        "torch": torch.__version__,
+        "rows": list(rows),
+    }
+    write_text(RECORD, json.dumps(record, indent=1) + "\n")
+    write_text(PAGE, "\n".join(_page(record)) + "\n")
+
+
+def _page(record: dict[str, Any]) -> Iterator[str]:
+    rows = record["rows"]
+    states = Counter(row["status"] for row in rows)
+    yield "# open_clip's registry, pruned to half"
+    yield ""
+    yield (
+        f"{states['ok']} of {len(rows)} names are ok (open_clip {record['open_clip']}, timm "
+        f"{record['timm']}, torch {record['torch']}; random weights). `python "
+        "benchmarks/registry_sweep.py`, whose first lines say what is checked. Errors are the "
+        "largest of pooled and dense outputs, in standard deviations. Blocks: all, or as many a "
+        "stage as were built where the real tower does not fit."
+    )
+    yield ""
+    yield "| name | | MACs | slim | largest error | blocks | Torch-Pruning removes | seconds |"
+    yield "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |"
+    for row in rows:
+        costs = [count(row[key]["macs"]) if row[key] else "" for key in ("dense", "slim")]
+        error = "" if row["max_error"] is None else f"{row['max_error']:.1e}"
+        stock = "" if row["stock"] is None else f"{row['stock']:.0%}"
+        cells = [row["name"], row["status"], *costs, error, row["blocks"] or "", stock]
+        yield f"| {' | '.join(cells)} | {row['seconds']:.0f} |"
+    reasons = [row for row in rows if row["reason"]]
+    if reasons:
+        yield ""
+        yield "## Reasons"
+        yield ""
+        for row in reasons:
+            yield f"- {row['name']}: {row['reason']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What the default's parts bring, and what calibration pictures it wants: the smaller tables.
+
+    python benchmarks/studies.py tiny
+    python benchmarks/studies.py photo --data DATA
+    python benchmarks/studies.py photo --data DATA --study ablation --seeds 3
+
+Rows are kept in ``--work`` as they are done: run again, it goes on where it stopped. Every study
+gets ``benchmarks/quality/<testbed>-<study>/`` with the record, the page and the plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sizes
+from quality import HERE, linked, listed, testbed
+
+import ovsprune
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table.
+
+    Attributes:
+        methods: What is compared.
+        ratios: At which ratios.
+        pictures: Where photographs to calibrate ``photo`` are: folders of DATA, and the list of
+            DATA that says which of them, if any. None for the testbed's own, empty for procedural
+            pictures.
+        samples: How many pictures; several make a curve.
+        testbeds: Where it is of use.
+    """
+
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...] = (0.5, 0.7)
+    pictures: Mapping[str, str | None] | None = None
+    samples: tuple[int, ...] = (256,)
+    testbeds: tuple[str, ...] = ("tiny", "photo")
+
+
+def _ablation() -> tuple[str, ...]:
+    """Criterion x allocation x recovery."""
+    parts = itertools.product(
+        ("reconstruction", "magnitude", "random"),
+        ("sensitivity", "uniform"),
+        ("gauss-newton", "closed-form", "none"),
+    )
+    return tuple("+".join(names) for names in parts)
+
+
+EVERY_TRAINING_PICTURE = {
+    "msrc/images": "msrc/train.txt",
+    "coco128/images": None,
+    "camvid/train/images": None,
+}
+STUDIES = {
+    "ablation": Study(_ablation(), ratios=(0.7,)),
+    "distill": Study(("default+distill", "default", "random+distill", "random+gauss-newton")),
+    "procedural": Study(
+        ("default", "random+closed-form", "random"), pictures={}, testbeds=("photo",)
+    ),
+    "domain": Study(
+        ("default", "random+closed-form", "random"),
+        pictures={"camvid/train/images": None},
+        testbeds=("photo",),
+    ),
+    "samples": Study(
+        ("default", "reconstruction+sensitivity+closed-form", "random+closed-form"),
+        ratios=(0.7,),
+        pictures=EVERY_TRAINING_PICTURE,
+        samples=(16, 32, 64, 128, 256, 512),
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("testbed", choices=("tiny", "photo"))
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--study", action="append", choices=STUDIES)
+    parser.add_argument("--work", type=Path, help="default: runs/studies-<testbed>")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    chosen = parser.parse_args(arguments)
+    work = chosen.work or Path("runs") / f"studies-{chosen.testbed}"
+    for name in chosen.study or STUDIES:
+        study = STUDIES[name]
+        if chosen.testbed not in study.testbeds:
+            print(f"{name} is not of use for {chosen.testbed}")
+            continue
+        place = HERE / "quality" / f"{chosen.testbed}-{name}"
+        run(study, place, work / name, chosen)
+        print(place / "README.md")
+
+
+def run(study: Study, place: Path, work: Path, chosen: argparse.Namespace) -> None:
+    """Fill a study's rows, and write its folder."""
+    given = testbed(chosen.testbed, chosen.data, work) | calibration(study, work, chosen)
+    records = {}
+    for samples in study.samples:
+        rows = work / f"rows-{samples}"
+        records[samples] = ovsprune.compare(
+            **given,
+            ratios=study.ratios,
+            methods=study.methods,
+            seeds=chosen.seeds,
+            samples=samples,
+            threads=chosen.threads,
+            output=os.path.relpath(rows),
+        )
+    place.mkdir(parents=True, exist_ok=True)
+    if len(records) > 1:
+        sizes.write(records, place)
+        return
+    for file in ("compare.json", "README.md", "curves.png"):
+        shutil.copyfile(rows / file, place / file)
+
+
+def calibration(study: Study, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """What a study calibrates with, if it is not what the testbed does."""
+    if study.pictures is None or chosen.testbed == "tiny":
+        return {}
+    if not study.pictures:
+        return {"calibration": "procedural"}
+    found = [
+        picture
+        for folder, stems in study.pictures.items()
+        for picture in listed(chosen.data / folder, chosen.data / stems if stems else None)
+    ]
+    return {"calibration": os.path.relpath(linked(work / "pictures", found))}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Families of open_clip's ``TimmModel``: what they share, around what each says of its own trunk.
+
+A new one is one file with a class of the shape :class:`TimmParts`, decorated with
+``@timm_family("open_clip-mine")``, and an entry in the table of ``ovsprune/slim/load.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.open_clip_model import (
+    build_clip,
+    encoder_of,
+    fit_text,
+    has_own_text,
+    preprocess_of,
+)
+from ovsprune.backbones.open_clip_source import fill, open_source
+from ovsprune.core.errors import OptionError
+from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.records import Group, Plan, Preprocess
+from ovsprune.slim.activation import find_activations
+from ovsprune.slim.timm_tower import build_timm_tower
+
+__all__ = ["TimmFamily", "TimmParts", "pools_positions", "timm_family"]
+
+
+class TimmParts(Protocol):
+    """What a family of ``TimmModel`` towers says; the rest of a family is the same for all."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Modules of timm that define its trunks, for the list of names."""
+        ...
+
+    def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
+        """Whether this is one of its towers.
+
+        Args:
+            vision: ``vision_cfg`` of open_clip's configuration.
+            trunk: What timm builds for it, without weights and with timm's own head.
+        """
+        ...
+
+    def rewrite(self, tower: nn.Module) -> None:
+        """As :meth:`ovsprune.core.protocols.Family.rewrite`."""
+        ...
+
+    def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
+        """As :meth:`ovsprune.core.protocols.Family.finish`."""
+        ...
+
+    def seeds(self, tower: nn.Module) -> list[Seed]:
+        """As :meth:`ovsprune.core.protocols.Family.seeds`."""
+        ...
+
+    def stages(self, tower: nn.Module) -> Stages:
+        """As :meth:`ovsprune.core.protocols.Family.stages`."""
+        ...
+
+
+P = TypeVar("P", bound=TimmParts)
+
+
+def timm_family(name: str) -> Callable[[type[P]], type[P]]:
+    """Decorate the parts of a family, which is registered under ``name``."""
+
+    def decorate(parts: type[P]) -> type[P]:
+        FAMILIES.add(name, TimmFamily(name, parts()), parts.__doc__)
+        return parts
+
+    return decorate
+
+
+class TimmFamily:
+    """A backbone family made of its parts.
+
+    Args:
+        name: In the registry.
+        parts: What is its own.
+    """
+
+    library = "open_clip_torch"
+
+    def __init__(self, name: str, parts: TimmParts) -> None:
+        self.name, self.parts = name, parts
+        self.rewrite, self.finish = parts.rewrite, parts.finish
+        self.seeds, self.stages = parts.seeds, parts.stages
+
+    def names(self) -> Sequence[str]:
+        """open_clip's names for trunks of the family's modules of timm."""
+        return _names(self.parts.modules)
+
+    def takes(self, config: Mapping[str, Any]) -> bool:
+        """Whether open_clip builds, from ``config``, a trunk that the family takes."""
+        vision = config["vision_cfg"]
+        trunk = _trunk(str(vision.get("timm_model_name")))
+        return trunk is not None and self.parts.takes(vision, trunk)
+
+    def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
+        """Load a name of open_clip's, or a folder of its form.
+
+        Args:
+            name: The name or the folder.
+            pretrained: A tag, a file (of the whole CLIP or the image tower alone), ``"none"``, or
+                None for the folder's own weights.
+            activation: What the network has anyway, or None.
+
+        Raises:
+            WeightsError: The weights cannot be had or do not fit.
+            OptionError: ``activation`` is not the network's own.
+        """
+        source = open_source(name, pretrained, None)
+        model = build_clip(source.config)
+        text = fill(source, model)
+        tower = model.get_submodule("visual")
+        backbone = self._backbone(
+            source.name,
+            source.pretrained,
+            tower,
+            source.config,
+            preprocess_of(tower, source.preprocess),
+            trained=source.weights is not None,
+            text=text,
+        )
+        if text and has_own_text(source.config):
+            backbone.encoder = encoder_of(model, source.config)
+        backbone.notes = source.notes
+        if activation not in (None, backbone.activation):
+            raise OptionError(
+                f"--activation {activation!r}: {name} has {backbone.activation}; leave it out"
+            )
+        return backbone
+
+    def build(
+        self,
+        name: str,
+        pretrained: str | None,
+        architecture: Mapping[str, Any],
+        preprocess: Preprocess,
+        *,
+        trained: bool,
+        text: Mapping[str, Tensor],
+    ) -> Backbone:
+        """The dense tower with random weights, and the CLIP around it where there is a text."""
+        encoder = None
+        if text and has_own_text(architecture):
+            model = build_clip(architecture)
+            fit_text(name, text, model)
+            tower, encoder = model.get_submodule("visual"), encoder_of(model, architecture)
+        else:
+            tower = build_timm_tower(architecture)
+        backbone = self._backbone(
+            name, pretrained, tower, architecture, preprocess, trained=trained, text=text
+        )
+        backbone.encoder = encoder
+        return backbone
+
+    def _backbone(
+        self,
+        name: str,
+        pretrained: str | None,
+        tower: nn.Module,
+        architecture: Mapping[str, Any],
+        preprocess: Preprocess,
+        *,
+        trained: bool,
+        text: Mapping[str, Tensor],
+    ) -> Backbone:
+        import open_clip
+
+        blocks = self.stages(tower).blocks.values()
+        (activation,) = find_activations(m for block in blocks for m in block.modules())
+        return Backbone(
+            name=name,
+            pretrained=pretrained,
+            trained=trained,
+            family=self.name,
+            tower=tower,
+            stages=self.stages,
+            preprocess=preprocess,
+            activation=activation,
+            architecture=dict(architecture),
+            library_version=open_clip.__version__,
+            text=text,
+        )
+
+
+def pools_positions(vision: Mapping[str, Any]) -> bool:
+    """Whether the features are pooled by a mean or a maximum, so that one position is as good."""
+    pool, projection = vision.get("timm_pool", "avg"), vision.get("timm_proj", "linear")
+    # without a pool of its own a trunk keeps timm's, if open_clip puts a projection behind it
+    pools = pool in ("avg", "max", "avgmax") or (pool == "" and projection in ("linear", "mlp"))
+    return pools and projection in ("linear", "mlp", "none", "", None)
+
+
+@cache
+def _names(modules: tuple[str, ...]) -> tuple[str, ...]:
+    import open_clip
+    import timm
+
+    listed = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
+    trunks = {n: str(c["vision_cfg"].get("timm_model_name")) for n, c in listed.items()}
+    return tuple(
+        n for n, trunk in trunks.items() if timm.models.is_model_in_modules(trunk, modules)
+    )
+
+
+@cache
+def _trunk(name: str) -> nn.Module | None:
+    """The model of timm of that name, on the meta device."""
+    import timm
+
+    if not timm.is_model(name):
+        return None
+    with torch.device("meta"):
+        trunk: nn.Module = timm.create_model(name, pretrained=False)
+    return trunk

@@ -1,0 +1,185 @@
+"""ConvNeXts as towers of open_clip's TimmModel: names, heads, layer scales, the checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ovsprune
+from ovsprune import backbones
+from ovsprune.backbones import FAMILIES
+from ovsprune.core.errors import WeightsError
+from ovsprune.core.records import Preprocess
+from ovsprune.jobs.prune import prune
+from tests.contracts.conftest import (
+    of_timm,
+    open_clip_convnext,
+    open_clip_convnext_conv,
+    prepared,
+    squeezed,
+)
+
+FAMILY = FAMILIES.get("open_clip-convnext")
+QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
+
+
+def test_open_clips_names_are_listed() -> None:
+    names = set(FAMILY.names())
+    for end in ("base", "base_w_320", "large_d", "small", "tiny", "xlarge", "xxlarge_320"):
+        assert f"convnext_{end}" in names
+    assert all(name.startswith("convnext_") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("vision", "taken"),
+    [
+        ({"timm_model_name": "convnext_atto"}, True),  # 1x1 convolutions
+        ({"timm_model_name": "convnext_tiny", "timm_pool": ""}, True),
+        ({"timm_model_name": "convnext_tiny", "timm_proj": "mlp"}, True),
+        ({"timm_model_name": "convnextv2_atto"}, False),  # a norm over all units
+        ({"timm_model_name": "convnext_tiny", "timm_pool": "abs_attn"}, False),
+        ({"timm_model_name": "resnet18"}, False),
+    ],
+)
+def test_what_the_family_takes(vision: dict[str, Any], taken: bool) -> None:
+    assert FAMILY.takes({"vision_cfg": vision}) is taken
+
+
+def test_downsampling_layers_are_blocks_without_groups() -> None:
+    tower = open_clip_convnext().tower
+    stages, seeds = FAMILY.stages(tower), FAMILY.seeds(tower)
+    assert list(stages.blocks)[:4] == [
+        "trunk.stages.0.blocks.0",
+        "trunk.stages.1.downsample",
+        "trunk.stages.1.blocks.0",
+        "trunk.stages.2.downsample",
+    ]
+    assert [s.block for s in seeds] == [n for n in stages.blocks if "downsample" not in n]
+    assert {s.kind for s in seeds} == {"mlp"} and not any(s.protected for s in seeds)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("projection", ["linear", "mlp", "none"])
+def test_every_position_goes_through_what_the_pooled_features_do(projection: str) -> None:
+    config = of_timm("ovsprune_convnext", timm_proj=projection, image_size=64)
+    backbone = FAMILY.build("x", None, config, Preprocess((64, 64)), trained=False, text={})
+    tower: Any = backbone.tower
+    tower.trunk.head.norm.weight.uniform_(0.2, 2)
+    images = torch.randn(2, 3, 64, 96)
+    features = tower.trunk.forward_features(images)
+    dense = backbone.dense(images)
+    assert dense.shape == (2, 20 if projection == "none" else 24, 2, 3)
+    one = features[:, :, 1:2, 2:3]  # a picture of one position
+    expected = tower.head(tower.trunk.forward_head(one))
+    torch.testing.assert_close(dense[:, :, 1, 2], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(backbone.pooled(images), tower(images), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [open_clip_convnext, open_clip_convnext_conv])
+def test_the_stream_is_read_behind_the_layer_scale(make: Any) -> None:
+    case = prepared(make(), 4)
+    block: Any = case.dense.get_submodule("trunk.stages.2.blocks.1")
+    assert block.gamma is None
+    stream = torch.randn(2, 16, 4, 4)
+    before: Any = case.backbone.tower.get_submodule("trunk.stages.2.blocks.1")
+    torch.testing.assert_close(block(stream), before(stream), atol=1e-5, rtol=1e-5)
+    seen = []
+    block.mlp.fc2.register_forward_hook(lambda *args: seen.append(args[2]))
+    given = block(stream) - stream
+    added = seen[0] if block.use_conv_mlp else seen[0].movedim(-1, 1)
+    torch.testing.assert_close(given, added, atol=1e-5, rtol=1e-5)
+    FAMILY.finish(case.dense, case.groups, case.full_plan())
+    assert torch.equal(block.gamma, before.gamma) and not hasattr(block, "folded")
+
+
+def test_scales_as_small_as_timm_starts_them_blow_nothing_up(tmp_path: Path) -> None:
+    """Also in half precision, where 1 / 1e-6 would be infinite."""
+    backbone = open_clip_convnext()
+    for name, tensor in backbone.tower.named_parameters():
+        if name.endswith("gamma"):
+            tensor.data.fill_(1e-6)
+            tensor.data[::2] = 0.5
+    done = prune(backbone, 0.4, output=tmp_path / "slim", dtype="float16",
+                 recovery="gauss-newton", **QUICK)  # fmt: skip
+    state = ovsprune.load(tmp_path / "slim").tower.state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    dense = backbone.tower.state_dict()
+    longest = {k: v.abs().max() for k, v in dense.items()}
+    assert all(state[k].abs().max() <= 20 * longest[k] for k in state if k.endswith("fc2.weight"))
+    assert done.fidelity.cosine > 0.9
+
+
+@pytest.mark.parametrize("make", [open_clip_convnext, open_clip_convnext_conv, squeezed])
+@torch.no_grad()
+def test_the_checkpoint_comes_back_and_goes_on_a_tower(make: Any, tmp_path: Path) -> None:
+    backbone = make()
+    place = tmp_path / "slim"
+    done = prune(backbone, 0.4, output=place, **QUICK)
+    assert abs(done.achieved - 0.4) < 0.01
+    images = torch.randn(2, 3, *backbone.preprocess.size)
+    tower, back = ovsprune.load(place), backbones.load(str(place))
+    expected = backbone.stages(done.tower).outputs(images)
+    assert torch.equal(tower(images), expected[0]) and torch.equal(tower.dense(images), expected[1])
+    assert torch.equal(back.pooled(images), expected[0])
+    assert torch.equal(back.dense(images), expected[1])
+    assert list(done.tower.state_dict()) == list(backbone.tower.state_dict())
+    mine = deepcopy(backbone.tower)
+    before = mine(images)
+    applied = ovsprune.apply(mine, ovsprune.read(place))
+    assert torch.equal(mine(images), expected[0])
+    applied.detach()
+    assert torch.equal(mine(images), before)
+
+
+SCRIPT = """
+import sys, torch
+import ovsprune
+torch.set_num_threads(int(sys.argv[4]))
+tower, images = ovsprune.load(sys.argv[1]), torch.load(sys.argv[2])
+torch.save((tower(images), tower.dense(images)), sys.argv[3])
+"""
+
+
+def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
+    """A model that timm itself has."""
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"timm_model_name": "convnext_atto", "image_size": 64},
+        "text_cfg": {},
+    }
+    backbone = FAMILY.build("atto", None, config, Preprocess((64, 64)), trained=False, text={})
+    done = prune(backbone, 0.3, output=tmp_path / "slim", criterion="random",
+                 allocation="uniform", recovery="bias", **QUICK)  # fmt: skip
+    images = torch.randn(2, 3, 64, 64)
+    torch.save(images, tmp_path / "images.pt")
+    arguments = [str(tmp_path / name) for name in ("slim", "images.pt", "out.pt")]
+    arguments.append(str(torch.get_num_threads()))  # Sums depend on it in their last bits.
+    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
+    with torch.no_grad():
+        expected = backbone.stages(done.tower).outputs(images)
+    found = torch.load(tmp_path / "out.pt")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_name_without_a_tag_lists_its_tags() -> None:
+    with pytest.raises(WeightsError, match="no default.*laion2b_s13b_b82k"):
+        backbones.load("convnext_base_w")
+
+
+def test_random_weights_of_a_listed_name_are_marked() -> None:
+    with torch.device("cpu"):
+        backbone = backbones.load("convnext_tiny", pretrained="none")
+    assert (backbone.trained, backbone.pretrained, backbone.family) == (
+        False,
+        None,
+        "open_clip-convnext",
+    )
+    assert backbone.preprocess.size == (224, 224) and backbone.activation == "gelu"
+    assert isinstance(backbone.tower.get_submodule("head.proj"), nn.Linear)

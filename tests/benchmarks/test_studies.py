@@ -1,0 +1,68 @@
+"""The smaller tables: what they ask for exists, and the curve over sizes says what was measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ovsprune.jobs.methods import parse_methods
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in ("quality", "sizes", "studies"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module
+
+
+def test_methods_are_known_and_each_is_there_once(script) -> None:
+    for study in script("studies").STUDIES.values():
+        assert len(parse_methods(study.methods)) == len(study.methods)
+        assert all(0 < ratio < 1 for ratio in study.ratios)
+
+
+def test_pictures_of_a_study_are_those_of_its_lists(script, tmp_path) -> None:
+    studies = script("studies")
+    images = tmp_path / "data" / "msrc" / "images"
+    images.mkdir(parents=True)
+    for stem in "abc":
+        (images / f"{stem}.png").touch()
+    (tmp_path / "data" / "msrc" / "train.txt").write_text("a\nc\n")
+    study = studies.Study(("random",), pictures={"msrc/images": "msrc/train.txt"})
+    chosen = studies.argparse.Namespace(testbed="photo", data=tmp_path / "data")
+    given = studies.calibration(study, tmp_path / "work", chosen)
+    assert sorted(p.name for p in Path(given["calibration"]).iterdir()) == ["a.png", "c.png"]
+    plain = studies.Study(("random",), pictures={})
+    assert studies.calibration(plain, tmp_path, chosen) == {"calibration": "procedural"}
+    chosen.testbed = "tiny"
+    assert studies.calibration(study, tmp_path, chosen) == {}
+
+
+def test_sizes_are_one_page(script, tmp_path) -> None:
+    def record(*kept: float) -> dict:
+        rows = [
+            {"method": "random", "ratio": 0.7, "seed": seed, "retention": value,
+             "relative_error": 1 - value}
+            for seed, value in enumerate(kept)
+        ]  # fmt: skip
+        return {
+            "model": "m", "trained": True, "data": "scenes", "images": 3, "calibration": "c",
+            "budget": "macs", "dense": {}, "methods": ["random"], "ratios": [0.7],
+            "seeds": len(kept), "rows": rows,
+        }  # fmt: skip
+
+    script("sizes").write({16: record(0.5, 0.7), 64: record(0.8, 0.9)}, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "| mIoU kept, % | 16 | 64 |" in page
+    assert "| random | 60.0 ± 14.1 | 85.0 ± 7.1 |" in page
+    assert "70% of the MACs removed" in page
+    rows = json.loads((tmp_path / "samples.json").read_text())["rows"]
+    assert [row["samples"] for row in rows] == [16, 16, 64, 64]
+    assert (tmp_path / "curves.png").stat().st_size > 1000
