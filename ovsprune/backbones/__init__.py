@@ -31,7 +31,7 @@ def load(
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
             directory of a slim checkpoint or of an unstructured result, a folder that open_clip
             reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
-            tower alone if need be), or ``"hf-hub:ORG/REPOSITORY"`` with the same files; a model of
+            tower alone if need be), ``"hf-hub:ORG/REPOSITORY"`` with the same files, or a model of
             transformers as ``"hf:ORG/REPOSITORY"`` or ``"hf:FOLDER"``, or that folder.
         pretrained: A tag of open_clip's, a file, ``"hf-hub:ORG/REPOSITORY"``, ``"none"`` for random
             weights, or None for the default (OpenAI's where the name has them).
@@ -90,6 +90,8 @@ def canonical(name: str) -> str:
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.transformers_source import is_transformers, short_name
 
+    if is_transformers(name):
+        return short_name(name)
     repository = repository_of(name)
     if repository is not None:
         return repository.rpartition("/")[2]

@@ -19,7 +19,7 @@ from ovsprune.slim.spec import CONFIG, SlimSpec
 from ovsprune.slim.timm_tower import narrow_timm_tower, timm_both, timm_dense
 from ovsprune.slim.timm_vit import timm_vit_both, timm_vit_dense
 from ovsprune.slim.transformers_build import narrow_tower
-from ovsprune.slim.transformers_tower import transformers_dense
+from ovsprune.slim.transformers_tower import TransformersTower
 from ovsprune.slim.vit import VisionTransformer
 
 __all__ = ["SlimTower", "build", "load", "tower_of"]
@@ -195,5 +195,5 @@ _BUILDERS = {
     "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_both),
-    "transformers-vit": _Builder(narrow_tower, transformers_dense),
+    "transformers-vit": _Builder(narrow_tower, TransformersTower.dense, TransformersTower.outputs),
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError
 
-__all__ = ["FORMS", "Form", "TransformersTower", "transformers_dense"]
+__all__ = ["FORMS", "Form", "TransformersTower"]
 
 
 def _any_size(model: Any, images: Tensor) -> Mapping[str, Any]:
@@ -207,15 +207,13 @@ class TransformersTower(nn.Module):
             stream = step(stream)
         return self.read_out(stream, self._grid(images.shape[-2:]))
 
+    def dense(self, images: Tensor) -> Tensor:
+        """Dense embeddings [B, C, h, w] of images [B, 3, H, W] of any size."""
+        return self.outputs(images)[1]
+
     def _grid(self, size: Any) -> tuple[int, int]:
         patch = _pair(self.model.config.patch_size)
         return size[0] // patch[0], size[1] // patch[1]
-
-
-def transformers_dense(tower: Any, images: Tensor) -> Tensor:
-    """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    dense: Tensor = tower.outputs(images)[1]
-    return dense
 
 
 def _pair(size: Any) -> tuple[int, int]:

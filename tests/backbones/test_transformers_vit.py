@@ -241,6 +241,20 @@ def test_the_masks_fit_finetuned_weights(tmp_path: Path, images: Tensor) -> None
     assert off(theirs(other, images)[0], masked(images)) < 1e-4
 
 
+def test_a_slim_tower_is_pruned_again(tmp_path: Path, images: Tensor) -> None:
+    folder = folder_of(make("SiglipVisionModel"), tmp_path / "mine")
+    one = ovsprune.prune(str(folder), 0.2, output=tmp_path / "one", **CHEAP)
+    two = ovsprune.prune(str(tmp_path / "one"), 0.15, output=tmp_path / "two", **CHEAP)
+    checkpoint = ovsprune.read(tmp_path / "two")
+    for name, kept in ovsprune.read(tmp_path / "one").mask.items():
+        assert set(checkpoint.mask[name].tolist()) <= set(kept.tolist())
+    assert two.spec.slim.macs < one.spec.slim.macs
+    model = make("SiglipVisionModel")  # nothing was refitted: the mask says it all
+    ovsprune.apply(model, checkpoint, weights="target")
+    loaded = ovsprune.load(tmp_path / "two")
+    assert off(theirs(model, images)[0], loaded(images)) < 1e-5
+
+
 def test_base_weights_are_recognised(tmp_path: Path) -> None:
     from ovsprune.slim.hashing import match
 

@@ -42,6 +42,12 @@ def test_prune(pruned: tuple[Path, str]) -> None:
     assert (place / "slim" / "example" / "model.safetensors").is_file()
 
 
+def test_prune_transformers(tmp_path: Path) -> None:
+    said = run("prune_transformers.py", tmp_path, "--samples", "8")
+    assert "gives what the loaded tower gives: True" in said
+    assert (tmp_path / "slim" / "transformers-example" / "model.safetensors").is_file()
+
+
 def test_prune_convnext(tmp_path: Path) -> None:
     text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     vision = {"timm_model_name": "convnext_atto", "timm_pool": "", "image_size": 64}
@@ -67,12 +73,6 @@ def test_prune_resnet(tmp_path: Path) -> None:
     said = run("prune_resnet.py", tmp_path, *options)
     assert "layer4.0.conv2: " in said and "bit for bit: True" in said
     assert "stage (1, 256, 2, 2)" in said and "dense features (1, 24, 4, 4)" in said
-
-
-def test_prune_transformers(tmp_path: Path) -> None:
-    said = run("prune_transformers.py", tmp_path, "--samples", "8")
-    assert "gives what the loaded tower gives: True" in said
-    assert (tmp_path / "slim" / "transformers-example" / "model.safetensors").is_file()
 
 
 def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
