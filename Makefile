@@ -58,7 +58,7 @@ $(BIN)/python:
 # pair that fits; asking for them one after another is how they come apart.
 $(VENV)/.ready: pyproject.toml $(REQUIREMENTS) | $(BIN)/python
 	@echo "Installing ovsprune and what it needs into $(VENV) (a few GB the first time) ..."
-	@$(PIP) --editable ".[plots,frameworks]"
+	@$(PIP) --editable ".[plots,frameworks,export]"
 	@$(PIP) --no-deps --requirement requirements/mmseg.txt
 	@$(BIN)/python -c "import open_clip" || { \
 	    echo "The torch and torchvision in $(VENV) do not import together (see the error above)." >&2; \
@@ -68,5 +68,5 @@ $(VENV)/.ready: pyproject.toml $(REQUIREMENTS) | $(BIN)/python
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "Installing the tools that check the project ..."
-	@$(PIP) --editable ".[plots,frameworks,docs,dev]"
+	@$(PIP) --editable ".[plots,frameworks,export,docs,dev]"
 	@touch $@

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ovsprune.jobs.benchmark import benchmark
     from ovsprune.jobs.compare import compare
     from ovsprune.jobs.evaluate import evaluate
+    from ovsprune.jobs.export import export
     from ovsprune.jobs.inspect import inspect
     from ovsprune.jobs.prune import prune
     from ovsprune.jobs.transfer import transfer
@@ -37,6 +38,7 @@ __all__ = [
     "benchmark",
     "compare",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "load_open_clip",
@@ -53,6 +55,7 @@ _HOMES = {
     "benchmark": "ovsprune.jobs.benchmark",
     "compare": "ovsprune.jobs.compare",
     "evaluate": "ovsprune.jobs.evaluate",
+    "export": "ovsprune.jobs.export",
     "inspect": "ovsprune.jobs.inspect",
     "load": "ovsprune.slim",
     "load_open_clip": "ovsprune.slim",

@@ -31,7 +31,8 @@ def load(
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
             directory of a slim checkpoint or of an unstructured result, a folder that open_clip
             reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
-            tower alone if need be), or ``"hf-hub:ORG/REPOSITORY"`` with the same files.
+            tower alone if need be), or ``"hf-hub:ORG/REPOSITORY"`` with the same files; a model of
+            transformers as ``"hf:ORG/REPOSITORY"`` or ``"hf:FOLDER"``, or that folder.
         pretrained: A tag of open_clip's, a file, ``"hf-hub:ORG/REPOSITORY"``, ``"none"`` for random
             weights, or None for the default (OpenAI's where the name has them).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
@@ -48,10 +49,13 @@ def load(
     from ovsprune.backbones.masked_checkpoint import load_masked
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.slim_checkpoint import load_slim
+    from ovsprune.backbones.transformers_source import is_transformers
     from ovsprune.masks.directory import is_unstructured
 
     if is_folder(Path(name)) or repository_of(name):
         backbone = _family_that_takes(name).load(name, pretrained, activation)
+    elif is_transformers(name):
+        backbone = FAMILIES.get("transformers-vit").load(name, pretrained, activation)
     elif _is_checkpoint(name):
         if pretrained or activation:
             raise OptionError(
@@ -84,11 +88,16 @@ def canonical(name: str) -> str:
     """
     from ovsprune.backbones.hub import repository_of
     from ovsprune.backbones.open_clip_folder import is_folder
+    from ovsprune.backbones.transformers_source import is_transformers, short_name
 
     repository = repository_of(name)
     if repository is not None:
         return repository.rpartition("/")[2]
-    return Path(name).resolve().name if is_folder(Path(name)) else name.replace("/", "-")
+    if is_transformers(name):
+        return short_name(name)
+    path = Path(name)
+    here = is_folder(path) or (path / "config.json").is_file()
+    return path.resolve().name if here else name.replace("/", "-")
 
 
 def _family_of(name: str) -> Family:

@@ -79,7 +79,7 @@ def hub_file(repository: str, names: Sequence[str], what: str, ways_out: str = _
             raise unreachable(what, first_line(error), ways_out) from error
     raise WeightsError(
         f"the repository {repository} on the hub has none of {', '.join(names)}, so it does not "
-        f"give {what}; name a repository in open_clip's form"
+        f"give {what}; name another repository"
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES, open_clip_own
@@ -72,36 +71,16 @@ class OpenClipVit:
         )
 
     def rewrite(self, tower: nn.Module) -> None:
-        """Attention of every block to separate linear maps, in place."""
+        """Attention of every block, slim or not, to separate linear maps, in place."""
         for block in _blocks(tower).values():
-            if isinstance(block.attn, nn.MultiheadAttention):
+            if isinstance(block.attn, (nn.MultiheadAttention, SlimAttention)):
                 block.attn = SeparateAttention(block.attn)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Rewritten attention to slim attention, or to torch's own where all heads stay whole."""
-        by_name = {group.name: group for group in groups}
         for name, block in _blocks(tower).items():
-            separate = block.attn
-            if not isinstance(separate, SeparateAttention):
-                continue
-            group = by_name.get(f"{name}.attn")
-            heads = range(separate.num_heads) if group is None else plan.kept[group.name].tolist()
-            whole = separate.qk_dim == separate.v_dim == separate.head_dim
-            if whole and len(heads) == separate.num_heads:
-                block.attn = _fused(separate)
-                continue
-            block.attn = SlimAttention.from_projections(
-                separate.q_proj,
-                separate.k_proj,
-                separate.v_proj,
-                separate.out_proj,
-                num_heads=separate.num_heads,
-                kept_heads=heads,
-                head_dim=separate.head_dim,
-                batch_first=separate.batch_first,
-                qk_dim=separate.qk_dim,
-                v_dim=separate.v_dim,
-            )
+            if isinstance(block.attn, SeparateAttention):
+                block.attn = block.attn.finished(plan.kept.get(f"{name}.attn"))
 
     def seeds(self, tower: nn.Module) -> list[Seed]:
         """Heads and MLP units of every block; the last block's heads are protected."""
@@ -185,20 +164,3 @@ def _is_plain_vit(config: Mapping[str, Any]) -> bool:
 def _blocks(tower: nn.Module) -> dict[str, Any]:
     blocks = tower.get_submodule("transformer.resblocks")
     return {f"transformer.resblocks.{i}": block for i, block in blocks.named_children()}
-
-
-def _fused(separate: SeparateAttention) -> nn.MultiheadAttention:
-    """Torch's own attention again, with the weights as they are now."""
-    whole = nn.MultiheadAttention(
-        separate.embed_dim,
-        separate.num_heads,
-        bias=separate.q_proj.bias is not None,
-        batch_first=separate.batch_first,
-        device="meta",
-    )
-    parts = (separate.q_proj, separate.k_proj, separate.v_proj)
-    whole.in_proj_weight = nn.Parameter(torch.cat([p.weight for p in parts]), requires_grad=False)
-    if separate.q_proj.bias is not None:
-        whole.in_proj_bias = nn.Parameter(torch.cat([p.bias for p in parts]), requires_grad=False)
-    whole.out_proj.weight, whole.out_proj.bias = separate.out_proj.weight, separate.out_proj.bias
-    return whole.eval()

@@ -24,6 +24,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "benchmark",
+    "export",
     "models",
     "targets",
     "criteria",

@@ -13,6 +13,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "MissingLibraryError",
     "OptionError",
     "OutputError",
@@ -45,6 +46,10 @@ class WeightsError(OvspruneError):
 
 class DataError(OvspruneError):
     """Pictures, labels, or text embeddings cannot be read or do not belong together."""
+
+
+class ExportError(OvspruneError):
+    """A tower cannot be exported, or what was exported does not give what the tower gives."""
 
 
 class OutputError(OvspruneError):

@@ -157,7 +157,7 @@ class Family(Protocol):
         """Replace, in place, what cannot be cut or refitted as it is; the outputs stay.
 
         Fused attention becomes separate linear maps, and a norm behind a consumer is folded into
-        it.
+        it. The tower may have been finished as a slim one before: it can be pruned again.
         """
         ...
 

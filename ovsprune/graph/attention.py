@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsprune.slim import SlimAttention
+from ovsprune.slim.dense import maps_of
 from ovsprune.slim.directions import scaled
 
 __all__ = ["SeparateAttention"]
@@ -18,38 +20,39 @@ __all__ = ["SeparateAttention"]
 class SeparateAttention(nn.Module):
     """Self-attention with q, k, v and output projections apart; equals the module it replaces.
 
-    The number of heads is read from the weights, so that a cut of heads needs no bookkeeping.
-    ``qk_dim`` and ``v_dim``, the widths of one head, are the dense ``head_dim`` until directions
-    inside heads are cut; the logits keep the dense head's scale.
+    The number of heads is read from the weights, so that a cut of heads needs no bookkeeping;
+    ``kept_heads`` says which heads of the dense module they were before it. ``qk_dim`` and
+    ``v_dim``, the widths of one head, are the dense ``head_dim`` until directions inside heads are
+    cut; the logits keep the dense head's scale.
 
     Args:
         attention: Self-attention with one width for q, k and v, without ``bias_k`` or
-            ``add_zero_attn``. Weights are copied.
+            ``add_zero_attn``; or slim attention, some heads of such a module. Weights are copied.
 
     Raises:
         ValueError: ``attention`` is of another form.
     """
 
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
+    def __init__(self, attention: nn.MultiheadAttention | SlimAttention) -> None:
         super().__init__()
         if attention.in_proj_weight is None or attention.bias_k is not None:
             raise ValueError("only self-attention with one width for q, k and v can be rewritten")
-        width = attention.embed_dim
-        self.embed_dim = width
+        heads = tuple(range(attention.num_heads))
+        if isinstance(attention, SlimAttention):
+            if not attention.returns_tuple:
+                raise ValueError("slim attention that returns no tuple cannot be rewritten")
+            heads = attention.kept_heads
+        self.embed_dim = attention.embed_dim
         self.num_heads = attention.num_heads
-        self.head_dim = width // attention.num_heads
-        self.qk_dim = self.v_dim = self.head_dim
+        self.kept_heads = heads
+        self.head_dim = attention.head_dim
         self.batch_first = attention.batch_first
-        weights = attention.in_proj_weight.detach().chunk(3)
-        bias = attention.in_proj_bias
-        biases = (None, None, None) if bias is None else bias.detach().chunk(3)
+        maps = maps_of(attention, len(heads))
+        self.qk_dim, self.v_dim = maps.widths
         self.q_proj, self.k_proj, self.v_proj = (
-            _linear(w, b) for w, b in zip(weights, biases, strict=True)
+            _linear(w, b) for w, b in zip(maps.weights, maps.biases, strict=True)
         )
-        out_bias = attention.out_proj.bias
-        self.out_proj = _linear(
-            attention.out_proj.weight.detach(), None if out_bias is None else out_bias.detach()
-        )
+        self.out_proj = _linear(maps.columns, maps.out_bias)
 
     def forward(
         self,
@@ -76,10 +79,52 @@ class SeparateAttention(nn.Module):
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
+    def finished(self, kept: Tensor | None = None) -> nn.Module:
+        """The module for a finished tower: slim, or torch's own where all dense heads stay whole.
+
+        Args:
+            kept: int64, which of the heads that were here before the cut stay; None for all.
+        """
+        here = self.kept_heads
+        heads = here if kept is None else tuple(here[i] for i in kept.tolist())
+        if self.qk_dim == self.v_dim == self.head_dim and len(heads) == self.num_heads:
+            return self._fused()
+        return SlimAttention.from_projections(
+            self.q_proj,
+            self.k_proj,
+            self.v_proj,
+            self.out_proj,
+            num_heads=self.num_heads,
+            kept_heads=heads,
+            head_dim=self.head_dim,
+            batch_first=self.batch_first,
+            qk_dim=self.qk_dim,
+            v_dim=self.v_dim,
+        )
+
+    def _fused(self) -> nn.MultiheadAttention:
+        """Torch's own attention again, with the weights as they are now."""
+        whole = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            bias=self.q_proj.bias is not None,
+            batch_first=self.batch_first,
+            device="meta",
+        )
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([p.weight for p in parts])
+        whole.in_proj_weight = nn.Parameter(weight, requires_grad=False)
+        if self.q_proj.bias is not None:
+            bias = torch.cat([p.bias for p in parts])
+            whole.in_proj_bias = nn.Parameter(bias, requires_grad=False)
+        whole.out_proj.weight, whole.out_proj.bias = self.out_proj.weight, self.out_proj.bias
+        return whole.eval()
+
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    weight = weight.detach()
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+        layer.bias = nn.Parameter(bias.detach().clone())
     return layer

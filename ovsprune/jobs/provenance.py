@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from ovsprune.calibration.pictures import calibration_hash
 from ovsprune.core.protocols import Backbone, Family, Pictures
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.importance import criterion_name
+from ovsprune.jobs.again import layers_in_base, provenance_of
 from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
@@ -28,6 +29,7 @@ def make_spec(
     protected: Iterable[str],
     costs: tuple[Costs, Costs],
     provenance: dict[str, Any],
+    order: Sequence[str] = (),
 ) -> SlimSpec:
     """The spec of a slim tower.
 
@@ -37,14 +39,21 @@ def make_spec(
         groups: What could be cut.
         plan: What was kept.
         protected: Names of the groups that could not.
-        costs: Of the dense and of the slim tower.
+        costs: Of the tower that was pruned and of what came out.
         provenance: :func:`provenance`.
+        order: Names of all layers in the order of the blocks, for a model that was slim before.
     """
-    layers = tuple(_layer(g, plan) for g in groups)
+    state = backbone.tower.state_dict()
+    layers = tuple(_layer(g, plan, state) for g in groups)
+    if backbone.slim is None:
+        dense = costs[0]
+        base = base_spec(backbone.name, backbone.pretrained, backbone.trained, state)
+    else:
+        base, dense = backbone.slim.spec.base, backbone.slim.spec.dense
+        layers = layers_in_base(backbone.slim, layers, order)
+        provenance = {**provenance, "given": provenance_of(backbone.slim)}
     return SlimSpec(
-        base=base_spec(
-            backbone.name, backbone.pretrained, backbone.trained, backbone.tower.state_dict()
-        ),
+        base=base,
         family=backbone.family,
         library=family.library,
         library_version=backbone.library_version,
@@ -54,7 +63,7 @@ def make_spec(
         layers=layers,
         format_version=version_of(layers),
         protected=tuple(protected),
-        dense=costs[0],
+        dense=dense,
         slim=costs[1],
         provenance=provenance,
     )
@@ -85,10 +94,16 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _layer(group: Group, plan: Plan) -> LayerSpec:
+def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
+    """What the spec says of a group; ``base`` has the names of the base tower's tensors.
+
+    Where rewriting took an attention apart, its parts are no layers of the base tower: it is cut
+    as a whole, and has no slices.
+    """
     slices: tuple[SliceSpec, ...] = ()
     inside = group.kind in WIDTH_KINDS
-    if not (inside or group.kind == "heads"):
+    fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)
+    if not (inside or fused):
         for part in group.slices:
             offset = int(part.rows[0, 0])
             if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):

@@ -18,12 +18,13 @@ from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
+from ovsprune.jobs.again import check_again
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.measure import thread_limit
 from ovsprune.jobs.settings import DTYPES, Settings, settings_of
 from ovsprune.jobs.steps import Job
 from ovsprune.report.card import card
-from ovsprune.slim import SlimSpec, write
+from ovsprune.slim import SlimCheckpoint, SlimSpec, write
 from ovsprune.slim.write import check_output
 
 __all__ = ["PruneResult", "Settings", "cast", "command_of", "open_dense", "prune"]
@@ -36,14 +37,15 @@ class PruneResult:
     Attributes:
         spec: The slim checkpoint's spec.
         tower: The slim tower, in the family's own modules.
-        plan: Kept units of every group.
+        plan: Kept units of every group, in the coordinates of the base.
         path: Where it was written, or None.
-        achieved: Ratio that was reached, of the budget's cost.
-        fidelity: On held-out calibration pictures.
+        achieved: Ratio that was reached, of the budget's cost in the model that was given.
+        fidelity: To the model that was given, on held-out calibration pictures.
         seconds: Time by step.
         latency: For a latency budget, ``dense_ms``, ``slim_ms`` and ``measured_ratio`` (the share
             of the time that is really gone, in one run), and ``predicted_ms``; None otherwise.
         bases: Of layers that lost directions inside heads, see :func:`ovsprune.read`.
+        given: The slim checkpoint that was pruned again; None where the model was dense.
     """
 
     spec: SlimSpec
@@ -56,6 +58,7 @@ class PruneResult:
     seconds: dict[str, float]
     latency: dict[str, float] | None = None
     bases: Mapping[str, Tensor] = field(default_factory=dict)
+    given: SlimCheckpoint | None = None
 
     def record(self) -> dict[str, Any]:
         """What ``ovsprune prune --json`` prints."""
@@ -67,6 +70,7 @@ class PruneResult:
             "budget": self.settings.budget,
             "dense": {"macs": self.spec.dense.macs, "params": self.spec.dense.params},
             "slim": {"macs": self.spec.slim.macs, "params": self.spec.slim.params},
+            "given": None if self.given is None else _described(self.given),
             "achieved": self.achieved,
             "fidelity": {
                 "cosine": self.fidelity.cosine,
@@ -105,8 +109,10 @@ def prune(
     """Prune a CLIP-like image tower once, without labels and without a gradient step.
 
     Args:
-        model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone.
-        ratio: Share of the tower's cost that goes, in (0, 1).
+        model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone. A slim one is
+            pruned again: it is what the ratio, the floors and the recovery go by, and its base what
+            the result's mask, hashes and dense costs count from.
+        ratio: Share of the cost of the given tower that goes, in (0, 1).
         pretrained: Tag, file, or ``"none"``.
         activation: For a bare file.
         device: Where the towers run.
@@ -130,7 +136,8 @@ def prune(
             ``imp_lr``.
 
     Raises:
-        OptionError: A value is out of its range.
+        OptionError: A value is out of its range, or the model is slim in a way that cannot be
+            pruned again (an unstructured result, or one that lost directions inside heads).
         UnknownNameError: A name is unknown.
         BudgetError: The ratio is out of reach.
         WeightsError: The weights cannot be had.
@@ -149,7 +156,8 @@ def prune(
     target = _target(model, ratio, output, overwrite, dry_run)
     clock = Clock()
     with thread_limit(threads):
-        model = open_dense(model, pretrained, activation, device, progress, clock)
+        model = _open(model, pretrained, activation, device, progress, clock)
+        check_again(model, settings)
         done = Job(model, settings, progress, clock).run()
     result = PruneResult(
         done.spec,
@@ -162,6 +170,7 @@ def prune(
         clock.seconds,
         done.latency,
         done.bases,
+        model.slim,
     )
     if target is not None:
         state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
@@ -197,6 +206,22 @@ def open_dense(
         OptionError: It is pruned already.
         WeightsError: The weights cannot be had.
     """
+    model = _open(model, pretrained, activation, device, progress, clock)
+    if model.slim is not None:
+        raise OptionError(
+            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
+        )
+    return model
+
+
+def _open(
+    model: str | Backbone,
+    pretrained: str | None,
+    activation: str | None,
+    device: str,
+    progress: Progress,
+    clock: Clock,
+) -> Backbone:
     if isinstance(model, str):
         with progress.stage(f"loading {model}", 1) as advance:
             model = backbones.load(
@@ -204,10 +229,6 @@ def open_dense(
             )
             advance(1)
         clock.lap("load")
-    if model.slim is not None:
-        raise OptionError(
-            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
-        )
     for note in model.notes:
         progress.note(note)
     if not model.trained:
@@ -236,8 +257,9 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
-    words = ["ovsprune", "prune", "--model", model.name, "--ratio", f"{settings.ratio:g}"]
-    if model.pretrained not in OWN_WEIGHTS:
+    name = model.name if model.slim is None else model.slim.path.resolve().name
+    words = ["ovsprune", "prune", "--model", name, "--ratio", f"{settings.ratio:g}"]
+    if model.slim is None and model.pretrained not in OWN_WEIGHTS:
         words += ["--pretrained", model.pretrained or "none"]
     defaults = Settings(ratio=settings.ratio)
     for name, value, default in [
@@ -257,6 +279,12 @@ def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> s
     if not isinstance(settings.criterion, str):
         line += f"  # criterion: {criterion_name(settings.criterion)}, an object given from Python"
     return line
+
+
+def _described(given: SlimCheckpoint) -> dict[str, Any]:
+    """What a record says of the slim model that was pruned again."""
+    slim = given.spec.slim
+    return {"slim": str(given.path), "macs": slim.macs, "params": slim.params}
 
 
 def _values(prefix: str, chosen: Any, defaults: Any) -> list[tuple[str, Any, Any]]:

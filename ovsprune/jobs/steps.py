@@ -21,6 +21,7 @@ from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
+from ovsprune.jobs.again import in_base
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors
 from ovsprune.jobs.imp_units import prune_units
@@ -128,7 +129,9 @@ class Job:
             protected,
             (base, costs),
             provenance(self.settings, pictures),
+            [seed.name for seed in seeds],
         )
+        plan = in_base(self.backbone.slim, plan)
         turned = {layer.name: bases.bases[layer.name] for layer in spec.turned()}
         return Pruned(spec, slim, plan, achieved, closeness, latency, turned)
 

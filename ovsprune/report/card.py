@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovsprune.report.numbers import budget_name, change, count, duration, percent
@@ -69,7 +70,9 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     asked = record.get("ratio")
     if asked is not None:
         budget = budget_name(str(record.get("budget", "macs")))
-        removed += f" (asked for: {percent(float(asked))} of the {budget})"
+        given = record.get("given")
+        of = f" that {Path(given['slim']).name}, slim before, had" if given else ""
+        removed += f" (asked for: {percent(float(asked))} of the {budget}{of})"
     text = (
         f"# {spec.base.model}, slim\n\n"
         f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "
@@ -123,9 +126,10 @@ def _quality(record: Mapping[str, Any]) -> str:
         lines.append(f"- relative error of the dense features: {fidelity['relative_error']:.4f}")
     if not lines:
         return ""
+    whom = "the slim tower that it was cut from" if record.get("given") else "the dense tower"
     return (
-        "## How close it stays to the dense tower\n\n"
-        "Measured on held-out calibration pictures, slim against dense:\n\n"
+        f"## How close it stays to {whom}\n\n"
+        f"Measured on held-out calibration pictures, against {whom}:\n\n"
         + "\n".join(lines)
         + "\n\nThis says how well features are kept, not how good the segmentation is. "
         "`ovsprune evaluate --model <this directory> --data <your data>` measures that."

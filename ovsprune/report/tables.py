@@ -17,6 +17,7 @@ __all__ = [
     "costs_table",
     "demo_summary",
     "evaluate_summary",
+    "export_summary",
     "inspect_summary",
     "listing",
     "prune_summary",
@@ -68,9 +69,17 @@ def prune_summary(record: Record) -> Parts:
     ]
     fidelity = record.get("fidelity") or {}
     lines = []
+    given = record.get("given")
+    if given:
+        lines.append(
+            f"{given['slim']} was slim before, with {count(given['macs'])} MACs: ratio, features "
+            "and times below are against it, the table is against the dense base."
+        )
     if fidelity:
         lines.append(
-            "Dense features on held-out pictures, slim against dense: cosine "
+            "Dense features on held-out pictures, slim against what was given: cosine "
+            if given
+            else "Dense features on held-out pictures, slim against dense: cosine "
             f"{fidelity['cosine']:.4f}, relative error {fidelity['relative_error']:.4f}."
         )
     lines.append(
@@ -195,6 +204,32 @@ def benchmark_summary(record: Record) -> Parts:
         f"{record['dtype']}, {record['threads']} threads; memory in a fresh process each."
     )
     return [table("", columns, rows), Text(note, style="dim")]
+
+
+def export_summary(record: Record) -> Parts:
+    """Where the exported file is, how far it is from the tower, and what it takes."""
+    height, width = record["size"]
+    sides = "any size" if record["dynamic"] else f"{height} x {width}"
+    lines = [
+        f"Saved to {record['output']} ({file_size(record['bytes'])}, opset {record['opset']}): "
+        f"images [B, 3, H, W] of {sides} to pooled [B, C] and dense [B, C, h, w].",
+        f"Largest error of {len(record['checks'])} checks: {record['max_error']:.2g}, "
+        f"{record['relative_error']:.2g} standard deviations of the output.",
+    ]
+    rows = [
+        [
+            row["runtime"],
+            str(row["batch"]),
+            duration(row["latency"]),
+            f"{row['throughput']:.1f}/s",
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in record["latency"]
+    ]
+    parts: list[RenderableType] = [Text("\n".join(lines))]
+    if rows:
+        parts.insert(0, table("", ["runtime", "batch", "latency", "pictures", "speed-up"], rows))
+    return parts
 
 
 def listing(record: Record) -> Parts:

@@ -16,6 +16,8 @@ from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.cutting import head_runs, keep_index, layer_runs
 from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
+from ovsprune.slim.resnet import STRIDE
+from ovsprune.slim.shape import native_grid
 from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec
 from ovsprune.slim.vit import resize_positions
 
@@ -193,14 +195,15 @@ class _Plan:
             )
 
     def _hint(self) -> str:
-        if hasattr(self.tower, "visual"):
-            return "this looks like a whole CLIP: pass its .visual"
+        for part in ("visual", "vision_model"):
+            if hasattr(self.tower, part):
+                return f"this looks like a whole CLIP: pass its .{part}"
         return "a framework with other names needs its target or a prefix_map"
 
     def block_modules(self) -> Iterator[nn.Module]:
         """Modules of the blocks in which something can be cut."""
         for layer in self.checkpoint.spec.layers:
-            for part in layer.slices if layer.kind != "heads" else ():
+            for part in layer.slices:
                 # a map may know the layers, but not their block
                 for scope in (self.path(layer.block), self.path(part.module).rpartition(".")[0]):
                     try:
@@ -212,7 +215,7 @@ class _Plan:
     def replace_modules(self) -> None:
         spec, mask = self.checkpoint.spec, self.checkpoint.mask
         for layer in spec.layers:
-            if layer.kind == "heads":
+            if layer.whole:
                 self._replace_heads(layer, mask[layer.name])
         for name, axes in layer_runs(spec, mask).items():
             old, path = self.module(name), self.path(name)
@@ -234,7 +237,7 @@ class _Plan:
         spec = self.checkpoint.spec
         size = self.checkpoint.tensors[f"visual.{name}.weight"].shape[0 if axis == "out" else 1]
         for layer in spec.layers:
-            for part in layer.slices if layer.kind != "heads" else ():
+            for part in layer.slices:
                 if part.module == name and part.axis == axis:
                     size += (layer.units - layer.kept) * layer.unit_width
         return size
@@ -275,7 +278,9 @@ class _Plan:
             root = self.tower if inside is None else self.modules[inside][1]
             old = _tensor(root, path if inside is None else path[len(inside) + 1 :])
             assert old is not None  # find_tensors, and slim copies have what the dense had
-            fitted = _fit(name, value, old)
+            if name in ("positional_embedding", "attnpool.positional_embedding"):
+                value = self._positions(name, value, old)
+            fitted = _fit(value, old)
             if fitted is None:
                 wrong.append(f"{path} {tuple(old.shape)} instead of {tuple(value.shape)}")
             elif inside is None:
@@ -287,6 +292,25 @@ class _Plan:
                 f"the tower has other shapes than the checkpoint: {'; '.join(wrong[:4])}; check "
                 "the model's name"
             )
+
+    def _positions(self, name: str, value: Tensor, old: Tensor) -> Tensor:
+        """Positions of a CLIP ViT, or of an attention pool, for the tower's own grid.
+
+        A tower that does not tell its grid has the checkpoint's if it has as many positions, and
+        otherwise a square one, or one that does not fit.
+        """
+        kernel = self.checkpoint.tower()["conv1.weight"].shape[-2:]
+        step = (kernel[0], kernel[1]) if name == "positional_embedding" else (STRIDE, STRIDE)
+        native = native_grid(self.checkpoint, step, value.shape[0] - 1)
+        count = old.shape[-2] - 1 if old.dim() > 1 else 0
+        side = round(count**0.5) if count > 0 else 0
+        owner = self.tower.get_submodule(self.path(name).rpartition(".")[0])
+        told = getattr(owner, "grid_size", None)
+        if isinstance(told, (tuple, list)) and len(told) == 2 and told[0] * told[1] == count:
+            return resize_positions(value, native, (told[0], told[1]))
+        if count != value.shape[0] - 1 and side * side == count > 0:
+            return resize_positions(value, native, (side, side))
+        return value
 
     def commit(self) -> Applied:
         """Exchange everything, wherever in the tower it is registered."""
@@ -321,16 +345,8 @@ def _tensor(root: nn.Module, path: str) -> Tensor | None:
     return owner._buffers.get(name) if found is None else found
 
 
-def _fit(name: str, value: Tensor, old: Tensor) -> Tensor | None:
+def _fit(value: Tensor, old: Tensor) -> Tensor | None:
     """``value`` with the shape, type, device and flag of ``old``, or None if it cannot be."""
-    if (
-        name.endswith("positional_embedding")
-        and value.dim() == 2
-        and value.shape[0] != old.shape[-2]
-    ):
-        sides = [round((n - 1) ** 0.5) for n in (value.shape[0], old.shape[-2])]
-        if all(s * s == n - 1 for s, n in zip(sides, (value.shape[0], old.shape[-2]), strict=True)):
-            value = resize_positions(value, (sides[0], sides[0]), (sides[1], sides[1]))
     squeezed = [[n for n in t.shape if n != 1] for t in (value, old)]
     if squeezed[0] != squeezed[1]:  # some frameworks keep leading axes of one
         return None

@@ -7,20 +7,22 @@ a mask with a row per dense head is gathered at the kept heads here, so no calle
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
+from ovsprune.slim.calls import TORCH, Call, call_of
 from ovsprune.slim.dense import (
     Maps,
     check_heads,
     check_width,
     dropout,
+    is_batch_first,
     maps_of,
     refuse_extras,
-    takes_key_value,
 )
 from ovsprune.slim.directions import scaled
 from ovsprune.slim.masks import combine_masks
@@ -48,8 +50,8 @@ class SlimAttention(nn.Module):
         bias: Whether the in projection has a bias.
         batch_first: Inputs are [N, L, E] if true, else [L, N, E].
         dropout: Probability of dropping an attention weight in training.
-        returns_tuple: True for callers of ``nn.MultiheadAttention``; false for callers of
-            open_clip's ``Attention``: called as (x, attn_mask), returns the tensor alone.
+        call: How it is called and what it returns: as ``nn.MultiheadAttention`` by default; for
+            callers of open_clip's ``Attention`` see :mod:`ovsprune.slim.calls`.
 
     Raises:
         OptionError: ``kept_heads`` or a width are not valid, or the head width cannot be told.
@@ -67,7 +69,7 @@ class SlimAttention(nn.Module):
         bias: bool = True,
         batch_first: bool = True,
         dropout: float = 0.0,
-        returns_tuple: bool = True,
+        call: Call = TORCH,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -84,7 +86,7 @@ class SlimAttention(nn.Module):
         self.v_dim = check_width("v_dim", v_dim, head_dim)
         self.batch_first = batch_first
         self.dropout = dropout
-        self.returns_tuple = returns_tuple
+        self.call = call
         rows = sum(self._rows)
         self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
@@ -102,7 +104,16 @@ class SlimAttention(nn.Module):
         """Rows of the queries, keys and values in the in projection."""
         return [len(self.kept_heads) * width for width in (self.qk_dim, self.qk_dim, self.v_dim)]
 
-    def forward(
+    def forward(self, *args: Any, **given: Any) -> Output:
+        """Attend, called the way the dense module was; see :meth:`attend` for the arguments.
+
+        Returns:
+            What :meth:`attend` returns, or its output alone, as ``call`` says.
+        """
+        x, weights = self.attend(**self.call.bind(args, given))
+        return (x, weights) if self.call.returns_tuple else x
+
+    def attend(
         self,
         query: Tensor,
         key: Tensor | None = None,
@@ -112,8 +123,8 @@ class SlimAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> Output:
-        """Attend.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, with the arguments of ``nn.MultiheadAttention``.
 
         Args:
             query: [N, L, E] (or [L, N, E] if not ``batch_first``).
@@ -129,13 +140,11 @@ class SlimAttention(nn.Module):
             is_causal: Mask the future; where ``attn_mask`` is given, that one is used, as in torch.
 
         Returns:
-            ([N, L, E], weights or None), or the first alone if ``returns_tuple`` is false.
+            ([N, L, E], weights or None).
 
         Raises:
             OptionError: An input is unbatched or a mask has a shape that fits nothing.
         """
-        if not self.returns_tuple and key is not None and value is None:
-            key, attn_mask = None, key  # open_clip's positional form: (x, attn_mask)
         key = query if key is None else key
         value = key if value is None else value
         q, k, v = self._project(query, key, value)
@@ -162,7 +171,7 @@ class SlimAttention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         x = self.out_proj(x.transpose(1, 2).flatten(2))
         x = x if self.batch_first else x.transpose(0, 1)
-        return (x, weights) if self.returns_tuple else x
+        return x, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled) and keys [N, kept, length, qk_dim], and values [..., v_dim]."""
@@ -239,9 +248,9 @@ class SlimAttention(nn.Module):
             qk_dim=widths[0] if qk_dim is None else check_width("qk_dim", qk_dim, widths[0]),
             v_dim=widths[1] if v_dim is None else check_width("v_dim", v_dim, widths[1]),
             bias=any(bias is not None for bias in maps.biases),
-            batch_first=bool(getattr(mha, "batch_first", True)),
+            batch_first=is_batch_first(mha),
             dropout=dropout(mha),
-            returns_tuple=takes_key_value(mha),
+            call=call_of(mha),
         ).to(device=maps.columns.device, dtype=maps.columns.dtype)
         if bases:
             maps = maps.turned({kind: basis[list(present)] for kind, basis in bases.items()})

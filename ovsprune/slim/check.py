@@ -119,7 +119,7 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
     if not any(name.startswith(TOWER) for name in tensors):
         raise CheckpointError(f"{at} has no tensor of the tower ({TOWER}*); {_AGAIN}")
     for layer in spec.layers:
-        if layer.kind == "heads":
+        if layer.whole:
             _check_heads(layer, spec.head_widths(layer), tensors, at)
             continue
         for part in layer.slices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import torch
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.apply import apply
 from ovsprune.slim.read import SlimCheckpoint, read
-from ovsprune.slim.spec import CONFIG, MODEL
+from ovsprune.slim.spec import CONFIG, MODEL, SlimSpec
 
 __all__ = ["clip_class", "load_open_clip"]
 
@@ -24,6 +25,10 @@ def clip_class(open_clip: Any, config: Mapping[str, Any]) -> Any:
     if not (config.get("custom_text") or config["text_cfg"].get("hf_model_name")):
         return open_clip.CLIP
     return open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+
+
+# What open_clip's transforms do in the versions in which they could not be told (2.16 to 2.20).
+_OLD_TRANSFORM = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def load_open_clip(
@@ -42,7 +47,7 @@ def load_open_clip(
     Raises:
         CheckpointError: The checkpoint is damaged, has no text tower, or was not built by
             open_clip.
-        MissingLibraryError: open_clip is not installed.
+        MissingLibraryError: open_clip is not installed, or too old for the preprocessing.
     """
     checkpoint = read(directory)
     spec = checkpoint.spec
@@ -66,19 +71,34 @@ def load_open_clip(
             "`pip install open_clip_torch`, or use ovsprune.load, which needs no other library"
         ) from error
     model = _build(open_clip, config, checkpoint)
+    train, val = (_transform(open_clip, spec, is_train) for is_train in (True, False))
+    return model.to(device).eval(), train, val
+
+
+def _transform(open_clip: Any, spec: SlimSpec, is_train: bool) -> Any:
+    """open_clip's transform of the pictures, by what its version can be told.
+
+    Raises:
+        MissingLibraryError: This version cannot prepare pictures as the checkpoint wants them.
+    """
     pre = spec.preprocess
-    transforms = [
-        open_clip.image_transform(
-            pre.size,
-            is_train=is_train,
-            mean=pre.mean,
-            std=pre.std,
-            interpolation=pre.interpolation,
-            resize_mode=pre.resize_mode,
-        )
-        for is_train in (True, False)
-    ]
-    return model.to(device).eval(), transforms[0], transforms[1]
+    known = inspect.signature(open_clip.image_transform).parameters
+    options = {"interpolation": pre.interpolation, "resize_mode": pre.resize_mode}
+    for name, old in _OLD_TRANSFORM.items():
+        if name not in known and options.pop(name) != old:
+            raise MissingLibraryError(
+                f"open_clip {_version()} prepares pictures with {name} {old!r} only, "
+                f"the checkpoint wants {getattr(pre, name)!r}; install open_clip_torch "
+                f"{spec.library_version} or newer, or use ovsprune.load"
+            )
+    return open_clip.image_transform(
+        pre.size, is_train=is_train, mean=pre.mean, std=pre.std, **options
+    )
+
+
+def _version() -> str:
+    """Of the installed open_clip; up to 2.24 its package itself does not say."""
+    return str(importlib.import_module("open_clip.version").__version__)
 
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
@@ -98,7 +118,7 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
             model = make(**config)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{checkpoint.path / CONFIG}: open_clip {open_clip.__version__} cannot build "
+            f"{checkpoint.path / CONFIG}: open_clip {_version()} cannot build "
             f"architecture ({error}); install {checkpoint.spec.library_version}, or use "
             "ovsprune.load"
         ) from error

@@ -121,6 +121,7 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
         provenance=provenance,
     )
     _check_names(spec, at)
+    _check_layers(spec, at)
     _check_directions(spec, at)
     return spec
 
@@ -157,26 +158,31 @@ def _check_names(spec: SlimSpec, at: str) -> None:
         )
 
 
+def _check_layers(spec: SlimSpec, at: str) -> None:
+    """Directions, and heads with slices, are for version 2."""
+    for layer in spec.layers:
+        if version_of([layer]) > spec.format_version:
+            what = f"of the kind {layer.kind!r}{' with slices' if layer.slices else ''}"
+            raise CheckpointError(
+                f"{at}: {layer.name} is {what}, which format_version {spec.format_version} does "
+                "not have; the file was edited or damaged: copy or write the checkpoint again"
+            )
+
+
 def _check_directions(spec: SlimSpec, at: str) -> None:
-    """Layers of directions are for version 2, each beside the heads that they lie in."""
-    heads = {layer.name: layer for layer in spec.layers if layer.kind == "heads"}
+    """Each layer of directions stands beside the heads that they lie in."""
+    heads = {layer.name: layer for layer in spec.layers if layer.whole}
     for layer in spec.layers:
         if layer.kind not in WIDTH_KINDS:
             continue
-        if version_of([layer]) > spec.format_version:
-            raise CheckpointError(
-                f"{at}: {layer.name} is of the kind {layer.kind!r}, which format_version "
-                f"{spec.format_version} does not have; the file was edited or damaged: copy or "
-                "write the checkpoint again"
-            )
         whole = heads.get(layer.name.removesuffix(f".{layer.kind}"))
         wanted = None if whole is None else (whole.block, whole.unit_width, 1, ())
         if (layer.block, layer.units, layer.unit_width, layer.slices) != wanted:
             raise CheckpointError(
-                f"{at}: {layer.name} does not fit the heads that it lies in: expected a layer of "
-                f"heads whose name it has before .{layer.kind}, with its block, its head width as "
-                "units, unit_width 1 and no slices; the file was edited or damaged: copy or write "
-                "the checkpoint again"
+                f"{at}: {layer.name} does not fit the heads that it lies in: expected a whole "
+                f"attention whose name it has before .{layer.kind}, with its block, its head width "
+                "as units, unit_width 1 and no slices; the file was edited or damaged: copy or "
+                "write the checkpoint again"
             )
 
 

@@ -85,10 +85,10 @@ def head_runs(layer: LayerSpec, kept: Tensor) -> dict[str, tuple[int, list[Run]]
 
 
 def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str, list[Run]]]:
-    """Layer of the tower to axis (``"out"``, ``"in"``) to the runs that are cut; heads apart."""
+    """Layer of the tower to axis (``"out"``, ``"in"``) to the cut runs; whole attentions apart."""
     found: dict[str, dict[str, list[Run]]] = {}
     for layer in spec.layers:
-        if layer.kind == "heads" or layer.kept == layer.units:
+        if layer.whole or layer.kept == layer.units:
             continue
         for part in layer.slices:
             run = Run(part.offset, layer.units, layer.unit_width, mask[layer.name], layer.name)
@@ -121,7 +121,7 @@ def cut_state(
         )
     cut = dict(state)
     for layer in spec.layers:
-        if layer.kind == "heads" and layer.kept < layer.units:
+        if layer.whole and layer.kept < layer.units:
             _cut_heads(cut, layer, mask[layer.name])
     for module, axes in layer_runs(spec, mask).items():
         if f"{module}.weight" not in cut:

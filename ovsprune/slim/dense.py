@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
+from ovsprune.slim.calls import call_of
 from ovsprune.slim.directions import dual, turned
 
 __all__ = [
@@ -19,9 +20,9 @@ __all__ = [
     "check_width",
     "dropout",
     "head_index",
+    "is_batch_first",
     "maps_of",
     "refuse_extras",
-    "takes_key_value",
 ]
 
 
@@ -60,16 +61,25 @@ def head_index(heads: Sequence[int], head_dim: int) -> Tensor:
     return (first[:, None] + torch.arange(head_dim)).reshape(-1)
 
 
-def takes_key_value(module: nn.Module) -> bool:
-    """Whether ``module`` is called with (query, key, value) and returns a tuple.
+@torch.no_grad()
+def is_batch_first(mha: nn.Module) -> bool:
+    """Whether ``mha`` reads [N, L, E], not [L, N, E]; tried out where it does not say.
 
-    ``nn.MultiheadAttention`` and its copies are; open_clip's own ``Attention`` is called with
-    (x, attn_mask) and returns a tensor.
+    open_clip's own ``Attention`` read [L, N, E] up to 2.24 and [N, L, E] from 3.0 on, and has no
+    attribute that tells.
     """
-    own = getattr(module, "returns_tuple", None)  # a SlimAttention says so itself
-    if isinstance(own, bool):
-        return own
-    return "key" in inspect.signature(type(module).forward).parameters
+    own = getattr(mha, "batch_first", None)
+    if own is not None:
+        return bool(own)
+    if call_of(mha).returns_tuple:
+        return True
+    tried = copy.deepcopy(mha).eval().float()  # torch 2.0 has no half precision on CPUs
+    weight = tried.get_parameter("out_proj.weight")
+    x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(2, 2, len(weight))
+    other = x.clone()
+    other[1] = x[1].flip(-1)
+    # the first entry of a batch does not depend on the second; the first token does
+    return torch.equal(type(mha).forward(tried, x)[0], type(mha).forward(tried, other)[0])
 
 
 def refuse_extras(mha: nn.Module) -> None:

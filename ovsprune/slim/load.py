@@ -16,10 +16,13 @@ from ovsprune.slim.resnet import ModifiedResNet
 from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
-from ovsprune.slim.timm_tower import narrow_timm_tower, timm_dense
+from ovsprune.slim.timm_tower import narrow_timm_tower, timm_both, timm_dense
+from ovsprune.slim.timm_vit import timm_vit_both, timm_vit_dense
+from ovsprune.slim.transformers_build import narrow_tower
+from ovsprune.slim.transformers_tower import transformers_dense
 from ovsprune.slim.vit import VisionTransformer
 
-__all__ = ["SlimTower", "build", "load"]
+__all__ = ["SlimTower", "build", "load", "tower_of"]
 
 
 class SlimTower(nn.Module):
@@ -46,31 +49,65 @@ class SlimTower(nn.Module):
         """Embedding of each patch, [B, 3, H, W] -> [B, C, h, w], not normalised."""
         return _BUILDERS[self.spec.family].dense(self.tower, images)
 
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, [B, 3, H, W] -> ([B, C], [B, C, h, w]), in one pass where the family can."""
+        builder = _BUILDERS[self.spec.family]
+        if builder.outputs is None:
+            return self(images), self.dense(images)
+        return builder.outputs(self.tower, images)
+
+    def set_size(self, size: tuple[int, int]) -> None:
+        """Make ``size`` (height and width in pixels) the one that costs no interpolation.
+
+        Raises:
+            OptionError: It is too small for the tower.
+        """
+        fix = _BUILDERS[self.spec.family].set_size
+        if fix is not None:
+            fix(self.tower, size)
+
 
 def load(
     directory: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    size: tuple[int, int] | None = None,
 ) -> SlimTower:
     """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP tower.
 
-    A tower of timm's is built by open_clip and timm, which must be installed.
+    A tower of timm's is built by open_clip and timm, one of transformers' by that library, which
+    must be installed.
 
     Args:
         directory: What ``ovsprune prune`` wrote.
         device: Where to.
         dtype: Of the parameters; as they were stored by default.
+        size: Height and width in pixels of the pictures that will come, for which positions are
+            then interpolated once. Without it pictures of any size are taken too, and the positions
+            for another size than the native one are interpolated whenever they come.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or its parts do not fit each other.
         MissingLibraryError: The family is not one that this version builds, or what it needs for
             that is not installed.
+        OptionError: ``size`` is too small for the tower.
     """
-    checkpoint = read(directory)
-    tower = build(checkpoint)
-    loaded = SlimTower(tower, checkpoint.spec, checkpoint.mask).eval()
+    loaded = tower_of(read(directory))
+    if size is not None:
+        loaded.set_size(size)
     return loaded.to(device=device, dtype=dtype)
+
+
+def tower_of(checkpoint: SlimCheckpoint) -> SlimTower:
+    """The tower of a checkpoint in memory, in evaluation mode on the CPU.
+
+    Raises:
+        CheckpointError: The tensors do not make the tower that the config describes.
+        MissingLibraryError: The family is not one that this version builds, or what it needs for
+            that is not installed.
+    """
+    return SlimTower(build(checkpoint), checkpoint.spec, checkpoint.mask).eval()
 
 
 def build(checkpoint: SlimCheckpoint) -> nn.Module:
@@ -131,16 +168,32 @@ def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 @dataclass(frozen=True)
 class _Builder:
-    """How a family's tower is built, without weights, and what its dense output is."""
+    """How a family's tower is built, without weights, and what it gives.
+
+    Attributes:
+        build: The tower.
+        dense: (tower, images) to the dense output.
+        outputs: (tower, images) to the pooled and the dense output, in one pass; None for two.
+        set_size: Makes, in place, a size the tower's native one; None where it has none.
+    """
 
     build: Callable[[SlimCheckpoint], nn.Module]
     dense: Callable[[Any, Tensor], Tensor]
+    outputs: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    set_size: Callable[[Any, tuple[int, int]], None] | None = None
 
 
 # Families whose towers can be built here, by the name that the config gives.
 _BUILDERS = {
-    "open_clip-vit": _Builder(build_vision_transformer, VisionTransformer.dense),
-    "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense),
+    "open_clip-vit": _Builder(
+        build_vision_transformer,
+        VisionTransformer.dense,
+        VisionTransformer.outputs,
+        VisionTransformer.set_size,
+    ),
     "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
-    "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense),
+    "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
+    "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
+    "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_both),
+    "transformers-vit": _Builder(narrow_tower, transformers_dense),
 }

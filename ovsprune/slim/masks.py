@@ -27,7 +27,7 @@ def combine_masks(
     """One additive mask that broadcasts to [N, kept, L, S], or None.
 
     Args:
-        attn_mask: As in :meth:`ovsprune.slim.attention.SlimAttention.forward`.
+        attn_mask: As in :meth:`ovsprune.slim.attention.SlimAttention.attend`.
         key_padding_mask: [N, S], bool or float.
         batch: N.
         lengths: (L, S).

@@ -128,12 +128,12 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     """Rows and columns of the native grid, which must make as many tokens as there are.
 
     Args:
-        checkpoint: Says the native size.
-        patch: Height and width in pixels of one position.
-        tokens: Positions, without the class or mean token.
+        checkpoint: Of a CLIP vision transformer.
+        patch: Height and width of a patch in pixels.
+        tokens: Patches that there are positions for.
 
     Raises:
-        CheckpointError: No grid makes so many.
+        CheckpointError: No grid that the config gives makes them, and they make no square.
     """
     height, width = checkpoint.spec.preprocess.size
     size = vision_config(checkpoint).get("image_size")

@@ -76,7 +76,7 @@ class LayerSpec:
         unit_width: Channels that make up one unit (the head width, or 1), for ``"qk"`` and ``"vo"``
             in each head.
         slices: Unit u covers indices ``offset + u * unit_width`` and on, of each slice. A
-            ``"heads"`` layer is cut as a whole and needs none, and directions have none.
+            ``"heads"`` layer without any is cut as a whole, and directions have none.
     """
 
     name: str
@@ -86,6 +86,11 @@ class LayerSpec:
     kept: int
     unit_width: int
     slices: tuple[SliceSpec, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is an attention that is cut as a whole, and not slice by slice."""
+        return self.kind == "heads" and not self.slices
 
 
 @dataclass(frozen=True)
@@ -206,7 +211,8 @@ class SlimSpec:
 
 def version_of(layers: Iterable[LayerSpec]) -> int:
     """The earliest version of the format that can say ``layers``."""
-    return 2 if any(layer.kind in WIDTH_KINDS for layer in layers) else 1
+    new = (x.kind in WIDTH_KINDS or (x.kind == "heads" and not x.whole) for x in layers)
+    return 2 if any(new) else 1
 
 
 def schema() -> dict[str, Any]:

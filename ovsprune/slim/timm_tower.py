@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.cutting import Run, keep_index, layer_runs
-from ovsprune.slim.modules import slim_attention, slim_module
+from ovsprune.slim.narrowing import narrowed
 from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_dense", "timm_outputs"]
+__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_both", "timm_dense", "timm_outputs"]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
@@ -66,51 +65,18 @@ def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
         MissingLibraryError: open_clip or timm is not installed.
         CheckpointError: The config does not describe such a tower.
     """
-    spec, mask = checkpoint.spec, checkpoint.mask
-    tower = build_timm_tower(spec.architecture)
-    if _unsaved(tower):  # what a library computes when it builds has values only if it is built
-        with torch.device("cpu"):
-            tower = build_timm_tower(spec.architecture)
-    with torch.device("cpu"):  # where the mask is, whatever the tower is built on
-        for layer in spec.layers:
-            if layer.kind == "heads" and layer.kept < layer.units:
-                heads = partial(slim_attention, kept_heads=mask[layer.name])
-                _replace(checkpoint, tower, layer.name, heads)
-        for name, axes in layer_runs(spec, mask).items():
-            _replace(checkpoint, tower, name, partial(_narrowed, axes=axes))
-    return tower
-
-
-def _unsaved(tower: nn.Module) -> bool:
-    """Whether it has buffers that no checkpoint holds."""
-    return any(module._non_persistent_buffers_set for module in tower.modules())
-
-
-def _replace(
-    checkpoint: SlimCheckpoint,
-    tower: nn.Module,
-    name: str,
-    change: Callable[[nn.Module], nn.Module],
-) -> None:
-    parent, _, own = name.rpartition(".")
-    try:
-        setattr(tower.get_submodule(parent), own, change(tower.get_submodule(name)))
-    except AttributeError:
-        raise CheckpointError(
-            f"{checkpoint.path}: the architecture has no layer {name}; copy or write the "
-            "checkpoint again"
-        ) from None
-
-
-def _narrowed(layer: Any, axes: Mapping[Any, Sequence[Run]]) -> nn.Module:
-    sizes = {axis: layer.weight.shape[0 if axis == "out" else 1] for axis in axes}
-    return slim_module(layer, {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()})
+    return narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
 
 
 def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
     """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    return timm_both(tower, images)[1]
+
+
+def timm_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W], in one pass."""
     trunk: Any = tower.trunk
-    return timm_outputs(tower, trunk.forward_features(images))[1]
+    return timm_outputs(tower, trunk.forward_features(images))
 
 
 def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,16 +194,7 @@ class VisionTransformer(nn.Module):
         Raises:
             OptionError: The pictures are smaller than one patch or of another shape.
         """
-        x = self.tokens(images)
-        if self.attn_pool is not None:
-            x = self.attn_pool(x)
-        if not self.norm_after_pool:
-            x = self.ln_post(x)
-        pooled = x[:, 0] if self.pool == "tok" else x[:, 1:].mean(dim=1)
-        if self.norm_after_pool:
-            pooled = self.ln_post(pooled)
-        out: Tensor = pooled if self.proj is None else pooled @ self.proj
-        return out
+        return self._pooled(self.tokens(images))
 
     def dense(self, images: Tensor) -> Tensor:
         """Embedding of each patch, [B, 3, H, W] -> [B, C, H // patch, W // patch].
@@ -215,12 +206,51 @@ class VisionTransformer(nn.Module):
         Raises:
             OptionError: The pictures are smaller than one patch or of another shape.
         """
-        x = self.tokens(images)[:, 1:]
+        return self._dense(self.tokens(images), self.grid(images))
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` and :meth:`dense` give, [B, C] and [B, C, h, w], in one pass.
+
+        Raises:
+            OptionError: The pictures are smaller than one patch or of another shape.
+        """
+        x = self.tokens(images)
+        return self._pooled(x), self._dense(x, self.grid(images))
+
+    def set_size(self, size: tuple[int, int]) -> None:
+        """Make ``size`` (pixels) the native one: its positions are interpolated now and for good.
+
+        The outputs stay, but for rounding, and pictures of that size cost no interpolation.
+
+        Raises:
+            OptionError: It is smaller than one patch.
+        """
+        grid = self.grid(torch.empty(1, 3, *size, device="meta"))
+        old = self.positional_embedding
+        new = resize_positions(old.detach(), self.grid_size, grid)
+        self.positional_embedding = nn.Parameter(new, old.requires_grad)
+        self.grid_size = grid
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """[B, 1 + h * w, width] -> [B, C]."""
+        if self.attn_pool is not None:
+            x = self.attn_pool(x)
+        if not self.norm_after_pool:
+            x = self.ln_post(x)
+        pooled = x[:, 0] if self.pool == "tok" else x[:, 1:].mean(dim=1)
+        if self.norm_after_pool:
+            pooled = self.ln_post(pooled)
+        out: Tensor = pooled if self.proj is None else pooled @ self.proj
+        return out
+
+    def _dense(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, 1 + h * w, width] -> [B, C, h, w]."""
+        x = x[:, 1:]
         if self.attn_pool is not None:
             x = each_alone(self.attn_pool, x)
         x = self.ln_post(x)
         x = x if self.proj is None else x @ self.proj
-        out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grid(images))
+        out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
         return out
 
     def tokens(self, images: Tensor) -> Tensor:
@@ -263,10 +293,34 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     Returns:
         [1 + new rows * new columns, width]; ``positions`` itself if the grids are equal.
     """
-    if old == new:
+    # sizes that an exporter leaves open are no ints: asking whether they are equal would fix them
+    fixed = all(type(n) is int for n in new)
+    if fixed and old == new:
         return positions
     first, grid = positions[:1], positions[1:]
     # in float32: CPUs have no half-precision bicubic, and this runs outside of autocast's reach
     image = grid.float().T.reshape(1, -1, *old)
-    image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    if fixed:
+        image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
+    else:
+        rows, columns = (resampling(o, n, image.device) for o, n in zip(old, new, strict=True))
+        image = rows @ image @ columns.T
     return torch.cat([first, image[0].flatten(1).T.to(positions.dtype)])
+
+
+def resampling(old: int, new: int, device: torch.device) -> Tensor:
+    """Bicubic resampling of ``old`` values to ``new`` ones as a matrix, float32 [new, old].
+
+    What ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)`` does on one axis:
+    the kernel of Keys (IEEE ASSP 1981, eq. 15, a = -1/2), stretched where values become fewer, its
+    weights made to sum to 1 at the borders too. As a matrix it can be exported for sizes that are
+    not known yet, which torch's operator cannot. The identity if the sizes are equal.
+    """
+    step = torch.ones((), dtype=torch.float32, device=device) * (old / new)
+    wanted = (torch.arange(new, dtype=torch.float32, device=device) + 0.5) * step
+    there = torch.arange(old, dtype=torch.float32, device=device) + 0.5
+    x = ((there - wanted[:, None]) / step.clamp(min=1.0)).abs()
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    weights = torch.where(x < 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
+    return weights / weights.sum(dim=1, keepdim=True)

@@ -50,7 +50,7 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
     shapes = dense_shapes(checkpoint)
     cuts = []
     for layer in checkpoint.spec.layers:
-        if layer.kind == "heads" and layer.kept < layer.units:
+        if layer.whole and layer.kept < layer.units:
             heads = tuple(map(int, checkpoint.mask[layer.name]))
             cuts.append(Cut(_place(layout, layer.name), heads, layer.units))
     for module, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
@@ -99,7 +99,7 @@ def dense_shapes(checkpoint: SlimCheckpoint) -> Mapping[str, tuple[int, ...]]:
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tower().items()}
     for layer in checkpoint.spec.layers:
         gone = (layer.units - layer.kept) * layer.unit_width
-        if layer.kind == "heads":
+        if layer.whole:
             for part, axis, times in (
                 ("in_proj_weight", 0, 3),
                 ("in_proj_bias", 0, 3),

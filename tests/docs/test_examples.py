@@ -69,11 +69,25 @@ def test_prune_resnet(tmp_path: Path) -> None:
     assert "stage (1, 256, 2, 2)" in said and "dense features (1, 24, 4, 4)" in said
 
 
+def test_prune_transformers(tmp_path: Path) -> None:
+    said = run("prune_transformers.py", tmp_path, "--samples", "8")
+    assert "gives what the loaded tower gives: True" in said
+    assert (tmp_path / "slim" / "transformers-example" / "model.safetensors").is_file()
+
+
 def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
     place, _ = pruned
     assert "ovsprune.targets.load(model" in run("transfer_to_san.py", place)
     written = {path.name for path in (place / "transfer" / "example").iterdir()}
     assert written == {"model.safetensors", "transfer.json", "lines.py"}
+
+
+def test_run_onnx(pruned: tuple[Path, str]) -> None:
+    place, _ = pruned
+    said = run("run_onnx.py", place)
+    assert "standard deviations of the output" in said
+    assert "pooled (1, " in said and "dense (1, " in said
+    assert (place / "export" / "example.onnx").is_file()
 
 
 @pytest.mark.framework

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ovsprune.graph.attention import SeparateAttention
+from ovsprune.slim import SlimAttention
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -37,3 +38,34 @@ def test_the_dense_module_keeps_its_weights() -> None:
 def test_other_forms_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="only self-attention with one width"):
         SeparateAttention(nn.MultiheadAttention(16, 2, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_slim_attention_and_back(batch_first: bool) -> None:
+    """Heads are cut twice; which ones they were in the dense module is never lost."""
+    torch.manual_seed(0)
+    dense = nn.MultiheadAttention(48, 4, batch_first=batch_first).eval()
+    nn.init.normal_(dense.in_proj_bias)
+    slim = SlimAttention.from_dense(dense, [0, 2, 3])
+    separate = SeparateAttention(slim)
+    assert (separate.num_heads, separate.kept_heads) == (4, (0, 2, 3))
+    x = torch.randn(4, 9, 48)
+    torch.testing.assert_close(separate(x, x, x)[0], slim(x, x, x)[0])
+    again = separate.finished()
+    assert isinstance(again, SlimAttention) and again.kept_heads == (0, 2, 3)
+    state = slim.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in again.state_dict().items())
+    for layer in (separate.q_proj, separate.k_proj, separate.v_proj):
+        layer.weight, layer.bias = (nn.Parameter(t[12:]) for t in (layer.weight, layer.bias))
+    separate.out_proj.weight = nn.Parameter(separate.out_proj.weight[:, 12:])
+    less = separate.finished(torch.tensor([1, 2]))
+    assert isinstance(less, SlimAttention) and less.kept_heads == (2, 3)
+    once = SlimAttention.from_dense(dense, [2, 3])
+    assert all(torch.equal(v, less.state_dict()[k]) for k, v in once.state_dict().items())
+    assert less.batch_first is batch_first
+
+
+def test_slim_attention_of_another_call_is_refused() -> None:
+    slim = SlimAttention(16, 2, [1], returns_tuple=False)
+    with pytest.raises(ValueError, match="returns no tuple"):
+        SeparateAttention(slim)

@@ -338,11 +338,6 @@ def test_unknown_names_list_the_closest(small: Backbone, kind: str) -> None:
         prune(small, 0.5, **{kind: known[:-1]})  # type: ignore[arg-type]
 
 
-def test_a_slim_model_is_not_pruned_again(written: Path) -> None:
-    with pytest.raises(OptionError, match="is slim already"):
-        prune(str(written), 0.5)
-
-
 def test_a_criterion_of_ones_own(small: Backbone, tmp_path: Path) -> None:
     seen = []
 

@@ -275,7 +275,7 @@ def test_from_an_attention_with_separate_weights() -> None:
     slim = SlimAttention.from_dense(SeparateWeights(mha), KEPT)
     expected = SlimAttention.from_dense(mha, KEPT)
     assert torch.equal(slim.in_proj_weight, expected.in_proj_weight)
-    assert slim.returns_tuple
+    assert slim.call.returns_tuple
 
 
 @pytest.mark.parametrize(

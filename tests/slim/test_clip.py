@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
+from ovsprune.core.records import Preprocess
 from ovsprune.slim.clip import load_open_clip
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.load import load
@@ -91,7 +92,12 @@ def test_without_open_clip(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         load_open_clip(path)
 
 
-def test_an_architecture_that_open_clip_cannot_build(save: Any) -> None:
+def test_an_architecture_that_open_clip_cannot_build(
+    save: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    monkeypatch.delattr(open_clip, "__version__")  # as up to 2.24
     path, _ = save(architecture={**CONFIG, "unheard_of": 1})
     with pytest.raises(CheckpointError, match="cannot build architecture .*unheard_of"):
         load_open_clip(path)
@@ -101,4 +107,34 @@ def test_a_text_tower_of_another_width(save: Any) -> None:
     text = {**CONFIG["text_cfg"], "width": 32}  # type: ignore[dict-item]
     path, _ = save(architecture={**CONFIG, "text_cfg": text})
     with pytest.raises(CheckpointError, match="the text tower is not that of"):
+        load_open_clip(path)
+
+
+def old_transform(image_size: Any, is_train: bool, mean: Any = None, std: Any = None) -> str:
+    """open_clip's up to 2.20 cannot be told how to resize."""
+    return f"{image_size} {is_train}"
+
+
+def test_an_open_clip_that_cannot_be_told_how_to_resize(
+    save: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "image_transform", old_transform)
+    path, _ = save()
+    assert load_open_clip(path)[1:] == ("(64, 64) True", "(64, 64) False")
+
+
+def test_an_open_clip_that_would_resize_another_way(
+    save: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    monkeypatch.setattr(open_clip, "image_transform", old_transform)
+    monkeypatch.delattr(open_clip, "__version__")  # open_clip had none then
+    path, _ = save(preprocess=Preprocess((64, 64), resize_mode="squash"))
+    with pytest.raises(
+        MissingLibraryError,
+        match=r"resize_mode 'shortest' only, the checkpoint wants 'squash'; install .* 3\.3\.0",
+    ):
         load_open_clip(path)

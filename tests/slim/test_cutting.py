@@ -121,6 +121,28 @@ def test_channels_of_a_convolution_and_its_norm(
     assert cut["bn1.num_batches_tracked"] == 3 and cut["conv2.bias"].shape == (1,)
 
 
+def test_heads_with_slices_are_cut_by_them(
+    make_tower: Callable[..., nn.Module], slim_spec: Any
+) -> None:
+    from dataclasses import replace
+
+    from ovsprune.slim.spec import LayerSpec, SliceSpec
+
+    spec, _ = slim_spec(make_tower().state_dict())
+    slices = (SliceSpec("a.query", "out"), SliceSpec("a.dense", "in"))
+    spec = replace(spec, layers=(LayerSpec("a", "heads", "b", 3, 2, 2, slices),))
+    state = {
+        "a.query.weight": torch.arange(6.0).reshape(6, 1),
+        "a.query.bias": torch.arange(6.0),
+        "a.dense.weight": torch.arange(6.0).reshape(1, 6),
+        "a.dense.bias": torch.zeros(1),
+    }
+    cut = cut_state(state, spec, {"a": torch.tensor([0, 2])})
+    for name in ("a.query.weight", "a.query.bias", "a.dense.weight"):
+        assert cut[name].flatten().tolist() == [0, 1, 4, 5], name
+    assert cut["a.dense.bias"].shape == (1,)
+
+
 Change = Callable[[dict[str, Tensor]], Any]
 FC = "transformer.resblocks.0.mlp.c_fc.weight"
 BAD: dict[str, tuple[Change, str]] = {

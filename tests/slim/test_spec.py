@@ -22,6 +22,7 @@ from ovsprune.slim.spec import (
     SliceSpec,
     SlimSpec,
     schema,
+    version_of,
 )
 
 SPEC = SlimSpec(
@@ -62,6 +63,29 @@ def test_round_trip() -> None:
     assert SlimSpec.from_json(SPEC.to_json()) == SPEC
     assert SlimSpec.from_json(SPEC.to_json().encode()) == SPEC
     assert SPEC.to_json() == dataclasses.replace(SPEC).to_json()
+
+
+def test_heads_with_slices_are_version_2() -> None:
+    whole = SPEC.layer("blocks.0.attn")
+    parts = tuple(SliceSpec(f"{whole.name}.{x}_proj", "out") for x in "qkv")
+    sliced = dataclasses.replace(whole, slices=(*parts, SliceSpec(f"{whole.name}.o_proj", "in")))
+    assert (whole.whole, sliced.whole, SPEC.layer("blocks.0.mlp").whole) == (True, False, False)
+    assert (version_of([whole]), version_of([whole, sliced])) == (1, 2)
+    spec = dataclasses.replace(SPEC, layers=(sliced, *SPEC.layers[1:]), format_version=2)
+    assert SlimSpec.from_json(spec.to_json()) == spec
+    jsonschema.validate(json.loads(spec.to_json()), schema())
+
+
+def test_directions_lie_in_whole_attentions() -> None:
+    heads = SPEC.layer("blocks.0.attn")
+    sliced = dataclasses.replace(heads, slices=(SliceSpec("blocks.0.attn.q_proj", "out"),))
+    inside = LayerSpec("blocks.0.attn.qk", "qk", "blocks.0", 64, 32, 1)
+    SlimSpec.from_json(
+        dataclasses.replace(SPEC, layers=(heads, inside), format_version=2).to_json()
+    )
+    wrong = dataclasses.replace(SPEC, layers=(sliced, inside), format_version=2)
+    with pytest.raises(CheckpointError, match="expected a whole attention whose name it has"):
+        SlimSpec.from_json(wrong.to_json())
 
 
 def test_what_the_spec_computes() -> None:
@@ -115,6 +139,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "boolean as number": (lambda d: d["layers"][0].update(units=True), "units is True"),
     "huge number": (lambda d: d["layers"][0].update(units=2**70), "units is 1180591"),
     "fraction": (lambda d: d["dense"].update(macs=1.5), "dense.macs is 1.5"),
+    "heads with slices": (
+        lambda d: d["layers"][0].update(slices=d["layers"][1]["slices"]),
+        r"blocks\.0\.attn is of the kind 'heads' with slices, which format_version 1 does not",
+    ),
     "no slices": (lambda d: d["layers"][1].update(slices=[]), "slices is empty"),
     "unknown kind": (lambda d: d["layers"][0].update(kind="neurons"), "kind is 'neurons'"),
     "unknown axis": (lambda d: d["layers"][1]["slices"][0].update(axis=0), "axis is 0"),

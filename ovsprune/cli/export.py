@@ -1,0 +1,71 @@
+"""``ovsprune export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ovsprune.cli.screen import Screen, output_options
+
+
+@click.command("export", short_help="A tower as an ONNX file, checked in onnxruntime.")
+@click.argument("model", metavar="DIR")
+@click.option("--format", default="onnx", show_default=True, help="onnx.")
+@click.option(
+    "--size", metavar="HxW", help="Height and width in pixels; by default the native ones."
+)
+@click.option("--dynamic", is_flag=True, help="Leave height and width free, too.")
+@click.option("--opset", type=int, help="Opset of ONNX; by default torch's exporter decides.")
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=int,
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="Pictures at a time, in the check and for the latency; may be repeated.",
+)
+@click.option(
+    "--pairs",
+    type=int,
+    default=10,
+    show_default=True,
+    help="Alternating passes of torch and onnxruntime; 0 measures no latency.",
+)
+@click.option("--pretrained", help="For a model name: a tag of open_clip, a file, or 'none'.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
+@click.option("--threads", type=int, help="CPU threads; by default PyTorch decides.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The file; by default export/MODEL.onnx.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
+@output_options
+def command(screen: Screen, size: str | None, **options: Any) -> None:
+    """Write the image tower of DIR, a slim directory or a model name, for deployment.
+
+    The graph goes from `images` (preprocessed) to `pooled` and `dense`, with any batch size. It is
+    compared with the checkpoint in onnxruntime before the file is put in its place.
+    """
+    from ovsprune.jobs.export import export
+    from ovsprune.report.tables import export_summary
+
+    record = export(**options, size=_size(size), progress=screen.progress)
+    screen.finish(record, *export_summary(record))
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """``"320x384"`` as height and width, ``"320"`` as a square."""
+    from ovsprune.core.errors import OptionError
+
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() and int(part) for part in parts) or len(parts) > 2:
+        raise OptionError(f"--size {text!r}: give height and width in pixels, as in 320x384")
+    return int(parts[0]), int(parts[-1])

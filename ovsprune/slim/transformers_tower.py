@@ -1,0 +1,250 @@
+"""Vision towers of transformers, called as other towers are: pictures in, embeddings out.
+
+What tells one class from another is in the table :data:`FORMS`. Their attention reads the number of
+heads off its maps, so that heads are cut by cutting the maps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovsprune.core.errors import CheckpointError
+
+__all__ = ["FORMS", "Form", "TransformersTower", "transformers_dense"]
+
+
+def _any_size(model: Any, images: Tensor) -> Mapping[str, Any]:
+    return {"pixel_values": images, "interpolate_pos_encoding": True}
+
+
+def _as_it_is(model: Any, images: Tensor) -> Mapping[str, Any]:
+    return {"pixel_values": images}
+
+
+def _patches(model: Any, images: Tensor) -> Mapping[str, Any]:
+    """Patches of a picture of one size, without padding: [B, h * w, patch * patch * 3]."""
+    side = model.config.patch_size
+    cells = images.unfold(2, side, side).unfold(3, side, side)  # [B, 3, h, w, patch, patch]
+    rows = cells.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    shape = torch.tensor([cells.shape[2:4]] * len(images), device="cpu")
+    return {"pixel_values": rows, "spatial_shapes": shape}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the towers of one class are put together.
+
+    Attributes:
+        inputs: (model, images [B, 3, H, W]) to the keyword arguments of its embeddings, which the
+            model takes too.
+        masks: What the model must be given besides, and is none here.
+        trunk: Dotted path of what has the embeddings and the blocks; empty for the model itself.
+        before: Norm before the blocks, or None.
+        blocks: Dotted path of the list of blocks in the trunk.
+        attention: A block's attention.
+        middle: A block's norm between attention and MLP.
+        after: Norm behind the blocks.
+        pool: Attention pool behind that norm; None where the first token is a class token.
+        projection: Linear map of the pooled embedding, or None.
+        pooled: Name of the pooled embedding in what the model returns.
+        since: First version of the library, major and minor, that has this layout and whose
+            attention takes maps of fewer heads.
+    """
+
+    inputs: Callable[[Any, Tensor], Mapping[str, Any]]
+    masks: tuple[str, ...] = ()
+    trunk: str = ""
+    before: str | None = None
+    blocks: str = "encoder.layers"
+    attention: str = "self_attn"
+    middle: str = "layer_norm2"
+    after: str = "post_layernorm"
+    pool: str | None = None
+    projection: str | None = None
+    pooled: str = "pooler_output"
+    since: tuple[int, int] = (5, 6)
+
+
+_CLIP = Form(_any_size, before="pre_layrnorm")
+_SIGLIP = Form(_any_size, pool="head")
+
+FORMS = {
+    "CLIPVisionModel": _CLIP,
+    "CLIPVisionModelWithProjection": replace(
+        _CLIP, trunk="vision_model", projection="visual_projection", pooled="image_embeds"
+    ),
+    "SiglipVisionModel": _SIGLIP,
+    "Siglip2VisionModel": replace(_SIGLIP, inputs=_patches, masks=("pixel_attention_mask",)),
+    "Dinov2Model": Form(
+        _as_it_is,
+        blocks="encoder.layer",
+        attention="attention",
+        middle="norm2",
+        after="layernorm",
+        since=(5, 18),
+    ),
+}
+"""Form of every class, by its name in transformers."""
+
+
+class TransformersTower(nn.Module):
+    """A vision model of transformers as a tower.
+
+    It has the model's own modules and parameters, by their names there: what is cut here is cut
+    there.
+
+    Args:
+        model: Of a class in :data:`FORMS`.
+
+    Raises:
+        CheckpointError: It pools by attention, and is configured without the pool.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        name = type(model).__name__
+        if FORMS[name].pool is not None and not getattr(model, "use_head", True):
+            raise CheckpointError(
+                f"this {name} has no attention pool (vision_use_head is false), and so no "
+                "embedding of the picture; take a model that has one"
+            )
+        self._model = (model,)  # in a tuple it is no part of the tower, and its names get no prefix
+        for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = model.__dict__[table]
+        self.training = model.training
+
+    @property
+    def model(self) -> Any:
+        """The model itself, with transformers' own call."""
+        return self._model[0]
+
+    @property
+    def form(self) -> Form:
+        """Of the model's class."""
+        return FORMS[type(self.model).__name__]
+
+    @property
+    def blocks(self) -> dict[str, nn.Module]:
+        """Dotted name to encoder layer, in order."""
+        path = self.path(self.form.blocks)
+        return {f"{path}.{i}": b for i, b in self.get_submodule(path).named_children()}
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures that the positions were made for."""
+        config = self.model.config
+        if hasattr(config, "image_size"):
+            return _pair(config.image_size)
+        side = int(config.num_patches**0.5) * config.patch_size
+        return side, side
+
+    def path(self, name: str) -> str:
+        """Dotted path of a part of the trunk."""
+        return f"{self.form.trunk}.{name}" if self.form.trunk else name
+
+    def part(self, name: str) -> Any:
+        """A part of the trunk."""
+        return self.get_submodule(self.path(name))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled embedding [B, C] of images [B, 3, H, W], by transformers' own forward."""
+        inputs = self.form.inputs(self.model, images)
+        out = self.model(**inputs, **dict.fromkeys(self.form.masks))
+        pooled: Tensor = getattr(out, self.form.pooled)
+        return pooled
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Patches and positions, [B, 3, H, W] -> [B, N, D]."""
+        stream: Tensor = self.part("embeddings")(**self.form.inputs(self.model, images))
+        return stream if self.form.before is None else self.part(self.form.before)(stream)
+
+    def steps(self) -> dict[str, nn.Module]:
+        """Dotted name to block, each a map of one tensor to another; a pool is the last of them.
+
+        The pool gives its own output and, behind it, what it would give for each position alone.
+        """
+        found: dict[str, nn.Module] = {
+            name: _bound(block, partial(_forward, block)) for name, block in self.blocks.items()
+        }
+        if self.form.pool is not None:
+            pool, norm = self.part(self.form.pool), self.part(self.form.after)
+            each = partial(_pooled_each, pool, norm)
+            found[self.path(self.form.pool)] = _bound(pool, each)
+        return found
+
+    def read_out(
+        self, stream: Tensor, grid: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream behind the last step to pooled [B, C] and dense [B, C, h, w] embeddings.
+
+        The dense embedding of a position is what the pooled one would be of that position alone:
+        it stands where the class token stands, or is all that the pool sees.
+
+        Args:
+            stream: [B, 1 + h * w, D].
+            grid: h and w; those of the native size by default.
+        """
+        if self.form.pool is None:
+            stream = self.part(self.form.after)(stream)
+        if self.form.projection is not None:
+            stream = self.get_submodule(self.form.projection)(stream)
+        height, width = grid or self._grid(self.native_size)
+        each = stream[:, 1:].transpose(1, 2)
+        return stream[:, 0], each.reshape(*each.shape[:2], height, width)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled [B, C] and dense [B, C, h, w] embeddings of images [B, 3, H, W] of any size."""
+        stream = self.stem(images)
+        for step in self.steps().values():
+            stream = step(stream)
+        return self.read_out(stream, self._grid(images.shape[-2:]))
+
+    def _grid(self, size: Any) -> tuple[int, int]:
+        patch = _pair(self.model.config.patch_size)
+        return size[0] // patch[0], size[1] // patch[1]
+
+
+def transformers_dense(tower: Any, images: Tensor) -> Tensor:
+    """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    dense: Tensor = tower.outputs(images)[1]
+    return dense
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _bound(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The module with another forward; it shares all its parts, whatever is done to them."""
+    other = copy.copy(module)
+    other.forward = forward
+    return other
+
+
+def _forward(block: nn.Module, stream: Tensor) -> Tensor:
+    out: Tensor = type(block).forward(block, stream, None)  # no mask
+    return out
+
+
+def _pooled_each(pool: Any, norm: nn.Module, stream: Tensor) -> Tensor:
+    """The attention pool over all tokens, and over each position alone: [B, 1 + N, D].
+
+    A position that is all there is gets all the attention, so what the pool mixes is its value.
+    """
+    tokens, attention = norm(stream), pool.attention
+    mixed = attention(pool.probe.expand(len(tokens), -1, -1), tokens, tokens)[0]
+    width = attention.embed_dim
+    values = F.linear(
+        tokens, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
+    )
+    x = torch.cat([mixed, attention.out_proj(values)], dim=1)
+    out: Tensor = x + pool.mlp(pool.layernorm(x))
+    return out

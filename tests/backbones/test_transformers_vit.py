@@ -1,0 +1,322 @@
+"""transformers' vision towers: the stages, the cut, the checkpoint, the tower of the library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ovsprune
+from ovsprune import backbones
+from ovsprune.backbones import FAMILIES
+from ovsprune.core.errors import CheckpointError, MissingLibraryError, TargetError
+from ovsprune.core.records import Group, Plan
+from ovsprune.graph.cut import cut, mask
+from ovsprune.graph.groups import find_groups
+from ovsprune.jobs.steps import split_seeds
+from ovsprune.slim.transformers_tower import TransformersTower
+from tests.backbones.hf_models import CONFIGS, SIZE, folder_of, make
+
+FAMILY = FAMILIES.get("transformers-vit")
+CHEAP = {"samples": 4, "criterion": "magnitude", "allocation": "uniform", "recovery": "none"}
+SWIGLU = {"use_swiglu_ffn": True, "hidden_act": "gelu"}
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def everything(tower: nn.Module) -> list[Group]:
+    """Every group that the family offers, the protected heads of the last block too."""
+    return find_groups(tower, FAMILY.seeds(tower), (SIZE, SIZE))
+
+
+def random_plan(groups: list[Group], seed: int = 0) -> Plan:
+    generator = torch.Generator().manual_seed(seed)
+    return Plan(
+        {
+            g.name: torch.randperm(g.units, generator=generator)[: g.units // 2].sort().values
+            for g in groups
+        }
+    )
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """Largest error, as a share of the standard deviation of what is expected."""
+    return float((found - expected).abs().max() / expected.std())
+
+
+def theirs(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What transformers itself makes of pictures: pooled embedding, patch tokens."""
+    if type(model).__name__ == "Siglip2VisionModel":
+        from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
+
+        rows = torch.stack([convert_image_to_patches(image, 8) for image in images])
+        shape = torch.tensor([[images.shape[2] // 8, images.shape[3] // 8]] * len(images))
+        ones = torch.ones(rows.shape[:2], dtype=torch.int32)
+        out = model(pixel_values=rows, pixel_attention_mask=ones, spatial_shapes=shape)
+    else:
+        out = model(pixel_values=images)
+    pooled = out.image_embeds if hasattr(out, "image_embeds") else out.pooler_output
+    return pooled, out.last_hidden_state
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_tower_gives_what_transformers_gives(name: str, images: Tensor) -> None:
+    model = make(name)
+    tower = TransformersTower(model)
+    pooled, dense = FAMILY.stages(tower).outputs(images)
+    expected, _ = theirs(model, images)
+    assert off(tower(images), expected) < 1e-5
+    assert off(pooled, expected) < 1e-5
+    assert dense.shape == (3, pooled.shape[1], SIZE // 8, SIZE // 8)
+    assert list(tower.state_dict()) == list(model.state_dict())
+
+
+def test_dense_embeddings_of_a_class_token() -> None:
+    """They are the tokens behind the norm (and projection) that the class token goes through."""
+    images = torch.randn(2, 3, SIZE, SIZE)
+    clip, projecting = make("CLIPVisionModel"), make("CLIPVisionModelWithProjection")
+    for model, trunk, last in (
+        (clip, clip, lambda x: x),
+        (projecting, projecting.vision_model, projecting.visual_projection),
+    ):
+        tokens = trunk.post_layernorm(theirs(model, images)[1])
+        expected = last(tokens)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+        assert off(TransformersTower(model).outputs(images)[1], expected) < 1e-5
+    dino = make("Dinov2Model")
+    expected = theirs(dino, images)[1][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    assert off(TransformersTower(dino).outputs(images)[1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["SiglipVisionModel", "Siglip2VisionModel"])
+def test_dense_embeddings_of_a_pool(name: str, images: Tensor) -> None:
+    """Each is what the pool itself gives for that position alone."""
+    model = make(name)
+    dense = TransformersTower(model).outputs(images)[1]
+    tokens = theirs(model, images)[1]
+    for position in (0, 5, 15):
+        alone = model.head(tokens[:, position : position + 1])
+        assert off(dense.flatten(2)[:, :, position], alone) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_other_sizes(name: str) -> None:
+    tower = TransformersTower(make(name))
+    pooled, dense = tower.outputs(torch.randn(2, 3, 48, 40))
+    assert dense.shape[2:] == (6, 5)
+    assert pooled.shape == (2, dense.shape[1])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*CONFIGS, "swiglu"])
+def test_cut_equals_masked(name: str, attention: str, images: Tensor) -> None:
+    made = make("Dinov2Model", attention=attention, **SWIGLU) if name == "swiglu" else None
+    tower = TransformersTower(made or make(name, attention=attention))
+    assert tower.model.config._attn_implementation == attention
+    groups = everything(tower)
+    plan, other = random_plan(groups), random_plan(groups, 1)
+    slim, masked, wrong = deepcopy(tower), deepcopy(tower), deepcopy(tower)
+    cut(slim, groups, plan)
+    mask(masked, groups, plan)
+    mask(wrong, groups, other)
+    FAMILY.finish(slim, groups, plan)
+    for found, expected, control in zip(
+        slim.outputs(images), masked.outputs(images), wrong.outputs(images), strict=True
+    ):
+        assert off(found, expected) < 1e-4
+        assert off(found, control) > 1e-1
+    assert off(slim(images), masked(images)) < 1e-4
+    fewer = sum(p.numel() for p in slim.parameters()) / sum(p.numel() for p in tower.parameters())
+    assert fewer < 0.75
+
+
+def test_groups_of_a_siglip_tower() -> None:
+    tower = TransformersTower(make("SiglipVisionModel"))
+    groups = {g.name: g for g in everything(tower)}
+    assert set(groups) == {
+        "encoder.layers.0.self_attn", "encoder.layers.0.mlp", "encoder.layers.1.self_attn",
+        "encoder.layers.1.mlp", "head.mlp",
+    }  # fmt: skip
+    heads = groups["encoder.layers.0.self_attn"]
+    assert (heads.units, heads.columns.shape[1], heads.consumer) == (
+        4, 8, "encoder.layers.0.self_attn.out_proj",
+    )  # fmt: skip
+    assert {(s.module.rpartition(".")[2], s.axis) for s in heads.slices} == {
+        ("q_proj", "out"), ("k_proj", "out"), ("v_proj", "out"), ("out_proj", "in"),
+    }  # fmt: skip
+    _, protected = split_seeds(FAMILY.seeds(tower), ())
+    assert list(protected) == ["encoder.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_plan_that_keeps_everything(name: str, images: Tensor) -> None:
+    tower = TransformersTower(make(name))
+    same, groups = deepcopy(tower), everything(tower)
+    plan = Plan({g.name: torch.arange(g.units) for g in groups})
+    FAMILY.rewrite(same)
+    cut(same, groups, plan)
+    FAMILY.finish(same, groups, plan)
+    assert torch.equal(same(images), tower(images))
+    assert all(torch.equal(v, same.state_dict()[k]) for k, v in tower.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_from_a_folder_to_a_slim_tower(name: str, tmp_path: Path, images: Tensor) -> None:
+    """Pruned from a folder, loaded again, and applied to a model that transformers built."""
+    folder = folder_of(make(name), tmp_path / "mine")
+    done = ovsprune.prune(f"hf:{folder}", 0.4, output=tmp_path / "slim", **CHEAP)
+    assert (done.spec.base.model, done.spec.base.pretrained) == ("mine", "local")
+    assert done.spec.base.trained
+    assert str(tmp_path) not in done.spec.to_json()
+    expected = done.tower.outputs(images)
+
+    loaded = ovsprune.load(tmp_path / "slim")
+    assert torch.equal(loaded(images), done.tower(images))
+    assert torch.equal(loaded.dense(images), expected[1])
+    again = backbones.load(str(tmp_path / "slim"))
+    assert torch.equal(again.dense(images), expected[1])
+
+    model = make(name)
+    before, state = theirs(model, images)[0], deepcopy(model.state_dict())
+    applied = ovsprune.apply(model, ovsprune.read(tmp_path / "slim"))
+    assert torch.equal(theirs(model, images)[0], theirs(loaded.tower.model, images)[0])
+    assert off(theirs(model, images)[0], expected[0]) < 1e-5
+    assert off(theirs(model, images)[0], before) > 1e-2
+    applied.detach()
+    assert torch.equal(theirs(model, images)[0], before)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_in_a_fresh_process(tmp_path: Path, images: Tensor) -> None:
+    folder = folder_of(make("CLIPVisionModel"), tmp_path / "mine")
+    done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    torch.save((images, done.tower.outputs(images)[1]), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch; torch.set_num_threads(1); import ovsprune\n"
+        "images, expected = torch.load(sys.argv[2], weights_only=True)\n"
+        "assert not any(m.split('.')[0] in ('transformers', 'open_clip') for m in sys.modules)\n"
+        "assert torch.equal(ovsprune.load(sys.argv[1]).dense(images), expected)\n"
+        "assert not any(m.split('.')[0] in ('open_clip', 'timm') for m in sys.modules)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "slim"), str(tmp_path / "expected.pt")],
+        capture_output=True, text=True, timeout=300, cwd=Path(ovsprune.__file__).parents[1],
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_heads_are_cut_by_slices(tmp_path: Path) -> None:
+    folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
+    done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    assert done.spec.format_version == 2
+    layer = done.spec.layer("encoder.layer.0.attention")
+    assert not layer.whole
+    assert [s.module.rpartition(".")[2] for s in layer.slices if s.axis == "in"] == ["o_proj"]
+    tensors = ovsprune.read(tmp_path / "slim").tower()
+    assert tensors["encoder.layer.0.attention.q_proj.weight"].shape == (8 * layer.kept, 32)
+    assert tensors["encoder.layer.0.attention.q_proj.bias"].shape == (8 * layer.kept,)
+
+
+def test_the_masks_fit_finetuned_weights(tmp_path: Path, images: Tensor) -> None:
+    folder = folder_of(make("SiglipVisionModel"), tmp_path / "mine")
+    ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    checkpoint, other = ovsprune.read(tmp_path / "slim"), make("SiglipVisionModel", seed=1)
+    masked = TransformersTower(deepcopy(other))
+    groups = [g for g in everything(masked) if g.name in checkpoint.mask]
+    mask(masked, groups, Plan(checkpoint.mask))
+    ovsprune.apply(other, checkpoint, weights="target")
+    assert off(theirs(other, images)[0], masked(images)) < 1e-4
+
+
+def test_base_weights_are_recognised(tmp_path: Path) -> None:
+    from ovsprune.slim.hashing import match
+
+    folder = folder_of(make("CLIPVisionModel"), tmp_path / "mine")
+    done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    found = match(make("CLIPVisionModel").state_dict(), done.spec.base)
+    assert set(found.values()) == {"equal"}
+    assert len(found) == len(done.spec.base.tensors)
+
+
+def test_a_slim_tower_on_another_model_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(make("CLIPVisionModel"), tmp_path / "mine")
+    ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    checkpoint = ovsprune.read(tmp_path / "slim")
+    with pytest.raises(TargetError, match=r"has no tensor embeddings\.class_embedding, pre_"):
+        ovsprune.apply(make("SiglipVisionModel"), checkpoint)
+    with pytest.raises(TargetError, match=r"looks like a whole CLIP: pass its \.vision_model"):
+        ovsprune.apply(make("CLIPModel"), checkpoint)
+    with pytest.raises(TargetError, match=r"shape \(16, 16\), expected 32 on axis 0"):
+        small = make("CLIPVisionModel", hidden_size=16, num_attention_heads=2)
+        ovsprune.apply(small, checkpoint)
+    with pytest.raises(TargetError, match="uses gelu, the checkpoint was pruned with quick_gelu"):
+        ovsprune.apply(make("CLIPVisionModel", hidden_act="gelu"), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "match"),
+    [
+        ({"class": "BertModel", "config": {}}, "'BertModel' is no class of transformers' that"),
+        ({"class": "os.system", "config": {}}, "'os.system' is no class"),
+        ({"class": "CLIPVisionModel"}, "names no class with a configuration"),
+        ({"class": "CLIPModel", "config": {}}, "CLIPModel has no vision_config"),
+        ({"class": "CLIPVisionModel", "config": {"hidden_size": "x"}}, "cannot build this CLIPV"),
+        ({"class": "CLIPVisionModel", "config": {"hidden_act": "x"}}, "cannot build this CLIPV"),
+    ],
+)
+def test_architectures_that_cannot_be_built(architecture: dict[str, Any], match: str) -> None:
+    from ovsprune.slim.transformers_build import build_tower
+
+    with pytest.raises(CheckpointError, match=match):
+        build_tower(architecture)
+
+
+def test_a_configuration_chooses_no_code() -> None:
+    """What a configuration says of how to compute, or of code to load, is left out."""
+    from ovsprune.slim.transformers_build import architecture_of, build_tower
+
+    config = {
+        **CONFIGS["CLIPVisionModel"],
+        "attn_implementation": "somebody/kernels",
+        "_attn_implementation": "somebody/kernels",
+        "auto_map": {"AutoModel": "modeling.Mine"},
+        "quantization_config": {"quant_method": "mine"},
+        "_name_or_path": "/home/somebody",
+    }
+    architecture = architecture_of("CLIPVisionModel", config)
+    assert set(architecture["config"]) - set(config) <= {
+        "projection_dim", "num_channels", "hidden_act", "layer_norm_eps", "attention_dropout",
+        "initializer_range", "initializer_factor",
+    }  # fmt: skip
+    assert not any(key in str(architecture) for key in ("somebody", "Mine", "quant"))
+    built = build_tower({"class": "CLIPVisionModel", "config": config})
+    assert built.model.config._attn_implementation == "sdpa"
+
+
+def test_a_library_that_is_missing_or_too_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
+    ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
+    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    with pytest.raises(MissingLibraryError, match=r"5\.9\.1 builds Dinov2Model .*>=5\.18'"):
+        ovsprune.load(tmp_path / "slim")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingLibraryError, match=r"built by transformers \(.*pip install trans"):
+        ovsprune.load(tmp_path / "slim")
+    assert ovsprune.read(tmp_path / "slim").spec.library == "transformers"  # needs none

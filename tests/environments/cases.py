@@ -1,0 +1,42 @@
+"""What is taken into every environment: one line a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model and how it is pruned.
+
+    Attributes:
+        vision: open_clip's ``vision_cfg``.
+        quick_gelu: Its activation.
+        options: Of ``ovsprune.prune``, beside those that all have.
+    """
+
+    vision: Mapping[str, Any]
+    quick_gelu: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """open_clip's model configuration, with a small text tower."""
+        text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+        config = {"embed_dim": 64, "vision_cfg": dict(self.vision), "text_cfg": text}
+        return config | ({"quick_gelu": True} if self.quick_gelu else {})
+
+
+SMALL = {
+    "image_size": 64, "patch_size": 16, "layers": 3, "width": 64, "head_width": 16, "mlp_ratio": 2.0
+}  # fmt: skip
+BASE = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768, "head_width": 64}
+LITE = {"image_size": 224, "timm_model_name": "efficientnet_lite0", "timm_proj": "linear"}
+
+CASES = {
+    "vit-small": Case(SMALL, quick_gelu=True),
+    "vit-head-widths": Case(SMALL, options={"prune_head_dim": True, "allocation": "sensitivity"}),
+    "ViT-B-16": Case(BASE, quick_gelu=True),
+    "efficientnet_lite0": Case(LITE),
+}
