@@ -95,8 +95,6 @@ def canonical(name: str) -> str:
     repository = repository_of(name)
     if repository is not None:
         return repository.rpartition("/")[2]
-    if is_transformers(name):
-        return short_name(name)
     path = Path(name)
     here = is_folder(path) or (path / "config.json").is_file()
     return path.resolve().name if here else name.replace("/", "-")
