@@ -83,24 +83,48 @@ Step = tuple[int, float, Tensor | None]
 def _blocks(
     weight: Tensor, inverse: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
 ) -> Iterator[Step]:
-    """Units of several columns (heads): few units, so every update is applied at once."""
-    weight = weight.clone()
+    """Units of several columns: heads, channels that a k x k convolution reads.
+
+    As in :func:`_single`, updates of C^-1 are applied lazily. W, and the blocks of C^-1 on its
+    diagonal, which every unit's cost is made of, are brought up to date at once.
+    """
+    (m, n), width = weight.shape, columns.shape[1]
     alive = torch.arange(len(columns))
-    for step in range(len(columns)):
-        index = columns[alive]
-        inner = inverse[index[:, :, None], index[:, None, :]]  # [units, width, width]
-        parts = weight[:, index].permute(1, 2, 0)  # [units, width, m]
-        cost = (torch.linalg.solve(inner, parts) * parts).sum((1, 2))
-        at = int(cost.argmin() if order is None else (alive == order[step]).nonzero())
-        gone = index[at]
-        update = torch.linalg.solve(inner[at], inverse[gone])
-        weight -= weight[:, gone] @ update
-        inverse = inverse - inverse[:, gone] @ update
-        # Exactly zero, and so it stays: rounding would leave traces of columns that are gone.
-        weight[:, gone] = inverse[:, gone] = inverse[gone] = 0.0
-        unit = int(alive[at])
-        alive = torch.cat([alive[:at], alive[at + 1 :]])
-        yield unit, float(cost[at]), weight.clone() if len(alive) in wanted else None
+    flat = columns.flatten()
+    parts = weight[:, flat].view(m, -1, width).permute(1, 2, 0).contiguous()  # [units, width, m]
+    inverse = inverse[flat][:, flat]
+    one = torch.eye(width, dtype=weight.dtype)
+    step = 0
+    while len(alive):
+        lazy = min(max(1, _LAZY // width), len(alive))
+        blocks = inverse.view(len(alive), width, len(alive), width).diagonal(dim1=0, dim2=2)
+        inner = blocks.permute(2, 0, 1).clone()  # [units, width, width]
+        u = weight.new_zeros(len(flat), lazy * width)
+        here = torch.ones(len(alive), dtype=torch.bool)
+        for t in range(0, lazy * width, width):
+            cost = (torch.linalg.solve(inner, parts) * parts).sum((1, 2))
+            cost = torch.where(here, cost, torch.inf)
+            at = int(cost.argmin() if order is None else (alive == order[step]).nonzero())
+            rows = slice(at * width, (at + 1) * width)
+            root = torch.linalg.cholesky(inner[at])
+            column = inverse[:, rows] - u[:, :t] @ u[rows, :t].T
+            column = torch.linalg.solve_triangular(root, column.T, upper=False).T
+            gone = torch.linalg.solve_triangular(root, parts[at], upper=False)
+            u[:, t : t + width], here[at] = column, False
+            beside = column.reshape(-1, width, width)
+            inner -= beside @ beside.transpose(1, 2)
+            parts -= beside @ gone
+            # What is gone stays so: rounding would leave traces of it.
+            inner[~here], parts[~here] = one, 0.0
+            step += 1
+            current = None
+            if int(here.sum()) in wanted:
+                current = weight.new_zeros(m, n)
+                current[:, flat] = parts.flatten(0, 1).T
+            yield int(alive[at]), float(cost[at]), current
+        kept = here.repeat_interleave(width)
+        inverse = (inverse - u @ u.T)[kept][:, kept]
+        alive, parts, flat = alive[here], parts[here], flat[kept]
 
 
 def _single(

@@ -17,6 +17,7 @@ from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
 from ovsprune.slim.timm_tower import narrow_timm_tower, timm_both, timm_dense
+from ovsprune.slim.timm_vit import timm_vit_both, timm_vit_dense
 from ovsprune.slim.transformers_build import narrow_tower
 from ovsprune.slim.transformers_tower import TransformersTower
 from ovsprune.slim.vit import VisionTransformer
@@ -193,5 +194,6 @@ _BUILDERS = {
     "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
     "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
+    "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_both),
     "transformers-vit": _Builder(narrow_tower, TransformersTower.dense, TransformersTower.outputs),
 }

@@ -147,17 +147,63 @@ def ovsprune_convnext_conv(pretrained: bool = False, **options: Any) -> nn.Modul
     return ovsprune_convnext(pretrained, conv_mlp=True, **options)
 
 
+@register_model
+def ovsprune_eva(pretrained: bool = False, **options: Any) -> nn.Module:
+    """An EVA-02 of three blocks: rotary positions, a gate, norms inside attention and MLP."""
+    from timm.models import eva
+
+    given = {
+        "img_size": 48,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 3,
+        "qkv_fused": False,
+        "mlp_ratio": 2.0,
+        "swiglu_mlp": True,
+        "scale_mlp": True,
+        "scale_attn_inner": True,
+        "use_rot_pos_emb": True,
+        "ref_feat_shape": (6, 6),
+        "global_pool": "token",
+        **options,
+    }
+    return eva._create_eva("ovsprune_eva", pretrained, **given)  # type: ignore[no-any-return]
+
+
+@register_model
+def ovsprune_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A SigLIP of three blocks, with its attention pool."""
+    from timm.models import vision_transformer
+
+    given = {
+        "img_size": 48,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+        "class_token": False,
+        "act_layer": "gelu_tanh",
+        "global_pool": "map",
+        **options,
+    }
+    return vision_transformer._create_vision_transformer(  # type: ignore[no-any-return]
+        "ovsprune_siglip", pretrained, **given
+    )
+
+
 def of_timm(name: str, **vision: Any) -> dict[str, Any]:
     """open_clip's configuration of one of these."""
     return {**LITE, "vision_cfg": {**LITE["vision_cfg"], "timm_model_name": name, **vision}}
 
 
 @cache
-def _uneven(name: str, projection: str) -> dict[str, torch.Tensor]:
+def _uneven(name: str, projection: str, pool: str) -> dict[str, torch.Tensor]:
     """A tower's state with every tensor away from what timm starts it with."""
     from ovsprune.slim.timm_tower import build_timm_tower
 
-    tower = build_timm_tower(of_timm(name, timm_proj=projection))
+    tower = build_timm_tower(of_timm(name, timm_proj=projection, timm_pool=pool))
     generator = torch.Generator().manual_seed(0)
 
     def draw(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -173,13 +219,15 @@ def _uneven(name: str, projection: str) -> dict[str, torch.Tensor]:
     return {key: draw(key, tensor) for key, tensor in tower.state_dict().items()}
 
 
-def timm_backbone(family: str, name: str, size: int, projection: str = "linear") -> Backbone:
+def timm_backbone(
+    family: str, name: str, size: int, projection: str = "linear", pool: str = "avg"
+) -> Backbone:
     """A tower with uneven weights, for pictures of ``size`` pixels."""
-    config = of_timm(name, timm_proj=projection, image_size=size)
+    config = of_timm(name, timm_proj=projection, timm_pool=pool, image_size=size)
     backbone = FAMILIES.get(family).build(
         name, None, config, Preprocess((size, size)), trained=False, text={}
     )
-    backbone.tower.load_state_dict(_uneven(name, projection))
+    backbone.tower.load_state_dict(_uneven(name, projection, pool))
     return backbone
 
 
@@ -196,6 +244,16 @@ def open_clip_convnext_conv() -> Backbone:
 def squeezed() -> Backbone:
     """An EfficientNet whose channels have two readers."""
     return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed", 48)
+
+
+def open_clip_timm_vit() -> Backbone:
+    """An EVA-02, in which a norm lies between units and consumer."""
+    return timm_backbone("open_clip-timm-vit", "ovsprune_eva", 48, pool="token")
+
+
+def open_clip_timm_siglip() -> Backbone:
+    """A SigLIP, whose pooled output comes from an attention pool with an MLP."""
+    return timm_backbone("open_clip-timm-vit", "ovsprune_siglip", 48, "none", pool="map")
 
 
 RESNET = {
@@ -330,6 +388,7 @@ REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
     "open_clip-convnext": open_clip_convnext,
     "open_clip-efficientnet": open_clip_efficientnet,
     "open_clip-resnet": open_clip_resnet,
+    "open_clip-timm-vit": open_clip_timm_vit,
     "open_clip-vit": open_clip_vit,
     "transformers-vit": transformers_vit,
 }
@@ -338,6 +397,7 @@ REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
 MORE: dict[str, Callable[[], Backbone]] = {
     "open_clip-convnext: 1x1 convolutions": open_clip_convnext_conv,
     "open_clip-efficientnet: squeeze-and-excitation": squeezed,
+    "open_clip-timm-vit: attention pool": open_clip_timm_siglip,
 }
 """Towers of families that have another one above, of another kind inside."""
 
