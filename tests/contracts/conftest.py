@@ -370,12 +370,13 @@ class PatchTower(nn.Module):
 
 
 def transformers_vit() -> Backbone:
-    """A SigLIP tower of transformers: two blocks and an attention pool."""
+    """A SigLIP tower of transformers: three blocks and an attention pool."""
     from ovsprune.slim.transformers_build import architecture_of
     from tests.backbones.hf_models import make
 
     family = FAMILIES.get("transformers-vit")
-    model = make("SiglipVisionModel", image_size=48)
+    more = {"image_size": 48, "num_hidden_layers": 3, "intermediate_size": 96}
+    model = make("SiglipVisionModel", **more)
     architecture = architecture_of("SiglipVisionModel", model.config.to_dict())
     preprocess = Preprocess((48, 48))
     backbone = family.build("siglip", None, architecture, preprocess, trained=False, text={})
