@@ -39,7 +39,7 @@ class SeparateAttention(nn.Module):
             raise ValueError("only self-attention with one width for q, k and v can be rewritten")
         heads = tuple(range(attention.num_heads))
         if isinstance(attention, SlimAttention):
-            if not attention.returns_tuple:
+            if not attention.call.returns_tuple:
                 raise ValueError("slim attention that returns no tuple cannot be rewritten")
             heads = attention.kept_heads
         self.embed_dim = attention.embed_dim

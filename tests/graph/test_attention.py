@@ -8,6 +8,7 @@ from torch import nn
 
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
+from ovsprune.slim.calls import X_MASK
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -66,6 +67,6 @@ def test_slim_attention_and_back(batch_first: bool) -> None:
 
 
 def test_slim_attention_of_another_call_is_refused() -> None:
-    slim = SlimAttention(16, 2, [1], returns_tuple=False)
+    slim = SlimAttention(16, 2, [1], call=X_MASK)
     with pytest.raises(ValueError, match="returns no tuple"):
         SeparateAttention(slim)
