@@ -44,13 +44,17 @@ class OpenClipResNet:
         """Build the CLIP called ``name`` and load its weights.
 
         The image tower's activation is ReLU, whatever the name; ``-quickgelu``, a tag and
-        ``activation`` speak of the text tower alone.
+        ``activation`` speak of the text tower alone. Of random weights, the scale of every block's
+        last norm is 1: open_clip starts it at 0, so that nothing in a block would do anything.
 
         Raises:
             WeightsError: The weights cannot be had or do not fit.
             OptionError: ``activation`` is unknown, or contradicts the tag's own.
         """
-        return _with_relu(load_own("open_clip-resnet", name, pretrained, activation))
+        backbone = _with_relu(load_own("open_clip-resnet", name, pretrained, activation))
+        for block in () if backbone.trained else _blocks(backbone.tower).values():
+            block.bn3.weight.fill_(1.0)
+        return backbone
 
     def build(
         self,

@@ -99,6 +99,9 @@ def test_random_weights_and_a_tag_that_is_none(small: dict[str, Tensor]) -> None
     random = backbones.load("RN50", pretrained="none")
     assert (random.pretrained, random.trained, random.activation) == (None, False, "relu")
     assert random.has_text and set(random.text) < set(small)
+    # open_clip's own start leaves every block without effect: there would be nothing to choose by.
+    assert all(b.bn3.weight.min() == 1.0 for b in random.tower.layer1)
+    assert build_clip(RESNET).visual.layer1[0].bn3.weight.max() == 0.0
     with pytest.raises(
         WeightsError, match=r"'laion' is neither a file nor a tag of RN50. Tags: op"
     ):
