@@ -79,7 +79,7 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
             pooled, each = stream[:, 0], stream[:, 1:]
         pooled, each = (model.head(trunk.head(trunk.fc_norm(x))) for x in (pooled, each))
         height, width = trunk.patch_embed.grid_size
-        return pooled, each.transpose(1, 2).reshape(len(each), -1, height, width)
+        return pooled, each.transpose(1, 2).reshape(each.shape[0], -1, height, width)
 
     return partial(_stem, trunk), blocks, head
 
@@ -125,7 +125,7 @@ def _stem(trunk: Any, images: Tensor) -> Tensor:
         found = trunk._pos_embed(x)
         x = trunk.norm_pre(found[0] if isinstance(found, tuple) else found)
     elif trunk.cls_token is not None:  # relative positions are the blocks' own
-        x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
     return x
 
 
@@ -151,7 +151,7 @@ def _pooled_each(trunk: Any, pool: Any, stream: Tensor) -> Tensor:
         tokens, prefix = tokens[:, prefix:], 0
     read = tokens if pool.pos_embed is None else tokens + pool.pos_embed
     heads = (pool.num_heads, pool.head_dim)
-    q = pool.q(pool.latent).unflatten(-1, heads).transpose(1, 2).expand(len(read), -1, -1, -1)
+    q = pool.q(pool.latent).unflatten(-1, heads).transpose(1, 2).expand(read.shape[0], -1, -1, -1)
     keys, values = pool.kv(read).chunk(2, dim=-1)
     k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (keys, values))
     mixed = F.scaled_dot_product_attention(pool.q_norm(q), pool.k_norm(k), v)

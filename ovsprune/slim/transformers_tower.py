@@ -34,7 +34,7 @@ def _patches(model: Any, images: Tensor) -> Mapping[str, Any]:
     side = model.config.patch_size
     cells = images.unfold(2, side, side).unfold(3, side, side)  # [B, 3, h, w, patch, patch]
     rows = cells.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-    shape = torch.tensor([cells.shape[2:4]] * len(images), device="cpu")
+    shape = torch.tensor([cells.shape[2:4]] * images.shape[0], device="cpu")
     return {"pixel_values": rows, "spatial_shapes": shape}
 
 
@@ -238,7 +238,7 @@ def _pooled_each(pool: Any, norm: nn.Module, stream: Tensor) -> Tensor:
     A position that is all there is gets all the attention, so what the pool mixes is its value.
     """
     tokens, attention = norm(stream), pool.attention
-    mixed = attention(pool.probe.expand(len(tokens), -1, -1), tokens, tokens)[0]
+    mixed = attention(pool.probe.expand(tokens.shape[0], -1, -1), tokens, tokens)[0]
     width = attention.embed_dim
     values = F.linear(
         tokens, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]

@@ -85,7 +85,7 @@ def test_a_folder_with_a_broken_configuration(folder: Path, text: str) -> None:
 
 def test_a_folder_of_another_family(folder: Path) -> None:
     config = json.loads((folder / "open_clip_config.json").read_text())
-    config["model_cfg"]["vision_cfg"] = {"timm_model_name": "vit_base_patch16_224"}
+    config["model_cfg"]["vision_cfg"] = {"timm_model_name": "resnet18"}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="none of the families"):
         backbones.load(str(folder))
