@@ -63,7 +63,9 @@ EVERY_TRAINING_PICTURE = {
 }
 STUDIES = {
     "ablation": Study(_ablation(), ratios=(0.7,)),
-    "distill": Study(("default+distill", "default", "random+distill", "random+gauss-newton")),
+    "distill": Study(
+        ("default+distill", "default", "random+distill", "random+gauss-newton", "random")
+    ),
     "procedural": Study(
         ("default", "random+closed-form", "random"), pictures={}, testbeds=("photo",)
     ),
@@ -87,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("testbed", choices=("tiny", "photo"))
     parser.add_argument("--data", type=Path)
     parser.add_argument("--study", action="append", choices=STUDIES)
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="default: all")
     parser.add_argument("--work", type=Path, help="default: runs/studies-<testbed>")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -111,7 +114,7 @@ def run(study: Study, place: Path, work: Path, chosen: argparse.Namespace) -> No
         records[samples] = ovsprune.compare(
             **given,
             ratios=study.ratios,
-            methods=study.methods,
+            methods=chosen.methods or study.methods,
             seeds=chosen.seeds,
             samples=samples,
             threads=chosen.threads,
