@@ -36,7 +36,7 @@ class SecondMoments:
         Returns:
             The rows less the shift, times their weight, [rows, width].
         """
-        rows = rows.reshape(-1, rows.shape[-1])
+        rows = rows.flatten(0, -2)
         if self._shift is None:
             self._shift = rows.mean(0)
         rows = rows - self._shift
@@ -152,7 +152,7 @@ class CrossMoments:
 
     def update(self, x: Tensor, e: Tensor, weight: Tensor | None = None) -> None:
         """Add rows x [..., n] with residuals e [..., m] and, if given, weights [...]."""
-        e = e.reshape(-1, e.shape[-1])
+        e = e.flatten(0, -2)
         self._cross += (self._x.update(x, weight).T @ e).cpu().double()
         weighted = e if weight is None else e * weight.reshape(-1, 1)
         self._e += weighted.sum(0, dtype=torch.float64).cpu()

@@ -26,13 +26,15 @@ def regularised(covariance: Tensor, ridge: float) -> Tensor:
     channels of massive norm must not flatten all the others. For them, and for a ridge near zero,
     the second term is a floor under the eigenvalues of the correlations, so that a covariance of
     fewer rows than columns, or one rounded, can be factored. With a covariance of zeros ``level``
-    is 1.
+    is 1; one without entries stays so.
 
     Args:
         covariance: [n, n].
         ridge: Relative to the mean variance.
     """
     out = covariance.double().clone()
+    if not out.numel():
+        return out
     variance = out.diagonal().clone().clamp_min(0.0)
     cap = _MASSIVE * variance.median()
     level = variance.clamp_max(cap).mean() if cap > 0 else variance.mean()

@@ -91,6 +91,11 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     help="Also cut directions inside heads: widths of queries and keys, and of values.",
 )
 @click.option(
+    "--prune-depth",
+    is_flag=True,
+    help="Also drop whole attentions and MLPs; every block keeps its place and its name.",
+)
+@click.option(
     "--latency-table",
     metavar="FILE",
     help="Layer times for --budget latency; by default this machine's, in your cache directory.",

@@ -113,7 +113,8 @@ class Group:
         norms: Norms between the units and the consumer.
         macs: MACs that one unit costs at the native resolution.
         params: Parameters that one unit costs.
-        floor: Fewest units that may stay.
+        floor: Fewest units that may stay; 0 where all of them may go, and of what they did the
+            consumer's bias is left.
         inside: Name of the group in every unit of which each unit of this one has a part: the
             directions inside heads. Either may be cut without the other, and what they cost is a
             product; see :mod:`ovsprune.allocation.joint`.

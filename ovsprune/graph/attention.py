@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.dense import maps_of
 from ovsprune.slim.directions import scaled
+from ovsprune.slim.linear import linear
 
 __all__ = ["SeparateAttention"]
 
@@ -49,6 +50,8 @@ class SeparateAttention(nn.Module):
         self.batch_first = attention.batch_first
         maps = maps_of(attention, len(heads))
         self.qk_dim, self.v_dim = maps.widths
+        if isinstance(attention, SlimAttention):  # without heads, its maps have no width
+            self.qk_dim, self.v_dim = attention.qk_dim, attention.v_dim
         self.q_proj, self.k_proj, self.v_proj = (
             _linear(w, b) for w, b in zip(maps.weights, maps.biases, strict=True)
         )
@@ -68,7 +71,7 @@ class SeparateAttention(nn.Module):
 
         def heads(projection: nn.Linear, width: int) -> Tensor:
             split: Tensor = projection(stream)
-            return split.view(batch, tokens, -1, width).transpose(1, 2)
+            return split.view(batch, tokens, split.shape[2] // width, width).transpose(1, 2)
 
         mixed = F.scaled_dot_product_attention(
             scaled(heads(self.q_proj, self.qk_dim), self.head_dim),
@@ -76,7 +79,7 @@ class SeparateAttention(nn.Module):
             heads(self.v_proj, self.v_dim),
             attn_mask,
         )
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), None
 
     def finished(self, kept: Tensor | None = None) -> nn.Module:
@@ -123,7 +126,7 @@ class SeparateAttention(nn.Module):
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     weight = weight.detach()
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer = linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
     layer.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone())

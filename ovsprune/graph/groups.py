@@ -40,6 +40,8 @@ def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) 
             not by the one that it names; reaches the tower's output; or goes through a convolution
             of groups of several channels: the family offered something that cannot be cut alone.
     """
+    # of a slim tower, a layer may have lost all its units before
+    seeds = [seed for seed in seeds if len(weight_of(tower.get_submodule(seed.layer)))]
     if not seeds:
         return []
     example = torch.zeros(1, 3, *size)

@@ -1,4 +1,4 @@
-"""``--floor PATTERN=N``: the fewest units that stay in the groups whose name matches."""
+"""The fewest units that stay: ``--floor PATTERN=N``, and none at all with ``--prune-depth``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from ovsprune.core.errors import OptionError
 from ovsprune.core.records import Group
+from ovsprune.graph.layers import weight_of
 
-__all__ = ["parse_floor", "with_floors"]
+__all__ = ["parse_floor", "with_floors", "without_floors"]
 
 
 def parse_floor(text: str) -> tuple[str, float]:
@@ -58,6 +61,39 @@ def with_floors(groups: Sequence[Group], floors: Sequence[str]) -> list[Group]:
                     "share, or a pattern that leaves it out"
                 )
             found[i] = replace(group, floor=max(group.floor, least))
+    return found
+
+
+def without_floors(tower: nn.Module, groups: Sequence[Group]) -> list[Group]:
+    """``groups``, of which those that may lose all their units have a floor of 0.
+
+    What a consumer without units gives is its bias, which is all that is left in the stream of an
+    attention or an MLP. So nothing is dropped where the consumer's output is not added to a stream;
+    nor where a norm or a convolution would be left without a channel, which torch does not have.
+
+    Args:
+        tower: The rewritten tower.
+        groups: Of it.
+
+    Raises:
+        OptionError: No group is of that kind.
+    """
+
+    def may_go(group: Group) -> bool:
+        weights = (weight_of(tower.get_submodule(s.module)) for s in group.slices)
+        return (
+            group.stream is not None
+            and group.inside is None
+            and not group.norms
+            and all(weight.ndim < 3 for weight in weights)
+        )
+
+    found = [replace(group, floor=0) if may_go(group) else group for group in groups]
+    if all(group.floor for group in found):
+        raise OptionError(
+            "--prune-depth: no layer of this model that may be cut can go as a whole, since each "
+            "is a convolution or is not added to a residual stream; leave it out"
+        )
     return found
 
 

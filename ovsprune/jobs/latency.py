@@ -82,8 +82,8 @@ class LatencyModel:
                 consumer = group.consumer.removeprefix(f"{name}.")
                 width = group.columns.shape[1]
                 piece = f"{group.kind} {group.units}x{width} before {consumer} in {shape}"
-                found[group.name] = piece, _grid(group.units)
-                for at in _grid(group.units):
+                found[group.name] = piece, _grid(group)
+                for at in _grid(group):
                     passes.setdefault((piece, at), narrowed(name, stream, {group.name: at}))
             stream = block(stream)
         rest = f"rest {digest(f'{tower!r} on {tuple(images.shape)}')}"
@@ -185,10 +185,10 @@ def compare_latency(
     }
 
 
-def _grid(units: int) -> tuple[int, ...]:
-    """1 and up to :data:`POINTS` widths below ``units``, evenly spaced, ascending."""
-    widths = {max(1, round(units * k / POINTS)) for k in range(POINTS)}
-    return tuple(sorted(w for w in widths if w < units))
+def _grid(group: Group) -> tuple[int, ...]:
+    """1, 0 if all may go, and :data:`POINTS` widths at most, evenly spaced and ascending."""
+    widths = {1, *(round(group.units * k / POINTS) for k in range(POINTS))}
+    return tuple(sorted(w for w in widths if min(1, group.floor) <= w < group.units))
 
 
 def _narrowed(

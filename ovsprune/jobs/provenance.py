@@ -88,7 +88,7 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
         "ridge": settings.ridge,
         "seed": settings.seed,
         "torch": torch.__version__,
-        **({"prune_head_dim": True} if settings.prune_head_dim else {}),
+        **{name: True for name in ("prune_head_dim", "prune_depth") if getattr(settings, name)},
         **({"distill": asdict(settings.distill)} if trains else {}),
         **settings.described(),
     }

@@ -128,7 +128,8 @@ def prune(
             object such as :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own),
             ``allocation``, ``recovery``, ``protect`` (patterns of group names), ``round_to``,
             ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
-            ``prune_head_dim`` (directions inside heads, too), ``latency_table`` (a file), ``seed``,
+            ``prune_head_dim`` (directions inside heads, too), ``prune_depth`` (whole attentions and
+            MLPs may go), ``latency_table`` (a file), ``seed``,
             ``batch_size``, ``ridge`` (relative to the mean variance), ``probe`` (pictures for
             curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
             :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with

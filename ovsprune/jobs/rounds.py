@@ -37,7 +37,7 @@ def compose(first: Plan, then: Plan) -> Plan:
         first: In dense coordinates.
         then: In the coordinates of what ``first`` kept.
     """
-    kept = {name: units[then.kept[name]] for name, units in first.kept.items()}
+    kept = {n: units[then.kept[n]] if n in then.kept else units for n, units in first.kept.items()}
     return Plan(kept, {**first.notes, **then.notes})
 
 
@@ -45,9 +45,11 @@ def narrow(groups: Sequence[Group], plan: Plan) -> list[Group]:
     """The groups as they are in the tower that ``plan`` was cut from, in its own coordinates.
 
     A cut puts the rows of the kept units one after another, so they are counted through. Costs of
-    a unit stay as they were; :func:`ovsprune.graph.groups.with_costs` measures them anew.
+    a unit stay as they were; :func:`ovsprune.graph.groups.with_costs` measures them anew. A group
+    that lost all its units is not among them.
     """
-    return [_narrowed(group, plan.width(group.name)) for group in groups]
+    widths = ((group, plan.width(group.name)) for group in groups)
+    return [_narrowed(group, width) for group, width in widths if width]
 
 
 def _narrowed(group: Group, width: int) -> Group:

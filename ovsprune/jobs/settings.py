@@ -49,6 +49,7 @@ class Settings:
     floor: tuple[str, ...] = ()
     uniform_heads: bool = False
     prune_head_dim: bool = False
+    prune_depth: bool = False
     latency_table: str | None = None
     seed: int = 0
     batch_size: int = 16
@@ -162,6 +163,7 @@ class Settings:
             if not self.imp_lr > 0:
                 raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
             refused = {"criterion", "allocation", "round_to", "uniform_heads", "prune_head_dim"}
+            refused |= {"prune_depth"}
             refused |= {"rounds", "distill", "statistics", "latency_table"}
             refused |= set() if self.recovery == "none" else {"recovery"}
             refused |= set() if self.imp_structured else {"budget"}

@@ -23,7 +23,7 @@ from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
 from ovsprune.jobs.again import in_base
 from ovsprune.jobs.clock import Clock
-from ovsprune.jobs.floors import with_floors
+from ovsprune.jobs.floors import with_floors, without_floors
 from ovsprune.jobs.imp_units import prune_units
 from ovsprune.jobs.latency import compare_latency
 from ovsprune.jobs.planning import Planner, Planning, Surveys
@@ -95,7 +95,10 @@ class Job:
         free, protected = split_seeds(seeds, self.settings.protect)
         inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
         groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
-        groups = with_floors(with_directions(dense, groups, inner, size), self.settings.floor)
+        groups = with_directions(dense, groups, inner, size)
+        if self.settings.prune_depth:
+            groups = without_floors(dense, groups)
+        groups = with_floors(groups, self.settings.floor)
         self.clock.lap("graph")
         pictures, held_out = open_pictures(
             self.settings.calibration,

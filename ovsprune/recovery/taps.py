@@ -87,6 +87,8 @@ def sites(item: RecoveryContext, block: str) -> list[Site]:
     for consumer in dict.fromkeys(g.consumer for g in groups):
         mine = [g for g in groups if g.consumer == consumer]
         makers = [s.module for g in mine for s in g.slices if s.axis == "out"]
+        # what makes units, and is left to make any
+        makers = [n for n in makers if len(rows[n, "out"]) and not is_channelwise(find(n))]
         cut = any(item.plan.width(g.name) < g.units for g in mine)
         others = dict.fromkeys(s.module for g in mine for s in g.readers if s.module != consumer)
         stream = mine[0].stream
@@ -95,7 +97,7 @@ def sites(item: RecoveryContext, block: str) -> list[Site]:
                 consumer,
                 _target_of(mine[0]),
                 rows[consumer, "in"],
-                {name: rows[name, "out"] for name in makers if not is_channelwise(find(name))},
+                {name: rows[name, "out"] for name in makers},
                 cut,
                 None if stream is None else stream.axis,
                 tuple(Site(n, (n, "output"), rows[n, "in"], {}, cut) for n in others),

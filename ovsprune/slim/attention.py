@@ -25,6 +25,7 @@ from ovsprune.slim.dense import (
     refuse_extras,
 )
 from ovsprune.slim.directions import scaled
+from ovsprune.slim.linear import linear
 from ovsprune.slim.masks import combine_masks
 
 __all__ = ["SlimAttention"]
@@ -36,8 +37,9 @@ class SlimAttention(nn.Module):
     """Self- or cross-attention over the kept heads of a dense attention.
 
     Its output equals that of the dense module whose cut heads are masked to zero before the out
-    projection. Parameters have the names of ``nn.MultiheadAttention``: ``in_proj_weight`` (queries,
-    keys, values) [kept * (2 * qk_dim + v_dim), embed_dim], ``in_proj_bias``, ``out_proj``.
+    projection; without any head it is that projection's bias. Parameters have the names of
+    ``nn.MultiheadAttention``: ``in_proj_weight`` (queries, keys, values)
+    [kept * (2 * qk_dim + v_dim), embed_dim], ``in_proj_bias``, ``out_proj``.
 
     Args:
         embed_dim: Width of the residual stream.
@@ -90,7 +92,7 @@ class SlimAttention(nn.Module):
         rows = sum(self._rows)
         self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
-        self.out_proj = nn.Linear(self._rows[-1], embed_dim)
+        self.out_proj = linear(self._rows[-1], embed_dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         # nn.MultiheadAttention's attributes that its callers read. The last one keeps
         # nn.TransformerEncoderLayer off its fused path, which assumes embed_dim wide projections.
@@ -135,8 +137,8 @@ class SlimAttention(nn.Module):
             attn_mask: Bool (true is left out) or float (added): [L, S]; [N * num_heads, L, S] or
                 [num_heads, L, S] in dense heads; [N * kept, L, S]; or [N or 1, heads or 1, L, S]
                 with dense or kept heads.
-            average_attn_weights: Weights are [N, L, S] if true (mean over the kept heads), else
-                [N, kept, L, S].
+            average_attn_weights: Weights are [N, L, S] if true (mean over the kept heads, zeros
+                without any), else [N, kept, L, S].
             is_causal: Mask the future; where ``attn_mask`` is given, that one is used, as in torch.
 
         Returns:
@@ -147,6 +149,8 @@ class SlimAttention(nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
+        if not self.kept_heads:
+            return self._without_heads(query, key, need_weights, average_attn_weights)
         q, k, v = self._project(query, key, value)
         mask = combine_masks(
             attn_mask,
@@ -173,6 +177,17 @@ class SlimAttention(nn.Module):
         x = x if self.batch_first else x.transpose(0, 1)
         return x, weights
 
+    def _without_heads(
+        self, query: Tensor, key: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`attend` returns if every head is gone: the bias, and weights of nothing."""
+        x = self.out_proj(query[..., :0])
+        if not need_weights:
+            return x, None
+        batch, tokens = (0, 1) if self.batch_first else (1, 0)
+        shape = (query.shape[batch], query.shape[tokens], key.shape[tokens])
+        return x, query.new_zeros(shape if average else (shape[0], 0, *shape[1:]))
+
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (scaled) and keys [N, kept, length, qk_dim], and values [..., v_dim]."""
         order = "[N, L, E]" if self.batch_first else "[L, N, E]"
@@ -195,7 +210,11 @@ class SlimAttention(nn.Module):
             )
         count = len(self.kept_heads)
         heads = [x if self.batch_first else x.transpose(0, 1) for x in flat]
-        q, k, v = (x.reshape(*x.shape[:2], count, -1).transpose(1, 2) for x in heads)
+        widths = (self.qk_dim, self.qk_dim, self.v_dim)
+        q, k, v = (
+            x.reshape(*x.shape[:2], count, width).transpose(1, 2)
+            for x, width in zip(heads, widths, strict=True)
+        )
         return scaled(q, self.head_dim), k, v
 
     def extra_repr(self) -> str:
@@ -239,7 +258,7 @@ class SlimAttention(nn.Module):
         if missing:
             raise OptionError(f"heads {missing} are cut already; {present} are left of {num_heads}")
         maps = maps_of(mha, len(present))
-        widths = maps.widths
+        widths = (mha.qk_dim, mha.v_dim) if isinstance(mha, SlimAttention) else maps.widths
         slim = cls(
             maps.weights[0].shape[1],
             num_heads,

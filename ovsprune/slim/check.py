@@ -56,6 +56,8 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
                 f"{at}: {layer.name} is not strictly ascending, so a unit is out of order or "
                 f"there twice; {_AGAIN}"
             )
+        if not kept.numel():
+            continue
         if layer.kind in WIDTH_KINDS and int(kept[-1]) != layer.kept - 1:
             raise CheckpointError(
                 f"{at}: {layer.name} keeps the direction {int(kept[-1])}, expected the first "

@@ -159,10 +159,11 @@ def _check_names(spec: SlimSpec, at: str) -> None:
 
 
 def _check_layers(spec: SlimSpec, at: str) -> None:
-    """Directions, and heads with slices, are for version 2."""
+    """Directions, heads with slices, and layers without units are for version 2."""
     for layer in spec.layers:
         if version_of([layer]) > spec.format_version:
-            what = f"of the kind {layer.kind!r}{' with slices' if layer.slices else ''}"
+            sliced = " with slices" if layer.kind == "heads" and layer.slices else ""
+            what = f"of the kind {layer.kind!r}{sliced}" if layer.kept else "without units"
             raise CheckpointError(
                 f"{at}: {layer.name} is {what}, which format_version {spec.format_version} does "
                 "not have; the file was edited or damaged: copy or write the checkpoint again"
@@ -237,7 +238,10 @@ def _layer(value: Any, at: str) -> LayerSpec:
     known = ("name", "kind", "block", "units", "kept", "unit_width", "slices")
     data = fields.record(value, at, known)
     units = fields.whole(data["units"], f"{at}.units", 1)
-    kept = fields.whole(data["kept"], f"{at}.kept", 1)
+    kept = fields.whole(data["kept"], f"{at}.kept")
+    kind = fields.choice(data["kind"], f"{at}.kind", KINDS)
+    if kind in WIDTH_KINDS:
+        fields.whole(kept, f"{at}.kept", 1)
     if kept > units:
         raise CheckpointError(
             f"{at}.kept is {kept}, expected at most units = {units}; the file was edited or "
@@ -245,7 +249,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
         )
     layer = LayerSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
-        kind=fields.choice(data["kind"], f"{at}.kind", KINDS),
+        kind=kind,
         block=fields.text(data["block"], f"{at}.block", fields.DOTTED),
         units=units,
         kept=kept,

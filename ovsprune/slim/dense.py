@@ -30,12 +30,10 @@ def check_heads(num_heads: int, kept_heads: Sequence[int]) -> tuple[int, ...]:
     """Kept heads as a tuple of ints.
 
     Raises:
-        OptionError: None are kept, or they are not strictly ascending within [0, num_heads).
+        OptionError: They are not strictly ascending within [0, num_heads).
     """
     kept = tuple(int(h) for h in kept_heads)
-    if not kept:
-        raise OptionError(f"kept_heads is empty; keep at least one of the {num_heads} heads")
-    if any(b <= a for a, b in pairwise(kept)) or kept[0] < 0 or kept[-1] >= num_heads:
+    if any(b <= a for a, b in pairwise((-1, *kept, num_heads))):
         raise OptionError(
             f"kept_heads must be strictly ascending within [0, {num_heads}), given {kept}"
         )
@@ -140,8 +138,9 @@ class Maps:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Width of the queries and keys, and of the values, of one head."""
-        return self.weights[0].shape[0] // self.heads, self.weights[2].shape[0] // self.heads
+        """Width of the queries and keys, and of the values, of one head; 0 without heads."""
+        heads = self.heads or 1
+        return self.weights[0].shape[0] // heads, self.weights[2].shape[0] // heads
 
     def turned(self, bases: Mapping[str, Tensor]) -> Maps:
         """The same attention, its heads in other bases: ``"qk"`` and ``"vo"`` to T [heads, d, d].

@@ -72,7 +72,7 @@ class LayerSpec:
         kind: One of :data:`KINDS`.
         block: Dotted path of the block that holds it.
         units: Units in the base model.
-        kept: Units that are left.
+        kept: Units that are left; 0 where the layer is gone, and the consumer's bias stands for it.
         unit_width: Channels that make up one unit (the head width, or 1), for ``"qk"`` and ``"vo"``
             in each head.
         slices: Unit u covers indices ``offset + u * unit_width`` and on, of each slice. A
@@ -211,7 +211,9 @@ class SlimSpec:
 
 def version_of(layers: Iterable[LayerSpec]) -> int:
     """The earliest version of the format that can say ``layers``."""
-    new = (x.kind in WIDTH_KINDS or (x.kind == "heads" and not x.whole) for x in layers)
+    new = (
+        x.kind in WIDTH_KINDS or not x.kept or (x.kind == "heads" and not x.whole) for x in layers
+    )
     return 2 if any(new) else 1
 
 

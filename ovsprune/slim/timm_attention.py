@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.dense import check_heads, head_index
+from ovsprune.slim.linear import linear
 from ovsprune.slim.norms import CountedLayerNorm
 
 __all__ = ["HeadIndex", "TimmAttention", "is_timm_attention"]
@@ -55,7 +56,8 @@ class TimmAttention(nn.Module):
     """Self-attention over the kept heads of one of timm's.
 
     Its output equals that of the dense module whose cut heads are masked to zero, before the inner
-    norm where there is one. Parameters have the names that they have there.
+    norm where there is one; without any head it is the out projection's bias. Parameters have the
+    names that they have there.
 
     Args:
         dense: See :func:`is_timm_attention`; may be one of these. Maps are copied, other parts of
@@ -96,7 +98,8 @@ class TimmAttention(nn.Module):
         if not set(kept) <= set(present):
             raise OptionError(f"heads {kept} are not all here; {tuple(present)} are left")
         weights, biases = _maps(source)
-        self.head_dim = weights[0].shape[0] // len(present)
+        own = isinstance(dense, TimmAttention)
+        self.head_dim = int(source.head_dim if own else weights[0].shape[0] // self.num_heads)
         self.apart = apart
         self.num_prefix_tokens = int(getattr(source, "num_prefix_tokens", 0))
         self.rotate_half = bool(getattr(source, "rotate_half", False))
@@ -166,7 +169,9 @@ class TimmAttention(nn.Module):
         Returns:
             [B, N, C].
         """
-        heads = (*x.shape[:2], -1, self.head_dim)
+        if not len(self.heads.weight):
+            return self._out(x[..., :0])
+        heads = (*x.shape[:2], len(self.heads.weight), self.head_dim)
         q, k, v = (part.reshape(heads).transpose(1, 2) for part in self._projected(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -179,13 +184,15 @@ class TimmAttention(nn.Module):
             bias = bias.detach() if self.apart else bias
             mask = self._gathered(bias) if mask is None else self._gathered(bias) + mask
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        mixed = mixed.transpose(1, 2).flatten(2)
-        out: Tensor = self.proj(mixed if self.norm is None else self.norm(mixed))
-        return out if self.proj_drop is None else self.proj_drop(out)
+        return self._out(mixed.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
         """Dense and kept heads, for ``print(model)``."""
         return f"heads={len(self.kept_heads)} of {self.num_heads} x {self.head_dim}"
+
+    def _out(self, mixed: Tensor) -> Tensor:
+        out: Tensor = self.proj(mixed if self.norm is None else self.norm(mixed))
+        return out if self.proj_drop is None else self.proj_drop(out)
 
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
         if self.qkv is None:
@@ -272,7 +279,7 @@ def _shell(dense: nn.Module) -> nn.Module:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = _frozen(weight)
     if bias is not None:
         layer.bias = _frozen(bias)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
 from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.linear import linear
 from ovsprune.slim.pooling import AttentionalPooler, PoolerShape, each_alone
 
 __all__ = ["ACTIVATION_MODULES", "BlockShape", "QuickGELU", "VisionTransformer", "resize_positions"]
@@ -46,9 +47,9 @@ class BlockShape:
 
     Attributes:
         num_heads: Heads in the base model.
-        kept_heads: Those that are left, by their index there.
+        kept_heads: Those that are left, by their index there; none if the attention is gone.
         head_dim: Width of one head.
-        mlp_width: Hidden units of the MLP.
+        mlp_width: Hidden units of the MLP; 0 if it is gone.
         qk_dim: Width of the queries and keys of one head; ``head_dim`` if None.
         v_dim: Width of the values of one head; likewise.
     """
@@ -92,9 +93,9 @@ class Block(nn.Module):
         self.ls_1: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
         self.ln_2 = nn.LayerNorm(width, eps)
         parts: list[tuple[str, nn.Module]] = [
-            ("c_fc", nn.Linear(width, shape.mlp_width)),
+            ("c_fc", linear(width, shape.mlp_width)),
             ("gelu", ACTIVATION_MODULES[activation]()),
-            ("c_proj", nn.Linear(shape.mlp_width, width)),
+            ("c_proj", linear(shape.mlp_width, width)),
         ]
         self.mlp = nn.Sequential(OrderedDict(parts))
         self.ls_2: nn.Module = LayerScale(width) if layer_scale else nn.Identity()

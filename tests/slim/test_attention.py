@@ -221,10 +221,22 @@ def test_without_bias_and_with_a_head_width_of_its_own() -> None:
         SlimAttention(E, 5, (1, 4))
 
 
-@pytest.mark.parametrize("kept", [(), (1, 1), (2, 1), (-1, 2), (0, H)])
+@pytest.mark.parametrize("kept", [(1, 1), (2, 1), (-1, 2), (0, H)])
 def test_bad_heads_are_refused(kept: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match="kept_heads"):
         SlimAttention(E, H, kept)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_without_heads_it_is_a_bias(batch_first: bool) -> None:
+    dense = dense_attention(batch_first)
+    slim = SlimAttention.from_dense(dense, ())
+    x = torch.randn(N, L, E)
+    out, weights = slim(x, x, x, attn_mask=torch.zeros(L, L), need_weights=True)
+    assert torch.equal(out, dense.out_proj.bias.expand(N, L, E))
+    batch, tokens = (N, L) if batch_first else (L, N)
+    assert torch.equal(weights, torch.zeros(batch, tokens, tokens))
+    assert SlimAttention.from_dense(slim, ()).kept_heads == ()
 
 
 def test_a_slim_attention_can_be_cut_again_in_dense_indices() -> None:

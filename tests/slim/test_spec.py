@@ -135,7 +135,11 @@ BAD: dict[str, tuple[Change, str]] = {
     "short digest": (lambda d: d["base"]["tensors"].update(proj="ab"), "base.tensors.proj is 'ab'"),
     "path as tensor": (lambda d: d["base"]["tensors"].update({"a/b": "a" * 64}), "'a/b'"),
     "kept too many": (lambda d: d["layers"][0].update(kept=13), r"kept is 13, expected at most"),
-    "kept none": (lambda d: d["layers"][0].update(kept=0), r"layers\[0\].kept is 0"),
+    "kept none": (
+        lambda d: d["layers"][0].update(kept=0),
+        r"blocks\.0\.attn is without units, which format_version 1 does not",
+    ),
+    "negative number": (lambda d: d["layers"][0].update(kept=-1), r"layers\[0\].kept is -1"),
     "boolean as number": (lambda d: d["layers"][0].update(units=True), "units is True"),
     "huge number": (lambda d: d["layers"][0].update(units=2**70), "units is 1180591"),
     "fraction": (lambda d: d["dense"].update(macs=1.5), "dense.macs is 1.5"),
