@@ -3,8 +3,9 @@
     python benchmarks/quality.py tiny
     python benchmarks/quality.py photo --data DATA
 
-Every row is kept in ``--work`` as it is done: run again, it goes on where it stopped. At the end
-``benchmarks/quality/<testbed>/`` gets the record, the page and the plot of ``ovsprune compare``.
+Every row is kept in ``--work`` as it is done: run again, it goes on where it stopped. Each table
+gets the record, the page and the plot of ``ovsprune compare`` in
+``benchmarks/quality/<testbed>-<table>/``.
 DATA is the folder of photographs that ``photo_clip/data.py`` describes.
 """
 
@@ -20,24 +21,25 @@ from typing import Any
 import ovsprune
 
 HERE = Path(__file__).resolve().parent
-METHODS = (
+STOCK = ("torch-pruning", "torch-pruning-taylor", "torch-pruning-isomorphic")
+OURS = (
     "default",
     "reconstruction+sensitivity+closed-form",
     "random+gauss-newton",
     "random+closed-form",
     "random",
-    "torch-pruning+gauss-newton",
-    "torch-pruning-taylor+gauss-newton",
-    "torch-pruning-isomorphic+gauss-newton",
-    "torch-pruning",
-    "torch-pruning-taylor",
-    "torch-pruning-isomorphic",
 )
 """What each part of the default brings is in studies.py."""
+MODERATE = (*OURS, *STOCK)
+HARD = (*OURS, *(f"{name}+gauss-newton" for name in STOCK), *STOCK)
+"""Where methods part, every stock selection is followed by our recovery, too."""
 
-RATIOS = {"tiny": (0.3, 0.5, 0.7, 0.8, 0.85), "photo": (0.3, 0.5, 0.7, 0.79)}
-"""The last of ``photo`` is about what stock selections can reach there; with its last block's heads
-kept, no more than 0.833 of its MACs can be cut at all."""
+TABLES: dict[str, dict[str, tuple[tuple[float, ...], tuple[str, ...]]]] = {
+    "tiny": {"30-50": ((0.3, 0.5), MODERATE), "70-85": ((0.7, 0.8, 0.85), HARD)},
+    "photo": {"30-50": ((0.3, 0.5), MODERATE), "70-85": ((0.7, 0.79, 0.85), HARD)},
+}
+"""Ratios and methods by testbed and table. 0.79 is about what stock selections can reach on
+``photo``, of whose MACs, its last block's heads kept, no more than 0.833 can be cut at all."""
 
 
 def testbed(name: str, data: Path | None, work: Path) -> dict[str, Any]:
@@ -90,25 +92,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="default: runs/quality-<testbed>")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--ratio", type=float, action="append")
-    parser.add_argument("--methods", action="append")
+    parser.add_argument("--table", action="append", help="30-50 or 70-85; default: all")
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args(arguments)
     work = chosen.work or Path("runs") / f"quality-{chosen.testbed}"
-    ovsprune.compare(
-        **testbed(chosen.testbed, chosen.data, work),
-        ratios=chosen.ratio or RATIOS[chosen.testbed],
-        methods=chosen.methods or METHODS,
-        seeds=chosen.seeds,
-        samples=chosen.samples,
-        threads=chosen.threads,
-        output=os.path.relpath(work / "rows"),
-    )
-    page = HERE / "quality" / chosen.testbed
-    page.mkdir(parents=True, exist_ok=True)
-    for file in ("compare.json", "README.md", "curves.png"):
-        shutil.copyfile(work / "rows" / file, page / file)
-    print(page / "README.md")
+    for name in chosen.table or TABLES[chosen.testbed]:
+        if name not in TABLES[chosen.testbed]:
+            parser.error(f"{chosen.testbed} has the tables {', '.join(TABLES[chosen.testbed])}")
+        ratios, methods = TABLES[chosen.testbed][name]
+        ovsprune.compare(
+            **testbed(chosen.testbed, chosen.data, work),
+            ratios=ratios,
+            methods=methods,
+            seeds=chosen.seeds,
+            samples=chosen.samples,
+            threads=chosen.threads,
+            output=os.path.relpath(work / "rows"),
+        )
+        page = HERE / "quality" / f"{chosen.testbed}-{name}"
+        page.mkdir(parents=True, exist_ok=True)
+        for file in ("compare.json", "README.md", "curves.png"):
+            shutil.copyfile(work / "rows" / file, page / file)
+        print(page / "README.md")
 
 
 if __name__ == "__main__":

@@ -33,15 +33,15 @@ class Study:
         methods: What is compared.
         ratios: At which ratios.
         pictures: Where photographs to calibrate ``photo`` are: folders of DATA, and the list of
-            DATA that says which of them, if any. None for the testbed's own, empty for procedural
-            pictures.
+            DATA that says which of them, if any; or what else ``--calibration`` takes. None for the
+            testbed's own.
         samples: How many pictures; several make a curve.
         testbeds: Where it is of use.
     """
 
     methods: tuple[str, ...]
     ratios: tuple[float, ...] = (0.5, 0.7)
-    pictures: Mapping[str, str | None] | None = None
+    pictures: Mapping[str, str | None] | str | None = None
     samples: tuple[int, ...] = (256,)
     testbeds: tuple[str, ...] = ("tiny", "photo")
 
@@ -67,7 +67,10 @@ STUDIES = {
         ("default+distill", "default", "random+distill", "random+gauss-newton", "random")
     ),
     "procedural": Study(
-        ("default", "random+closed-form", "random"), pictures={}, testbeds=("photo",)
+        ("default", "random+closed-form", "random"), pictures="procedural", testbeds=("photo",)
+    ),
+    "leaves": Study(
+        ("default", "random+closed-form", "random"), pictures="leaves", testbeds=("photo",)
     ),
     "domain": Study(
         ("default", "random+closed-form", "random"),
@@ -132,8 +135,8 @@ def calibration(study: Study, work: Path, chosen: argparse.Namespace) -> dict[st
     """What a study calibrates with, if it is not what the testbed does."""
     if study.pictures is None or chosen.testbed == "tiny":
         return {}
-    if not study.pictures:
-        return {"calibration": "procedural"}
+    if isinstance(study.pictures, str):
+        return {"calibration": study.pictures}
     found = [
         picture
         for folder, stems in study.pictures.items()

@@ -39,8 +39,9 @@ def test_pictures_of_a_study_are_those_of_its_lists(script, tmp_path) -> None:
     chosen = studies.argparse.Namespace(testbed="photo", data=tmp_path / "data")
     given = studies.calibration(study, tmp_path / "work", chosen)
     assert sorted(p.name for p in Path(given["calibration"]).iterdir()) == ["a.png", "c.png"]
-    plain = studies.Study(("random",), pictures={})
-    assert studies.calibration(plain, tmp_path, chosen) == {"calibration": "procedural"}
+    for recipe in ("procedural", "leaves"):
+        plain = studies.Study(("random",), pictures=recipe)
+        assert studies.calibration(plain, tmp_path, chosen) == {"calibration": recipe}
     chosen.testbed = "tiny"
     assert studies.calibration(study, tmp_path, chosen) == {}
 
