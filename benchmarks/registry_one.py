@@ -27,6 +27,7 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.graph.cut import mask
 from ovsprune.graph.groups import find_groups
+from ovsprune.jobs import steps
 from ovsprune.jobs.stock import STOCK, TorchPruning
 from ovsprune.slim.hashing import state_hashes
 
@@ -36,6 +37,9 @@ COPIES = 5
 """Dense, rewritten, its graph's gradients, masked, slim: how often a tower is held at once."""
 FEW = 2
 """Blocks of a stage where the real tower does not fit."""
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+HELD_OUT = 2
+"""Pictures for the fidelity, which says nothing of random weights."""
 
 
 def main(name: str, folder: Path) -> None:
@@ -63,25 +67,27 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     with shortened(few):
         backbone = backbones.load(name, pretrained="none")
         backbone.encoder, backbone.text = None, {}
-        fill(backbone.tower)
-        result = ovsprune.prune(
-            backbone,
-            RATIO,
-            criterion="magnitude",
-            allocation="uniform",
-            recovery="none",
-            samples=1,
-            text=False,
-            output=folder / "slim",
-        )
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(2, 3, *backbone.preprocess.size, generator=generator)
+        fill(backbone.tower, images)
+        with mock.patch.object(steps, "HELD_OUT", HELD_OUT):
+            result = ovsprune.prune(
+                backbone,
+                RATIO,
+                criterion="magnitude",
+                allocation="uniform",
+                recovery="none",
+                samples=1,
+                text=False,
+                output=folder / "slim",
+            )
         save_file({"images": images}, folder / "images.safetensors")
         saved = state_hashes(result.tower.state_dict())
         row: dict[str, Any] = {
             "dense": asdict(result.spec.dense),
             "slim": asdict(result.spec.slim),
             "blocks": f"{FEW} a stage" if few else "all",
+            "torch": torch.__version__,
         }
         plan, result = result.plan, None
         wanted, row["stock"] = masked_and_stock(backbone, plan, images)
@@ -130,21 +136,20 @@ def params_of(name: str) -> int:
 
 @contextmanager
 def shortened(few: bool) -> Iterator[None]:
-    """Towers are built with few blocks a stage, where that is wanted."""
-    if not few:
-        yield
-        return
+    """Models are built beside next to no text tower, and with few blocks a stage where wanted."""
     config, create = open_clip.get_model_config, timm.create_model
 
     def short_config(name: str) -> Any:
         found = deepcopy(config(name))
+        if "multimodal_cfg" not in found:  # CoCa's decoder must fit its text tower
+            found["text_cfg"] = TEXT
         layers = found["vision_cfg"].get("layers")
-        if layers is not None:
+        if few and layers is not None:
             found["vision_cfg"]["layers"] = FEW if isinstance(layers, int) else [FEW] * len(layers)
         return found
 
     def short_model(*given: Any, **options: Any) -> nn.Module:
-        for depth in ({"depth": FEW}, {"depths": (FEW,) * 4}):
+        for depth in ({"depth": FEW}, {"depths": (FEW,) * 4}) if few else ():
             try:
                 return create(*given, **options, **depth)
             except TypeError:
@@ -159,20 +164,31 @@ def shortened(few: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fill(tower: nn.Module) -> None:
-    """Give every parameter a value, also those that a library begins with zero or nearly so."""
+def fill(tower: nn.Module, images: Tensor) -> None:
+    """Give every parameter a value, also those that a library begins with zero or nearly so.
+
+    Running statistics are those of ``images`` [B, 3, H, W], as in a trained tower; with others,
+    deep towers blow up rounding by orders of magnitude.
+    """
     generator = torch.Generator().manual_seed(0)
-    for parameter in tower.parameters():
+    for name, parameter in tower.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
-            parameter.copy_(noise * parameter[0].numel() ** -0.5)
-        else:
-            parameter.copy_(0.5 + 0.1 * noise)
-    for name, buffer in tower.named_buffers():
-        if name.endswith("running_var"):
-            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-        elif name.endswith("running_mean"):
-            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+        each = parameter.numel() // max(1, *parameter.shape[:1])  # numbers that a row has
+        if name.endswith("bias"):
+            parameter.copy_(0.1 * noise)
+        elif each > 1:
+            parameter.copy_(noise * each**-0.5)
+        else:  # norms' weights, and scales of what is added to a stream
+            parameter.copy_((0.2 if parameter.abs().max() < 0.5 else 1.0) + 0.05 * noise)
+    norms = [m for m in tower.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0  # the last batch's alone
+    tower(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+        norm.momentum = momentum
 
 
 def verdict(row: dict[str, Any], exact: bool) -> dict[str, Any]:

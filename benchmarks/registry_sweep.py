@@ -11,7 +11,9 @@ cut units masked is at most 1e-4 of the output's standard deviation, pooled and 
 tensor that is loaded is bit for bit what was pruned. Beside it stands how much of the MACs
 Torch-Pruning removes of the original tower when it is asked for half.
 
-Rows are kept in ``registry_sweep.json`` as they are done: run again, it goes on where it stopped.
+Names that differ in the text tower alone have one image tower, which is measured once; their rows
+name the one it was measured under. Small towers come first. Rows are kept in
+``registry_sweep.json`` as they are done: run again, it goes on where it stopped.
 The page is ``registry_sweep.md``.
 """
 
@@ -26,8 +28,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+import open_clip
+import timm
+from registry_one import params_of
 
 from ovsprune.jobs.rows import write_text
 from ovsprune.report.numbers import count
@@ -40,23 +48,48 @@ LIMIT = 7200
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    import open_clip
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--name", action="append", help="only these, again")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1, help="towers at a time")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--retry", action="store_true", help="those that are not ok, again")
     chosen = parser.parse_args(arguments)
     names = open_clip.list_models()
     rows = {row["name"]: row for row in _stored() if row["name"] in names}
-    for name in chosen.name or names:
-        known = rows.get(name)
-        if chosen.name or known is None or (chosen.retry and known["status"] != "ok"):
-            rows[name] = _one(name, chosen.threads, chosen.work)
-            print(json.dumps(rows[name]), flush=True)
+    if chosen.retry:
+        rows = {name: row for name, row in rows.items() if row["status"] == "ok"}
+    lock = Lock()
+
+    def measure(name: str) -> None:
+        with lock:
+            twin = next((n for n in rows if n != name and tower_of(n) == tower_of(name)), None)
+        if twin and not chosen.name:
+            row = rows[twin] | {"name": name, "same_as": rows[twin]["same_as"] or twin}
+        else:
+            row = _one(name, chosen.threads, chosen.work)
+        with lock:
+            rows[name] = row
+            print(json.dumps(row), flush=True)
             _write([rows[n] for n in names if n in rows])
+
+    wanted = chosen.name or sorted(set(names) - set(rows), key=params_of)
+    first = {tower_of(name): name for name in reversed(wanted)}.values()
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        for part in (
+            [name for name in wanted if name in first],
+            [name for name in wanted if name not in first],
+        ):
+            list(pool.map(measure, part))
     _write([rows[n] for n in names if n in rows])
+
+
+def tower_of(name: str) -> str:
+    """What decides how a name's image tower is built: equal texts are the same tower."""
+    config = open_clip.get_model_config(name)
+    vision = {k: v for k, v in config["vision_cfg"].items() if k != "timm_model_pretrained"}
+    parts = [config["embed_dim"], vision, config.get("quick_gelu", False)]
+    return json.dumps(parts, sort_keys=True)
 
 
 def _stored() -> list[dict[str, Any]]:
@@ -67,7 +100,7 @@ def _one(name: str, threads: int, work: Path) -> dict[str, Any]:
     """A name's row, whatever becomes of the process that makes it."""
     start = time.perf_counter()
     row = {"name": name, "status": "no", "reason": None, "dense": None, "slim": None}
-    row |= {"max_error": None, "blocks": None, "stock": None}
+    row |= {"max_error": None, "blocks": None, "stock": None, "torch": None, "same_as": None}
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         command = [sys.executable, str(HERE / "registry_one.py"), name, folder]
@@ -87,14 +120,9 @@ def _one(name: str, threads: int, work: Path) -> dict[str, Any]:
 
 
 def _write(rows: Sequence[dict[str, Any]]) -> None:
-    import open_clip
-    import timm
-    import torch
-
     record = {
         "open_clip": open_clip.__version__,
         "timm": timm.__version__,
-        "torch": torch.__version__,
         "rows": list(rows),
     }
     write_text(RECORD, json.dumps(record, indent=1) + "\n")
@@ -103,12 +131,15 @@ def _write(rows: Sequence[dict[str, Any]]) -> None:
 
 def _page(record: dict[str, Any]) -> Iterator[str]:
     rows = record["rows"]
+    missing = len(open_clip.list_models()) - len(rows)
     states = Counter(row["status"] for row in rows)
+    torches = " or ".join(sorted({row["torch"] for row in rows if row["torch"]}))
     yield "# open_clip's registry, pruned to half"
     yield ""
     yield (
-        f"{states['ok']} of {len(rows)} names are ok (open_clip {record['open_clip']}, timm "
-        f"{record['timm']}, torch {record['torch']}; random weights). `python "
+        f"{states['ok']} of {len(rows)} names are ok, and {missing} have not been measured yet "
+        f"(open_clip {record['open_clip']}, timm {record['timm']}, torch {torches}; random "
+        "weights). `python "
         "benchmarks/registry_sweep.py`, whose first lines say what is checked. Errors are the "
         "largest of pooled and dense outputs, in standard deviations. Blocks: all, or as many a "
         "stage as were built where the real tower does not fit."
@@ -120,7 +151,8 @@ def _page(record: dict[str, Any]) -> Iterator[str]:
         costs = [count(row[key]["macs"]) if row[key] else "" for key in ("dense", "slim")]
         error = "" if row["max_error"] is None else f"{row['max_error']:.1e}"
         stock = "" if row["stock"] is None else f"{row['stock']:.0%}"
-        cells = [row["name"], row["status"], *costs, error, row["blocks"] or "", stock]
+        name = f"{row['name']} (as {row['same_as']})" if row["same_as"] else row["name"]
+        cells = [name, row["status"], *costs, error, row["blocks"] or "", stock]
         yield f"| {' | '.join(cells)} | {row['seconds']:.0f} |"
     reasons = [row for row in rows if row["reason"]]
     if reasons:

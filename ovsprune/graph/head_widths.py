@@ -54,11 +54,11 @@ def with_directions(
         seeds: From :func:`width_seeds`.
         size: Native height and width in pixels, for what a direction costs to keep.
     """
-    found = []
-    for group in groups:
-        inner = [_group(tower, seed, group) for seed in seeds if seed.layer == group.name]
-        found += [group, *with_costs(tower, inner, size)]
-    return found
+    groups = list(groups)
+    by_name = {group.name: group for group in groups}
+    inner = [_group(tower, s, by_name[s.layer]) for s in seeds if s.layer in by_name]
+    costed = with_costs(tower, inner, size)
+    return [one for g in groups for one in (g, *(d for d in costed if d.inside == g.name))]
 
 
 def _group(tower: nn.Module, seed: Seed, heads: Group) -> Group:
