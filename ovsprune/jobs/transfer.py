@@ -9,9 +9,10 @@ from typing import Any, overload
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, OptionError, TargetError
+from ovsprune.core.folder import files_beside, read_folder
 from ovsprune.core.foreign import Foreign, read_foreign
 from ovsprune.core.progress import Progress, Silent
-from ovsprune.slim import SlimCheckpoint, read
+from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.spec import CONFIG
 from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.convert import Converted
@@ -20,7 +21,7 @@ from ovsprune.targets.output import check_place, write_output
 __all__ = ["newest_slim", "transfer"]
 
 _PathLike = str | os.PathLike[str]
-_Slim = SlimCheckpoint | _PathLike | None
+_Slim = SlimCheckpoint | SlimTower | _PathLike | None
 
 
 @overload
@@ -31,6 +32,7 @@ def transfer(
     *,
     weights: str = ...,
     force: bool = ...,
+    example: Any = ...,
     progress: Progress | None = ...,
 ) -> Attached: ...
 
@@ -62,6 +64,7 @@ def transfer(
     overwrite: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    example: Any = None,
     progress: Progress | None = None,
 ) -> Attached | dict[str, Any]:
     """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
@@ -72,20 +75,26 @@ def transfer(
 
     Args:
         model: The framework's live model, dense, or None to work on disk.
-        slim: The slim checkpoint or its directory; by default the newest under ``slim/``.
+        slim: The slim checkpoint (from :func:`ovsprune.read`), the slim tower (from
+            :func:`ovsprune.load`), or a directory; by default the newest under ``slim/``.
         target: A framework that ``ovsprune targets`` lists; ``"auto"`` recognises a live model.
         weights: ``"slim"`` (the framework uses the frozen base CLIP), ``"target"`` (it finetuned
             its CLIP: cut its own weights by the mask), or ``"auto"`` (told by the base's hashes).
-        checkpoint: On disk: the framework's dense checkpoint (.pth or .safetensors); without one,
-            CLIP alone is written.
+        checkpoint: On disk: the framework's dense checkpoint (.pth, .safetensors, or a folder that
+            ``save_pretrained`` wrote); without one, CLIP alone is written.
         output: On disk: directory to write, ``transfer/<target>-<slim>`` by default.
         overwrite: Replace an output that exists.
         force: Take a slim checkpoint whose base had random weights.
         dry_run: On disk: check and account, and write nothing.
+        example: Live: what the model's forward takes (an argument, a tuple of them, or a mapping
+            by name), to count the whole model's MACs on. By default what the target gives, where
+            it can.
         progress: Who hears about it.
 
     Returns:
-        With a model, the report, whose ``detach()`` gives the original back. On disk, a record with
+        With a model, the report: each module that was replaced or is protected, and the whole
+        model's MACs and parameters before and after; ``print`` it to read it. Its ``detach()``
+        gives the original back, bit for bit. On disk, a record with
         ``target, slim, weights, reason, replaced, kept, dropped, output, lines, notes``.
 
     Raises:
@@ -93,7 +102,8 @@ def transfer(
         TargetError: The framework cannot take the slim tower; nothing was changed.
         CheckpointError: A checkpoint is missing or damaged.
         OutputError: The output exists or cannot be written.
-        OptionError: ``weights`` is unknown, or an argument is of the other way's.
+        OptionError: ``weights`` is unknown, an argument is of the other way's, or the model cannot
+            be run on ``example``; nothing was changed.
     """
     progress = progress or Silent()
     if target != "auto":
@@ -107,7 +117,9 @@ def transfer(
         if given:
             raise OptionError(f"{', '.join(given)} cannot go with a live model; leave it out")
         name = _recognise(model) if target == "auto" else target
-        return TARGETS.get(name).attach(model, _read(slim, progress), weights=weights, force=force)
+        return _live(model, _read(slim, progress), name, weights, force, example, progress)
+    if example is not None:
+        raise OptionError("example goes with a live model; leave it out on disk")
     if target == "auto":
         raise OptionError(
             f"target 'auto' needs a live model; on disk name one of {', '.join(TARGETS)}"
@@ -123,6 +135,45 @@ def transfer(
         dry_run,
         progress,
     )
+
+
+def _live(
+    model: nn.Module,
+    slim: SlimCheckpoint,
+    name: str,
+    weights: str,
+    force: bool,
+    example: Any,
+    progress: Progress,
+) -> Attached:
+    """Attach, with the whole model's costs before and after."""
+    target = TARGETS.get(name)
+    target.check(model, slim, weights=weights, force=force)  # before the longer work
+    given = example is not None
+    example = example if given else target.example(model)
+    before, said = None, "nothing, since the target has no inputs for it; pass example=..."
+    with progress.stage(f"transfer to {name}", 3) as advance:
+        if example is not None:
+            from ovsprune.jobs.whole_costs import describe, whole_macs
+
+            try:
+                before, said = whole_macs(model, example), describe(example)
+            except OptionError as error:
+                if given:
+                    raise
+                said = f"nothing: {error}"
+        advance(1)
+        attached = target.attach(model, slim, weights=weights, force=force)
+        advance(1)
+        attached.counted_on = said
+        if before is not None:
+            try:
+                attached.macs_before, attached.macs_after = before, whole_macs(model, example)
+            except BaseException:
+                attached.detach()
+                raise
+        advance(1)
+    return attached
 
 
 def _on_disk(
@@ -141,18 +192,24 @@ def _on_disk(
         output or Path("transfer") / f"{name}-{slim.path.resolve().name}", overwrite or dry_run
     )
     with progress.stage(f"transfer to {name}", 3) as advance:
-        foreign = None if checkpoint is None else read_foreign(Path(checkpoint))
+        foreign = None if checkpoint is None else _read_framework(Path(checkpoint))
         advance(1)
         state = None if foreign is None else foreign.tensors
         converted = target.convert(state, slim, weights=weights, force=force)
         advance(1)
         record = _record(name, slim, converted, foreign, checkpoint)
         record["lines"] = target.lines(str(place))
+        beside = {} if checkpoint is None else files_beside(Path(checkpoint), target.files)
+        record["files"] = sorted(beside)
         if not dry_run:
             record["output"] = str(place)
-            write_output(place, converted, record, record["lines"])
+            write_output(place, converted, record, record["lines"], beside)
         advance(1)
     return record
+
+
+def _read_framework(checkpoint: Path) -> Foreign:
+    return read_folder(checkpoint) if checkpoint.is_dir() else read_foreign(checkpoint)
 
 
 def _record(
@@ -186,6 +243,8 @@ def _record(
 def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
     if isinstance(slim, SlimCheckpoint):
         return slim
+    if isinstance(slim, SlimTower):
+        return slim.checkpoint()
     if slim is None:
         slim = newest_slim()
         progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
@@ -208,10 +267,22 @@ def newest_slim(root: _PathLike = "slim") -> Path:
 
 
 def _recognise(model: nn.Module) -> str:
-    fitting = [name for name in TARGETS if TARGETS.get(name).detect(model)]
+    """The one target that knows ``model``.
+
+    Raises:
+        TargetError: None does, or several do.
+    """
+    knowing = [name for name in TARGETS if TARGETS.get(name).detect(model)]
+    fitting = [name for name in knowing if not TARGETS.get(name).fallback] or knowing
     if len(fitting) == 1:
         return fitting[0]
+    kind = type(model).__name__
+    if fitting:
+        raise TargetError(
+            f"{kind} looks like {' and like '.join(fitting)}; say which it is "
+            f"(target={fitting[0]!r}, or --target)"
+        )
     raise TargetError(
-        f"{type(model).__name__} is none of the frameworks that are known "
-        f"({', '.join(TARGETS)}); name the target if it is a wrapped one (and give model.module)"
+        f"{kind} is none of the frameworks that are known ({', '.join(TARGETS)}); name the target "
+        "if it is a wrapped one (and give model.module)"
     )

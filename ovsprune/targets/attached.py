@@ -14,12 +14,10 @@ from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.apply import Applied, Swap
 from ovsprune.targets.check import Weights
-from ovsprune.targets.layout import POSITIONS, Layout
+from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
 
-__all__ = ["POSITIONS_STAY", "Attached", "add_guard", "attach_cuts", "attach_tower", "count"]
-
-POSITIONS_STAY = "the framework resizes and trains its positions"
+__all__ = ["Attached", "add_guard", "attach_cuts", "attach_tower", "count"]
 
 
 @dataclass(eq=False)
@@ -36,6 +34,11 @@ class Attached:
         protected: Canonical name to why the framework needs it as it is.
         params_before: Parameters of the whole model before.
         params_after: And now.
+        macs_before: Multiply-accumulates of the whole model before, for the pictures of
+            ``counted_on``; None where nobody counted.
+        macs_after: And now.
+        counted_on: What they were counted on, or why they were not.
+        notes: What a reader should know.
         trainable: Patterns (``fnmatch``) of parameters that a schedule may touch.
     """
 
@@ -48,7 +51,11 @@ class Attached:
     protected: Mapping[str, str]
     params_before: int
     params_after: int
+    macs_before: int | None = None
+    macs_after: int | None = None
+    counted_on: str = "not counted"
     trainable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     _applied: Applied = field(default_factory=Applied, repr=False)
     _guard: Any = field(default=None, repr=False)
 
@@ -76,9 +83,30 @@ class Attached:
             "protected": dict(self.protected),
             "params_before": self.params_before,
             "params_after": self.params_after,
+            "macs_before": self.macs_before,
+            "macs_after": self.macs_after,
+            "counted_on": self.counted_on,
             "trainable": list(self.trainable),
+            "notes": list(self.notes),
             "output": None,
         }
+
+    def __str__(self) -> str:
+        """The report to read: costs of the whole framework, then what was replaced and kept."""
+        lines = [
+            f"{self.target}: {len(self.replaced)} replaced, weights {self.weights} ({self.reason})"
+        ]
+        for name, before, after in (
+            ("MACs", self.macs_before, self.macs_after),
+            ("parameters", self.params_before, self.params_after),
+        ):
+            if before is not None and after is not None:
+                lines.append(f"{name}: {before:,} -> {after:,} ({after / before - 1:+.1%})")
+        lines.append(f"MACs counted on: {self.counted_on}")
+        lines += self.notes
+        for title, table in (("replaced", self.replaced), ("protected", self.protected)):
+            lines += [f"{title} {name}: {what}" for name, what in table.items()]
+        return "\n".join(lines)
 
     def __enter__(self) -> Attached:
         return self
@@ -144,23 +172,17 @@ def attach_tower(
     kept: dict[str, str] = {}
     try:
         for canonical, tensor in checkpoint.tower().items():
-            name = layout.name(canonical)
-            assert name is not None  # the check compared every name
-            path, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(path)
-            new_here = any(name.startswith(f"{cut.path}.") for cut in cuts)
-            value = layout.to_framework(canonical, tensor)
-            if canonical == POSITIONS:
-                kept[name] = POSITIONS_STAY
-            elif choice[0] == "target":
-                kept |= {} if new_here else {name: "the framework's own"}
-            elif new_here:
-                _fill(owner, leaf, value)
-            elif (swap := _exchange(owner, name, leaf, value)) is None:
-                kept[name] = "equal to the slim tower's"
-            else:
-                applied._swaps.append(swap)
-                replaced[name] = "value of the slim tower"
+            for name, value in layout.to_framework(canonical, tensor).items():
+                new_here = any(name.startswith(f"{cut.path}.") for cut in cuts)
+                if canonical in layout.stays:
+                    kept[name] = layout.stays[canonical]
+                elif choice[0] == "target":
+                    kept |= {} if new_here else {name: "the framework's own"}
+                elif (swap := _put(model, name, value, new_here)) is not None:
+                    applied._swaps.append(swap)
+                    replaced[name] = "value of the slim tower"
+                elif not new_here:
+                    kept[name] = "equal to the slim tower's"
     except BaseException:
         applied.detach()
         raise
@@ -217,18 +239,24 @@ def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ..
 
 
 @torch.no_grad()
-def _fill(owner: nn.Module, leaf: str, value: Tensor) -> None:
-    """Write into a module that was just made."""
-    getattr(owner, leaf).copy_(value)
+def _put(model: nn.Module, name: str, value: Tensor, new: bool) -> Swap | None:
+    """Write into a module that was just made; else put a new tensor in place of one that differs.
 
-
-def _exchange(owner: nn.Module, name: str, leaf: str, value: Tensor) -> Swap | None:
-    """Put a new parameter with ``value`` in place of one that differs."""
-    old = owner._parameters[leaf]
-    assert old is not None
+    Nothing is done where the framework has no such tensor (a counter that some norms lack).
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    table = "_parameters" if leaf in owner._parameters else "_buffers"
+    old = getattr(owner, table).get(leaf)
+    if old is None:
+        return None
+    if new:
+        old.copy_(value)
+        return None
     value = value.to(device=old.device, dtype=old.dtype)
     if torch.equal(old.detach(), value):
         return None
-    new = nn.Parameter(value.detach().clone(), old.requires_grad)
-    owner._parameters[leaf] = new
-    return Swap(name, owner, "_parameters", leaf, old, new)
+    fresh = value.detach().clone()
+    fresh = nn.Parameter(fresh, old.requires_grad) if table == "_parameters" else fresh
+    getattr(owner, table)[leaf] = fresh
+    return Swap(name, owner, table, leaf, old, fresh)

@@ -12,8 +12,9 @@ from torch.nn import functional
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.hashing import match
+from ovsprune.slim.spec import STREAM_KINDS
 from ovsprune.targets.layout import POSITIONS, Layout
-from ovsprune.targets.surgery import cuts_of, dense_shapes
+from ovsprune.targets.surgery import dense_shapes
 
 __all__ = [
     "Weights",
@@ -21,11 +22,14 @@ __all__ = [
     "check_directions",
     "check_fits",
     "check_heads",
+    "check_interface",
     "check_trained",
     "choose_weights",
 ]
 
 Weights = Literal["slim", "target"]
+
+_COUNTERS = "num_batches_tracked"  # which some norms have and some have not, and nobody reads
 
 
 def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
@@ -57,27 +61,40 @@ def check_directions(checkpoint: SlimCheckpoint) -> None:
         )
 
 
-def check_fits(state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, where: str) -> None:
+def check_interface(checkpoint: SlimCheckpoint) -> None:
+    """Refuse a checkpoint whose residual stream is narrower than its base's.
+
+    Raises:
+        TargetError: It is.
+    """
+    for stream in checkpoint.spec.streams():
+        option = f"--{STREAM_KINDS[stream.kind].replace('_', '-')}"
+        raise TargetError(
+            f"{checkpoint.path} has another interface than its base: {stream.name} is "
+            f"{stream.kept} of {stream.units} channels wide ({option}), and the framework reads it "
+            f"at full width; prune again without {option}"
+        )
+
+
+def check_fits(
+    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, where: str
+) -> None:
     """Compare the dense shapes of the slim tower's base with the framework's tower.
 
     Args:
         state: The framework's tower by canonical name and shape.
         checkpoint: The slim checkpoint.
+        layout: Where the tower's parts are.
         where: What the framework's model is called in messages.
 
     Raises:
         TargetError: A tensor is missing, is slim already, or has another shape.
     """
     base = checkpoint.spec.base.model
-    if POSITIONS not in checkpoint.tower():
-        raise TargetError(
-            f"{checkpoint.path} holds a {checkpoint.spec.family} tower ({base}); {where} needs a "
-            "CLIP vision transformer (family of ViT-B-16)"
-        )
-    wanted = dense_shapes(checkpoint)
+    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.lacks(n) is None}
     slim = {name: tuple(tensor.shape) for name, tensor in checkpoint.tower().items()}
-    missing = sorted(set(wanted) - set(state))
-    extra = sorted(set(state) - set(wanted))
+    missing = sorted(name for name in set(wanted) - set(state) if not name.endswith(_COUNTERS))
+    extra = sorted(name for name in set(state) - set(wanted) if not name.endswith(_COUNTERS))
     if missing or extra:
         side, names = ("lacks", missing) if missing else ("also has", extra)
         raise TargetError(
@@ -86,13 +103,20 @@ def check_fits(state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, where: s
             "pruned, or prune the one that the framework uses"
         )
     for name, shape in wanted.items():
+        if name not in state:
+            continue
         found = tuple(state[name].shape)
-        if name == POSITIONS:
+        if name in layout.stays:
             found, shape = found[-1:], shape[-1:]  # the framework may have another grid
         if found == shape:
             continue
         if found == slim[name]:
             raise TargetError(f"{where} is slim already ({name} is {found}); give the dense one")
+        if name == POSITIONS and found[1:] == shape[1:]:
+            raise TargetError(
+                f"{where} has {found[0] - 1} patch positions, the base of {checkpoint.path} has "
+                f"{shape[0] - 1}: it was built for another resolution; prune the CLIP of its own"
+            )
         raise TargetError(
             f"{where} is not built on {base}: its {name} has shape {found}, expected {shape}; "
             "build the framework with the CLIP that was pruned, or prune the one it uses"
@@ -105,16 +129,17 @@ def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) ->
     Raises:
         TargetError: A module is slim already, or splits its width in other heads.
     """
-    for cut in cuts_of(checkpoint, layout):
-        if cut.heads is None:
+    for layer in checkpoint.spec.layers:
+        path = layout.name(layer.name)
+        if not layer.whole or path is None or layer.kept == layer.units:
             continue
-        module = model.get_submodule(cut.path)
+        module = model.get_submodule(path)
         if hasattr(module, "kept_heads"):
-            raise TargetError(f"{cut.path} is slim already; detach first, or build the model anew")
+            raise TargetError(f"{path} is slim already; detach first, or build the model anew")
         found = getattr(module, "num_heads", None)
-        if found != cut.num_heads:
+        if found != layer.units:
             raise TargetError(
-                f"{cut.path} has {found} heads, the base of {checkpoint.path} has {cut.num_heads}; "
+                f"{path} has {found} heads, the base of {checkpoint.path} has {layer.units}; "
                 "build the framework with the CLIP that was pruned"
             )
 
@@ -154,31 +179,52 @@ def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[
 
 
 def choose_weights(
-    asked: str, state: Mapping[str, Tensor] | None, checkpoint: SlimCheckpoint
+    asked: str,
+    state: Mapping[str, Tensor] | None,
+    checkpoint: SlimCheckpoint,
+    layout: Layout,
+    mask_only: str = "",
 ) -> tuple[Weights, str]:
     """Which weights the slim tower gets, and why.
 
     ``auto`` takes the slim weights where the framework uses the frozen base CLIP, told tensor by
     tensor by the base's hashes, and the framework's own, cut by the mask, where it tuned them.
-    Positions do not count: frameworks resize and train them.
+    What stays the framework's anyway (positions that it resizes and trains) does not count.
+
+    Args:
+        asked: ``"slim"``, ``"target"`` or ``"auto"``.
+        state: The framework's tower by canonical name; None if there is none.
+        checkpoint: The slim checkpoint.
+        layout: Where the tower's parts are.
+        mask_only: Why the framework can take the mask alone; empty if it can take weights, too.
 
     Raises:
         OptionError: ``asked`` is none of slim, target and auto.
-        TargetError: ``target`` was asked for and there is nothing of the framework's to cut.
+        TargetError: ``target`` was asked for and there is nothing of the framework's to cut, or
+            ``slim`` and the framework can take the mask alone.
     """
     if asked not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {asked!r}, expected 'slim', 'target' or 'auto'")
+    if mask_only and asked == "slim":
+        raise TargetError(
+            f"only the mask carries over: {mask_only}; let the framework's own weights be cut "
+            "(--weights target, or auto)"
+        )
     if state is None:
-        if asked == "target":
+        if asked == "target" or mask_only:
             raise TargetError(
-                "weights=target cuts the framework's own CLIP, but no checkpoint of it was given; "
-                "give one (--checkpoint FILE) or take the slim weights (--weights slim)"
+                "weights=target cuts the framework's own weights, but no checkpoint of it was "
+                "given; give one (--checkpoint FILE)"
+                + ("" if mask_only else " or take the slim weights (--weights slim)")
             )
         return "slim", "no checkpoint of the framework was given"
     if asked != "auto":
         return ("slim" if asked == "slim" else "target"), "as asked"
+    if mask_only:
+        return "target", f"only the mask carries over: {mask_only}"
     compared = match(state, checkpoint.spec.base)
-    compared.pop(POSITIONS, None)
+    for name in layout.stays:
+        compared.pop(name, None)
     other = sorted(
         name for name, verdict in compared.items() if verdict not in ("equal", "equal-after-half")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -11,9 +12,8 @@ from torch import Tensor
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
-from ovsprune.targets.attached import POSITIONS_STAY
 from ovsprune.targets.check import Weights
-from ovsprune.targets.layout import POSITIONS, Layout
+from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of
 
 __all__ = ["Converted", "convert_state"]
@@ -25,7 +25,7 @@ class Converted:
 
     Attributes:
         state: Name in the framework's layout to tensor.
-        depth: Blocks of the tower.
+        depth: Transformer blocks of the tower; 0 for a tower of another kind.
         cuts: Modules that must be slim before ``state`` is loaded.
         replaced: Key to where its new value comes from.
         kept: Key to why it stayed as it was.
@@ -54,6 +54,7 @@ def convert_state(
     checkpoint: SlimCheckpoint,
     layout: Layout,
     choice: tuple[Weights, str],
+    derived: Mapping[str, str] | None = None,
 ) -> Converted:
     """The framework's state with the slim tower in it; everything was checked before.
 
@@ -62,34 +63,39 @@ def convert_state(
         checkpoint: The slim checkpoint.
         layout: Where its parts are.
         choice: ``"slim"`` or ``"target"``, and the reason.
+        derived: Patterns (``fnmatch``) of keys that older versions of the framework saved and
+            today's do not have, to why they are dropped.
     """
     cuts = cuts_of(checkpoint, layout)
     if state is None:
         return _clip_alone(checkpoint, layout, choice, cuts)
     if choice[0] == "target":
         tower = cut_state(layout.tower_state(state), checkpoint.spec, checkpoint.mask)
-        source = "the framework's own weights, cut by the mask"
+        source, same_as = "the framework's own weights, cut by the mask", "the framework's own"
     else:
         tower = checkpoint.tower()
-        source = "the slim tower"
+        source, same_as = "the slim tower", "equal to the slim tower's"
+    values = {
+        name: value
+        for canonical, tensor in tower.items()
+        if canonical not in layout.stays
+        for name, value in layout.to_framework(canonical, tensor).items()
+    }
     result: dict[str, Tensor] = {}
-    replaced, kept = {}, {}
+    replaced, kept, dropped = {}, {}, _unused(checkpoint, layout, choice[0])
     for name, old in state.items():
-        canonical = layout.canonical(name)
-        result[name] = old
-        if canonical is None:
-            kept[name] = _why_not_tower(name, layout)
-        elif canonical == POSITIONS:
-            kept[name] = POSITIONS_STAY
-        else:
-            new = layout.to_framework(canonical, tower[canonical]).to(old.dtype)
-            if new.shape == old.shape and torch.equal(new, old):
-                kept[name] = "equal to the slim tower's"
-                continue
-            result[name] = new
+        gone = next((why for p, why in (derived or {}).items() if fnmatchcase(name, p)), None)
+        if gone is not None:
+            dropped[name] = gone
+            continue
+        new = values.get(name, old).to(old.dtype)
+        same = new.shape == old.shape and torch.equal(new, old)
+        result[name] = old if same else new.contiguous()
+        if not same:
             replaced[name] = f"{source}, {_cut_of(name, cuts)}"
-    dropped = _unused(checkpoint, choice[0])
-    return Converted(result, layout.depth, cuts, replaced, kept, dropped, *choice, complete=True)
+        else:
+            kept[name] = _why_kept(name, layout, same_as if name in values else "")
+    return Converted(result, layout.depth or 0, cuts, replaced, kept, dropped, *choice, True)
 
 
 def _clip_alone(
@@ -100,30 +106,34 @@ def _clip_alone(
 ) -> Converted:
     result, replaced, dropped = {}, {}, {}
     for canonical, tensor in checkpoint.tower().items():
-        name = layout.name(canonical)
-        if name is None:
+        values = layout.to_framework(canonical, tensor)
+        if not values:
             raise TargetError(
                 f"{checkpoint.path} has a tensor {canonical} that has no place in this framework; "
                 "prune the CLIP that the framework uses"
             )
-        result[name] = layout.to_framework(canonical, tensor)
-        replaced[name] = f"the slim tower, {_cut_of(name, cuts)}"
+        for name, value in values.items():
+            result[name] = value.contiguous()
+            replaced[name] = f"the slim tower, {_cut_of(name, cuts)}"
     for canonical, tensor in checkpoint.text().items():
-        name = layout.text_name(canonical)
-        if name is None:
+        values = {} if layout.text is None else layout.text.to_framework(canonical, tensor)
+        if not values:
             dropped[f"slim: {canonical}"] = "has no place in this framework"
-            continue
-        result[name] = tensor
-        replaced[name] = "the slim checkpoint's text tower, as the base has it"
+        for name, value in values.items():
+            result[name] = value.contiguous()
+            replaced[name] = "the slim checkpoint's text tower, as the base has it"
     notes = ("only CLIP was written; what the framework adds starts as the framework starts it",)
     return Converted(
-        result, layout.depth, cuts, replaced, {}, dropped, *choice, complete=False, notes=notes
+        result, layout.depth or 0, cuts, replaced, {}, dropped, *choice, complete=False, notes=notes
     )
 
 
-def _why_not_tower(name: str, layout: Layout) -> str:
-    texts = {path.partition(".")[0] for path in layout.text.values()}
-    if name.partition(".")[0] in texts:
+def _why_kept(name: str, layout: Layout, of_tower: str) -> str:
+    if of_tower:
+        return of_tower
+    if (canonical := layout.canonical(name)) is not None:
+        return layout.stays.get(canonical, "read by nobody")
+    if layout.text is not None and layout.text.canonical(name) is not None:
         return "the text tower was not pruned"
     return "no part of the image tower"
 
@@ -135,13 +145,14 @@ def _cut_of(name: str, cuts: tuple[Cut, ...]) -> str:
     return "not cut"
 
 
-def _unused(checkpoint: SlimCheckpoint, weights: Weights) -> dict[str, str]:
+def _unused(checkpoint: SlimCheckpoint, layout: Layout, weights: Weights) -> dict[str, str]:
     """Tensors of the slim checkpoint that the result does not have."""
-    if weights == "target":
-        return {
-            f"slim: visual.{n}": "the framework's own was taken" for n in checkpoint.tower()
-        } | {f"slim: {n}": "the framework's own text tower was kept" for n in checkpoint.text()}
-    dropped = {f"slim: visual.{POSITIONS}": POSITIONS_STAY}
+    dropped = {}
+    for name in checkpoint.tower():
+        own = "the framework's own was taken" if weights == "target" else None
+        why = layout.lacks(name) or own or layout.stays.get(name)
+        if why is not None:
+            dropped[f"slim: visual.{name}"] = why
     for name in checkpoint.text():
         dropped[f"slim: {name}"] = "the framework's own text tower was kept"
     return dropped

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import MissingLibraryError, OptionError
-from ovsprune.targets.mmseg_san import MmsegSan
+from ovsprune.targets import TARGETS
 
 __all__ = [
     "SanShape",
@@ -290,11 +290,11 @@ def put_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
         tower: Canonical name to tensor.
     """
     depth = len({name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")})
-    layout = MmsegSan().layout(model.state_dict(), depth)
+    layout = TARGETS.get("mmseg-san").layout(model.state_dict(), depth)
     values = {
-        name: layout.to_framework(canonical, tensor)
+        name: value
         for canonical, tensor in tower.items()
-        if (name := layout.name(canonical)) is not None
+        for name, value in layout.to_framework(canonical, tensor).items()
     }
     own = {name for name in model.state_dict() if layout.canonical(name) is not None}
     if own != set(values):

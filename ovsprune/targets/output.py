@@ -43,8 +43,8 @@ def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
         raise OutputError(
             f"{path} exists already; choose another output, or pass --overwrite (overwrite=True)"
         )
-    known = path.is_dir() and {entry.name for entry in path.iterdir()} <= {STATE, RECORD, LINES}
-    if not known:
+    known = {STATE, RECORD, LINES, *_listed(path)}
+    if not (path.is_dir() and {entry.name for entry in path.iterdir()} <= known):
         raise OutputError(
             f"{path} is not overwritten, because it is not what `ovsprune transfer` wrote; choose "
             "another output, or delete it yourself"
@@ -52,7 +52,22 @@ def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
     return path
 
 
-def write_output(path: Path, converted: Converted, record: Mapping[str, Any], lines: str) -> None:
+def _listed(path: Path) -> set[str]:
+    """Files that the record in a directory says were written beside the weights."""
+    try:
+        document = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        return {str(name) for name in document["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def write_output(
+    path: Path,
+    converted: Converted,
+    record: Mapping[str, Any],
+    lines: str,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
     """Write the directory, so that afterwards there is all of it or nothing new.
 
     Args:
@@ -60,6 +75,7 @@ def write_output(path: Path, converted: Converted, record: Mapping[str, Any], li
         converted: State and cuts.
         record: The account of the transfer, plain JSON.
         lines: What to add to the training script.
+        beside: More files, plain name to content.
 
     Raises:
         OutputError: It cannot be written (a full disk, ...); nothing was changed.
@@ -77,6 +93,8 @@ def write_output(path: Path, converted: Converted, record: Mapping[str, Any], li
         }
         (scratch / RECORD).write_text(json.dumps(document, indent=1), encoding="utf-8")
         (scratch / LINES).write_text(lines, encoding="utf-8")
+        for name, content in (beside or {}).items():
+            (scratch / name).write_bytes(content)
 
 
 def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True) -> list[str]:

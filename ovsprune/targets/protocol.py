@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -17,17 +17,36 @@ __all__ = ["Target"]
 
 
 class Target(Protocol):
-    """One framework; the class that implements it lives in one file and inherits nothing.
+    """One framework, in one file of its own; nothing is inherited.
+
+    Most are a table (:class:`~ovsprune.targets.framework.Tabled`).
 
     Attributes:
         framework: What the framework is, with the version or commit that this was written for.
+        takes: Kinds of slim towers that it takes, of :data:`~ovsprune.targets.places.KINDS`.
         protects: Canonical name (or what it is) to why the framework needs it as it is.
         trainable: ``fnmatch`` patterns of the framework's parameters that a schedule may touch.
+        fallback: Whether it is only meant where no other target knows a model.
+        files: Names of files that belong beside the framework's checkpoint and go along with it.
     """
 
-    framework: str
-    protects: Mapping[str, str]
-    trainable: tuple[str, ...]
+    @property
+    def framework(self) -> str: ...
+
+    @property
+    def takes(self) -> tuple[str, ...]: ...
+
+    @property
+    def protects(self) -> Mapping[str, str]: ...
+
+    @property
+    def trainable(self) -> tuple[str, ...]: ...
+
+    @property
+    def fallback(self) -> bool: ...
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
 
     def detect(self, model: nn.Module) -> bool:
         """Whether ``model`` is this framework's."""
@@ -51,6 +70,13 @@ class Target(Protocol):
 
         Raises:
             TargetError: ``names`` are not this framework's, or have another number of blocks.
+        """
+        ...
+
+    def example(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """Arguments of one forward pass of ``model`` over one picture, to count its costs on.
+
+        None where they cannot be made without the framework's own data.
         """
         ...
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.slim.cutting import keep_index, layer_runs
-from ovsprune.slim.modules import slim_attention, slim_linear
+from ovsprune.slim.cutting import Run, keep_index, layer_runs
+from ovsprune.slim.modules import slim_attention, slim_module
+from ovsprune.slim.spec import LayerSpec
 from ovsprune.targets.layout import Layout
 
-__all__ = ["Cut", "cuts_of", "dense_shapes", "slim_copy"]
+__all__ = ["Cut", "HeadlessAttention", "cuts_of", "dense_shapes", "slim_copy"]
+
+_ROWS = ("bias", "running_mean", "running_var")  # one entry for every row of the weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +27,11 @@ class Cut:
 
     Attributes:
         path: Its path in the framework.
-        heads: Kept heads, for attention; None for a linear layer.
-        num_heads: Heads of the dense attention; 0 for a linear layer.
-        rows: int64, kept outputs of a linear layer; None keeps all.
-        columns: int64, kept inputs of a linear layer; None keeps all.
+        heads: Kept heads, for an attention that is replaced as a whole; None for a layer.
+        num_heads: Heads of the dense attention; 0 for a layer.
+        rows: int64, kept outputs of a layer; None keeps all.
+        columns: int64, kept inputs of a layer; None keeps all.
+        units: What the rows or columns are, for the report; by default outputs and inputs.
     """
 
     path: str
@@ -33,12 +39,14 @@ class Cut:
     num_heads: int = 0
     rows: Tensor | None = None
     columns: Tensor | None = None
+    units: str = ""
 
     def __str__(self) -> str:
         if self.heads is not None:
             return f"{len(self.heads)} of {self.num_heads} heads"
         parts = (("outputs", self.rows), ("inputs", self.columns))
-        return " and ".join(f"{len(kept)} {name}" for name, kept in parts if kept is not None)
+        kept = " and ".join(f"{len(kept)} {name}" for name, kept in parts if kept is not None)
+        return f"{self.units}, {kept}" if self.units else kept
 
 
 def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
@@ -48,11 +56,15 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
         TargetError: The mask cuts something that the framework needs at full width.
     """
     shapes = dense_shapes(checkpoint)
-    cuts = []
+    cuts: list[Cut] = []
     for layer in checkpoint.spec.layers:
-        if layer.whole and layer.kept < layer.units:
-            heads = tuple(map(int, checkpoint.mask[layer.name]))
-            cuts.append(Cut(_place(layout, layer.name), heads, layer.units))
+        if layer.kept == layer.units:
+            continue
+        for module in (part.module for part in layer.slices):
+            if not module.startswith(f"{layer.block}."):  # it changes the stream between blocks
+                raise _needed(module)
+        if layer.whole:
+            cuts += _head_cuts(layer, checkpoint.mask[layer.name], layout)
     for module, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
         index = {
             axis: keep_index(shapes[f"{module}.weight"][0 if axis == "out" else 1], runs)
@@ -62,14 +74,55 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
     return tuple(cuts)
 
 
+def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
+    """The whole attention where it has one in projection, else each of its linear layers."""
+    heads, parts = tuple(map(int, mask)), layout.places(f"{layer.name}.in_proj_weight")
+    if len(parts) < 2:
+        return [Cut(_place(layout, layer.name), heads, layer.units)]
+    if not heads:  # layers of no width cannot make heads: the attention goes as a whole
+        return [Cut(_place(layout, layer.name), heads, layer.units)]
+    kept = keep_index(
+        layer.units * layer.unit_width, [Run(0, layer.units, layer.unit_width, mask, layer.name)]
+    )
+    units = f"{len(heads)} of {layer.units} heads"
+    cuts = [Cut(part.removesuffix(".weight"), rows=kept, units=units) for part in parts]
+    return [*cuts, Cut(_place(layout, f"{layer.name}.out_proj"), columns=kept, units=units)]
+
+
 def _place(layout: Layout, module: str) -> str:
     path = layout.name(module)
-    if path is None or not module.startswith("transformer.resblocks."):
-        raise TargetError(
-            f"the slim checkpoint cuts {module}, which this framework reads at full width; "
-            f"prune again with --protect '{module}'"
-        )
+    if path is None:
+        raise _needed(module)
     return path
+
+
+def _needed(module: str) -> TargetError:
+    return TargetError(
+        f"the slim checkpoint cuts {module}, which this framework reads at full width; "
+        f"prune again with --protect '{module}'"
+    )
+
+
+class HeadlessAttention(nn.Module):
+    """What is left of transformers' kind of attention without a head: the out projection's bias.
+
+    Args:
+        dense: With the linear layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
+    """
+
+    kept_heads: tuple[int, ...] = ()
+
+    def __init__(self, dense: Any) -> None:
+        super().__init__()
+        self.num_heads: int = dense.num_heads
+        nothing = torch.empty(0, dtype=torch.int64)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            self.add_module(name, slim_module(getattr(dense, name), {"out": nothing}))
+        self.out_proj = slim_module(dense.out_proj, {"in": nothing})
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, None]:
+        """[B, L, E] to the bias at every token, [B, L, E], and no attention weights."""
+        return self.out_proj(hidden_states[..., :0]), None
 
 
 def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
@@ -80,14 +133,16 @@ def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
     Raises:
         TargetError: ``dense`` is of a kind that cannot be cut this way.
     """
-    if cut.heads is not None:
-        slim: nn.Module = slim_attention(dense, cut.heads)
-    elif isinstance(dense, nn.Linear):
-        slim = slim_linear(dense, cut.rows, cut.columns)
-    else:
-        raise TargetError(
-            f"{cut.path} is a {type(dense).__name__}; expected a linear layer or an attention"
-        )
+    if cut.heads is None:
+        axes = {"out": cut.rows, "in": cut.columns}
+        try:
+            return slim_module(dense, {k: index for k, index in axes.items() if index is not None})
+        except TargetError as error:
+            raise TargetError(f"{cut.path}: {error}") from None
+    apart = isinstance(getattr(dense, "q_proj", None), nn.Linear)
+    if apart and cut.heads:
+        raise TargetError(f"{cut.path} has queries, keys and values apart; cut its layers instead")
+    slim: nn.Module = HeadlessAttention(dense) if apart else slim_attention(dense, cut.heads)
     learns = {name: p.requires_grad for name, p in dense.named_parameters()}
     for name, parameter in slim.named_parameters():
         parameter.requires_grad_(learns.get(name, False))
@@ -110,6 +165,7 @@ def dense_shapes(checkpoint: SlimCheckpoint) -> Mapping[str, tuple[int, ...]]:
             continue
         for piece in layer.slices:
             shapes[f"{piece.module}.weight"][0 if piece.axis == "out" else 1] += gone
-            if piece.axis == "out" and f"{piece.module}.bias" in shapes:
-                shapes[f"{piece.module}.bias"][0] += gone
+            for what in _ROWS if piece.axis == "out" else ():
+                if f"{piece.module}.{what}" in shapes:
+                    shapes[f"{piece.module}.{what}"][0] += gone
     return {name: tuple(shape) for name, shape in shapes.items()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import ovsprune
 from ovsprune.core.errors import (
     CheckpointError,
     OptionError,
@@ -20,10 +21,19 @@ from ovsprune.core.errors import (
     UnknownNameError,
 )
 from ovsprune.core.progress import Silent
+from ovsprune.graph.costs import macs
 from ovsprune.jobs.transfer import newest_slim, transfer
 from ovsprune.slim import SlimAttention
 from ovsprune.targets import load
-from tests.targets.by_hand import MiniSan, saved, small_slim, small_tower
+from ovsprune.targets.places import Places
+from tests.targets.by_hand import (
+    MiniSan,
+    saved,
+    small_slim,
+    small_tower,
+    snapshot,
+    unchanged,
+)
 
 KEYS = {"target", "slim", "weights", "replaced", "kept", "dropped", "output"}
 
@@ -106,6 +116,97 @@ def test_live_model_is_recognised(slim: Path) -> None:
     assert not any(isinstance(module, SlimAttention) for module in model.modules())
 
 
+@pytest.mark.parametrize("form", ["path", "text", "read", "load"])
+def test_three_lines(slim: Path, form: str) -> None:
+    """What the slim tower is given as makes no difference."""
+    given: Any = {
+        "path": slim, "text": str(slim), "read": ovsprune.read(slim), "load": ovsprune.load(slim)
+    }[form]  # fmt: skip
+    model = MiniSan.with_tower(small_tower())
+    wanted = MiniSan.with_tower(small_tower())
+    before = snapshot(model)
+    report = ovsprune.transfer(model, given)
+    with transfer(wanted, slim):
+        found, expected = model.state_dict(), wanted.state_dict()
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert report.slim == slim and report.weights == "slim"
+    text = str(report)
+    assert text.startswith("san: ") and "parameters: " in text and " -> " in text
+    assert all(f"replaced {name}: {what}" in text for name, what in report.replaced.items())
+    assert all(f"protected {name}: {why}" in text for name, why in report.protected.items())
+    report.detach()
+    assert unchanged(model, before)
+
+
+def test_slim_tower_that_was_trained_on_is_taken_as_it_is(slim: Path) -> None:
+    tower = ovsprune.load(slim)
+    with torch.no_grad():
+        tower.tower.get_parameter("transformer.resblocks.0.mlp.c_fc.weight").mul_(2)
+    model = MiniSan.with_tower(small_tower())
+    with ovsprune.transfer(model, tower):
+        found = model.get_parameter("clip_visual_extractor.resblocks.0.mlp.c_fc.weight")
+        mine = ovsprune.read(slim).tensors["visual.transformer.resblocks.0.mlp.c_fc.weight"]
+        assert torch.equal(found.detach(), 2 * mine)
+
+
+class Runs(MiniSan):
+    """A SAN whose forward takes what the example gives."""
+
+    def forward(self, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        tokens = (images.shape[-1] // 8) ** 2 + 1
+        if float(scale) != 1.0:
+            raise ValueError("only 1")
+        return self.run(images, torch.zeros(4 * len(images), tokens, tokens))
+
+
+class ReadsValues(Runs):
+    """One that looks at its input's values, which meta tensors do not have."""
+
+    def forward(self, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        self.seen = float(images.sum())
+        return super().forward(images, scale)
+
+
+@pytest.mark.parametrize("kind", [Runs, ReadsValues])
+@pytest.mark.parametrize("form", ["argument", "tuple", "mapping"])
+def test_macs_of_the_whole_framework_on_an_example(slim: Path, kind: Any, form: str) -> None:
+    image = torch.ones(1, 3, 32, 32)
+    example = {"argument": image, "tuple": (image, 1.0), "mapping": {"images": image}}[form]
+    model = kind.with_tower(small_tower()).train()
+    dense = macs(model, image)
+    before = dict(vars(model))
+    report = ovsprune.transfer(model, slim, example=example)
+    assert model.training and vars(model).keys() == before.keys(), "it was run itself"
+    assert report.macs_before == dense
+    assert report.macs_after == macs(model, image) < dense
+    assert f"MACs: {dense:,} -> {report.macs_after:,}" in str(report)
+    assert report.record()["macs_after"] == report.macs_after
+    report.detach()
+    assert macs(model, image) == dense
+
+
+def test_without_an_example_the_report_says_so(slim: Path) -> None:
+    report = ovsprune.transfer(MiniSan.with_tower(small_tower()), slim)
+    assert report.macs_before is None and report.macs_after is None
+    assert "pass example=" in report.counted_on and "pass example=" in str(report)
+
+
+def test_example_that_cannot_be_run_changes_nothing(slim: Path) -> None:
+    model = Runs.with_tower(small_tower())
+    before, modules = snapshot(model), dict(model.named_modules())
+    with pytest.raises(OptionError, match=r"cannot be run on the example .*ValueError: only 1"):
+        ovsprune.transfer(model, slim, example=(torch.ones(1, 3, 32, 32), 2.0))
+    assert unchanged(model, before) and dict(model.named_modules()) == modules
+
+
+def test_model_that_looks_like_several(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MiniSan.with_tower(small_tower())
+    monkeypatch.setattr(Places, "missing", lambda self, names: [])
+    with pytest.raises(TargetError, match="looks like clipseg and like deeplabv3.*say which"):
+        transfer(model, slim)
+
+
 def test_unknown_live_model(slim: Path) -> None:
     with pytest.raises(TargetError, match="Linear is none of the frameworks .*mmseg-san, san"):
         transfer(nn.Linear(2, 2), slim)
@@ -119,8 +220,10 @@ def test_unknown_target_names_the_closest(slim: Path) -> None:
 def test_options_of_the_other_way(tmp_path: Path, slim: Path) -> None:
     with pytest.raises(OptionError, match="output cannot go with a live model"):
         transfer(MiniSan(), slim, output=tmp_path)  # type: ignore[call-overload]
-    with pytest.raises(OptionError, match="needs a live model; on disk name one of mmseg-san, san"):
+    with pytest.raises(OptionError, match="needs a live model; on disk name one of .*san"):
         transfer(slim=slim)
+    with pytest.raises(OptionError, match="example goes with a live model"):
+        transfer(slim=slim, target="san", example=1)  # type: ignore[call-overload]
 
 
 def test_existing_output(tmp_path: Path, slim: Path) -> None:

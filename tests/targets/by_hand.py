@@ -137,7 +137,7 @@ def slim_by_hand(
         dense=Costs(2, 2),
         slim=Costs(1, 1),
     )
-    mask = {name: torch.tensor(chosen) for name, chosen in kept.items()}
+    mask = {name: torch.tensor(chosen, dtype=torch.int64) for name, chosen in kept.items()}
     tensors = {f"visual.{k}": v for k, v in cut_state(state, spec, mask).items()}
     return SlimCheckpoint(path, spec, mask, {**tensors, **(text or {})})
 
@@ -190,14 +190,15 @@ def masked(model: nn.Module, slim: SlimCheckpoint, layout: Layout) -> Iterator[N
     for layer in slim.spec.layers:
         gone = torch.ones(layer.units, dtype=torch.bool)
         gone[slim.mask[layer.name]] = False
-        consumer = f"{layer.name}.{'out_proj' if layer.kind == 'heads' else 'c_proj'}"
-        module = model.get_submodule(str(layout.name(consumer)))
-        weight = module._parameters["weight"]
-        assert weight is not None
-        zeroed = weight.detach().clone()
-        zeroed[:, gone.repeat_interleave(layer.unit_width)] = 0
-        module._parameters["weight"] = nn.Parameter(zeroed, requires_grad=False)
-        swapped.append((module, weight))
+        read_by = [part.module for part in layer.slices if part.axis == "in"]
+        for consumer in read_by or [f"{layer.name}.out_proj"]:
+            module = model.get_submodule(str(layout.name(consumer)))
+            weight = module._parameters["weight"]
+            assert weight is not None
+            zeroed = weight.detach().clone()
+            zeroed[:, gone.repeat_interleave(layer.unit_width)] = 0
+            module._parameters["weight"] = nn.Parameter(zeroed, requires_grad=False)
+            swapped.append((module, weight))
     try:
         yield
     finally:
@@ -208,6 +209,37 @@ def masked(model: nn.Module, slim: SlimCheckpoint, layout: Layout) -> Iterator[N
 def error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
     """Largest difference of every output, in standard deviations of the wanted one."""
     return {k: float((found[k] - w).abs().max() / w.std()) for k, w in wanted.items()}
+
+
+def in_framework(tower: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """A tower's tensors by the framework's names and shapes."""
+    found: dict[str, Tensor] = {}
+    for canonical, tensor in tower.items():
+        found |= layout.to_framework(canonical, tensor)
+    return found
+
+
+def put(model: nn.Module, tower: Mapping[str, Tensor], layout: Layout) -> None:
+    """Fill the tower of a framework's model, every tensor of it."""
+    values = in_framework(tower, layout)
+    missing, unexpected = model.load_state_dict(values, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if layout.canonical(name) is not None]
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    """Every tensor: which object it is, and a copy of its value."""
+    state = model.state_dict(keep_vars=True)
+    return {name: (id(tensor), tensor.detach().clone()) for name, tensor in state.items()}
+
+
+def unchanged(model: nn.Module, before: Mapping[str, tuple[int, Tensor]]) -> bool:
+    """Whether every tensor is the same object with the same value as in a snapshot."""
+    after = model.state_dict(keep_vars=True)
+    return list(after) == list(before) and all(
+        id(after[name]) == there and torch.equal(after[name].detach(), value)
+        for name, (there, value) in before.items()
+    )
 
 
 SMALL = {"width": 32, "depth": 4, "heads": 4, "patch": 8, "size": 32, "outputs": 16}
@@ -230,6 +262,78 @@ def small_slim(
         "logit_scale": torch.tensor(4.6),
     }
     return slim_by_hand(tower or small_tower(), kept, heads=4, size=32, **{"text": text, **options})
+
+
+def lively_resnet(layers: list[int], *, width: int = 8, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of open_clip's ModifiedResNet, in norms and their statistics, too."""
+    from open_clip.modified_resnet import ModifiedResNet
+
+    return lively(ModifiedResNet(layers, 24, 4, 64, width), seed).state_dict()
+
+
+@torch.no_grad()
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Values for every parameter and every statistic of a network of convolutions and norms."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        if name.endswith(("running_var", ".weight")) and tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5, generator=draw)
+        elif tensor.ndim <= 1:
+            tensor.normal_(0, 0.2, generator=draw)
+        else:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=draw)
+    return model.eval()
+
+
+def slim_resnet(
+    state: Mapping[str, Tensor], *, seed: int = 0, trained: bool = True
+) -> SlimCheckpoint:
+    """A slim checkpoint of a ModifiedResNet: some channels of every inner convolution."""
+    draw = torch.Generator().manual_seed(seed)
+    layers, mask = [], {}
+    blocks = [
+        name.removesuffix(".conv1.weight")
+        for name in state
+        if name.endswith(".conv1.weight") and name.startswith("layer")
+    ]
+    for block in blocks:
+        for made, norm, read_by in (("conv1", "bn1", "conv2"), ("conv2", "bn2", "conv3")):
+            name, units = f"{block}.{made}", state[f"{block}.{made}.weight"].shape[0]
+            kept = torch.randperm(units, generator=draw)[: units // 2 + len(layers) % 3]
+            mask[name] = kept.sort().values
+            slices = (
+                SliceSpec(name, "out"),
+                SliceSpec(f"{block}.{norm}", "out"),
+                SliceSpec(f"{block}.{read_by}", "in"),
+            )
+            layers.append(LayerSpec(name, "channels", block, units, len(kept), 1, slices))
+    spec = SlimSpec(
+        base=base_spec("RN-by-hand", "random", trained, state),
+        family="open_clip-resnet",
+        library="open_clip_torch",
+        library_version="3.3.0",
+        architecture={"embed_dim": 24, "vision_cfg": {"image_size": 64, "width": 8}},
+        activation="relu",
+        preprocess=Preprocess((64, 64)),
+        layers=tuple(layers),
+        protected=(),
+        dense=Costs(2, 2),
+        slim=Costs(1, 1),
+    )
+    tensors = {f"visual.{k}": v for k, v in cut_state(state, spec, mask).items()}
+    return SlimCheckpoint(Path("slim/by-hand"), spec, mask, tensors)
+
+
+def small_of_kind(kind: str, **options: Any) -> tuple[dict[str, Tensor], SlimCheckpoint, int]:
+    """A small tower of a kind of ``KINDS``, a slim checkpoint of it, and its blocks."""
+    if kind == "resnet":
+        tower = lively_resnet([1, 1, 1, 1])
+        return tower, slim_resnet(tower, **options), 0
+    assert kind == "vit", f"the contract's tests have no tower of the kind {kind}: add one here"
+    tower = small_tower()
+    return tower, small_slim(tower, **options), 4
 
 
 def saved(slim: SlimCheckpoint, path: Path) -> Path:
@@ -278,10 +382,7 @@ class MiniSan(nn.Module):
         """Carrying ``tower``, with positions tuned by the framework."""
         torch.manual_seed(3)
         model = cls(activation)
-        layout = TARGETS.get("san").layout(model.state_dict(), 4)
-        model.load_state_dict(
-            {str(layout.name(name)): tensor for name, tensor in tower.items()}, strict=False
-        )
+        put(model, tower, TARGETS.get("san").layout(model.state_dict(), 4))
         with torch.no_grad():
             model.clip_visual_extractor.positional_embedding.add_(0.5)
         return model.eval()

@@ -23,7 +23,7 @@ POSITIONS = "clip_visual_extractor.positional_embedding"
 
 def test_names_go_both_ways() -> None:
     layout = SAN.layout(None, 12)
-    assert layout.split == 9
+    assert layout.starts == (0, 9)
     pairs = {
         "transformer.resblocks.8.attn.in_proj_bias": (
             "clip_visual_extractor.resblocks.8.attn.in_proj_bias"
@@ -40,10 +40,11 @@ def test_names_go_both_ways() -> None:
         assert layout.canonical(name) == canonical
     assert layout.name("transformer.resblocks.12.ln_1.weight") is None
     assert layout.canonical("side_adapter_network.weight") is None
-    assert layout.text_name("transformer.resblocks.3.ln_1.bias") == (
+    assert layout.text is not None
+    assert layout.text.name("transformer.resblocks.3.ln_1.bias") == (
         "ov_classifier.transformer.resblocks.3.ln_1.bias"
     )
-    assert layout.text_name("text_projection") == "ov_classifier.text_projection"
+    assert layout.text.name("text_projection") == "ov_classifier.text_projection"
 
 
 def test_live_slim_equals_masked_with_a_bias_per_head() -> None:

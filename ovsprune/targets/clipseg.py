@@ -1,0 +1,135 @@
+"""CLIPSeg of transformers (``CLIPSegForImageSegmentation``): a decoder over a frozen CLIP ViT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ovsprune.core.errors import TargetError
+from ovsprune.slim import SlimCheckpoint
+from ovsprune.targets import TARGETS
+from ovsprune.targets.framework import Tabled
+from ovsprune.targets.layout import POSITIONS, Layout, Stack, hf_block
+from ovsprune.targets.places import Places
+from ovsprune.targets.surgery import cuts_of, slim_copy
+
+_VISION, _TEXT = "clip.vision_model", "clip.text_model"
+
+_PLACES = Places(
+    framework="CLIPSeg of transformers",
+    stem={
+        "class_embedding": f"{_VISION}.embeddings.class_embedding",
+        "conv1": f"{_VISION}.embeddings.patch_embedding",
+        POSITIONS: f"{_VISION}.embeddings.position_embedding.weight",
+        "ln_pre": f"{_VISION}.pre_layrnorm",
+        "ln_post": f"{_VISION}.post_layernorm",
+        "proj": "clip.visual_projection.weight",
+    },
+    stacks=(Stack(f"{_VISION}.encoder.layers", hf_block()),),
+    marks=("decoder.film_mul", "decoder.reduces"),
+    transposed=("proj",),
+    activations=(f"{_VISION}.encoder.layers.0.mlp.activation_fn",),
+    text=Layout(
+        stem={
+            "token_embedding": f"{_TEXT}.embeddings.token_embedding",
+            POSITIONS: f"{_TEXT}.embeddings.position_embedding.weight",
+            "ln_final": f"{_TEXT}.final_layer_norm",
+            "text_projection": "clip.text_projection.weight",
+            "logit_scale": "clip.logit_scale",
+        },
+        stacks=(Stack(f"{_TEXT}.encoder.layers", hf_block()),),
+        transposed=("text_projection",),
+    ),
+)
+
+_PROTECTS = {
+    "residual width": "the decoder's reduces read the stream of three blocks (extract_layers)",
+    "depth": "extract_layers counts blocks",
+    "projection": "the decoder is conditioned on text embeddings of the dense width",
+    POSITIONS: "the model interpolates them itself, from the grid that it was built with",
+}
+
+_LINES = """\
+# where the model is made; config.json lies beside the weights if it lay beside the dense ones
+from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+import ovsprune.targets  # pip install --no-deps ovsprune
+
+directory = {output!r}
+model = CLIPSegForImageSegmentation(CLIPSegConfig.from_pretrained(directory))
+ovsprune.targets.load(model, directory)  # slim modules, then every tensor
+model.eval()
+
+# from_pretrained alone builds dense layers, and refuses the slim tensors by their shapes.
+"""
+
+
+def _inputs(model: Any) -> Mapping[str, Any]:
+    """One picture of the native size, and one text as long as there are positions."""
+    side, length = (
+        model.config.vision_config.image_size,
+        model.config.text_config.max_position_embeddings,
+    )
+    return {
+        "pixel_values": torch.zeros(1, 3, side, side),
+        "input_ids": torch.zeros(1, length, dtype=torch.int64),
+    }
+
+
+@torch.no_grad()
+def _heads_by_width(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
+    """Refuse an attention that cannot have fewer heads, as older versions wrote it; tried out."""
+    cuts = cuts_of(checkpoint, layout)
+    for layer in checkpoint.spec.layers:
+        path = layout.name(layer.name)
+        mine = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
+        if not layer.whole or path is None or not mine:
+            continue
+        attention = model.get_submodule(path)
+        tried = copy.copy(attention)
+        tried._modules = dict(attention._modules)
+        for cut in mine:
+            leaf = cut.path.removeprefix(f"{path}.")
+            tried._modules[leaf] = slim_copy(model.get_submodule(cut.path), cut)
+        weight = attention.get_parameter("out_proj.weight")
+        try:
+            type(attention).forward(tried, hidden_states=weight.new_zeros(1, 2, weight.shape[0]))
+        except RuntimeError as error:
+            raise TargetError(
+                f"{path} cannot have {layer.kept} of {layer.units} heads ({error}): this version "
+                "of transformers counts heads by its configuration; install one that counts them "
+                "by the width of the maps (5.6 or later)"
+            ) from None
+        return
+
+
+@TARGETS.register("clipseg")
+def clipseg() -> Tabled:
+    """CLIPSeg of transformers: live models, and folders that save_pretrained wrote."""
+    return Tabled(
+        name="clipseg",
+        framework="transformers' CLIPSegForImageSegmentation (transformers 5.6 or later)",
+        places=_PLACES,
+        takes=("vit",),
+        protects=_PROTECTS,
+        trainable=("decoder.*", f"{_VISION}.*", "clip.visual_projection.weight"),
+        script=_LINES,
+        checks=(_heads_by_width,),
+        inputs=_inputs,
+        files=(
+            "config.json",
+            "preprocessor_config.json",
+            "processor_config.json",
+            "tokenizer_config.json",
+            "tokenizer.json",
+            "vocab.json",
+            "merges.txt",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ),
+        derived={"*.position_ids": "counted by the model itself since transformers 4.31"},
+    )
