@@ -23,7 +23,7 @@ import torch
 from ovsprune import backbones
 from ovsprune.calibration import sensitivity
 from ovsprune.calibration.linearised import Metric
-from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.calibration.refit import Refit
 from ovsprune.calibration.surgeon import eliminate
 from ovsprune.calibration.survey import Survey
@@ -75,7 +75,7 @@ def stages_of(total: float, passed: Mapping[str, float]) -> dict[str, float]:
 
 def forward_pass(backbone: Backbone, samples: int) -> float:
     """Seconds of one pass of the dense tower over all the pictures, batches of 16."""
-    images = torch.cat(list(ScenePictures(min(16, samples), backbone.preprocess).batches(16)))
+    images = torch.cat(list(RenderedPictures(min(16, samples), backbone.preprocess).batches(16)))
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -7,6 +7,7 @@ A new one is one file with a class of the shape :class:`TimmParts`, decorated wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -23,7 +24,7 @@ from ovsprune.backbones.open_clip_model import (
 )
 from ovsprune.backbones.open_clip_source import fill, open_source
 from ovsprune.core.errors import OptionError
-from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.protocols import Backbone, Seed, Stages, Streamed
 from ovsprune.core.records import Group, Plan, Preprocess
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.timm_tower import build_timm_tower
@@ -92,6 +93,8 @@ class TimmFamily:
         self.name, self.parts = name, parts
         self.rewrite, self.finish = parts.rewrite, parts.finish
         self.seeds, self.stages = parts.seeds, parts.stages
+        if isinstance(parts, Streamed):
+            self.stream_kind, self.streams = parts.stream_kind, parts.streams
 
     def names(self) -> Sequence[str]:
         """open_clip's names for trunks of the family's modules of timm."""
@@ -125,7 +128,7 @@ class TimmFamily:
             source.pretrained,
             tower,
             source.config,
-            preprocess_of(tower, source.preprocess),
+            _preprocess(tower, source.preprocess),
             trained=source.weights is not None,
             text=text,
         )
@@ -175,7 +178,8 @@ class TimmFamily:
     ) -> Backbone:
         import open_clip
 
-        blocks = self.stages(tower).blocks.values()
+        # Of the blocks that can be cut: others may have gates of their own kind.
+        blocks = [tower.get_submodule(seed.block) for seed in self.seeds(tower)]
         (activation,) = find_activations(m for block in blocks for m in block.modules())
         return Backbone(
             name=name,
@@ -198,6 +202,16 @@ def pools_positions(vision: Mapping[str, Any]) -> bool:
     # without a pool of its own a trunk keeps timm's, if open_clip puts a projection behind it
     pools = pool in ("avg", "max", "avgmax") or (pool == "" and projection in ("linear", "mlp"))
     return pools and projection in ("linear", "mlp", "none", "", None)
+
+
+def _preprocess(tower: Any, overrides: Mapping[str, Any]) -> Preprocess:
+    """The preprocessing, at the size that the trunk was built for, which may take no other.
+
+    open_clip's configuration of ViTamin-XL-384 says 256.
+    """
+    found = preprocess_of(tower, overrides)
+    own = getattr(getattr(tower.trunk, "patch_embed", None), "img_size", None)
+    return found if own is None else replace(found, size=(own[0], own[1]))
 
 
 @cache

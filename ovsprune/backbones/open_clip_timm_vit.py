@@ -1,41 +1,51 @@
 """open_clip's ``TimmModel`` around timm's vision transformers.
 
 SigLIP and SigLIP 2, EVA-01 and EVA-02, PE-Core, MobileCLIP's ViTs, ``vit_medium``, ``vit_relpos``:
-whatever is a sequence of blocks of attention and MLP over tokens.
+whatever is a sequence of blocks of attention and MLP over tokens. ViTamin, too, whose tokens come
+from inverted bottlenecks with a norm in front.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovsprune.backbones.open_clip_timm import timm_family
+from ovsprune.backbones.timm_heads import heads_seed, put_together
 from ovsprune.core.protocols import Seed, Stages
 from ovsprune.core.records import Group, Plan, Slice, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.norms import CountedLayerNorm
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
-from ovsprune.slim.timm_vit import POOL, pool_of, timm_vit_blocks, timm_vit_parts
+from ovsprune.slim.timm_vit import (
+    POOL,
+    pool_of,
+    timm_vit_blocks,
+    timm_vit_bottlenecks,
+    timm_vit_parts,
+)
 
 __all__ = ["OpenClipTimmVit"]
 
-_FIRST = ("fc1", "fc1_g")
+_FIRST = ("fc1", "fc1_g", "w0")
 """The first layer of an MLP, by the names that timm gives it; a gate's other half goes along."""
 
 
 @timm_family("open_clip-timm-vit")
 class OpenClipTimmVit:
-    """timm vision transformers in open_clip: heads and MLP units, the attention pool's MLP."""
+    """timm vision transformers in open_clip: heads, MLP units, ViTamin's inverted bottlenecks."""
 
+    stream_kind = "width"
     modules = (
         "vision_transformer",
         "vision_transformer_hybrid",
         "vision_transformer_relpos",
         "eva",
+        "vitamin",
     )
 
     def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
@@ -47,7 +57,8 @@ class OpenClipTimmVit:
             return False
         tower = nn.ModuleDict({"trunk": trunk})
         blocks = list(timm_vit_blocks(tower).values())
-        known = find_activations(m for block in blocks for m in block.modules())
+        inside = (*timm_vit_bottlenecks(tower).values(), *blocks)
+        known = find_activations(m for block in inside for m in block.modules())
         pool = vision.get("timm_pool") or trunk.global_pool
         return (
             all(is_timm_attention(getattr(b, "attn", nn.Identity())) for b in blocks)
@@ -64,39 +75,25 @@ class OpenClipTimmVit:
                 block.attn = TimmAttention(block.attn, apart=True)
             if isinstance(block.attn.norm, nn.LayerNorm):
                 block.attn.norm = CountedLayerNorm(block.attn.norm)
-            if isinstance(block.mlp.norm, nn.LayerNorm):
+            if isinstance(block.mlp.norm, nn.LayerNorm) and _is_inner(block.mlp):
                 block.mlp.norm = CountedLayerNorm(block.mlp.norm)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Attention in the form that timm gave it, and of timm's type where all heads stay."""
-        for block in timm_vit_blocks(tower).values():
-            if isinstance(block.attn, TimmAttention):
-                cut = len(block.attn.kept_heads) < block.attn.num_heads
-                block.attn = TimmAttention(block.attn) if cut else block.attn.whole()
+        put_together(timm_vit_blocks(tower).values())
 
     def seeds(self, tower: nn.Module) -> list[Seed]:
-        """Heads and MLP units of every block; the last block's heads are protected."""
+        """Bottlenecks' channels, heads and MLP units; the last block's heads are protected."""
+        seeds = [
+            Seed(n, "channels", f"{n}.conv1_1x1", 1, n, StreamPoint(n, "output"))
+            for n in timm_vit_bottlenecks(tower)
+        ]
         blocks = timm_vit_blocks(tower)
         last = list(blocks)[-1]
-        seeds = []
         for name, block in blocks.items():
-            reason = "frameworks read the last block's attention directly" if name == last else None
             free = _adds_directly(block)
-            heads = Slice(
-                f"{name}.attn.heads", "out", torch.arange(block.attn.num_heads).unsqueeze(1)
-            )
-            seeds.append(
-                Seed(
-                    f"{name}.attn",
-                    "heads",
-                    f"{name}.attn.q_proj",
-                    block.attn.head_dim,
-                    name,
-                    StreamPoint(f"{name}.norm2", "input") if free else None,
-                    reason,
-                    along=(heads,),
-                )
-            )
+            middle = StreamPoint(f"{name}.norm2", "input") if free else None
+            seeds.append(heads_seed(name, block.attn, middle, protected=name == last))
             after = StreamPoint(name, "output") if free else None
             seeds.append(
                 Seed(f"{name}.mlp", "mlp", _first(f"{name}.mlp", block.mlp), 1, name, after)
@@ -115,14 +112,57 @@ class OpenClipTimmVit:
             )
         return seeds
 
+    def streams(self, tower: nn.Module) -> list[Seed]:
+        """The residual stream, from the patches to what projects the tokens."""
+        model: Any = tower
+        trunk, blocks = model.trunk, timm_vit_blocks(tower)
+        name, block = next(iter(blocks.items()))
+        reason = None
+        if timm_vit_bottlenecks(tower) or not isinstance(trunk.patch_embed.proj, nn.Conv2d):
+            reason = "convolutions of other widths stand in front of its tokens"
+        elif pool_of(tower) is not None:
+            reason = "timm's attention pool takes the tokens to be as wide as what it gives"
+        elif next(model.head.parameters(), None) is None:
+            reason = "nothing projects the tokens, so the embedding would be narrower, too"
+        return [
+            Seed(
+                "trunk.stream",
+                "width",
+                "trunk.patch_embed.proj",
+                1,
+                "trunk",
+                None,
+                reason,
+                consumer=_first(f"{name}.mlp", block.mlp),
+                along=tuple(Slice(n, "out", rows) for n, rows in _bare(tower, blocks)),
+                across=True,
+            )
+        ]
+
     def stages(self, tower: nn.Module) -> Stages:
-        """Patches and positions; the blocks, the attention pool as the last; the rest."""
+        """Patches and positions, or a stem and what makes tokens of it; the blocks; the rest."""
         return Stages(*timm_vit_parts(tower))
+
+
+def _bare(tower: nn.Module, blocks: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters over the stream that are no layer's, and the channels that they have."""
+    names = [f"trunk.{name}" for name in ("cls_token", "reg_token", "pos_embed")]
+    scales = ("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2")
+    names += [f"{block}.{name}" for block in blocks for name in scales]
+    parameters = dict(tower.named_parameters())
+    for name in (name for name in names if name in parameters):
+        yield name, torch.arange(parameters[name].shape[-1])[:, None]
 
 
 def _first(path: str, mlp: nn.Module) -> str:
     """Dotted name of the layer whose outputs are the units."""
     return next(f"{path}.{name}" for name in _FIRST if hasattr(mlp, name))
+
+
+def _is_inner(mlp: nn.Module) -> bool:
+    """Whether the norm of an MLP comes behind its first layer; ViTamin's comes in front."""
+    names = list(mlp._modules)
+    return names.index("norm") > min(names.index(name) for name in _FIRST if name in names)
 
 
 def _adds_directly(block: Any) -> bool:

@@ -8,19 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Features", "feature_loss", "spread"]
+__all__ = ["SHARES", "Features", "feature_loss", "spread"]
 
 Features = tuple[Tensor, Tensor]
 """Pooled [B, C] and dense [B, C, h, w] outputs of a tower."""
 
+SHARES = (0.1, 0.9)
+"""What pooled output and dense tokens count: what is made for segmentation is read from tokens."""
+
 
 def feature_loss(
-    found: Sequence[Tensor], wanted: Sequence[Tensor], spreads: Sequence[float] = (1.0, 1.0)
+    found: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    spreads: Sequence[float] = (1.0, 1.0),
+    shares: Sequence[float] = (0.5, 0.5),
 ) -> Tensor:
     """Squared distance of L2-normalised features, to be differentiated.
 
-    Half the mean over dense tokens of ``|t / |t| - t* / |t*||^2``, and half the same of the pooled
-    output: what a zero-shot head reads is the direction of a feature, so its length does not count.
+    The mean over dense tokens of ``|t / |t| - t* / |t*||^2``, and the same of the pooled output:
+    what a zero-shot head reads is the direction of a feature, so its length does not count.
     Distilling features instead of predictions is FitNets' (Romero et al. 2015); without any class,
     it is the semantic-agnostic loss of OpenTrans (Xu et al., CVPR 2024).
 
@@ -28,6 +34,8 @@ def feature_loss(
         found: Pooled [B, C] and dense [B, C, h, w] features of the tower that is trained.
         wanted: Of the dense tower, for the same pictures.
         spreads: What each kind's distance is divided by, see :func:`spread`.
+        shares: What each kind counts; their sum is 1. OpenTrans has no pooled output to weigh; half
+            and half is ours.
 
     Returns:
         Scalar; with spreads of 1 in [0, 4]: 0 for equal directions, 2 for orthogonal ones.
@@ -36,7 +44,7 @@ def feature_loss(
         (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() / scale
         for a, b, scale in zip(found, wanted, spreads, strict=True)
     ]
-    return torch.stack(parts).mean()
+    return torch.stack([s * part for s, part in zip(shares, parts, strict=True)]).sum()
 
 
 def spread(features: Tensor) -> float:

@@ -1,13 +1,14 @@
-"""Calibration pictures: a folder of photographs, or procedural scenes where none are given."""
+"""Calibration pictures: a folder of photographs, or made ones where none are given."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -17,23 +18,59 @@ from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Pictures
 from ovsprune.core.records import Preprocess
 
-__all__ = ["FilePictures", "ScenePictures", "calibration_hash", "open_pictures", "readable"]
+__all__ = [
+    "RENDERED",
+    "FilePictures",
+    "RenderedPictures",
+    "calibration_hash",
+    "open_pictures",
+    "readable",
+]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 
 
-class ScenePictures:
-    """Procedural scenes, rendered at the tower's own size.
+def _scene(index: int, seed: int, size: int) -> NDArray[np.uint8]:
+    from ovsprune.calibration.scenes import render_scene
+
+    return render_scene(index, split="calibration", seed=seed, size=size).image
+
+
+def _leaves(index: int, seed: int, size: int) -> NDArray[np.uint8]:
+    from ovsprune.calibration.leaves import render_leaves
+
+    return render_leaves(index, seed=seed, size=size)
+
+
+Render = Callable[[int, int, int], "NDArray[np.uint8]"]
+"""(index, seed, size) to sRGB [size, size, 3]."""
+
+RENDERED: Mapping[str, Render] = {"procedural": _scene, "leaves": _leaves}
+"""What ``--calibration`` takes beside folders: scenes as ``tiny`` was trained on, and pictures with
+the spectra of photographs."""
+
+
+class RenderedPictures:
+    """Pictures made from a seed, at the tower's own size.
 
     Args:
-        count: Number of scenes.
+        count: Number of pictures.
         preprocess: Of the tower; its size must be at least 16 pixels a side.
-        seed: Seed of the scenes.
-        start: Index of the first scene in the calibration split.
+        seed: Seed of the pictures.
+        start: Index of the first.
+        source: A name in :data:`RENDERED`.
     """
 
-    def __init__(self, count: int, preprocess: Preprocess, seed: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        count: int,
+        preprocess: Preprocess,
+        seed: int = 0,
+        start: int = 0,
+        source: str = "procedural",
+    ) -> None:
         self._count, self._preprocess, self._seed, self._start = count, preprocess, seed, start
+        self._render = RENDERED[source]
 
     def __len__(self) -> int:
         return self._count
@@ -43,15 +80,11 @@ class ScenePictures:
         yield from _batches(self._picture, self._count, size)
 
     def _picture(self, index: int) -> Tensor:
-        from ovsprune.calibration.scenes import render_scene
-
         height, width = self._preprocess.size
-        scene = render_scene(
-            self._start + index, split="calibration", seed=self._seed, size=max(height, width)
-        )
+        image = self._render(self._start + index, self._seed, max(height, width))
         if height == width:
-            return normalise(scene.image, self._preprocess)
-        return to_tensor(Image.fromarray(scene.image), self._preprocess)
+            return normalise(image, self._preprocess)
+        return to_tensor(Image.fromarray(image), self._preprocess)
 
 
 class FilePictures:
@@ -102,7 +135,7 @@ def readable(folder: Path, count: int, seed: int, progress: Progress) -> list[Pa
     if not files:
         raise DataError(
             f"{folder}: no picture that can be read ({len(found)} picture files, {broken} of them "
-            "broken). Give a folder with .jpg or .png pictures, or --calibration procedural."
+            "broken). Give a folder with .jpg or .png pictures, or --calibration leaves."
         )
     return files
 
@@ -118,7 +151,7 @@ def open_pictures(
     """Calibration pictures, and others from the same source that calibration never sees.
 
     Args:
-        source: ``"procedural"`` or a folder.
+        source: A name in :data:`RENDERED`, or a folder.
         preprocess: Of the tower.
         samples: Calibration pictures wanted; a folder may hold fewer.
         held_out: Held-out pictures wanted, for the fidelity that is reported.
@@ -131,10 +164,10 @@ def open_pictures(
     """
     if samples < 1:
         raise OptionError(f"--samples {samples}: give at least 1 calibration picture")
-    if source == "procedural":
+    if source in RENDERED:
         return (
-            ScenePictures(samples, preprocess, seed),
-            ScenePictures(held_out, preprocess, seed, start=500_000),
+            RenderedPictures(samples, preprocess, seed, source=source),
+            RenderedPictures(held_out, preprocess, seed, start=500_000, source=source),
         )
     progress = progress or Silent()
     files = readable(Path(source), samples + held_out, seed, progress)
@@ -163,7 +196,9 @@ def _batches(picture: Callable[[int], Tensor], count: int, size: int) -> Iterato
 
 def _listing(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; --calibration takes one, or 'procedural'")
+        raise DataError(
+            f"{folder} is not a folder; --calibration takes one, or {' or '.join(RENDERED)}"
+        )
     try:
         return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     except OSError as error:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.calibration.feature_loss import spread
+from ovsprune.calibration.feature_loss import SHARES, spread
 from ovsprune.core.protocols import Moments
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import mask
-from ovsprune.graph.layers import bias_of, weight_of
+from ovsprune.graph.layers import bias_of, find, weight_of
 
 __all__ = ["FeatureError", "grid", "measure", "measure_masked", "points_for"]
 
@@ -48,10 +48,6 @@ def grid(units: int, floor: int = 1, points: int = POINTS[1]) -> tuple[int, ...]
     return tuple(sorted(widths))
 
 
-_SHARES = (0.1, 0.9)
-"""Of the pooled output, and of the dense tokens."""
-
-
 class FeatureError:
     """Relative squared change of the normalised dense tokens and the pooled output.
 
@@ -73,7 +69,7 @@ class FeatureError:
         """The change, 0 for the same outputs, about 2 for unrelated ones."""
         total = 0.0
         for part, before, scale, share in zip(
-            (pooled, dense), self._reference, self._spread, _SHARES, strict=True
+            (pooled, dense), self._reference, self._spread, SHARES, strict=True
         ):
             error = (F.normalize(part, dim=1) - before).square().sum(1).mean()
             total += share * float(error) / scale
@@ -115,7 +111,7 @@ def measure_masked(
     widths: Iterable[int],
     run: Callable[[], float],
 ) -> dict[int, float]:
-    """Error by width of a group whose consumer has no columns to refit: its units are masked.
+    """Error by width of a group whose units are masked, since no one consumer can be refitted.
 
     Args:
         tower: The dense tower; changed while measuring, restored after.
@@ -124,7 +120,7 @@ def measure_masked(
         widths: To be measured.
         run: Runs the rest of the tower and returns the error of its output.
     """
-    layers = [tower.get_submodule(part.module) for part in group.slices]
+    layers = [find(tower, part.module) for part in group.slices]
     tensors = [t for layer in layers for t in (weight_of(layer), bias_of(layer)) if t is not None]
     before = [tensor.clone() for tensor in tensors]
     errors = {group.units: 0.0}

@@ -113,6 +113,9 @@ class Survey:
                 for group in groups:
                     self._measure(group, moments[group.consumer], before, error)
                     advance(1)
+            for group in (g for g in self.groups if g.across):
+                self._measure_across(group, probe, error)
+                advance(1)
         curves = Curves(self._widths, self._errors) if self.probe else None
         return Scores(self._costs, self._orders), curves
 
@@ -132,13 +135,33 @@ class Survey:
         else:
             widths = self._grid(group)
             errors = measure_masked(self.tower, group, ranking.order, widths, run)
+        self._note(group, errors)
+
+    def _measure_across(self, group: Group, probe: Tensor, error: FeatureError | None) -> None:
+        """A stream's channels are masked wherever they are, from the stem on."""
+        ranking = self._rank(group, None)
+        self._keep(group, ranking)
+        if error is None:
+            return
+        images = torch.cat(list(self.pictures.batches(self.batch_size)))[probe]
+        batches = torch.split(images, self.batch_size)
+
+        def run() -> float:
+            parts = [self.stages.outputs(batch.to(self.device)) for batch in batches]
+            pooled, dense = (torch.cat(both).float().cpu() for both in zip(*parts, strict=True))
+            return error(pooled, dense)
+
+        self._note(group, measure_masked(self.tower, group, ranking.order, self._grid(group), run))
+
+    def _note(self, group: Group, errors: Mapping[int, float]) -> None:
         found = dict(sorted(errors.items()))
         self._widths[group.name] = torch.tensor(list(found))
         self._errors[group.name] = torch.tensor(list(found.values()), dtype=torch.float64)
 
     def _rank(self, group: Group, moments: Moments | None) -> Ranking:
         if group.known is not None:
-            return Ranking(group.known, torch.arange(group.units).flip(0))
+            order = torch.argsort(group.known.flip(0), stable=True)
+            return Ranking(group.known, group.units - 1 - order)
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
         widths = self._grid(group) if self.probe else ()

@@ -23,7 +23,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--calibration",
     default="procedural",
     show_default=True,
-    help="A folder of pictures without labels, or 'procedural'.",
+    help="A folder of pictures without labels, 'leaves', or 'procedural' (tiny's scenes).",
 )
 @click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
 @click.option(
@@ -61,7 +61,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option(
     "--distill-steps",
     type=int,
-    help="Gradient steps of the recovery distill, all rounds together; 400 by default.",
+    help="Gradient steps of the recovery distill, all rounds together; 1000 by default.",
 )
 @click.option("--distill-seconds", type=float, help="Stop distilling after this time.")
 @click.option(
@@ -74,7 +74,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option(
     "--distill-lr",
     type=float,
-    default=5e-4,
+    default=1e-4,
     show_default=True,
     help="Peak learning rate.",
 )
@@ -94,6 +94,16 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--prune-depth",
     is_flag=True,
     help="Also drop whole attentions and MLPs; every block keeps its place and its name.",
+)
+@click.option(
+    "--prune-width",
+    is_flag=True,
+    help="Also cut channels of a vision transformer's residual stream: the interface changes.",
+)
+@click.option(
+    "--prune-stages",
+    is_flag=True,
+    help="Also cut channels of a residual network's stages: the interface changes.",
 )
 @click.option(
     "--latency-table",

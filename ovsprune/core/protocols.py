@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ __all__ = [
     "RecoveryContext",
     "Seed",
     "Stages",
+    "Streamed",
 ]
 
 
@@ -91,8 +92,9 @@ class Seed:
         protected: Why it is not offered by default, or None.
         consumer: Dotted name of the layer whose columns are ranked and refitted, where several
             layers read the units; None where one does.
-        along: Slices that go along and that no graph sees, because they are no part of what is
-            computed: an index of the units.
+        along: Slices that go along and that no graph sees: an index of the units, which is no part
+            of what is computed, and parameters that are no layer's.
+        across: Whether the units are a residual stream's: :attr:`Group.across`.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Seed:
     protected: str | None = None
     consumer: str | None = None
     along: tuple[Slice, ...] = ()
+    across: bool = False
 
 
 class Family(Protocol):
@@ -171,6 +174,18 @@ class Family(Protocol):
 
     def stages(self, tower: nn.Module) -> Stages:
         """The tower (rewritten or not) as a sequence of blocks."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """What a family has besides, if the width of its residual streams can be cut."""
+
+    stream_kind: str
+    """``"width"`` for one stream through the whole tower, ``"stage"`` for one of each stage."""
+
+    def streams(self, tower: nn.Module) -> list[Seed]:
+        """The streams of the rewritten tower, with ``across``; those it cannot cut, protected."""
         ...
 
 
@@ -443,7 +458,7 @@ class Distillation:
     """How long and how a recovery that trains may train.
 
     Attributes:
-        steps: Gradient steps; None takes 400, or no limit where ``seconds`` is given.
+        steps: Gradient steps; None takes 1000, or no limit where ``seconds`` is given.
         seconds: Wall-clock limit, or None. What is stopped by it cannot be repeated exactly.
         optimizer: Name of a class in ``torch.optim``.
         lr: Peak learning rate.
@@ -452,12 +467,12 @@ class Distillation:
     steps: int | None = None
     seconds: float | None = None
     optimizer: str = "AdamW"
-    lr: float = 5e-4
+    lr: float = 1e-4
 
     @property
     def limit(self) -> int | None:
         """Steps after which training ends in any case; None where only time ends it."""
-        return 400 if self.steps is None and self.seconds is None else self.steps
+        return 1000 if self.steps is None and self.seconds is None else self.steps
 
     def shared(self, rounds: int) -> Distillation:
         """An equal part for each of ``rounds``, steps rounded up."""

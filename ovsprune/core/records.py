@@ -70,14 +70,18 @@ class Slice:
     """Part of one layer that belongs to a group.
 
     Attributes:
-        module: Dotted name of the layer in the (rewritten) tower.
-        axis: ``"out"``: rows of the weight and entries of the bias; ``"in"``: columns.
+        module: Dotted name of the layer in the (rewritten) tower; or of a parameter that is no
+            layer's, as class tokens, positions and bare projection matrices are.
+        axis: ``"out"``: rows of the weight and entries of the bias; ``"in"``: columns. Of a
+            parameter, ``"out"`` is the last axis and ``"in"`` the first.
         rows: int64 [units, width]: the indices on that axis that make up each unit.
+        behind: Of a parameter that reads, the layer whose output it multiplies.
     """
 
     module: str
     axis: Axis
     rows: Tensor
+    behind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,9 @@ class Group:
 
     Attributes:
         name: Unique name, the dotted path of what is cut (``"transformer.resblocks.3.attn"``).
-        kind: Unit kind: ``"heads"``, ``"mlp"``, ``"channels"``, or ``"qk"`` and ``"vo"``, the
-            directions inside heads (:mod:`ovsprune.graph.head_widths`).
+        kind: Unit kind: ``"heads"``, ``"mlp"``, ``"channels"``; ``"qk"`` and ``"vo"``, the
+            directions inside heads (:mod:`ovsprune.graph.head_widths`); ``"width"`` and
+            ``"stage"``, the channels of a residual stream (:mod:`ovsprune.graph.residual`).
         units: How many units there are.
         slices: Every slice of every layer that goes with a unit.
         consumer: Dotted name of the projection that reads the units (it has an ``"in"`` slice).
@@ -119,7 +124,7 @@ class Group:
             directions inside heads. Either may be cut without the other, and what they cost is a
             product; see :mod:`ovsprune.allocation.joint`.
         known: float64 [units]: what removing each unit costs, where that is known before any
-            criterion is asked: the units then lie in falling order, and the last goes first.
+            criterion is asked: the cheapest goes first, and the last of equals.
         shared: Name of another group to what one unit of each costs together, where a layer reads
             the units of one and makes those of the other: their costs are then a product, and a
             unit of either is counted with all units of the other. Named in one of the two.
@@ -127,6 +132,8 @@ class Group:
             layer's shape tells.
         gates: Dotted names of layers that make a factor of each unit from what a reader other than
             the consumer gives: squeeze-and-excitation's second layer.
+        across: Whether the slices lie in many blocks, as those of a residual stream do. Then
+            ``block`` is none of the tower's blocks, and a cut is measured on the whole tower.
     """
 
     name: str
@@ -145,6 +152,7 @@ class Group:
     shared: Mapping[str, Costs] = field(default_factory=dict)
     attribute: str | None = None
     gates: tuple[str, ...] = ()
+    across: bool = False
 
     @property
     def readers(self) -> tuple[Slice, ...]:

@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ovsprune.core.errors import UnknownNameError
 
@@ -21,7 +21,7 @@ __all__ = ["ENTRY_POINT_GROUP", "Registry"]
 ENTRY_POINT_GROUP = "ovsprune.plugins"
 
 T = TypeVar("T")
-C = TypeVar("C")
+C = TypeVar("C", bound=Callable[[], Any])
 
 
 class Registry(Generic[T]):
@@ -39,16 +39,16 @@ class Registry(Generic[T]):
         self._summaries: dict[str, str] = {}
         self._loaded = False
 
-    def register(self, name: str) -> Callable[[type[C]], type[C]]:
-        """Decorate a class whose instance (made without arguments) serves under ``name``.
+    def register(self, name: str) -> Callable[[C], C]:
+        """Decorate what makes the plug-in ``name``, without arguments: its class or a function.
 
         Raises:
             ValueError: ``name`` is taken already.
         """
 
-        def decorate(cls: type[C]) -> type[C]:
-            self.add(name, cls(), cls.__doc__)  # type: ignore[arg-type]
-            return cls
+        def decorate(make: C) -> C:
+            self.add(name, make(), make.__doc__)
+            return make
 
         return decorate
 

@@ -90,7 +90,9 @@ class SeparateAttention(nn.Module):
         """
         here = self.kept_heads
         heads = here if kept is None else tuple(here[i] for i in kept.tolist())
-        if self.qk_dim == self.v_dim == self.head_dim and len(heads) == self.num_heads:
+        whole = self.qk_dim == self.v_dim == self.head_dim and len(heads) == self.num_heads
+        # torch's own has heads that are as wide together as the stream
+        if whole and self.q_proj.weight.shape[1] == self.num_heads * self.head_dim:
             return self._fused()
         return SlimAttention.from_projections(
             self.q_proj,

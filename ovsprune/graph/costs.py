@@ -27,10 +27,10 @@ def _slow_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def macs(module: nn.Module, *inputs: Any) -> int:
-    """Multiply-accumulates of ``module(*inputs)``."""
+def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
+    """Multiply-accumulates of ``module(*inputs, **named)``."""
     with _slow_path(), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*inputs)
+        module(*inputs, **named)
     return int(counter.get_total_flops()) // 2
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.records import Axis, Group, Plan
-from ovsprune.graph.layers import bias_of, is_channelwise, weight_of
+from ovsprune.graph.layers import bias_of, find, is_channelwise, weight_axis, weight_of
 
 __all__ = ["cut", "kept_rows", "mask", "removed"]
 
@@ -17,7 +17,12 @@ def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Cut, in place, every unit that ``plan`` does not keep."""
     groups = [g for g in groups if plan.width(g.name) < g.units]
     for (name, axis), indices in kept_rows(tower, groups, plan).items():
-        _cut_axis(tower.get_submodule(name), axis, indices)
+        part = find(tower, name)
+        if isinstance(part, nn.Module):
+            _cut_axis(part, axis, indices)
+        else:
+            owner, _, own = name.rpartition(".")
+            tower.get_submodule(owner)._parameters[own] = _chosen(part, axis, indices)
     for group in groups:
         if group.attribute is not None:
             owner, _, name = group.attribute.rpartition(".")
@@ -40,8 +45,8 @@ def kept_rows(
     for group in groups:
         gone = removed(group, plan)
         for part in group.slices:
-            weight = weight_of(tower.get_submodule(part.module))
-            size = weight.shape[0 if part.axis == "out" else 1]
+            layer = find(tower, part.module)
+            size = weight_of(layer).shape[weight_axis(layer, part.axis)]
             key = part.module, part.axis
             alive = keep.setdefault(key, torch.ones(size, dtype=torch.bool))
             alive[part.rows[gone].flatten()] = False
@@ -53,21 +58,26 @@ def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Mask, in place, the units that ``plan`` does not keep: whatever reads them reads zero.
 
     Where the consumer has no columns of them, or a norm in between sees them first, what makes them
-    gives zero.
+    gives zero. So do, of a residual stream's channels, the norms themselves: what one of them gives
+    may be added to the stream again, where the next counts it.
     """
     for group in groups:
         gone = removed(group, plan)
         if group.has_columns:
             for part in group.readers:
-                weight = weight_of(tower.get_submodule(part.module))
-                weight[:, part.rows[gone].flatten().to(weight.device)] = 0.0
+                layer = find(tower, part.module)
+                _clear(weight_of(layer), weight_axis(layer, "in"), part.rows[gone])
         for part in group.slices if group.norms or not group.has_columns else ():
-            layer = tower.get_submodule(part.module)
-            if part.axis == "in" or is_channelwise(layer):
+            layer = find(tower, part.module)
+            if part.axis == "in" or (is_channelwise(layer) and not group.across):
                 continue
             for tensor in (weight_of(layer), bias_of(layer)):
                 if tensor is not None:
-                    tensor[part.rows[gone].flatten().to(tensor.device)] = 0.0
+                    _clear(tensor, weight_axis(layer, "out"), part.rows[gone])
+
+
+def _clear(tensor: Tensor, axis: int, rows: Tensor) -> None:
+    tensor.index_fill_(axis, rows.flatten().to(tensor.device), 0.0)
 
 
 def removed(group: Group, plan: Plan) -> Tensor:
@@ -82,6 +92,11 @@ _WIDTHS: dict[str, tuple[str, ...]] = {
     "out": ("out_features", "out_channels", "num_features", "normalized_shape"),
     "in": ("in_features", "in_channels"),
 }
+
+
+def _chosen(tensor: nn.Parameter, axis: Axis, indices: Tensor) -> nn.Parameter:
+    kept = tensor.detach().index_select(weight_axis(tensor, axis), indices.to(tensor.device))
+    return nn.Parameter(kept, requires_grad=tensor.requires_grad)
 
 
 def _cut_axis(layer: nn.Module, axis: Axis, indices: Tensor) -> None:

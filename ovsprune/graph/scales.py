@@ -28,7 +28,7 @@ class FoldedScale(nn.Module):
 
     Args:
         layer: The layer as it was.
-        gamma: The scale [m].
+        gamma: The scale, of m numbers.
     """
 
     def __init__(self, layer: nn.Module, gamma: nn.Parameter) -> None:
@@ -46,7 +46,7 @@ def fold_scale(layer: nn.Module, gamma: nn.Parameter) -> tuple[nn.Module, Folded
 
     Args:
         layer: A matrix or convolution of m outputs, with or without a bias.
-        gamma: [m], multiplied with its output.
+        gamma: [m] or [m, 1, ...], multiplied with its output.
 
     Returns:
         A layer of the same type with tensors of its own.
@@ -69,12 +69,12 @@ def unfold_scale(
         columns: int64, the input channels that were kept; None for all.
 
     Returns:
-        The layer without the scale, and the scale, both with tensors of their own.
+        The layer without the scale, and the scale in its own shape, both with tensors of their own.
     """
     old, now = _tensors(place.layer), _tensors(layer)
     if columns is not None:
         old["weight"] = old["weight"].index_select(1, columns.to(old["weight"].device))
-    gamma = place.gamma.detach().double()
+    gamma = place.gamma.detach().double().flatten()
     folded = {name: _times(tensor, place.gamma.detach()) for name, tensor in old.items()}
     changed = torch.stack([(now[n] != t).reshape(len(t), -1).any(1) for n, t in folded.items()])
     before, after = _lengths(old), _lengths(now)
@@ -90,6 +90,7 @@ def unfold_scale(
         row = _times(old[name].double(), kept) + _times(more, inverse)
         same = _times(torch.ones_like(row), (~changed.any(0)).double()).bool()
         _put(bare, name, torch.where(same, old[name], row.to(tensor)))
+    new = new.view_as(place.gamma)
     return bare, nn.Parameter(new, requires_grad=place.gamma.requires_grad)
 
 

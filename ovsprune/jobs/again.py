@@ -93,6 +93,8 @@ def layers_in_base(
 def _in_base(given: SlimCheckpoint, part: SliceSpec) -> SliceSpec:
     """The slice of a layer that was whole until now, beside which others may have been cut."""
     runs = layer_runs(given.spec, given.mask).get(part.module, {}).get(part.axis, [])
+    if not runs:
+        return part
     size = _weight(given, part.module).shape[0 if part.axis == "out" else 1]
     size += sum((run.units - run.kept.numel()) * run.unit_width for run in runs)
     return replace(part, offset=int(keep_index(size, runs)[part.offset]))

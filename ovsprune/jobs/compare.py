@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ovsprune import backbones
+from ovsprune.calibration.pictures import RENDERED
 from ovsprune.core.errors import MissingLibraryError, OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
@@ -96,7 +97,7 @@ def compare(
         round_to: Units of one column stay in multiples of this.
         pretrained: Tag, file, or ``"none"``.
         activation: For a bare file.
-        calibration: A folder of pictures without labels, or ``"procedural"``.
+        calibration: A folder of pictures without labels, or ``"procedural"`` or ``"leaves"``.
         samples: Calibration pictures.
         device: Where the towers run.
         batch_size: Pictures at a time.
@@ -267,7 +268,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What decides a row beside method, ratio and seed."""
     weights = [p.detach().flatten().float().cpu() for p in backbone.tower.state_dict().values()]
-    plain = settings.calibration == "procedural"
+    plain = settings.calibration in RENDERED
     return {
         "model": backbone.name,
         "pretrained": backbone.pretrained,
@@ -276,7 +277,7 @@ def _identity(
         "data": "scenes" if data is None else str(Path(data).resolve()),
         "list": None if list_file is None else str(list_file),
         "images": images,
-        "calibration": "procedural" if plain else str(Path(settings.calibration).resolve()),
+        "calibration": settings.calibration if plain else str(Path(settings.calibration).resolve()),
         "samples": settings.samples,
         "device": str(device),
     }

@@ -98,5 +98,7 @@ def without_floors(tower: nn.Module, groups: Sequence[Group]) -> list[Group]:
 
 
 def _matches(group: Group, pattern: str) -> bool:
-    names = (group.name, group.block, *(part.module for part in group.slices))
+    # a stream has parts of every layer
+    layers = () if group.across else (part.module for part in group.slices)
+    names = (group.name, group.block, *layers)
     return any(fnmatchcase(name, pattern) for name in names)

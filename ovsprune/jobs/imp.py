@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ovsprune import backbones
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.masked_training import MaskedTraining
-from ovsprune.calibration.pictures import calibration_hash, open_pictures
+from ovsprune.calibration.pictures import RENDERED, calibration_hash, open_pictures
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone, Pictures
@@ -298,7 +298,7 @@ class _Job:
                 "imp_rate": RATE,
                 "ratio": settings.ratio,
                 "calibration": settings.calibration
-                if settings.calibration == "procedural"
+                if settings.calibration in RENDERED
                 else "folder",
                 "calibration_hash": calibration_hash(pictures),
                 "samples": len(pictures),

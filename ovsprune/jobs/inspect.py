@@ -18,8 +18,8 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     Returns:
         ``format, base{model, pretrained, trained, tensors}, dense{macs, params},
         slim{macs, params}, ratio, layers[{name, kind, block, units, kept, protected, unit_width,
-        indices}], family, library, library_version, architecture, activation, preprocess,
-        protected, provenance, files, bytes, path``.
+        indices}], interface[], family, library, library_version, architecture, activation,
+        preprocess, protected, provenance, files, bytes, path``.
 
     Raises:
         CheckpointError: It is damaged, incomplete, or no slim checkpoint.
@@ -57,6 +57,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "slim": dataclasses.asdict(spec.slim),
         "ratio": spec.ratio,
         "layers": layers,
+        "interface": list(spec.interface),
         "protected": list(spec.protected),
         "family": spec.family,
         "library": spec.library,

@@ -8,15 +8,22 @@ from typing import Any
 
 import torch
 
-from ovsprune.calibration.pictures import calibration_hash
-from ovsprune.core.protocols import Backbone, Family, Pictures
+from ovsprune.calibration.pictures import RENDERED, calibration_hash
+from ovsprune.core.protocols import Backbone, Family, Pictures, Seed
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.importance import criterion_name
 from ovsprune.jobs.again import layers_in_base, provenance_of
 from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec
-from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec, SliceSpec, version_of
+from ovsprune.slim.spec import (
+    STREAM_KINDS,
+    WIDTH_KINDS,
+    LayerSpec,
+    SliceSpec,
+    interface_of,
+    version_of,
+)
 
 __all__ = ["make_spec", "provenance"]
 
@@ -29,7 +36,7 @@ def make_spec(
     protected: Iterable[str],
     costs: tuple[Costs, Costs],
     provenance: dict[str, Any],
-    order: Sequence[str] = (),
+    seeds: Sequence[Seed] = (),
 ) -> SlimSpec:
     """The spec of a slim tower.
 
@@ -41,16 +48,17 @@ def make_spec(
         protected: Names of the groups that could not.
         costs: Of the tower that was pruned and of what came out.
         provenance: :func:`provenance`.
-        order: Names of all layers in the order of the blocks, for a model that was slim before.
+        seeds: Of all groups, those that could not be cut among them, in the order of the blocks.
     """
     state = backbone.tower.state_dict()
-    layers = tuple(_layer(g, plan, state) for g in groups)
+    attentions = {seed.name for seed in seeds if seed.kind == "heads"}
+    layers = tuple(_layer(g, plan, state, attentions) for g in groups)
     if backbone.slim is None:
         dense = costs[0]
         base = base_spec(backbone.name, backbone.pretrained, backbone.trained, state)
     else:
         base, dense = backbone.slim.spec.base, backbone.slim.spec.dense
-        layers = layers_in_base(backbone.slim, layers, order)
+        layers = layers_in_base(backbone.slim, layers, [seed.name for seed in seeds])
         provenance = {**provenance, "given": provenance_of(backbone.slim)}
     return SlimSpec(
         base=base,
@@ -62,6 +70,7 @@ def make_spec(
         preprocess=backbone.preprocess,
         layers=layers,
         format_version=version_of(layers),
+        interface=interface_of(layers),
         protected=tuple(protected),
         dense=dense,
         slim=costs[1],
@@ -79,7 +88,7 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
         "rounds": settings.rounds,
         "budget": settings.budget,
         "ratio": settings.ratio,
-        "calibration": settings.calibration if settings.calibration == "procedural" else "folder",
+        "calibration": settings.calibration if settings.calibration in RENDERED else "folder",
         "calibration_hash": calibration_hash(pictures),
         "samples": len(pictures),
         "round_to": settings.round_to,
@@ -88,19 +97,23 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
         "ridge": settings.ridge,
         "seed": settings.seed,
         "torch": torch.__version__,
-        **{name: True for name in ("prune_head_dim", "prune_depth") if getattr(settings, name)},
+        **{name: True for name in _OPT_IN if getattr(settings, name)},
         **({"distill": asdict(settings.distill)} if trains else {}),
         **settings.described(),
     }
 
 
-def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
+_OPT_IN = ("prune_head_dim", "prune_depth", *STREAM_KINDS.values())
+
+
+def _layer(group: Group, plan: Plan, base: Container[str], attentions: Container[str]) -> LayerSpec:
     """What the spec says of a group; ``base`` has the names of the base tower's tensors.
 
     Where rewriting took an attention apart, its parts are no layers of the base tower: it is cut
-    as a whole, and has no slices.
+    as a whole, and has no slices. A stream has slices of whole ``attentions``, which read it and
+    write to it.
     """
-    slices: tuple[SliceSpec, ...] = ()
+    slices: dict[SliceSpec, None] = {}
     inside = group.kind in WIDTH_KINDS
     fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)
     if not (inside or fused):
@@ -108,7 +121,9 @@ def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
             offset = int(part.rows[0, 0])
             if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):
                 raise AssertionError(f"{part.module}: the format has no units that are scattered")
-            slices += (SliceSpec(part.module, part.axis, offset),)
+            owner = part.module.rpartition(".")[0]
+            module = owner if group.across and owner in attentions else part.module
+            slices[SliceSpec(module, part.axis, offset)] = None
     return LayerSpec(
         name=group.name,
         kind=group.kind,
@@ -116,5 +131,5 @@ def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
         units=group.units,
         kept=plan.width(group.name),
         unit_width=1 if inside else int(group.columns.shape[1]),
-        slices=slices,
+        slices=tuple(slices),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ovsprune.core.records import Group, Plan
 
@@ -48,15 +49,16 @@ def narrow(groups: Sequence[Group], plan: Plan) -> list[Group]:
     a unit stay as they were; :func:`ovsprune.graph.groups.with_costs` measures them anew. A group
     that lost all its units is not among them.
     """
-    widths = ((group, plan.width(group.name)) for group in groups)
-    return [_narrowed(group, width) for group, width in widths if width]
+    return [_narrowed(g, plan.kept[g.name]) for g in groups if plan.width(g.name)]
 
 
-def _narrowed(group: Group, width: int) -> Group:
+def _narrowed(group: Group, kept: Tensor) -> Group:
+    width = len(kept)
     if width == group.units:
         return group
     slices = tuple(
         replace(part, rows=torch.arange(width * part.rows.shape[1]).view(width, -1))
         for part in group.slices
     )
-    return replace(group, units=width, slices=slices, floor=min(group.floor, width))
+    known = None if group.known is None else group.known[kept]
+    return replace(group, units=width, slices=slices, floor=min(group.floor, width), known=known)

@@ -15,6 +15,7 @@ from ovsprune.importance import find_criterion
 from ovsprune.jobs.floors import parse_floor
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.distill import optimizer_class
+from ovsprune.slim.spec import STREAM_KINDS
 
 __all__ = [
     "BUDGETS",
@@ -50,6 +51,8 @@ class Settings:
     uniform_heads: bool = False
     prune_head_dim: bool = False
     prune_depth: bool = False
+    prune_width: bool = False
+    prune_stages: bool = False
     latency_table: str | None = None
     seed: int = 0
     batch_size: int = 16
@@ -110,6 +113,7 @@ class Settings:
         _check_distillation(self.distill)
         self._check_method()
         self._check_directions()
+        self._check_streams()
         return (
             find_criterion(self.criterion),
             ALLOCATIONS.get(self.allocation),
@@ -151,6 +155,38 @@ class Settings:
             if wrong:
                 raise OptionError(f"--prune-head-dim does not go with {option}: {why}")
 
+    def _check_streams(self) -> None:
+        """Refuse what does not go with the channels of residual streams."""
+        flags = [option for option in STREAM_KINDS.values() if getattr(self, option)]
+        if not flags:
+            return
+        for wrong, option, why in (
+            (
+                not ALLOCATIONS.get(self.allocation).needs_curves,
+                f"--allocation {self.allocation}",
+                "only measured curves rank a stream's channels against what a block holds: take "
+                "sensitivity",
+            ),
+            (
+                self.prune_head_dim,
+                "--prune-head-dim",
+                "the cost would be a product of three widths, and pairs are what is counted",
+            ),
+            (
+                self.uniform_heads,
+                "--uniform-heads",
+                "what a head costs depends on the width that is chosen with it",
+            ),
+            (
+                self.budget == "latency",
+                "--budget latency",
+                "layer times are measured at the dense width: take macs or params",
+            ),
+        ):
+            if wrong:
+                flag = f"--{flags[0].replace('_', '-')}"
+                raise OptionError(f"{flag} does not go with {option}: {why}")
+
     def _check_method(self) -> None:
         """Refuse options of one method with another, instead of leaving them aside in silence."""
         if self.method not in METHODS:
@@ -163,7 +199,7 @@ class Settings:
             if not self.imp_lr > 0:
                 raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
             refused = {"criterion", "allocation", "round_to", "uniform_heads", "prune_head_dim"}
-            refused |= {"prune_depth"}
+            refused |= {"prune_depth", *STREAM_KINDS.values()}
             refused |= {"rounds", "distill", "statistics", "latency_table"}
             refused |= set() if self.recovery == "none" else {"recovery"}
             refused |= set() if self.imp_structured else {"budget"}

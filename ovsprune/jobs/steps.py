@@ -13,6 +13,7 @@ from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.head_bases import HeadBases, find_bases
 from ovsprune.calibration.pictures import open_pictures
+from ovsprune.calibration.stream_energies import stream_energies
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone, Family, Pictures, RecoveryContext, Seed
@@ -21,6 +22,7 @@ from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
+from ovsprune.graph.residual import count_cut
 from ovsprune.jobs.again import in_base
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors, without_floors
@@ -30,6 +32,7 @@ from ovsprune.jobs.planning import Planner, Planning, Surveys
 from ovsprune.jobs.provenance import make_spec, provenance
 from ovsprune.jobs.rounds import compose, everything, narrow, ratios
 from ovsprune.jobs.settings import TOLERANCE, Settings
+from ovsprune.jobs.streams import stream_seeds
 from ovsprune.slim import SlimSpec
 
 __all__ = ["HELD_OUT", "Job", "Pruned", "split_seeds"]
@@ -80,6 +83,7 @@ class Job:
         )
         self.planner: Planner = planner or self.planning.plan
         self.recoveries = settings.recoveries
+        self.whole: list[Group] = []
         self.device = next(backbone.tower.parameters()).device
 
     def run(self) -> Pruned:
@@ -92,6 +96,7 @@ class Job:
         seeds = self.family.seeds(dense)
         if self.settings.prune_head_dim:
             seeds += self._directions(dense, seeds)
+        seeds += stream_seeds(self.family, self.backbone, dense, self.settings)
         free, protected = split_seeds(seeds, self.settings.protect)
         inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
         groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
@@ -99,6 +104,11 @@ class Job:
         if self.settings.prune_depth:
             groups = without_floors(dense, groups)
         groups = with_floors(groups, self.settings.floor)
+        count_cut(dense, groups)
+        if any(group.across for group in groups):
+            # What is protected reads a stream and writes to it, and is refitted to what is left.
+            whole = [s for s in seeds if s.name in protected and not s.across]
+            self.whole = find_groups(dense, whole, size)
         self.clock.lap("graph")
         pictures, held_out = open_pictures(
             self.settings.calibration,
@@ -109,7 +119,8 @@ class Job:
             self.progress,
         )
         bases = self._turn(dense, inner, pictures)
-        groups = [replace(g, known=bases.energies.get(g.name)) for g in groups]
+        energies = {**bases.energies, **self._stream_energies(dense, groups, pictures)}
+        groups = [replace(g, known=energies.get(g.name)) for g in groups]
         work = self._trained if self.settings.method == "imp" else self._rounds
         plan, slim, predicted = work(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
@@ -132,7 +143,7 @@ class Job:
             protected,
             (base, costs),
             provenance(self.settings, pictures),
-            [seed.name for seed in seeds],
+            seeds,
         )
         plan = in_base(self.backbone.slim, plan)
         turned = {layer.name: bases.bases[layer.name] for layer in spec.turned()}
@@ -164,6 +175,18 @@ class Job:
         turn(dense, found.bases)
         self.clock.lap("bases")
         return found
+
+    def _stream_energies(
+        self, dense: nn.Module, groups: Sequence[Group], pictures: Pictures
+    ) -> dict[str, Tensor]:
+        return stream_energies(
+            dense,
+            self.family.stages(dense),
+            groups,
+            pictures,
+            batch_size=self.settings.batch_size,
+            progress=self.progress,
+        )
 
     def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         stages = self.family.stages(tower)
@@ -243,8 +266,8 @@ class Job:
             dense,
             slim,
             self.family.stages,
-            groups,
-            plan,
+            [*groups, *self.whole],
+            Plan({**everything(self.whole).kept, **plan.kept}),
             pictures,
             self.settings.batch_size,
             self.settings.ridge,

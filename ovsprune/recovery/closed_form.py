@@ -7,6 +7,7 @@ import torch
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import pairs
+from ovsprune.recovery.readers import refit_readers
 from ovsprune.recovery.taps import sites
 
 __all__ = ["ClosedForm"]
@@ -36,3 +37,4 @@ class ClosedForm:
             for site in sites(item, pair.name):
                 pair.refit_producers(site)
                 pair.refit_consumer(site)
+        refit_readers(item)

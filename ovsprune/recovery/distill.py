@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.calibration.feature_loss import Features, feature_loss, spread
+from ovsprune.calibration.feature_loss import SHARES, Features, feature_loss, spread
 from ovsprune.calibration.refit import held_out
 from ovsprune.calibration.streams import stored
 from ovsprune.core.errors import OptionError, UnknownNameError
@@ -38,10 +38,11 @@ class Distill:
 
         The loss is :func:`ovsprune.calibration.feature_loss.feature_loss`: the squared distance of
         the L2-normalised dense tokens and pooled outputs from the dense tower's (Romero et al.,
-        FitNets, 2015), over their spread. Both towers see the same crops and mirror images, new
-        ones at every step, so that few pictures go a long way (Beyer et al., CVPR 2022: a
-        consistent and patient teacher). An eighth of the pictures is held out; the weights with
-        the least error on them stay, the ones from before the training included.
+        FitNets, 2015), over their spread, the pooled output counting a tenth. Both towers see the
+        same crops and mirror images, new ones at every step, so that few pictures go a long way
+        (Beyer et al., CVPR 2022: a consistent and patient teacher). An eighth of the pictures is
+        held out; the weights with the least error on them stay, the ones from before the training
+        included.
 
         Raises:
             OptionError: The optimiser cannot train such a tower.
@@ -103,7 +104,7 @@ class _Pupil:
         total = 0.0
         for images, wanted in zip(self._plain(self.exam), self.answers, strict=True):
             found = self.slim.outputs(images.to(self.device))
-            total += len(images) * float(feature_loss(found, wanted, self.spreads))
+            total += len(images) * float(feature_loss(found, wanted, self.spreads, SHARES))
         return total / len(self.exam)
 
     def train(self) -> Iterator[None]:
@@ -143,7 +144,7 @@ class _Pupil:
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = feature_loss(self.slim.outputs(images), wanted, self.spreads)
+            loss = feature_loss(self.slim.outputs(images), wanted, self.spreads, SHARES)
             losses.append(float(loss.detach()))
             torch.autograd.backward(loss)
             return loss

@@ -22,6 +22,7 @@ from ovsprune.graph.layers import weight_of
 from ovsprune.graph.rows import from_rows, read_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import Pair, pairs
+from ovsprune.recovery.readers import refit_readers
 from ovsprune.recovery.taps import Site, sites
 
 __all__ = ["GaussNewton"]
@@ -63,6 +64,7 @@ class GaussNewton:
                     if not _Refinement(pair, site).run():
                         break
                     pair.refit_consumer(site)
+        refit_readers(item)
 
 
 class _Refinement:

@@ -42,7 +42,8 @@ class Site:
         axis: Where the channels lie at the target; None where they do in the consumer's output.
         others: Sites of the other layers that read the units, without producers.
         gates: Those of the producers that work on what ``others`` give.
-        given: int64, its rows that are kept, or None for all: in other groups it may make units.
+        given: int64, its rows that are kept, or None for all: in other groups it may make units,
+            those of the stream among them.
     """
 
     consumer: str
@@ -71,18 +72,24 @@ class Site:
 
     def output(self, layer: nn.Module, given: Tensor) -> Tensor:
         """What the slim consumer could give of what the dense one gives, as rows [b, ..., m]."""
-        rows = given_rows(layer, given)
-        return rows if self.given is None else rows[..., self.given.to(rows.device)]
+        return self._left(given_rows(layer, given))
 
     def goal(self, layer: nn.Module, read: Tensor) -> Tensor:
-        """What was read at the target in the dense tower, as rows [b, ..., m]."""
-        return self.output(layer, read) if self.is_own else self.rows(layer, read)
+        """What was read at the target in the dense tower, of what the slim one has there too.
+
+        As rows [b, ..., m].
+        """
+        return self.output(layer, read) if self.is_own else self._left(self.rows(layer, read))
+
+    def _left(self, rows: Tensor) -> Tensor:
+        return rows if self.given is None else rows[..., self.given.to(rows.device)]
 
 
 def sites(item: RecoveryContext, block: str) -> list[Site]:
     """The consumers of ``block``, in the order of its groups."""
     groups = [g for g in item.groups if g.block == block]
-    rows, find = kept_rows(item.dense, groups, item.plan), item.dense.get_submodule
+    streams = [g for g in item.groups if g.across]
+    rows, find = kept_rows(item.dense, [*groups, *streams], item.plan), item.dense.get_submodule
     found = []
     for consumer in dict.fromkeys(g.consumer for g in groups):
         mine = [g for g in groups if g.consumer == consumer]

@@ -50,6 +50,12 @@ _BASES = (
 )
 
 
+_INTERFACE = (
+    " The residual stream is narrower than the base model's (`interface` in `config.json`): what "
+    "reads it from outside the tower has to be made for that."
+)
+
+
 def _front_matter() -> str:
     lines = [
         "---",
@@ -89,6 +95,7 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
 
 def _what(spec: SlimSpec) -> str:
     inside = ", directions inside heads" if spec.turned() else ""
+    inside += ", channels of the residual stream" if spec.interface else ""
     return f"Heads of attention{inside} and units of MLPs"
 
 
@@ -175,6 +182,7 @@ def _layers(spec: SlimSpec) -> str:
         f"## Layer by layer\n\n{table}\n\n`mask.safetensors` holds the indices of "
         "the kept units in the base model's coordinates, for any weights of that architecture."
         + (_BASES if spec.turned() else "")
+        + (_INTERFACE if spec.interface else "")
     )
 
 

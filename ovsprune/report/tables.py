@@ -148,9 +148,9 @@ def inspect_summary(record: Record) -> Parts:
     for layer in record["layers"]:
         share = percent(layer["kept"] / layer["units"], 0)
         kind = layer["kind"]
-        what = {"heads": kind, "qk": "qk directions", "vo": "vo directions"}.get(
-            kind, f"{kind} units"
-        )
+        named = {"heads": kind, "qk": "qk directions", "vo": "vo directions"}
+        named |= {"width": "stream channels", "stage": "stage channels"}
+        what = named.get(kind, f"{kind} units")
         mark = "protected" if layer["protected"] else ""
         rows.append([layer["name"], what, str(layer["kept"]), str(layer["units"]), share, mark])
     listed = {layer["name"] for layer in record["layers"]}

@@ -28,11 +28,20 @@ _NAMES = {
     "swish": "silu",
 }
 
+_POSITIONS = "relposmlp"
+"""timm's network for biases by relative position, in lower case."""
+
 
 def find_activations(modules: Iterable[nn.Module]) -> set[str]:
-    """Activation functions that occur in ``modules``, as the spec names them."""
+    """Activation functions that occur in ``modules``, as the spec names them.
+
+    Not those of a network that makes the biases of relative positions: it reads no pictures.
+    """
+    known = list(modules)
+    positions = [m for m in known if type(m).__name__.lower() == _POSITIONS]
+    apart = {id(part) for network in positions for part in network.modules()}
     found = set()
-    for module in modules:
+    for module in (m for m in known if id(m) not in apart):
         name = type(module).__name__.lower()
         if name in _NAMES:
             found.add(_NAMES[name])

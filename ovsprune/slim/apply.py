@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.activation import check_activation
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.cutting import head_runs, keep_index, layer_runs
-from ovsprune.slim.modules import slim_attention, slim_module
+from ovsprune.slim.cutting import bare_axis, head_runs, keep_index, layer_runs, places
+from ovsprune.slim.modules import narrow_attention, slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.resnet import STRIDE
 from ovsprune.slim.shape import native_grid
 from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec
+from ovsprune.slim.timm_attention import TimmAttention
 from ovsprune.slim.vit import resize_positions
 
 __all__ = ["Applied", "Swap", "apply", "renamed"]
@@ -218,24 +219,49 @@ class _Plan:
             if layer.whole:
                 self._replace_heads(layer, mask[layer.name])
         for name, axes in layer_runs(spec, mask).items():
-            old, path = self.module(name), self.path(name)
             index = {}
             for axis, runs in axes.items():
-                weight = _tensor(old, "weight")
-                dense, dim = self._dense_size(name, axis), 0 if axis == "out" else 1
-                if weight is not None and (weight.dim() <= dim or weight.shape[dim] != dense):
-                    raise TargetError(
-                        f"{path} has a weight of shape {tuple(weight.shape)}, expected {dense} on "
-                        f"axis {dim} for a dense {spec.base.model}; detach a slim tower, or check "
-                        "the model's name"
-                    )
-                index[axis] = keep_index(dense, runs)
+                self._check_size(name, axis)
+                index[axis] = keep_index(self._dense_size(name, axis), runs)
+            self._narrow(name, index)
+
+    def _narrow(self, name: str, index: Mapping[str, Tensor]) -> None:
+        """What takes the place of a layer, an attention, or a parameter that is no layer's."""
+        path = self.path(name)
+        bare = _tensor(self.tower, path)
+        if bare is not None:
+            value = bare.detach()
+            for axis, kept in index.items():
+                value = value.index_select(bare_axis(axis), kept.to(bare.device))
+            self.tensors[path] = (bare, nn.Parameter(value, bare.requires_grad))
+            return
+        old = self.module(name)
+        if hasattr(old, "num_heads") and old._parameters.get("weight") is None:
+            slim = self.modules.get(path, (old, None))[1]
+            slim = slim or slim_attention(old, range(int(old.num_heads)))  # type: ignore[arg-type]
+            assert isinstance(slim, SlimAttention | TimmAttention)
+            narrow_attention(slim, index)
+            self.modules[path] = (old, slim)
+        else:
             self.modules[path] = (old, slim_module(old, index))
+
+    def _check_size(self, name: str, axis: str) -> None:
+        """The tower must have what the checkpoint's base had on an axis."""
+        dense = self._dense_size(name, axis)
+        for tensor, dim in places(name, axis, self.checkpoint.tower()).items():
+            found = _tensor(self.tower, self.path(tensor))
+            if found is not None and (found.dim() <= dim or found.shape[dim] != dense):
+                raise TargetError(
+                    f"{self.path(name)} has a {tensor.rpartition('.')[2]} of shape "
+                    f"{tuple(found.shape)}, expected {dense} on axis {dim} for a dense "
+                    f"{self.checkpoint.spec.base.model}; detach a slim tower, or check the model's "
+                    "name"
+                )
 
     def _dense_size(self, name: str, axis: str) -> int:
         """Channels that a layer had before the cut: those it has now, and those cut."""
-        spec = self.checkpoint.spec
-        size = self.checkpoint.tensors[f"visual.{name}.weight"].shape[0 if axis == "out" else 1]
+        spec, state = self.checkpoint.spec, self.checkpoint.tower()
+        size = max(state[n].shape[dim] for n, dim in places(name, axis, state).items())
         for layer in spec.layers:
             for part in layer.slices:
                 if part.module == name and part.axis == axis:
@@ -244,7 +270,7 @@ class _Plan:
 
     def _replace_heads(self, layer: LayerSpec, kept: Tensor) -> None:
         old, path = self.module(layer.name), self.path(layer.name)
-        if isinstance(old, SlimAttention):
+        if isinstance(old, SlimAttention | TimmAttention):
             raise TargetError(f"{path} is slim already; detach the slim tower first")
         if getattr(old, "num_heads", layer.units) != layer.units:
             raise TargetError(
@@ -276,15 +302,17 @@ class _Plan:
             path = self.path(name)
             inside = next((p for p in self.modules if path.startswith(f"{p}.")), None)
             root = self.tower if inside is None else self.modules[inside][1]
-            old = _tensor(root, path if inside is None else path[len(inside) + 1 :])
-            assert old is not None  # find_tensors, and slim copies have what the dense had
+            own = _tensor(root, path if inside is None else path[len(inside) + 1 :])
+            was, old = self.tensors.get(path, (own, own))
+            # find_tensors, and slim copies have what the dense had
+            assert was is not None and old is not None
             if name in ("positional_embedding", "attnpool.positional_embedding"):
                 value = self._positions(name, value, old)
             fitted = _fit(value, old)
             if fitted is None:
                 wrong.append(f"{path} {tuple(old.shape)} instead of {tuple(value.shape)}")
             elif inside is None:
-                self.tensors[path] = (old, fitted)
+                self.tensors[path] = (was, fitted)
             else:
                 old.data = fitted.data
         if wrong:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
+from ovsprune.slim.cutting import places
 from ovsprune.slim.fields import DOTTED
 from ovsprune.slim.spec import MASK, MODEL, WIDTH_KINDS, LayerSpec, SlimSpec
 
@@ -125,15 +126,16 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
             _check_heads(layer, spec.head_widths(layer), tensors, at)
             continue
         for part in layer.slices:
-            name = f"{TOWER}{part.module}.weight"
-            axis = 0 if part.axis == "out" else 1
-            shape = tuple(_tensor(tensors, name, at).shape)
-            # other groups may share the axis, so it can be wider than this one
-            if len(shape) <= axis or shape[axis] < kept_width(layer):
-                raise CheckpointError(
-                    f"{at}: {name} has shape {shape}, expected at least {kept_width(layer)} on "
-                    f"axis {axis} for {layer.kept} units of {layer.name}; {_AGAIN}"
-                )
+            module = f"{TOWER}{part.module}"
+            found = places(module, part.axis, tensors) or {f"{module}.weight": 0}
+            for name, axis in found.items():
+                shape = tuple(_tensor(tensors, name, at).shape)
+                # other groups may share the axis, so it can be wider than this one
+                if len(shape) <= axis or not shape or shape[axis] < kept_width(layer):
+                    raise CheckpointError(
+                        f"{at}: {name} has shape {shape}, expected at least {kept_width(layer)} "
+                        f"on axis {axis} for {layer.kept} units of {layer.name}; {_AGAIN}"
+                    )
 
 
 def _check_heads(

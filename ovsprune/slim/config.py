@@ -17,12 +17,14 @@ from ovsprune.slim.spec import (
     FORMAT,
     FORMAT_VERSIONS,
     KINDS,
+    STREAM_KINDS,
     WIDTH_KINDS,
     BaseSpec,
     FileSpec,
     LayerSpec,
     SliceSpec,
     SlimSpec,
+    interface_of,
     version_of,
 )
 
@@ -80,6 +82,8 @@ def dump(spec: SlimSpec) -> str:
         "files": files_document(spec.files),
         "provenance": fields.free(spec.provenance, "provenance"),
     }
+    if spec.format_version >= 3:
+        document["interface"] = list(spec.interface)
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -91,7 +95,8 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
     """
     data = fields.parse(document, at)
     _check_version(data, at)
-    fields.record(data, at, _FIELDS)
+    newer = data["format_version"] >= 3
+    fields.record(data, at, (*_FIELDS, "interface") if newer else _FIELDS)
     architecture, provenance = data["architecture"], data["provenance"]
     for name, value in (("architecture", architecture), ("provenance", provenance)):
         if not isinstance(value, dict):
@@ -119,10 +124,15 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
         slim=parse_costs(data["slim"], f"{at}: slim"),
         files=parse_files(data["files"], f"{at}: files"),
         provenance=provenance,
+        interface=tuple(
+            fields.text(item, f"{at}: interface[{i}]", fields.DOTTED)
+            for i, item in enumerate(fields.array(data.get("interface", []), f"{at}: interface"))
+        ),
     )
     _check_names(spec, at)
     _check_layers(spec, at)
     _check_directions(spec, at)
+    _check_interface(spec, at)
     return spec
 
 
@@ -143,7 +153,7 @@ def _check_version(data: Any, at: str) -> None:
     if version not in FORMAT_VERSIONS:
         raise CheckpointError(
             f"{at}: format_version is {version}, this ovsprune reads "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}; install a newer ovsprune, or write the "
+            f"{', '.join(map(str, FORMAT_VERSIONS))}; install a newer ovsprune, or write the "
             "checkpoint again with this one"
         )
 
@@ -159,7 +169,7 @@ def _check_names(spec: SlimSpec, at: str) -> None:
 
 
 def _check_layers(spec: SlimSpec, at: str) -> None:
-    """Directions, heads with slices, and layers without units are for version 2."""
+    """Streams are for version 3; directions, heads with slices, and no units for version 2."""
     for layer in spec.layers:
         if version_of([layer]) > spec.format_version:
             sliced = " with slices" if layer.kind == "heads" and layer.slices else ""
@@ -185,6 +195,17 @@ def _check_directions(spec: SlimSpec, at: str) -> None:
                 "as units, unit_width 1 and no slices; the file was edited or damaged: copy or "
                 "write the checkpoint again"
             )
+
+
+def _check_interface(spec: SlimSpec, at: str) -> None:
+    """The changes that are named are those of the layers."""
+    wanted = interface_of(spec.layers)
+    if spec.interface != wanted:
+        raise CheckpointError(
+            f"{at}: interface is {list(spec.interface)}, expected {list(wanted)}, the residual "
+            "streams that lost channels; the file was edited or damaged: copy or write the "
+            "checkpoint again"
+        )
 
 
 def base_document(base: BaseSpec) -> dict[str, Any]:
@@ -240,7 +261,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
     units = fields.whole(data["units"], f"{at}.units", 1)
     kept = fields.whole(data["kept"], f"{at}.kept")
     kind = fields.choice(data["kind"], f"{at}.kind", KINDS)
-    if kind in WIDTH_KINDS:
+    if kind in WIDTH_KINDS or kind in STREAM_KINDS:
         fields.whole(kept, f"{at}.kept", 1)
     if kept > units:
         raise CheckpointError(
@@ -259,7 +280,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
             for i, item in enumerate(fields.array(data["slices"], f"{at}.slices"))
         ),
     )
-    if layer.kind in ("mlp", "channels") and not layer.slices:
+    if layer.kind in ("mlp", "channels", *STREAM_KINDS) and not layer.slices:
         raise CheckpointError(
             f"{at}.slices is empty, expected at least one for the kind {layer.kind!r}; the file "
             "was edited or damaged: copy or write the checkpoint again"

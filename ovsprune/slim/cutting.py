@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,29 @@ from torch import Tensor
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.spec import LayerSpec, SlimSpec
 
-__all__ = ["Run", "cut_state", "fuse_qkv", "head_runs", "keep_index", "layer_runs"]
+__all__ = [
+    "Run",
+    "bare_axis",
+    "cut_state",
+    "fuse_qkv",
+    "head_runs",
+    "keep_index",
+    "layer_runs",
+    "places",
+]
 
 _SPLIT = re.compile(r"(?P<stem>.+)\.(?P<which>[qkv])_proj[._](?P<what>weight|bias)")
 _OUT_PROJECTIONS = ("out_proj.weight", "proj.weight")
-_OUT_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_TENSORS = {"out": ("weight", "bias", "running_mean", "running_var"), "in": ("weight",)}
+# What an attention as a whole reads with, and what it gives with.
+_ATTENTION_TENSORS = {
+    "out": tuple(f"{name}.{what}" for name in ("out_proj", "proj") for what in ("weight", "bias")),
+    "in": (
+        "in_proj_weight",
+        "qkv.weight",
+        *(f"{which}_proj{dot}weight" for which in "qkv" for dot in "._"),
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +114,32 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
     return found
 
 
+def bare_axis(axis: str) -> int:
+    """Axis of a parameter that is no layer's that a slice means: what it gives lies last."""
+    return -1 if axis == "out" else 0
+
+
+def places(module: str, axis: str, names: Container[str]) -> dict[str, int]:
+    """Tensors that a slice means, and the axis of each that it cuts; none if they are not there.
+
+    Args:
+        module: Dotted name of a layer; of an attention; or of a parameter that is no layer's.
+        axis: ``"out"`` or ``"in"``.
+        names: Of the tensors that there are.
+
+    Example:
+        >>> places("ln", "out", {"ln.weight", "ln.bias"})
+        {'ln.weight': 0, 'ln.bias': 0}
+        >>> places("proj", "in", {"proj"}), places("positions", "out", {"positions"})
+        ({'proj': 0}, {'positions': -1})
+    """
+    if module in names:
+        return {module: bare_axis(axis)}
+    table = _TENSORS if f"{module}.weight" in names else _ATTENTION_TENSORS
+    found = (f"{module}.{what}" for what in table[axis])
+    return {name: 0 if axis == "out" else 1 for name in found if name in names}
+
+
 def cut_state(
     state: Mapping[str, Tensor], spec: SlimSpec, mask: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -124,13 +168,14 @@ def cut_state(
         if layer.whole and layer.kept < layer.units:
             _cut_heads(cut, layer, mask[layer.name])
     for module, axes in layer_runs(spec, mask).items():
-        if f"{module}.weight" not in cut:
-            raise CheckpointError(f"the tensor {module}.weight is missing; expected a dense tower")
         for axis, runs in axes.items():
-            for what in _OUT_TENSORS if axis == "out" else ("weight",):
-                name = f"{module}.{what}"
-                if name in cut:
-                    cut[name] = _select(cut[name], 0 if axis == "out" else 1, runs)
+            found = places(module, axis, cut)
+            if not found:
+                raise CheckpointError(
+                    f"the tensor {module}.weight is missing; expected a dense tower"
+                )
+            for name, dim in found.items():
+                cut[name] = _select(cut[name], dim, runs)
     return cut
 
 

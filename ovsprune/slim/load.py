@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
+from ovsprune.slim.check import TOWER
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.resnet import ModifiedResNet
 from ovsprune.slim.resnet_shape import build_modified_resnet
@@ -32,13 +34,33 @@ class SlimTower(nn.Module):
         tower: The module itself, its parameters by their canonical names.
         spec: What the checkpoint's config says.
         mask: Layer name to int64 [kept], in the base model's coordinates.
+        path: Directory that it was loaded from.
+        bases: Of layers that lost directions inside heads, as :func:`ovsprune.read` gives them.
     """
 
-    def __init__(self, tower: nn.Module, spec: SlimSpec, mask: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        spec: SlimSpec,
+        mask: Mapping[str, Tensor],
+        *,
+        path: Path = Path(),
+        bases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.tower = tower
         self.spec = spec
         self.mask = mask
+        self.path = path
+        self.bases = dict(bases or {})
+
+    def checkpoint(self) -> SlimCheckpoint:
+        """The tower as it is now (trained on, perhaps), as :func:`ovsprune.read` gives one.
+
+        There is no text tower in it. Tensors are those of the tower, not copies.
+        """
+        tensors = {f"{TOWER}{name}": t.detach() for name, t in self.tower.state_dict().items()}
+        return SlimCheckpoint(self.path, self.spec, self.mask, tensors, self.bases)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embedding of each picture, [B, 3, H, W] -> [B, C], not normalised."""
@@ -107,7 +129,13 @@ def tower_of(checkpoint: SlimCheckpoint) -> SlimTower:
         MissingLibraryError: The family is not one that this version builds, or what it needs for
             that is not installed.
     """
-    return SlimTower(build(checkpoint), checkpoint.spec, checkpoint.mask).eval()
+    return SlimTower(
+        build(checkpoint),
+        checkpoint.spec,
+        checkpoint.mask,
+        path=checkpoint.path,
+        bases=checkpoint.bases,
+    ).eval()
 
 
 def build(checkpoint: SlimCheckpoint) -> nn.Module:
@@ -194,6 +222,8 @@ _BUILDERS = {
     "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
     "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
+    "open_clip-fastvit": _Builder(narrow_timm_tower, timm_dense, timm_both),
+    "open_clip-swin": _Builder(narrow_timm_tower, timm_dense, timm_both),
     "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_both),
     "transformers-vit": _Builder(narrow_tower, TransformersTower.dense, TransformersTower.outputs),
 }

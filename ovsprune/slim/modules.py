@@ -18,7 +18,7 @@ from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.norms import CountedLayerNorm
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
 
-__all__ = ["slim_attention", "slim_linear", "slim_module"]
+__all__ = ["narrow_attention", "slim_attention", "slim_linear", "slim_module"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -70,6 +70,25 @@ def slim_attention(
         if name in mha.__dict__:
             slim.__dict__[name] = mha.__dict__[name]
     return slim
+
+
+def narrow_attention(attention: SlimAttention | TimmAttention, index: Mapping[str, Tensor]) -> None:
+    """Let a slim attention read and give some channels of the residual stream, in place.
+
+    Args:
+        attention: Its tensors are exchanged, not written to.
+        index: Axis (``"in"``: what it reads; ``"out"``: what it gives) to int64 indices.
+    """
+    fused = attention._parameters.get("in_proj_weight")
+    if fused is not None and "in" in index:
+        weight = nn.Parameter(_chosen(fused, 1, index["in"]), fused.requires_grad)
+        attention._parameters["in_proj_weight"] = weight
+        for name in ("embed_dim", "kdim", "vdim"):
+            setattr(attention, name, index["in"].numel())
+    for name, layer in attention.named_children():
+        axis = "out" if name in ("out_proj", "proj") else "in"
+        if axis in index and name in ("qkv", "q_proj", "k_proj", "v_proj", "out_proj", "proj"):
+            setattr(attention, name, slim_module(layer, {axis: index[axis]}))
 
 
 def slim_linear(

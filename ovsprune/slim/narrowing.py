@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.cutting import Run, keep_index, layer_runs
-from ovsprune.slim.modules import slim_attention, slim_module
+from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.cutting import Run, bare_axis, keep_index, layer_runs
+from ovsprune.slim.modules import narrow_attention, slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
+from ovsprune.slim.timm_attention import TimmAttention
 
 __all__ = ["narrowed"]
 
@@ -51,11 +53,13 @@ def _replace(
     checkpoint: SlimCheckpoint,
     tower: nn.Module,
     name: str,
-    change: Callable[[nn.Module], nn.Module],
+    change: Callable[[Any], Any],
 ) -> None:
+    """Put what ``change`` makes of a layer, or of a parameter that is no layer's, in its place."""
     parent, _, own = name.rpartition(".")
     try:
-        setattr(tower.get_submodule(parent), own, change(tower.get_submodule(name)))
+        owner = tower.get_submodule(parent)
+        setattr(owner, own, change(getattr(owner, own)))
     except AttributeError:
         spec = checkpoint.spec
         raise CheckpointError(
@@ -64,6 +68,19 @@ def _replace(
         ) from None
 
 
-def _narrow(layer: Any, axes: Mapping[Any, Sequence[Run]]) -> nn.Module:
-    sizes = {axis: layer.weight.shape[0 if axis == "out" else 1] for axis in axes}
-    return slim_module(layer, {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()})
+def _narrow(part: Any, axes: Mapping[Any, Sequence[Run]]) -> Any:
+    if isinstance(part, nn.Parameter):
+        for axis, runs in axes.items():
+            dim = bare_axis(axis)
+            index = keep_index(part.shape[dim], runs).to(part.device)
+            part = nn.Parameter(part.detach().index_select(dim, index), part.requires_grad)
+        return part
+    if not hasattr(part, "weight"):
+        slim = part
+        if not isinstance(part, SlimAttention | TimmAttention):
+            slim = slim_attention(part, range(part.num_heads))
+        # what it reads and what it gives is the whole stream
+        narrow_attention(slim, {axis: keep_index(runs[0].end, runs) for axis, runs in axes.items()})
+        return slim
+    sizes = {axis: part.weight.shape[0 if axis == "out" else 1] for axis in axes}
+    return slim_module(part, {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()})

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
+from ovsprune.slim.norms import count_gone
 from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
@@ -45,7 +46,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
             f"{checkpoint.path}: the tensors are not those of a CLIP vision transformer ({error}); "
             "copy or write the checkpoint again"
         ) from error
-    return VisionTransformer(
+    tower = VisionTransformer(
         width=width,
         blocks=blocks,
         patch_size=heights,
@@ -61,6 +62,11 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         eps=_eps(vision),
         pooler=pooler,
     )
+    for layer in checkpoint.spec.streams():
+        for part in layer.slices:
+            if f"{part.module}.weight" in state:
+                count_gone(tower, part.module, layer.units)
+    return tower
 
 
 def vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:

@@ -22,18 +22,20 @@ __all__ = [
     "KINDS",
     "MASK",
     "MODEL",
+    "STREAM_KINDS",
     "WIDTH_KINDS",
     "BaseSpec",
     "FileSpec",
     "LayerSpec",
     "SliceSpec",
     "SlimSpec",
+    "interface_of",
     "schema",
     "version_of",
 ]
 
 FORMAT = "ovsprune-slim"
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
@@ -42,7 +44,10 @@ CARD = "README.md"
 
 WIDTH_KINDS = ("qk", "vo")
 """Directions inside the heads of an attention; new in version 2 of the format."""
-KINDS = ("heads", "mlp", "channels", *WIDTH_KINDS)
+STREAM_KINDS = {"width": "prune_width", "stage": "prune_stages"}
+"""Channels of a residual stream, through the tower or one of its stages, to the setting that offers
+them; new in version 3 of the format. What reads the stream from outside must fit."""
+KINDS = ("heads", "mlp", "channels", *WIDTH_KINDS, *STREAM_KINDS)
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6", "silu")
 
 
@@ -51,7 +56,10 @@ class SliceSpec:
     """Indices of one layer that go with a unit.
 
     Attributes:
-        module: Dotted name of the layer in the tower.
+        module: Dotted name of the layer in the tower. Of a residual stream it may also be an
+            attention (``"in"``: columns of queries, keys and values; ``"out"``: rows of the out
+            projection), or a parameter that is no layer's (``"out"``: its last axis; ``"in"``: its
+            first).
         axis: ``"out"``: rows of the weight, entries of the bias and of a norm's statistics;
             ``"in"``: columns.
         offset: Where unit 0 starts on that axis.
@@ -139,6 +147,8 @@ class SlimSpec:
         files: File name to digest and size; filled in on writing.
         provenance: How it was made (plain JSON); a reader may ignore it.
         format_version: Version of the format; :func:`version_of` the layers.
+        interface: Names of the layers by which the tower's interface has changed, residual streams
+            that are narrower than the base's; :func:`interface_of` the layers.
     """
 
     base: BaseSpec
@@ -155,6 +165,7 @@ class SlimSpec:
     files: Mapping[str, FileSpec] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = 1
+    interface: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -181,6 +192,10 @@ class SlimSpec:
     def turned(self) -> tuple[LayerSpec, ...]:
         """The layers that lost directions inside their heads: those that have a basis."""
         return tuple(x for x in self.layers if x.kind in WIDTH_KINDS and x.kept < x.units)
+
+    def streams(self) -> tuple[LayerSpec, ...]:
+        """The residual streams that lost channels: the layers that :attr:`interface` names."""
+        return tuple(self.layer(name) for name in self.interface)
 
     def to_json(self) -> str:
         """The text of ``config.json``; equal specs give equal text.
@@ -211,10 +226,18 @@ class SlimSpec:
 
 def version_of(layers: Iterable[LayerSpec]) -> int:
     """The earliest version of the format that can say ``layers``."""
+    layers = tuple(layers)
+    if any(x.kind in STREAM_KINDS for x in layers):
+        return 3
     new = (
         x.kind in WIDTH_KINDS or not x.kept or (x.kind == "heads" and not x.whole) for x in layers
     )
     return 2 if any(new) else 1
+
+
+def interface_of(layers: Iterable[LayerSpec]) -> tuple[str, ...]:
+    """Names of the residual streams among ``layers`` that lost channels."""
+    return tuple(x.name for x in layers if x.kind in STREAM_KINDS and x.kept < x.units)
 
 
 def schema() -> dict[str, Any]:

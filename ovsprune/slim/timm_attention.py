@@ -2,8 +2,8 @@
 
 timm's towers write their attention in several ways: queries, keys and values in one map or apart,
 the bias inside that map or beside it, norms of queries and keys, rotary positions, a bias for
-relative positions, a norm before the out projection. This one does what they do, from whichever of
-these parts the dense module has, and keeps the parts' names.
+relative positions, a mask for each window, a norm before the out projection. This one does what
+they do, from whichever of these parts the dense module has, and keeps the parts' names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ __all__ = ["HeadIndex", "TimmAttention", "is_timm_attention"]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 BIASES = ("q_bias", "k_bias", "v_bias")
-_SHARED = ("q_norm", "k_norm", "rel_pos", "proj_drop")
+_WHOLE = ("q_norm", "k_norm", "rel_pos", "proj_drop")
+"""Parts that know no heads, or all heads of the dense module."""
+_TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
+"""Biases by relative position, [positions, dense heads], and the position of pairs of tokens."""
 
 
 def is_timm_attention(module: nn.Module) -> bool:
@@ -57,21 +60,26 @@ class TimmAttention(nn.Module):
 
     Its output equals that of the dense module whose cut heads are masked to zero, before the inner
     norm where there is one; without any head it is the out projection's bias. Parameters have the
-    names that they have there.
+    names that they have there, and are copies. Biases of relative positions stay for all heads of
+    the dense module.
 
     Args:
-        dense: See :func:`is_timm_attention`; may be one of these. Maps are copied, other parts of
-            it are shared.
+        dense: See :func:`is_timm_attention`; may be one of these.
         kept_heads: Dense indices of the heads that stay, strictly ascending; by default all that
             are there.
         apart: Queries, keys and values as layers of their own (``q_proj``, ``k_proj``, ``v_proj``)
             whatever form the dense module has, so that heads can be cut layer by layer. Made from
             such a one without it, the dense module's form is back.
+        windows: How many of the B that come in are windows of one picture, one after another. The
+            maps then read and give a picture's tokens at once, [B / windows, windows * N, ...], so
+            that their first axis counts pictures.
 
     Attributes:
         num_heads: Heads of the dense module.
         apart: As given.
+        windows: As given.
         head_dim: Width of one head.
+        stream_width: Channels of the stream that the dense module reads and writes to.
 
     Raises:
         TargetError: ``dense`` has something that a cut by heads would not leave as it was.
@@ -85,9 +93,16 @@ class TimmAttention(nn.Module):
     k_norm: Any
     rel_pos: Any
     proj_drop: Any
+    relative_position_bias_table: nn.Parameter | None
+    relative_position_index: Any
 
     def __init__(
-        self, dense: nn.Module, kept_heads: Sequence[int] | None = None, *, apart: bool = False
+        self,
+        dense: nn.Module,
+        kept_heads: Sequence[int] | None = None,
+        *,
+        apart: bool = False,
+        windows: int = 1,
     ) -> None:
         super().__init__()
         _refuse(dense)
@@ -100,7 +115,8 @@ class TimmAttention(nn.Module):
         weights, biases = _maps(source)
         own = isinstance(dense, TimmAttention)
         self.head_dim = int(source.head_dim if own else weights[0].shape[0] // self.num_heads)
-        self.apart = apart
+        self.stream_width = int(source.stream_width if own else weights[0].shape[1])
+        self.apart, self.windows = apart, windows
         self.num_prefix_tokens = int(getattr(source, "num_prefix_tokens", 0))
         self.rotate_half = bool(getattr(source, "rotate_half", False))
         # What to be called again, and in which form: without the maps, it weighs nothing.
@@ -115,7 +131,10 @@ class TimmAttention(nn.Module):
             [None if bias is None else bias[rows] for bias in biases],
             apart,
         )
-        self._modules |= {name: getattr(source, name, None) for name in _SHARED}
+        self._modules |= {name: copy.deepcopy(getattr(source, name, None)) for name in _WHOLE}
+        table = getattr(source, _TABLE, None)
+        self._parameters[_TABLE] = None if table is None else _frozen(table.detach())
+        self.register_buffer(_INDEX, getattr(source, _INDEX, None), persistent=False)
         self.norm = _cut_norm(getattr(source, "norm", None), rows)
         columns = source.proj.weight.detach()[:, rows]
         self.proj = _linear(
@@ -128,21 +147,27 @@ class TimmAttention(nn.Module):
         """Dense indices of the heads that are here."""
         return tuple(self.heads.weight.tolist())
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether heads are gone, or channels of the stream, so that it is not of timm's form."""
+        narrow = self.proj.weight.shape[0] < self.stream_width
+        return narrow or len(self.kept_heads) < self.num_heads
+
     def whole(self) -> nn.Module:
         """The dense module's own type again, with the maps that are here now.
 
         Raises:
             OptionError: Heads are gone.
         """
-        if len(self.kept_heads) < self.num_heads:
+        if self.is_cut:
             raise OptionError(f"only {len(self.kept_heads)} of {self.num_heads} heads are left")
         now = TimmAttention(self)
         own = copy.copy(self._shell[0])
         own._modules = dict(own._modules)
         own._parameters = dict(own._parameters)
         for table, names in (
-            (own._modules, (*PROJECTIONS, "qkv", "proj", "norm")),
-            (own._parameters, BIASES),
+            (own._modules, (*PROJECTIONS, *_WHOLE, "qkv", "proj", "norm")),
+            (own._parameters, (*BIASES, _TABLE)),
         ):
             table.update({name: getattr(now, name) for name in names if name in table})
         own.train(self.training)
@@ -155,44 +180,71 @@ class TimmAttention(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         shared_rel_pos: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            x: [B, N, C].
+            x: [B, N, C], or a map [B, C, h, w] whose positions are the tokens, row by row.
             rope: Sines and cosines of the tokens behind the prefix, side by side in the last axis.
             attn_mask: Bool (true takes part) or float (added), to broadcast to
                 [B, dense heads or 1, N, N].
             is_causal: Mask the future.
             shared_rel_pos: Added to the logits, [1 or B, dense heads, N, N].
+            mask: Added to the logits, [windows, N, N], in the place of ``attn_mask``: of the B, a
+                picture's windows lie one after another.
 
         Returns:
-            [B, N, C].
+            Of the shape of ``x``.
         """
+        is_map = x.ndim == 4
+        # The linear maps work on [B, h, w, C], not on tokens, so that what they give lies as a map.
+        x = x.movedim(1, -1) if is_map else x
         if not len(self.heads.weight):
-            return self._out(x[..., :0])
-        heads = (*x.shape[:2], len(self.heads.weight), self.head_dim)
-        q, k, v = (part.reshape(heads).transpose(1, 2) for part in self._projected(x))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = (self._rotated(part, rope).to(v) for part in (q, k))
-        bias = self.rel_pos.get_bias() if self.rel_pos is not None else shared_rel_pos
-        mask = self._gathered(attn_mask)
-        if bias is not None:
-            # Apart, heads are about to be cut by a graph, which takes a bias's heads for channels.
-            bias = bias.detach() if self.apart else bias
-            mask = self._gathered(bias) if mask is None else self._gathered(bias) + mask
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self._out(mixed.transpose(1, 2).flatten(2))
+            mixed = self._seen(x)[..., :0]
+        else:
+            if mask is not None:
+                attn_mask = mask.repeat(x.shape[0] // mask.shape[0], 1, 1).unsqueeze(1)
+            bias = self._position_bias(shared_rel_pos)
+            mixed = self._mixed(x, rope, bias, self._gathered(attn_mask), is_causal)
+        out: Tensor = self.proj(mixed if self.norm is None else self.norm(mixed))
+        out = out.reshape(*x.shape[:-1], -1) if self.windows > 1 else out
+        out = out if self.proj_drop is None else self.proj_drop(out)
+        return out.movedim(-1, 1) if is_map else out
 
     def extra_repr(self) -> str:
         """Dense and kept heads, for ``print(model)``."""
         return f"heads={len(self.kept_heads)} of {self.num_heads} x {self.head_dim}"
 
-    def _out(self, mixed: Tensor) -> Tensor:
-        out: Tensor = self.proj(mixed if self.norm is None else self.norm(mixed))
-        return out if self.proj_drop is None else self.proj_drop(out)
+    def _mixed(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        bias: Tensor | None,
+        added: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """What the heads gather, [B, ..., heads * head_dim]."""
+        q, k, v = (self._heads(part, x.shape[0]) for part in self._projected(self._seen(x)))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (self._rotated(part, rope).to(v) for part in (q, k))
+        if bias is not None:
+            # Apart, heads are about to be cut by a graph, which takes a bias's heads for channels.
+            bias = self._gathered(bias.detach() if self.apart else bias)
+            added = bias if added is None else bias + added
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=is_causal)
+        return self._seen(mixed.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+    def _heads(self, part: Tensor, batch: int) -> Tensor:
+        """[..., heads * head_dim] -> [B, heads, N, head_dim]."""
+        heads = (batch, -1, len(self.heads.weight), self.head_dim)
+        return part.reshape(heads).transpose(1, 2)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What the maps see of [B, N, ...]: a picture's windows as one."""
+        return x.reshape(-1, self.windows * x.shape[1], x.shape[2]) if self.windows > 1 else x
 
     def _projected(self, x: Tensor) -> Sequence[Tensor]:
         if self.qkv is None:
@@ -212,6 +264,16 @@ class TimmAttention(nn.Module):
         else:
             turned = torch.stack([-rest[..., 1::2], rest[..., ::2]], dim=-1).flatten(-2)
         return torch.cat([first, rest * cosine + turned * sine], dim=2)
+
+    def _position_bias(self, shared: Tensor | None) -> Tensor | None:
+        """What relative positions add to the logits, [1 or B, dense heads, N, N]."""
+        if self.rel_pos is not None:
+            bias: Tensor = self.rel_pos.get_bias()
+            return bias
+        if self.relative_position_bias_table is None:
+            return shared
+        pairs = self.relative_position_bias_table[self.relative_position_index]
+        return pairs.permute(2, 0, 1).unsqueeze(0)
 
     def _gathered(self, mask: Any) -> Any:
         """A mask's or bias's rows of the heads that are here."""

@@ -80,16 +80,23 @@ def timm_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled [B, C] and dense [B, C, h, w] outputs of the trunk's features [B, K, h, w].
+    """Pooled [B, C] and dense [B, C, h, w] outputs of the trunk's features.
 
     Each position goes through the head, norm and projection included, as the pooled features do:
     as a picture of one position, as FC-CLIP does (Yu et al. 2023). Where all of that is linear and
     the pooling a mean, the pooled output is the mean of the dense one; a norm or a projection of
     two layers behind the pooling makes them differ.
+
+    Args:
+        tower: open_clip's ``TimmModel``.
+        features: [B, K, h, w], or [B, h, w, K] of a trunk whose ``output_fmt`` says so.
     """
     model: Any = tower
+    axis = -1 if getattr(model.trunk, "output_fmt", "NCHW") == "NHWC" else 1
     pooled = model.head(model.trunk.forward_head(features))
-    batch, channels, height, width = features.shape
-    positions = features.movedim(1, -1).reshape(-1, channels, 1, 1)
+    each = features.movedim(axis, -1)
+    batch, height, width, channels = each.shape
+    one = (channels, 1, 1) if axis == 1 else (1, 1, channels)
+    positions = each.reshape(-1, *one)
     dense = model.head(model.trunk.forward_head(positions))
     return pooled, dense.view(batch, height, width, -1).movedim(-1, 1)

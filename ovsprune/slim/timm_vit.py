@@ -1,12 +1,12 @@
 """What timm's vision transformers compute, step by step: stem, blocks, pooled and dense outputs.
 
-Blocks of these towers read more than the stream (rotary positions), and the pooled output may come
-from an attention pool with an MLP of its own; here both are blocks that map stream -> stream.
+Blocks of these towers read more than the stream (rotary positions), the pooled output may come from
+an attention pool with an MLP of its own, and inverted bottlenecks may stand in front of the tokens
+(ViTamin, Chen et al. 2024); here all of them are blocks that map stream -> stream.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -15,17 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsprune.slim.bound import bound
+
 __all__ = [
     "POOL",
     "pool_of",
     "timm_vit_blocks",
     "timm_vit_both",
+    "timm_vit_bottlenecks",
     "timm_vit_dense",
     "timm_vit_parts",
 ]
 
 POOL = "trunk.attn_pool"
 """Dotted name of the attention pool, the last block where there is one."""
+
+_STEM = "trunk.patch_embed.backbone"
 
 Parts = tuple[
     Callable[[Tensor], Tensor],
@@ -38,6 +43,18 @@ def timm_vit_blocks(tower: nn.Module) -> dict[str, Any]:
     """The blocks by dotted name, as they are."""
     blocks = tower.get_submodule("trunk.blocks")
     return {f"trunk.blocks.{i}": block for i, block in blocks.named_children()}
+
+
+def timm_vit_bottlenecks(tower: nn.Module) -> dict[str, Any]:
+    """The inverted bottlenecks in front of the tokens by dotted name, as they are; may be empty."""
+    backbone: Any = getattr(tower.get_submodule("trunk.patch_embed"), "backbone", nn.Identity())
+    if list(backbone._modules) != ["stem", "stages", "pool"]:
+        return {}
+    return {
+        f"{_STEM}.stages.{i}.{j}": block
+        for i, stage in backbone.stages.named_children()
+        for j, block in stage.named_children()
+    }
 
 
 def pool_of(tower: nn.Module) -> Any:
@@ -62,13 +79,12 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
     """
     model: Any = tower
     trunk, pool = model.trunk, pool_of(tower)
+    stem, blocks = _front(trunk, timm_vit_bottlenecks(tower))
     extra = _rope(trunk)
-    blocks: dict[str, nn.Module] = {
-        name: _bound(block, partial(_forward, block, extra))
-        for name, block in timm_vit_blocks(tower).items()
-    }
+    for name, block in timm_vit_blocks(tower).items():
+        blocks[name] = bound(block, partial(_forward, block, extra))
     if pool is not None:
-        blocks[POOL] = _bound(pool, partial(_pooled_each, trunk, pool))
+        blocks[POOL] = bound(pool, partial(_pooled_each, trunk, pool))
 
     def head(stream: Tensor) -> tuple[Tensor, Tensor]:
         if pool is None:
@@ -81,7 +97,7 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
         height, width = trunk.patch_embed.grid_size
         return pooled, each.transpose(1, 2).reshape(each.shape[0], -1, height, width)
 
-    return partial(_stem, trunk), blocks, head
+    return stem, blocks, head
 
 
 def timm_vit_dense(tower: nn.Module, images: Tensor) -> Tensor:
@@ -98,13 +114,6 @@ def timm_vit_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return head(stream)
 
 
-def _bound(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The module with another forward; it shares all its parts, whatever is done to them."""
-    other = copy.copy(module)
-    other.forward = forward
-    return other
-
-
 def _forward(block: nn.Module, extra: Mapping[str, Tensor], x: Tensor) -> Tensor:
     out: Tensor = type(block).forward(block, x, **extra)
     return out
@@ -115,12 +124,34 @@ def _rope(trunk: Any) -> dict[str, Tensor]:
     if getattr(trunk, "rope", None) is None:
         return {}
     weight = trunk.patch_embed.proj.weight
-    tokens = weight.new_zeros(1, trunk.patch_embed.num_patches, trunk.embed_dim)
+    tokens = weight.new_zeros(1, trunk.patch_embed.num_patches, weight.shape[0])
     return {"rope": trunk._pos_embed(tokens)[1]}
 
 
+def _front(
+    trunk: Any, bottlenecks: Mapping[str, nn.Module]
+) -> tuple[Callable[[Tensor], Tensor], dict[str, nn.Module]]:
+    """The stem, and the blocks that come before those over tokens."""
+    if not bottlenecks:
+        return partial(_stem, trunk), {}
+    backbone = trunk.patch_embed.backbone
+    last = bound(backbone.pool, partial(_to_tokens, trunk))
+    return backbone.stem, {**bottlenecks, f"{_STEM}.pool": last}
+
+
+def _to_tokens(trunk: Any, x: Tensor) -> Tensor:
+    """What comes between the last bottleneck and the first block over tokens."""
+    embed = trunk.patch_embed
+    pool = embed.backbone.pool
+    return _positioned(trunk, embed.proj(type(pool).forward(pool, x)).flatten(2).transpose(1, 2))
+
+
 def _stem(trunk: Any, images: Tensor) -> Tensor:
-    x: Tensor = trunk.patch_embed(images)
+    return _positioned(trunk, trunk.patch_embed(images))
+
+
+def _positioned(trunk: Any, x: Tensor) -> Tensor:
+    """Tokens of patches, with positions and the tokens in front of them."""
     if hasattr(trunk, "_pos_embed"):
         found = trunk._pos_embed(x)
         x = trunk.norm_pre(found[0] if isinstance(found, tuple) else found)

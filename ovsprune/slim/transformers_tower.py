@@ -6,7 +6,6 @@ heads off its maps, so that heads are cut by cutting the maps.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError
+from ovsprune.slim.bound import bound
 
 __all__ = ["FORMS", "Form", "TransformersTower"]
 
@@ -172,12 +172,12 @@ class TransformersTower(nn.Module):
         The pool gives its own output and, behind it, what it would give for each position alone.
         """
         found: dict[str, nn.Module] = {
-            name: _bound(block, partial(_forward, block)) for name, block in self.blocks.items()
+            name: bound(block, partial(_forward, block)) for name, block in self.blocks.items()
         }
         if self.form.pool is not None:
             pool, norm = self.part(self.form.pool), self.part(self.form.after)
             each = partial(_pooled_each, pool, norm)
-            found[self.path(self.form.pool)] = _bound(pool, each)
+            found[self.path(self.form.pool)] = bound(pool, each)
         return found
 
     def read_out(
@@ -218,13 +218,6 @@ class TransformersTower(nn.Module):
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _bound(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.Module:
-    """The module with another forward; it shares all its parts, whatever is done to them."""
-    other = copy.copy(module)
-    other.forward = forward
-    return other
 
 
 def _forward(block: nn.Module, stream: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ovsprune.core.progress import Progress
 from ovsprune.core.records import Group
@@ -32,7 +33,8 @@ def group_alphas(tower: nn.Module, groups: Sequence[Group], progress: Progress) 
         for group in groups:
             alphas = []
             for name in dict.fromkeys(part.module for part in group.slices):
-                weight = tower.get_parameter(f"{name}.weight")
+                layer: Any = tower.get_submodule(name)
+                weight: Tensor = layer.weight  # of an index, no parameter
                 if weight.ndim > 1 and len(values := eigenvalues(weight)) > 1:
                     alphas.append(hill(values).alpha)
             found[group.name] = sum(alphas) / len(alphas) if alphas else math.inf

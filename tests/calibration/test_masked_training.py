@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ovsprune.calibration.feature_loss import feature_loss
 from ovsprune.calibration.masked_training import MaskedTraining, _endless
-from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.protocols import Backbone
 from tests.contracts.conftest import open_clip_vit
 
@@ -50,7 +50,7 @@ def small() -> Backbone:
 
 def training(small: Backbone, seed: int = 0, rate: float = 1e-3) -> MaskedTraining:
     return MaskedTraining(
-        deepcopy(small.tower), small.tower, small.stages, ScenePictures(6, small.preprocess, 0),
+        deepcopy(small.tower), small.tower, small.stages, RenderedPictures(6, small.preprocess, 0),
         batch_size=4, rate=rate, seed=seed,
     )  # fmt: skip
 

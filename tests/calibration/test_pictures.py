@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ovsprune.calibration.pictures import ScenePictures, calibration_hash, open_pictures
+from ovsprune.calibration.pictures import RenderedPictures, calibration_hash, open_pictures
 from ovsprune.calibration.preprocess import to_tensor
 from ovsprune.core.errors import DataError, OptionError
 from ovsprune.core.progress import Silent
@@ -81,8 +81,8 @@ def test_no_samples_is_an_error() -> None:
 
 
 def test_scenes_differ_by_seed_and_repeat_by_seed() -> None:
-    same, other = ScenePictures(2, PREPROCESS, 1), ScenePictures(2, PREPROCESS, 2)
-    assert calibration_hash(same) == calibration_hash(ScenePictures(2, PREPROCESS, 1))
+    same, other = RenderedPictures(2, PREPROCESS, 1), RenderedPictures(2, PREPROCESS, 2)
+    assert calibration_hash(same) == calibration_hash(RenderedPictures(2, PREPROCESS, 1))
     assert calibration_hash(same) != calibration_hash(other)
     first, held = open_pictures("procedural", PREPROCESS, 2, 2, 1)
     assert calibration_hash(first) == calibration_hash(same)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.calibration.sensitivity import grid, points_for
 from ovsprune.calibration.survey import Survey
 from ovsprune.core.progress import Silent
@@ -35,7 +35,7 @@ def test_a_survey_measures_as_many_widths_as_the_depth_allows(blocks: int, point
         tower.stages(),
         groups,
         find_criterion("reconstruction"),
-        ScenePictures(2, Preprocess((32, 32))),
+        RenderedPictures(2, Preprocess((32, 32))),
         batch_size=2,
         ridge=1e-2,
         seed=0,

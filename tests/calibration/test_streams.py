@@ -11,7 +11,7 @@ from torch import nn
 
 from ovsprune.calibration import streams
 from ovsprune.calibration.streams import Stream, allocate, spread_over, walk
-from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery import RECOVERIES, pair
 from tests.contracts.conftest import open_clip_vit, prepared
 
 
@@ -41,12 +41,14 @@ def test_large_streams_lie_on_disk(mapped: list[tuple[int, ...]]) -> None:
 def test_both_streams_of_the_closed_form_lie_on_disk(
     mapped: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slim stream is no copy in memory of a dense one that was too large for it."""
-    monkeypatch.setattr(streams, "allocate", lambda shape: allocate(shape, limit=0))
+    """No copy in memory of what was too large for it: of the streams, or of a consumer's goals."""
+    for module in (streams, pair):
+        monkeypatch.setattr(module, "allocate", lambda shape: allocate(shape, limit=0))
     case = prepared(open_clip_vit())
     plan = case.random_plan(0)
     RECOVERIES.get("closed-form").recover(case.context(case.cut(plan), plan))
-    assert len(mapped) == 2 and mapped[0] == mapped[1]
+    consumers = {group.consumer for group in case.groups}
+    assert mapped == [mapped[0]] * (2 + len(consumers))
 
 
 def test_a_walk_sees_every_batch_once_and_advances_only_if_told() -> None:

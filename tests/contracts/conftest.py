@@ -14,7 +14,7 @@ from timm.models import register_model
 from torch import nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import Backbone, Distillation, RecoveryContext, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
@@ -95,7 +95,7 @@ def uneven(tower: nn.Module, side: int, seed: int = 0) -> dict[str, torch.Tensor
             module.bias.normal_(0, 0.3, generator=generator)
             module.momentum = None  # The mean over all batches.
     with torch.no_grad():
-        for images in ScenePictures(32, Preprocess((side, side)), 3).batches(16):
+        for images in RenderedPictures(32, Preprocess((side, side)), 3).batches(16):
             tower(images)
     return tower.state_dict()
 
@@ -193,6 +193,68 @@ def ovsprune_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
     )
 
 
+@register_model
+def ovsprune_vitamin(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A ViTamin of two bottlenecks a stage and two blocks."""
+    from timm.models import vitamin
+
+    given = {
+        "img_size": 64,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "mlp_layer": vitamin.GeGluMlp,
+        "mlp_ratio": 2.0,
+        "class_token": False,
+        "global_pool": "avg",
+        "embed_cfg": vitamin.VitCfg(embed_dim=(8, 12, 48), depths=(2, 2, 1), stem_width=8),
+        **options,
+    }
+    return vitamin._create_vitamin("vitamin_small_224", pretrained, **given)  # type: ignore[no-any-return]
+
+
+@register_model
+def ovsprune_swin(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A Swin Transformer of three stages: shifted windows with and without padding, and a whole."""
+    from timm.models import swin_transformer
+
+    given = {
+        "img_size": 64,
+        "patch_size": 4,
+        "embed_dim": 24,
+        "depths": (2, 2, 2),
+        "num_heads": (3, 6, 6),
+        "window_size": 5,
+        "mlp_ratio": 2.0,
+        **options,
+    }
+    return swin_transformer._create_swin_transformer(  # type: ignore[no-any-return]
+        "swin_tiny_patch4_window7_224", pretrained, **given
+    )
+
+
+@register_model
+def ovsprune_fastvit(pretrained: bool = False, **options: Any) -> nn.Module:
+    """A FastViT of four blocks as in MobileCLIP: two attend, after positions of their own."""
+    from functools import partial
+
+    from timm.models import fastvit
+
+    given = {
+        "layers": (1, 1, 2),
+        "embed_dims": (8, 16, 96),
+        "mlp_ratios": (4, 4, 3),
+        "token_mixers": ("repmixer", "repmixer", "attention"),
+        "se_downsamples": (False, False, True),
+        "pos_embs": (None, None, partial(fastvit.RepConditionalPosEnc, spatial_shape=(7, 7))),
+        "lkc_use_act": True,
+        **options,
+    }
+    return fastvit._create_fastvit(  # type: ignore[no-any-return]
+        "ovsprune_fastvit", pretrained, **given
+    )
+
+
 def of_timm(name: str, **vision: Any) -> dict[str, Any]:
     """open_clip's configuration of one of these."""
     return {**LITE, "vision_cfg": {**LITE["vision_cfg"], "timm_model_name": name, **vision}}
@@ -241,6 +303,19 @@ def open_clip_convnext_conv() -> Backbone:
     return timm_backbone("open_clip-convnext", "ovsprune_convnext_conv", 64)
 
 
+@cache
+def _fastvit() -> dict[str, torch.Tensor]:
+    backbone = timm_backbone("open_clip-fastvit", "ovsprune_fastvit", 96, "")
+    return uneven(backbone.tower, 96)
+
+
+def open_clip_fastvit() -> Backbone:
+    """A FastViT: the projection is the trunk's own classifier, as in MobileCLIP."""
+    backbone = timm_backbone("open_clip-fastvit", "ovsprune_fastvit", 96, "")
+    backbone.tower.load_state_dict(_fastvit())
+    return backbone
+
+
 def squeezed() -> Backbone:
     """An EfficientNet whose channels have two readers."""
     return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed", 48)
@@ -254,6 +329,16 @@ def open_clip_timm_vit() -> Backbone:
 def open_clip_timm_siglip() -> Backbone:
     """A SigLIP, whose pooled output comes from an attention pool with an MLP."""
     return timm_backbone("open_clip-timm-vit", "ovsprune_siglip", 48, "none", pool="map")
+
+
+def open_clip_vitamin() -> Backbone:
+    """A ViTamin, whose tokens come from inverted bottlenecks."""
+    return timm_backbone("open_clip-timm-vit", "ovsprune_vitamin", 64, pool="")
+
+
+def open_clip_swin() -> Backbone:
+    """A Swin Transformer of three stages."""
+    return timm_backbone("open_clip-swin", "ovsprune_swin", 64, pool="")
 
 
 RESNET = {
@@ -387,7 +472,9 @@ def transformers_vit() -> Backbone:
 REPRESENTATIVES: dict[str, Callable[[], Backbone]] = {
     "open_clip-convnext": open_clip_convnext,
     "open_clip-efficientnet": open_clip_efficientnet,
+    "open_clip-fastvit": open_clip_fastvit,
     "open_clip-resnet": open_clip_resnet,
+    "open_clip-swin": open_clip_swin,
     "open_clip-timm-vit": open_clip_timm_vit,
     "open_clip-vit": open_clip_vit,
     "transformers-vit": transformers_vit,
@@ -398,6 +485,7 @@ MORE: dict[str, Callable[[], Backbone]] = {
     "open_clip-convnext: 1x1 convolutions": open_clip_convnext_conv,
     "open_clip-efficientnet: squeeze-and-excitation": squeezed,
     "open_clip-timm-vit: attention pool": open_clip_timm_siglip,
+    "open_clip-timm-vit: inverted bottlenecks": open_clip_vitamin,
 }
 """Towers of families that have another one above, of another kind inside."""
 
@@ -409,10 +497,10 @@ class Case:
     backbone: Backbone
     dense: nn.Module
     groups: list[Group]
-    pictures: ScenePictures
+    pictures: RenderedPictures
 
     def images(self, count: int = 4) -> torch.Tensor:
-        return next(ScenePictures(count, self.backbone.preprocess, 7).batches(count))
+        return next(RenderedPictures(count, self.backbone.preprocess, 7).batches(count))
 
     def outputs(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
         stages = self.backbone.stages(tower)
@@ -463,7 +551,7 @@ def prepared(backbone: Backbone, pictures: int = 12) -> Case:
     family.rewrite(dense)
     seeds = [seed for seed in family.seeds(dense) if not seed.protected]
     groups = find_groups(dense, seeds, backbone.preprocess.size)
-    return Case(backbone, dense, groups, ScenePictures(pictures, backbone.preprocess, 0))
+    return Case(backbone, dense, groups, RenderedPictures(pictures, backbone.preprocess, 0))
 
 
 @pytest.fixture(scope="session", params=(*FAMILIES.names(), *MORE))
@@ -490,7 +578,7 @@ def of_no_family(name: str, make: Callable[[], Any], activation: str) -> Case:
     )
     groups = find_groups(tower, tower.seeds(), (48, 48))
     tower.requires_grad_(False)
-    return Case(backbone, deepcopy(tower), groups, ScenePictures(12, backbone.preprocess, 0))
+    return Case(backbone, deepcopy(tower), groups, RenderedPictures(12, backbone.preprocess, 0))
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,13 @@ import torch
 
 from ovsprune.allocation.trim import cost
 from ovsprune.backbones import FAMILIES
+from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Scores
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut, mask, removed
 from ovsprune.recovery import RECOVERIES
+from ovsprune.spectrum import group_alphas
 from tests.contracts.conftest import REPRESENTATIVES, Case
 
 
@@ -77,6 +79,13 @@ def test_the_unit_costs_add_up(case: Case, kind: str) -> None:
     assert cost(item, {g.name: plan.width(g.name) for g in case.groups}) == measure(slim, size).of(
         kind
     )
+
+
+def test_every_group_has_a_spectrum(case: Case) -> None:
+    """An index that goes along with the units has none, and is left out."""
+    found = group_alphas(case.dense, case.groups, Silent())
+    assert list(found) == [g.name for g in case.groups]
+    assert all(0 < alpha < float("inf") for alpha in found.values())
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES.names())

@@ -16,8 +16,9 @@ def pair(kind: str, bias: bool = True) -> tuple[nn.Module, nn.Parameter]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         layer = nn.Linear(6, 5, bias=bias) if kind == "linear" else nn.Conv2d(6, 5, 1, bias=bias)
-    gamma = nn.Parameter(torch.empty(5).uniform_(-2, 2, generator=generator), requires_grad=False)
-    return layer.requires_grad_(False), gamma
+    gamma = torch.empty(5).uniform_(-2, 2, generator=generator)
+    gamma = gamma.view(5, 1, 1) if kind == "map" else gamma
+    return layer.requires_grad_(False), nn.Parameter(gamma, requires_grad=False)
 
 
 def scaled(layer: nn.Module, gamma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,7 @@ def read(kind: str) -> torch.Tensor:
     return torch.randn(3, 6) if kind == "linear" else torch.randn(3, 6, 4, 4)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "map"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_folded_is_the_same(kind: str, bias: bool) -> None:
     layer, gamma = pair(kind, bias)
@@ -40,7 +41,7 @@ def test_folded_is_the_same(kind: str, bias: bool) -> None:
     assert (folded.bias is not None) is bias and not folded.weight.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "map"])
 @pytest.mark.parametrize("columns", [None, torch.tensor([0, 2, 5])])
 def test_what_was_not_changed_comes_back_bit_for_bit(
     kind: str, columns: torch.Tensor | None
@@ -56,7 +57,7 @@ def test_what_was_not_changed_comes_back_bit_for_bit(
     assert after is not gamma and not after.requires_grad
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("kind", ["linear", "conv", "map"])
 def test_changes_go_to_the_layer_and_the_scale_stays(kind: str) -> None:
     layer, gamma = pair(kind)
     folded, place = fold_scale(layer, gamma)
@@ -70,19 +71,20 @@ def test_changes_go_to_the_layer_and_the_scale_stays(kind: str) -> None:
     assert not torch.equal(again.weight[1], layer.weight[1])
 
 
+@pytest.mark.parametrize("kind", ["linear", "map"])
 @pytest.mark.parametrize("tiny", [0.0, 1e-6, -1e-6])
-def test_a_change_behind_a_tiny_scale_opens_it(tiny: float) -> None:
-    layer, gamma = pair("linear")
+def test_a_change_behind_a_tiny_scale_opens_it(tiny: float, kind: str) -> None:
+    layer, gamma = pair(kind)
     gamma[[0, 4]] = tiny
     folded, place = fold_scale(layer, gamma)
     folded.weight[4, 1] += 0.5
     folded.bias[4] -= 1.0
-    x = read("linear")
+    x = read(kind)
     again, after = unfold_scale(folded, place)
     torch.testing.assert_close(scaled(again, after, x), folded(x), atol=1e-6, rtol=1e-5)
     assert torch.equal(after[:4], gamma[:4]) and torch.equal(again.weight[:4], layer.weight[:4])
     # the row is as long as it was, so that it fits half precision as it did
-    lengths = [torch.cat([m.weight[4], m.bias[4:]]).norm() for m in (layer, again)]
+    lengths = [torch.cat([m.weight[4].flatten(), m.bias[4:]]).norm() for m in (layer, again)]
     torch.testing.assert_close(lengths[1], lengths[0])
 
 

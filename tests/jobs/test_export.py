@@ -26,7 +26,7 @@ from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import REPRESENTATIVES
 
 QUICK: dict[str, Any] = {"pairs": 0, "threads": 1}
-FREE = {"open_clip-efficientnet"}
+FREE = {"open_clip-efficientnet", "open_clip-fastvit"}
 """Families, besides the ViTs, that can be exported with free height and width."""
 
 

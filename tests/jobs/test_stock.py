@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.calibration.pictures import ScenePictures
+from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.errors import BudgetError
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut
@@ -32,7 +32,7 @@ def forms():
 
 def gradients(forms, form, seed=0):
     towers, _, family = forms
-    pictures = ScenePictures(4, open_clip_vit().preprocess, seed)
+    pictures = RenderedPictures(4, open_clip_vit().preprocess, seed)
     return feature_gradients(towers[form], family.stages, pictures, 2, seed)
 
 

@@ -87,10 +87,10 @@ def test_the_first_limit_counts(case: Case) -> None:
 
 
 def test_limits_are_shared_by_the_rounds() -> None:
-    assert Distillation().limit == 400
+    assert Distillation().limit == 1000
     assert Distillation(seconds=9.0).limit is None
     assert Distillation(steps=10, seconds=9.0).shared(3) == Distillation(4, 3.0)
-    assert Distillation().shared(1).limit == 400
+    assert Distillation().shared(1).limit == 1000
 
 
 def test_a_single_picture(case: Case) -> None:

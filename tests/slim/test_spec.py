@@ -114,7 +114,7 @@ def test_the_schema_says_what_the_reader_says() -> None:
 BAD: dict[str, tuple[Change, str]] = {
     "another format": (lambda d: d.update(format="safetensors"), "no slim checkpoint"),
     "no format": (lambda d: d.pop("format"), "no slim checkpoint"),
-    "newer version": (lambda d: d.update(format_version=3), "format_version is 3, this ovsprune"),
+    "newer version": (lambda d: d.update(format_version=4), "format_version is 4, this ovsprune"),
     "version as text": (lambda d: d.update(format_version="1"), "format_version is '1', expected"),
     "missing field": (lambda d: d.pop("layers"), "lacks 'layers'"),
     "unknown field": (lambda d: d.update(auto_map={"m": "x.Y"}), "unknown field 'auto_map'"),

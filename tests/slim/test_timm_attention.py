@@ -9,6 +9,8 @@ import torch
 from timm.layers import Attention, AttentionRope
 from timm.layers.pos_embed_rel import RelPosMlp
 from timm.models.eva import EvaAttention
+from timm.models.fastvit import Attention as MapAttention
+from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 
@@ -34,6 +36,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "relative": partial(
         RelPosAttention, WIDTH, HEADS, rel_pos_cls=partial(RelPosMlp, window_size=(2, 5))
     ),
+    "windows": partial(WindowAttention, WIDTH, HEADS, window_size=(2, 5)),
+    "map": partial(MapAttention, WIDTH, WIDTH // HEADS, qkv_bias=True),
 }
 
 
@@ -48,6 +52,8 @@ def dense(request: pytest.FixtureRequest) -> nn.Module:
 
 def _inputs(dense: nn.Module) -> tuple[Tensor, dict[str, Any]]:
     x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    if isinstance(dense, MapAttention):
+        return x.mT.unflatten(2, (2, 5)), {}
     if not isinstance(dense, (AttentionRope, EvaAttention)):
         return x, {}
     angle = torch.linspace(0, 3, 9).outer(torch.linspace(0.1, 1, 8))
@@ -108,7 +114,7 @@ def test_apart_and_back_is_the_dense_form(dense: nn.Module) -> None:
 
 
 def test_masks_are_gathered_at_the_kept_heads(dense: nn.Module) -> None:
-    if isinstance(dense, RelPosAttention):
+    if isinstance(dense, (RelPosAttention, WindowAttention, MapAttention)):
         pytest.skip("timm's own takes no mask here")
     x, extra = _inputs(dense)
     mask = torch.randn(1, HEADS, TOKENS, TOKENS)
@@ -116,6 +122,38 @@ def test_masks_are_gathered_at_the_kept_heads(dense: nn.Module) -> None:
     found = slim_attention(dense, KEPT)(x, attn_mask=mask, **extra)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, slim_attention(dense, KEPT)(x, **extra), atol=1e-2)
+
+
+def test_windows_have_masks_and_are_seen_as_one_picture() -> None:
+    torch.manual_seed(0)
+    dense = FORMS["windows"]().eval().requires_grad_(False)
+    nn.init.normal_(dense.relative_position_bias_table)  # type: ignore[arg-type]
+    x, mask = torch.randn(6, TOKENS, WIDTH), torch.randn(3, TOKENS, TOKENS)
+    expected = dense(x, mask=mask)
+    assert not torch.allclose(dense(x), expected, atol=1e-2)
+    apart = TimmAttention(dense, apart=True, windows=3)
+    seen = []
+    for layer in (apart.k_proj, apart.proj):
+        layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    for same in (TimmAttention(dense), apart, apart.whole()):
+        torch.testing.assert_close(same(x, mask=mask), expected, atol=1e-6, rtol=1e-5)
+    assert [part.shape[:2] for pair in seen for part in pair] == [(2, 3 * TOKENS)] * 4
+    cut = _masked(dense, KEPT)(x, mask=mask)
+    torch.testing.assert_close(slim_attention(dense, KEPT)(x, mask=mask), cut, atol=1e-5, rtol=1e-4)
+
+
+def test_every_tensor_is_its_own(dense: nn.Module) -> None:
+    """What is loaded into the slim one must not reach the dense one, which comes back."""
+    x, extra = _inputs(dense)
+    before = dense(x, **extra)
+    slim = slim_attention(dense, KEPT)
+    for parameter in slim.parameters():
+        parameter.data.zero_()
+    assert torch.equal(dense(x, **extra), before)
+    apart = TimmAttention(dense, apart=True)
+    for parameter in apart.parameters():
+        parameter.data.add_(0.1)
+    torch.testing.assert_close(apart.whole()(x, **extra), apart(x, **extra), atol=1e-5, rtol=1e-4)
 
 
 def test_flags_stay(dense: nn.Module) -> None:

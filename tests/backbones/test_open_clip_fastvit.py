@@ -1,0 +1,202 @@
+"""FastViTs as towers of open_clip's TimmModel: names, blocks, heads on maps, the checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.fastvit import Attention, LayerScale2d
+from timm.utils.model import reparameterize_model
+from torch import nn
+
+import ovsprune
+from ovsprune import backbones
+from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.open_clip_fastvit import OpenClipFastVit
+from ovsprune.core.records import Preprocess
+from ovsprune.jobs.prune import PruneResult, prune
+from ovsprune.slim.timm_attention import TimmAttention
+from tests.contracts.conftest import open_clip_fastvit, prepared
+
+FAMILY = FAMILIES.get("open_clip-fastvit")
+QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
+FIRST, LAST = (f"trunk.stages.2.blocks.{i}.token_mixer" for i in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> PruneResult:
+    """Of three heads of the first attention two at most are left."""
+    place = tmp_path_factory.mktemp("slim") / "fastvit"
+    return prune(open_clip_fastvit(), 0.4, output=place, criterion="magnitude",
+                 allocation="uniform", **QUICK)  # fmt: skip
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+
+
+def test_open_clips_names_are_listed() -> None:
+    assert set(FAMILY.names()) == {
+        *("MobileCLIP-S1", "MobileCLIP-S2"),
+        *(f"MobileCLIP2-S{n}" for n in (0, 2, 3, 4)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("vision", "taken"),
+    [
+        ({"timm_model_name": "fastvit_mci1", "timm_proj": None}, True),
+        ({"timm_model_name": "fastvit_mci3", "timm_proj": None}, True),  # layer norms
+        ({"timm_model_name": "fastvit_t8"}, True),  # nothing attends
+        ({"timm_model_name": "fastvit_mci1", "timm_pool": "abs_attn"}, False),
+        ({"timm_model_name": "fastvit_mci1", "timm_pool": "", "timm_proj": ""}, False),
+        ({"timm_model_name": "convnext_tiny"}, False),
+    ],
+)
+def test_what_the_family_takes(vision: dict[str, Any], taken: bool) -> None:
+    assert FAMILY.takes({"vision_cfg": vision}) is taken
+
+
+def test_a_trunk_that_gives_the_features_of_its_stages_is_not_taken() -> None:
+    with torch.device("meta"):
+        head, stages = (timm.create_model("fastvit_t8", fork_feat=f) for f in (False, True))
+    assert OpenClipFastVit().takes({}, head) and not OpenClipFastVit().takes({}, stages)
+
+
+def test_blocks_and_what_they_offer() -> None:
+    backbone = open_clip_fastvit()
+    assert backbone.activation == "gelu"  # a gate in a downsampling layer has another one
+    assert any(isinstance(m, nn.ReLU) for m in backbone.tower.modules())
+    seeds = {seed.name: seed for seed in FAMILY.seeds(backbone.tower)}
+    blocks = [name.removeprefix("trunk.stages.") for name in FAMILY.stages(backbone.tower).blocks]
+    assert blocks == [
+        *("0.blocks.0", "1.downsample", "1.blocks.0"),
+        *("2.downsample", "2.pos_emb", "2.blocks.0", "2.blocks.1"),
+    ]
+    offered = [f"trunk.stages.{name}" for name in blocks if "blocks" in name]
+    assert [s.block for s in seeds.values() if s.kind == "mlp"] == offered
+    assert [name for name, s in seeds.items() if s.kind == "heads"] == [FIRST, LAST]
+    assert [name for name, s in seeds.items() if s.protected] == [LAST]
+    assert (seeds[FIRST].unit_width, seeds[FIRST].along[0].rows.tolist()) == (32, [[0], [1], [2]])
+
+
+@torch.no_grad()
+def test_the_stream_is_read_behind_the_layer_scales() -> None:
+    case = prepared(open_clip_fastvit(), 4)
+    name = "trunk.stages.2.blocks.0"
+    block: Any = case.dense.get_submodule(name)
+    before: Any = case.backbone.tower.get_submodule(name)
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(key: str) -> Any:
+        return lambda module, read, given: seen.update({key: given, f"{key} reads": read[0]})
+
+    for key, layer in (("heads", block.token_mixer.proj), ("mlp", block.mlp)):
+        layer.register_forward_hook(keep(key))
+    stream = torch.randn(2, 96, 4, 5)
+    given = block(stream)
+    torch.testing.assert_close(given, before(stream), atol=1e-5, rtol=1e-4)
+    middle = stream + seen["heads"].movedim(-1, 1)
+    torch.testing.assert_close(seen["mlp reads"], middle, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(given, middle + seen["mlp"], atol=1e-5, rtol=1e-5)
+    FAMILY.finish(case.dense, case.groups, case.full_plan())
+    for scale in ("layer_scale_1", "layer_scale_2"):
+        made = getattr(block, scale)
+        assert type(made) is LayerScale2d and not made.training
+        assert torch.equal(made.gamma, getattr(before, scale).gamma)
+    assert type(block.token_mixer) is Attention
+
+
+@torch.no_grad()
+def test_the_dense_output_is_the_head_at_each_position() -> None:
+    backbone = open_clip_fastvit()
+    tower: Any = backbone.tower
+    pictures = torch.randn(2, 3, 96, 64)
+    pooled, dense = backbone.outputs(pictures)
+    assert dense.shape == (2, 24, 6, 4)
+    torch.testing.assert_close(pooled, tower(pictures), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(dense.mean((2, 3)), pooled, atol=1e-5, rtol=1e-4)
+    features = tower.trunk.forward_features(pictures)
+    expected = tower.trunk.head.fc(features[:, :, 2, 3])
+    torch.testing.assert_close(dense[:, :, 2, 3], expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_checkpoint_comes_back_bit_for_bit(pruned: PruneResult) -> None:
+    assert pruned.path is not None and abs(pruned.achieved - 0.4) < 0.01
+    assert len(pruned.plan.kept[FIRST]) < 3 and LAST in pruned.spec.protected
+    expected = FAMILY.stages(pruned.tower).outputs(images())
+    tower, back = ovsprune.load(pruned.path), backbones.load(str(pruned.path))
+    assert torch.equal(tower(images()), expected[0])
+    assert torch.equal(tower.dense(images()), expected[1])
+    assert torch.equal(back.pooled(images()), expected[0])
+    assert torch.equal(back.dense(images()), expected[1])
+    assert list(pruned.tower.state_dict()) == list(open_clip_fastvit().tower.state_dict())
+
+
+@torch.no_grad()
+def test_a_tower_of_the_environment_is_slimmed_and_given_back(pruned: PruneResult) -> None:
+    mine = open_clip_fastvit().tower
+    before, checkpoint = mine(images()), ovsprune.read(pruned.path)
+    applied = ovsprune.apply(mine, checkpoint)
+    assert torch.equal(mine(images()), pruned.tower(images()))
+    types = [type(mine.get_submodule(name)) for name in (FIRST, LAST)]
+    assert types == [TimmAttention, Attention]
+    applied.detach()
+    assert torch.equal(mine(images()), before)
+    assert type(mine.get_submodule(FIRST)) is Attention
+
+
+@torch.no_grad()
+def test_branches_are_merged_in_the_slim_tower_as_in_the_dense_one(pruned: PruneResult) -> None:
+    tower = deepcopy(pruned.tower)
+    merged = reparameterize_model(tower)
+    assert len(list(merged.modules())) < len(list(pruned.tower.modules()))
+    expected = pruned.tower(images())
+    assert (merged(images()) - expected).abs().max() < 1e-4 * expected.std()
+
+
+SCRIPT = """
+import sys, torch
+import ovsprune
+torch.set_num_threads(int(sys.argv[4]))
+tower, images = ovsprune.load(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
+torch.save((tower(images), tower.dense(images)), sys.argv[3])
+"""
+
+
+def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
+    """A model that timm itself has; its last stage attends, and is all that is cut."""
+    vision = {"timm_model_name": "fastvit_sa12", "timm_proj": None, "image_size": 64}
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {}}
+    backbone = FAMILY.build("sa12", None, config, Preprocess((64, 64)), trained=False, text={})
+    done = prune(backbone, 0.08, output=tmp_path / "slim", criterion="random",
+                 allocation="uniform", recovery="none", protect=("trunk.stages.[012].*",),
+                 **QUICK)  # fmt: skip
+    assert any(layer.kind == "heads" and layer.kept < layer.units for layer in done.spec.layers)
+    given = torch.randn(2, 3, 64, 64)
+    torch.save(given, tmp_path / "images.pt")
+    arguments = [str(tmp_path / name) for name in ("slim", "images.pt", "out.pt")]
+    arguments.append(str(torch.get_num_threads()))  # Sums depend on it in their last bits.
+    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
+    with torch.no_grad():
+        expected = backbone.stages(done.tower).outputs(given)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_random_weights_of_a_listed_name_are_marked() -> None:
+    backbone = backbones.load("MobileCLIP2-S0", pretrained="none")
+    assert (backbone.trained, backbone.pretrained, backbone.family) == (
+        False,
+        None,
+        "open_clip-fastvit",
+    )
+    assert backbone.preprocess.size == (256, 256) and backbone.activation == "gelu"
+    assert backbone.has_text
