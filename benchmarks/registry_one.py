@@ -1,4 +1,4 @@
-"""One row of registry_sweep.py, in a process of its own: ``registry_one.py NAME FOLDER``."""
+"""One row of a sweep, in a process of its own: ``registry_one.py NAME FOLDER``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.transformers_source import PREFIX
 from ovsprune.core.errors import OvspruneError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
@@ -31,6 +32,7 @@ from ovsprune.jobs import steps
 from ovsprune.jobs.stock import STOCK, TorchPruning
 from ovsprune.slim.hashing import state_hashes
 
+HERE = Path(__file__).resolve().parent
 RATIO, TOLERANCE, ERROR = 0.5, 0.01, 1e-4
 MEMORY = 20 * 2**30
 COPIES = 5
@@ -51,19 +53,9 @@ def main(name: str, folder: Path) -> None:
     print(json.dumps(row))
 
 
-def load_again(folder: Path, few: bool) -> None:
-    """What a fresh process does: load, and write the outputs beside it."""
-    images = load_file(folder / "images.safetensors")["images"]
-    with shortened(few), torch.no_grad():
-        slim = ovsprune.load(folder / "slim")
-        found = {"pooled": slim(images), "dense": slim.dense(images)}
-    save_file({k: v.contiguous() for k, v in found.items()}, folder / "out.safetensors")
-    (folder / "hashes.json").write_text(json.dumps(state_hashes(slim.tower.state_dict())))
-
-
 def run(name: str, folder: Path) -> dict[str, Any]:
     """The row's fields."""
-    few = params_of(name) * 4 * COPIES > MEMORY
+    few = not name.startswith(PREFIX) and params_of(name) * 4 * COPIES > MEMORY
     with shortened(few):
         backbone = backbones.load(name, pretrained="none")
         backbone.encoder, backbone.text = None, {}
@@ -92,7 +84,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         plan, result = result.plan, None
         wanted, row["stock"] = masked_and_stock(backbone, plan, images)
     del backbone
-    command = [sys.executable, __file__, "--load", str(folder), str(int(few))]
+    command = [sys.executable, str(HERE / "registry_load.py"), str(folder), *["few"] * few]
     subprocess.run(command, check=True)
     loaded = load_file(folder / "out.safetensors")
     row["max_error"] = max(
@@ -205,7 +197,4 @@ def verdict(row: dict[str, Any], exact: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--load":
-        load_again(Path(sys.argv[2]), bool(int(sys.argv[3])))
-    else:
-        main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

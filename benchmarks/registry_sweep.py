@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if twin and not chosen.name:
             row = rows[twin] | {"name": name, "same_as": rows[twin]["same_as"] or twin}
         else:
-            row = _one(name, chosen.threads, chosen.work)
+            row = one(name, chosen.threads, chosen.work)
         with lock:
             rows[name] = row
             print(json.dumps(row), flush=True)
@@ -96,7 +96,7 @@ def _stored() -> list[dict[str, Any]]:
     return json.loads(RECORD.read_text())["rows"] if RECORD.is_file() else []
 
 
-def _one(name: str, threads: int, work: Path) -> dict[str, Any]:
+def one(name: str, threads: int, work: Path) -> dict[str, Any]:
     """A name's row, whatever becomes of the process that makes it."""
     start = time.perf_counter()
     row = {"name": name, "status": "no", "reason": None, "dense": None, "slim": None}
@@ -145,6 +145,11 @@ def _page(record: dict[str, Any]) -> Iterator[str]:
         "stage as were built where the real tower does not fit."
     )
     yield ""
+    yield from table(rows)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The rows as a table in Markdown, and below it why some are not ok."""
     yield "| name | | MACs | slim | largest error | blocks | Torch-Pruning removes | seconds |"
     yield "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |"
     for row in rows:

@@ -20,6 +20,12 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
 @scoring_options
+@click.option(
+    "--last-block",
+    metavar="NAME",
+    help="Training-free: what tokens of a ViT's last block attend to: maskclip, sclip, clearclip, "
+    "qq, kk, vv or qk (as trained).",
+)
 @click.option("--limit", type=int, help="Use only the first so many pictures.")
 @compute_options()
 @output_options

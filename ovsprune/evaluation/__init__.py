@@ -1,12 +1,14 @@
 """Dense zero-shot evaluation: data sets, text embeddings, the head and the scores."""
 
 from ovsprune.evaluation.datasets import VOID, FolderData, Sample, ScenesData, SegmentationData
+from ovsprune.evaluation.last_block import VARIANTS, dense_with
 from ovsprune.evaluation.metrics import ConfusionMatrix, SegmentationScores
 from ovsprune.evaluation.text import DEFAULT_TEMPLATES, encode_names, read_embeddings
 from ovsprune.evaluation.zero_shot import DenseZeroShot, Evaluation, evaluate, prepare_image
 
 __all__ = [
     "DEFAULT_TEMPLATES",
+    "VARIANTS",
     "VOID",
     "ConfusionMatrix",
     "DenseZeroShot",
@@ -16,6 +18,7 @@ __all__ = [
     "ScenesData",
     "SegmentationData",
     "SegmentationScores",
+    "dense_with",
     "encode_names",
     "evaluate",
     "prepare_image",

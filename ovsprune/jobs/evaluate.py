@@ -14,6 +14,7 @@ from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
+from ovsprune.evaluation.last_block import dense_with
 from ovsprune.evaluation.text import DEFAULT_TEMPLATES, read_embeddings
 from ovsprune.evaluation.zero_shot import DenseZeroShot
 from ovsprune.evaluation.zero_shot import evaluate as score
@@ -35,6 +36,7 @@ def evaluate(
     list_file: str | Path | None = None,
     text_embeddings: str | Path | None = None,
     centred: bool = False,
+    last_block: str | None = None,
     limit: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
@@ -54,6 +56,8 @@ def evaluate(
         text_embeddings: ``.npz`` with the classes' embeddings, for a model without a text tower.
         centred: Take the mean of the classes' embeddings off each of them first, which helps where
             all of them point the same way.
+        last_block: What tokens attend to in the last block, of
+            :data:`ovsprune.evaluation.last_block.VARIANTS`; None for the tower's own dense output.
         limit: Use only the first so many pictures.
         device: Where to run.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
@@ -63,7 +67,7 @@ def evaluate(
 
     Returns:
         ``miou`` and ``pixel_accuracy`` in 0..1, ``per_class{name: IoU}``, ``images``, ``seconds``,
-        ``model, data, centred, pixels``.
+        ``model, data, centred, last_block, pixels``.
 
     Raises:
         OptionError: An option is out of range, or no data set is named.
@@ -93,11 +97,13 @@ def evaluate(
             progress,
             f"segmenting with {backbone.name}",
             centred,
+            last_block,
         )
     return {
         "model": model,
         "data": label,
         "centred": centred,
+        "last_block": last_block,
         "miou": result["miou"],
         "per_class": result["per_class"],
         "pixel_accuracy": result["pixel_accuracy"],
@@ -127,11 +133,21 @@ def class_embeddings(
     return torch.nn.functional.normalize(total, dim=-1)
 
 
-def head(backbone: Backbone, embeddings: Tensor, centred: bool = False) -> DenseZeroShot:
-    """The dense zero-shot head on ``backbone``, in whatever dtype and place its tower is."""
+def head(
+    backbone: Backbone,
+    embeddings: Tensor,
+    centred: bool = False,
+    last_block: str | None = None,
+) -> DenseZeroShot:
+    """The dense zero-shot head on ``backbone``, in whatever dtype and place its tower is.
+
+    Raises:
+        OptionError: ``last_block`` is unknown, or the tower's last block cannot be read so.
+    """
     weight = next(backbone.tower.parameters())
+    dense = backbone.dense if last_block is None else dense_with(backbone, last_block)
     return DenseZeroShot(
-        lambda images: backbone.dense(images.to(weight.dtype)),
+        lambda images: dense(images.to(weight.dtype)),
         embeddings,
         backbone.preprocess,
         centred,
@@ -147,6 +163,7 @@ def score_backbone(
     progress: Progress,
     label: str,
     centred: bool = False,
+    last_block: str | None = None,
 ) -> dict[str, Any]:
     """``miou, per_class, pixel_accuracy, pixels, images, seconds`` of a loaded backbone."""
     with progress.stage(label, len(data)) as advance:
@@ -158,7 +175,10 @@ def score_backbone(
             before = done
 
         found = score(
-            head(backbone, embeddings, centred), data, batch_size=batch_size, progress=tell
+            head(backbone, embeddings, centred, last_block),
+            data,
+            batch_size=batch_size,
+            progress=tell,
         )
     return {
         "miou": found.scores.miou,

@@ -122,11 +122,12 @@ class _Pupil:
                         f"before are kept. Try a lower --distill-lr than {self.options.lr:g}"
                     )
                     return
-                advance(clock.tick())
-                if clock.share() * _CHECKS >= checks + 1:
-                    checks = int(clock.share() * _CHECKS)
+                share = clock.tick()
+                advance(clock.moved(share))
+                if share * _CHECKS >= checks + 1:
+                    checks = int(share * _CHECKS)
                     yield
-                if clock.share() >= 1.0:
+                if share >= 1.0:
                     return
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -214,10 +215,14 @@ class _Schedule:
             return max(share, 1e-3) / _WARM_UP
         return 0.5 + 0.5 * math.cos(math.pi * (share - _WARM_UP) / (1 - _WARM_UP))
 
-    def tick(self) -> int:
-        """Count a step; by how much the bar moves."""
+    def tick(self) -> float:
+        """Count a step; the share that is done by now."""
         self.steps += 1
-        now = min(self.total, round(self.share() * self.total))
+        return self.share()
+
+    def moved(self, share: float) -> int:
+        """By how much the bar moves, where ``share`` is done."""
+        now = min(self.total, round(share * self.total))
         moved, self.shown = now - self.shown, now
         return moved
 
