@@ -177,7 +177,8 @@ def test_a_plan_that_keeps_everything(name: str, images: Tensor) -> None:
 def test_from_a_folder_to_a_slim_tower(name: str, tmp_path: Path, images: Tensor) -> None:
     """Pruned from a folder, loaded again, and applied to a model that transformers built."""
     folder = folder_of(make(name), tmp_path / "mine")
-    done = ovsprune.prune(f"hf:{folder}", 0.4, output=tmp_path / "slim", **CHEAP)
+    # transformers 5.24 resamples the positions of SigLIP 2 by a product, which stays
+    done = ovsprune.prune(f"hf:{folder}", 0.35, output=tmp_path / "slim", **CHEAP)
     assert (done.spec.base.model, done.spec.base.pretrained) == ("mine", "local")
     assert done.spec.base.trained
     assert str(tmp_path) not in done.spec.to_json()
