@@ -72,13 +72,12 @@ def attend(attention: nn.Module, tokens: Tensor, pairs: tuple[str, ...]) -> Tens
     maps = maps_of(attention, heads)
     # logits keep the dense head's scale where directions of it are cut
     head_dim = int(attention.head_dim) if slim else maps.widths[0]  # type: ignore[arg-type]
-    part = {
-        name: nn.functional.linear(tokens, w, b).unflatten(2, (heads, len(w) // max(heads, 1)))
-        for name, w, b in zip("qkv", maps.weights, maps.biases, strict=True)
-    }
-    part = {name: each.transpose(1, 2) for name, each in part.items()}
+    part: dict[str, Tensor] = {}
+    for name, weight, bias in zip("qkv", maps.weights, maps.biases, strict=True):
+        shape = (*tokens.shape[:2], heads, len(weight) // max(heads, 1))
+        part[name] = nn.functional.linear(tokens, weight, bias).view(shape).transpose(1, 2)
     mixed = torch.zeros_like(part["v"]) if pairs else part["v"]
-    for one, other in pairs if heads else ():
+    for one, other in map(tuple, pairs) if heads else ():
         mixed = mixed + nn.functional.scaled_dot_product_attention(
             scaled(part[one], head_dim), part[other], part["v"]
         )
