@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -12,19 +11,26 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ovsprune.core.records import Costs
+from ovsprune.graph.copies import copied
 
 __all__ = ["macs", "measure", "on_meta"]
 
 
 @contextmanager
 def _slow_path() -> Iterator[None]:
-    """Fused encoder layers count attention as nothing; switch them off while counting."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    """Fused layers and kernels may count attention as nothing; switch them off while counting.
+
+    The counter does not know the CPU's flash kernel, which some CPUs have.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    flash = torch.backends.cuda.flash_sdp_enabled()  # it speaks for the CPU, too
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cuda.enable_flash_sdp(False)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
@@ -52,4 +58,4 @@ def on_meta(tower: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta", dtype=dtype)
         # Without gradients: the counter cannot follow a view of a parameter that wants one.
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return deepcopy(tower, memo).eval()
+    return copied(tower, memo).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ def whole_macs(model: nn.Module, example: Any) -> int:
         OptionError: The model cannot be run on it.
     """
     try:
+        from ovsprune.graph.copies import copied
         from ovsprune.graph.costs import on_meta
     except ImportError as error:
         raise OptionError(f"this torch has no FLOP counter ({error}); 2.1 or later has") from None
@@ -35,7 +35,7 @@ def whole_macs(model: nn.Module, example: Any) -> int:
     except Exception:  # a framework may do anything with its input; the copy below is the test
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        return _counted(copy.deepcopy(model).eval(), example, lambda t: t.to(device))
+        return _counted(copied(model).eval(), example, lambda t: t.to(device))
     except Exception as error:
         raise OptionError(
             f"{type(model).__name__} cannot be run on the example ({describe(example)}): "
