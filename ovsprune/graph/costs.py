@@ -22,15 +22,15 @@ def _slow_path() -> Iterator[None]:
 
     The counter does not know the CPU's flash kernel, which some CPUs have.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    flash = torch.backends.cuda.flash_sdp_enabled()  # it speaks for the CPU, too
+    kernels: Any = torch.backends.cuda  # which speaks for the CPU, too
+    fast, flash = torch.backends.mha.get_fastpath_enabled(), kernels.flash_sdp_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.cuda.enable_flash_sdp(False)
+    kernels.enable_flash_sdp(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        torch.backends.cuda.enable_flash_sdp(flash)
+        kernels.enable_flash_sdp(flash)
 
 
 def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
