@@ -32,6 +32,9 @@ __all__ = ["SlimAttention"]
 
 Output = Tensor | tuple[Tensor, Tensor | None]
 
+_FUSED = "in_proj_weight"
+_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+
 
 class SlimAttention(nn.Module):
     """Self- or cross-attention over the kept heads of a dense attention.
@@ -39,7 +42,8 @@ class SlimAttention(nn.Module):
     Its output equals that of the dense module whose cut heads are masked to zero before the out
     projection; without any head it is that projection's bias. Parameters have the names of
     ``nn.MultiheadAttention``: ``in_proj_weight`` (queries, keys, values)
-    [kept * (2 * qk_dim + v_dim), embed_dim], ``in_proj_bias``, ``out_proj``.
+    [kept * (2 * qk_dim + v_dim), embed_dim], or ``q_proj_weight``, ``k_proj_weight`` and
+    ``v_proj_weight`` where it is ``apart``; ``in_proj_bias``, ``out_proj``.
 
     Args:
         embed_dim: Width of the residual stream.
@@ -54,10 +58,18 @@ class SlimAttention(nn.Module):
         dropout: Probability of dropping an attention weight in training.
         call: How it is called and what it returns: as ``nn.MultiheadAttention`` by default; for
             callers of open_clip's ``Attention`` see :mod:`ovsprune.slim.calls`.
+        apart: Whether the weights of queries, keys and values are three parameters, as
+            ``nn.MultiheadAttention`` has them for inputs of several widths (and CAT-Seg for inputs
+            of one, to train some of the three).
 
     Raises:
         OptionError: ``kept_heads`` or a width are not valid, or the head width cannot be told.
     """
+
+    in_proj_weight: nn.Parameter | None
+    q_proj_weight: nn.Parameter
+    k_proj_weight: nn.Parameter
+    v_proj_weight: nn.Parameter
 
     def __init__(
         self,
@@ -72,6 +84,7 @@ class SlimAttention(nn.Module):
         batch_first: bool = True,
         dropout: float = 0.0,
         call: Call = TORCH,
+        apart: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -90,10 +103,14 @@ class SlimAttention(nn.Module):
         self.dropout = dropout
         self.call = call
         rows = sum(self._rows)
-        self.in_proj_weight = nn.Parameter(torch.empty(rows, embed_dim))
+        made = dict(zip(_APART, self._rows, strict=True)) if apart else {_FUSED: rows}
+        for name in (_FUSED, *_APART):  # those that are not there are None, as in torch's own
+            weight = nn.Parameter(torch.empty(made[name], embed_dim)) if name in made else None
+            self.register_parameter(name, weight)
         self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self.out_proj = linear(self._rows[-1], embed_dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
+        for name in made:
+            nn.init.xavier_uniform_(self.get_parameter(name))
         # nn.MultiheadAttention's attributes that its callers read. The last one keeps
         # nn.TransformerEncoderLayer off its fused path, which assumes embed_dim wide projections.
         self.kdim = self.vdim = embed_dim
@@ -105,6 +122,12 @@ class SlimAttention(nn.Module):
     def _rows(self) -> list[int]:
         """Rows of the queries, keys and values in the in projection."""
         return [len(self.kept_heads) * width for width in (self.qk_dim, self.qk_dim, self.v_dim)]
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The weights of the queries, keys and values: views of one parameter, or three."""
+        if self.in_proj_weight is not None:
+            return torch.split(self.in_proj_weight, self._rows)
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def forward(self, *args: Any, **given: Any) -> Output:
         """Attend, called the way the dense module was; see :meth:`attend` for the arguments.
@@ -197,16 +220,15 @@ class SlimAttention(nn.Module):
                     f"{name} has shape {tuple(x.shape)}, expected {order} with E = "
                     f"{self.embed_dim}; add the batch axis to an unbatched input"
                 )
-        if query is key and key is value:
+        if query is key and key is value and self.in_proj_weight is not None:
             both = F.linear(query, self.in_proj_weight, self.in_proj_bias)
             flat = torch.split(both, self._rows, dim=-1)
         else:
             bias = self.in_proj_bias
             biases = (None,) * 3 if bias is None else torch.split(bias, self._rows)
-            weights = torch.split(self.in_proj_weight, self._rows)
             flat = tuple(
                 F.linear(x, w, b)
-                for x, w, b in zip((query, key, value), weights, biases, strict=True)
+                for x, w, b in zip((query, key, value), self._weights(), biases, strict=True)
             )
         count = len(self.kept_heads)
         heads = [x if self.batch_first else x.transpose(0, 1) for x in flat]
@@ -235,6 +257,8 @@ class SlimAttention(nn.Module):
         bases: Mapping[str, Tensor] | None = None,
     ) -> SlimAttention:
         """The slim attention that keeps some heads of ``mha``, with those heads' weights.
+
+        Where ``mha`` has its queries, keys and values apart, so has the slim one.
 
         Args:
             mha: ``nn.MultiheadAttention`` or a module with its parameters (open_clip's
@@ -270,6 +294,7 @@ class SlimAttention(nn.Module):
             batch_first=is_batch_first(mha),
             dropout=dropout(mha),
             call=call_of(mha),
+            apart=getattr(mha, _FUSED, None) is None,
         ).to(device=maps.columns.device, dtype=maps.columns.dtype)
         if bases:
             maps = maps.turned({kind: basis[list(present)] for kind, basis in bases.items()})
@@ -339,7 +364,8 @@ class SlimAttention(nn.Module):
     def _fill(self, maps: Maps, positions: Sequence[int]) -> None:
         """Copy the heads at ``positions``, of each the first channels that there is room for."""
         maps = maps.cut(positions, self.qk_dim, self.v_dim)
-        self.in_proj_weight.copy_(torch.cat(maps.weights))
+        for to, weight in zip(self._weights(), maps.weights, strict=True):
+            to.copy_(weight)
         if self.in_proj_bias is not None:
             parts = torch.split(self.in_proj_bias, self._rows)
             for to, bias in zip(parts, maps.biases, strict=True):

@@ -88,11 +88,26 @@ X_KV_MASK = Call(("key", "value", "attn_mask"), true_attends=True)
 
 
 def call_of(module: nn.Module) -> Call:
-    """How ``module`` is called: what it says itself (``call``), else by its ``forward``."""
+    """How ``module`` is called: what it says itself (``call``), else by its ``forward``.
+
+    A ``forward(*args, **kwargs)`` hands on what it gets (CAT-Seg's), so its parent's tells.
+    """
     own = getattr(module, "call", None)
     if isinstance(own, Call):
         return own
-    parameters = inspect.signature(type(module).forward).parameters
+    parameters = _named(type(module))
     if "key" in parameters:
         return TORCH
     return X_KV_MASK if "k_x" in parameters else X_MASK
+
+
+def _named(kind: type[nn.Module]) -> list[str]:
+    """Arguments of the nearest ``forward`` that names any."""
+    for owner in kind.__mro__:
+        own = vars(owner).get("forward")
+        if own is not None:
+            parameters = inspect.signature(own).parameters.values()
+            names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+            if len(names) > 1:  # beside self
+                return names
+    return []

@@ -204,9 +204,9 @@ def _in_projection(mha: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"{type(mha).__name__} has neither in_proj_weight nor q/k/v_proj_weight; "
                 "expected nn.MultiheadAttention or a module with its parameters"
             )
-        shapes = {tuple(p.shape) for p in parts if p is not None}
-        if len(shapes) > 1:
-            raise TargetError(f"q, k and v read different widths {sorted(shapes)}; not supported")
+        widths = {p.shape[1] for p in parts if p is not None}
+        if len(widths) > 1:
+            raise TargetError(f"q, k and v read different widths {sorted(widths)}; not supported")
         weight = torch.cat([p.detach() for p in parts if p is not None])
     bias = getattr(mha, "in_proj_bias", None)
     return weight.detach(), None if bias is None else bias.detach()

@@ -63,9 +63,7 @@ def slim_attention(
         slim = SlimAttention.from_dense(mha, heads, **directions)
     flags = {name: p.requires_grad for name, p in mha.named_parameters()}
     for name, parameter in slim.named_parameters():
-        # separate projections have names of their own: the query's speaks for the three
-        own = flags.get(name, flags.get("q_proj_weight", True))
-        parameter.requires_grad_(own)
+        parameter.requires_grad_(flags.get(name, True))
     for name in _HOOKS:
         if name in mha.__dict__:
             slim.__dict__[name] = mha.__dict__[name]
@@ -79,12 +77,13 @@ def narrow_attention(attention: SlimAttention | TimmAttention, index: Mapping[st
         attention: Its tensors are exchanged, not written to.
         index: Axis (``"in"``: what it reads; ``"out"``: what it gives) to int64 indices.
     """
-    fused = attention._parameters.get("in_proj_weight")
-    if fused is not None and "in" in index:
-        weight = nn.Parameter(_chosen(fused, 1, index["in"]), fused.requires_grad)
-        attention._parameters["in_proj_weight"] = weight
-        for name in ("embed_dim", "kdim", "vdim"):
-            setattr(attention, name, index["in"].numel())
+    for name in ("in_proj_weight", *(f"{which}_proj_weight" for which in "qkv")):
+        old = attention._parameters.get(name)
+        if old is not None and "in" in index:
+            weight = nn.Parameter(_chosen(old, 1, index["in"]), old.requires_grad)
+            attention._parameters[name] = weight
+            for width in ("embed_dim", "kdim", "vdim"):
+                setattr(attention, width, index["in"].numel())
     for name, layer in attention.named_children():
         axis = "out" if name in ("out_proj", "proj") else "in"
         if axis in index and name in ("qkv", "q_proj", "k_proj", "v_proj", "out_proj", "proj"):

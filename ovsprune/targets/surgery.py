@@ -75,9 +75,10 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
 
 
 def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
-    """The whole attention where it has one in projection, else each of its linear layers."""
+    """The whole attention where it has its in projection itself, else each of its linear layers."""
     heads, parts = tuple(map(int, mask)), layout.places(f"{layer.name}.in_proj_weight")
-    if len(parts) < 2:
+    own = layout.name(layer.name)
+    if all(part.rpartition(".")[0] == own for part in parts):  # one parameter, or three
         return [Cut(_place(layout, layer.name), heads, layer.units)]
     if not heads:  # layers of no width cannot make heads: the attention goes as a whole
         return [Cut(_place(layout, layer.name), heads, layer.units)]

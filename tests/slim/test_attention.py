@@ -283,11 +283,41 @@ class SeparateWeights(nn.Module):
 
 
 def test_from_an_attention_with_separate_weights() -> None:
+    """What is three parameters stays three: a framework trains some of them by name."""
     mha = dense_attention()
     slim = SlimAttention.from_dense(SeparateWeights(mha), KEPT)
     expected = SlimAttention.from_dense(mha, KEPT)
-    assert torch.equal(slim.in_proj_weight, expected.in_proj_weight)
-    assert slim.call.returns_tuple
+    assert slim.call.returns_tuple and slim.in_proj_weight is None
+    assert list(slim.state_dict()) == [
+        "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias",
+        "out_proj.weight", "out_proj.bias",
+    ]  # fmt: skip
+    parts = [slim.q_proj_weight, slim.k_proj_weight, slim.v_proj_weight]
+    assert torch.equal(torch.cat(parts), expected.in_proj_weight)
+    x, mask = torch.randn(N, L, E), torch.randn(N * H, L, L)
+    for attn_mask in (None, mask):
+        wanted = expected(x, attn_mask=attn_mask, need_weights=True)
+        found = slim(x, attn_mask=attn_mask, need_weights=True)
+        torch.testing.assert_close(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1])
+    again = SlimAttention.from_dense(slim, KEPT[:1])
+    assert again.in_proj_weight is None and again.kept_heads == KEPT[:1]
+    once = SlimAttention.from_dense(SeparateWeights(mha), KEPT[:1])
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in once.state_dict().items())
+
+
+@pytest.mark.parametrize("widths", [{}, {"qk_dim": 5, "v_dim": 3}])
+def test_separate_weights_may_have_several_widths_or_no_rows(widths: dict[str, int]) -> None:
+    apart = SeparateWeights(dense_attention())
+    slim = SlimAttention.from_dense(apart, KEPT, **widths)
+    fused = SlimAttention.from_dense(dense_attention(), KEPT, **widths)
+    x = torch.randn(N, L, E)
+    torch.testing.assert_close(slim(x)[0], fused(x)[0])
+    again = SlimAttention.from_dense(slim, KEPT)
+    assert torch.equal(again(x)[0], slim(x)[0])
+    none = SlimAttention.from_dense(apart, ())
+    assert none.q_proj_weight.shape == (0, E)
+    assert torch.equal(none(x)[0], apart.out_proj.bias.expand(N, L, E))
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,21 @@ class SequenceAttention(nn.Module):
         return out.transpose(0, 1)
 
 
+class PassingOn(nn.MultiheadAttention):
+    """As CAT-Seg has it: the names of its arguments are its parent's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_forward_without_names_is_its_parents() -> None:
+    assert call_of(PassingOn(E, H)) is TORCH
+    slim = SlimAttention.from_dense(PassingOn(E, H, batch_first=True), KEPT)
+    x = torch.randn(N, L, E)
+    out, weights = slim(x, x, x, need_weights=False)
+    assert out.shape == x.shape and weights is None
+
+
 def head_masks() -> dict[str, Tensor | None]:
     torch.manual_seed(1)
     true_attends = (torch.rand(L, L) > 0.5) | torch.eye(L).bool()

@@ -13,6 +13,7 @@ from ovsprune.slim.cutting import cut_state
 from ovsprune.targets import TARGETS
 from tests.targets.by_hand import MiniSan, lively_resnet, slim_resnet, small_slim, small_tower
 from tests.targets.clipseg_models import clipseg
+from tests.targets.mini_clips import MiniCatSeg, MiniOvSeg, with_tower
 
 pytestmark = pytest.mark.framework
 
@@ -25,6 +26,8 @@ def vits(tower: dict[str, Tensor]) -> dict[str, Any]:
         "san": MiniSan.with_tower(tower),
         "mmseg-san": small_san(tower),
         "clipseg": clipseg(tower),
+        "cat-seg": with_tower(MiniCatSeg, "cat-seg", tower),
+        "ovseg": with_tower(MiniOvSeg, "ovseg", tower),
         "generic": case("open_clip")[0],
     }
 

@@ -1,0 +1,87 @@
+"""CAT-Seg (cvlab-kaist/CAT-Seg, detectron2): cost aggregation over a CLIP that it finetunes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ovsprune.targets import TARGETS
+from ovsprune.targets.framework import Tabled
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Layout, Place, Stack
+from ovsprune.targets.places import Places
+
+_PREDICTOR = "sem_seg_head.predictor"
+_CLIP = f"{_PREDICTOR}.clip_model"
+_VISUAL = f"{_CLIP}.visual"
+_VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
+_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
+
+# three weights, so that queries and values are trained and keys are not; one bias
+_PARTS: Mapping[str, Place] = {
+    **BLOCK_PARTS,
+    "attn.in_proj_weight": tuple(f"attn.{which}_proj_weight" for which in "qkv"),
+}
+
+_PLACES = Places(
+    framework="cvlab-kaist/CAT-Seg",
+    stem={name: f"{_VISUAL}.{name}" for name in _VISION},
+    stacks=(Stack(f"{_VISUAL}.transformer.resblocks", _PARTS),),
+    marks=(f"{_PREDICTOR}.transformer", "upsample1", "upsample2"),
+    activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
+    text=Layout(
+        stem={name: f"{_CLIP}.{name}" for name in _TEXT},
+        stacks=(Stack(f"{_CLIP}.transformer.resblocks", _PARTS),),
+    ),
+)
+
+_PROTECTS = {
+    "residual width": "upsample1 and upsample2 read the stream behind two blocks (hooks)",
+    "depth": "the hooks count blocks, and the last one is run by a way of its own (forward_dense)",
+    "projection": "the cost volume compares it with text embeddings of the dense width",
+    POSITIONS: "the framework interpolates them itself, from the grid of CLIP's own resolution",
+}
+
+_LINES = """\
+# train_net.py of CAT-Seg
+import ovsprune.targets  # pip install --no-deps ovsprune
+
+class Trainer(DefaultTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
+        return model
+
+# Start without MODEL.WEIGHTS: detectron2 would drop what has another shape and only warn. Files
+# that this training saves are slim and load as usual (MODEL.WEIGHTS, --resume).
+"""
+
+
+def _inputs(model: Any) -> Mapping[str, Any]:
+    """One picture of the size that CLIP gets here; the texts are the framework's own classes."""
+    height, width = model.clip_resolution
+    picture = {"image": torch.zeros(3, height, width), "height": height, "width": width}
+    return {"batched_inputs": [picture]}
+
+
+@TARGETS.register("cat-seg")
+def cat_seg() -> Tabled:
+    """CAT-Seg on OpenAI's ViTs: live models and checkpoints, tuned weights cut by the mask."""
+    return Tabled(
+        name="cat-seg",
+        framework="cvlab-kaist/CAT-Seg at 6d3a188 (detectron2, its own copy of CLIP)",
+        places=_PLACES,
+        takes=("vit",),
+        protects=_PROTECTS,
+        trainable=(
+            f"{_PREDICTOR}.transformer.*",
+            "upsample1.*",
+            "upsample2.*",
+            f"{_VISUAL}.*",
+            f"{_CLIP}.transformer.*",
+        ),
+        script=_LINES,
+        inputs=_inputs,
+    )

@@ -1,0 +1,67 @@
+"""OVSeg (facebookresearch/ov-seg, detectron2): MaskFormer, and a CLIP tuned for masked regions."""
+
+from __future__ import annotations
+
+from ovsprune.targets import TARGETS
+from ovsprune.targets.framework import Tabled
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Layout, Stack
+from ovsprune.targets.places import Places
+
+_CLIP = "clip_adapter.clip_model"
+_VISUAL = f"{_CLIP}.visual"
+_VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
+_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
+
+_PLACES = Places(
+    framework="facebookresearch/ov-seg",
+    stem={name: f"{_VISUAL}.{name}" for name in _VISION},
+    stacks=(Stack(f"{_VISUAL}.transformer.resblocks", BLOCK_PARTS),),
+    marks=("clip_adapter.non_object_embedding", "sem_seg_head.predictor"),
+    activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
+    text=Layout(
+        stem={name: f"{_CLIP}.{name}" for name in _TEXT},
+        stacks=(Stack(f"{_CLIP}.transformer.resblocks", BLOCK_PARTS),),
+    ),
+)
+
+_PROTECTS = {
+    "residual width": "mask_embedding takes tokens' places in it, before and between blocks",
+    "depth": "mask_embedding counts the first blocks",
+    "projection": "regions are compared with text embeddings of the dense width",
+    POSITIONS: "regions and mask_embedding have the patches of CLIP's own resolution",
+}
+
+_LINES = """\
+# train_net.py of OVSeg
+import ovsprune.targets  # pip install --no-deps ovsprune
+
+class Trainer(DefaultTrainer):
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
+        return model
+
+# Build with the dense CLIP (MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME): OVSeg's loader makes it by its
+# widths. Start without MODEL.WEIGHTS: detectron2 would drop what has another shape and only warn.
+# Files that this training saves are slim and load as usual (MODEL.WEIGHTS, --resume).
+"""
+
+
+@TARGETS.register("ovseg")
+def ovseg() -> Tabled:
+    """OVSeg: live models and checkpoints, whose finetuned CLIP is cut by the mask."""
+    return Tabled(
+        name="ovseg",
+        framework="facebookresearch/ov-seg at 36f49d4 (detectron2, its own fork of CLIP)",
+        places=_PLACES,
+        takes=("vit",),
+        protects=_PROTECTS,
+        trainable=(
+            "backbone.*",
+            "sem_seg_head.*",
+            "clip_adapter.non_object_embedding",
+            f"{_VISUAL}.*",
+        ),
+        script=_LINES,
+    )
