@@ -327,7 +327,8 @@ def slim_convnext(
     """A slim checkpoint of a ConvNeXt: some hidden units of every block's MLP."""
     draw = torch.Generator().manual_seed(seed)
     layers, mask = [], {}
-    for made in [name for name in state if name.endswith(".mlp.fc1.weight")]:
+    blocks = [n for n in state if ".blocks." in n]  # the head may have an MLP of its own
+    for made in [name for name in blocks if name.endswith(".mlp.fc1.weight")]:
         name, units = made.removesuffix(".fc1.weight"), state[made].shape[0]
         mask[name] = torch.randperm(units, generator=draw)[: units // 2 + len(layers)].sort().values
         slices = (SliceSpec(f"{name}.fc1", "out"), SliceSpec(f"{name}.fc2", "in"))
