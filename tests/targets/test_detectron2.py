@@ -357,3 +357,27 @@ def test_fc_clip_needs_the_bridge_with_todays_open_clip() -> None:
         assert torch.equal(found, model.backbone.clip_model.encode_text(tokens))
     with pytest.raises(RuntimeError, match="attn_mask"):
         model.backbone.encode_text(tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("fc-clip on RN50", "fc-clip", fc_clip, "resnet"),
+        Case("fc-clip on ConvNeXt-L", "fc-clip", fc_clip, "convnext"),
+        Case("mask2former on CLIP", "mask2former", mask2former, "clip"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_in_real_sizes(case: Case) -> None:
+    model = case.make(case.kind, full=True)
+    layout = layout_of(case, model)
+    tower = {k: v.clone() for k, v in layout.tower_state(model.state_dict()).items()}
+    slim = (slim_convnext if case.kind == "convnext" else slim_resnet)(tower)
+    wanted, whole = dense_masked(case, model, slim, 128), dense(case, model, 128)
+    with transfer(model, slim) as attached:
+        assert attached.target == case.target and attached.weights == "slim"
+        errors = error(run(model, 128), wanted)
+    print(case.name, errors, attached)
+    assert max(errors.values()) <= BOUND
+    assert min(error(whole, wanted).values()) > 100 * BOUND
