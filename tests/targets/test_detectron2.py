@@ -196,7 +196,10 @@ def test_a_swapped_unit_is_caught(given: Any) -> None:
     wanted = dense_masked(case, model, slim)
     for layer in slim.spec.layers[1::3]:
         kept = slim.mask[layer.name].tolist()
-        other = sorted(set(range(layer.units)) - set(kept))[0]
+        reader = next(part.module for part in layer.slices if part.axis == "in")
+        weight = model.get_submodule(layout_of(case, model).name(reader)).weight.detach()
+        reach = weight.flatten(2).norm(dim=(0, 2)) if weight.ndim == 4 else weight.norm(dim=0)
+        other = max(set(range(layer.units)) - set(kept), key=lambda unit: float(reach[unit]))
         swapped = torch.tensor(sorted({*kept[1:], other}))
         wrong = replace(slim, mask={**slim.mask, layer.name: swapped})
         with target_of(case).attach(model, wrong, weights="target"):
