@@ -40,7 +40,7 @@ _CONVNEXT = replace(
 class _OwnText:
     """open_clip's own ``encode_text`` in the place of FC-CLIP's, which is the one of its time.
 
-    That one hands the text transformer [L, N, E]; open_clip reads [N, L, E] from 2.25 on. An object
+    That one hands the text transformer [L, N, E]; open_clip reads [N, L, E] after 2.24. An object
     and no function, so that a copied or pickled model gets one of its own.
     """
 

@@ -355,6 +355,9 @@ def test_fc_clip_needs_the_bridge_with_todays_open_clip() -> None:
     tokens = model.backbone.tokenize_text(["a photo of a cat", "sky"])
     with pytest.raises(RuntimeError, match="attn_mask"):
         model.backbone.encode_text(tokens)
+    as_many = model.backbone.tokenize_text([f"number {i}" for i in range(tokens.shape[1])])
+    own = model.backbone.encode_text(as_many)  # not even an error, with as many texts as tokens
+    assert not torch.allclose(own, model.backbone.clip_model.encode_text(as_many), atol=1e-2)
     with TARGETS.get("fc-clip").bridge(model):
         found = model.backbone.encode_text(tokens)
         assert torch.equal(found, model.backbone.clip_model.encode_text(tokens))
