@@ -160,8 +160,10 @@ def _plain(value: Any) -> dict[Any, Any]:
 def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     found = {}
     for key, value in state.items():
-        if isinstance(key, str) and isinstance(value, Tensor | Sketch):
-            found[key] = value.tensor() if isinstance(value, Sketch) else value
+        if isinstance(key, str) and isinstance(value, Sketch) and value.whole:
+            found[key] = value.tensor()
+        elif isinstance(key, str) and isinstance(value, Tensor):
+            found[key] = value
     return found
 
 

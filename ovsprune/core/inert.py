@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
+from ovsprune.core.inert_arrays import Arrays
+from ovsprune.core.sketch import Deaf, Sketch, Storage, view
 
 __all__ = ["Reader", "Sketch"]
 
@@ -35,45 +37,13 @@ _DTYPES = {
 }
 
 
-class _Deaf:
-    """Base of what the pickle machine may hold of ours: it cannot be rebuilt from inside."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignore what a pickle would set."""
-
-
-class _Tag(_Deaf):
+class _Tag(Deaf):
     """A storage type by its number format."""
 
     __slots__ = ("dtype",)
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-
-
-class _Storage(_Deaf):
-    """Raw numbers with a type, filled at once (zip) or at the end of the file (plain)."""
-
-    __slots__ = ("data",)
-
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-
-
-class Sketch(_Deaf):
-    """A tensor as the pickle describes it; torch sees it when the pickle is over."""
-
-    __slots__ = ("numbers", "storage")
-
-    def __init__(self, storage: _Storage, numbers: tuple[Any, ...]) -> None:
-        self.storage, self.numbers = storage, numbers
-
-    def tensor(self) -> Tensor:
-        """The tensor itself."""
-        offset, size, stride = self.numbers
-        return torch.as_strided(self.storage.data, size, stride, offset)
 
 
 class Reader:
@@ -84,6 +54,7 @@ class Reader:
         self.scripted = False
         """Whether the file is a TorchScript archive, whose modules are dicts of attributes here."""
         self._answers: dict[str, Any] = {}
+        self._arrays = Arrays()
 
     def find(self, module: str, name: str) -> Any:
         """What the pickle gets for ``module.name``: ours, or something inert."""
@@ -98,11 +69,13 @@ class Reader:
         if module == "torch" and name in _DTYPES:
             return _Tag(_DTYPES[name])
         if key in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            return lambda storage, offset, size, stride, *rest: _view(storage, offset, size, stride)
+            return lambda storage, offset, size, stride, *rest: view(storage, offset, size, stride)
         if key == "torch._utils._rebuild_parameter":
             return lambda data, *rest: data
         if key == "torch.Size":
             return lambda sizes=(): tuple(sizes)
+        if (array := self._arrays.answer(key)) is not None:
+            return array
         if module.split(".")[0] == "__torch__":
             self.scripted = True
             return _fresh_module()
@@ -120,35 +93,41 @@ class Reader:
             root = pickles[0].rpartition("/")[0]
             base = f"{root}/" if root else ""
             _check_entries(entries.values(), base, archive)
-            storages: dict[str, _Storage] = {}
+            storages: dict[str, Storage] = {}
 
-            def load(tag: Any) -> _Storage:
+            def load(tag: Any) -> Storage:
                 dtype, key, count = _storage_tag(tag)
                 if key not in storages:
                     raw = archive.read(f"{base}data/{key}")
-                    storages[key] = _Storage(_numbers(raw, dtype, count))
+                    storages[key] = Storage(_numbers(raw, dtype, count))
                 return storages[key]
 
             return self._unpickle(io.BytesIO(archive.read(pickles[0])), load)
 
     def plain(self, stream: BinaryIO) -> Any:
-        """The layout before torch 1.6: five pickles one after another, then the storages."""
+        """The layout before torch 1.6: five pickles one after another, then the storages.
+
+        Or one pickle of numpy's arrays, as detectron2's model zoos have it.
+        """
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
-        storages: dict[str, _Storage] = {}
+        storages: dict[str, Storage] = {}
         room = size
 
-        def load(tag: Any) -> _Storage:
+        def load(tag: Any) -> Storage:
             nonlocal room
             dtype, key, count = _storage_tag(tag)
             if key not in storages:
                 room -= count * dtype.itemsize
                 if room < 0:
                     raise CheckpointError("its storages are larger than the file")
-                storages[key] = _Storage(torch.empty(count, dtype=dtype))
+                storages[key] = Storage(torch.empty(count, dtype=dtype))
             return storages[key]
 
-        if self._unpickle(stream, load) != _MAGIC:
+        first = self._unpickle(stream, load)
+        if type(first) is dict and stream.tell() == size:
+            return first
+        if first != _MAGIC:
             raise CheckpointError("it is no torch checkpoint (a bare pickle, or another format)")
         self._unpickle(stream, load)
         self._unpickle(stream, load)
@@ -160,7 +139,7 @@ class Reader:
             target.copy_(_numbers(raw, target.dtype, target.numel()))
         return root
 
-    def _unpickle(self, stream: BinaryIO, load: Callable[[Any], _Storage]) -> Any:
+    def _unpickle(self, stream: BinaryIO, load: Callable[[Any], Storage]) -> Any:
         return _Unpickler(stream, self.find, load).load()
 
 
@@ -171,7 +150,7 @@ class _Unpickler(pickle.Unpickler):
         self,
         stream: BinaryIO,
         find: Callable[[str, str], Any],
-        load: Callable[[Any], _Storage],
+        load: Callable[[Any], Storage],
     ) -> None:
         super().__init__(stream, encoding="utf-8")
         self._find, self._load = find, load
@@ -179,7 +158,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return self._find(module, name)
 
-    def persistent_load(self, tag: Any) -> _Storage:
+    def persistent_load(self, tag: Any) -> Storage:
         return self._load(tag)
 
 
@@ -212,26 +191,6 @@ def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
     if not count:
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(bytearray(raw), dtype=dtype)
-
-
-def _view(storage: Any, offset: Any, size: Any, stride: Any) -> Sketch:
-    """The tensor that lies in ``storage``; every number is checked before torch sees it."""
-    if not isinstance(size, tuple) or not isinstance(stride, tuple):
-        raise CheckpointError("it describes a tensor by something that is not a size")
-    numbers = [offset, *size, *stride]
-    if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
-        raise CheckpointError("it describes a tensor by something that is not a size")
-    if len(size) != len(stride) or len(size) > 16:
-        raise CheckpointError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
-    count = 1
-    for length in size:
-        count *= length
-    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if count else 0
-    if count > storage.data.numel() or (count and last >= storage.data.numel()):
-        raise CheckpointError(
-            f"a tensor of size {tuple(size)} reaches beyond its {storage.data.numel()} values"
-        )
-    return Sketch(storage, (offset, size, stride))
 
 
 def _check_entries(entries: Iterable[zipfile.ZipInfo], base: str, archive: zipfile.ZipFile) -> None:

@@ -157,7 +157,8 @@ def _live(
             from ovsprune.jobs.whole_costs import describe, whole_macs
 
             try:
-                before, said = whole_macs(model, example), describe(example)
+                before = whole_macs(model, example, target.prepare)
+                said = describe(example)
             except OptionError as error:
                 if given:
                     raise
@@ -168,7 +169,8 @@ def _live(
         attached.counted_on = said
         if before is not None:
             try:
-                attached.macs_before, attached.macs_after = before, whole_macs(model, example)
+                attached.macs_after = whole_macs(model, example, target.prepare)
+                attached.macs_before = before
             except BaseException:
                 attached.detach()
                 raise

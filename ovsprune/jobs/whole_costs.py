@@ -13,7 +13,9 @@ from ovsprune.core.errors import OptionError
 __all__ = ["describe", "whole_macs"]
 
 
-def whole_macs(model: nn.Module, example: Any) -> int:
+def whole_macs(
+    model: nn.Module, example: Any, prepare: Callable[[nn.Module], None] = lambda copied: None
+) -> int:
     """MACs of ``model`` on ``example``, in evaluation mode; the model itself is never run.
 
     Counted on meta tensors; where the framework reads values on its way, on a copy of the model.
@@ -21,6 +23,7 @@ def whole_macs(model: nn.Module, example: Any) -> int:
     Args:
         model: The framework's model.
         example: Its argument, a tuple of them, or a mapping of them by name.
+        prepare: Done to the copy, in place, before it is run.
 
     Raises:
         OptionError: The model cannot be run on it.
@@ -31,11 +34,15 @@ def whole_macs(model: nn.Module, example: Any) -> int:
     except ImportError as error:
         raise OptionError(f"this torch has no FLOP counter ({error}); 2.1 or later has") from None
     try:
-        return _counted(on_meta(model), example, lambda t: t.to("meta"))
+        shell = on_meta(model)
+        prepare(shell)
+        return _counted(shell, example, lambda t: t.to("meta"))
     except Exception:  # a framework may do anything with its input; the copy below is the test
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        return _counted(copied(model).eval(), example, lambda t: t.to(device))
+        same = copied(model).eval()
+        prepare(same)
+        return _counted(same, example, lambda t: t.to(device))
     except Exception as error:
         raise OptionError(
             f"{type(model).__name__} cannot be run on the example ({describe(example)}): "

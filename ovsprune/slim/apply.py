@@ -22,7 +22,10 @@ from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec
 from ovsprune.slim.timm_attention import TimmAttention
 from ovsprune.slim.vit import resize_positions
 
-__all__ = ["Applied", "Swap", "apply", "renamed"]
+__all__ = ["ABSENT", "Applied", "Swap", "apply", "renamed"]
+
+ABSENT = object()
+"""The old value of an entry that was not there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +35,9 @@ class Swap:
     Attributes:
         path: Dotted path in the tower.
         owner: The module whose table it is.
-        table: ``"_modules"``, ``"_parameters"`` or ``"_buffers"``.
+        table: ``"_modules"``, ``"_parameters"``, ``"_buffers"`` or ``"__dict__"``.
         name: The key.
-        old: What was there.
+        old: What was there, :data:`ABSENT` for nothing.
         new: What is there now.
     """
 
@@ -76,7 +79,10 @@ class Applied:
                     "attached; undo that first"
                 )
         for swap in reversed(self._swaps):
-            getattr(swap.owner, swap.table)[swap.name] = swap.old
+            if swap.old is ABSENT:
+                del getattr(swap.owner, swap.table)[swap.name]
+            else:
+                getattr(swap.owner, swap.table)[swap.name] = swap.old
         self._swaps.clear()
 
     def __enter__(self) -> Applied:

@@ -119,7 +119,8 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         TargetError: It has no plain weight, or an index reaches beyond it.
     """
-    weight = module._parameters.get("weight")
+    # norms that never learn have their weight among the statistics
+    weight = {**module._buffers, **module._parameters}.get("weight")
     if weight is None:
         raise TargetError(
             f"{type(module).__name__} has no plain weight to cut; take off what wraps it "
@@ -150,7 +151,7 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
             old = slim._parameters.get(name)
             if old is not None:
                 slim._parameters[name] = nn.Parameter(_chosen(old, dim, chosen), old.requires_grad)
-        for name in ("running_mean", "running_var") if axis == "out" else ():
+        for name in ("weight", "bias", "running_mean", "running_var") if axis == "out" else ():
             statistics = slim._buffers.get(name)
             if statistics is not None:
                 slim._buffers[name] = _chosen(statistics, 0, chosen)

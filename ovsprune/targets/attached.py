@@ -132,7 +132,11 @@ class _DenseGuard:
         for name, shape in self.shapes.items():
             found = tuple(mine[name].shape) if name in mine else None
             if found != shape:
-                given = "is missing" if found is None else f"has shape {found}"
+                given = (
+                    "is missing (detectron2 drops what has another shape)"
+                    if found is None
+                    else f"has shape {found}"
+                )
                 raise TargetError(
                     f"this checkpoint is not of the slim model: {prefix}{name} {given}, expected "
                     f"{shape}. Convert it first (ovsprune transfer --target {self.target} "
@@ -165,7 +169,7 @@ def attach_tower(
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
-    before = count(model)
+    before, names = count(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
     applied = attach_cuts(model, cuts)
     replaced = {cut.path: str(cut) for cut in cuts}
@@ -173,7 +177,9 @@ def attach_tower(
     try:
         for canonical, tensor in checkpoint.tower().items():
             for name, value in layout.to_framework(canonical, tensor).items():
-                new_here = any(name.startswith(f"{cut.path}.") for cut in cuts)
+                if name not in names:  # a counter that some norms lack
+                    continue
+                new_here = any(cut.makes(name) for cut in cuts)
                 if canonical in layout.stays:
                     kept[name] = layout.stays[canonical]
                 elif choice[0] == "target":
@@ -213,12 +219,13 @@ def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
+    slim = {cut.path: slim_copy(model.get_submodule(cut.path), cut) for cut in cuts}
     swaps = []
-    for cut in cuts:
-        path, _, leaf = cut.path.rpartition(".")
-        dense = model.get_submodule(cut.path)
-        slim = slim_copy(dense, cut)
-        swaps.append(Swap(cut.path, model.get_submodule(path), "_modules", leaf, dense, slim))
+    for name in sorted(slim):  # what holds another one first
+        path, _, leaf = name.rpartition(".")
+        # detectron2 keeps a norm inside its convolution: the slim one belongs in the slim other
+        owner = slim[path] if path in slim else model.get_submodule(path)
+        swaps.append(Swap(name, owner, "_modules", leaf, owner._modules[leaf], slim[name]))
     for swap in swaps:
         swap.owner._modules[swap.name] = swap.new
     return Applied(tuple(cut.path for cut in cuts), _swaps=swaps)
@@ -229,9 +236,7 @@ def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ..
     state = model.state_dict()
     tower = {name for name in state if layout.canonical(name) is not None}
     shapes = {
-        name: tuple(state[name].shape)
-        for name in tower
-        if any(name.startswith(f"{cut.path}.") for cut in cuts)
+        name: tuple(state[name].shape) for name in tower if any(cut.makes(name) for cut in cuts)
     }
     # public from torch 2.5 on, private and the same before
     register: Any = model._register_load_state_dict_pre_hook
@@ -240,16 +245,11 @@ def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ..
 
 @torch.no_grad()
 def _put(model: nn.Module, name: str, value: Tensor, new: bool) -> Swap | None:
-    """Write into a module that was just made; else put a new tensor in place of one that differs.
-
-    Nothing is done where the framework has no such tensor (a counter that some norms lack).
-    """
+    """Write into a module that was just made; else exchange a tensor that differs."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     table = "_parameters" if leaf in owner._parameters else "_buffers"
-    old = getattr(owner, table).get(leaf)
-    if old is None:
-        return None
+    old = getattr(owner, table)[leaf]
     if new:
         old.copy_(value)
         return None

@@ -189,7 +189,8 @@ def choose_weights(
 
     ``auto`` takes the slim weights where the framework uses the frozen base CLIP, told tensor by
     tensor by the base's hashes, and the framework's own, cut by the mask, where it tuned them.
-    What stays the framework's anyway (positions that it resizes and trains) does not count.
+    What stays the framework's anyway (positions that it resizes and trains) does not count, nor
+    what it does not have.
 
     Args:
         asked: ``"slim"``, ``"target"`` or ``"auto"``.
@@ -223,8 +224,11 @@ def choose_weights(
     if mask_only:
         return "target", f"only the mask carries over: {mask_only}"
     compared = match(state, checkpoint.spec.base)
-    for name in layout.stays:
-        compared.pop(name, None)
+    compared = {
+        name: verdict
+        for name, verdict in compared.items()
+        if name not in layout.stays and layout.lacks(name) is None
+    }
     other = sorted(
         name for name, verdict in compared.items() if verdict not in ("equal", "equal-after-half")
     )

@@ -140,7 +140,7 @@ def _why_kept(name: str, layout: Layout, of_tower: str) -> str:
 
 def _cut_of(name: str, cuts: tuple[Cut, ...]) -> str:
     for cut in cuts:
-        if name.startswith(f"{cut.path}."):
+        if cut.makes(name):
             return str(cut)
     return "not cut"
 

@@ -6,13 +6,14 @@ write into a training script; what is asked, attached, detached and converted is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ovsprune.slim import SlimCheckpoint
+from ovsprune.slim.apply import Applied, Swap
 from ovsprune.targets.attached import Attached, attach_tower
 from ovsprune.targets.check import (
     Weights,
@@ -26,12 +27,16 @@ from ovsprune.targets.check import (
 )
 from ovsprune.targets.convert import Converted, convert_state
 from ovsprune.targets.layout import Layout
-from ovsprune.targets.places import Places, depth_of, kind_of
+from ovsprune.targets.places import Places, depth_of, kind_of, places_of
 
-__all__ = ["Check", "Tabled"]
+__all__ = ["Bridge", "Check", "Tabled"]
 
 Check = Callable[[nn.Module, SlimCheckpoint, Layout], None]
 """What a framework asks beside: raises TargetError, and touches nothing."""
+
+Bridge = Callable[[Any], Sequence[Swap]]
+"""What a live model needs to run with today's libraries: entries to exchange, none if it has them;
+touches nothing itself."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class Tabled:
         trainable: ``fnmatch`` patterns of the parameters that a schedule may touch.
         script: Lines for its training script, with ``{output!r}`` where the directory goes.
         checks: What is asked of a live model beside the usual.
+        builds: More places, of builds of the framework that keep the tower elsewhere; the first of
+            all that a model's names tell of is taken, ``places`` where there are no names.
+        bridges: What lets a live model run with today's libraries; undone on detaching.
         inputs: A model to the arguments of one forward pass over one picture, by name.
+        prepares: What a copy of the model needs before its costs are counted on them, in place.
         files: Names of files that belong beside the framework's checkpoint.
         derived: Patterns of keys that older versions saved, to why they are dropped.
         fallback: Whether it is only meant where no other target knows a model.
@@ -61,32 +70,55 @@ class Tabled:
     trainable: tuple[str, ...]
     script: str
     checks: tuple[Check, ...] = ()
+    builds: tuple[Places, ...] = ()
+    bridges: tuple[Bridge, ...] = ()
     inputs: Callable[[Any], Mapping[str, Any]] | None = None
+    prepares: Callable[[Any], None] | None = None
     files: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     fallback: bool = False
 
     def detect(self, model: nn.Module) -> bool:
         """Whether ``model`` has the stacks of blocks, and what stands beside them."""
-        return not self.places.missing(model.state_dict())
+        names = list(model.state_dict())
+        return any(not places.missing(names) for places in (self.places, *self.builds))
+
+    def _places(self, names: Mapping[str, object] | None, given: str) -> Places:
+        """The build that ``names`` tell of; raises TargetError where they are another's."""
+        if names is None:
+            return self.places
+        return places_of((self.places, *self.builds), names, given)
 
     def towers(self, model: nn.Module) -> dict[str, str]:
         """Parts of the tower to their paths; raises TargetError where ``model`` is another's."""
         names = model.state_dict()
-        self.places.check_names(names, type(model).__name__)
+        places = self._places(names, type(model).__name__)
         found, first = {}, 0
-        for stack, count in zip(self.places.stacks, self.places.depths(names), strict=True):
+        for stack, count in zip(places.stacks, places.depths(names), strict=True):
             found[f"blocks {first}-{first + count - 1}"] = stack.path
             first += count
-        return found or {part: str(place) for part, place in self.places.stem.items()}
+        return found or {part or "tower": str(place) for part, place in places.stem.items()}
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Names in both directions; without ``names`` as the framework has it by default."""
-        return self.places.layout(names, depth)
+        return self._places(names, "the checkpoint").layout(names, depth)
 
     def example(self, model: nn.Module) -> Mapping[str, Any] | None:
         """Arguments of one forward pass over one picture, or None if they cannot be told."""
         return None if self.inputs is None else self.inputs(model)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make a copy of the framework's model ready to be run on ``example``, in place."""
+        self.bridge(model)
+        if self.prepares is not None:
+            self.prepares(model)
+
+    def bridge(self, model: nn.Module) -> Applied:
+        """Let the framework's model run with today's libraries; what comes back undoes it."""
+        swaps = [swap for bridge in self.bridges for swap in bridge(model)]
+        for swap in swaps:
+            getattr(swap.owner, swap.table)[swap.name] = swap.new
+        return Applied(tuple(swap.path for swap in swaps), _swaps=swaps)
 
     def check(
         self,
@@ -101,16 +133,16 @@ class Tabled:
         kind_of(checkpoint, self.takes, self.places.framework)
         check_directions(checkpoint)
         check_interface(checkpoint)
-        self.towers(model)
         names = model.state_dict()
-        layout = self.layout(names, depth_of(checkpoint))
+        places = self._places(names, type(model).__name__)
+        layout = places.layout(names, depth_of(checkpoint))
         check_heads(model, checkpoint, layout)
         state = layout.tower_state(names)
         check_fits(state, checkpoint, layout, f"this {type(model).__name__}")
-        check_activation(model, checkpoint, self.places.activations)
+        check_activation(model, checkpoint, places.activations)
         for check in self.checks:
             check(model, checkpoint, layout)
-        return choose_weights(weights, state, checkpoint, layout, self.places.mask_only)
+        return choose_weights(weights, state, checkpoint, layout, places.mask_only)
 
     def attach(
         self,
@@ -122,7 +154,7 @@ class Tabled:
     ) -> Attached:
         """Put the slim tower into ``model``, in place."""
         choice = self.check(model, checkpoint, weights=weights, force=force)
-        return attach_tower(
+        attached = attach_tower(
             model,
             checkpoint,
             self.layout(model.state_dict(), depth_of(checkpoint)),
@@ -131,6 +163,10 @@ class Tabled:
             protected=self.protects,
             trainable=self.trainable,
         )
+        bridged = self.bridge(model)
+        attached._applied._swaps += bridged._swaps
+        attached.notes += tuple(f"bridged to today's libraries: {p}" for p in bridged.replaced)
+        return attached
 
     def convert(
         self,
@@ -145,11 +181,12 @@ class Tabled:
         kind_of(checkpoint, self.takes, self.places.framework)
         check_directions(checkpoint)
         check_interface(checkpoint)
-        layout = self.layout(state, depth_of(checkpoint))
+        places = self._places(state, "the checkpoint")
+        layout = places.layout(state, depth_of(checkpoint))
         tower = None if state is None else layout.tower_state(state)
         if tower is not None:
             check_fits(tower, checkpoint, layout, "the checkpoint of the framework")
-        choice = choose_weights(weights, tower, checkpoint, layout, self.places.mask_only)
+        choice = choose_weights(weights, tower, checkpoint, layout, places.mask_only)
         return convert_state(state, checkpoint, layout, choice, self.derived)
 
     def lines(self, output: str) -> str:

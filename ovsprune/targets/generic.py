@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
+from ovsprune.slim.apply import Applied
 from ovsprune.targets import TARGETS
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
@@ -201,6 +202,13 @@ class Generic:
         """None: what the model takes is not known."""
         return None
 
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing: what the model does is not known."""
+
+    def bridge(self, model: nn.Module) -> Applied:
+        """Nothing: what the model needs is not known."""
+        return Applied()
+
     def check(
         self,
         model: nn.Module,
@@ -226,7 +234,7 @@ class Generic:
         self.towers(model)
         tabled, notes = self._tabled(model.state_dict(), checkpoint, type(model).__name__, model)
         attached = tabled.attach(model, checkpoint, weights=weights, force=force)
-        attached.notes = notes
+        attached.notes += notes
         return attached
 
     def convert(

@@ -8,14 +8,14 @@ one canonical tensor in several parts (queries, keys and values apart).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_PARTS", "POSITIONS", "Layout", "Place", "Stack", "hf_block"]
+__all__ = ["BLOCK_PARTS", "POSITIONS", "Layout", "Place", "Stack", "hf_block", "numbers_of"]
 
 Place = str | tuple[str, ...]
 """Path of a module or tensor, or the paths of the parts that make it up, one below the other."""
@@ -72,7 +72,8 @@ class Layout:
 
     Attributes:
         stem: Canonical name of a module or tensor outside the stacks to its place; ``""`` stands
-            for the whole tower, of a framework that kept its names.
+            for the whole tower, of a framework that kept its names, and ``*`` for a number, the
+            same on both sides (``layer1.*.bn1``).
         stacks: Stacks of transformer blocks, in the order of the blocks.
         starts: First block of every stack.
         depth: Blocks in all; None for any number.
@@ -185,28 +186,59 @@ class Layout:
         return tensor.T if canonical in self.transposed and tensor.dim() == 2 else tensor
 
 
+def numbers_of(name: str, pattern: str) -> list[str] | None:
+    """What stands in ``name`` for the stars of ``pattern``; None if it does not match.
+
+    Example:
+        >>> numbers_of("layer1.12.downsample.0", "layer1.*.downsample.0")
+        ['12']
+    """
+    parts, wanted = name.split("."), pattern.split(".")
+    alike = len(parts) == len(wanted) and all(
+        part == want or (want == "*" and part.isdigit())
+        for part, want in zip(parts, wanted, strict=True)
+    )
+    return [p for p, want in zip(parts, wanted, strict=True) if want == "*"] if alike else None
+
+
+def _key(name: str, places: Container[str], starred: Iterable[str]) -> str | None:
+    """The entry of ``places`` that speaks of ``name`` itself."""
+    if name in places:
+        return name
+    return next((key for key in starred if numbers_of(name, key) is not None), None)
+
+
 def _swap(name: str, places: Mapping[str, Place]) -> tuple[str, ...]:
     """``name`` with the longest leading path in ``places`` exchanged; nothing if there is none."""
+    starred = [key for key in places if "*" in key]
     head, tail = name, ""
     while True:
-        if head in places:
-            place = places[head]
+        key = _key(head, places, starred)
+        if key is not None:
+            place, numbers = places[key], numbers_of(head, key) or []
             found = (place,) if isinstance(place, str) else place
-            return tuple(".".join(filter(None, (path, tail))) for path in found)
+            return tuple(".".join(filter(None, (_filled(path, numbers), tail))) for path in found)
         if not head:
             return ()
         head, _, last = head.rpartition(".")
         tail = f"{last}.{tail}" if tail else last
 
 
+def _filled(path: str, numbers: list[str]) -> str:
+    """``path`` with its stars exchanged for ``numbers``, in their order."""
+    left = iter(numbers)
+    return ".".join(next(left, part) if part == "*" else part for part in path.split("."))
+
+
 def _swap_back(name: str, inverse: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
     found = _swap(name, {there: here for there, (here, _) in inverse.items()})
     if not found:
         return None
+    starred = [key for key in inverse if "*" in key]
     head = name
-    while head not in inverse:
+    while (key := _key(head, inverse, starred)) is None:
         head = head.rpartition(".")[0]
-    return found[0], inverse[head][1]
+    return found[0], inverse[key][1]
 
 
 def _inverse(places: Mapping[str, Place]) -> dict[str, tuple[str, int]]:

@@ -22,6 +22,7 @@ from ovsprune.slim.read import file_digest
 from ovsprune.slim.write import save_tensors, staged
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
+from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut
 
 __all__ = ["LINES", "RECORD", "STATE", "check_place", "load", "write_output"]
@@ -130,7 +131,9 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     try:
         own = model.state_dict()
         tower = {name for name in own if layout.canonical(name) is not None}
-        _compare(own, state, tower, path, strict, bool(document["complete"]))
+        # CLIP alone knows nothing of what the framework makes of its positions
+        free = set() if document["complete"] else {n for n in tower if _stays(layout, n)}
+        _compare(own, state, tower - free, free, path, strict, bool(document["complete"]))
     except BaseException:
         applied.detach()
         raise
@@ -139,7 +142,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
             if own[name].shape == state[name].shape:
                 own[name].copy_(state[name])
     add_guard(model, document["target"], layout, cuts)
-    return sorted(own.keys() - state.keys())
+    target.bridge(model)
+    return sorted(n for n in own if n not in state or own[n].shape != state[n].shape)
+
+
+def _stays(layout: Layout, name: str) -> bool:
+    return layout.canonical(name) in layout.stays
 
 
 def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
@@ -164,6 +172,7 @@ def _compare(
     own: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     tower: set[str],
+    free: set[str],
     path: Path,
     strict: bool,
     complete: bool,
@@ -179,6 +188,8 @@ def _compare(
         if name not in own:
             if strict:
                 problems.append(f"the model has no {name}")
+        elif name in free:
+            continue
         elif own[name].shape != state[name].shape and (strict or name in tower):
             shapes = tuple(state[name].shape), tuple(own[name].shape)
             problems.append(f"{name} is {shapes[0]}, in the model {shapes[1]}")

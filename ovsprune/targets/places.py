@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.targets.layout import Layout, Place, Stack
+from ovsprune.targets.layout import Layout, Place, Stack, numbers_of
 
-__all__ = ["KINDS", "Places", "depth_of", "kind_of"]
+__all__ = ["KINDS", "Places", "depth_of", "kind_of", "places_of"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ KINDS: Mapping[str, Kind] = {
         "transformer.resblocks.0.attn.in_proj_weight",
     ),
     "resnet": Kind("CLIP's residual network (family of RN50)", "layer1.0.conv1.weight"),
+    "convnext": Kind(
+        "a ConvNeXt of open_clip (family of convnext_large_d_320)",
+        "trunk.stages.0.blocks.0.mlp.fc1.weight",
+    ),
 }
 """Kinds of towers that targets take, by the name that they give."""
 
@@ -82,14 +86,13 @@ class Places:
         Raises:
             TargetError: Something is missing by which it is told.
         """
-        if self.missing(names):
-            stacks = " and ".join(stack.path for stack in self.stacks)
-            expected = [f"blocks under {stacks}"] if stacks else sorted(self._roots())
-            raise TargetError(
-                f"{given} is not {self.framework}: expected {', '.join([*expected, *self.marks])}. "
-                "Give the framework's own model (unwrapped: model.module), or another --target "
-                "(`ovsprune targets` lists them)"
-            )
+        places_of((self,), names, given)
+
+    def expected(self) -> str:
+        """By what the framework is told, for messages."""
+        stacks = " and ".join(stack.path for stack in self.stacks)
+        found = [f"blocks under {stacks}"] if stacks else sorted(self._roots())
+        return ", ".join([*found, *self.marks])
 
     def _roots(self) -> set[str]:
         return {path for place in self.stem.values() for path in _paths(place)}
@@ -124,6 +127,24 @@ class Places:
         )
 
 
+def places_of(builds: Sequence[Places], names: Iterable[str], given: str) -> Places:
+    """The first of a framework's builds that ``names`` (of tensors) tell of.
+
+    Raises:
+        TargetError: None of them.
+    """
+    names = list(names)
+    for places in builds:
+        if not places.missing(names):
+            return places
+    raise TargetError(
+        f"{given} is not {builds[0].framework}: expected "
+        f"{'; or '.join(places.expected() for places in builds)}. "
+        "Give the framework's own model (unwrapped: model.module), or another --target "
+        "(`ovsprune targets` lists them)"
+    )
+
+
 def kind_of(checkpoint: SlimCheckpoint, takes: tuple[str, ...], framework: str) -> str:
     """Which of the kinds in ``takes`` the slim tower is.
 
@@ -148,6 +169,8 @@ def depth_of(checkpoint: SlimCheckpoint) -> int:
 
 
 def _below(name: str, path: str) -> bool:
+    if "*" in path:
+        return numbers_of(".".join(name.split(".")[: path.count(".") + 1]), path) is not None
     return name == path or name.startswith(f"{path}.") or not path
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ovsprune.slim import SlimCheckpoint
+from ovsprune.slim.apply import Applied
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
@@ -77,6 +78,24 @@ class Target(Protocol):
         """Arguments of one forward pass of ``model`` over one picture, to count its costs on.
 
         None where they cannot be made without the framework's own data.
+        """
+        ...
+
+    def prepare(self, model: nn.Module) -> None:
+        """Make a copy of ``model`` ready to be run on ``example``, in place.
+
+        Bridges it; and whatever it would do once for many pictures (encoding the classes' names) is
+        as good as done.
+        """
+        ...
+
+    def bridge(self, model: nn.Module) -> Applied:
+        """Let ``model``, dense or slim, run with today's libraries, in place.
+
+        Attaching and loading do it, too. Without anything to do, nothing is changed.
+
+        Returns:
+            What was changed; its ``detach()`` undoes it.
         """
         ...
 

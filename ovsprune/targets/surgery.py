@@ -41,6 +41,16 @@ class Cut:
     columns: Tensor | None = None
     units: str = ""
 
+    def makes(self, name: str) -> bool:
+        """Whether the slim module has the tensor ``name`` of its own.
+
+        A layer that was cut shares the modules inside it with the dense one; an attention has none
+        of the dense one's.
+        """
+        if self.heads is not None:
+            return name.startswith(f"{self.path}.")
+        return name.rpartition(".")[0] == self.path
+
     def __str__(self) -> str:
         if self.heads is not None:
             return f"{len(self.heads)} of {self.num_heads} heads"

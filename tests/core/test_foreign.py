@@ -308,3 +308,78 @@ def test_a_pickle_cannot_change_what_modules_are(tmp_path: Path) -> None:
     instance = MODULE + b"}b."
     with pytest.raises(CheckpointError, match="holds no tensors .* it holds: a dict"):
         read_foreign(archive_of(tmp_path, b"\x80\x02" + on_the_class + instance))
+
+
+def arrays() -> dict[str, Any]:
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    found: dict[str, Any] = {"conv.weight": draw.normal(size=(4, 3, 2)).astype(np.float32)}
+    found["columns"] = np.asfortranarray(draw.normal(size=(3, 5)))
+    found |= {"count": np.array(7), "none": np.empty((0, 4), np.float32)}
+    return found | {"half": found["conv.weight"].astype(np.float16), "flags": np.ones(3, bool)}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_arrays_of_a_model_zoo(tmp_path: Path, protocol: int) -> None:
+    """detectron2's zoos hold numpy's arrays in one pickle."""
+    document = {"model": arrays(), "__author__": "third party", "matching_heuristics": True}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(document, protocol))
+    found = read_foreign(tmp_path / "x.pkl")
+    assert same(found.tensors, {k: torch.from_numpy(v.copy()) for k, v in arrays().items()})
+    assert found.container == "model" and found.inert == ()
+    assert found.other == ("__author__", "matching_heuristics")
+
+
+def test_arrays_that_hold_something_else_are_no_tensors(tmp_path: Path) -> None:
+    import numpy as np
+
+    odd = {"objects": np.array([{}, None]), "text": np.array(["a"]), "big": np.ones(2, ">f4")}
+    document = {"model": {**arrays(), **odd}, "log": [np.array([Evaluate("1")], dtype=object)]}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(document))
+    found = read_foreign(tmp_path / "x.pkl")
+    assert found.tensors.keys() == arrays().keys()
+    assert found.other == ("big", "log", "objects", "text")
+
+
+class Array:
+    """Asks for an array of another size than its bytes have."""
+
+    def __init__(self, *state: Any) -> None:
+        self.state = state
+
+    def __reduce__(self) -> Any:
+        import numpy as np
+
+        function, given, (_, _, kind, *_) = np.ones(2, np.float32).__reduce__()
+        size, raw = self.state
+        return function, given, (1, size, kind, False, raw)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [((1000,), b"12345678"), ((-1,), b""), ((2**40, 2**40), b"1234"), ((2.0,), b"12345678")],
+)
+def test_arrays_beyond_their_bytes_are_refused(tmp_path: Path, given: tuple[Any, bytes]) -> None:
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"a": Array(*given)}}))
+    with pytest.raises(CheckpointError, match=r"x\.pkl: (an array has|it describes an array)"):
+        read_foreign(tmp_path / "x.pkl")
+
+
+def test_arrays_over_the_same_bytes_share_them(tmp_path: Path) -> None:
+    """A small file cannot ask for much memory."""
+    raw = bytes(8)
+    many = {f"a{i}": Array((2,), raw) for i in range(100)}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": many}))
+    found = read_foreign(tmp_path / "x.pkl").tensors
+    assert len(found) == 100 and len({t.data_ptr() for t in found.values()}) == 1
+
+
+def test_a_bare_pickle_of_something_else_is_refused(tmp_path: Path) -> None:
+    for content in ([1, 2], "text"):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(CheckpointError, match="no torch checkpoint"):
+            read_foreign(tmp_path / "x.pkl")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"a": [1, 2]}}))
+    with pytest.raises(CheckpointError, match=r"holds no tensors .*it holds: model"):
+        read_foreign(tmp_path / "x.pkl")

@@ -309,13 +309,49 @@ def slim_resnet(
                 SliceSpec(f"{block}.{read_by}", "in"),
             )
             layers.append(LayerSpec(name, "channels", block, units, len(kept), 1, slices))
+    return _slim(state, layers, mask, trained, ("RN-by-hand", "open_clip-resnet", "relu"))
+
+
+def lively_convnext(depths: tuple[int, ...] = (1, 1, 2, 1), *, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of open_clip's ``TimmModel`` around timm's ConvNeXt, in every tensor."""
+    from timm.models.convnext import ConvNeXt
+
+    trunk = ConvNeXt(depths=depths, dims=(8, 16, 24, 32), num_classes=0)
+    head = nn.ModuleDict({"proj": nn.Linear(32, 16, bias=False)})
+    return lively(nn.ModuleDict({"trunk": trunk, "head": head}), seed).state_dict()
+
+
+def slim_convnext(
+    state: Mapping[str, Tensor], *, seed: int = 0, trained: bool = True
+) -> SlimCheckpoint:
+    """A slim checkpoint of a ConvNeXt: some hidden units of every block's MLP."""
+    draw = torch.Generator().manual_seed(seed)
+    layers, mask = [], {}
+    blocks = [n for n in state if ".blocks." in n]  # the head may have an MLP of its own
+    for made in [name for name in blocks if name.endswith(".mlp.fc1.weight")]:
+        name, units = made.removesuffix(".fc1.weight"), state[made].shape[0]
+        mask[name] = torch.randperm(units, generator=draw)[: units // 2 + len(layers)].sort().values
+        slices = (SliceSpec(f"{name}.fc1", "out"), SliceSpec(f"{name}.fc2", "in"))
+        block = name.removesuffix(".mlp")
+        layers.append(LayerSpec(name, "mlp", block, units, len(mask[name]), 1, slices))
+    return _slim(state, layers, mask, trained, ("ConvNeXt-by-hand", "open_clip-convnext", "gelu"))
+
+
+def _slim(
+    state: Mapping[str, Tensor],
+    layers: list[LayerSpec],
+    mask: dict[str, Tensor],
+    trained: bool,
+    says: tuple[str, str, str],
+) -> SlimCheckpoint:
+    """Of a convolutional tower: its model's name, family and activation are ``says``."""
     spec = SlimSpec(
-        base=base_spec("RN-by-hand", "random", trained, state),
-        family="open_clip-resnet",
+        base=base_spec(says[0], "random", trained, state),
+        family=says[1],
         library="open_clip_torch",
         library_version="3.3.0",
         architecture={"embed_dim": 24, "vision_cfg": {"image_size": 64, "width": 8}},
-        activation="relu",
+        activation=says[2],
         preprocess=Preprocess((64, 64)),
         layers=tuple(layers),
         protected=(),
@@ -331,6 +367,9 @@ def small_of_kind(kind: str, **options: Any) -> tuple[dict[str, Tensor], SlimChe
     if kind == "resnet":
         tower = lively_resnet([1, 1, 1, 1])
         return tower, slim_resnet(tower, **options), 0
+    if kind == "convnext":
+        tower = lively_convnext()
+        return tower, slim_convnext(tower, **options), 0
     assert kind == "vit", f"the contract's tests have no tower of the kind {kind}: add one here"
     tower = small_tower()
     return tower, small_slim(tower, **options), 4

@@ -30,10 +30,10 @@ def state_of(name: str, tower: dict[str, Tensor], depth: int) -> dict[str, Any]:
     """A checkpoint as the framework would save it, as far as the tables tell."""
     target: Any = TARGETS.get(name)
     marks = target.places.marks if hasattr(target, "places") else ()
-    state: dict[str, Any] = {f"{mark}.weight": torch.ones(2) for mark in marks}
-    return {**state, "adapter.weight": torch.ones(2)} | in_framework(
-        tower, target.layout(None, depth)
-    )
+    layout = target.layout(None, depth)
+    beside = [f"{mark}.weight" for mark in marks if layout.canonical(f"{mark}.weight") is None]
+    state: dict[str, Any] = {name: torch.ones(2) for name in [*beside, "adapter.weight"]}
+    return state | in_framework(tower, layout)
 
 
 @NAMES

@@ -11,7 +11,7 @@ from torch import Tensor
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.cutting import cut_state
 from ovsprune.targets import TARGETS
-from tests.targets.by_hand import MiniSan, lively_resnet, slim_resnet, small_slim, small_tower
+from tests.targets.by_hand import MiniSan, lively_resnet, put, slim_resnet, small_slim, small_tower
 from tests.targets.clipseg_models import clipseg
 from tests.targets.mini_clips import MiniCatSeg, MiniOvSeg, with_tower
 
@@ -50,7 +50,53 @@ def test_one_vit_mask_everywhere(weights: str) -> None:
                 assert [list(x) for x in heads] == kept, name
 
 
-def test_one_resnet_mask_everywhere() -> None:
+def resnets(tower: dict[str, Tensor], *, real: bool) -> list[tuple[str, Any]]:
+    """Every framework that takes CLIP's residual network, carrying ``tower`` where it can.
+
+    Args:
+        tower: Of the widths of RN50 where ``real``, an eighth of them otherwise.
+        real: Take the frameworks' own models.
+    """
+    kinds = ("clip", "unpooled", "plain")
+    if real:
+        from tests.targets.detectron2_models import fc_clip, mask2former
+        from tests.targets.test_deeplabv3 import deeplab
+
+        found = [("fc-clip", fc_clip("resnet")), ("deeplabv3", deeplab())]
+        found += [("mask2former", mask2former(kind)) for kind in kinds]
+    else:
+        from tests.targets.mini_detectron2 import MiniFcClip, MiniMask2Former
+
+        found = [("fc-clip", MiniFcClip("resnet"))]
+        found += [("mask2former", MiniMask2Former(kind)) for kind in kinds]
+    for name, model in found:
+        layout = TARGETS.get(name).layout(model.state_dict(), 0)
+        own = layout.tower_state(model.state_dict())
+        # an attention pool may be missing, or have positions of its own
+        here = {k: v for k, v in tower.items() if k in own and v.shape == own[k].shape}
+        put(model, {**own, **here}, layout)
+    return found
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.upstream)])
+def test_one_resnet_mask_everywhere(real: bool) -> None:
+    tower = lively_resnet([1, 1, 1, 1], width=64 if real else 8)
+    slim = slim_resnet(tower)
+    for name, model in resnets(tower, real=real):
+        target = TARGETS.get(name)
+        layout = target.layout(model.state_dict(), 0)
+        own = {k: v.clone() for k, v in layout.tower_state(model.state_dict()).items()}
+        cut = cut_state(own, slim.spec, slim.mask)
+        with target.attach(model, slim, weights="target"):
+            found = layout.tower_state(model.state_dict())
+            assert found.keys() == cut.keys() and len(cut) > 50, name
+            assert all(torch.equal(found[k], tensor) for k, tensor in cut.items()), name
+            for layer in slim.spec.layers:
+                module: Any = model.get_submodule(str(layout.name(layer.name)))
+                assert module.out_channels == len(slim.mask[layer.name]) < layer.units, name
+
+
+def test_one_resnet_mask_in_torchvisions_deeplabv3() -> None:
     from tests.targets.test_deeplabv3 import STAGES, deeplab
 
     tower = lively_resnet(STAGES, width=64)
