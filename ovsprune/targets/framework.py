@@ -25,6 +25,7 @@ from ovsprune.targets.check import (
     choose_weights,
 )
 from ovsprune.targets.convert import Converted, convert_state
+from ovsprune.targets.hooks import Hook, install
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.places import Places, depth_of, kind_of
 
@@ -50,6 +51,7 @@ class Tabled:
         inputs: A model to the arguments of one forward pass over one picture, by name.
         files: Names of files that belong beside the framework's checkpoint.
         derived: Patterns of keys that older versions saved, to why they are dropped.
+        hooks: Functions of the framework that are exchanged so that it runs, by import path.
         fallback: Whether it is only meant where no other target knows a model.
     """
 
@@ -64,6 +66,7 @@ class Tabled:
     inputs: Callable[[Any], Mapping[str, Any]] | None = None
     files: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
+    hooks: tuple[Hook, ...] = ()
     fallback: bool = False
 
     def detect(self, model: nn.Module) -> bool:
@@ -122,6 +125,7 @@ class Tabled:
     ) -> Attached:
         """Put the slim tower into ``model``, in place."""
         choice = self.check(model, checkpoint, weights=weights, force=force)
+        install(self.hooks)
         return attach_tower(
             model,
             checkpoint,
