@@ -142,6 +142,12 @@ class DenseGuard:
         }
         return cls(target, shapes, tower)
 
+    def below(self, path: str) -> DenseGuard:
+        """The guard of what is below ``path`` (``""``, or one that ends with a dot)."""
+        shapes = {n.removeprefix(path): s for n, s in self.shapes.items() if n.startswith(path)}
+        tower = {name.removeprefix(path) for name in self.tower if name.startswith(path)}
+        return DenseGuard(self.target, shapes, tower)
+
     def __call__(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
         if not self.tower & set(mine):

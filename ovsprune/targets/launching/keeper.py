@@ -85,7 +85,7 @@ class Keeper:
         self.checkpoint, self.decide, self.say = checkpoint, decide, say
         self.cuts = cuts_of(checkpoint, layout)
         self.guard = DenseGuard.of(model, attached.target, layout, self.cuts)
-        self.depth, self.loading = 0, False
+        self.depth = 0
         self._swap("old")
         self.dense_shapes = DenseGuard.of(model, attached.target, layout, self.cuts).shapes
         self._swap("new")
@@ -96,14 +96,23 @@ class Keeper:
         if self.attached._guard is not None:  # it refuses dense checkpoints; here they are served
             self.attached._guard.remove()
             self.attached._guard = None
-        # public from torch 2.5 on, private and the same before
-        before: Any = self.model._register_load_state_dict_pre_hook
-        after: Any = self.model.register_load_state_dict_post_hook
-        before(self._before_load)
-        after(self._after_load)
-        initialise = getattr(self.model, "init_weights", None)
-        if callable(initialise):
-            object.__setattr__(self.model, "init_weights", _Initialise(self, initialise))
+        for path in self._ancestors():
+            module: Any = self.model.get_submodule(path)
+            load = _Load(self, path)
+            # public from torch 2.5 on, private and the same before
+            module._register_load_state_dict_pre_hook(load.before)
+            module.register_load_state_dict_post_hook(load.after)
+            initialise = getattr(module, "init_weights", None)
+            if callable(initialise):
+                object.__setattr__(module, "init_weights", _Initialise(self, initialise))
+
+    def _ancestors(self) -> list[str]:
+        """Paths of the model (``""``) and of every module in it that holds one that is cut."""
+        found = {""}
+        for cut in self.cuts:
+            parts = cut.path.split(".")
+            found |= {".".join(parts[:i]) for i in range(1, len(parts))}
+        return sorted(found)
 
     def is_dense(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a state, by the model's names, is of the dense model, at least in part."""
@@ -173,24 +182,38 @@ class Keeper:
             if name in own:  # some norms lack a counter
                 own[name].copy_(value)
 
-    def _before_load(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        mine = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if self.depth:
-            return
-        self.loading = self.is_dense(mine)
-        if self.loading:
-            self.begin()
-        else:
-            self.guard(state, prefix)  # a part of a tower would leave a mix of two
 
-    def _after_load(self, *rest: Any) -> None:
+class _Load:
+    """What is done before and after a state is loaded into the model, or into a part of it."""
+
+    def __init__(self, keeper: Keeper, path: str) -> None:
+        self.keeper, self.path = keeper, f"{path}." if path else ""
+        self.loading = False
+
+    def before(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Have the dense modules step in for a dense state; refuse a part of a slim one."""
+        if self.keeper.depth:
+            return
+        mine = {
+            f"{self.path}{name[len(prefix) :]}": value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+        self.loading = self.keeper.is_dense(mine)
+        if self.loading:
+            self.keeper.begin()
+        else:
+            self.keeper.guard.below(self.path)(mine, self.path)  # or a mix of two would be left
+
+    def after(self, *rest: Any) -> None:
+        """Have the slim modules step in again."""
         if self.loading:
             self.loading = False
-            self.end("a dense checkpoint was loaded")
+            self.keeper.end("a dense checkpoint was loaded")
 
 
 class _Initialise:
-    """A model's ``init_weights``, on the dense model."""
+    """The ``init_weights`` of the model, or of a part of it, on the dense model."""
 
     def __init__(self, keeper: Keeper, initialise: Callable[..., Any]) -> None:
         self.keeper, self.initialise = keeper, initialise

@@ -44,6 +44,6 @@ def _watch(document: str) -> None:
     watch(json.loads(document)["watched"], told)
 
 
-_others()
 if os.environ.get("OVSPRUNE_LAUNCHED"):
     _watch(os.environ["OVSPRUNE_LAUNCHED"])
+_others()  # afterwards: it may import a framework
