@@ -38,12 +38,13 @@ HEAD = "clip_rec_head.resblocks"
 Built = tuple[Any, SlimCheckpoint]
 
 
-def small(directory: Path, cross: bool = False, seed: int = 0) -> Any:
+def small(directory: Path, cross: bool = False, seed: int = 0, classes: int = 3) -> Any:
     """A small SAN with lively weights."""
     upstream.repository()
     bridge("san")
     upstream.small_clip(directory)
     options = [*upstream.SMALL_OPTIONS, "MODEL.SAN.REC_CROSS_ATTN", cross]
+    options += ["MODEL.SAN.NUM_CLASSES", classes]
     model = upstream.build(upstream.config(upstream.BASE, "small-vit", options), seed)
     put(model, tower(seed), TARGET.layout(model.state_dict(), DEPTH))
     return model
