@@ -111,6 +111,7 @@ def build(cfg: Any, seed: int = 0) -> Any:
         torch.manual_seed(seed)
         model: Any = build_model(cfg)
         sharpen(model)
+    model.ov_classifier.cache.clear()  # text embeddings of weights that may be replaced
     model.eval()
     assert all(bool(torch.isfinite(t).all()) for t in model.parameters())
     return model
