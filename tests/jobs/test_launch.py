@@ -171,11 +171,6 @@ def test_an_inner_builder_leaves_it_to_the_outer_one(place: Path) -> None:
     assert [report["model"] for report in record["replaced"]] == ["Mine"]
 
 
-def test_exit_status_is_the_commands(place: Path) -> None:
-    text = f"from framework import clip\nclip.load({str(place / 'base.pth')!r})\nsys.exit(7)\n"
-    assert run(place, text)["returncode"] == 7
-
-
 def test_processes_that_it_starts_are_served(place: Path) -> None:
     """As torchrun and spawned ranks: Python under Python, and a sitecustomize of the user's."""
     (place / "site").mkdir()
@@ -195,7 +190,6 @@ def test_processes_that_it_starts_are_served(place: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("print('no model')", "nothing was replaced: no builder that is known gave"),
         ("sys.exit(3)", "ended with status 3, and until then it had built no model"),
         (
             "from framework import clip\nclip.load('small', width=64)",
@@ -206,6 +200,16 @@ def test_processes_that_it_starts_are_served(place: Path) -> None:
 def test_nothing_replaced_is_an_error(place: Path, text: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         run(place, text)
+
+
+def test_a_python_without_ovsprune_is_stopped(place: Path, capfd: Any) -> None:
+    (place / "ovsprune.py").write_text("raise ImportError('none here')")
+    command = script(place, "print('went on')")
+    with pytest.raises(TargetError, match="ended with status 1"):
+        launch(command, place / "slim", environment=ALONE | {"PYTHONPATH": str(place)})
+    out, err = capfd.readouterr()
+    assert "went on" not in out
+    assert "cannot import ovsprune (none here); install it there" in err
 
 
 def test_a_named_target_that_cannot_take_it_stops_the_script(place: Path, capfd: Any) -> None:
@@ -243,7 +247,7 @@ def test_command_line(place: Path) -> None:
     assert "out\n" in done.stderr
     done = ovsprune("--", *script(place, "import os; assert 'HF_HUB_VERBOSITY' not in os.environ"))
     assert done.returncode == 2
-    assert "Error: nothing was replaced" in done.stderr
+    assert "Error: nothing was replaced: no builder that is known gave" in done.stderr
     assert ovsprune("--", *script(place, text + "sys.exit(5)")).returncode == 5
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.targets.attached import Attached, DenseGuard
 from ovsprune.targets.check import Weights
@@ -55,7 +56,7 @@ def decide(
         return choice
     try:
         target.check(model, checkpoint, weights="slim", force=force)
-    except Exception:
+    except TargetError:
         return choice  # it can take the mask alone
     return "slim", "the framework's tower has weights of its own yet to come (it is no relative)"
 
