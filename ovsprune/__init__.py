@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ovsprune.jobs.evaluate import evaluate
     from ovsprune.jobs.export import export
     from ovsprune.jobs.inspect import inspect
+    from ovsprune.jobs.launch import launch
     from ovsprune.jobs.prune import prune
     from ovsprune.jobs.transfer import transfer
     from ovsprune.slim import SlimCheckpoint, SlimTower, apply, load, load_open_clip, read
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "inspect",
+    "launch",
     "load",
     "load_open_clip",
     "prune",
@@ -57,6 +59,7 @@ _HOMES = {
     "evaluate": "ovsprune.jobs.evaluate",
     "export": "ovsprune.jobs.export",
     "inspect": "ovsprune.jobs.inspect",
+    "launch": "ovsprune.jobs.launch",
     "load": "ovsprune.slim",
     "load_open_clip": "ovsprune.slim",
     "prune": "ovsprune.jobs.prune",

@@ -20,6 +20,7 @@ COMMANDS = (
     "demo",
     "prune",
     "transfer",
+    "launch",
     "inspect",
     "evaluate",
     "compare",
@@ -99,6 +100,7 @@ Start here:
   ovsprune demo                                   the whole of it, in minutes
   ovsprune prune --model ViT-B/16 --ratio 0.5     a tower with half of the MACs
   ovsprune transfer --target san                  the framework's checkpoint with it
+  ovsprune launch -- python train_net.py ...      or its own script, with it
 """
 
 

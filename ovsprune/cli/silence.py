@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 
-__all__ = ["silence_libraries", "verbose"]
+__all__ = ["silence_libraries", "users_environment", "verbose"]
 
 DEBUG_VARIABLE = "OVSPRUNE_DEBUG"
 
@@ -20,6 +20,8 @@ _QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+_set_here: set[str] = set()
 
 
 def verbose(arguments: Sequence[str]) -> bool:
@@ -35,9 +37,16 @@ def silence_libraries(debug: bool) -> None:
     if debug:
         return
     for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            _set_here.add(name)
+            os.environ[name] = value
     # open_clip logs on the root logger, which would set up printing on its first message.
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(logging.NullHandler())
     warnings.simplefilter("ignore")
+
+
+def users_environment() -> dict[str, str]:
+    """The environment as the user gave it, for commands of the user's own."""
+    return {name: value for name, value in os.environ.items() if name not in _set_here}

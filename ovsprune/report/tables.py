@@ -19,6 +19,7 @@ __all__ = [
     "evaluate_summary",
     "export_summary",
     "inspect_summary",
+    "launch_summary",
     "listing",
     "prune_summary",
     "table",
@@ -125,6 +126,25 @@ def transfer_summary(record: Record) -> Parts:
         text = added if isinstance(added, str) else "\n".join(added)
         lines += ["", "Add to the training script:", "", text]
     return [table(title, ["", "keys"], rows), Text("\n".join(lines))]
+
+
+def launch_summary(record: Record) -> Parts:
+    """Which models were made slim, and how the command ended."""
+    rows = [
+        [
+            str(model["model"]),
+            str(model["target"]),
+            str(len(model["replaced"])),
+            count(model["params_before"]),
+            count(model["params_after"]),
+        ]
+        for model in record["replaced"]
+    ]
+    lines = [f"Slim tower: {record['slim']}"]
+    lines += [f"note: {event}" for event in record["events"]]
+    lines.append(f"The command ended with status {record['returncode']}.")
+    columns = ["model", "target", "replaced", "parameters", "now"]
+    return [table("Replaced as they were built", columns, rows), Text("\n".join(lines))]
 
 
 def _how_many(value: Any) -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from ovsprune.core.registry import Registry
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.convert import Converted
+from ovsprune.targets.hooks import bridge
 from ovsprune.targets.output import load
 from ovsprune.targets.protocol import Target
 
-__all__ = ["TARGETS", "Attached", "Converted", "Target", "load"]
+__all__ = ["TARGETS", "Attached", "Converted", "Target", "bridge", "load"]
 
 TARGETS: Registry[Target] = Registry("target", "ovsprune.targets")

@@ -17,7 +17,7 @@ from ovsprune.targets.check import Weights
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
 
-__all__ = ["Attached", "add_guard", "attach_cuts", "attach_tower", "count"]
+__all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower", "count"]
 
 
 @dataclass(eq=False)
@@ -115,15 +115,36 @@ class Attached:
         self.detach()
 
 
-class _DenseGuard:
+class DenseGuard:
     """Refuses a dense checkpoint in a slim model.
 
     Frameworks load with ``strict=False`` or drop tensors of another shape with a mere warning:
     norms would become the dense model's and the slim layers would stay, without a word.
+
+    Args:
+        target: Name of the target, for the message.
+        shapes: Name of a tensor of a slim module to its shape.
+        tower: Names of all tensors of the tower.
     """
 
     def __init__(self, target: str, shapes: Mapping[str, tuple[int, ...]], tower: set[str]) -> None:
         self.target, self.shapes, self.tower = target, dict(shapes), tower
+
+    @classmethod
+    def of(cls, model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> DenseGuard:
+        """The guard of a slim ``model``."""
+        state = model.state_dict()
+        tower = {name for name in state if layout.canonical(name) is not None}
+        shapes = {
+            name: tuple(state[name].shape) for name in tower if any(cut.makes(name) for cut in cuts)
+        }
+        return cls(target, shapes, tower)
+
+    def below(self, path: str) -> DenseGuard:
+        """The guard of what is below ``path`` (``""``, or one that ends with a dot)."""
+        shapes = {n.removeprefix(path): s for n, s in self.shapes.items() if n.startswith(path)}
+        tower = {name.removeprefix(path) for name in self.tower if name.startswith(path)}
+        return DenseGuard(self.target, shapes, tower)
 
     def __call__(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
@@ -233,14 +254,9 @@ def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
 
 def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> Any:
     """Have ``model`` refuse dense checkpoints from now on; returns the hook's handle."""
-    state = model.state_dict()
-    tower = {name for name in state if layout.canonical(name) is not None}
-    shapes = {
-        name: tuple(state[name].shape) for name in tower if any(cut.makes(name) for cut in cuts)
-    }
     # public from torch 2.5 on, private and the same before
     register: Any = model._register_load_state_dict_pre_hook
-    return register(_DenseGuard(target, shapes, tower))
+    return register(DenseGuard.of(model, target, layout, cuts))
 
 
 @torch.no_grad()

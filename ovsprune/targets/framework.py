@@ -26,6 +26,7 @@ from ovsprune.targets.check import (
     choose_weights,
 )
 from ovsprune.targets.convert import Converted, convert_state
+from ovsprune.targets.hooks import Hook, install
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.places import Places, depth_of, kind_of, places_of
 
@@ -59,6 +60,7 @@ class Tabled:
         prepares: What a copy of the model needs before its costs are counted on them, in place.
         files: Names of files that belong beside the framework's checkpoint.
         derived: Patterns of keys that older versions saved, to why they are dropped.
+        hooks: Functions of the framework that are exchanged so that it runs, by import path.
         fallback: Whether it is only meant where no other target knows a model.
     """
 
@@ -76,6 +78,7 @@ class Tabled:
     prepares: Callable[[Any], None] | None = None
     files: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
+    hooks: tuple[Hook, ...] = ()
     fallback: bool = False
 
     def detect(self, model: nn.Module) -> bool:
@@ -154,6 +157,7 @@ class Tabled:
     ) -> Attached:
         """Put the slim tower into ``model``, in place."""
         choice = self.check(model, checkpoint, weights=weights, force=force)
+        install(self.hooks)
         attached = attach_tower(
             model,
             checkpoint,

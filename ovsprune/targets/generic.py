@@ -20,6 +20,7 @@ from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.framework import Tabled
+from ovsprune.targets.hooks import Hook
 from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Layout, Stack, hf_block
 from ovsprune.targets.places import KINDS, Places, kind_of
 
@@ -176,6 +177,7 @@ class Generic:
     }
     trainable = ("*",)
     files: tuple[str, ...] = ()
+    hooks: tuple[Hook, ...] = ()
     fallback = True
 
     def detect(self, model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from ovsprune.slim.read import file_digest
 from ovsprune.slim.write import save_tensors, staged
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
+from ovsprune.targets.hooks import install
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut
 
@@ -124,6 +125,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     state = _read_state(path, document)
     target = TARGETS.get(document["target"])
     target.towers(model)
+    install(target.hooks)
     layout = target.layout(model.state_dict(), int(document["depth"]))
     cuts = tuple(_cut(entry, path / RECORD) for entry in document["cuts"])
     _check_dense(model, cuts)

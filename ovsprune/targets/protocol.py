@@ -12,6 +12,7 @@ from ovsprune.slim.apply import Applied
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
+from ovsprune.targets.hooks import Hook
 from ovsprune.targets.layout import Layout
 
 __all__ = ["Target"]
@@ -29,6 +30,7 @@ class Target(Protocol):
         trainable: ``fnmatch`` patterns of the framework's parameters that a schedule may touch.
         fallback: Whether it is only meant where no other target knows a model.
         files: Names of files that belong beside the framework's checkpoint and go along with it.
+        hooks: Functions of the framework that are exchanged so that it runs, by import path.
     """
 
     @property
@@ -48,6 +50,9 @@ class Target(Protocol):
 
     @property
     def files(self) -> tuple[str, ...]: ...
+
+    @property
+    def hooks(self) -> tuple[Hook, ...]: ...
 
     def detect(self, model: nn.Module) -> bool:
         """Whether ``model`` is this framework's."""

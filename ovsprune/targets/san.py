@@ -6,6 +6,7 @@ from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import Tabled
 from ovsprune.targets.layout import BLOCK_PARTS, Layout, Stack
 from ovsprune.targets.places import Places
+from ovsprune.targets.san_bridge import HOOKS, VISUAL
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _STEM = ("class_embedding", "positional_embedding", "conv1", "ln_pre")
@@ -36,6 +37,8 @@ _LINES = """\
 # train_net.py of MendelXu/SAN
 import ovsprune.targets  # pip install --no-deps ovsprune
 
+ovsprune.targets.bridge("san")  # lets SAN run with today's open_clip; nothing to do with 2.16
+
 class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
@@ -53,7 +56,7 @@ def san() -> Tabled:
     """SAN as MendelXu/SAN has it (detectron2): live models and checkpoints."""
     return Tabled(
         name="san",
-        framework="MendelXu/SAN at e19262d (detectron2, open_clip 2.16.0)",
+        framework="MendelXu/SAN at e19262d (detectron2, open_clip 2.16.0 or today's)",
         places=_PLACES,
         takes=("vit",),
         protects=PROTECTS,
@@ -64,5 +67,6 @@ def san() -> Tabled:
             "clip_rec_head.*",
         ),
         script=_LINES,
-        checks=(no_cross_attention("clip_rec_head"),),
+        checks=(no_cross_attention("clip_rec_head", served=VISUAL),),
+        hooks=HOOKS,
     )

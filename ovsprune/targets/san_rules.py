@@ -23,15 +23,17 @@ PROTECTS: Mapping[str, str] = {
 }
 
 
-def no_cross_attention(path: str) -> Check:
+def no_cross_attention(path: str, served: str = "") -> Check:
     """Refuse cut heads where SAN slices ``in_proj_weight`` at offsets of the dense width itself.
 
     Args:
         path: Of the module whose ``cross_attn`` says so.
+        served: Name of the framework's module in which a hook of ours serves cut heads, too.
     """
 
     def check(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
-        if not getattr(model.get_submodule(path), "cross_attn", False):
+        head = model.get_submodule(path)
+        if not getattr(head, "cross_attn", False) or type(head).__module__ == served:
             return
         cut = [
             layer.name

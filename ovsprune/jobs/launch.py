@@ -1,0 +1,192 @@
+"""launch: a framework's own script, with the towers that it builds replaced as they are built.
+
+``python -m ovsprune.jobs.launch --slim DIR -- python train_net.py ...`` does it where ovsprune was
+installed without what it depends on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ovsprune.core.errors import OptionError, OvspruneError, TargetError
+from ovsprune.core.progress import Progress, Silent
+from ovsprune.jobs.transfer import newest_slim
+from ovsprune.slim import read
+from ovsprune.targets import TARGETS
+from ovsprune.targets.launching import start_directory
+from ovsprune.targets.launching.session import watched
+
+__all__ = ["launch"]
+
+VARIABLE = "OVSPRUNE_LAUNCHED"
+
+
+def launch(
+    command: Sequence[str],
+    slim: str | os.PathLike[str] | None = None,
+    target: str = "auto",
+    *,
+    weights: str = "auto",
+    force: bool = False,
+    environment: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a framework's own command with slim towers in the models that it builds.
+
+    Args:
+        command: The program and its arguments, as they would be typed.
+        slim: Directory of the slim checkpoint; by default the newest under ``slim/``.
+        target: Name of a target; ``"auto"`` asks each which models it knows.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; asked again whenever the
+            framework loads a dense checkpoint into its model.
+        force: Take a checkpoint whose base model is untrained, too.
+        environment: Variables of the command; by default those of this process.
+        progress: Who hears about it.
+
+    Returns:
+        A record with ``command, slim, target, returncode``; ``replaced``: of each model that was
+        made slim, what :meth:`ovsprune.targets.Attached.record` gives; and ``events``: what became
+        of its tower when the framework loaded or initialised it later.
+
+    Raises:
+        OptionError: There is no such program, or ``weights`` is unknown.
+        UnknownNameError: There is no such target.
+        CheckpointError: The slim checkpoint is missing or damaged.
+        TargetError: The command ended, and nothing was replaced.
+    """
+    progress = progress or Silent()
+    if target != "auto":
+        TARGETS.get(target)
+    if weights not in ("slim", "target", "auto"):
+        raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
+    variables = dict(os.environ if environment is None else environment)
+    if not command or shutil.which(command[0], path=variables.get("PATH")) is None:
+        raise OptionError(
+            f"there is no program {command[0] if command else ''!r} to launch; write the command "
+            "after --, as it would be typed: ovsprune launch --slim DIR -- python train_net.py ..."
+        )
+    if slim is None:
+        slim = newest_slim()
+        progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
+    read(slim)  # what is wrong with it is told before the framework starts
+    directory = str(Path(slim).resolve())
+    with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
+        document = {
+            "watched": watched(),
+            "session": {
+                "slim": directory,
+                "record": scratch,
+                "target": target,
+                "weights": weights,
+                "force": force,
+            },
+        }
+        variables[VARIABLE] = json.dumps(document)
+        paths = (str(start_directory()), variables.get("PYTHONPATH", ""))
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        status = _run(list(command), variables)
+        records = _records(Path(scratch))
+    replaced = [record for record in records if "replaced" in record]
+    if not replaced:
+        raise TargetError(_nothing(command, status, records))
+    return {
+        "command": list(command),
+        "slim": directory,
+        "target": target,
+        "returncode": status,
+        "replaced": replaced,
+        "events": list(dict.fromkeys(r["event"] for r in records if "event" in r)),
+    }
+
+
+def _run(command: list[str], variables: Mapping[str, str]) -> int:
+    """Run a command to its end, and give its exit status; a signal is passed on to it."""
+    try:
+        out: Any = sys.stdout if sys.stdout.fileno() != 1 else None
+    except (AttributeError, OSError, ValueError):
+        out = None
+    try:
+        child = subprocess.Popen(command, env=dict(variables), stdout=out)
+    except OSError as error:
+        raise OptionError(f"{command[0]} cannot be started: {error.strerror or error}") from None
+    with _passed_on(child):
+        status = child.wait()
+    return status if status >= 0 else 128 - status  # as a shell says it of a signal
+
+
+@contextmanager
+def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Signals that would end this process end the command first, so that its end can be told.
+
+    A terminal sends its interrupt to both; then it is enough to wait.
+    """
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            handler = signal.SIG_IGN if number == signal.SIGINT else _pass(child)
+            before[number] = signal.signal(number, handler)
+        except ValueError:  # not in the main thread
+            break
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass(child: subprocess.Popen[bytes]) -> Any:
+    return lambda number, frame: child.send_signal(number)
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    files = sorted(directory.glob("[!.]*.json"), key=lambda file: file.stat().st_mtime_ns)
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _nothing(command: Sequence[str], status: int, records: list[dict[str, Any]]) -> str:
+    """Why nothing was replaced, as far as one can tell."""
+    passed = [str(record["passed"]) for record in records if "passed" in record]
+    why = "; ".join(dict.fromkeys(passed))
+    if status and not why:
+        return (
+            f"{command[0]} ended with status {status}, and until then it had built no model with a "
+            "tower to replace; its own messages say why it ended"
+        )
+    return (
+        "nothing was replaced: "
+        + (why or "no builder that is known gave a model with a CLIP image tower in it")
+        + ". Builders are those of detectron2, mmengine, open_clip, OpenAI's clip and "
+        "transformers' from_pretrained; where a script builds its model in another way, add the "
+        "lines that `ovsprune transfer` prints"
+    )
+
+
+def _alone(arguments: Sequence[str] | None = None) -> int:
+    """The command line without click; the status of the command, or 2."""
+    parser = argparse.ArgumentParser(prog="ovsprune launch", description=__doc__)
+    parser.add_argument("--slim", metavar="DIR")
+    parser.add_argument("--target", default="auto")
+    parser.add_argument("--weights", default="auto")
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("command", nargs="+")
+    given = vars(parser.parse_args(arguments))
+    try:
+        return int(launch(**given)["returncode"])
+    except OvspruneError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(_alone())

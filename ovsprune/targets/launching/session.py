@@ -1,0 +1,193 @@
+"""One process of a launched command: what its builders give is looked at, and made slim."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ovsprune.core.errors import OvspruneError, TargetError
+from ovsprune.slim import SlimCheckpoint, read
+from ovsprune.targets import TARGETS
+from ovsprune.targets.hooks import Hook, put
+from ovsprune.targets.launching.builders import BUILDERS, LOADERS
+from ovsprune.targets.launching.keeper import Keeper, decide
+from ovsprune.targets.places import depth_of
+from ovsprune.targets.protocol import Target
+
+__all__ = ["Session", "told", "watched"]
+
+
+def watched() -> list[str]:
+    """Patterns of the modules of which something is exchanged."""
+    patterns = [entry.module for entry in (*BUILDERS, *LOADERS)]
+    patterns += [hook.module for name in TARGETS for hook in TARGETS.get(name).hooks]
+    return list(dict.fromkeys(patterns))
+
+
+class Session:
+    """What one process was told, and what it replaced.
+
+    Args:
+        slim: Directory of the slim checkpoint.
+        record: Directory for one file a replacement, which the parent reads.
+        target: Name of the target, or ``"auto"``.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``.
+        force: Take a checkpoint whose base had random weights, too.
+    """
+
+    def __init__(self, slim: str, record: str, target: str, weights: str, force: bool) -> None:
+        self.slim, self.record = slim, Path(record)
+        self.target, self.weights, self.force = target, weights, force
+        self.local = threading.local()
+        self.keepers: WeakKeyDictionary[nn.Module, Keeper] = WeakKeyDictionary()
+        self.hooks = (
+            *(Hook(e.module, e.name, self._building, e.beside) for e in BUILDERS),
+            *(Hook(e.module, e.name, self._loading, e.beside) for e in LOADERS),
+            *(hook for name in TARGETS for hook in TARGETS.get(name).hooks),
+        )
+
+    @functools.cached_property
+    def checkpoint(self) -> SlimCheckpoint:
+        """The slim checkpoint, read when the first model is built."""
+        return read(self.slim)
+
+    def _building(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def builds(*args: Any, **given: Any) -> Any:
+            depth = getattr(self.local, "depth", 0)
+            self.local.depth = depth + 1
+            try:
+                result = build(*args, **given)
+            finally:
+                self.local.depth = depth
+            if not depth:
+                for part in result if isinstance(result, tuple) else (result,):
+                    if isinstance(part, nn.Module):
+                        self.built(part)
+            return result
+
+        return builds
+
+    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def loads(loader: Any, checkpoint: Any, *args: Any, **given: Any) -> Any:
+            with self._dense(loader.model, checkpoint):
+                return load(loader, checkpoint, *args, **given)
+
+        return loads
+
+    @contextlib.contextmanager
+    def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
+        """``model`` is dense inside if the checkpoint is."""
+        keeper = self.keepers.get(model)
+        state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
+        if keeper is None or not isinstance(state, Mapping):
+            yield
+            return
+        if keeper.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
+            with keeper.dense("a dense checkpoint was loaded"):
+                yield
+        else:
+            yield
+
+    def built(self, model: nn.Module) -> None:
+        """Make a model slim that the outermost builder gave, if it holds the tower.
+
+        Raises:
+            TargetError: It is a framework that is known (or that was named), and cannot take it.
+        """
+        if model in self.keepers:
+            return
+        found = self._recognise(model)
+        if found is None:
+            return
+        name, target = found
+        try:
+            choice = decide(target, model, self.checkpoint, self.weights, self.force)
+        except OvspruneError as error:
+            if target.fallback and self.target == "auto":
+                self._write({"passed": f"{type(model).__name__}: {error}"})
+                return
+            raise
+        layout = target.layout(model.state_dict(), depth_of(self.checkpoint))
+        attached = target.attach(model, self.checkpoint, weights=choice[0], force=self.force)
+        attached.reason = choice[1]
+        kind = type(model).__name__
+
+        def say(message: str) -> None:
+            _print(f"{name} ({kind}): {message}")
+            self._write({"event": f"{name} ({kind}): {message}"})
+
+        self.keepers[model] = Keeper(
+            model,
+            attached,
+            layout,
+            self.checkpoint,
+            lambda dense: decide(target, dense, self.checkpoint, self.weights, self.force),
+            say,
+        )
+        before, after = attached.params_before, attached.params_after
+        _print(
+            f"{name} ({kind}): {len(attached.replaced)} replaced, weights {choice[0]} "
+            f"({choice[1]}); parameters {before:,} -> {after:,} ({after / before - 1:+.1%})"
+        )
+        for path, what in attached.replaced.items():
+            _print(f"  {path}: {what}")
+        self._write({"model": kind, **attached.record()})
+
+    def _recognise(self, model: nn.Module) -> tuple[str, Target] | None:
+        """The target that was named, or the one that knows ``model``.
+
+        Raises:
+            TargetError: Several know it.
+        """
+        if self.target != "auto":
+            named = TARGETS.get(self.target)
+            return (self.target, named) if named.detect(model) else None
+        knowing = [name for name in TARGETS if TARGETS.get(name).detect(model)]
+        fitting = [name for name in knowing if not TARGETS.get(name).fallback] or knowing
+        if len(fitting) > 1:
+            raise TargetError(
+                f"{type(model).__name__} looks like {' and like '.join(fitting)}; say which it is "
+                f"(--target {fitting[0]})"
+            )
+        return (fitting[0], TARGETS.get(fitting[0])) if fitting else None
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """Leave a record for the parent."""
+        name = f"{os.getpid()}-{uuid.uuid4().hex}.json"
+        scratch = self.record / f".{name}"
+        scratch.write_text(json.dumps({"pid": os.getpid(), **record}), encoding="utf-8")
+        scratch.rename(self.record / name)
+
+
+def _print(message: str) -> None:
+    sys.stderr.write(f"ovsprune: {message}\n")
+    sys.stderr.flush()
+
+
+@functools.cache
+def _session(document: str) -> Session:
+    return Session(**json.loads(document)["session"])
+
+
+def told(module: ModuleType, document: str) -> None:
+    """Exchange what is to be exchanged in a module that was just imported.
+
+    Args:
+        module: One that a pattern of :func:`watched` matches.
+        document: What the parent left in the environment (JSON).
+    """
+    put(_session(document).hooks, module)
