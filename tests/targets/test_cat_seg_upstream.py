@@ -18,7 +18,7 @@ from ovsprune.slim import SlimAttention
 from ovsprune.targets import TARGETS
 from tests.targets import proofs
 from tests.targets.by_hand import random_kept, slim_by_hand
-from tests.targets.cat_seg_models import SMALL, VIT_B, Shape, cat_seg, loss, run
+from tests.targets.cat_seg_models import SMALL, VIT_B, Shape, cat_seg, install, loss, run
 from tests.targets.proofs import Case
 
 pytestmark = pytest.mark.upstream
@@ -44,6 +44,7 @@ def case_of(shape: Shape, build: Any) -> Case:
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
+    install(monkeypatch)  # skips before anything is drawn
     return case_of(SMALL, lambda tower: cat_seg(monkeypatch, tmp_path, SMALL, tower))
 
 
@@ -193,6 +194,7 @@ def test_refusals_leave_it_untouched(case: Case, model: Any) -> None:
 
 def test_vit_b_16_at_its_real_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All of its configuration for ViT-B/16, at 384 pixels: equal, and what it costs."""
+    install(monkeypatch)
     case = case_of(VIT_B, lambda tower: cat_seg(monkeypatch, tmp_path, VIT_B, tower))
     model = case.build(case.tower)
     proofs.slim_equals_masked(case, model)

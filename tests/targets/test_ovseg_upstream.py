@@ -20,6 +20,7 @@ from tests.targets.ovseg_models import (
     SMALL,
     VIT_B,
     Shape,
+    install,
     loss,
     losses_of_training,
     ovseg,
@@ -55,6 +56,7 @@ def case_of(shape: Shape, build: Any) -> Case:
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
+    install(monkeypatch)  # skips before anything is drawn
     return case_of(SMALL, lambda tower: ovseg(monkeypatch, tmp_path, SMALL, tower))
 
 
@@ -147,6 +149,7 @@ def test_round_trip_with_its_own_checkpointer(
 
 def test_vit_b_16_at_its_real_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """ResNet-101 and ViT-B/16 as its configuration has them, with few queries: equal, and costs."""
+    install(monkeypatch)
     case = case_of(VIT_B, lambda tower: ovseg(monkeypatch, tmp_path, VIT_B, tower))
     model = case.build(case.tower)
     proofs.slim_equals_masked(case, model)
