@@ -80,7 +80,8 @@ def test_blocks_take_the_old_order_after_the_bridge(san: None) -> None:
     visual = importlib.import_module("san.model.clip_utils.visual")
     text = importlib.import_module("san.model.clip_utils.classifier")
     with pytest.raises(AttributeError, match="input_patchnorm"):
-        visual.FeatureExtractor.__init__.__wrapped__(object.__new__(visual.FeatureExtractor), model.visual)  # fmt: skip
+        unbridged = visual.FeatureExtractor.__init__.__wrapped__
+        unbridged(object.__new__(visual.FeatureExtractor), model.visual)
     assert torch.isfinite(model.encode_image(image)).all()
     embedded = model.token_embedding(tokens) + model.positional_embedding
     words = model.transformer(embedded, attn_mask=model.attn_mask)
