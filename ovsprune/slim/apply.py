@@ -48,6 +48,13 @@ class Swap:
     old: Any
     new: Any
 
+    def put(self, value: Any) -> None:
+        """Put ``value``, one of ``old`` and ``new``, into the table."""
+        if value is ABSENT:
+            getattr(self.owner, self.table).pop(self.name, None)
+        else:
+            getattr(self.owner, self.table)[self.name] = value
+
 
 @dataclass(eq=False)
 class Applied:
@@ -79,10 +86,7 @@ class Applied:
                     "attached; undo that first"
                 )
         for swap in reversed(self._swaps):
-            if swap.old is ABSENT:
-                del getattr(swap.owner, swap.table)[swap.name]
-            else:
-                getattr(swap.owner, swap.table)[swap.name] = swap.old
+            swap.put(swap.old)
         self._swaps.clear()
 
     def __enter__(self) -> Applied:
@@ -359,7 +363,7 @@ class _Plan:
             if id(entry) in new
         ]
         for swap in swaps:
-            getattr(swap.owner, swap.table)[swap.name] = swap.new
+            swap.put(swap.new)
         return Applied(
             replaced=tuple(self.modules),
             loaded=tuple(self.tensors),

@@ -248,7 +248,7 @@ def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
         owner = slim[path] if path in slim else model.get_submodule(path)
         swaps.append(Swap(name, owner, "_modules", leaf, owner._modules[leaf], slim[name]))
     for swap in swaps:
-        swap.owner._modules[swap.name] = swap.new
+        swap.put(swap.new)
     return Applied(tuple(cut.path for cut in cuts), _swaps=swaps)
 
 

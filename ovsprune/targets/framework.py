@@ -120,7 +120,7 @@ class Tabled:
         """Let the framework's model run with today's libraries; what comes back undoes it."""
         swaps = [swap for bridge in self.bridges for swap in bridge(model)]
         for swap in swaps:
-            getattr(swap.owner, swap.table)[swap.name] = swap.new
+            swap.put(swap.new)
         return Applied(tuple(swap.path for swap in swaps), _swaps=swaps)
 
     def check(

@@ -160,7 +160,7 @@ class Keeper:
 
     def _swap(self, which: str) -> None:
         for swap in self.attached._applied._swaps:
-            getattr(swap.owner, swap.table)[swap.name] = getattr(swap, which)
+            swap.put(getattr(swap, which))
 
     @torch.no_grad()
     def _fill(
