@@ -65,7 +65,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Path:
     path = checkout(
         "ovseg", "detectron2", "timm", "pandas", "scipy", below=("", "third_party/CLIP")
     )
-    if importlib.util.find_spec("wandb") is None:
+    if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
     return path
 
