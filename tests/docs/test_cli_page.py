@@ -32,14 +32,18 @@ def test_help_says_what_every_option_does(name: str) -> None:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Words of every `ovsprune ...` in code of a page, without what a shell adds."""
+    """Words of every `ovsprune ...` in code of a page, without what a shell adds.
+
+    What stands after `--` is another program's.
+    """
     joined = text.replace("\\\n", " ")
     code = re.findall(r"```bash\n(.*?)```", joined, re.DOTALL)
     lines = [
         part for block in code for line in block.splitlines() for part in re.split(r"&&|\|", line)
     ]
     lines += re.findall(r"`(ovsprune [^`\n]+)`", joined)
-    return [line.split("#")[0].split() for line in lines if line.strip().startswith("ovsprune ")]
+    ours = [line.split("#")[0].split(" -- ")[0] for line in lines]
+    return [line.split() for line in ours if line.strip().startswith("ovsprune ")]
 
 
 @pytest.mark.parametrize(
