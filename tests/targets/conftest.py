@@ -14,11 +14,6 @@ CLASSES = ("person", "tree", "sky")
 VIT_B = {"width": 768, "depth": 12, "heads": 12, "patch": 16, "size": 224, "outputs": 512}
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="session")
 def vit_b() -> dict[str, Tensor]:
     """A tower of ViT-B/16's sizes."""
