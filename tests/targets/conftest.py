@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from tests.targets.by_hand import lively_tower, load_pictures, needs_mmseg
