@@ -203,12 +203,12 @@ def test_example_that_cannot_be_run_changes_nothing(slim: Path) -> None:
 def test_model_that_looks_like_several(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MiniSan.with_tower(small_tower())
     monkeypatch.setattr(Places, "missing", lambda self, names: [])
-    with pytest.raises(TargetError, match="looks like clipseg and like deeplabv3.*say which"):
+    with pytest.raises(TargetError, match="looks like .*clipseg and like deeplabv3.*say which"):
         transfer(model, slim)
 
 
 def test_unknown_live_model(slim: Path) -> None:
-    with pytest.raises(TargetError, match="Linear is none of the frameworks .*mmseg-san, san"):
+    with pytest.raises(TargetError, match="Linear is none of the frameworks .*mmseg-san, .*san"):
         transfer(nn.Linear(2, 2), slim)
 
 
