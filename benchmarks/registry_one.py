@@ -55,7 +55,7 @@ def main(name: str, folder: Path) -> None:
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """The row's fields."""
-    few = not name.startswith(PREFIX) and params_of(name) * 4 * COPIES > MEMORY
+    few = not name.startswith(PREFIX) and not fits(params_of(name))
     with shortened(few):
         backbone = backbones.load(name, pretrained="none")
         backbone.encoder, backbone.text = None, {}
@@ -124,6 +124,11 @@ def params_of(name: str) -> int:
     with torch.device("meta"):
         tower = open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"])
     return sum(parameter.numel() for parameter in tower.parameters())
+
+
+def fits(params: int) -> bool:
+    """Whether a tower of so many parameters is built at its real size."""
+    return params * 4 * COPIES <= MEMORY
 
 
 @contextmanager

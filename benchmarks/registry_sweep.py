@@ -35,7 +35,7 @@ from typing import Any
 
 import open_clip
 import timm
-from registry_one import params_of
+from registry_one import fits, params_of
 
 from ovsprune.jobs.rows import write_text
 from ovsprune.report.numbers import count
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(row), flush=True)
             _write([rows[n] for n in names if n in rows])
 
-    wanted = chosen.name or sorted(set(names) - set(rows), key=params_of)
+    wanted = chosen.name or sorted(set(names) - set(rows), key=size_of)
     first = {tower_of(name): name for name in reversed(wanted)}.values()
     with ThreadPoolExecutor(chosen.jobs) as pool:
         for part in (
@@ -82,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ):
             list(pool.map(measure, part))
     _write([rows[n] for n in names if n in rows])
+
+
+def size_of(name: str) -> int:
+    """Parameters that are built, about: a tower that is shortened is small."""
+    params = params_of(name)
+    return params if fits(params) else params // 20
 
 
 def tower_of(name: str) -> str:
