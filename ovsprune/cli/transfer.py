@@ -31,6 +31,14 @@ from ovsprune.cli.screen import Screen, output_options
     help="slim (the framework uses the frozen base CLIP), target (it finetuned its CLIP), or auto.",
 )
 @click.option(
+    "--calibration",
+    metavar="DIR",
+    help="Pictures to repair the framework's own weights on, once they are cut (weights target): a "
+    "folder, procedural or leaves.",
+)
+@click.option("--samples", default=256, show_default=True, help="Calibration pictures.")
+@click.option("--recovery", default="closed-form", show_default=True, help="As of prune.")
+@click.option(
     "--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Where the result goes."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, OptionError, TargetError
 from ovsprune.core.folder import files_beside, read_folder
@@ -15,8 +17,10 @@ from ovsprune.core.progress import Progress, Silent
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.spec import CONFIG
 from ovsprune.targets import TARGETS, Attached
+from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.output import check_place, write_output
+from ovsprune.targets.places import depth_of
 
 __all__ = ["newest_slim", "transfer"]
 
@@ -33,6 +37,9 @@ def transfer(
     weights: str = ...,
     force: bool = ...,
     example: Any = ...,
+    calibration: _PathLike | None = ...,
+    samples: int = ...,
+    recovery: str = ...,
     progress: Progress | None = ...,
 ) -> Attached: ...
 
@@ -49,6 +56,9 @@ def transfer(
     overwrite: bool = ...,
     force: bool = ...,
     dry_run: bool = ...,
+    calibration: _PathLike | None = ...,
+    samples: int = ...,
+    recovery: str = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 
@@ -65,6 +75,9 @@ def transfer(
     force: bool = False,
     dry_run: bool = False,
     example: Any = None,
+    calibration: _PathLike | None = None,
+    samples: int = 256,
+    recovery: str = "closed-form",
     progress: Progress | None = None,
 ) -> Attached | dict[str, Any]:
     """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
@@ -89,6 +102,11 @@ def transfer(
         example: Live: what the model's forward takes (an argument, a tuple of them, or a mapping
             by name), to count the whole model's MACs on. By default what the target gives, where
             it can.
+        calibration: Where the framework's own weights are cut by the mask (``weights="target"``),
+            pictures without labels to repair its tower on: a folder, ``"procedural"`` or
+            ``"leaves"``. Needs what ``pip install ovsprune`` brings.
+        samples: Calibration pictures.
+        recovery: How it is repaired, as of :func:`ovsprune.prune`.
         progress: Who hears about it.
 
     Returns:
@@ -102,12 +120,15 @@ def transfer(
         TargetError: The framework cannot take the slim tower; nothing was changed.
         CheckpointError: A checkpoint is missing or damaged.
         OutputError: The output exists or cannot be written.
-        OptionError: ``weights`` is unknown, an argument is of the other way's, or the model cannot
-            be run on ``example``; nothing was changed.
+        OptionError: ``weights`` is unknown, an argument is of the other way's, the model cannot be
+            run on ``example``, or there are calibration pictures and the slim weights would be
+            taken, which are repaired already; nothing was changed.
+        DataError: The calibration pictures cannot be used.
     """
     progress = progress or Silent()
     if target != "auto":
         TARGETS.get(target)  # a wrong name is told before a file is read
+    repair = None if calibration is None else _Repair(str(calibration), samples, recovery)
     if model is not None:
         given = [
             name
@@ -117,7 +138,7 @@ def transfer(
         if given:
             raise OptionError(f"{', '.join(given)} cannot go with a live model; leave it out")
         name = _recognise(model) if target == "auto" else target
-        return _live(model, _read(slim, progress), name, weights, force, example, progress)
+        return _live(model, _read(slim, progress), name, weights, force, example, repair, progress)
     if example is not None:
         raise OptionError("example goes with a live model; leave it out on disk")
     if target == "auto":
@@ -133,8 +154,59 @@ def transfer(
         overwrite,
         force,
         dry_run,
+        repair,
         progress,
     )
+
+
+@dataclass(frozen=True)
+class _Repair:
+    """How a framework's own tower is repaired, once it is cut."""
+
+    calibration: str
+    samples: int
+    recovery: str
+
+    def __call__(
+        self,
+        slim: SlimCheckpoint,
+        choice: tuple[Weights, str],
+        state: Mapping[str, Tensor],
+        progress: Progress,
+    ) -> tuple[SlimCheckpoint, str]:
+        """The checkpoint with the framework's weights in it, and the reason with what was done.
+
+        Args:
+            slim: The slim checkpoint.
+            choice: Which weights would be taken without a repair, and why.
+            state: The framework's dense tower, by canonical name.
+            progress: Who hears about it.
+        """
+        if choice[0] != "target":
+            raise OptionError(
+                "calibration pictures repair the framework's own weights, and the slim ones would "
+                f"be taken ({choice[1]}), which are repaired already; leave the pictures out, or "
+                "ask for weights 'target'"
+            )
+        try:
+            from ovsprune.jobs.refit_own import refitted
+        except ImportError as error:
+            raise OptionError(
+                f"a repair needs what 'pip install ovsprune' brings ({error}); leave the "
+                "calibration pictures out, or transfer where it is installed"
+            ) from None
+        made, close = refitted(
+            slim,
+            state,
+            calibration=self.calibration,
+            samples=self.samples,
+            recovery=self.recovery,
+            progress=progress,
+        )
+        return made, (
+            f"{choice[1]}; repaired by {self.recovery} on pictures of {self.calibration}: relative "
+            f"error {close.relative_error:.3f} on others"
+        )
 
 
 def _live(
@@ -144,11 +216,17 @@ def _live(
     weights: str,
     force: bool,
     example: Any,
+    repair: _Repair | None,
     progress: Progress,
 ) -> Attached:
     """Attach, with the whole model's costs before and after."""
     target = TARGETS.get(name)
-    target.check(model, slim, weights=weights, force=force)  # before the longer work
+    choice = target.check(model, slim, weights=weights, force=force)  # before the longer work
+    if repair is not None:
+        names = model.state_dict()
+        state = target.layout(names, depth_of(slim)).tower_state(names)
+        slim, reason = repair(slim, choice, state, progress)
+        weights, choice = "slim", ("target", reason)
     given = example is not None
     example = example if given else target.example(model)
     before, said = None, "nothing, since the target has no inputs for it; pass example=..."
@@ -165,6 +243,7 @@ def _live(
                 said = f"nothing: {error}"
         advance(1)
         attached = target.attach(model, slim, weights=weights, force=force)
+        attached.weights, attached.reason = choice
         advance(1)
         attached.counted_on = said
         if before is not None:
@@ -187,6 +266,7 @@ def _on_disk(
     overwrite: bool,
     force: bool,
     dry_run: bool,
+    repair: _Repair | None,
     progress: Progress,
 ) -> dict[str, Any]:
     target = TARGETS.get(name)
@@ -198,6 +278,12 @@ def _on_disk(
         advance(1)
         state = None if foreign is None else foreign.tensors
         converted = target.convert(state, slim, weights=weights, force=force)
+        if repair is not None:
+            tower = target.layout(state, depth_of(slim)).tower_state(state or {})
+            choice = converted.weights, converted.reason
+            slim, reason = repair(slim, choice, tower, progress)
+            converted = target.convert(state, slim, weights="slim", force=force)
+            converted = replace(converted, weights="target", reason=reason)
         advance(1)
         record = _record(name, slim, converted, foreign, checkpoint)
         record["lines"] = target.lines(str(place))
