@@ -86,3 +86,56 @@ def test_recovery_keeps_masks_and_logits_close(
     for name in ("masks", "logits"):
         assert repaired[name] < 0.5, "half of the MACs are gone; the output should be much the same"
         assert repaired[name] < 0.6 * bare[name]
+
+
+def test_training_steps_bring_its_losses_down(
+    tiny: Any, san: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    """The framework's own losses, on labelled pictures; the slim tower trains, too."""
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    from ovsprune.calibration.scenes import render_scene
+    from ovsprune.jobs.prune import prune
+    from ovsprune.jobs.transfer import transfer
+
+    prune(
+        tiny, 0.5, samples=8, criterion="magnitude", allocation="uniform", recovery="none",
+        output=tmp_path / "slim",
+    )  # fmt: skip
+    samples = []
+    for i in range(2):
+        label = torch.from_numpy(render_scene(i, split="test", size=112).labels)[None, None].float()
+        label = F.interpolate(label, size=images.shape[-2:], mode="nearest")[0].long()
+        shape = tuple(images.shape[-2:])
+        samples.append(
+            SegDataSample(
+                gt_sem_seg=PixelData(data=label),
+                metainfo={"img_shape": shape, "ori_shape": shape, "pad_shape": shape},
+            )
+        )
+    torch.manual_seed(0)
+    with transfer(san, tmp_path / "slim") as attached:
+        assert attached.target == "mmseg-san"
+        learning = [p for n, p in san.named_parameters() if not n.startswith("text_encoder")]
+        before = [p.detach().clone() for p in learning]
+        asked = [p.requires_grad for p in learning]
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+            optimizer = torch.optim.AdamW(learning, lr=2e-4)
+            totals = []
+            for _ in range(8):
+                losses = san.loss(images[:2], samples)
+                total = sum(v for name, v in losses.items() if "loss" in name)
+                totals.append(float(total.detach()))
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+        finally:
+            with torch.no_grad():
+                for parameter, value, flag in zip(learning, before, asked, strict=True):
+                    parameter.copy_(value).requires_grad_(flag).grad = None
+    assert all(torch.tensor(totals).isfinite())
+    assert min(totals[-2:]) < 0.9 * totals[0]
+    print(f"losses {totals[0]:.2f} -> {totals[-1]:.2f}")
