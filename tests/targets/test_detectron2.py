@@ -383,7 +383,12 @@ def test_in_real_sizes(case: Case) -> None:
     wanted, whole = dense_masked(case, model, slim, 128), dense(case, model, 128)
     with transfer(model, slim) as attached:
         assert attached.target == case.target and attached.weights == "slim"
-        errors = error(run(model, 128), wanted)
-    print(case.name, errors, attached)
+        found = run(model, 128)
+    # FC-CLIP pools features where a mask is positive: a pixel that rounding turns moves its query
+    signs = [(outputs["pred_masks"] > 0).flatten(2) for outputs in (found, wanted)]
+    same = (signs[0] == signs[1]).all(-1)
+    assert same.float().mean() > 0.99
+    errors = error(*({**o, "pred_logits": o["pred_logits"][same]} for o in (found, wanted)))
+    print(case.name, int((~same).sum()), errors, attached)
     assert max(errors.values()) <= BOUND
     assert min(error(whole, wanted).values()) > 100 * BOUND
