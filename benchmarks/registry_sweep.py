@@ -37,7 +37,7 @@ import open_clip
 import timm
 from registry_one import fits, params_of
 
-from ovsprune.jobs.rows import write_text
+from ovsprune.core.files import write_text
 from ovsprune.report.numbers import count
 
 HERE = Path(__file__).resolve().parent

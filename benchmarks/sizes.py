@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ovsprune.jobs.rows import write_text
+from ovsprune.core.files import write_text
 from ovsprune.report.curves import COLOURS, MARKERS
 from ovsprune.report.intervals import Spread, spread
 from ovsprune.report.numbers import budget_name

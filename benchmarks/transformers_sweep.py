@@ -19,7 +19,7 @@ import transformers
 from registry_sweep import HERE, one, table
 
 from ovsprune.backbones.transformers_source import PREFIX
-from ovsprune.jobs.rows import write_text
+from ovsprune.core.files import write_text
 
 RECORD, PAGE = HERE / "transformers_sweep.json", HERE / "transformers_sweep.md"
 

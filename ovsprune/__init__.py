@@ -27,13 +27,16 @@ if TYPE_CHECKING:
     from ovsprune.jobs.inspect import inspect
     from ovsprune.jobs.launch import launch
     from ovsprune.jobs.prune import prune
+    from ovsprune.jobs.schedule import schedule
     from ovsprune.jobs.transfer import transfer
+    from ovsprune.schedules import TrainPlan
     from ovsprune.slim import SlimCheckpoint, SlimTower, apply, load, load_open_clip, read
 
 __all__ = [
     "OvspruneError",
     "SlimCheckpoint",
     "SlimTower",
+    "TrainPlan",
     "__version__",
     "apply",
     "benchmark",
@@ -46,6 +49,7 @@ __all__ = [
     "load_open_clip",
     "prune",
     "read",
+    "schedule",
     "transfer",
 ]
 
@@ -53,6 +57,7 @@ __all__ = [
 _HOMES = {
     "SlimCheckpoint": "ovsprune.slim",
     "SlimTower": "ovsprune.slim",
+    "TrainPlan": "ovsprune.schedules",
     "apply": "ovsprune.slim",
     "benchmark": "ovsprune.jobs.benchmark",
     "compare": "ovsprune.jobs.compare",
@@ -64,6 +69,7 @@ _HOMES = {
     "load_open_clip": "ovsprune.slim",
     "prune": "ovsprune.jobs.prune",
     "read": "ovsprune.slim",
+    "schedule": "ovsprune.jobs.schedule",
     "transfer": "ovsprune.jobs.transfer",
 }
 

@@ -25,13 +25,14 @@ from torch import nn
 from ovsprune.backbones import load
 from ovsprune.calibration.fidelity import Agreement
 from ovsprune.calibration.pictures import FilePictures
+from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.graph.costs import measure
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.measure import thread_limit
 from ovsprune.jobs.methods import parse_methods
-from ovsprune.jobs.rows import Rows, write_text
+from ovsprune.jobs.rows import Rows
 from ovsprune.jobs.settings import Settings
 from ovsprune.report.intervals import pooled_difference, spread
 from ovsprune.report.numbers import count, duration

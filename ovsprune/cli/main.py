@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "benchmark",
     "export",
+    "schedule",
     "models",
     "targets",
     "criteria",

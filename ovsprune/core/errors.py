@@ -18,6 +18,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OvspruneError",
+    "ScheduleError",
     "TargetError",
     "UnknownNameError",
     "WeightsError",
@@ -58,6 +59,10 @@ class OutputError(OvspruneError):
 
 class TargetError(OvspruneError):
     """A framework's model cannot take the slim tower or its mask; nothing was changed."""
+
+
+class ScheduleError(OvspruneError):
+    """A schedule does not fit the model, the optimiser, or the training that it is resumed in."""
 
 
 class MissingLibraryError(OvspruneError, ImportError):

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ovsprune.core.flops import slow_path
 from ovsprune.core.records import Costs
 from ovsprune.graph.copies import copied
 
 __all__ = ["macs", "measure", "on_meta"]
 
 
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    """Fused layers and kernels may count attention as nothing; switch them off while counting.
-
-    The counter does not know the CPU's flash kernel, which some CPUs have.
-    """
-    kernels: Any = torch.backends.cuda  # which speaks for the CPU, too
-    fast, flash = torch.backends.mha.get_fastpath_enabled(), kernels.flash_sdp_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    kernels.enable_flash_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        kernels.enable_flash_sdp(flash)
-
-
 def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
     """Multiply-accumulates of ``module(*inputs, **named)``."""
-    with _slow_path(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with slow_path(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs, **named)
     return int(counter.get_total_flops()) // 2
 

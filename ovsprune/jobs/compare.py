@@ -17,6 +17,7 @@ from torch import Tensor
 from ovsprune import backbones
 from ovsprune.calibration.pictures import RENDERED
 from ovsprune.core.errors import MissingLibraryError, OptionError
+from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
@@ -26,7 +27,7 @@ from ovsprune.jobs.evaluate import class_embeddings
 from ovsprune.jobs.examine import Examiner
 from ovsprune.jobs.measure import device_and_dtype, thread_limit
 from ovsprune.jobs.methods import DEFAULT, Method, parse_methods
-from ovsprune.jobs.rows import Rows, check_place, write_text
+from ovsprune.jobs.rows import Rows, check_place
 from ovsprune.jobs.settings import Settings
 from ovsprune.report.comparison import differences, page, summary
 from ovsprune.slim.hashing import tensor_hash

@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ovsprune.core.errors import OptionError, OvspruneError, TargetError
+from ovsprune.core.errors import OptionError, OvspruneError, ScheduleError, TargetError
 from ovsprune.core.progress import Progress, Silent
+from ovsprune.jobs.launched import watched
+from ovsprune.jobs.schedule import checked
 from ovsprune.jobs.transfer import newest_slim
+from ovsprune.schedules import POLICIES
 from ovsprune.slim import read
 from ovsprune.targets import TARGETS
 from ovsprune.targets.launching import start_directory
-from ovsprune.targets.launching.session import watched
 
 __all__ = ["launch"]
 
@@ -38,6 +40,13 @@ def launch(
     target: str = "auto",
     *,
     weights: str = "auto",
+    policy: str | None = None,
+    fraction: float = 0.5,
+    count: int | None = None,
+    every: int | None = None,
+    pool: Sequence[str] = (),
+    rest: str = "follow",
+    seed: int = 0,
     force: bool = False,
     environment: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -50,26 +59,45 @@ def launch(
         target: Name of a target; ``"auto"`` asks each which models it knows.
         weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; asked again whenever the
             framework loads a dense checkpoint into its model.
+        policy: Which layers train when, as of :func:`ovsprune.schedule`, hooked into the training
+            loop of detectron2, mmengine, Lightning or transformers; by default as the framework
+            has it. ``fraction``, ``count``, ``every``, ``pool``, ``rest`` and ``seed`` are its.
+        fraction: Share of the layers that train.
+        count: How many, instead.
+        every: How often the policy may change its mind, in steps.
+        pool: Patterns of parameters instead of the image tower.
+        rest: What becomes of norms, biases and positions.
+        seed: For policies that draw.
         force: Take a checkpoint whose base model is untrained, too.
         environment: Variables of the command; by default those of this process.
         progress: Who hears about it.
 
     Returns:
         A record with ``command, slim, target, returncode``; ``replaced``: of each model that was
-        made slim, what :meth:`ovsprune.targets.Attached.record` gives; and ``events``: what became
-        of its tower when the framework loaded or initialised it later.
+        made slim, what :meth:`ovsprune.targets.Attached.record` gives; ``events``: what became
+        of its tower when the framework loaded or initialised it later; and ``schedules``: of each
+        training, ``policy, total_steps, trainable[], frozen[]`` as it began.
 
     Raises:
         OptionError: There is no such program, or ``weights`` is unknown.
         UnknownNameError: There is no such target.
         CheckpointError: The slim checkpoint is missing or damaged.
         TargetError: The command ended, and nothing was replaced.
+        ScheduleError: It ended well, and no training loop that is known took up the policy.
     """
     progress = progress or Silent()
     if target != "auto":
         TARGETS.get(target)
     if weights not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
+    settings = None
+    if policy is not None:
+        POLICIES.get(policy)
+        checked(1, fraction, count, every, rest)
+        settings = {
+            "policy": policy, "fraction": fraction, "count": count, "every": every,
+            "pool": list(pool) or None, "rest": rest, "seed": seed, "target": target,
+        }  # fmt: skip
     variables = dict(os.environ if environment is None else environment)
     if not command or shutil.which(command[0], path=variables.get("PATH")) is None:
         raise OptionError(
@@ -83,7 +111,8 @@ def launch(
     directory = str(Path(slim).resolve())
     with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
         document = {
-            "watched": watched(),
+            "watched": watched(settings),
+            "schedule": settings,
             "session": {
                 "slim": directory,
                 "record": scratch,
@@ -100,6 +129,13 @@ def launch(
     replaced = [record for record in records if "replaced" in record]
     if not replaced:
         raise TargetError(_nothing(command, status, records))
+    schedules = [record["schedule"] for record in records if "schedule" in record]
+    if settings is not None and not schedules and not status:
+        raise ScheduleError(
+            f"no training loop took up the policy {policy}: those of detectron2, mmengine, "
+            "Lightning and transformers are known. In another one call ovsprune.schedule(model, "
+            "...) and plan.step(i) before every step"
+        )
     return {
         "command": list(command),
         "slim": directory,
@@ -107,6 +143,7 @@ def launch(
         "returncode": status,
         "replaced": replaced,
         "events": list(dict.fromkeys(r["event"] for r in records if "event" in r)),
+        "schedules": schedules,
     }
 
 
@@ -178,6 +215,13 @@ def _alone(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slim", metavar="DIR")
     parser.add_argument("--target", default="auto")
     parser.add_argument("--weights", default="auto")
+    parser.add_argument("--policy")
+    parser.add_argument("--fraction", type=float, default=0.5)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--every", type=int)
+    parser.add_argument("--pool", action="append", default=[])
+    parser.add_argument("--rest", default="follow")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true")
     parser.add_argument("command", nargs="+")
     given = vars(parser.parse_args(arguments))

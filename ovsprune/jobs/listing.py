@@ -6,7 +6,7 @@ from typing import Any
 
 from ovsprune.core.registry import Registry
 
-__all__ = ["criteria", "models", "targets"]
+__all__ = ["Listing", "criteria", "entries", "models", "targets"]
 
 Listing = dict[str, list[dict[str, Any]]]
 
@@ -34,7 +34,7 @@ def targets() -> Listing:
     """Frameworks that ``--target`` takes: ``targets[{name, summary}]``."""
     from ovsprune.targets import TARGETS
 
-    return {"targets": _entries(TARGETS)}
+    return {"targets": entries(TARGETS)}
 
 
 def criteria() -> Listing:
@@ -44,11 +44,12 @@ def criteria() -> Listing:
     from ovsprune.recovery import RECOVERIES
 
     return {
-        "criteria": _entries(CRITERIA),
-        "allocations": _entries(ALLOCATIONS),
-        "recoveries": _entries(RECOVERIES),
+        "criteria": entries(CRITERIA),
+        "allocations": entries(ALLOCATIONS),
+        "recoveries": entries(RECOVERIES),
     }
 
 
-def _entries(registry: Registry[Any]) -> list[dict[str, str]]:
+def entries(registry: Registry[Any]) -> list[dict[str, str]]:
+    """Names and summaries of what is registered: ``[{name, summary}]``."""
     return [{"name": name, "summary": registry.summary(name)} for name in registry.names()]

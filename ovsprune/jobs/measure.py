@@ -119,8 +119,12 @@ def peak_memory(
     device: str = "cpu",
     dtype: str = "float32",
     threads: int | None = None,
+    trained: Sequence[str] | None = None,
 ) -> int | None:
     """Most memory in bytes that a tower holds in one forward pass: weights and activations.
+
+    With ``trained``, names of parameters, it is that of training steps of AdamW which train those:
+    gradients and the optimiser's state count, too.
 
     Measured by :mod:`ovsprune.jobs.peak` in a fresh process, so that nothing that ran before
     counts. On a CUDA device it is the most that PyTorch's allocator held.
@@ -134,11 +138,15 @@ def peak_memory(
     task = {
         "model": model, "batch": batch, "pretrained": pretrained, "activation": activation,
         "device": device, "dtype": dtype, "threads": threads,
+        "trained": None if trained is None else list(trained),
     }  # fmt: skip
     # glibc keeps what is freed below a threshold that it moves; a fixed one gives memory back.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-m", "ovsprune.jobs.peak", json.dumps(task)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "ovsprune.jobs.peak"]
+    done = subprocess.run(
+        command, input=json.dumps(task), env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise WeightsError(

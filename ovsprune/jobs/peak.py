@@ -47,8 +47,15 @@ def measure(task: dict[str, Any]) -> int | None:
     else:
         _reset_mark()
     before = _resident()
-    with torch.inference_mode():
-        tower(images)
+    if task["trained"] is None:
+        with torch.inference_mode():
+            tower(images)
+    else:
+        from ovsprune.jobs.plan_tower import training_step
+
+        step = training_step(tower.train(), images, task["trained"])
+        step()
+        step()  # with the optimiser's state, which the first one makes
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     mark = high_water()
@@ -92,4 +99,4 @@ def _rusage() -> int | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({"peak": measure(json.loads(sys.argv[1]))}) + "\n")
+    sys.stdout.write(json.dumps({"peak": measure(json.load(sys.stdin))}) + "\n")

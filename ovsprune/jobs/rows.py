@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ovsprune.core.errors import OutputError
+from ovsprune.core.files import write_text
 
-__all__ = ["Rows", "check_place", "write_text"]
+__all__ = ["Rows", "check_place"]
 
 SETTINGS = "settings.json"
 ROWS = "rows.jsonl"
@@ -129,10 +130,3 @@ class Rows:
         if rest:  # A line without its end: the run was killed while it wrote.
             write_text(path, "".join(line.decode() + "\n" for line in lines))
         return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader never sees half of it."""
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -142,6 +142,11 @@ def launch_summary(record: Record) -> Parts:
     ]
     lines = [f"Slim tower: {record['slim']}"]
     lines += [f"note: {event}" for event in record["events"]]
+    lines += [
+        f"Schedule {s['policy']}: {len(s['trainable'])} parameters trained at first, "
+        f"{len(s['frozen'])} were frozen; {s['total_steps']:,} steps"
+        for s in record["schedules"]
+    ]
     lines.append(f"The command ended with status {record['returncode']}.")
     columns = ["model", "target", "replaced", "parameters", "now"]
     return [table("Replaced as they were built", columns, rows), Text("\n".join(lines))]

@@ -3,5 +3,19 @@
 from ovsprune.spectrum.alphas import group_alphas
 from ovsprune.spectrum.eigenvalues import eigenvalues
 from ovsprune.spectrum.fits import FITS, PowerLaw, hill, least_ks, peak
+from ovsprune.spectrum.matrices import Matrix, matrices
+from ovsprune.spectrum.measure import Spectrum, spectra
 
-__all__ = ["FITS", "PowerLaw", "eigenvalues", "group_alphas", "hill", "least_ks", "peak"]
+__all__ = [
+    "FITS",
+    "Matrix",
+    "PowerLaw",
+    "Spectrum",
+    "eigenvalues",
+    "group_alphas",
+    "hill",
+    "least_ks",
+    "matrices",
+    "peak",
+    "spectra",
+]

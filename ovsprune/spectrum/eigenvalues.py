@@ -2,43 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["eigenvalues"]
+__all__ = ["CONVOLUTIONS", "eigenvalues", "spectra_of"]
+
+CONVOLUTIONS = ("slices", "unfolded")
+"""How a convolution is a matrix: one for each tap of its kernel, or one with all of them."""
 
 _CONV_SCALE = 0.5
 """Of the eigenvalues of a convolution's slices: each slice is scaled by sqrt(0.5)."""
 
 
-@torch.no_grad()
-def eigenvalues(weight: Tensor) -> Tensor:
+def eigenvalues(weight: Tensor, convolution: str = "slices") -> Tensor:
     """Positive eigenvalues of ``W^T W``, from the smaller of the two Gram matrices.
-
-    A convolution's kernel positions are a matrix each, scaled by sqrt(0.5), and their eigenvalues
-    are taken together (Martin and Mahoney 2021; OpenTrans, Xu et al. 2024).
 
     Args:
         weight: [out, in] or [out, in, *kernel].
+        convolution: ``"slices"``: a convolution's kernel positions are a matrix [out, in] each,
+            scaled by sqrt(0.5), and their eigenvalues are taken together (Martin and Mahoney 2021;
+            OpenTrans, Xu et al. 2024). ``"unfolded"``: it is one matrix [out, in * taps].
 
     Returns:
         float64 [k] on the CPU, ascending; those that are zero to rounding are left out, so that k
         is the rank where the weight has none to spare.
 
     Raises:
-        ValueError: ``weight`` has fewer than two axes.
+        ValueError: ``weight`` has fewer than two axes, or ``convolution`` is unknown.
     """
-    if weight.ndim < 2:
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix")
+    return spectra_of([weight], convolution)[0]
+
+
+@torch.no_grad()
+def spectra_of(weights: Sequence[Tensor], convolution: str = "slices") -> list[Tensor]:
+    """The eigenvalues of several weights; those of one shape are decomposed together.
+
+    Args:
+        weights: Each [out, in] or [out, in, *kernel].
+        convolution: As of :func:`eigenvalues`, which this does for each.
+
+    Raises:
+        ValueError: A weight has fewer than two axes, or ``convolution`` is unknown.
+    """
+    if convolution not in CONVOLUTIONS:
+        raise ValueError(f"convolution is {convolution!r}, expected {' or '.join(CONVOLUTIONS)}")
+    for weight in weights:
+        if weight.ndim < 2:
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix")
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, weight in enumerate(weights):
+        alike.setdefault((*weight.shape, weight.ndim), []).append(i)
+    found: list[Tensor] = [torch.empty(0)] * len(weights)
+    for places in alike.values():
+        grams = torch.stack([_gram(weights[i], convolution) for i in places])  # [b, slices, n, n]
+        sliced = weights[places[0]].ndim > 2 and convolution == "slices"
+        values = torch.linalg.eigvalsh(grams).flatten(1).cpu()
+        for i, row in zip(places, values * _CONV_SCALE if sliced else values, strict=True):
+            # Rounding of a Gram matrix leaves eigenvalues of zero at about n eps times the largest.
+            size = max(weights[i].shape[0], weights[i].numel() // (len(row) or 1))
+            zero = float(row.max()) * size * torch.finfo(torch.float64).eps if len(row) else 0.0
+            found[i] = row[(row > zero) & (row > 0)].sort().values
+    return found
+
+
+def _gram(weight: Tensor, convolution: str) -> Tensor:
+    """The smaller Gram matrix of each of the weight's matrices: float64 [matrices, n, n]."""
     matrix = weight.detach().double()
-    slices = matrix.flatten(2).movedim(-1, 0) if weight.ndim > 2 else matrix[None]
+    if convolution == "unfolded":
+        matrix = matrix.flatten(1)
+    slices = matrix.flatten(2).movedim(-1, 0) if matrix.ndim > 2 else matrix[None]
     if slices.shape[1] < slices.shape[2]:
         slices = slices.transpose(1, 2)
-    found: Tensor = torch.linalg.eigvalsh(slices.transpose(1, 2) @ slices).flatten().cpu()
-    if weight.ndim > 2:
-        found = found * _CONV_SCALE
-    # Rounding of a Gram matrix leaves eigenvalues of zero at about n eps times the largest.
-    size = max(slices.shape[1:])
-    positive = found > float(found.max()) * size * torch.finfo(torch.float64).eps
-    values: Tensor = found[positive & (found > 0)].sort().values
-    return values
+    return slices.transpose(1, 2) @ slices

@@ -120,6 +120,7 @@ def clipseg() -> Tabled:
         script=_LINES,
         checks=(_heads_by_width,),
         inputs=_inputs,
+        lifts=("clip.vision_model.forward",),
         files=(
             "config.json",
             "preprocessor_config.json",

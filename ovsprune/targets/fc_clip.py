@@ -83,9 +83,10 @@ def fc_clip() -> Tabled:
             "text tower": "the names of the classes are encoded with it",
             "depth": "the stages are run one by one",
         },
-        trainable=("sem_seg_head.*", "void_embedding.*"),
+        trainable=("sem_seg_head.*", "void_embedding.*", f"{_CLIP}.visual.*"),
         script=script_for("bytedance/fc-clip"),
         bridges=(_bridge_text,),
         inputs=one_picture,
         prepares=_prepare,
+        lifts=("backbone.extract_features",),
     )

@@ -28,6 +28,7 @@ from ovsprune.targets.check import (
 from ovsprune.targets.convert import Converted, convert_state
 from ovsprune.targets.hooks import Hook, install
 from ovsprune.targets.layout import Layout
+from ovsprune.targets.lift import lift
 from ovsprune.targets.places import Places, depth_of, kind_of, places_of
 
 __all__ = ["Bridge", "Check", "Tabled"]
@@ -61,6 +62,8 @@ class Tabled:
         files: Names of files that belong beside the framework's checkpoint.
         derived: Patterns of keys that older versions saved, to why they are dropped.
         hooks: Functions of the framework that are exchanged so that it runs, by import path.
+        lifts: Methods, by their paths from the model, in which the framework runs its tower, where
+            it does so without gradients.
         fallback: Whether it is only meant where no other target knows a model.
     """
 
@@ -79,6 +82,7 @@ class Tabled:
     files: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     hooks: tuple[Hook, ...] = ()
+    lifts: tuple[str, ...] = ()
     fallback: bool = False
 
     def detect(self, model: nn.Module) -> bool:
@@ -102,6 +106,13 @@ class Tabled:
             first += count
         return found or {part or "tower": str(place) for part, place in places.stem.items()}
 
+    def tower_names(self, model: nn.Module) -> frozenset[str]:
+        """Names of the tower's tensors; raises TargetError where ``model`` is another's."""
+        names = model.state_dict()
+        places = self._places(names, type(model).__name__)
+        layout = places.layout(names, sum(places.depths(names)))
+        return frozenset(name for name in names if layout.canonical(name) is not None)
+
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Names in both directions; without ``names`` as the framework has it by default."""
         return self._places(names, "the checkpoint").layout(names, depth)
@@ -122,6 +133,10 @@ class Tabled:
         for swap in swaps:
             swap.put(swap.new)
         return Applied(tuple(swap.path for swap in swaps), _swaps=swaps)
+
+    def lift(self, model: nn.Module) -> Applied:
+        """Let gradients reach the tower while the model trains; what comes back undoes it."""
+        return lift(model, self.lifts)
 
     def check(
         self,

@@ -191,6 +191,16 @@ class Generic:
             raise _none(type(model).__name__)
         return {f"{tower.kind}, {tower.says} ({i})": tower.path for i, tower in enumerate(found)}
 
+    def tower_names(self, model: nn.Module) -> frozenset[str]:
+        """Names of the tensors of all towers; raises TargetError without one."""
+        names = model.state_dict()
+        found = find_towers(names)
+        if not found:
+            raise _none(type(model).__name__)
+        places = [tower.places for tower in found]
+        layouts = [p.layout(names, sum(p.depths(names))) for p in places]
+        return frozenset(n for n in names if any(x.canonical(n) is not None for x in layouts))
+
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Names in both directions; without ``names`` as open_clip has them under ``visual``."""
         kind = "vit" if depth else "resnet"
@@ -209,6 +219,10 @@ class Generic:
 
     def bridge(self, model: nn.Module) -> Applied:
         """Nothing: what the model needs is not known."""
+        return Applied()
+
+    def lift(self, model: nn.Module) -> Applied:
+        """Nothing: how the model runs its tower is not known."""
         return Applied()
 
     def check(

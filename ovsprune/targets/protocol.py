@@ -66,6 +66,14 @@ class Target(Protocol):
         """
         ...
 
+    def tower_names(self, model: nn.Module) -> frozenset[str]:
+        """Names of the tensors of the image tower, in the model's own terms.
+
+        Raises:
+            TargetError: ``model`` is not this framework's.
+        """
+        ...
+
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Names of the tower's parts, in both directions.
 
@@ -101,6 +109,16 @@ class Target(Protocol):
 
         Returns:
             What was changed; its ``detach()`` undoes it.
+        """
+        ...
+
+    def lift(self, model: nn.Module) -> Applied:
+        """Let gradients reach the tower of a model in training mode, where they are shut out.
+
+        What freezes parameters is not touched: a schedule sets that.
+
+        Returns:
+            What was changed; its ``detach()`` undoes it. Nothing for most frameworks.
         """
         ...
 

@@ -11,7 +11,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,13 +19,13 @@ from torch import nn
 from ovsprune.core.errors import OvspruneError, TargetError
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
-from ovsprune.targets.hooks import Hook, put
+from ovsprune.targets.hooks import Hook
 from ovsprune.targets.launching.builders import BUILDERS, LOADERS
 from ovsprune.targets.launching.keeper import Keeper, decide
 from ovsprune.targets.places import depth_of
 from ovsprune.targets.protocol import Target
 
-__all__ = ["Session", "told", "watched"]
+__all__ = ["Session", "say", "watched"]
 
 
 def watched() -> list[str]:
@@ -50,6 +49,8 @@ class Session:
     def __init__(self, slim: str, record: str, target: str, weights: str, force: bool) -> None:
         self.slim, self.record = slim, Path(record)
         self.target, self.weights, self.force = target, weights, force
+        self.after: Callable[[nn.Module], None] = lambda model: None
+        """Called with every model that was made slim."""
         self.local = threading.local()
         self.keepers: WeakKeyDictionary[nn.Module, Keeper] = WeakKeyDictionary()
         self.hooks = (
@@ -118,7 +119,7 @@ class Session:
             choice = decide(target, model, self.checkpoint, self.weights, self.force)
         except OvspruneError as error:
             if target.fallback and self.target == "auto":
-                self._write({"passed": f"{type(model).__name__}: {error}"})
+                self.write({"passed": f"{type(model).__name__}: {error}"})
                 return
             raise
         layout = target.layout(model.state_dict(), depth_of(self.checkpoint))
@@ -126,9 +127,9 @@ class Session:
         attached.reason = choice[1]
         kind = type(model).__name__
 
-        def say(message: str) -> None:
-            _print(f"{name} ({kind}): {message}")
-            self._write({"event": f"{name} ({kind}): {message}"})
+        def tell(message: str) -> None:
+            say(f"{name} ({kind}): {message}")
+            self.write({"event": f"{name} ({kind}): {message}"})
 
         self.keepers[model] = Keeper(
             model,
@@ -136,16 +137,17 @@ class Session:
             layout,
             self.checkpoint,
             lambda dense: decide(target, dense, self.checkpoint, self.weights, self.force),
-            say,
+            tell,
         )
         before, after = attached.params_before, attached.params_after
-        _print(
+        say(
             f"{name} ({kind}): {len(attached.replaced)} replaced, weights {choice[0]} "
             f"({choice[1]}); parameters {before:,} -> {after:,} ({after / before - 1:+.1%})"
         )
         for path, what in attached.replaced.items():
-            _print(f"  {path}: {what}")
-        self._write({"model": kind, **attached.record()})
+            say(f"  {path}: {what}")
+        self.write({"model": kind, **attached.record()})
+        self.after(model)
 
     def _recognise(self, model: nn.Module) -> tuple[str, Target] | None:
         """The target that was named, or the one that knows ``model``.
@@ -165,7 +167,7 @@ class Session:
             )
         return (fitting[0], TARGETS.get(fitting[0])) if fitting else None
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Leave a record for the parent."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}.json"
         scratch = self.record / f".{name}"
@@ -173,21 +175,7 @@ class Session:
         scratch.rename(self.record / name)
 
 
-def _print(message: str) -> None:
+def say(message: str) -> None:
+    """Tell whoever looks at the command's output."""
     sys.stderr.write(f"ovsprune: {message}\n")
     sys.stderr.flush()
-
-
-@functools.cache
-def _session(document: str) -> Session:
-    return Session(**json.loads(document)["session"])
-
-
-def told(module: ModuleType, document: str) -> None:
-    """Exchange what is to be exchanged in a module that was just imported.
-
-    Args:
-        module: One that a pattern of :func:`watched` matches.
-        document: What the parent left in the environment (JSON).
-    """
-    put(_session(document).hooks, module)

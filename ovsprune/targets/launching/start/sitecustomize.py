@@ -37,9 +37,9 @@ def _watch(document: str) -> None:
         return
 
     def told(module: object) -> None:
-        from ovsprune.targets.launching import session
+        from ovsprune.jobs import launched
 
-        session.told(module, document)  # type: ignore[arg-type]
+        launched.told(module, document)  # type: ignore[arg-type]
 
     watch(json.loads(document)["watched"], told)
 

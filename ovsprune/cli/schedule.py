@@ -1,0 +1,72 @@
+"""``ovsprune schedule``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ovsprune.cli.screen import Screen, output_options
+
+
+@click.command("schedule", short_help="Which layers train, and what a step costs.")
+@click.option("--model", help="A model name or a slim directory.")
+@click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
+@click.option("--policy", default="alpha", show_default=True, help="A policy that --list shows.")
+@click.option(
+    "--fraction", default=0.5, show_default=True, help="Share of the layers that train, 0 to 1."
+)
+@click.option("--count", type=int, help="How many layers train, instead of a share.")
+@click.option(
+    "--total-steps", default=1, show_default=True, help="Optimiser steps of the training."
+)
+@click.option(
+    "--every",
+    type=int,
+    help="How often a policy may change its mind, in steps; a tenth of all by default.",
+)
+@click.option(
+    "--pool",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only parameters of such names (may be repeated); by default the whole image tower.",
+)
+@click.option(
+    "--rest",
+    default="follow",
+    show_default=True,
+    help="Norms, biases, positions: follow (train with their layer), train, freeze or keep.",
+)
+@click.option("--seed", default=0, show_default=True, help="For policies that draw.")
+@click.option(
+    "--fit", default="peak", show_default=True, help="Fit of the alphas: peak, least-ks or hill."
+)
+@click.option(
+    "--convolution",
+    default="slices",
+    show_default=True,
+    help="Spectra of convolutions: slices (of each tap) or unfolded.",
+)
+@click.option("--batch-size", default=1, show_default=True, help="Pictures of a step.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Also time a step, and take its peak memory, against training all layers.",
+)
+@click.option("--list", "listed", is_flag=True, help="List the policies and end.")
+@output_options
+def command(screen: Screen, listed: bool, **options: Any) -> None:
+    """Plan which layers of an image tower train when, and count what a training step costs.
+
+    The plan for a framework's model is made where it trains: ovsprune.schedule(model, ...) in its
+    script, or ovsprune launch --policy NAME.
+    """
+    from ovsprune.jobs.plan_tower import list_policies, plan_tower
+    from ovsprune.report.schedules import policies_summary, schedule_summary
+
+    if listed:
+        record = list_policies()
+        screen.finish(record, *policies_summary(record))
+        return
+    record = plan_tower(**options, progress=screen.progress)
+    screen.finish(record, *schedule_summary(record))

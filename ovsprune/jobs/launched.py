@@ -1,0 +1,161 @@
+"""What runs inside a command that ``ovsprune launch`` started: slim towers, and a schedule.
+
+The towers are the targets' part (:mod:`ovsprune.targets.launching.session`); here the training
+loops that are known get their hook, when they begin to train.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from ovsprune.jobs.schedule import find_pool, schedule
+from ovsprune.schedules import TrainPlan
+from ovsprune.targets.hooks import Hook, put
+from ovsprune.targets.launching.session import Session, say
+from ovsprune.targets.launching.session import watched as towers_watched
+
+__all__ = ["LOOPS", "Loop", "told", "watched"]
+
+Make = Callable[..., TrainPlan]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A library's training loop.
+
+    Attributes:
+        module: Full name of the module.
+        name: Dotted name of a method there that is called before the training begins.
+        join: Given the loop and a function that makes a plan; adds the hook of
+            :mod:`ovsprune.schedules.loops`.
+    """
+
+    module: str
+    name: str
+    join: Callable[[Any, Make], None]
+
+
+def _detectron2(trainer: Any, make: Make) -> None:
+    from ovsprune.schedules.loops.detectron2 import ScheduleHook
+
+    trainer.register_hooks([ScheduleHook(make)])
+
+
+def _mmengine(runner: Any, make: Make) -> None:
+    from ovsprune.schedules.loops.mmengine import ScheduleHook
+
+    runner.register_hook(ScheduleHook(make))
+
+
+def _lightning(trainer: Any, make: Make) -> None:
+    from ovsprune.schedules.loops.lightning import ScheduleCallback
+
+    trainer.callbacks.append(ScheduleCallback(make))
+
+
+def _transformers(trainer: Any, make: Make) -> None:
+    from ovsprune.schedules.loops.transformers import ScheduleCallback
+
+    trainer.add_callback(ScheduleCallback(make))
+
+
+LOOPS = (
+    # as the trainer's own hooks come, since a resumed training loads their states before it trains
+    Loop("detectron2.engine.train_loop", "TrainerBase.register_hooks", _detectron2),
+    Loop("mmengine.runner.runner", "Runner.train", _mmengine),
+    Loop("lightning.pytorch.trainer.trainer", "Trainer.fit", _lightning),
+    Loop("transformers.trainer", "Trainer.train", _transformers),
+)
+"""One line a library; adding one is adding a line, and a file of its hook."""
+
+
+def watched(settings: Mapping[str, Any] | None) -> list[str]:
+    """Patterns of the modules of which something is exchanged.
+
+    Args:
+        settings: Of the schedule, or None without one.
+    """
+    loops = () if settings is None else LOOPS
+    return [*towers_watched(), *(loop.module for loop in loops)]
+
+
+class _Scheduled:
+    """Makes the plan of the model that a loop trains.
+
+    Args:
+        settings: Arguments of :func:`ovsprune.schedule`.
+        write: Leaves a record for the parent.
+    """
+
+    def __init__(
+        self, settings: Mapping[str, Any], write: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self.settings, self.write = dict(settings), write
+        self.joined: WeakSet[Any] = WeakSet()
+        self.hooks = tuple(Hook(loop.module, loop.name, self._joining(loop)) for loop in LOOPS)
+
+    def open(self, model: nn.Module) -> None:
+        """Have all of the pool want gradients, so that the framework's optimiser takes it in."""
+        layers, _ = find_pool(model, self.settings["target"], self.settings["pool"])
+        wanted = {name for layer in layers for name in (layer.name, *layer.followers)}
+        for name, parameter in model.named_parameters():
+            if name in wanted:
+                parameter.requires_grad_(True)
+
+    def _joining(self, loop: Loop) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def wrap(begin: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(begin)
+            def begins(trainer: Any, *args: Any, **given: Any) -> Any:
+                if trainer not in self.joined:
+                    self.joined.add(trainer)
+                    loop.join(trainer, self.make)
+                return begin(trainer, *args, **given)
+
+            return begins
+
+        return wrap
+
+    def make(self, model: nn.Module, *, total_steps: int) -> TrainPlan:
+        """The plan of a training that begins."""
+        plan = schedule(model, total_steps=total_steps, **self.settings)
+        say(f"schedule: {plan!r}")
+        self.write(
+            {
+                "schedule": {
+                    "policy": plan.name,
+                    "total_steps": total_steps,
+                    "trainable": list(plan.trainable),
+                    "frozen": list(plan.frozen),
+                }
+            }
+        )
+        return plan
+
+
+@functools.cache
+def _hooks(document: str) -> Sequence[Hook]:
+    given = json.loads(document)
+    session = Session(**given["session"])
+    if given["schedule"] is None:
+        return session.hooks
+    scheduled = _Scheduled(given["schedule"], session.write)
+    session.after = scheduled.open
+    return (*session.hooks, *scheduled.hooks)
+
+
+def told(module: ModuleType, document: str) -> None:
+    """Exchange what is to be exchanged in a module that was just imported.
+
+    Args:
+        module: One that a pattern of :func:`watched` matches.
+        document: What the parent left in the environment (JSON).
+    """
+    put(_hooks(document), module)

@@ -1,0 +1,20 @@
+"""The first layers of the model."""
+
+from __future__ import annotations
+
+from ovsprune.core.protocols import ScheduleContext
+from ovsprune.schedules import POLICIES
+from ovsprune.schedules.choosing import Once, wanted
+
+__all__ = ["FirstK"]
+
+
+@POLICIES.register("first-k")
+class FirstK(Once):
+    """The first layers in the order of the model, as many as ``count`` or the share says."""
+
+    needs_spectra = False
+
+    def choose(self, item: ScheduleContext) -> set[str]:
+        """Names of the first ones."""
+        return {layer.name for layer in item.layers[: wanted(item)]}

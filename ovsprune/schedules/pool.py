@@ -1,0 +1,85 @@
+"""The pool: which weights of a model a schedule may train or freeze, and what goes with each.
+
+Never in it: embedding tables, positions, class tokens, norms and biases, which are no matrices of a
+layer. They follow a layer (``rest="follow"``), so that frozen layers at the beginning of a model
+run without a graph: a parameter follows the weights of its own module; if there are none the next
+layer of the model after it, and behind the last layer the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ovsprune.core.errors import ScheduleError
+from ovsprune.core.protocols import Layer
+
+__all__ = ["REST", "matching", "pool_of"]
+
+REST = ("follow", "train", "freeze", "keep")
+"""What becomes of the rest of the pool's part of the model: norms, biases, positions."""
+
+
+def pool_of(
+    model: nn.Module,
+    matrices: Collection[str],
+    tower: Callable[[str], bool],
+    touched: Collection[str],
+) -> tuple[Layer, ...]:
+    """The layers of a pool, in the order of the model.
+
+    Args:
+        model: The model.
+        matrices: Names of the parameters that are weights of layers.
+        tower: Whether a parameter, by its name, is part of the image tower.
+        touched: Names of the parameters that a schedule may touch; those that follow a layer are
+            among them, too.
+
+    Raises:
+        ScheduleError: No layer is among them.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    wanted, may = set(matrices), set(touched)
+    allowed = [name for name in sizes if name in may]
+    heads = [name for name in allowed if name in wanted]
+    if not heads:
+        raise ScheduleError(
+            f"no weight of a layer is in the pool: of {type(model).__name__}'s {len(sizes)} "
+            f"parameters a schedule may touch {len(allowed)}, none a matrix of a layer; name "
+            "patterns of parameters that hold some (pool=['backbone.*'])"
+        )
+    followers: dict[str, list[str]] = {name: [] for name in heads}
+    for name in allowed:
+        if name not in wanted:
+            for head in _followed(name, allowed, heads):
+                followers[head].append(name)
+    return tuple(Layer(n, sizes[n], tower(n), tuple(followers[n])) for n in heads)
+
+
+def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of a model's parameters that match one of the ``fnmatch`` patterns.
+
+    Raises:
+        ScheduleError: A pattern matches none.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ScheduleError(
+                f"the pattern {pattern!r} of the pool matches none of the {len(names)} parameters "
+                f"of {type(model).__name__}; the first are {', '.join(names[:3])}"
+            )
+    return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def _followed(name: str, allowed: Sequence[str], heads: Sequence[str]) -> Iterable[str]:
+    """The layers that a parameter follows."""
+    module = name.rpartition(".")[0]
+    own = [head for head in heads if head.rpartition(".")[0] == module]
+    if own:
+        return own
+    place, known = allowed.index(name), set(heads)
+    after = next((other for other in allowed[place + 1 :] if other in known), None)
+    return (heads[-1] if after is None else after,)

@@ -1,0 +1,107 @@
+"""Two processes on this machine train as one does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ovsprune
+from ovsprune.core.errors import ScheduleError
+from tests.schedules.helpers import STEPS, loss, model, refresh
+
+
+def worker(rank: int, place: str, port: str, policy: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    net = model()
+    if policy == "alpha-refresh":
+        plan = refresh(net)
+        with plan.open():
+            wrapped = DistributedDataParallel(net, find_unused_parameters=True)
+    else:
+        plan = ovsprune.schedule(net, policy, fit="hill", total_steps=STEPS)
+        wrapped = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(plan.groups(lr=0.2), momentum=0.9)
+    plan.bind(optimizer)
+    chosen = []
+    for i in range(STEPS):
+        plan.step(i)
+        chosen.append(plan.chosen)
+        optimizer.zero_grad()
+        loss(wrapped, 2 * i + rank).backward()
+        optimizer.step()
+    torch.save({"state": net.state_dict(), "chosen": chosen}, Path(place) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def alone(policy: str) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
+    net, chosen = model(), []
+    plan = (
+        refresh(net)
+        if policy == "alpha-refresh"
+        else ovsprune.schedule(net, policy, fit="hill", total_steps=STEPS)
+    )
+    optimizer = torch.optim.SGD(plan.groups(lr=0.2), momentum=0.9)
+    plan.bind(optimizer)
+    for i in range(STEPS):
+        plan.step(i)
+        chosen.append(plan.chosen)
+        optimizer.zero_grad()
+        ((loss(net, 2 * i) + loss(net, 2 * i + 1)) / 2).backward()
+        optimizer.step()
+    return net.state_dict(), chosen
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("policy", ["alpha", "alpha-refresh"])
+def test_two_processes_train_as_one_does(policy, tmp_path):
+    mp.spawn(worker, (str(tmp_path), free_port(), policy), nprocs=2)
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    state, chosen = alone(policy)
+    assert both[0]["chosen"] == both[1]["chosen"] == chosen
+    assert (len(set(chosen)) > 1) == (policy == "alpha-refresh")
+    for name, value in state.items():
+        assert torch.equal(both[0]["state"][name], both[1]["state"][name])
+        torch.testing.assert_close(both[0]["state"][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def group():
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_model_that_was_wrapped_before_is_refused_unless_it_can_follow(group):
+    net = model()
+    wrapped = DistributedDataParallel(net)
+    with pytest.raises(ScheduleError, match="Make the plan first and wrap afterwards"):
+        ovsprune.schedule(wrapped, "last-k", count=2)
+    assert all(p.requires_grad for p in net.parameters())
+
+    net.head.weight.requires_grad_(False)
+    closed: nn.Module = DistributedDataParallel(net, find_unused_parameters=True)
+    with pytest.raises(ScheduleError, match="waits for the gradients of what it saw then"):
+        ovsprune.schedule(closed, "last-k", count=2)
+    assert not net.head.weight.requires_grad
+
+    net.head.weight.requires_grad_(True)
+    able = DistributedDataParallel(net, find_unused_parameters=True)
+    plan = ovsprune.schedule(able, "last-k", count=2)
+    assert plan.chosen == ("blocks.2.down.weight", "head.weight")
