@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "benchmark",
     "export",
+    "spectrum",
     "schedule",
     "models",
     "targets",

@@ -56,23 +56,23 @@ def spectra_of(weights: Sequence[Tensor], convolution: str = "slices") -> list[T
         alike.setdefault((*weight.shape, weight.ndim), []).append(i)
     found: list[Tensor] = [torch.empty(0)] * len(weights)
     for places in alike.values():
-        grams = torch.stack([_gram(weights[i], convolution) for i in places])  # [b, slices, n, n]
-        sliced = weights[places[0]].ndim > 2 and convolution == "slices"
+        matrices = torch.stack([_matrices(weights[i], convolution) for i in places])
+        grams = matrices.transpose(2, 3) @ matrices  # [b, matrices, n, n]
         values = torch.linalg.eigvalsh(grams).flatten(1).cpu()
-        for i, row in zip(places, values * _CONV_SCALE if sliced else values, strict=True):
-            # Rounding of a Gram matrix leaves eigenvalues of zero at about n eps times the largest.
-            size = max(weights[i].shape[0], weights[i].numel() // (len(row) or 1))
-            zero = float(row.max()) * size * torch.finfo(torch.float64).eps if len(row) else 0.0
-            found[i] = row[(row > zero) & (row > 0)].sort().values
+        if weights[places[0]].ndim > 2 and convolution == "slices":
+            values = values * _CONV_SCALE
+        # Rounding of a Gram matrix leaves eigenvalues of zero at about n eps times the largest.
+        zero = max(matrices.shape[2:]) * torch.finfo(torch.float64).eps
+        for i, row in zip(places, values, strict=True):
+            most = float(row.max()) if len(row) else 0.0
+            found[i] = row[(row > most * zero) & (row > 0)].sort().values
     return found
 
 
-def _gram(weight: Tensor, convolution: str) -> Tensor:
-    """The smaller Gram matrix of each of the weight's matrices: float64 [matrices, n, n]."""
+def _matrices(weight: Tensor, convolution: str) -> Tensor:
+    """The weight's matrices, whichever way round they are taller: float64 [matrices, m, n]."""
     matrix = weight.detach().double()
     if convolution == "unfolded":
         matrix = matrix.flatten(1)
     slices = matrix.flatten(2).movedim(-1, 0) if matrix.ndim > 2 else matrix[None]
-    if slices.shape[1] < slices.shape[2]:
-        slices = slices.transpose(1, 2)
-    return slices.transpose(1, 2) @ slices
+    return slices if slices.shape[1] >= slices.shape[2] else slices.transpose(1, 2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Matrix", "matrices"]
@@ -81,13 +82,11 @@ def _of(path: str, module: nn.Module) -> Iterator[Matrix]:
 def _values(module: Any) -> int:
     """Rows of the values in a fused projection: what the output projection reads."""
     out = getattr(module, "out_proj", None)
-    return (
-        int(out.in_features) if isinstance(out, nn.Linear) else module.in_proj_weight.shape[0] // 3
-    )
+    return out.in_features if isinstance(out, nn.Linear) else len(module.in_proj_weight) // 3
 
 
 def _parts(start: str, parameter: str, weight: Tensor, values: int) -> Iterator[Matrix]:
     """Queries, keys and values, the last of which have so many rows."""
     keys = (weight.shape[0] - values) // 2
-    for kind, part in zip("qkv", weight.split([keys, keys, values]), strict=True):
+    for kind, part in zip("qkv", torch.split(weight, [keys, keys, values]), strict=True):
         yield Matrix(f"{start}{kind}", parameter, kind, part)

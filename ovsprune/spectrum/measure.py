@@ -15,7 +15,7 @@ from ovsprune.spectrum.eigenvalues import CONVOLUTIONS, spectra_of
 from ovsprune.spectrum.fits import FITS, PowerLaw
 from ovsprune.spectrum.matrices import Matrix
 
-__all__ = ["Spectrum", "spectra"]
+__all__ = ["Spectrum", "check_options", "spectra"]
 
 _TOGETHER = 16
 """Matrices that are decomposed at a time, for the bar and the memory."""
@@ -86,10 +86,7 @@ def spectra(
         UnknownNameError: There is no such fit.
         OptionError: ``convolution`` is unknown.
     """
-    if fit not in FITS:
-        raise UnknownNameError("fit", fit, FITS)
-    if convolution not in CONVOLUTIONS:
-        raise OptionError(f"convolution is {convolution!r}, expected {' or '.join(CONVOLUTIONS)}")
+    check_options(fit, convolution)
     order = sorted(range(len(found)), key=lambda i: tuple(found[i].weight.shape))
     measured: dict[int, Spectrum] = {}
     with (progress or Silent()).stage("spectra of the weights", len(found)) as advance:
@@ -100,6 +97,19 @@ def spectra(
                 measured[i] = _spectrum(found[i], row, fit)
             advance(len(places))
     return [measured[i] for i in range(len(found))]
+
+
+def check_options(fit: str, convolution: str) -> None:
+    """Refuse unknown options.
+
+    Raises:
+        UnknownNameError: There is no such fit.
+        OptionError: ``convolution`` is unknown.
+    """
+    if fit not in FITS:
+        raise UnknownNameError("fit", fit, FITS)
+    if convolution not in CONVOLUTIONS:
+        raise OptionError(f"convolution is {convolution!r}, expected {' or '.join(CONVOLUTIONS)}")
 
 
 def _spectrum(matrix: Matrix, values: Tensor, fit: str) -> Spectrum:
