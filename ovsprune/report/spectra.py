@@ -98,7 +98,8 @@ def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
     rows = max(1, -(-len(shown) // 3))
     figure = Figure(figsize=(10.5, 2.3 * rows + 4.2), layout="constrained", dpi=140)
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 4.0])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 4.0])
+    above, below = parts
     figure.suptitle(title, fontsize=11)
     panels = above.subplots(rows, 3, squeeze=False).flatten()
     for axes, one in zip(panels, shown, strict=False):
