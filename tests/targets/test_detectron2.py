@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ovsprune
 from ovsprune.core.errors import TargetError
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.jobs.transfer import transfer
@@ -392,3 +393,28 @@ def test_in_real_sizes(case: Case) -> None:
     print(case.name, int((~same).sum()), errors, attached)
     assert max(errors.values()) <= BOUND
     assert min(error(whole, wanted).values()) > 100 * BOUND
+
+
+def test_a_schedule_reaches_the_slim_tower(given: Any) -> None:
+    """Through the framework's own losses; FC-CLIP shuts gradients out, which the plan lifts."""
+    case, model, slim = given
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with target_of(case).attach(model, slim):
+        plan = ovsprune.schedule(model, "last-k", fraction=0.5, target=case.target)
+        tower = target_of(case).tower_names(model)
+        assert {layer.name for layer in plan.layers} <= tower
+        model.training = True
+        try:
+            sum(model(batch(targets=True)).values()).backward()
+        finally:
+            model.training = False
+        parameters = dict(model.named_parameters())
+        reached = [name for name in plan.chosen if parameters[name].grad is not None]
+        # the pool classifies masks without gradients, or is not run
+        left = {n for n in plan.chosen if n not in reached}
+        assert len(reached) >= 4 and all("attnpool" in n or ".head." in n for n in left)
+        assert all(parameters[name].grad is None for name in plan.frozen)
+        plan.release()
+        model.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])
