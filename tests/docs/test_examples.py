@@ -95,3 +95,12 @@ def test_transfer_to_a_live_san(pruned: tuple[Path, str]) -> None:
     pytest.importorskip("mmseg")
     said = run("transfer_to_san.py", pruned[0], "--live")
     assert "mmseg-san:" in said and "dense again, bit for bit: True" in said
+
+
+@pytest.mark.framework
+def test_finetune_san(pruned: tuple[Path, str]) -> None:
+    pytest.importorskip("mmseg")
+    said = run("finetune_san.py", pruned[0], "--steps", "3", "--fraction", "0.4")
+    assert "TrainPlan(alpha: 11 of 26 layers train" in said and "GFLOPs" in said
+    losses = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("step ")]
+    assert len(losses) == 3 and losses[-1] < losses[0]
