@@ -143,7 +143,8 @@ def _page(record: dict[str, Any]) -> Iterator[str]:
     yield "# open_clip's registry, pruned to half"
     yield ""
     yield (
-        f"{states['ok']} of {len(rows)} names are ok, and {missing} have not been measured yet "
+        f"{states['ok']} of {len(rows)} names are ok"
+        f"{f', and {missing} have not been measured yet' if missing else ''} "
         f"(open_clip {record['open_clip']}, timm {record['timm']}, torch {torches}; random "
         "weights). `python "
         "benchmarks/registry_sweep.py`, whose first lines say what is checked. Errors are the "
