@@ -11,7 +11,7 @@ import pytest
 
 from ovsprune.core.errors import OptionError, ScheduleError, UnknownNameError
 from ovsprune.jobs.launch import launch
-from tests.jobs.test_launch import ALONE, place, run
+from tests.jobs.test_launch import ALONE, place, run, script
 
 __all__ = ["place"]  # a fixture
 
@@ -83,19 +83,43 @@ lightning.Trainer(
 ).fit(Net(), torch.utils.data.DataLoader(pictures, batch_size=4))
 tell()
 """
+DETECTRON2 = """
+from detectron2.engine import HookBase, SimpleTrainer
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.visual = visual
+    def forward(self, pixels):
+        return {{"loss": self.visual(pixels).square().mean()}}
+
+net = Net().train()
+wanting = [p for p in net.parameters() if p.requires_grad]
+trainer = SimpleTrainer(net, list(pictures.split(4)), torch.optim.SGD(wanting, lr=0.1))
+trainer.register_hooks([HookBase()])
+trainer.train(0, 4)
+tell()
+"""
+LOOPS = [("transformers", TRANSFORMERS), ("mmengine", MMENGINE), ("lightning", LIGHTNING)]
+PATHS = os.pathsep.join((ALONE["PYTHONPATH"], os.environ.get("PYTHONPATH", "")))
 
 
 @pytest.mark.framework
 @pytest.mark.parametrize(
     ("library", "text"),
-    [("transformers", TRANSFORMERS), ("mmengine", MMENGINE), ("lightning", LIGHTNING)],
+    [*LOOPS, pytest.param("detectron2", DETECTRON2, marks=pytest.mark.upstream)],
 )
 def test_only_what_the_policy_chose_has_moved(place: Path, library: str, text: str) -> None:
     import json
 
     pytest.importorskip(library)
     given = {"base": str(place / "base.pth"), "out": str(place / "moved.json"), "place": str(place)}
-    record = run(place, (MODEL + text).format(**given), policy="last-k", count=3, weights="slim")
+    # detectron2 comes from a checkout, whose other folders would stand before libraries' names
+    paths = PATHS if library == "detectron2" else ALONE["PYTHONPATH"]
+    record = launch(
+        script(place, (MODEL + text).format(**given)), place / "slim", weights="slim",
+        policy="last-k", count=3, environment={**ALONE, "PYTHONPATH": paths},
+    )  # fmt: skip
     assert record["returncode"] == 0
     (plan,) = record["schedules"]
     assert plan["policy"] == "last-k" and plan["total_steps"] == 4
