@@ -34,8 +34,8 @@ from ovsprune.core.files import write_text
 from ovsprune.spectrum import Matrix, matrices, spectra
 
 HERE = Path(__file__).resolve().parent
-FEW = 50
-"""Layers with fewer eigenvalues are left out; below 20 WeightWatcher takes another rule."""
+FEW = 20
+"""Layers with fewer eigenvalues are left out: WeightWatcher takes another rule for them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -145,7 +145,7 @@ def page(record: dict[str, Any]) -> str:
         "",
         "Alpha, xmin by the least Kolmogorov-Smirnov distance in both:",
         "",
-        "| model | layers of 50 eigenvalues or more | largest difference of alpha | within 1% |",
+        "| model | layers of 20 eigenvalues or more | largest difference of alpha | within 1% |",
         "| --- | ---: | ---: | ---: |",
     ]
     for row in record["agreement"]:

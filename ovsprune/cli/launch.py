@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ovsprune.cli.options import schedule_options
 from ovsprune.cli.screen import Screen, output_options
 from ovsprune.cli.silence import users_environment
 
@@ -35,22 +36,7 @@ from ovsprune.cli.silence import users_environment
     help="Which layers train, hooked into the framework's loop: a policy that `ovsprune schedule "
     "--list` shows; by default as the framework has it.",
 )
-@click.option("--fraction", default=0.5, show_default=True, help="Share of the layers that train.")
-@click.option("--count", type=int, help="How many layers train, instead of a share.")
-@click.option("--every", type=int, help="How often a policy may change its mind, in steps.")
-@click.option(
-    "--pool",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only parameters of such names (may be repeated); by default the image tower.",
-)
-@click.option(
-    "--rest",
-    default="follow",
-    show_default=True,
-    help="Norms, biases, positions: follow (train with their layer), train, freeze or keep.",
-)
-@click.option("--seed", default=0, show_default=True, help="For policies that draw.")
+@schedule_options
 @click.option("--force", is_flag=True, help="Take a checkpoint whose base model is untrained, too.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @output_options

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["budget_options", "scoring_options"]
+__all__ = ["budget_options", "schedule_options", "scoring_options"]
 
 Callback = Callable[..., Any]
 
@@ -38,6 +38,37 @@ def budget_options(*, latency: bool) -> Callable[[Callback], Callback]:
             help="Keep MLP widths at multiples of this.",
         ),
     )
+
+
+def schedule_options(function: Callback) -> Callback:
+    """Add what a policy goes by: ``--fraction, --count, --every, --pool, --rest, --seed``."""
+    return _adding(
+        click.option(
+            "--fraction",
+            default=0.5,
+            show_default=True,
+            help="Share of the layers that train, 0 to 1.",
+        ),
+        click.option("--count", type=int, help="How many layers train, instead of a share."),
+        click.option(
+            "--every",
+            type=int,
+            help="How often a policy may change its mind, in steps; a tenth of all by default.",
+        ),
+        click.option(
+            "--pool",
+            multiple=True,
+            metavar="PATTERN",
+            help="Only parameters of such names (may be repeated); by default the image tower.",
+        ),
+        click.option(
+            "--rest",
+            default="follow",
+            show_default=True,
+            help="Norms, biases, positions: follow (their layer), train, freeze or keep.",
+        ),
+        click.option("--seed", default=0, show_default=True, help="For policies that draw."),
+    )(function)
 
 
 def scoring_options(function: Callback) -> Callback:

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ovsprune.cli.options import schedule_options
 from ovsprune.cli.screen import Screen, output_options
 
 
@@ -13,31 +14,10 @@ from ovsprune.cli.screen import Screen, output_options
 @click.option("--model", help="A model name or a slim directory.")
 @click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
 @click.option("--policy", default="alpha", show_default=True, help="A policy that --list shows.")
-@click.option(
-    "--fraction", default=0.5, show_default=True, help="Share of the layers that train, 0 to 1."
-)
-@click.option("--count", type=int, help="How many layers train, instead of a share.")
+@schedule_options
 @click.option(
     "--total-steps", default=1, show_default=True, help="Optimiser steps of the training."
 )
-@click.option(
-    "--every",
-    type=int,
-    help="How often a policy may change its mind, in steps; a tenth of all by default.",
-)
-@click.option(
-    "--pool",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only parameters of such names (may be repeated); by default the whole image tower.",
-)
-@click.option(
-    "--rest",
-    default="follow",
-    show_default=True,
-    help="Norms, biases, positions: follow (train with their layer), train, freeze or keep.",
-)
-@click.option("--seed", default=0, show_default=True, help="For policies that draw.")
 @click.option(
     "--fit", default="peak", show_default=True, help="Fit of the alphas: peak, least-ks or hill."
 )

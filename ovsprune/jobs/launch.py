@@ -94,10 +94,8 @@ def launch(
     if policy is not None:
         POLICIES.get(policy)
         checked(1, fraction, count, every, rest)
-        settings = {
-            "policy": policy, "fraction": fraction, "count": count, "every": every,
-            "pool": list(pool) or None, "rest": rest, "seed": seed, "target": target,
-        }  # fmt: skip
+        given = {"fraction": fraction, "count": count, "every": every, "rest": rest, "seed": seed}
+        settings = {"policy": policy, "target": target, "pool": list(pool) or None, **given}
     variables = dict(os.environ if environment is None else environment)
     if not command or shutil.which(command[0], path=variables.get("PATH")) is None:
         raise OptionError(
@@ -109,27 +107,12 @@ def launch(
         progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
     read(slim)  # what is wrong with it is told before the framework starts
     directory = str(Path(slim).resolve())
-    with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
-        document = {
-            "watched": watched(settings),
-            "schedule": settings,
-            "session": {
-                "slim": directory,
-                "record": scratch,
-                "target": target,
-                "weights": weights,
-                "force": force,
-            },
-        }
-        variables[VARIABLE] = json.dumps(document)
-        paths = (str(start_directory()), variables.get("PYTHONPATH", ""))
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        status = _run(list(command), variables)
-        records = _records(Path(scratch))
+    session = {"slim": directory, "target": target, "weights": weights, "force": force}
+    status, records = _launched(list(command), variables, settings, session)
     replaced = [record for record in records if "replaced" in record]
+    schedules = [record["schedule"] for record in records if "schedule" in record]
     if not replaced:
         raise TargetError(_nothing(command, status, records))
-    schedules = [record["schedule"] for record in records if "schedule" in record]
     if settings is not None and not schedules and not status:
         raise ScheduleError(
             f"no training loop took up the policy {policy}: those of detectron2, mmengine, "
@@ -145,6 +128,25 @@ def launch(
         "events": list(dict.fromkeys(r["event"] for r in records if "event" in r)),
         "schedules": schedules,
     }
+
+
+def _launched(
+    command: list[str],
+    variables: dict[str, str],
+    schedule: Mapping[str, Any] | None,
+    session: Mapping[str, Any],
+) -> tuple[int, list[dict[str, Any]]]:
+    """Run the command with our hooks in its Pythons; its exit status, and what they recorded."""
+    with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
+        document = {
+            "watched": watched(schedule),
+            "schedule": schedule,
+            "session": {**session, "record": scratch},
+        }
+        variables[VARIABLE] = json.dumps(document)
+        paths = (str(start_directory()), variables.get("PYTHONPATH", ""))
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        return _run(command, variables), _records(Path(scratch))
 
 
 def _run(command: list[str], variables: Mapping[str, str]) -> int:

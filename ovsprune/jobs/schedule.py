@@ -82,8 +82,7 @@ def schedule(
     others = dict.fromkeys(followers, rest == "train") if rest in ("train", "freeze") else {}
     if rest != "follow":
         layers = tuple(Layer(layer.name, layer.numel, layer.tower) for layer in layers)
-    lifted = None if knowing is None else knowing.lift(inner)
-    return TrainPlan(
+    plan = TrainPlan(
         model,
         layers,
         others,
@@ -97,8 +96,10 @@ def schedule(
         alphas=lambda model, names: layer_alphas(
             weights or model, names, fit=fit, convolution=convolution, progress=progress
         ),
-        undo=(lambda: None) if lifted is None else lifted.detach,
     )
+    if knowing is not None:
+        plan.on_release(knowing.lift(inner).detach)
+    return plan
 
 
 def checked(

@@ -95,7 +95,7 @@ def check_picture(path: Path) -> None:
         OutputError: It is no PNG's name, or there is no such directory.
         MissingLibraryError: matplotlib is not installed.
     """
-    from ovsprune.report.spectra import need_matplotlib
+    from ovsprune.report.figures import need_matplotlib
 
     need_matplotlib()
     if path.suffix.lower() != ".png":

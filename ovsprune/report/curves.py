@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovsprune.core.errors import MissingLibraryError
+from ovsprune.report.figures import need_matplotlib, new_figure, save
 from ovsprune.report.numbers import budget_name, count
 
 __all__ = ["draw", "spread_out"]
@@ -42,18 +42,12 @@ def draw(record: Record, path: Path) -> None:
     Raises:
         MissingLibraryError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator
-    except ImportError as error:
-        raise MissingLibraryError(
-            "matplotlib is not installed, and plots need it: pip install 'ovsprune[plots]'"
-        ) from error
+    need_matplotlib()
+    from matplotlib.ticker import LogLocator, NullLocator
+
     methods = list(record["methods"])
     tall = max(1.0, len(methods) * LINE * 1.1)
-    figure = Figure(figsize=(PANEL[0], 2 * PANEL[1] * tall), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
+    figure = new_figure(PANEL[0], 2 * PANEL[1] * tall)
     kept, wrong = figure.subplots(2, 1, sharex=True)
     kept.set_xlim(0, 100 * _most(record))
     kept.set_title(_title(record), loc="left", fontsize=10)
@@ -71,7 +65,7 @@ def draw(record: Record, path: Path) -> None:
     wrong.set_xlabel(f"{budget_name(budget)} removed (% of {count(record['dense'][budget])})")
     for axes in (kept, wrong):
         _names(axes)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save(figure, path)
 
 
 Curve = list[tuple[float, float, float]]

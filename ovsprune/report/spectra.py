@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from ovsprune.core.errors import MissingLibraryError
 from ovsprune.report.curves import COLOURS, MARKERS
+from ovsprune.report.figures import new_figure, save
 from ovsprune.report.numbers import duration
 from ovsprune.report.tables import table
 
-__all__ = ["draw", "need_matplotlib", "spectrum_summary"]
+__all__ = ["draw", "spectrum_summary"]
 
 Record = Mapping[str, Any]
 SHOWN = 9
@@ -65,20 +65,6 @@ def _number(value: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
-def need_matplotlib() -> None:
-    """Refuse to draw without it.
-
-    Raises:
-        MissingLibraryError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingLibraryError(
-            "matplotlib is not installed, and plots need it: pip install 'ovsprune[plots]'"
-        ) from error
-
-
 def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
     """Draw log-log densities with their fitted tails, and below them alpha by depth and kind.
 
@@ -90,14 +76,9 @@ def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
     Raises:
         MissingLibraryError: matplotlib is not installed.
     """
-    need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = _shown(measured)
     rows = max(1, -(-len(shown) // 3))
-    figure = Figure(figsize=(10.5, 2.3 * rows + 4.2), layout="constrained", dpi=140)
-    FigureCanvasAgg(figure)
+    figure = new_figure(10.5, 2.3 * rows + 4.2, dpi=140)
     parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 4.0])
     above, below = parts
     figure.suptitle(title, fontsize=11)
@@ -109,7 +90,7 @@ def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
     above.supxlabel("eigenvalue", fontsize=9)
     above.supylabel("density", fontsize=9)
     _by_depth(below.subplots(), measured)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _shown(measured: Sequence[Any]) -> list[Any]:

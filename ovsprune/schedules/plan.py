@@ -48,7 +48,6 @@ class TrainPlan:
         every: How often the policy may change its mind, in steps.
         seed: For policies that draw.
         alphas: Measures spectra, where the policy needs them.
-        undo: Called by :meth:`release`.
 
     Raises:
         ScheduleError: DistributedDataParallel wraps the model in a way that cannot follow the plan.
@@ -71,14 +70,14 @@ class TrainPlan:
         every: int,
         seed: int,
         alphas: Alphas,
-        undo: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.layers, self.name, self.policy = tuple(layers), name, policy
         self.fraction, self.count, self.total_steps = fraction, count, total_steps
         self.every, self.seed = every, seed
         self.moments = tuple(policy.moments(total_steps, every))
-        self._others, self._alphas, self._undo = dict(others), alphas, undo
+        self._others, self._alphas = dict(others), alphas
+        self._undo: list[Callable[[], None]] = []
         self._parameters = dict(self.model.named_parameters())
         self._before = {n: p.requires_grad for n, p in self._parameters.items()}
         self._first: Mapping[str, float] | None = None
@@ -341,11 +340,16 @@ class TrainPlan:
         self._set(tuple(state["chosen"]))
 
     def release(self) -> None:
-        """Let every parameter train or not as before the plan, and undo what it lifted."""
+        """Let every parameter train or not as before the plan, and undo what was made for it."""
         for name, train in self._before.items():
             self._parameters[name].requires_grad_(train)
         self._optimizers = ()
-        self._undo()
+        while self._undo:
+            self._undo.pop()()
+
+    def on_release(self, undo: Callable[[], None]) -> None:
+        """Have ``undo`` called once, by :meth:`release`."""
+        self._undo.append(undo)
 
     def __repr__(self) -> str:
         numel = {True: 0, False: 0}

@@ -41,27 +41,33 @@ def matrices(model: nn.Module) -> list[Matrix]:
     """Every weight matrix of a model, in the order of its modules.
 
     Linear layers and convolutions; queries, keys and values apart where one parameter holds them
-    (``nn.MultiheadAttention`` and its like, timm's ``qkv``), whatever their widths. Norms, biases,
-    embedding tables and positions are none, nor are bare projections, and depthwise convolutions
-    have no matrix: each of their channels is a vector. A parameter that two modules share is
-    listed once.
+    (``nn.MultiheadAttention`` and its like, of any widths; timm's ``qkv`` and ``kv``, of equal
+    ones). Norms, biases, embedding tables and positions are none, nor are bare projections, and
+    depthwise convolutions have no matrix: each of their channels is a vector. A parameter that two
+    modules share is listed once.
     """
     found: list[Matrix] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
-        for matrix in _of(path, module):
-            if matrix.weight.numel() and id(matrix.weight) not in seen:
-                seen.add(id(matrix.weight))
-                found.append(matrix)
+        above = model.get_submodule(path.rpartition(".")[0])
+        # By the parameter: parts of a fused one are views, other objects at every module.
+        new = [m for m in _of(path, module, above) if id(_owner(model, m)) not in seen]
+        found += [matrix for matrix in new if matrix.weight.numel()]
+        seen.update(id(parameter) for parameter in module.parameters(recurse=False))
     return found
 
 
-def _of(path: str, module: nn.Module) -> Iterator[Matrix]:
-    """The matrices that a module holds itself."""
+def _owner(model: nn.Module, matrix: Matrix) -> nn.Parameter:
+    return model.get_parameter(matrix.parameter)
+
+
+def _of(path: str, module: nn.Module, above: nn.Module) -> Iterator[Matrix]:
+    """The matrices that a module holds itself; ``above`` is the module that holds it."""
     start = f"{path}." if path else ""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     if _FUSED in own:
-        yield from _parts(start, f"{start}{_FUSED}", own[_FUSED], _values(module))
+        keys, values = _rows(module, own[_FUSED])
+        yield from _parts(start, f"{start}{_FUSED}", own[_FUSED], "qkv", [keys, keys, values])
     for name in _APART:
         if name in own:
             yield Matrix(f"{start}{name[0]}", f"{start}{name}", name[0], own[name])
@@ -72,21 +78,32 @@ def _of(path: str, module: nn.Module) -> Iterator[Matrix]:
         return
     names = path.split(".")
     kind = next((n for n in reversed(names) if n and not n.isdigit()), type(module).__name__)
-    if kind == "qkv" and weight.shape[0] % 3 == 0:
-        above = path.rpartition(".")[0]
-        yield from _parts(f"{above}." if above else "", parameter, weight, weight.shape[0] // 3)
+    if kind in ("qkv", "kv") and _in_equal_parts(weight, len(kind), above):
+        start = path.removesuffix(kind)
+        yield from _parts(start, parameter, weight, kind, [len(weight) // len(kind)] * len(kind))
         return
+    if kind == "proj" and any(hasattr(above, name) for name in ("qkv", "kv", "q_proj")):
+        kind = "out"
     yield Matrix(path or kind, parameter, _KINDS.get(kind, kind), weight)
 
 
-def _values(module: Any) -> int:
-    """Rows of the values in a fused projection: what the output projection reads."""
+def _rows(module: Any, weight: Tensor) -> tuple[int, int]:
+    """Rows of the keys and of the values in a fused projection, by what reads the values."""
     out = getattr(module, "out_proj", None)
-    return out.in_features if isinstance(out, nn.Linear) else len(module.in_proj_weight) // 3
+    values = out.in_features if isinstance(out, nn.Linear) else len(weight) // 3
+    return (len(weight) - values) // 2, values
 
 
-def _parts(start: str, parameter: str, weight: Tensor, values: int) -> Iterator[Matrix]:
-    """Queries, keys and values, the last of which have so many rows."""
-    keys = (weight.shape[0] - values) // 2
-    for kind, part in zip("qkv", torch.split(weight, [keys, keys, values]), strict=True):
+def _in_equal_parts(weight: Tensor, count: int, above: Any) -> bool:
+    """Whether timm's fused map is so many maps of one width: not where heads share keys."""
+    out = getattr(above, "proj", None)
+    width = out.in_features if isinstance(out, nn.Linear) else len(weight) // count
+    return len(weight) == count * width
+
+
+def _parts(
+    start: str, parameter: str, weight: Tensor, kinds: str, rows: list[int]
+) -> Iterator[Matrix]:
+    """The parts of a fused map, one below the other."""
+    for kind, part in zip(kinds, torch.split(weight, rows), strict=True):
         yield Matrix(f"{start}{kind}", parameter, kind, part)

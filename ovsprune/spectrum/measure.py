@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.spectrum.eigenvalues import CONVOLUTIONS, spectra_of
 from ovsprune.spectrum.fits import FITS, PowerLaw
@@ -85,8 +86,15 @@ def spectra(
     Raises:
         UnknownNameError: There is no such fit.
         OptionError: ``convolution`` is unknown.
+        WeightsError: A weight has values that are not finite.
     """
     check_options(fit, convolution)
+    for matrix in found:
+        if not bool(torch.isfinite(matrix.weight).all()):
+            raise WeightsError(
+                f"{matrix.parameter} has values that are not finite, and so no spectrum; load "
+                "weights that are whole"
+            )
     order = sorted(range(len(found)), key=lambda i: tuple(found[i].weight.shape))
     measured: dict[int, Spectrum] = {}
     with (progress or Silent()).stage("spectra of the weights", len(found)) as advance:

@@ -13,7 +13,7 @@ from ovsprune.core.records import Group, Slice
 from ovsprune.spectrum import eigenvalues, group_alphas, hill
 
 
-@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30)])
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (30, 30), (250, 500), (700, 401)])
 def test_eigenvalues_are_squared_singular_values(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     found = eigenvalues(weight)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.spectrum import FITS, eigenvalues, matrices, spectra
 
@@ -34,7 +34,7 @@ def test_queries_keys_and_values_are_told_apart_and_the_output_projection_counts
         "fused.q": ("fused.qkv.weight", "q", (8, 8)),
         "fused.k": ("fused.qkv.weight", "k", (8, 8)),
         "fused.v": ("fused.qkv.weight", "v", (8, 8)),
-        "fused.proj": ("fused.proj.weight", "proj", (8, 8)),
+        "fused.proj": ("fused.proj.weight", "out", (8, 8)),
     }
     parts = [m.weight for m in matrices(model) if m.parameter == "attn.in_proj_weight"]
     assert torch.equal(torch.cat(parts), model["attn"].in_proj_weight)
@@ -61,6 +61,30 @@ def test_a_shared_weight_is_listed_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
     model["b"].weight = model["a"].weight
     assert list(named(model)) == ["a"]
+
+
+def test_a_shared_fused_weight_is_listed_once() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.MultiheadAttention(8, 2)})
+    model["b"].in_proj_weight = model["a"].in_proj_weight
+    assert list(named(model)) == ["a.q", "a.k", "a.v", "a.out_proj", "b.out_proj"]
+
+
+def test_fused_keys_and_values_are_told_apart_where_they_have_one_width() -> None:
+    pool = nn.ModuleDict({"q": nn.Linear(8, 8), "kv": nn.Linear(8, 16), "proj": nn.Linear(8, 8)})
+    assert list(named(pool)) == ["q", "k", "v", "proj"]
+    assert named(pool)["v"] == ("kv.weight", "v", (8, 8))
+    shared = nn.ModuleDict({"qkv": nn.Linear(8, 16), "proj": nn.Linear(8, 8)})
+    assert list(named(shared)) == ["qkv", "proj"]  # fewer heads of keys: no thirds
+    shared = nn.ModuleDict({"qkv": nn.Linear(48, 96), "proj": nn.Linear(48, 48)})
+    assert named(shared)["qkv"] == ("qkv.weight", "qkv", (96, 48))
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(WeightsError, match=r"0\.weight has values that are not finite"):
+        spectra(matrices(model))
 
 
 def test_kinds_are_names_in_a_block() -> None:

@@ -9,17 +9,50 @@ library only (``functools.partial(ovsprune.schedule, policy="alpha-refresh")``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ovsprune.schedules.plan import TrainPlan
 
-__all__ = ["Made", "plan_for"]
+__all__ = ["Following", "Made"]
 
 Made = TrainPlan | Callable[..., TrainPlan]
 """A plan, or a function of the model, positional, and ``total_steps=...``, by name."""
 
 
-def plan_for(made: Made, model: Any, total_steps: int) -> TrainPlan:
-    """The plan of a training that is about to start."""
-    return made if isinstance(made, TrainPlan) else made(model, total_steps=total_steps)
+class Following:
+    """A plan through one training of a library's loop, and through its checkpoints.
+
+    Args:
+        made: The plan, or what makes it when the training begins.
+
+    Attributes:
+        plan: The plan, once the training has begun.
+    """
+
+    def __init__(self, made: Made) -> None:
+        self._made = made
+        self._state: Mapping[str, Any] | None = None
+        self.plan: Any = None
+
+    def begin(self, model: Any, total_steps: int, *optimizers: Any) -> None:
+        """Have the plan, go on where a resumed training was, and bind its optimisers.
+
+        In this order: the optimisers may have their states of before already, and lose only those
+        of what is frozen there.
+        """
+        made = self._made
+        self.plan = made if isinstance(made, TrainPlan) else made(model, total_steps=total_steps)
+        if self._state:
+            self.plan.load_state_dict(self._state)
+        self.plan.bind(*optimizers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the library's checkpoint; nothing before the training."""
+        return {} if self.plan is None else dict(self.plan.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """What comes out of one, before or after the training has begun."""
+        self._state = state
+        if self.plan is not None and state:
+            self.plan.load_state_dict(state)

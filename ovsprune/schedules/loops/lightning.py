@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from ovsprune.schedules.loops import Made, plan_for
+from ovsprune.schedules.loops import Following, Made
 
 __all__ = ["ScheduleCallback"]
 
@@ -19,35 +19,28 @@ class ScheduleCallback(Callback):  # type: ignore[misc, unused-ignore]
             trainer's estimate of its steps).
 
     Attributes:
-        plan: The plan, once the training has begun.
+        following: Holds the ``plan``, once the training has begun.
     """
 
     def __init__(self, plan: Made) -> None:
-        self._made = plan
-        self._state: dict[str, Any] | None = None
-        self.plan: Any = None
+        self.following = Following(plan)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the plan, bind the optimisers, and go on where a resumed training was."""
-        steps = trainer.estimated_stepping_batches
-        self.plan = plan_for(self._made, pl_module, max(1, int(steps)))
-        if self._state is not None:
-            self.plan.load_state_dict(self._state)
-        self.plan.bind(*trainer.optimizers)
+        """Begin, or go on."""
+        steps = max(1, int(trainer.estimated_stepping_batches))
+        self.following.begin(pl_module, steps, *trainer.optimizers)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow the plan, when an optimiser step begins."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.plan.step(trainer.global_step)
+            self.following.plan.step(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning writes into its checkpoints."""
-        return {} if self.plan is None else dict(self.plan.state_dict())
+        return self.following.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What it gives back, before or after the plan is made."""
-        self._state = state_dict or None
-        if self.plan is not None and self._state is not None:
-            self.plan.load_state_dict(self._state)
+        """What it gives back, before or after the training begins."""
+        self.following.load_state_dict(state_dict)

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 
-from ovsprune.schedules.loops import Made, plan_for
+from ovsprune.schedules.loops import Following, Made
 
 __all__ = ["ScheduleHook"]
 
@@ -22,37 +22,31 @@ class ScheduleHook(Hook):  # type: ignore[misc]
             the optimiser wrapper's accumulation).
 
     Attributes:
-        plan: The plan, once the training has begun.
+        following: Holds the ``plan``, once the training has begun.
     """
 
     priority = "ABOVE_NORMAL"
 
     def __init__(self, plan: Made) -> None:
-        self._made, self._each = plan, 1
-        self._state: dict[str, Any] | None = None
-        self.plan: Any = None
+        self.following, self._each = Following(plan), 1
 
     def before_train(self, runner: Any) -> None:
-        """Make the plan, bind the optimisers, and go on where a resumed training was."""
+        """Begin, or go on."""
         wrapper = runner.optim_wrapper
         wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         self._each = max(getattr(w, "_accumulative_counts", 1) for w in wrappers)
         steps = -(-runner.max_iters // self._each)
-        self.plan = plan_for(self._made, runner.model, steps)
-        if self._state is not None:
-            self.plan.load_state_dict(self._state)
-        self.plan.bind(*(w.optimizer for w in wrappers))
+        self.following.begin(runner.model, steps, *(w.optimizer for w in wrappers))
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Follow the plan, when an optimiser step begins."""
         if runner.iter % self._each == 0:
-            self.plan.step(runner.iter // self._each)
+            self.following.plan.step(runner.iter // self._each)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Put the plan's state into mmengine's checkpoint."""
-        if self.plan is not None:
-            checkpoint[_KEY] = self.plan.state_dict()
+        checkpoint[_KEY] = self.following.state_dict()
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Take it from one; of a training without a plan there is none."""
-        self._state = checkpoint.get(_KEY)
+        self.following.load_state_dict(checkpoint.get(_KEY))
