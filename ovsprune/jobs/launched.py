@@ -103,9 +103,14 @@ class _Scheduled:
         self.hooks = tuple(Hook(loop.module, loop.name, self._joining(loop)) for loop in LOOPS)
 
     def open(self, model: nn.Module) -> None:
-        """Have all of the pool want gradients, so that the framework's optimiser takes it in."""
+        """Have all of the pool want gradients, so that the framework's optimiser takes it in.
+
+        What the plan will keep as the framework has it (``rest="keep"``) stays.
+        """
         layers, _ = find_pool(model, self.settings["target"], self.settings["pool"])
-        wanted = {name for layer in layers for name in (layer.name, *layer.followers)}
+        wanted = {layer.name for layer in layers}
+        if self.settings["rest"] != "keep":
+            wanted |= {name for layer in layers for name in layer.followers}
         for name, parameter in model.named_parameters():
             if name in wanted:
                 parameter.requires_grad_(True)

@@ -124,8 +124,8 @@ def _density(axes: Any, one: Any) -> None:
     axes.axvline(one.xmin, color="#0072B2", lw=0.8, ls=":")
     lowest, most = min(y for _, y in points), max(y for _, y in points)
     axes.set_ylim(lowest / 3, 3 * most)
-    _plain_ticks(axes.xaxis, 10**low, 10**high)
-    _plain_ticks(axes.yaxis, lowest / 3, 3 * most)
+    _few_ticks(axes.xaxis, 10**low, 10**high)
+    _few_ticks(axes.yaxis, lowest / 3, 3 * most)
     axes.set_title(one.name, fontsize=7.5)
     axes.text(
         0.04, 0.06, f"$\\alpha$ = {one.alpha:.2f}\nKS {one.ks_distance:.3f}",
@@ -139,9 +139,7 @@ def _counts(values: Any, edges: Sequence[float]) -> list[int]:
 
 
 def _by_depth(axes: Any, measured: Sequence[Any]) -> None:
-    """A line a kind where it comes again and again; the place in the model where blocks have no
-    number.
-    """
+    """Alpha by block: a line for each kind of layer that comes again, crosses for the others."""
     kinds = list(dict.fromkeys(one.kind for one in measured))
     many = [k for k in kinds if sum(one.kind == k for one in measured) > 1]
     depths = _depths(measured)
@@ -169,7 +167,7 @@ def _by_depth(axes: Any, measured: Sequence[Any]) -> None:
         axes.axhline(middle, color="#000000", lw=0.8, ls="--", label=f"median {middle:.2f}")
         if max(finite) > 4 * middle:
             axes.set_yscale("log")
-            _plain_ticks(axes.yaxis, min(finite), min(max(finite), 29 * min(finite)))
+            _few_ticks(axes.yaxis, min(finite), max(finite), plain=math.inf)
     axes.set_xlabel("depth (block)", fontsize=9)
     axes.set_ylabel("$\\alpha$", fontsize=9)
     axes.grid(alpha=0.25)
@@ -193,13 +191,11 @@ def _depths(measured: Sequence[Any]) -> list[float]:
     return [(-1.0 if i < last else after) if d is None else d for i, d in enumerate(found)]
 
 
-def _plain_ticks(axis: Any, low: float, high: float) -> None:
-    """Few numbers on a logarithmic axis, as people write them where it spans less than 1.5
-    decades.
-    """
+def _few_ticks(axis: Any, low: float, high: float, plain: float = 30.0) -> None:
+    """Few numbers on a logarithmic axis; as people write them below a span of ``plain``."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
-    if high / low > 30:
+    if high / low > plain:
         axis.set_minor_formatter(NullFormatter())
         return
     axis.set_minor_locator(NullLocator())

@@ -11,7 +11,9 @@ import pytest
 
 from ovsprune.core.errors import OptionError, ScheduleError, UnknownNameError
 from ovsprune.jobs.launch import launch
+from ovsprune.jobs.launched import _Scheduled
 from tests.jobs.test_launch import ALONE, place, run, script
+from tests.schedules.helpers import model
 
 __all__ = ["place"]  # a fixture
 
@@ -148,3 +150,14 @@ def test_bad_settings_are_told_before_the_script_starts(place: Path) -> None:
         with pytest.raises(error, match=match):
             launch(command, place / "slim", environment=ALONE, **given)
     assert not (place / "ran").exists()
+
+
+@pytest.mark.parametrize(("rest", "norms"), [("follow", True), ("keep", False)])
+def test_what_the_framework_froze_is_opened_for_its_optimiser(rest: str, norms: bool) -> None:
+    net = model()
+    net.requires_grad_(False)
+    settings = {"policy": "alpha-refresh", "target": "auto", "pool": ["blocks.*"], "rest": rest}
+    _Scheduled(settings, lambda record: None).open(net)
+    opened = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert "blocks.1.up.weight" in opened and "head.weight" not in opened
+    assert ("blocks.1.norm.weight" in opened) == norms
