@@ -104,7 +104,7 @@ def _structured(
     from ovsprune.core.errors import BudgetError
 
     model = backbones.load(str(FOLDERS[backbone]))
-    low, high, tries = 0.0, 1.0, []
+    low, high, tries = (0.0, 0.0), (1.0, 1.0), []  # ratio and sparsity that are known
     ratio = sparsity
     final = place / "structured"
     for _ in range(TRIES):
@@ -119,7 +119,7 @@ def _structured(
             )
         except BudgetError as error:
             tries.append({"ratio": ratio, "error": str(error)})
-            high = ratio
+            high = (ratio, 1.0)
         else:
             zeros = result.spec.dense.params - result.spec.slim.params
             tries.append({"ratio": ratio, "zeros": zeros, "sparsity": zeros / total})
@@ -137,10 +137,21 @@ def _structured(
                     "structured_seconds": sum(result.seconds.values()),
                     "tries": tries,
                 }
-            low, high = (ratio, high) if zeros / total < sparsity else (low, ratio)
-        ratio = (low + high) / 2
+            known = (ratio, zeros / total)
+            low, high = (known, high) if zeros / total < sparsity else (low, known)
+        ratio = between(low, high, sparsity)
     shutil.rmtree(place / "try", ignore_errors=True)
     return {"reached": False, "tries": tries}
+
+
+def between(low: tuple[float, float], high: tuple[float, float], sparsity: float) -> float:
+    """The ratio between two known ones where a straight line reaches ``sparsity``.
+
+    >>> between((0.0, 0.0), (0.5, 0.8), 0.4)
+    0.25
+    """
+    share = (sparsity - low[1]) / max(high[1] - low[1], 1e-9)
+    return low[0] + min(max(share, 0.05), 0.95) * (high[0] - low[0])
 
 
 def _imp(backbone: str, ratio: float, calibration: str, place: Path) -> dict[str, Any]:

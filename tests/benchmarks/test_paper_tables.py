@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -60,7 +61,7 @@ def test_the_plan_keeps_its_limits(script) -> None:
     assert {count for (_, mask), count in seeds.items() if mask != "dense"} == {3}
     assert len(seeds) == 4 * 4
     assert {r.policy for r in plan.runs("table2")} == set(plan.POLICIES)
-    assert all(a.seed <= b.seed for a, b in zip(runs, runs[1:], strict=False))
+    assert all(a.seed <= b.seed for a, b in itertools.pairwise(runs))
 
 
 def test_random_masks_have_exactly_as_many_zeros(script) -> None:
