@@ -28,6 +28,8 @@ SAMPLES = 256
 IMP_STEPS, IMP_BATCH = 40, 8
 """A round's. The paper takes 5,000."""
 NEAR, TRIES = 0.01, 8
+FIRST = 0.88
+"""The first ratio of MACs that is tried, as a share of the sparsity: on ``photo`` 0.5 gave 0.56."""
 
 
 def ranked(backbone: str) -> dict[str, tuple[int, ...]]:
@@ -105,7 +107,7 @@ def _structured(
 
     model = backbones.load(str(FOLDERS[backbone]))
     low, high, tries = (0.0, 0.0), (1.0, 1.0), []  # ratio and sparsity that are known
-    ratio = sparsity
+    ratio = FIRST * sparsity
     final = place / "structured"
     for _ in range(TRIES):
         try:

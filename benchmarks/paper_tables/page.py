@@ -72,10 +72,10 @@ def _head(rows: Sequence[Any]) -> str:
 Frameworks are trained for {STEPS} steps of 8 crops from MSRC's train list (320 pictures) and scored
 on MSRC test (121 pictures) and CamVid val (101). CamVid's classes are scored without having been
 trained by a framework, though names overlap (sky, road, car ...), and both towers saw CamVid's
-train list when they were made. Classes are CLIP ViT-B/16's text embeddings. These are small towers and
-short trainings: figures are to be compared with each other, not with the paper's, which stand
-beside them for the direction alone. ± is the standard deviation over seeds; where there is none, there was
-one seed.
+train list when they were made. Classes are CLIP ViT-B/16's text embeddings. These are small towers
+and short trainings: figures are to be compared with each other, not with the paper's, which stand
+beside them for the direction alone. ± is the standard deviation over seeds; where there is none,
+there was one seed.
 
 The plan: {len(runs())} trainings of frameworks and one of a backbone, at most {LIMIT} and
 {HOURS:g} hours on 2 CPU cores; {len(rows)} of the {len(runs())} are in this page."""

@@ -1,4 +1,4 @@
-"""The paper's tables: the plan keeps its limits, rows appear whole, and the page invents nothing."""
+"""The paper's tables: the plan keeps its limits, rows appear whole, the page invents nothing."""
 
 from __future__ import annotations
 
