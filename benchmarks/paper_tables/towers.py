@@ -16,7 +16,7 @@ from masks import FOLDERS, folder_of, random_masks, ranked
 from training import SETS, score, write_row
 
 
-class _Tower:
+class Tower:
     """A tower as something that predicts: MaskCLIP's reading of its dense output."""
 
     def __init__(self, backbone: Any) -> None:
@@ -53,7 +53,7 @@ def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[
         elif name == "imp, its own weights":
             state = {n.removeprefix("visual."): t for n, t in read_weights(place / "imp").items()}
             loaded.tower.load_state_dict(state)
-        scores = {s: score(_Tower(loaded), s, data) for s in SETS}
+        scores = {s: score(Tower(loaded), s, data) for s in SETS}
         rows.append({"backbone": backbone, "sparsity": sparsity, "mask": name, "scores": scores})
     write_row(file, rows)  # type: ignore[arg-type]
     return rows

@@ -1,7 +1,8 @@
 """A Mask2Former-style mask classifier: transformers' modules on CLIP's ResNet.
 
-The names are those of OpenTrans' model (``backbone``, ``sem_seg_head``), so ovsprune's target
-``mask2former`` knows it.
+The names are those of OpenTrans' model (``backbone``, ``sem_seg_head``). Its tower is open_clip's
+own and not OpenTrans' copy, whose activations have other names, so ovsprune's target ``generic``
+attaches, which finds the tower by its structure.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from frameworks import mask_head
 class Mask2Former(nn.Module):
     """Every query is a mask and an embedding, which is compared with the texts."""
 
-    target, frozen = "mask2former", False
+    target, frozen = "generic", False
 
     def __init__(self, tower: Any, classes: int, seed: int) -> None:
         super().__init__()
