@@ -239,8 +239,8 @@ tags: [clip, open-vocabulary segmentation, photographs]
 # resnet
 
 The image tower of a small CLIP, a ModifiedResNet: the convolutional sister of `photo`
-(`benchmarks/photo_clip/photo`), for the frameworks of the paper's tables that stand on CLIP's ResNet.
-It is a testbed, not shipped in the wheel, and of no use as a segmenter.
+(`benchmarks/photo_clip/photo`), for the frameworks of the paper's tables that stand on CLIP's
+ResNet. It is a testbed, not shipped in the wheel, and of no use as a segmenter.
 
 | | image tower |
 | --- | --- |
@@ -256,15 +256,15 @@ Weights are fp16 ({size:.1f} MB); the figures below are of these rounded weights
 
     python benchmarks/paper_tables/backbone.py --data DATA --work DIR --export
 
-Data, teacher and losses are `photo`'s: 813 labelled photographs of MSRC v2's train list, COCO128 and
-CamVid's train list; no test or validation picture was opened. {steps:,} steps of {batch} from random
-weights, AdamW at {rate:g}, seed {seed}, float32, {minutes:.0f} minutes of one thread on a machine that did
-other work too (`photo` had 6,000 steps of 16).
+Data, teacher and losses are `photo`'s: 813 labelled photographs of MSRC v2's train list, COCO128
+and CamVid's train list; no test or validation picture was opened. {steps:,} steps of {batch} from
+random weights, AdamW at {rate:g}, seed {seed}, float32, {minutes:.0f} minutes of one thread on a
+machine that did other work too (`photo` had 6,000 steps of 16).
 
 ## Measured
 
-Dense features are the last stage's positions through the pool's value and output projections, against
-the class embeddings as given; protocol as of `photo`.
+Dense features are the last stage's positions through the pool's value and output projections,
+against the class embeddings as given; protocol as of `photo`.
 
 | | mIoU | pixels right |
 | --- | --- | --- |

@@ -8,8 +8,9 @@ tower. "All layers" is Table 1's structured row; the others share the 7 that are
 alpha-refresh 1 each. Nothing is left for trainings at 0.7 and 0.9: there the page reports the
 towers as they come out of pruning, untrained, scored by themselves.
 
-300 steps of 8 crops are three to six minutes of one thread: 47 of them are under five hours, one
-after another, and the ResNet takes another.
+400 steps of 8 crops are 7 to 15 minutes of one thread, by the framework: the 47 are about eight
+hours of one core, and finding the masks and the ResNet's training about three more, which is five
+to six hours of two.
 """
 
 from __future__ import annotations

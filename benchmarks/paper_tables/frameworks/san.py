@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 POINTS = 512
 """Points of a mask that its loss looks at; mmsegmentation's own configuration has 12,544."""
-SIDE = 384
-"""Of the pictures that the side adapter sees; the tower sees them at half of that, its native."""
+SIDE = 256
+"""Of the pictures that the side adapter sees: SAN shows it twice the tower's size, which would be
+384 here, and is spared for time."""
 
 
 class San(nn.Module):
@@ -25,7 +26,8 @@ class San(nn.Module):
 
         state = tower.state_dict()
         heads = tower.transformer.resblocks[0].attn.num_heads
-        shape = SanShape.small(state, heads=heads, size=SIDE // 2, activation="gelu")
+        side = 16 * int(len(state["positional_embedding"]) ** 0.5)
+        shape = SanShape.small(state, heads=heads, size=side, activation="gelu")
         self.names = [str(i) for i in range(classes)]
         self.model: Any = build_san(self.names, shape, seed=seed)
         put_tower(self.model, state)
