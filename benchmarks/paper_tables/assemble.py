@@ -1,0 +1,82 @@
+"""A framework with its tower under a mask, ready to train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import masks as found_masks
+from frameworks import FRAMEWORKS, build
+from plan import TRAINED_AT, Run
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class Assembled:
+    """A framework.
+
+    Attributes:
+        module: It.
+        target: Its name among ovsprune's targets.
+        tower: Names of the tower's parameters in ``holder``.
+        holder: What the target knows.
+        zeros: Of the tower's weights, under a mask; 0 where there is none.
+    """
+
+    module: Any
+    target: str
+    tower: frozenset[str]
+    holder: nn.Module
+    zeros: int
+    masks: dict[str, Tensor]
+
+    def check(self) -> None:
+        """That what a mask has set to zero is zero still."""
+        own = dict(self.holder.named_parameters())
+        for name, mask in self.masks.items():
+            if own[name].detach()[~mask].any():
+                raise SystemExit(f"{name} has weights that its mask forbids")
+
+
+def assemble(run: Run, classes: int, work: Path, sparsity: float = TRAINED_AT) -> Assembled:
+    """The framework of a run, before its first step."""
+    import ovsprune
+    from ovsprune import backbones
+    from ovsprune.masks import apply_masks
+    from ovsprune.targets import TARGETS
+
+    backbone = FRAMEWORKS[run.framework].backbone
+    place = found_masks.folder_of(work, backbone, sparsity)
+    tower = backbones.load(str(found_masks.FOLDERS[backbone])).tower.float()
+    tower.requires_grad_(True)
+    depth = len(tower.transformer.resblocks) if backbone == "vit" else 0
+    module = build(run.framework, tower, classes, run.seed)
+    holder = getattr(module, "holder", module)
+    placed: dict[str, Tensor] = {}
+    if run.mask == "structured":
+        wanted = {n for n, p in holder.named_parameters() if p.requires_grad}
+        ovsprune.transfer(holder, place / "structured", module.target)
+        for name, parameter in holder.named_parameters():  # slim modules are new
+            parameter.requires_grad_(name in wanted and parameter.is_floating_point())
+    elif run.mask != "dense":
+        layout = TARGETS.get(module.target).layout(holder.state_dict(), depth)
+        chosen = _masks(run, backbone, place)
+        placed = {k: v for n, m in chosen.items() for k, v in layout.to_framework(n, m).items()}
+        apply_masks(holder, placed, prefix="", hold=True)
+    names = TARGETS.get(module.target).tower_names(holder)
+    parameters = dict(holder.named_parameters())
+    zeros = sum(int((~m).sum()) for m in placed.values())
+    return Assembled(
+        module, module.target, frozenset(names & parameters.keys()), holder, zeros, placed
+    )
+
+
+def _masks(run: Run, backbone: str, place: Path) -> dict[str, Tensor]:
+    from ovsprune.masks import read_masks
+
+    if run.mask == "imp":
+        return dict(read_masks(place / "imp"))
+    record = json.loads((place / "masks.json").read_text())
+    return found_masks.random_masks(found_masks.ranked(backbone), record["zeros"], run.seed)

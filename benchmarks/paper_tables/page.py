@@ -1,0 +1,302 @@
+"""Renders the page from ``results.json``: our tables, the paper's beside them, and what is missing.
+
+A pure function of the record: what was not run is said, and nothing is filled in.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import paper
+from frameworks import FRAMEWORKS
+from plan import HOURS, LIMIT, MASKS, POLICIES, SCHEDULED, SPARSITIES, STEPS, TRAINED_AT, Run, runs
+
+TITLES = {
+    "dense": "dense",
+    "random": "random mask",
+    "imp": "IMP mask (the paper's, unstructured)",
+    "structured": "structured (ours)",
+}
+SETS = ("msrc_test", "camvid_val")
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        record: ``rows``, ``costs``, ``towers``, ``masks``, and ``backbone`` (or None).
+    """
+    rows = record["rows"]
+    parts = [_head(rows), _missing(record), _claims(record), _table1(rows, record["costs"])]
+    parts += [_paper1(), _table2(rows), _spectra(rows), _towers(record), _how(record)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def mean(values: Iterable[float], factor: float = 100.0, digits: int = 1) -> str:
+    """Mean and, of several, standard deviation.
+
+    >>> mean([0.5, 0.7])
+    '60.0 ± 14.1'
+    >>> mean([0.5])
+    '50.0'
+    """
+    found = [factor * v for v in values]
+    if not found:
+        return "not run"
+    text = f"{statistics.mean(found):.{digits}f}"
+    return text if len(found) == 1 else f"{text} ± {statistics.stdev(found):.{digits}f}"
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    rule = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+
+
+def _of(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+    return [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+
+
+def _mious(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [row["scores"][name]["miou"] for row in rows]
+
+
+def _head(rows: Sequence[Any]) -> str:
+    return f"""# The paper's tables, in small, on photographs
+
+<!-- written by benchmarks/paper_tables/run.py -->
+    python benchmarks/paper_tables/run.py --data DATA
+
+Frameworks are trained for {STEPS} steps of 8 crops from MSRC's train list (320 pictures) and scored
+on MSRC test (121 pictures) and CamVid val (101). CamVid's classes are scored without having been
+trained by a framework, though names overlap (sky, road, car ...), and both towers saw CamVid's
+train list when they were made. Classes are CLIP ViT-B/16's text embeddings. These are small towers
+and short trainings: figures are to be compared with each other, not with the paper's, which stand
+beside them for the direction alone. ± is the standard deviation over seeds; where there is none,
+there was one seed.
+
+The plan: {len(runs())} trainings of frameworks and one of a backbone, at most {LIMIT} and
+{HOURS:g} hours on 2 CPU cores; {len(rows)} of the {len(runs())} are in this page."""
+
+
+def _missing(record: Mapping[str, Any]) -> str:
+    done = {Run(r["framework"], r["mask"], r["policy"], r["seed"]) for r in record["rows"]}
+    missing = [run.name for run in runs() if run not in done]
+    lines = ["## Not run", ""]
+    if missing:
+        lines.append(f"- {len(missing)} trainings of the plan: {', '.join(missing)}.")
+    lines.append(
+        "- Frameworks at 0.7 and 0.9: by plan, for want of trainings; the towers are below."
+    )
+    lines.append("- Dense with more than one seed, inverse and alpha-refresh likewise: by plan.")
+    if record.get("backbone") is None:
+        lines.append("- The ResNet: its training is not done, so nothing on it is measured.")
+    for sparsity in SPARSITIES:
+        for backbone in ("vit", "resnet"):
+            found = record["masks"].get(f"{backbone}-{sparsity:g}")
+            if found is None:
+                lines.append(f"- Masks of the {backbone} tower at {sparsity:g}: not looked for.")
+            elif not found["reached"]:
+                most = max((t.get("sparsity", 0.0) for t in found["tries"]), default=0.0)
+                lines.append(
+                    f"- The {backbone} tower at {sparsity:g}: structured pruning does not reach it "
+                    f"(its largest try removed {most:.2f})."
+                )
+    return "\n".join(lines)
+
+
+def _claims(record: Mapping[str, Any]) -> str:
+    """What was to be reproduced, told by the rows alone."""
+    rows = record["rows"]
+    lines = []
+    for name, framework in FRAMEWORKS.items():
+        found = {
+            mask: _mious(_of(rows, framework=name, mask=mask, policy="all"), "msrc_test")
+            for mask in MASKS
+        }
+        for better, worse in (("imp", "random"), ("structured", "random"), ("structured", "imp")):
+            lines.append(_compared(framework.title, better, worse, found))
+    for costs in record["costs"]:
+        ms = {mask: item["milliseconds"] for mask, item in costs["masks"].items()}
+        lines.append(
+            f"- {FRAMEWORKS[costs['framework']].title}: structured takes "
+            f"{ms['structured'] / ms['dense']:.2f} of the dense time, IMP's zeros "
+            f"{ms['imp'] / ms['dense']:.2f}."
+        )
+    alpha, random = (
+        _mious(_of(rows, framework=SCHEDULED, mask="structured", policy=p), "msrc_test")
+        for p in ("alpha", "random")
+    )
+    if alpha and random:
+        ahead = statistics.mean(alpha) > statistics.mean(random)
+        verdict = "beats" if ahead else "does not beat"
+        lines.append(
+            f"- Alpha {verdict} a random half here: {mean(alpha)} against {mean(random)} "
+            "(MSRC test; with so few seeds, a difference within the spread is none)."
+        )
+    else:
+        lines.append("- Alpha against a random half: not run.")
+    return "\n".join(["## What came out (MSRC test)", "", *lines])
+
+
+def _compared(title: str, better: str, worse: str, found: Mapping[str, Sequence[float]]) -> str:
+    one, other = found[better], found[worse]
+    if not one or not other:
+        return f"- {title}: {better} against {worse}: not run."
+    difference = 100 * (statistics.mean(one) - statistics.mean(other))
+    seeds = f"{len(one)} and {len(other)} seeds"
+    return f"- {title}: {better} minus {worse}: {difference:+.1f} points ({seeds})."
+
+
+def _table1(rows: Sequence[Any], costs: Sequence[Mapping[str, Any]]) -> str:
+    measured = {item["framework"]: item["masks"] for item in costs}
+    lines = []
+    for name, framework in FRAMEWORKS.items():
+        for mask in MASKS:
+            found = _of(rows, framework=name, mask=mask, policy="all")
+            item = measured.get(name, {}).get(mask)
+            lines.append(
+                [
+                    framework.title if mask == "dense" else "",
+                    TITLES[mask],
+                    *(mean(_mious(found, s)) for s in SETS),
+                    f"{item['tower_nonzero'] / 1e6:.2f} of {item['tower_params'] / 1e6:.2f} M"
+                    if item
+                    else "not run",
+                    f"{item['macs'] / 1e6:.0f} M" if item else "not run",
+                    f"{item['milliseconds']:.1f} ms" if item else "not run",
+                    f"{item['milliseconds'] / measured[name]['dense']['milliseconds']:.2f}"
+                    if item
+                    else "not run",
+                    str(len(found)),
+                ]
+            )
+    header = (
+        "framework", "mask", "MSRC test", "CamVid val", "tower's non-zeros", "MACs, really done",
+        "time", "of dense", "seeds",
+    )  # fmt: skip
+    return (
+        f"## Table 1: the mask is found once and transferred, {TRAINED_AT:g} of the ranked weights "
+        "gone\n\n" + table(header, lines) + "\n\nNon-zeros are equal by construction; MACs and "
+        "time are of the whole framework on one 192 x 192 picture, one thread, all masks in turn "
+        "in one process. Zeros are multiplied like any other number."
+    )
+
+
+def _paper1() -> str:
+    lines = []
+    for name, masks in paper.TRANSFER.items():
+        for mask, (mious, params, flops) in masks.items():
+            shown = ["-" if value is None else f"{value:.1f}" for value in mious]
+            lines.append([name if mask == "dense" else "", TITLES[mask], *shown, params, flops])
+    header = ("framework", "mask", *paper.SETS, "parameters", "FLOPs")
+    return (
+        "### The paper's own figures\n\n" + table(header, lines) + "\n\nmIoU; parameters and FLOPs "
+        "count non-zeros. It has no structured row and no SAN; about 90% of the convolutions' "
+        "weights are zero there."
+    )
+
+
+def _table2(rows: Sequence[Any]) -> str:
+    lines = []
+    for policy in POLICIES:
+        found = _of(rows, framework=SCHEDULED, mask="structured", policy=policy)
+        own = paper.SCHEDULES.get(policy)
+        counted = [r["training_flops"]["total"] / 1e12 for r in found if r["training_flops"]]
+        lines.append(
+            [
+                {"all": "all layers", "random": "random half"}.get(policy, policy),
+                *(mean(_mious(found, s)) for s in SETS),
+                mean(counted, 1.0, 1),
+                mean([r["seconds"]["cpu"] for r in found], 1.0, 0),
+                mean([r["seconds"]["wall"] for r in found], 1.0, 0),
+                str(len(found)),
+                f"{own[1]:.1f} at {own[0]}" if own else "-",
+            ]
+        )
+    header = (
+        "policy", "MSRC test", "CamVid val", "training TFLOPs", "CPU seconds", "wall seconds",
+        "seeds", "the paper's COCO mIoU",
+    )  # fmt: skip
+    flops, miou = paper.SCHEDULES["alpha* (a variant)"]
+    return (
+        f"## Table 2: which layers train ({FRAMEWORKS[SCHEDULED].title}, structured tower)\n\n"
+        + table(header, lines)
+        + f"\n\nThe paper also has alpha*, a variant: {miou:.1f} at {flops}. Its rows are of the "
+        "dense tower. Wall seconds are of a machine that did other work; CPU seconds are this "
+        "process's own."
+    )
+
+
+def _spectra(rows: Sequence[Any]) -> str:
+    found = [r for r in _of(rows, framework=SCHEDULED, policy="alpha") if r["alphas"]]
+    if not found:
+        return "### Spectra\n\nNot run: they come with the rows of alpha."
+    row = found[0]
+    lines = [
+        [name, f"{alpha:.2f}", "trains" if name in row["chosen"] else "frozen"]
+        for name, alpha in sorted(row["alphas"].items(), key=lambda item: -item[1])
+    ]
+    return (
+        "### Spectra of the structured tower, at the start\n\nThe power-law exponent of each "
+        "layer; layers below the median are frozen.\n\n"
+        + table(("layer", "alpha", "step 0"), lines)
+    )
+
+
+def _towers(record: Mapping[str, Any]) -> str:
+    lines = []
+    for row in record["towers"]:
+        found = record["masks"].get(f"{row['backbone']}-{row['sparsity']:g}", {})
+        lines.append(
+            [
+                row["backbone"],
+                f"{row['sparsity']:g}",
+                row["mask"],
+                f"{found.get('zeros', 0):,}" if row["mask"] != "dense" else "0",
+                *(mean([row["scores"][s]["miou"]]) for s in SETS),
+            ]
+        )
+    if not lines:
+        return "## The towers by themselves\n\nNot run."
+    header = ("tower", "asked", "mask", "weights gone", "MSRC test", "CamVid val")
+    return (
+        "## The towers by themselves, before any framework\n\nNothing is trained after the mask; "
+        "dense tokens against texts. *imp, its own weights* has what the rounds of IMP trained; "
+        "Table 1 has IMP's mask on the dense weights, as the paper transfers it, and so has the "
+        "random mask. The structured tower's weights are repaired by its default recovery, which "
+        "is part of the method and of its lead.\n\n" + table(header, lines)
+    )
+
+
+def _how(record: Mapping[str, Any]) -> str:
+    lines = ["## How", ""]
+    for name, found in record["masks"].items():
+        if found["reached"]:
+            lines.append(
+                f"- `{name}`: structured at a MACs ratio of {found['macs_ratio']:g} lost "
+                f"{found['zeros']:,} parameters, {found['sparsity']:.3f} of the "
+                f"{found['ranked']:,} ranked weights; IMP has as many zeros after "
+                f"{found['imp_rounds']} rounds."
+            )
+    if record.get("backbone"):
+        back = record["backbone"]
+        lines.append(
+            f"- The ResNet: {back['steps']} steps, {back['minutes']:.0f} minutes, one thread; by "
+            f"itself {100 * back['msrc_test']:.1f} on MSRC test, {100 * back['camvid_val']:.1f} on "
+            "CamVid val."
+        )
+    seconds = [r["seconds"]["wall"] for r in record["rows"]]
+    if seconds:
+        lines.append(
+            f"- Trainings took {sum(seconds) / 3600:.1f} hours in all, {mean(seconds, 1 / 60)} "
+            "minutes each, a thread each."
+        )
+    lines.append(
+        "- ResNets train with batch statistics, in FC-CLIP's way nothing of the tower trains. The "
+        "tower's learning rate is a fifth of the rest's. Zeros are held by masked gradients and "
+        "checked after the last step. `plan.py` says why the trainings are shared out so."
+    )
+    return "\n".join(lines)

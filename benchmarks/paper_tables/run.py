@@ -1,0 +1,119 @@
+"""The paper's tables, in small: every mask, every training, and the page, resumable run by run.
+
+    python benchmarks/paper_tables/run.py --data DATA
+    python benchmarks/paper_tables/run.py --list
+
+``backbone.py`` trains the ResNet first, if ``resnet/`` is not there. Rows are kept in ``--work`` as
+they are done, and a training goes on from its checkpoint; two processes with the same ``--work``
+share the queue. ``--page`` renders what there is and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import masks as found_masks
+import page
+from frameworks import FRAMEWORKS
+from places import PAGE, RESNET, RESULTS
+from plan import HOURS, LIMIT, SPARSITIES, STEPS, TRAINED_AT, Run, runs
+
+
+def collect(work: Path) -> dict[str, Any]:
+    """The record of all that is in ``work``."""
+
+    def read(folder: str) -> list[Any]:
+        return [json.loads(p.read_text()) for p in sorted((work / folder).glob("*.json"))]
+
+    order = {run.name: i for i, run in enumerate(runs())}
+    rows = [r for r in read("rows") if Run(**{k: r[k] for k in _KEYS}).name in order]
+    rows.sort(key=lambda r: order[Run(**{k: r[k] for k in _KEYS}).name])
+    found = {p.parent.name: p for p in sorted((work / "masks").glob("*/masks.json"))}
+    card = RESNET / "measured.json"
+    return {
+        "plan": {"trainings": len(runs()), "limit": LIMIT, "hours": HOURS, "steps": STEPS},
+        "backbone": json.loads(card.read_text()) if card.exists() else None,
+        "masks": {name: json.loads(p.read_text()) for name, p in found.items()},
+        "towers": [row for rows in read("towers") for row in rows],
+        "costs": read("costs"),
+        "rows": rows,
+    }
+
+
+_KEYS = ("framework", "mask", "policy", "seed")
+
+
+def write(work: Path, results: Path = RESULTS, page_file: Path = PAGE) -> None:
+    """``results.json`` and the page."""
+    record = collect(work)
+    results.write_text(json.dumps(record, indent=1) + "\n")
+    page_file.write_text(page.render(record))
+    print(f"{page_file}: {len(record['rows'])} of {len(runs())} trainings")
+
+
+def work_through(chosen: argparse.Namespace) -> None:
+    """All that is not done yet; what needs a ResNet that is not there is left out."""
+    from timing import all_costs
+    from towers import towers
+    from training import Settings, do, photographs, vocabulary
+
+    ready = {name for name, folder in found_masks.FOLDERS.items() if folder.is_dir()}
+    if "resnet" not in ready:
+        print(f"{RESNET} is not there: run backbone.py first; its frameworks are left out")
+    with_masks = {name for name in sorted(ready) if _find(name, TRAINED_AT, chosen)}
+    for run in runs(chosen.only):
+        if FRAMEWORKS[run.framework].backbone in with_masks and do(
+            run, chosen.data, chosen.work, Settings()
+        ):
+            write(chosen.work)
+    all_costs(vocabulary(photographs(chosen.data)), chosen.work)
+    for sparsity in SPARSITIES:
+        for name in sorted(ready):
+            if _find(name, sparsity, chosen):
+                towers(name, sparsity, chosen.data, chosen.work)
+    write(chosen.work)
+
+
+def _find(backbone: str, sparsity: float, chosen: argparse.Namespace) -> bool:
+    """Whether the masks are there; waits for another process that looks for them."""
+    import fcntl
+
+    lock = chosen.work / "locks" / f"masks-{backbone}-{sparsity:g}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return found_masks.find(backbone, sparsity, chosen.data, chosen.work) is not None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, help="the folder of photographs")
+    parser.add_argument("--work", type=Path, default=Path("runs") / "paper-tables")
+    parser.add_argument("--only", choices=("table1", "table2"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="list the trainings and stop")
+    parser.add_argument("--page", action="store_true", help="render what there is and stop")
+    chosen = parser.parse_args(arguments)
+    if chosen.list:
+        for run in runs(chosen.only):
+            done = (chosen.work / "rows" / f"{run.name}.json").exists()
+            print(f"{'done' if done else '    '} {run.name} ({', '.join(run.tables)})")
+        return
+    if chosen.page:
+        write(chosen.work)
+        return
+    if chosen.data is None:
+        parser.error("give --data DATA, the folder of photographs")
+    import torch
+
+    torch.set_num_threads(chosen.threads)
+    work_through(chosen)
+
+
+if __name__ == "__main__":
+    main()

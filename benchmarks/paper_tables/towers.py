@@ -1,0 +1,59 @@
+"""The towers as they come out of pruning: scored by themselves, with nothing trained after it.
+
+This is where 0.7 and 0.9 are reported, and where the part that the repair of the weights has is
+told from the part of the mask: IMP's mask stands on the dense weights (as it is transferred) and
+on those that its own rounds left.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from masks import FOLDERS, folder_of, random_masks, ranked
+from training import SETS, score, write_row
+
+
+class Tower:
+    """A tower as something that predicts: MaskCLIP's reading of its dense output."""
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+
+    def eval(self) -> None:
+        self.backbone.tower.eval()
+
+    def predict(self, images: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        dense = torch.nn.functional.normalize(self.backbone.dense(images), dim=1)
+        return torch.einsum("bchw,kc->bkhw", dense, text)
+
+
+def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[str, Any]]:
+    """A row a tower, scored once into ``work``."""
+    file = work / "towers" / f"{backbone}-{sparsity:g}.json"
+    if file.exists():
+        rows: list[dict[str, Any]] = json.loads(file.read_text())
+        return rows
+    from ovsprune import backbones
+    from ovsprune.masks import apply_masks, read_masks, read_weights
+
+    place = folder_of(work, backbone, sparsity)
+    found = json.loads((place / "masks.json").read_text())
+    dense = str(FOLDERS[backbone])
+    masks = {"dense": {}, "imp": dict(read_masks(place / "imp"))}
+    for seed in range(3):
+        masks[f"random-{seed}"] = random_masks(ranked(backbone), found["zeros"], seed)
+    rows = []
+    for name in (*masks, "imp, its own weights", "structured"):
+        loaded = backbones.load(str(place / "structured") if name == "structured" else dense)
+        if masks.get(name):
+            apply_masks(loaded.tower, masks[name])
+        elif name == "imp, its own weights":
+            state = {n.removeprefix("visual."): t for n, t in read_weights(place / "imp").items()}
+            loaded.tower.load_state_dict(state)
+        scores = {s: score(Tower(loaded), s, data) for s in SETS}
+        rows.append({"backbone": backbone, "sparsity": sparsity, "mask": name, "scores": scores})
+    write_row(file, rows)  # type: ignore[arg-type]
+    return rows

@@ -1,0 +1,218 @@
+"""The paper's tables: the plan keeps its limits, rows appear whole, the page invents nothing."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "paper_tables"
+NAMES = (
+    "assemble", "backbone", "frameworks", "masks", "page", "paper", "places", "plan", "quality",
+    "run", "timing", "towers", "training",
+)  # fmt: skip
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of the folder, and forgets all of them afterwards."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in [n for n in sys.modules if n.partition(".")[0] in NAMES]:
+        monkeypatch.delitem(sys.modules, name)
+    before = list(sys.path)
+    yield importlib.import_module
+    sys.path[:] = before
+    for name in [n for n in sys.modules if n.partition(".")[0] in NAMES]:
+        del sys.modules[name]
+
+
+def row(plan: Any, run: Any, miou: float) -> dict[str, Any]:
+    score = {"miou": miou, "pixel_accuracy": 0.8, "images": 121, "seconds": 1.0}
+    scheduled = run.framework == plan.SCHEDULED
+    alphas = {"layer1.0.conv1.weight": 2.5, "layer4.1.conv3.weight": 3.5}
+    return {
+        "framework": run.framework, "mask": run.mask, "policy": run.policy, "seed": run.seed,
+        "scores": {"msrc_test": score, "camvid_val": {**score, "miou": miou / 2}},
+        "seconds": {"wall": 300.0, "cpu": 290.0},
+        "training_flops": {"total": 3_000_000_000_000} if scheduled else None,
+        "chosen": ["layer4.1.conv3.weight"] if scheduled else None,
+        "alphas": alphas if run.policy == "alpha" else None,
+    }  # fmt: skip
+
+
+def empty(**given: Any) -> dict[str, Any]:
+    record = {"rows": [], "costs": [], "towers": [], "masks": {}, "backbone": None}
+    return record | given
+
+
+def test_the_plan_keeps_its_limits(script) -> None:
+    plan = script("plan")
+    runs = plan.runs()
+    assert len(runs) + plan.BACKBONES <= plan.LIMIT == 48
+    assert len({run.name for run in runs}) == len(runs)
+    seeds = Counter((r.framework, r.mask) for r in runs if r.policy == "all")
+    assert {count for (_, mask), count in seeds.items() if mask != "dense"} == {3}
+    assert len(seeds) == 4 * 4
+    assert {r.policy for r in plan.runs("table2")} == set(plan.POLICIES)
+    assert all(a.seed <= b.seed for a, b in itertools.pairwise(runs))
+
+
+def test_random_masks_have_exactly_as_many_zeros(script) -> None:
+    masks = script("masks")
+    shapes = {"a.weight": (7, 5), "b.weight": (3, 2, 3, 3)}
+    found = masks.random_masks(shapes, 41, seed=1)
+    assert sum(int((~mask).sum()) for mask in found.values()) == 41
+    assert {name: tuple(mask.shape) for name, mask in found.items()} == shapes
+    again, other = masks.random_masks(shapes, 41, 1), masks.random_masks(shapes, 41, 2)
+    assert all(torch.equal(found[n], again[n]) for n in shapes)
+    assert any(not torch.equal(found[n], other[n]) for n in shapes)
+
+
+def test_a_page_without_rows_says_that_nothing_was_run(script) -> None:
+    page, plan = script("page"), script("plan")
+    text = page.render(empty())
+    assert f"0 of the {len(plan.runs())}" in text
+    assert f"{len(plan.runs())} trainings of the plan" in text
+    assert "its training is not done" in text
+    assert "Alpha against a random half: not run." in text
+    assert "| Han et al. | dense | 46.0 |" in text  # the paper's own are there all the same
+    assert "points" not in text
+
+
+def test_the_page_tells_what_rows_say(script) -> None:
+    page, plan = script("page"), script("plan")
+    worth = {"dense": 0.6, "random": 0.3, "imp": 0.4, "structured": 0.5}
+    policies = {"all": 0.0, "random": 0.02, "alpha": 0.01, "inverse": 0.0, "alpha-refresh": 0.0}
+    rows = [
+        row(plan, run, worth[run.mask] + policies[run.policy] + 0.01 * run.seed)
+        for run in plan.runs()
+        if run.framework != "fc-clip"
+    ]
+    text = page.render(empty(rows=rows))
+    title = "Mask2Former (transformers')"
+    assert f"{title}: imp minus random: +10.0 points (3 and 3 seeds)." in text
+    assert "FC-CLIP's mask pooling, tower frozen: imp against random: not run." in text
+    assert "| IMP mask (the paper's, unstructured) | 41.0 ± 1.0 | 20.5 ± 0.5 |" in text
+    assert "Alpha does not beat a random half here: 51.5 ± 0.7 against 53.0 ± 1.0" in text
+    assert "| alpha | 51.5 ± 0.7 |" in text and "47.2 at 159.6P" in text
+    assert "| layer4.1.conv3.weight | 3.50 | trains |" in text
+    assert "fc-clip-dense-all-0" in text  # among what is missing
+    assert "san-dense-all-0" not in text
+
+
+def test_a_sparsity_out_of_reach_is_said(script) -> None:
+    page = script("page")
+    found = {"reached": False, "tries": [{"ratio": 0.9, "sparsity": 0.81}, {"error": "no"}]}
+    text = page.render(empty(masks={"resnet-0.9": found}))
+    assert "The resnet tower at 0.9: structured pruning does not reach it" in text
+    assert "(its largest try removed 0.81)" in text
+
+
+def test_rows_are_claimed_once_and_not_made_again(script, tmp_path, monkeypatch) -> None:
+    training, plan = script("training"), script("plan")
+    made: list[str] = []
+
+    def train(run: Any, data: Path, work: Path, settings: Any) -> dict[str, Any]:
+        made.append(run.name)
+        assert not training.do(run, data, work, settings), "another worker holds this run"
+        return row(plan, run, 0.5)
+
+    monkeypatch.setattr(training, "train", train)
+    run = plan.Run("san", "dense")
+    assert training.do(run, tmp_path, tmp_path, training.Settings())
+    assert not training.do(run, tmp_path, tmp_path, training.Settings())
+    assert made == [run.name]
+    assert json.loads((tmp_path / "rows" / f"{run.name}.json").read_text())["backbone"] == "vit"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_training_that_dies_leaves_no_row_and_lets_go(script, tmp_path, monkeypatch) -> None:
+    training, plan = script("training"), script("plan")
+
+    def die(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", die)
+    run = plan.Run("san", "dense")
+    with pytest.raises(KeyboardInterrupt):
+        training.do(run, tmp_path, tmp_path, training.Settings())
+    assert not (tmp_path / "rows").exists()
+    monkeypatch.setattr(training, "train", lambda run, *_: row(plan, run, 0.5))
+    assert training.do(run, tmp_path, tmp_path, training.Settings())
+
+
+class _Small(torch.nn.Module):
+    """A framework of one layer."""
+
+    target, frozen = "none", False
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = torch.nn.Conv2d(3, 4, 3, padding=1)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        noise = 0.1 * torch.rand(())  # drawn anew at every step, as points of masks are
+        return torch.nn.functional.cross_entropy(self.layer(images) + noise, labels)
+
+
+def test_a_resumed_training_ends_where_an_unbroken_one_does(script, tmp_path, monkeypatch) -> None:
+    training, plan, assemble = script("training"), script("plan"), script("assemble")
+    kept = torch.tensor([True, False]).repeat(54).view(4, 3, 3, 3)
+    built: list[_Small] = []
+
+    def assembled(run: Any, classes: int, work: Path) -> Any:
+        from ovsprune.masks import apply_masks
+
+        module = _Small()
+        built.append(module)
+        masks = {"layer.weight": kept}
+        apply_masks(module, masks, prefix="", hold=True)
+        return assemble.Assembled(module, "none", frozenset(masks), module, 54, masks)
+
+    class Batch:
+        def __init__(self, step: int) -> None:
+            generator = torch.Generator().manual_seed(step)
+            self.images = torch.randn(2, 3, 8, 8, generator=generator)
+            self.labels = torch.randint(0, 4, (2, 8, 8), generator=generator)
+
+    stop: list[int] = []
+
+    def batch(photos: Any, step: int, size: int, seed: int) -> Batch:
+        if step in stop:
+            raise KeyboardInterrupt
+        return Batch(step)
+
+    data = type(sys)("data")
+    data.batch = batch  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "data", data)
+    monkeypatch.setattr(training, "assemble", assembled)
+    monkeypatch.setattr(training, "photographs", lambda data: None)
+    monkeypatch.setattr(training, "vocabulary", lambda photos: torch.zeros(4, 512))
+    monkeypatch.setattr(training, "score", lambda *_: {"miou": 0.5})
+    settings = training.Settings(steps=6, warmup=2)
+    run = plan.Run("san", "imp", seed=2)
+    whole = training.train(run, tmp_path, tmp_path / "a", settings, save_every=0.0)
+    stop.append(4)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(run, tmp_path, tmp_path / "b", settings, save_every=0.0)
+    assert (tmp_path / "b" / "checkpoints" / f"{run.name}.pt").exists()
+    stop.clear()
+    resumed = training.train(run, tmp_path, tmp_path / "b", settings, save_every=0.0)
+    assert resumed["last_loss"] == whole["last_loss"]
+    assert torch.equal(built[0].layer.weight, built[2].layer.weight)
+    assert not built[2].layer.weight[~kept].any() and built[2].layer.weight[kept].all()
+    assert not (tmp_path / "b" / "checkpoints" / f"{run.name}.pt").exists()
+    stop.append(4)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(run, tmp_path, tmp_path / "b", settings, save_every=0.0)
+    stop.clear()
+    with pytest.raises(SystemExit, match="other settings"):
+        training.train(run, tmp_path, tmp_path / "b", training.Settings(steps=7), save_every=0.0)
