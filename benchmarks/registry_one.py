@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 import ovsprune
 from ovsprune import backbones
-from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.transformers_source import PREFIX
+from ovsprune.backbones import FAMILIES, timm_source, transformers_source
 from ovsprune.core.errors import OvspruneError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
@@ -55,7 +54,8 @@ def main(name: str, folder: Path) -> None:
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """The row's fields."""
-    few = not name.startswith(PREFIX) and not fits(params_of(name))
+    others = name.startswith((transformers_source.PREFIX, timm_source.PREFIX))
+    few = not others and not fits(params_of(name))
     with shortened(few):
         backbone = backbones.load(name, pretrained="none")
         backbone.encoder, backbone.text = None, {}

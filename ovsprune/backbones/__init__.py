@@ -31,10 +31,12 @@ def load(
         name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
             directory of a slim checkpoint or of an unstructured result, a folder that open_clip
             reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
-            tower alone if need be), ``"hf-hub:ORG/REPOSITORY"`` with the same files, or a model of
-            transformers as ``"hf:ORG/REPOSITORY"`` or ``"hf:FOLDER"``, or that folder.
-        pretrained: A tag of open_clip's, a file, ``"hf-hub:ORG/REPOSITORY"``, ``"none"`` for random
-            weights, or None for the default (OpenAI's where the name has them).
+            tower alone if need be), ``"hf-hub:ORG/REPOSITORY"`` with the same files, a model of
+            timm's as ``"timm:NAME"`` or ``"timm:NAME.TAG"``, or a model of transformers as
+            ``"hf:ORG/REPOSITORY"`` or ``"hf:FOLDER"``, or that folder.
+        pretrained: A tag of open_clip's (of timm's for ``"timm:NAME"``), a file,
+            ``"hf-hub:ORG/REPOSITORY"``, ``"none"`` for random weights, or None for the default
+            (OpenAI's where the name has them; timm's own).
         activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
             tell.
         device: Where the tower goes.
@@ -45,14 +47,13 @@ def load(
         CheckpointError: ``name`` is a directory and no sound slim checkpoint.
         OptionError: An option that a slim checkpoint does not take, or a bad device.
     """
-    from ovsprune.backbones.hub import repository_of
     from ovsprune.backbones.masked_checkpoint import load_masked
-    from ovsprune.backbones.open_clip_folder import is_folder
+    from ovsprune.backbones.open_clip_source import describes_itself
     from ovsprune.backbones.slim_checkpoint import load_slim
     from ovsprune.backbones.transformers_source import is_transformers
     from ovsprune.masks.directory import is_unstructured
 
-    if is_folder(Path(name)) or repository_of(name):
+    if describes_itself(name):
         backbone = _family_that_takes(name).load(name, pretrained, activation)
     elif is_transformers(name):
         backbone = FAMILIES.get("transformers-vit").load(name, pretrained, activation)
@@ -84,14 +85,17 @@ def _is_checkpoint(name: str) -> bool:
 def canonical(name: str) -> str:
     """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``).
 
-    Of a folder, and of a repository on the hub, its last part.
+    Of a folder, and of a repository on the hub, its last part; of timm's what follows the prefix.
     """
+    from ovsprune.backbones import timm_source
     from ovsprune.backbones.hub import repository_of
     from ovsprune.backbones.open_clip_folder import is_folder
     from ovsprune.backbones.transformers_source import is_transformers, short_name
 
     if is_transformers(name):
         return short_name(name)
+    if timm_source.is_timm(name):
+        return name.removeprefix(timm_source.PREFIX)
     repository = repository_of(name)
     if repository is not None:
         return repository.rpartition("/")[2]

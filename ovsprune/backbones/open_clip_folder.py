@@ -6,7 +6,7 @@ The repositories that it reads by ``hf-hub:`` have the same form.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -34,12 +34,16 @@ class Folder:
         model: open_clip's model configuration.
         preprocess: Its preprocessing configuration; may be empty.
         file: The weights' file, where it is not in the folder.
+        label: What its own weights are called.
+        renamed: What turns the names of a file of weights into those of open_clip's model.
     """
 
     path: Path
     model: Mapping[str, Any]
     preprocess: Mapping[str, Any]
     file: Path | None = None
+    label: str = "local"
+    renamed: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
 
     @property
     def weights(self) -> Path:
@@ -103,7 +107,7 @@ def hub_folder(repository: str, *, weights: bool = True) -> Folder:
     file = None
     if weights:
         file = hub_file(repository, _WEIGHTS, f"the weights of {PREFIX}{repository}")
-    return replace(open_folder(config.parent), file=file)
+    return replace(open_folder(config.parent), file=file, label="hub")
 
 
 @contextmanager
@@ -116,4 +120,4 @@ def embedded(name: str) -> Iterator[Folder]:
     with resources.as_file(resources.files("ovsprune") / "assets" / name) as path:
         if not is_folder(path):
             raise WeightsError(f"the embedded model is missing from this installation ({path})")
-        yield open_folder(path)
+        yield replace(open_folder(path), label="embedded")

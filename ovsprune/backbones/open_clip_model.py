@@ -21,14 +21,16 @@ __all__ = ["build_clip", "encoder_of", "fit_text", "has_own_text", "preprocess_o
 
 
 def has_own_text(config: Mapping[str, Any]) -> bool:
-    """Whether open_clip has the text tower of a configuration itself, and not from a hub."""
-    return not config["text_cfg"].get("hf_model_name")
+    """Whether there is a text tower, and open_clip has it itself, and not from a hub."""
+    text = config["text_cfg"]
+    return text is not None and not text.get("hf_model_name")
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
     """open_clip's model from its configuration, random weights drawn from a fixed seed.
 
-    A text tower that lives on a hub is not built: ``visual`` is all there is then.
+    A text tower that lives on a hub is not built: ``visual`` is all there is then, as where the
+    configuration's ``text_cfg`` is None.
     """
     import open_clip
 

@@ -1,8 +1,9 @@
 """What a name and a choice of weights mean for open_clip's families: configuration and state.
 
 The way of every such family: :func:`open_source`, build the model of ``source.config``, then
-:func:`fill` it. Towers of other libraries (transformers' folders, timm's names) have families with
-sources of their own; what they share with this one lies in ``state_file`` and ``fitting``.
+:func:`fill` it. Models of timm's (``timm_source``) are given to open_clip's families as folders of
+its form. Towers of other libraries (transformers' folders) have families with sources of their own;
+what they share with this one lies in ``state_file`` and ``fitting``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from ovsprune.backbones.open_clip_folder import (
 from ovsprune.backbones.open_clip_model import has_own_text
 from ovsprune.backbones.pretrained import default_tag, resolve
 from ovsprune.backbones.state_file import StateFile, open_state
+from ovsprune.backbones.timm_source import is_timm, timm_folder
 from ovsprune.core.errors import OptionError
 
-__all__ = ["OWN_WEIGHTS", "TINY", "Source", "config_of", "fill", "open_source"]
+__all__ = ["OWN_WEIGHTS", "TINY", "Source", "config_of", "describes_itself", "fill", "open_source"]
 
 TINY = "tiny"
 OWN_WEIGHTS = ("embedded", "local", "hub")
@@ -62,7 +64,7 @@ class Source:
 def config_of(name: str) -> dict[str, Any]:
     """The model configuration of ``tiny``, of a folder, or of one of open_clip's names."""
     with ExitStack() as stack:
-        _, folder = _folder(name, False, stack)
+        folder = _folder(name, None, False, stack)
         if folder is not None:
             return deepcopy(dict(folder.model))
     import open_clip
@@ -72,16 +74,23 @@ def config_of(name: str) -> dict[str, Any]:
     return deepcopy(config)
 
 
-def _folder(name: str, weights: bool, stack: ExitStack) -> tuple[str, Folder | None]:
-    """The folder that ``name`` stands for, if any, and what its weights are called."""
+def describes_itself(name: str) -> bool:
+    """Whether ``name`` brings a configuration that open_clip's list of names need not have."""
+    return is_folder(Path(name)) or repository_of(name) is not None or is_timm(name)
+
+
+def _folder(name: str, tag: str | None, weights: bool, stack: ExitStack) -> Folder | None:
+    """The folder that ``name`` stands for, if any; ``tag`` chooses among weights of timm's."""
     repository = repository_of(name)
     if name == TINY:
-        return "embedded", stack.enter_context(embedded(TINY))
+        return stack.enter_context(embedded(TINY))
     if repository is not None:
-        return "hub", hub_folder(repository, weights=weights)
+        return hub_folder(repository, weights=weights)
+    if is_timm(name):
+        return timm_folder(name, tag, weights=weights)
     if is_folder(Path(name)):
-        return "local", open_folder(Path(name))
-    return "", None
+        return open_folder(Path(name))
+    return None
 
 
 def open_source(name: str, pretrained: str | None, activation: str | None) -> Source:
@@ -92,7 +101,7 @@ def open_source(name: str, pretrained: str | None, activation: str | None) -> So
     (``-quickgelu``), or what ``activation`` says.
 
     Args:
-        name: ``tiny``, a name of open_clip's, a folder, or ``hf-hub:org/repo``.
+        name: ``tiny``, a name of open_clip's, a folder, ``hf-hub:org/repo``, or ``timm:NAME``.
         pretrained: A tag, a file, ``hf-hub:org/repo``, ``"none"``, or None for the default.
         activation: ``"gelu"`` or ``"quick_gelu"``, where the weights do not tell, or None.
 
@@ -103,16 +112,20 @@ def open_source(name: str, pretrained: str | None, activation: str | None) -> So
     if activation is not None and activation not in _GELUS:
         raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
     source = Source(_called(name), None, {})
+    file = Path(pretrained) if pretrained is not None and Path(pretrained).is_file() else None
+    tag = pretrained if file is None and pretrained != "none" else None
     with ExitStack() as stack:
-        own, folder = _folder(name, pretrained is None, stack)
+        own = pretrained is None or (tag is not None and is_timm(name))
+        folder = _folder(name, tag, own, stack)
         source.config = config_of(name) if folder is None else deepcopy(dict(folder.model))
+        source.preprocess = {} if folder is None else folder.preprocess
         quick = bool(source.config.get("quick_gelu", False))
         fixed = False
-        if pretrained is None and folder is not None:
-            source.pretrained, source.preprocess, fixed = own, folder.preprocess, True
-            source.weights = open_state(folder.weights)
-        elif pretrained is not None and Path(pretrained).is_file():
-            source.pretrained, source.weights = Path(pretrained).name, open_state(Path(pretrained))
+        if folder is not None and own:
+            source.pretrained, fixed = folder.label, True
+            source.weights = _opened(folder.weights, folder)
+        elif file is not None:
+            source.pretrained, source.weights = file.name, _opened(file, folder)
         elif pretrained != "none":
             source.pretrained = pretrained or default_tag(name)
             path, source.preprocess = resolve(name, source.pretrained)
@@ -131,7 +144,14 @@ def open_source(name: str, pretrained: str | None, activation: str | None) -> So
     return source
 
 
+def _opened(path: Path, folder: Folder | None) -> StateFile:
+    state = open_state(path)
+    return state if folder is None else replace(state, tensors=folder.renamed(state.tensors))
+
+
 def _called(name: str) -> str:
+    if is_timm(name):
+        return name.partition(".")[0]
     return Path(name).resolve().name if is_folder(Path(name)) else name
 
 
@@ -175,6 +195,8 @@ def fill(source: Source, model: nn.Module) -> dict[str, Tensor]:
                 f"things are left out ({parts.others})",
             )
     if not has_own_text(source.config):
+        if source.config["text_cfg"] is None:
+            return {}
         source.notes += (
             f"the text tower of {source.name} ({source.config['text_cfg']['hf_model_name']}) lives "
             "on a hub and is not built here: text embeddings come from a file "

@@ -59,7 +59,7 @@ class OpenClipTimmVit:
         blocks = list(timm_vit_blocks(tower).values())
         inside = (*timm_vit_bottlenecks(tower).values(), *blocks)
         known = find_activations(m for block in inside for m in block.modules())
-        pool = vision.get("timm_pool") or trunk.global_pool
+        pool = vision.get("timm_pool") or getattr(trunk, "global_pool", None)
         return (
             all(is_timm_attention(getattr(b, "attn", nn.Identity())) for b in blocks)
             and all(any(hasattr(getattr(b, "mlp", None), n) for n in _FIRST) for b in blocks)

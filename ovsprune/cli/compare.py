@@ -12,7 +12,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
 @click.command("compare", short_help="Methods side by side under one budget.")
-@click.option("--model", required=True, help="tiny, ViT-B/16, or any open_clip ViT.")
+@click.option("--model", required=True, help="A model name or a slim directory.")
 @click.option(
     "--ratio",
     "ratios",

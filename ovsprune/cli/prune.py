@@ -13,10 +13,13 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 
 @click.command("prune", short_help="Cut an image tower to a budget, and repair it.")
 @click.option(
-    "--model", required=True, help="tiny, ViT-B/16, any open_clip ViT, or hf-hub:ORG/REPOSITORY."
+    "--model",
+    required=True,
+    help="tiny, a name of open_clip (ViT-B/16), timm:NAME, hf:NAME, hf-hub:ORG/REPOSITORY, a "
+    "folder of weights, or a slim directory.",
 )
 @click.option("--ratio", required=True, type=float, help="Part of the cost to remove, in (0, 1).")
-@click.option("--pretrained", help="Weights: a tag of open_clip, a file, hf-hub:..., or 'none'.")
+@click.option("--pretrained", help="Weights: a tag of the name, a file, hf-hub:..., or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
 @budget_options(latency=True)
 @click.option(
