@@ -89,3 +89,11 @@ def test_a_folder_of_another_family(folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="none of the families"):
         backbones.load(str(folder))
+
+
+@pytest.mark.parametrize("pretrained", ["none", "weights.safetensors"])
+def test_other_weights_take_the_folders_preprocessing(folder: Path, pretrained: str) -> None:
+    if pretrained != "none":
+        pretrained = str((folder / "open_clip_model.safetensors").rename(folder / pretrained))
+    loaded = backbones.load(str(folder), pretrained=pretrained)
+    assert loaded.preprocess.resize_mode == "squash" and loaded.preprocess.mean == (0.5, 0.5, 0.5)
