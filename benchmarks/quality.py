@@ -5,7 +5,8 @@
 
 Every row is kept in ``--work`` as it is done: run again, it goes on where it stopped. Each table
 gets the record, the page and the plot of ``ovsprune compare`` in
-``benchmarks/quality/<testbed>-<table>/``.
+``benchmarks/quality/<testbed>-<table>/``; rows that are in that record already are not made again,
+unless by ``--fresh``, which is wanted once the methods themselves have changed.
 DATA is the folder of photographs that ``photo_clip/data.py`` describes.
 """
 
@@ -94,12 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--table", action="append", help="30-50 or 70-85; default: all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="make every row anew")
     chosen = parser.parse_args(arguments)
     work = chosen.work or Path("runs") / f"quality-{chosen.testbed}"
     for name in chosen.table or TABLES[chosen.testbed]:
         if name not in TABLES[chosen.testbed]:
             parser.error(f"{chosen.testbed} has the tables {', '.join(TABLES[chosen.testbed])}")
         ratios, methods = TABLES[chosen.testbed][name]
+        page = HERE / "quality" / f"{chosen.testbed}-{name}"
+        before = page / "compare.json"
         ovsprune.compare(
             **testbed(chosen.testbed, chosen.data, work),
             ratios=ratios,
@@ -108,8 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples=chosen.samples,
             threads=chosen.threads,
             output=os.path.relpath(work / "rows"),
+            earlier=[before] if before.is_file() and not chosen.fresh else [],
         )
-        page = HERE / "quality" / f"{chosen.testbed}-{name}"
         page.mkdir(parents=True, exist_ok=True)
         for file in ("compare.json", "README.md", "curves.png"):
             shutil.copyfile(work / "rows" / file, page / file)

@@ -15,10 +15,22 @@ from ovsprune.report.curves import COLOURS, MARKERS
 from ovsprune.report.intervals import Spread, spread
 from ovsprune.report.numbers import budget_name
 
-__all__ = ["write"]
+__all__ = ["part", "write"]
 
 Records = Mapping[int, Mapping[str, Any]]
 FIGURES = {"retention": ("mIoU kept, %", 100.0), "relative_error": ("relative error", 1.0)}
+
+
+SAME = ("model", "trained", "data", "centred", "images", "calibration", "budget", "protect",
+        "round_to", "dense", "methods")  # fmt: skip
+
+
+def part(record: Mapping[str, Any], samples: int) -> dict[str, Any]:
+    """What :func:`write` wrote, as the comparison at one of the numbers of pictures."""
+    rows = [dict(row) for row in record["rows"] if row["samples"] == samples]
+    for row in rows:
+        del row["samples"]
+    return {**record, "samples": samples, "rows": rows}
 
 
 def write(records: Records, place: Path) -> None:
@@ -30,8 +42,7 @@ def write(records: Records, place: Path) -> None:
         place: A folder that is there.
     """
     first = next(iter(records.values()))
-    same = ("model", "trained", "data", "images", "calibration", "budget", "dense", "methods")
-    record = {name: first[name] for name in same}
+    record = {name: first[name] for name in SAME}
     record["ratios"], record["seeds"] = first["ratios"], first["seeds"]
     record["rows"] = [
         {"samples": samples, **row} for samples, part in records.items() for row in part["rows"]

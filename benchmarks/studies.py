@@ -5,13 +5,16 @@
     python benchmarks/studies.py photo --data DATA --study ablation --seeds 3
 
 Rows are kept in ``--work`` as they are done: run again, it goes on where it stopped. Every study
-gets ``benchmarks/quality/<testbed>-<study>/`` with the record, the page and the plot.
+gets ``benchmarks/quality/<testbed>-<study>/`` with the record, the page and the plot; rows that are
+in that record already (of fewer seeds or methods, made on another machine) are not made again,
+unless by ``--fresh``, which is wanted once the methods themselves have changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -96,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="default: runs/studies-<testbed>")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="make every row anew")
     chosen = parser.parse_args(arguments)
     work = chosen.work or Path("runs") / f"studies-{chosen.testbed}"
     for name in chosen.study or STUDIES:
@@ -112,8 +116,13 @@ def run(study: Study, place: Path, work: Path, chosen: argparse.Namespace) -> No
     """Fill a study's rows, and write its folder."""
     given = testbed(chosen.testbed, chosen.data, work) | calibration(study, work, chosen)
     records = {}
+    many = len(study.samples) > 1
+    done = place / ("samples.json" if many else "compare.json")
+    there = done.is_file() and not chosen.fresh
+    before = json.loads(done.read_text("utf-8")) if there else None
     for samples in study.samples:
         rows = work / f"rows-{samples}"
+        known = sizes.part(before, samples) if many and before else before
         records[samples] = ovsprune.compare(
             **given,
             ratios=study.ratios,
@@ -122,9 +131,10 @@ def run(study: Study, place: Path, work: Path, chosen: argparse.Namespace) -> No
             samples=samples,
             threads=chosen.threads,
             output=os.path.relpath(rows),
+            earlier=[known] if known else [],
         )
     place.mkdir(parents=True, exist_ok=True)
-    if len(records) > 1:
+    if many:
         sizes.write(records, place)
         return
     for file in ("compare.json", "README.md", "curves.png"):

@@ -57,6 +57,13 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     help="Where rows, tables and plot go; by default compare/MODEL.",
 )
 @click.option("--overwrite", is_flag=True, help="Start anew instead of going on.")
+@click.option(
+    "--earlier",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="compare.json of the same comparison, whose rows are taken over; may be repeated.",
+)
 @compute_options(dtype=False)
 @output_options
 def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:

@@ -23,6 +23,7 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
 from ovsprune.graph.costs import measure
 from ovsprune.jobs.contest import Contest
+from ovsprune.jobs.earlier import KEY, Earlier, take_over
 from ovsprune.jobs.evaluate import class_embeddings
 from ovsprune.jobs.examine import Examiner
 from ovsprune.jobs.measure import device_and_dtype, thread_limit
@@ -74,6 +75,7 @@ def compare(
     threads: int | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    earlier: Sequence[Earlier] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Prune by every method at every ratio and seed, and score what is left.
@@ -105,6 +107,8 @@ def compare(
         threads: CPU threads; None leaves torch's own choice.
         output: Directory for rows, record, page and plot; by default ``compare/<model>``.
         overwrite: Start anew instead of going on.
+        earlier: Records of earlier comparisons (``compare.json``, or what is in it) of the same
+            model, pictures and options: their rows are taken over where ``output`` has none.
         progress: Told of every step.
 
     Returns:
@@ -116,7 +120,7 @@ def compare(
         ``rows`` in the order of ratio, method and seed. Retention is mIoU over dense mIoU.
 
     Raises:
-        OptionError: A value is out of its range.
+        OptionError: A value is out of its range, or ``earlier`` is of another comparison.
         UnknownNameError: A model or a part of a method is unknown.
         DataError: The data set, the embeddings or the calibration pictures cannot be used.
         WeightsError: The model cannot be loaded, or there is nothing to embed class names with.
@@ -153,28 +157,28 @@ def compare(
         identity = _identity(backbone, settings, embeddings, data, list_file, len(pictures), device)
         identity |= _chosen(settings, centred)
         rows = Rows(place, identity, overwrite)
-        dense = _dense(backbone, examiner, rows)
+        record: dict[str, Any] = {
+            "model": name,
+            "pretrained": backbone.pretrained,
+            "trained": backbone.trained,
+            "data": str(data) if data is not None else "scenes",
+            "centred": centred,
+            "images": len(pictures),
+            "calibration": calibration,
+            "samples": samples,
+            "budget": budget,
+            "protect": list(protect),
+            "round_to": round_to,
+            "seeds": seeds,
+            "ratios": ratios,
+            "methods": [method.name for method in asked],
+            "dense": _dense(backbone, examiner, rows),
+        }
+        take_over(earlier, record, rows)
         grid = list(itertools.product(range(seeds), ratios, asked))
-        found = _fill(grid, rows, contest, dense["miou"], progress)
+        found = _fill(grid, rows, contest, record["dense"]["miou"], progress)
     order = itertools.product(ratios, asked, range(seeds))
-    record = {
-        "model": name,
-        "pretrained": backbone.pretrained,
-        "trained": backbone.trained,
-        "data": str(data) if data is not None else "scenes",
-        "centred": centred,
-        "images": len(pictures),
-        "calibration": calibration,
-        "samples": samples,
-        "budget": budget,
-        "protect": list(protect),
-        "round_to": round_to,
-        "seeds": seeds,
-        "ratios": ratios,
-        "methods": [method.name for method in asked],
-        "dense": dense,
-        "rows": [found[seed, ratio, method] for ratio, method, seed in order],
-    }
+    record["rows"] = [found[seed, ratio, method] for ratio, method, seed in order]
     record["summary"] = summary(record)
     record["differences"] = differences(record, _reference(asked))
     return _write(record, place, start, progress)
@@ -325,16 +329,8 @@ def _fill(
 
 
 def _key(seed: int, ratio: float, method: Method) -> dict[str, Any]:
-    """What makes a row one of its own; the parts are in it, so that a default may change."""
-    return {
-        "method": method.name,
-        "ratio": ratio,
-        "seed": seed,
-        "criterion": method.criterion,
-        "allocation": method.allocation,
-        "recovery": method.recovery,
-        "source": method.source,
-    }
+    parts = (method.criterion, method.allocation, method.recovery, method.source)
+    return dict(zip(KEY, (method.name, ratio, seed, *parts), strict=True))
 
 
 def _reference(asked: Sequence[Method]) -> str:
