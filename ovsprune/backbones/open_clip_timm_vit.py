@@ -51,7 +51,8 @@ class OpenClipTimmVit:
     def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
         """Whether it is a sequence of blocks with attention and an MLP that we know, over tokens.
 
-        The pooling must be the class token's, a mean, or an attention pool with an MLP.
+        The pooling must be the class token's, a mean, or an attention pool with an MLP. An MLP that
+        packs gate and value into one layer (EVA-02's tiny and small) is not known.
         """
         if not hasattr(trunk, "blocks") or not hasattr(trunk, "patch_embed"):
             return False
@@ -63,6 +64,7 @@ class OpenClipTimmVit:
         return (
             all(is_timm_attention(getattr(b, "attn", nn.Identity())) for b in blocks)
             and all(any(hasattr(getattr(b, "mlp", None), n) for n in _FIRST) for b in blocks)
+            and not any(_is_packed(b.mlp) for b in blocks)
             and (pool in ("token", "avg") or (pool == "map" and pool_of(tower) is not None))
             and len(known) == 1
             and known <= set(ACTIVATIONS)
@@ -157,6 +159,11 @@ def _bare(tower: nn.Module, blocks: Iterable[str]) -> Iterator[tuple[str, Tensor
 def _first(path: str, mlp: nn.Module) -> str:
     """Dotted name of the layer whose outputs are the units."""
     return next(f"{path}.{name}" for name in _FIRST if hasattr(mlp, name))
+
+
+def _is_packed(mlp: Any) -> bool:
+    """Whether the first layer makes gate and value at once, twice as many as there are units."""
+    return hasattr(mlp, "fc1") and mlp.fc1.out_features != mlp.fc2.in_features
 
 
 def _is_inner(mlp: nn.Module) -> bool:

@@ -173,7 +173,7 @@ def test_names_tags_and_weights_that_there_are_not(root: Path) -> None:
         backbones.load("timm:ovsprune_small.jax")
     with pytest.raises(WeightsError, match=r"'words' of timm:ovsprune_small .*HF_HOME"):
         backbones.load("timm:ovsprune_small.words")
-    for name in ("timm:resnet18", "timm:hiera_tiny_224"):
+    for name in ("timm:resnet18", "timm:hiera_tiny_224", "timm:eva02_tiny_patch14_224"):
         with pytest.raises(WeightsError, match="none of the families"):
             backbones.load(name, pretrained="none")
 
