@@ -5,7 +5,8 @@
 
 ``backbone.py`` trains the ResNet first, if ``resnet/`` is not there. Rows are kept in ``--work`` as
 they are done, and a training goes on from its checkpoint; two processes with the same ``--work``
-share the queue. ``--page`` renders what there is and runs nothing.
+share the queue. What ``results.json`` has already, made on another machine, is not made again
+(unless by ``--fresh``). ``--page`` renders what there is and runs nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +22,34 @@ import page
 from frameworks import FRAMEWORKS
 from places import PAGE, RESNET, RESULTS
 from plan import HOURS, LIMIT, SPARSITIES, STEPS, TRAINED_AT, Run, runs
+from towers import tower_file, towers
+from training import write_row
+
+
+def restore(work: Path, results: Path = RESULTS) -> None:
+    """Put the rows of the record into ``work``, where it has none of its own."""
+    if not results.is_file():
+        return
+    record = json.loads(results.read_text())
+    files: dict[Path, Any] = {
+        work / "rows" / f"{Run(**{k: row[k] for k in _KEYS}).name}.json": row
+        for row in record["rows"]
+    }
+    for row in record["towers"]:
+        place = tower_file(work, row["backbone"], row["sparsity"])
+        files.setdefault(place, []).append(row)
+    files |= {work / "known" / f"{name}.json": found for name, found in record["masks"].items()}
+    for file, content in files.items():
+        if not file.exists():
+            write_row(file, content)
 
 
 def collect(work: Path) -> dict[str, Any]:
-    """The record of all that is in ``work``."""
+    """The record of all that is in ``work``.
+
+    Raises:
+        SystemExit: The masks that were found here are not those of the rows from the record.
+    """
 
     def read(folder: str) -> list[Any]:
         return [json.loads(p.read_text()) for p in sorted((work / folder).glob("*.json"))]
@@ -32,12 +57,21 @@ def collect(work: Path) -> dict[str, Any]:
     order = {run.name: i for i, run in enumerate(runs())}
     rows = [r for r in read("rows") if Run(**{k: r[k] for k in _KEYS}).name in order]
     rows.sort(key=lambda r: order[Run(**{k: r[k] for k in _KEYS}).name])
-    found = {p.parent.name: p for p in sorted((work / "masks").glob("*/masks.json"))}
+    known = {p.stem: json.loads(p.read_text()) for p in sorted((work / "known").glob("*.json"))}
+    here = {p.parent.name: p for p in sorted((work / "masks").glob("*/masks.json"))}
+    found = {name: json.loads(p.read_text()) for name, p in here.items()}
+    for name in known.keys() & found.keys():
+        if known[name].get("zeros") != found[name].get("zeros"):
+            raise SystemExit(
+                f"the masks of {name} have {found[name].get('zeros')} zeros here and "
+                f"{known[name].get('zeros')} in the record: their rows cannot stand in one table; "
+                "start anew with --fresh and another --work"
+            )
     card = RESNET / "measured.json"
     return {
         "plan": {"trainings": len(runs()), "limit": LIMIT, "hours": HOURS, "steps": STEPS},
         "backbone": json.loads(card.read_text()) if card.exists() else None,
-        "masks": {name: json.loads(p.read_text()) for name, p in found.items()},
+        "masks": known | found,
         "towers": [row for rows in read("towers") for row in rows],
         "costs": read("costs"),
         "rows": rows,
@@ -58,7 +92,6 @@ def write(work: Path, results: Path = RESULTS, page_file: Path = PAGE) -> None:
 def work_through(chosen: argparse.Namespace) -> None:
     """All that is not done yet; what needs a ResNet that is not there is left out."""
     from timing import all_costs
-    from towers import towers
     from training import Settings, do, photographs, vocabulary
 
     ready = {name for name, folder in found_masks.FOLDERS.items() if folder.is_dir()}
@@ -73,7 +106,8 @@ def work_through(chosen: argparse.Namespace) -> None:
     all_costs(vocabulary(photographs(chosen.data)), chosen.work)
     for sparsity in SPARSITIES:
         for name in sorted(ready):
-            if _find(name, sparsity, chosen):
+            there = tower_file(chosen.work, name, sparsity).exists()
+            if not there and _find(name, sparsity, chosen):
                 towers(name, sparsity, chosen.data, chosen.work)
     write(chosen.work)
 
@@ -96,9 +130,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs") / "paper-tables")
     parser.add_argument("--only", choices=("table1", "table2"))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="leave the record's rows out")
     parser.add_argument("--list", action="store_true", help="list the trainings and stop")
     parser.add_argument("--page", action="store_true", help="render what there is and stop")
     chosen = parser.parse_args(arguments)
+    if not chosen.fresh:
+        restore(chosen.work)
     if chosen.list:
         for run in runs(chosen.only):
             done = (chosen.work / "rows" / f"{run.name}.json").exists()

@@ -30,9 +30,14 @@ class Tower:
         return torch.einsum("bchw,kc->bkhw", dense, text)
 
 
+def tower_file(work: Path, backbone: str, sparsity: float) -> Path:
+    """Where the rows of a tower at a sparsity are."""
+    return work / "towers" / f"{backbone}-{sparsity:g}.json"
+
+
 def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[str, Any]]:
     """A row a tower, scored once into ``work``."""
-    file = work / "towers" / f"{backbone}-{sparsity:g}.json"
+    file = tower_file(work, backbone, sparsity)
     if file.exists():
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows

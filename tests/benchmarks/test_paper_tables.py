@@ -216,3 +216,28 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(script, tmp_path, mo
     stop.clear()
     with pytest.raises(SystemExit, match="other settings"):
         training.train(run, tmp_path, tmp_path / "b", training.Settings(steps=7), save_every=0.0)
+
+
+def test_a_record_goes_on_on_another_machine(script, tmp_path: Path) -> None:
+    run, plan = script("run"), script("plan")
+    rows = [row(plan, r, 0.4) for r in plan.runs()[:3]]
+    towers = [
+        {"backbone": "vit", "sparsity": 0.7, "mask": mask, "scores": {}}
+        for mask in ("dense", "imp")
+    ]
+    masks = {"vit-0.5": {"reached": True, "zeros": 41}}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(empty(rows=rows, towers=towers, masks=masks)))
+    work = tmp_path / "work"
+    run.restore(work, results)
+    found = run.collect(work)
+    assert (found["rows"], found["towers"], found["masks"]) == (rows, towers, masks)
+    assert (work / "rows" / f"{plan.runs()[0].name}.json").is_file()
+
+    own = work / "masks" / "vit-0.5" / "masks.json"
+    own.parent.mkdir(parents=True)
+    own.write_text(json.dumps({"reached": True, "zeros": 41}))
+    run.collect(work)
+    own.write_text(json.dumps({"reached": True, "zeros": 40}))
+    with pytest.raises(SystemExit, match="40 zeros here and 41 in the record"):
+        run.collect(work)

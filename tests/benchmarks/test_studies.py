@@ -56,14 +56,17 @@ def test_sizes_are_one_page(script, tmp_path) -> None:
         return {
             "model": "m", "trained": True, "data": "scenes", "images": 3, "calibration": "c",
             "budget": "macs", "dense": {}, "methods": ["random"], "ratios": [0.7],
-            "seeds": len(kept), "rows": rows,
+            "seeds": len(kept), "rows": rows, "centred": False, "protect": [], "round_to": 1,
         }  # fmt: skip
 
-    script("sizes").write({16: record(0.5, 0.7), 64: record(0.8, 0.9)}, tmp_path)
+    records = {16: record(0.5, 0.7), 64: record(0.8, 0.9)}
+    script("sizes").write(records, tmp_path)
     page = (tmp_path / "README.md").read_text()
     assert "| mIoU kept, % | 16 | 64 |" in page
     assert "| random | 60.0 ± 14.1 | 85.0 ± 7.1 |" in page
     assert "70% of the MACs removed" in page
-    rows = json.loads((tmp_path / "samples.json").read_text())["rows"]
-    assert [row["samples"] for row in rows] == [16, 16, 64, 64]
+    written = json.loads((tmp_path / "samples.json").read_text())
+    assert [row["samples"] for row in written["rows"]] == [16, 16, 64, 64]
+    part = script("sizes").part(written, 64)
+    assert part.items() >= {**records[64], "samples": 64}.items()
     assert (tmp_path / "curves.png").stat().st_size > 1000
