@@ -39,6 +39,12 @@ from ovsprune.cli.screen import Screen, output_options
 @click.option("--samples", default=256, show_default=True, help="Calibration pictures.")
 @click.option("--recovery", default="closed-form", show_default=True, help="As of prune.")
 @click.option(
+    "--policy", metavar="NAME", help="Put a schedule into the lines to add, as of `schedule`."
+)
+@click.option(
+    "--fraction", type=float, default=0.5, show_default=True, help="Share of layers that it trains."
+)
+@click.option(
     "--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Where the result goes."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")

@@ -59,6 +59,8 @@ def transfer(
     calibration: _PathLike | None = ...,
     samples: int = ...,
     recovery: str = ...,
+    policy: str | None = ...,
+    fraction: float = ...,
     progress: Progress | None = ...,
 ) -> dict[str, Any]: ...
 
@@ -78,6 +80,8 @@ def transfer(
     calibration: _PathLike | None = None,
     samples: int = 256,
     recovery: str = "closed-form",
+    policy: str | None = None,
+    fraction: float = 0.5,
     progress: Progress | None = None,
 ) -> Attached | dict[str, Any]:
     """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
@@ -107,16 +111,20 @@ def transfer(
             ``"leaves"``. Needs what ``pip install ovsprune`` brings.
         samples: Calibration pictures.
         recovery: How it is repaired, as of :func:`ovsprune.prune`.
+        policy: On disk: a policy of :func:`ovsprune.schedule`, whose plan is then made in the lines
+            to add. With a live model, call :func:`ovsprune.schedule` on it.
+        fraction: Share of the tower's layers that it trains, in [0, 1].
         progress: Who hears about it.
 
     Returns:
         With a model, the report: each module that was replaced or is protected, and the whole
         model's MACs and parameters before and after; ``print`` it to read it. Its ``detach()``
         gives the original back, bit for bit. On disk, a record with
-        ``target, slim, weights, reason, replaced, kept, dropped, output, lines, notes``.
+        ``target, slim, weights, reason, replaced, kept, dropped, output, schedule{policy,
+        fraction}, lines, notes``.
 
     Raises:
-        UnknownNameError: There is no such target.
+        UnknownNameError: There is no such target or policy.
         TargetError: The framework cannot take the slim tower; nothing was changed.
         CheckpointError: A checkpoint is missing or damaged.
         OutputError: The output exists or cannot be written.
@@ -129,10 +137,11 @@ def transfer(
     if target != "auto":
         TARGETS.get(target)  # a wrong name is told before a file is read
     repair = None if calibration is None else _Repair(str(calibration), samples, recovery)
+    plan = None if policy is None else _scheduled(policy, fraction)
     if model is not None:
         given = [
             name
-            for name, value in (("checkpoint", checkpoint), ("output", output))
+            for name, value in (("checkpoint", checkpoint), ("output", output), ("policy", policy))
             if value is not None
         ] + ["dry_run"] * dry_run
         if given:
@@ -155,6 +164,7 @@ def transfer(
         force,
         dry_run,
         repair,
+        plan,
         progress,
     )
 
@@ -267,6 +277,7 @@ def _on_disk(
     force: bool,
     dry_run: bool,
     repair: _Repair | None,
+    plan: dict[str, Any] | None,
     progress: Progress,
 ) -> dict[str, Any]:
     target = TARGETS.get(name)
@@ -286,7 +297,8 @@ def _on_disk(
             converted = replace(converted, weights="target", reason=reason)
         advance(1)
         record = _record(name, slim, converted, foreign, checkpoint)
-        record["lines"] = target.lines(str(place))
+        record["schedule"] = plan
+        record["lines"] = target.lines(str(place)) + ("" if plan is None else _PLAN.format(**plan))
         beside = {} if checkpoint is None else files_beside(Path(checkpoint), target.files)
         record["files"] = sorted(beside)
         if not dry_run:
@@ -294,6 +306,30 @@ def _on_disk(
             write_output(place, converted, record, record["lines"], beside)
         advance(1)
     return record
+
+
+_PLAN = """
+# Which layers of the tower train when; after the weights were loaded, before the optimiser is made.
+# `model` is the framework's model, `total_steps` the optimiser steps of the whole training. For the
+# training loops of five libraries there is a hook instead: ovsprune.schedules.loops.
+
+import ovsprune
+
+plan = ovsprune.schedule(
+    model, policy={policy!r}, fraction={fraction!r}, total_steps=total_steps
+)
+# optimizer = ...; plan.bind(optimizer); and plan.step(i) before the i-th step
+"""
+
+
+def _scheduled(policy: str, fraction: float) -> dict[str, Any]:
+    """What the record says of a schedule, once it was looked at."""
+    from ovsprune.jobs.schedule import checked
+    from ovsprune.schedules import POLICIES
+
+    POLICIES.get(policy)
+    checked(1, fraction, None, None, "follow")
+    return {"policy": policy, "fraction": fraction}
 
 
 def _read_framework(checkpoint: Path) -> Foreign:

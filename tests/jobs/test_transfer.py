@@ -80,6 +80,29 @@ def test_lines_are_python_that_loads_the_output(tmp_path: Path, slim: Path) -> N
         assert "ovsprune.targets.load(" in lines and repr(str(tmp_path / name)) in lines
 
 
+def test_a_schedule_is_made_by_the_lines(tmp_path: Path, slim: Path, checkpoint: Path) -> None:
+    out = tmp_path / "out"
+    record = transfer(
+        slim=slim, target="san", checkpoint=checkpoint, output=out, policy="last-k", fraction=0.25
+    )
+    assert record["schedule"] == {"policy": "last-k", "fraction": 0.25}
+    assert json.loads((out / "transfer.json").read_text())["schedule"] == record["schedule"]
+    model = MiniSan.with_tower(small_tower(seed=9))
+    load(model, out)
+    space = {"model": model, "total_steps": 8}
+    exec(record["lines"][record["lines"].index("# Which layers") :], space)
+    plan: Any = space["plan"]
+    assert (plan.name, plan.total_steps) == ("last-k", 8)
+    assert 0 < len(plan.chosen) <= len(plan.layers) / 4 + 1
+    assert transfer(slim=slim, target="san", output=tmp_path / "bare")["schedule"] is None
+    with pytest.raises(UnknownNameError, match="Did you mean 'alpha'"):
+        transfer(slim=slim, target="san", policy="alfa", output=tmp_path / "no")
+    with pytest.raises(OptionError, match="fraction 2 is outside"):
+        transfer(slim=slim, target="san", policy="alpha", fraction=2, output=tmp_path / "no")
+    with pytest.raises(OptionError, match="policy cannot go with a live model"):
+        transfer(model, slim, policy="alpha")
+
+
 def test_dry_run_writes_nothing(tmp_path: Path, slim: Path, checkpoint: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
