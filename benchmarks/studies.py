@@ -75,6 +75,9 @@ STUDIES = {
     "leaves": Study(
         ("default", "random+closed-form", "random"), pictures="leaves", testbeds=("photo",)
     ),
+    "mixed": Study(
+        ("default", "random+closed-form", "random"), pictures="mixed", testbeds=("photo",)
+    ),
     "domain": Study(
         ("default", "random+closed-form", "random"),
         pictures={"camvid/train/images": None},

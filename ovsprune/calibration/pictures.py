@@ -42,12 +42,16 @@ def _leaves(index: int, seed: int, size: int) -> NDArray[np.uint8]:
     return render_leaves(index, seed=seed, size=size)
 
 
+def _mixed(index: int, seed: int, size: int) -> NDArray[np.uint8]:
+    return (_scene, _leaves)[index % 2](index // 2, seed, size)
+
+
 Render = Callable[[int, int, int], "NDArray[np.uint8]"]
 """(index, seed, size) to sRGB [size, size, 3]."""
 
-RENDERED: Mapping[str, Render] = {"procedural": _scene, "leaves": _leaves}
-"""What ``--calibration`` takes beside folders: scenes as ``tiny`` was trained on, and pictures with
-the spectra of photographs."""
+RENDERED: Mapping[str, Render] = {"procedural": _scene, "leaves": _leaves, "mixed": _mixed}
+"""What ``--calibration`` takes beside folders: scenes as ``tiny`` was trained on, pictures with the
+spectra of photographs, and half of each."""
 
 
 class RenderedPictures:

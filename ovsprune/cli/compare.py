@@ -46,7 +46,8 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--calibration",
     default="procedural",
     show_default=True,
-    help="A folder of pictures without labels, 'leaves', or 'procedural' (tiny's scenes).",
+    help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
+    "'leaves', 'mixed'.",
 )
 @click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
 @click.option(

@@ -34,7 +34,7 @@ from ovsprune.cli.screen import Screen, output_options
     "--calibration",
     metavar="DIR",
     help="Pictures to repair the framework's own weights on, once they are cut (weights target): a "
-    "folder, procedural or leaves.",
+    "folder, procedural, leaves or mixed.",
 )
 @click.option("--samples", default=256, show_default=True, help="Calibration pictures.")
 @click.option("--recovery", default="closed-form", show_default=True, help="As of prune.")

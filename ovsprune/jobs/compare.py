@@ -100,7 +100,8 @@ def compare(
         round_to: Units of one column stay in multiples of this.
         pretrained: Tag, file, or ``"none"``.
         activation: For a bare file.
-        calibration: A folder of pictures without labels, or ``"procedural"`` or ``"leaves"``.
+        calibration: A folder of pictures without labels, or ``"procedural"``, ``"leaves"`` or
+            ``"mixed"``.
         samples: Calibration pictures.
         device: Where the towers run.
         batch_size: Pictures at a time.

@@ -107,8 +107,8 @@ def transfer(
             by name), to count the whole model's MACs on. By default what the target gives, where
             it can.
         calibration: Where the framework's own weights are cut by the mask (``weights="target"``),
-            pictures without labels to repair its tower on: a folder, ``"procedural"`` or
-            ``"leaves"``. Needs what ``pip install ovsprune`` brings.
+            pictures without labels to repair its tower on: a folder, ``"procedural"``,
+            ``"leaves"`` or ``"mixed"``. Needs what ``pip install ovsprune`` brings.
         samples: Calibration pictures.
         recovery: How it is repaired, as of :func:`ovsprune.prune`.
         policy: On disk: a policy of :func:`ovsprune.schedule`, whose plan is then made in the lines

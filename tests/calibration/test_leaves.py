@@ -46,3 +46,6 @@ def test_they_calibrate_and_others_are_held_out(size: tuple[int, int]) -> None:
     assert not torch.equal(seen[:2], others)
     scenes, _ = open_pictures("procedural", Preprocess(size), 3, 2, seed=0)
     assert not torch.equal(seen, next(scenes.batches(4)))
+    mixed, _ = open_pictures("mixed", Preprocess(size), 4, 2, seed=0)
+    (both,), (drawn,) = mixed.batches(4), scenes.batches(4)
+    assert torch.equal(both[0::2], drawn[:2]) and torch.equal(both[1::2], seen[:2])
