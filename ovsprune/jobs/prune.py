@@ -126,7 +126,8 @@ def prune(
         options: Fields of :class:`Settings`: ``budget`` ("macs", "params", "latency"),
             ``calibration`` (a folder, "procedural", "leaves" or "mixed"), ``samples``,
             ``criterion`` (a name, or an object such as
-            :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``, ``recovery``, ``protect`` (patterns of group names),
+            :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
+            ``recovery``, ``protect`` (patterns of group names),
             ``round_to``, ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
             ``prune_head_dim`` (directions inside heads, too), ``prune_depth`` (whole attentions and
             MLPs may go), ``prune_width`` and ``prune_stages`` (channels of residual streams, too:
