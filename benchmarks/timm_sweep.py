@@ -1,6 +1,6 @@
 """Prunes image towers of timm's to half by ``timm:NAME``, and proves what was written.
 
-    python benchmarks/timm_sweep.py
+    python benchmarks/timm_sweep.py [--only NAME]
 
 What registry_sweep.py does with open_clip's names, with a small tower of each kind that timm has
 and ``timm:NAME`` takes; also kinds that no name of open_clip's stands for. The page is
@@ -47,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=NAMES, help="measure this name, and keep the other rows")
     chosen = parser.parse_args(arguments)
-    rows = []
+    before = json.loads(RECORD.read_text("utf-8"))["rows"] if chosen.only else []
+    rows = [row for row in before if row["name"] != chosen.only]
     with tempfile.TemporaryDirectory() as work:
-        for name in NAMES:
+        for name in [chosen.only] if chosen.only else NAMES:
             rows.append({**one(f"{PREFIX}{name}", chosen.threads, Path(work)), "name": name})
             print(json.dumps(rows[-1]), flush=True)
+    rows.sort(key=lambda row: NAMES.index(row["name"]))
     write_text(RECORD, json.dumps({"timm": timm.__version__, "rows": rows}, indent=1) + "\n")
     ok = sum(row["status"] == "ok" for row in rows)
     torch = next((row["torch"] for row in rows if row.get("torch")), "?")

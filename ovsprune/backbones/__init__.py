@@ -109,7 +109,9 @@ def _family_of(name: str) -> Family:
         family = FAMILIES.get(key)
         if canonical(name) in family.names():
             return family
-    raise UnknownNameError("model", name, model_names())
+    from ovsprune.backbones.timm_source import prefixed
+
+    raise UnknownNameError("model", name, (*model_names(), *prefixed(name)))
 
 
 def _family_that_takes(name: str) -> Family:

@@ -18,7 +18,7 @@ from ovsprune.backbones.hub import hub_file
 from ovsprune.backbones.open_clip_folder import Folder
 from ovsprune.core.errors import UnknownNameError, WeightsError
 
-__all__ = ["PREFIX", "is_timm", "timm_folder"]
+__all__ = ["PREFIX", "is_timm", "prefixed", "timm_folder"]
 
 PREFIX = "timm:"
 """What a model's name starts with that is one of timm's."""
@@ -31,6 +31,13 @@ _WIDEST_EMBEDDING = 4096
 def is_timm(name: str) -> bool:
     """Whether ``name`` means a model of timm's."""
     return name.startswith(PREFIX)
+
+
+def prefixed(name: str) -> tuple[str, ...]:
+    """``name`` with the prefix, if timm has a model of that name; to be proposed to a user."""
+    import timm
+
+    return (f"{PREFIX}{name}",) if timm.is_model(name.partition(".")[0]) else ()
 
 
 def timm_folder(name: str, tag: str | None = None, *, weights: bool = True) -> Folder:

@@ -165,6 +165,8 @@ def test_what_does_not_fit_says_so(tmp_path: Path) -> None:
 def test_names_tags_and_weights_that_there_are_not(root: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'ovsprune_small'"):
         backbones.load("timm:ovsprune_smal")
+    with pytest.raises(UnknownNameError, match="Did you mean 'timm:ovsprune_small.words'"):
+        backbones.load("ovsprune_small.words")
     with pytest.raises(WeightsError, match="Tags: classes, jax, squashed, words"):
         backbones.load("timm:ovsprune_small.laion")
     with pytest.raises(WeightsError, match="Tags: classes, jax, squashed, words"):
