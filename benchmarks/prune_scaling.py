@@ -85,10 +85,10 @@ def page(record: Mapping[str, Any]) -> str:
         f"`{record['command']}`",
         "",
         f"Image towers of open_clip with random weights, pruned to half of their MACs with "
-        f"{rows[0]['samples']} procedural pictures by the default, "
-        f"{rows[0]['threads']} thread{'s' * (rows[0]['threads'] > 1)}, each in a process of its own. "
-        "Seconds by stage; the solver (eliminations and ridge solves, O(n³) in the units of a group) stands "
-        "apart. Peak: resident memory of the process, torch and the dense tower included.",
+        f"{rows[0]['samples']} procedural pictures by the default, threads: {rows[0]['threads']}, "
+        "each in a process of its own. Seconds by stage; the solver (eliminations and ridge "
+        "solves, O(n³) in the units of a group) stands apart. Peak: resident memory of the "
+        "process, torch and the dense tower included.",
         "",
     ]
     heads = ["tower", "GMACs", "parameters", "seconds", "without solver", *STAGES, "forward passes",
