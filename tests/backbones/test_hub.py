@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,6 @@ from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import LITE, open_clip_efficientnet, open_clip_vit
 
 NAME = "hf-hub:someone/a-small-clip"
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("Network is unreachable")
-
-    place = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(place), raising=False)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    return place
 
 
 def put(root: Path, files: dict[str, Any]) -> None:

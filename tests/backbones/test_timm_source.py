@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +48,6 @@ def ovsprune_small(pretrained: bool = False, **options: Any) -> nn.Module:
     return vision_transformer._create_vision_transformer(  # type: ignore[no-any-return]
         "ovsprune_small", pretrained, **given
     )
-
-
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("Network is unreachable")
-
-    place = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(place), raising=False)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    return place
 
 
 def put(root: Path, repository: str, state: dict[str, Tensor]) -> None:

@@ -38,20 +38,6 @@ def images() -> Tensor:
     return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network."""
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError("Network is unreachable")
-
-    place = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(place), raising=False)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    return place
-
-
 def put(root: Path, folder: Path) -> None:
     """Lay a folder's files out as the hub's client does."""
     commit = "0123456789abcdef0123456789abcdef01234567"
