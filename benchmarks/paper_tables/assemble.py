@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import masks as found_masks
+import norms
 from frameworks import FRAMEWORKS, build
 from plan import TRAINED_AT, Run
 from torch import Tensor, nn
@@ -44,27 +45,26 @@ def assemble(run: Run, classes: int, work: Path, sparsity: float = TRAINED_AT) -
     """The framework of a run, before its first step."""
     import ovsprune
     from ovsprune import backbones
-    from ovsprune.masks import apply_masks
-    from ovsprune.targets import TARGETS
+    from ovsprune.targets import TARGETS, mask_tower
 
     backbone = FRAMEWORKS[run.framework].backbone
     place = found_masks.folder_of(work, backbone, sparsity)
     tower = backbones.load(str(found_masks.FOLDERS[backbone])).tower.float()
     tower.requires_grad_(True)
-    depth = len(tower.transformer.resblocks) if backbone == "vit" else 0
     module = build(run.framework, tower, classes, run.seed)
     holder = getattr(module, "holder", module)
     placed: dict[str, Tensor] = {}
     if run.mask == "structured":
         wanted = {n for n, p in holder.named_parameters() if p.requires_grad}
-        ovsprune.transfer(holder, place / "structured", module.target)
+        ovsprune.transfer(holder, place / "structured", module.target, weights="slim")
         for name, parameter in holder.named_parameters():  # slim modules are new
             parameter.requires_grad_(name in wanted and parameter.is_floating_point())
     elif run.mask != "dense":
-        layout = TARGETS.get(module.target).layout(holder.state_dict(), depth)
-        chosen = _masks(run, backbone, place)
-        placed = {k: v for n, m in chosen.items() for k, v in layout.to_framework(n, m).items()}
-        apply_masks(holder, placed, prefix="", hold=True)
+        applied = mask_tower(holder, _masks(run, backbone, place), module.target, hold=True)
+        own = dict(holder.named_parameters())
+        placed = {name: own[name].detach() != 0 for name in applied.placement.names.values()}
+        if module.frozen:
+            norms.refresh(module.visual, work)
     names = TARGETS.get(module.target).tower_names(holder)
     parameters = dict(holder.named_parameters())
     zeros = sum(int((~m).sum()) for m in placed.values())
@@ -77,6 +77,6 @@ def _masks(run: Run, backbone: str, place: Path) -> dict[str, Tensor]:
     from ovsprune.masks import read_masks
 
     if run.mask == "imp":
-        return dict(read_masks(place / "imp"))
+        return dict(read_masks(found_masks.imp_file(place)))
     record = json.loads((place / "masks.json").read_text())
     return found_masks.random_masks(found_masks.ranked(backbone), record["zeros"], run.seed)

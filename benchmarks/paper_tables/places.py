@@ -15,6 +15,8 @@ PHOTO = BENCHMARKS / "photo_clip" / "photo"
 """The ViT: open_clip's folder form."""
 RESNET = HERE / "resnet"
 """The ModifiedResNet that ``backbone.py`` trains: the same form."""
+KEPT = HERE / "masks"
+"""The masks that frameworks are trained with."""
 RESULTS = HERE / "results.json"
 PAGE = HERE / "README.md"
 

@@ -12,7 +12,9 @@ share the queue. What ``results.json`` has already, made on another machine, is 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from frameworks import FRAMEWORKS
 from places import PAGE, RESNET, RESULTS
 from plan import HOURS, LIMIT, SPARSITIES, STEPS, TRAINED_AT, Run, runs
 from towers import tower_file, towers
-from training import write_row
+from training import Settings, check_recipe, claimed, do, photographs, vocabulary, write_row
 
 
 def restore(work: Path, results: Path = RESULTS) -> None:
@@ -39,6 +41,9 @@ def restore(work: Path, results: Path = RESULTS) -> None:
         place = tower_file(work, row["backbone"], row["sparsity"])
         files.setdefault(place, []).append(row)
     files |= {work / "known" / f"{name}.json": found for name, found in record["masks"].items()}
+    for kind in ("costs", "steps"):
+        for row in record.get(kind, []):
+            files[work / kind / f"{row['framework']}-{TRAINED_AT:g}.json"] = row
     for file, content in files.items():
         if not file.exists():
             write_row(file, content)
@@ -56,6 +61,8 @@ def collect(work: Path) -> dict[str, Any]:
 
     order = {run.name: i for i, run in enumerate(runs())}
     rows = [r for r in read("rows") if Run(**{k: r[k] for k in _KEYS}).name in order]
+    for row in rows:
+        check_recipe(row, Settings())
     rows.sort(key=lambda r: order[Run(**{k: r[k] for k in _KEYS}).name])
     known = {p.stem: json.loads(p.read_text()) for p in sorted((work / "known").glob("*.json"))}
     here = {p.parent.name: p for p in sorted((work / "masks").glob("*/masks.json"))}
@@ -74,6 +81,7 @@ def collect(work: Path) -> dict[str, Any]:
         "masks": known | found,
         "towers": [row for rows in read("towers") for row in rows],
         "costs": read("costs"),
+        "steps": read("steps"),
         "rows": rows,
     }
 
@@ -84,32 +92,43 @@ _KEYS = ("framework", "mask", "policy", "seed")
 def write(work: Path, results: Path = RESULTS, page_file: Path = PAGE) -> None:
     """``results.json`` and the page."""
     record = collect(work)
-    results.write_text(json.dumps(record, indent=1) + "\n")
+    write_row(results, record)
     page_file.write_text(page.render(record))
     print(f"{page_file}: {len(record['rows'])} of {len(runs())} trainings")
 
 
 def work_through(chosen: argparse.Namespace) -> None:
     """All that is not done yet; what needs a ResNet that is not there is left out."""
-    from timing import all_costs
-    from training import Settings, do, photographs, vocabulary
+    from timing import all_costs, steps
 
-    ready = {name for name, folder in found_masks.FOLDERS.items() if folder.is_dir()}
-    if "resnet" not in ready:
-        print(f"{RESNET} is not there: run backbone.py first; its frameworks are left out")
-    with_masks = {name for name in sorted(ready) if _find(name, TRAINED_AT, chosen)}
+    failed = []
     for run in runs(chosen.only):
-        if FRAMEWORKS[run.framework].backbone in with_masks and do(
-            run, chosen.data, chosen.work, Settings()
-        ):
-            write(chosen.work)
-    all_costs(vocabulary(photographs(chosen.data)), chosen.work)
-    for sparsity in SPARSITIES:
-        for name in sorted(ready):
+        backbone = FRAMEWORKS[run.framework].backbone
+        if not _ready(backbone) or not _find(backbone, TRAINED_AT, chosen):
+            continue
+        try:
+            if do(run, chosen.data, chosen.work, Settings()):
+                write(chosen.work)
+        except Exception:  # one framework's failure is no reason to leave the others undone
+            traceback.print_exc()
+            failed.append(run.name)
+    with claimed(chosen.work / "locks" / "costs.lock") as mine:
+        if mine:
+            all_costs(vocabulary(photographs(chosen.data)), chosen.work)
+            steps(chosen.data, chosen.work)
+    for sparsity, name in itertools.product(SPARSITIES, found_masks.FOLDERS):
+        with claimed(chosen.work / "locks" / f"towers-{name}-{sparsity:g}.lock") as mine:
             there = tower_file(chosen.work, name, sparsity).exists()
-            if not there and _find(name, sparsity, chosen):
+            if mine and _ready(name) and not there and _find(name, sparsity, chosen):
                 towers(name, sparsity, chosen.data, chosen.work)
     write(chosen.work)
+    if failed:
+        raise SystemExit(f"failed, and left out: {', '.join(failed)}")
+
+
+def _ready(backbone: str) -> bool:
+    """Whether the tower is there; ``backbone.py`` makes the ResNet, now or while this runs."""
+    return (found_masks.FOLDERS[backbone] / "open_clip_model.safetensors").is_file()
 
 
 def _find(backbone: str, sparsity: float, chosen: argparse.Namespace) -> bool:

@@ -1,7 +1,7 @@
-"""What a framework costs under each mask: parameters, MACs, and time measured side by side.
+"""What a framework costs under each mask, and a training step by policy: measured side by side.
 
-All four stand in one process and take turns, so that what else runs on the machine meets them
-alike; times are medians, and what the page compares is their ratio to the dense one's.
+What is compared stands in one process and takes turns, so that what else runs on the machine meets
+all alike; times are medians, and what the page compares is their ratio to one of them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,20 @@ from typing import Any
 import torch
 from assemble import assemble
 from frameworks import FRAMEWORKS
-from masks import folder_of
-from plan import MASKS, TRAINED_AT, Run
-from training import write_row
+from masks import FOLDERS, folder_of
+from plan import MASKS, POLICIES, SCHEDULED, TRAINED_AT, Run
+from training import (
+    Settings,
+    one_step,
+    optimizer_of,
+    photographs,
+    schedule_of,
+    vocabulary,
+    write_row,
+)
 
 ROUNDS = 15
+STEPS_TIMED = 8
 
 
 def costs(framework: str, text: torch.Tensor, work: Path, sparsity: float) -> dict[str, Any]:
@@ -31,8 +40,8 @@ def costs(framework: str, text: torch.Tensor, work: Path, sparsity: float) -> di
         return found
     from ovsprune.graph.costs import macs
 
-    backbone = FRAMEWORKS[framework].backbone
-    record = json.loads((folder_of(work, backbone, sparsity) / "masks.json").read_text())
+    record = _masks(framework, work, sparsity)
+    assert record is not None
     made = {m: assemble(Run(framework, m), len(text), work, sparsity) for m in MASKS}
     image = torch.randn(1, 3, 192, 192, generator=torch.Generator().manual_seed(0))
     runs: dict[str, Any] = {}
@@ -62,11 +71,56 @@ def costs(framework: str, text: torch.Tensor, work: Path, sparsity: float) -> di
 
 def all_costs(text: torch.Tensor, work: Path) -> list[dict[str, Any]]:
     """Of every framework whose masks are there."""
-    return [
-        costs(name, text, work, TRAINED_AT)
-        for name, framework in FRAMEWORKS.items()
-        if (folder_of(work, framework.backbone, TRAINED_AT) / "masks.json").exists()
-    ]
+    there = [name for name in FRAMEWORKS if _masks(name, work, TRAINED_AT) is not None]
+    return [costs(name, text, work, TRAINED_AT) for name in there]
+
+
+def steps(data: Path, work: Path) -> dict[str, Any] | None:
+    """Milliseconds of a training step by policy, measured once into ``work``.
+
+    What a policy recomputes now and then (alpha-refresh) is not in it.
+    """
+    file = work / "steps" / f"{SCHEDULED}-{TRAINED_AT:g}.json"
+    if file.exists():
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+    if _masks(SCHEDULED, work, TRAINED_AT) is None:
+        return None
+    from data import batch
+
+    photos, settings = photographs(data), Settings()
+    text = vocabulary(photos)
+    ready = {}
+    for policy in POLICIES:
+        run = Run(SCHEDULED, "structured", policy)
+        made = assemble(run, len(text), work)
+        optimizer, plan = optimizer_of(made, settings), schedule_of(made, run, settings)
+        plan.bind(optimizer)
+        ready[policy] = (made.module.train(), optimizer, plan)
+    times: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+    for turn in range(STEPS_TIMED + 2):
+        found = batch(photos, turn, settings.batch, 0)
+        for policy, (module, optimizer, plan) in ready.items():
+            start = time.perf_counter()
+            one_step(module, optimizer, plan, found, text, turn, 0, settings)
+            if turn >= 2:  # the first turns warm up
+                times[policy].append(1e3 * (time.perf_counter() - start))
+    row = {
+        "framework": SCHEDULED,
+        "milliseconds": {policy: statistics.median(found) for policy, found in times.items()},
+    }
+    write_row(file, row)
+    return row
+
+
+def _masks(framework: str, work: Path, sparsity: float) -> dict[str, Any] | None:
+    """The record of a framework's masks, if they and the tower are there."""
+    backbone = FRAMEWORKS[framework].backbone
+    file = folder_of(work, backbone, sparsity) / "masks.json"
+    if not file.exists() or not FOLDERS[backbone].is_dir():
+        return None
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record if record["reached"] else None
 
 
 class _Predict(torch.nn.Module):

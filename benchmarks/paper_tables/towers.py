@@ -2,7 +2,8 @@
 
 This is where 0.7 and 0.9 are reported, and where the part that the repair of the weights has is
 told from the part of the mask: IMP's mask stands on the dense weights (as it is transferred) and
-on those that its own rounds left.
+on those that its own rounds left. Batch norms of masked dense weights get the statistics of what
+they read then, from the pictures that the masks were found on.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import norms
 import torch
-from masks import FOLDERS, folder_of, random_masks, ranked
+from masks import FOLDERS, folder_of, imp_file, random_masks, ranked
 from training import SETS, score, write_row
 
 
@@ -47,14 +49,16 @@ def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[
     place = folder_of(work, backbone, sparsity)
     found = json.loads((place / "masks.json").read_text())
     dense = str(FOLDERS[backbone])
-    masks = {"dense": {}, "imp": dict(read_masks(place / "imp"))}
+    masks = {"dense": {}, "imp": dict(read_masks(imp_file(place)))}
     for seed in range(3):
         masks[f"random-{seed}"] = random_masks(ranked(backbone), found["zeros"], seed)
     rows = []
-    for name in (*masks, "imp, its own weights", "structured"):
+    own = ["imp, its own weights"] if (place / "imp").is_dir() else []
+    for name in (*masks, *own, "structured"):
         loaded = backbones.load(str(place / "structured") if name == "structured" else dense)
         if masks.get(name):
             apply_masks(loaded.tower, masks[name])
+            norms.refresh(loaded.tower, work)
         elif name == "imp, its own weights":
             state = {n.removeprefix("visual."): t for n, t in read_weights(place / "imp").items()}
             loaded.tower.load_state_dict(state)

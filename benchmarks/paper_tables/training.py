@@ -41,6 +41,7 @@ class Settings:
     decay: float = 0.05
     clip: float = 1.0
     limit: int | None = None  # pictures that are scored; None for all
+    recipe: int = 2  # counts up when the scripts change what a row means: rows of two do not mix
 
 
 @cache
@@ -90,7 +91,8 @@ def optimizer_of(made: Assembled, settings: Settings) -> torch.optim.AdamW:
         [
             {"params": p, "lr": rate, "full": rate, "weight_decay": decay}
             for (rate, decay), p in groups.items()
-        ]
+        ],
+        fused=True,
     )
 
 
@@ -129,21 +131,16 @@ def train(
     first, wall, cpu, losses = _resume(last, settings, module, optimizer, plan)
     start, cpu_start, saved = time.monotonic(), time.process_time(), time.monotonic()
     for step in range(first, settings.steps):
-        # Everything that is drawn is a function of seed and step, so a resumed run is the same.
-        torch.manual_seed(run.seed * 1_000_003 + step)
-        if plan is not None:
-            plan.step(step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["full"] * rate_at(step, settings)
         found = batch(photos, step, settings.batch, run.seed)
-        loss = module.loss(found.images, found.labels, text)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
-        optimizer.step()
-        losses.append(loss.item())
-        if step % 50 == 0:
-            print(f"{run.name} {step}/{settings.steps} {losses[-1]:.3f}", flush=True)
+        loss, norm = one_step(module, optimizer, plan, found, text, step, run.seed, settings)
+        losses.append(loss)
+        if step % 50 == 49:
+            recent = sum(losses[-50:]) / len(losses[-50:])
+            print(
+                f"{run.name} {step + 1}/{settings.steps} loss {recent:.3f} gradient {norm:.1f} "
+                f"{wall + time.monotonic() - start:.0f} s",
+                flush=True,
+            )
         if time.monotonic() - saved > save_every and step + 1 < settings.steps:
             saved = time.monotonic()
             _save(
@@ -170,10 +167,40 @@ def train(
         "zeros": made.zeros,
         "training_flops": flops,
         "chosen": None if plan is None else list(plan.chosen),
-        "alphas": None if plan is None or plan.alphas is None else dict(plan.alphas),
+        "alphas": None if plan is None or plan.alphas is None else _finite(plan.alphas),
     }
     last.unlink(missing_ok=True)
     return row
+
+
+def one_step(
+    module: Any,
+    optimizer: torch.optim.Optimizer,
+    plan: Any,
+    found: Any,
+    text: Tensor,
+    step: int,
+    seed: int,
+    settings: Settings,
+) -> tuple[float, float]:
+    """A step on a batch: the loss before it, and the norm of its gradient."""
+    # Everything that is drawn is a function of seed and step, so a resumed run is the same.
+    torch.manual_seed(seed * 1_000_003 + step)
+    if plan is not None:
+        plan.step(step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["full"] * rate_at(step, settings)
+    loss = module.loss(found.images, found.labels, text)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
+    optimizer.step()
+    return loss.item(), float(norm)
+
+
+def _finite(alphas: Mapping[str, float]) -> dict[str, float | None]:
+    """None for a layer that is too narrow for a fit, which JSON has no other word for."""
+    return {name: alpha if math.isfinite(alpha) else None for name, alpha in alphas.items()}
 
 
 def _resume(
@@ -252,6 +279,20 @@ def score(module: Any, name: str, data: Path, limit: int | None = None) -> dict[
     }
 
 
+def check_recipe(row: Mapping[str, Any], settings: Settings) -> None:
+    """That a row was made as the others are.
+
+    Raises:
+        SystemExit: It was not.
+    """
+    if row["settings"] != asdict(settings):
+        name = Run(row["framework"], row["mask"], row["policy"], row["seed"]).name
+        raise SystemExit(
+            f"the row {name} was made by another recipe ({row['settings']}): start anew with "
+            "--fresh and another --work"
+        )
+
+
 @contextmanager
 def claimed(file: Path) -> Iterator[bool]:
     """Whether this process alone holds ``file`` inside the block."""
@@ -277,6 +318,7 @@ def do(run: Run, data: Path, work: Path, settings: Settings) -> bool:
     """Makes the row of a run unless it is there, or another process is at it."""
     file = work / "rows" / f"{run.name}.json"
     if file.exists():
+        check_recipe(json.loads(file.read_text()), settings)
         return False
     with claimed(work / "locks" / f"{run.name}.lock") as mine:
         if not mine or file.exists():

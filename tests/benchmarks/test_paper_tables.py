@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -15,8 +16,8 @@ import torch
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "paper_tables"
 NAMES = (
-    "assemble", "backbone", "frameworks", "masks", "page", "paper", "places", "plan", "quality",
-    "run", "timing", "towers", "training",
+    "assemble", "backbone", "frameworks", "masks", "norms", "page", "paper", "places", "plan",
+    "quality", "run", "timing", "towers", "training",
 )  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def row(plan: Any, run: Any, miou: float) -> dict[str, Any]:
         "framework": run.framework, "mask": run.mask, "policy": run.policy, "seed": run.seed,
         "scores": {"msrc_test": score, "camvid_val": {**score, "miou": miou / 2}},
         "seconds": {"wall": 300.0, "cpu": 290.0},
+        "settings": dataclasses.asdict(importlib.import_module("training").Settings()),
         "training_flops": {"total": 3_000_000_000_000} if scheduled else None,
         "chosen": ["layer4.1.conv3.weight"] if scheduled else None,
         "alphas": alphas if run.policy == "alpha" else None,
@@ -97,7 +99,7 @@ def test_the_page_tells_what_rows_say(script) -> None:
     ]
     text = page.render(empty(rows=rows))
     title = "Mask2Former (transformers')"
-    assert f"{title}: imp minus random: +10.0 points (3 and 3 seeds)." in text
+    assert f"{title}: imp minus random: +10.0 ± 0.0 points (3 seeds, paired)." in text
     assert "FC-CLIP's mask pooling, tower frozen: imp against random: not run." in text
     assert "| IMP mask (the paper's, unstructured) | 41.0 ± 1.0 | 20.5 ± 0.5 |" in text
     assert "Alpha does not beat a random half here: 51.5 ± 0.7 against 53.0 ± 1.0" in text
@@ -241,3 +243,46 @@ def test_a_record_goes_on_on_another_machine(script, tmp_path: Path) -> None:
     own.write_text(json.dumps({"reached": True, "zeros": 40}))
     with pytest.raises(SystemExit, match="40 zeros here and 41 in the record"):
         run.collect(work)
+
+
+def test_rows_of_two_recipes_do_not_mix(script, tmp_path: Path) -> None:
+    run, plan, training = script("run"), script("plan"), script("training")
+    first = plan.runs()[0]
+    other = row(plan, first, 0.4)
+    other["settings"]["steps"] += 1
+    training.write_row(tmp_path / "rows" / f"{first.name}.json", other)
+    with pytest.raises(SystemExit, match="made by another recipe"):
+        run.collect(tmp_path)
+    with pytest.raises(SystemExit, match="made by another recipe"):
+        training.do(first, tmp_path, tmp_path, training.Settings())
+
+
+def test_a_layer_too_narrow_for_a_fit_is_said(script) -> None:
+    page, plan = script("page"), script("plan")
+    made = row(plan, plan.Run(plan.SCHEDULED, "structured", "alpha"), 0.5)
+    made["alphas"]["layer4.0.conv2.weight"] = None
+    assert "| layer4.0.conv2.weight | too narrow for a fit | frozen |" in page.render(
+        empty(rows=[made])
+    )
+
+
+def test_statistics_are_of_what_masked_norms_read(script, tmp_path: Path, monkeypatch) -> None:
+    norms = script("norms")
+    torch.manual_seed(0)
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+    images = torch.randn(8, 3, 9, 9)
+
+    class Pictures:
+        def batches(self, size: int) -> Any:
+            yield images
+
+    from ovsprune.calibration import pictures
+
+    monkeypatch.setattr(norms, "preprocess", lambda: None)
+    monkeypatch.setattr(pictures, "open_pictures", lambda *_: (Pictures(), None))
+    with torch.no_grad():
+        tower[0].weight[:2] = 0.0
+    norms.refresh(tower, tmp_path)
+    read = tower[0](images)
+    torch.testing.assert_close(tower[1].running_mean, read.mean((0, 2, 3)))
+    assert not tower[1].training and tower[1].momentum == 0.1

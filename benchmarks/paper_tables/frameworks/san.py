@@ -37,6 +37,10 @@ class San(nn.Module):
             bare = not name.startswith("text_encoder") or name.endswith("bg_embed")
             parameter.requires_grad_(bare)
         head = self.model.decode_head
+        # One number, drawn at random: near 0 it keeps the side adapter from guiding the tower.
+        scaling = head.side_adapter_network.mask_decoder.bias_scaling
+        nn.init.ones_(scaling.weight)
+        nn.init.zeros_(scaling.bias)
         head.train_cfg.num_points = head.match_masks.num_points = POINTS
 
     @property
