@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
+from ovsprune.calibration.batch_norms import restate
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.head_bases import HeadBases, find_bases
 from ovsprune.calibration.pictures import open_pictures
@@ -19,7 +20,7 @@ from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone, Family, Pictures, RecoveryContext, Seed
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
-from ovsprune.graph.cut import cut
+from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
 from ovsprune.graph.residual import count_cut
@@ -75,6 +76,7 @@ class Job:
         surveys: Surveys | None = None,
         planner: Planner | None = None,
     ) -> None:
+        settings = settings.for_model(backbone)
         self.backbone, self.settings, self.progress = backbone, settings, progress
         self.clock = clock
         self.family: Family = FAMILIES.get(backbone.family)
@@ -124,6 +126,16 @@ class Job:
         work = self._trained if self.settings.method == "imp" else self._rounds
         plan, slim, predicted = work(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
+        if self.settings.repairs:
+            restate(
+                deepcopy(self.backbone.tower).float().eval(),  # the dense one has its norms folded
+                slim,
+                kept_rows(dense, groups, plan),
+                self.family.stages,
+                pictures,
+                self.settings.batch_size,
+                self.progress,
+            )
         costs = measure(slim, size)
         achieved = self._achieved(base, costs, predicted)
         closeness = fidelity(
@@ -225,7 +237,7 @@ class Job:
                         f"round {number} of {len(steps)}, in shares of what is left by then: "
                         f"{error}"
                     ) from error
-                taken = 1 - self.planning.spent / budget.dense
+                taken = self.planning.account(found, budget, chosen)
                 if slim is None:
                     slim = deepcopy(dense)
                 cut(slim, found, chosen)
@@ -244,9 +256,10 @@ class Job:
         plan, slim = prune_units(
             dense, groups, budget, pictures, self.family.stages, self.settings, self.progress
         )
+        taken = self.planning.account(groups, budget, plan)
         cut(slim, groups, plan)
         self.clock.lap("imp")
-        return plan, slim, 1 - budget.target / budget.dense
+        return plan, slim, taken
 
     def _left(self, base: Costs, dense: nn.Module, slim: nn.Module) -> Costs:
         """Costs of the cut tower: those of the base less what the cuts took."""
@@ -298,9 +311,8 @@ class Job:
         """What the slim tower really takes, beside what the table said."""
         if self.settings.budget != "latency":
             return None
-        found = compare_latency(
-            self.backbone.tower, slim, self.backbone.preprocess.size, self.progress
-        )
+        dense = deepcopy(self.backbone.tower).float()
+        found = compare_latency(dense, slim, self.backbone.preprocess.size, self.progress)
         return {**found, "predicted_ms": self.planning.spent}
 
 
