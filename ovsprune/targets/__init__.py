@@ -10,9 +10,10 @@ from ovsprune.core.registry import Registry
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.hooks import bridge
+from ovsprune.targets.masked import mask_tower
 from ovsprune.targets.output import load
 from ovsprune.targets.protocol import Target
 
-__all__ = ["TARGETS", "Attached", "Converted", "Target", "bridge", "load"]
+__all__ = ["TARGETS", "Attached", "Converted", "Target", "bridge", "load", "mask_tower"]
 
 TARGETS: Registry[Target] = Registry("target", "ovsprune.targets")

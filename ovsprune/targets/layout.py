@@ -15,7 +15,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_PARTS", "POSITIONS", "Layout", "Place", "Stack", "hf_block", "numbers_of"]
+__all__ = [
+    "BLOCK_PARTS",
+    "POSITIONS",
+    "Layout",
+    "Place",
+    "Stack",
+    "block_number",
+    "hf_block",
+    "numbers_of",
+]
 
 Place = str | tuple[str, ...]
 """Path of a module or tensor, or the paths of the parts that make it up, one below the other."""
@@ -27,6 +36,12 @@ BLOCK_PARTS: Mapping[str, Place] = {
     name: name for name in ("ln_1", "attn", "ln_2", "mlp.c_fc", "mlp.c_proj", "mlp.gelu")
 }
 """Parts of a block of a framework that kept open_clip's names."""
+
+
+def block_number(canonical: str) -> int:
+    """The number of the transformer block that a canonical name is in; -1 outside of them."""
+    found = _BLOCK.fullmatch(canonical)
+    return -1 if found is None else int(found[1])
 
 
 def hf_block() -> dict[str, Place]:
