@@ -69,6 +69,7 @@ STUDIES = {
     "distill": Study(
         ("default+distill", "default", "random+distill", "random+gauss-newton", "random")
     ),
+    "imp": Study(("default", "imp", "random+gauss-newton", "random+closed-form", "random")),
     "procedural": Study(
         ("default", "random+closed-form", "random"), pictures="procedural", testbeds=("photo",)
     ),

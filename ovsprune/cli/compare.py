@@ -26,7 +26,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--methods",
     multiple=True,
     metavar="A,B,C",
-    help="default, CRITERION, or torch-pruning, with +ALLOCATION and +RECOVERY; may be repeated.",
+    help="default, imp, CRITERION or torch-pruning, with +ALLOCATION and +RECOVERY; repeatable.",
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many seeds, from 0 on.")
 @click.option(
@@ -44,10 +44,10 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
 @click.option(
     "--calibration",
-    default="procedural",
+    default="auto",
     show_default=True,
     help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
-    "'leaves', 'mixed'.",
+    "'leaves', 'mixed'; 'auto' is procedural for tiny and mixed for other towers.",
 )
 @click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
 @click.option(

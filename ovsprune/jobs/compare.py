@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovsprune import backbones
-from ovsprune.calibration.pictures import RENDERED
+from ovsprune.calibration.pictures import AUTO, RENDERED
 from ovsprune.core.errors import MissingLibraryError, OptionError
 from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
@@ -68,7 +69,7 @@ def compare(
     round_to: int = 1,
     pretrained: str | None = None,
     activation: str | None = None,
-    calibration: str = "procedural",
+    calibration: str = AUTO,
     samples: int = 256,
     device: str = "cpu",
     batch_size: int = 16,
@@ -100,8 +101,8 @@ def compare(
         round_to: Units of one column stay in multiples of this.
         pretrained: Tag, file, or ``"none"``.
         activation: For a bare file.
-        calibration: A folder of pictures without labels, or ``"procedural"``, ``"leaves"`` or
-            ``"mixed"``.
+        calibration: A folder of pictures without labels, or ``"procedural"``, ``"leaves"``,
+            ``"mixed"`` or ``"auto"``, as of :func:`ovsprune.prune`.
         samples: Calibration pictures.
         device: Where the towers run.
         batch_size: Pictures at a time.
@@ -141,8 +142,8 @@ def compare(
         round_to=round_to,
         batch_size=batch_size,
     )
-    for ratio in ratios:
-        replace(settings, ratio=ratio).check()
+    for ratio, method in itertools.product(ratios, asked):
+        method.settings(replace(settings, ratio=ratio)).check()
     device_and_dtype(device, "float32")
     name = model if isinstance(model, str) else model.name
     place = Path(output) if output else Path("compare") / backbones.canonical(name)
@@ -150,6 +151,7 @@ def compare(
     opened = _open(data, list_file, scenes)
     with thread_limit(threads):
         backbone = _load(model, pretrained, activation, device, progress)
+        settings = settings.for_model(backbone)
         pictures = opened(max(backbone.preprocess.size))
         embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
         examiner = Examiner(backbone, embeddings, pictures, batch_size, progress, centred)
@@ -165,7 +167,7 @@ def compare(
             "data": str(data) if data is not None else "scenes",
             "centred": centred,
             "images": len(pictures),
-            "calibration": calibration,
+            "calibration": settings.calibration,
             "samples": samples,
             "budget": budget,
             "protect": list(protect),
@@ -258,6 +260,8 @@ def _load(
         )
     for note in model.notes:
         progress.note(note)
+    # Half precision is for files: what is compared is worked on in float32.
+    model = replace(model, tower=deepcopy(model.tower).float())
     if not model.trained:
         progress.note(f"{model.name} has random weights: its mIoU and retention mean nothing")
     return model

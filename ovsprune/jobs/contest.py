@@ -53,7 +53,7 @@ class Contest:
     def __init__(
         self, backbone: Backbone, settings: Settings, examiner: Examiner, progress: Progress
     ) -> None:
-        self.backbone, self.settings = backbone, settings
+        self.backbone, self.settings = backbone, settings.for_model(backbone)
         self.examiner, self.progress = examiner, progress
         self.family: Family = FAMILIES.get(backbone.family)
         self._surveys: Surveys = {}
@@ -78,10 +78,7 @@ class Contest:
             no tower), and ``seconds`` of the pruning, a shared survey counted in full.
         """
         clock = Clock()
-        settings = replace(self.settings, ratio=ratio, seed=seed)
-        if method.source == "ovsprune":
-            settings = replace(settings, criterion=method.criterion, allocation=method.allocation)
-        settings = replace(settings, recovery=method.recovery or "none")
+        settings = method.settings(replace(self.settings, ratio=ratio, seed=seed))
         title = f"{method.name}, ratio {ratio:g}, seed {seed}"
         try:
             with self.progress.stage(f"pruning: {title}", 1) as advance:
@@ -105,7 +102,7 @@ class Contest:
         }
 
     def _prune(self, method: Method, settings: Settings, clock: Clock) -> nn.Module:
-        if method.source == "ovsprune":
+        if method.source != "torch-pruning":
             job = Job(self.backbone, settings, self.progress, clock, self._surveys)
             return job.run().tower
         if method.recovery is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ovsprune.allocation import ALLOCATIONS
@@ -13,10 +13,13 @@ from ovsprune.jobs.settings import Settings
 from ovsprune.jobs.stock import STOCK
 from ovsprune.recovery import RECOVERIES
 
-__all__ = ["DEFAULT", "Method", "parse_method", "parse_methods"]
+__all__ = ["DEFAULT", "IMP", "Method", "parse_method", "parse_methods"]
 
 DEFAULT = "default"
 """The method that ``prune`` takes when nothing is said."""
+
+IMP = "imp"
+"""Iterative magnitude pruning of whole units with feature distillation: the paper's, structured."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,23 @@ class Method:
         allocation: Name in the registry of allocations; ``"own"`` for a stock method.
         recovery: Name in the registry of recoveries; None for a stock method that is run on the
             original tower, as a user of that library would.
-        source: Who selects: ``"ovsprune"`` or ``"torch-pruning"``.
+        source: Who selects: ``"ovsprune"``, ``"torch-pruning"``, or ``"imp"``, which trains, too.
     """
 
     name: str
     criterion: str
     allocation: str
     recovery: str | None
-    source: Literal["ovsprune", "torch-pruning"]
+    source: Literal["ovsprune", "torch-pruning", "imp"]
+
+    def settings(self, common: Settings) -> Settings:
+        """What a row of this method is pruned by, where ``common`` holds for every row."""
+        chosen = replace(common, recovery=self.recovery or "none")
+        if self.source == "ovsprune":
+            return replace(chosen, criterion=self.criterion, allocation=self.allocation)
+        if self.source == "imp":
+            return replace(chosen, method="imp", imp_structured=True)
+        return chosen
 
 
 def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
@@ -56,9 +68,10 @@ def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
 def parse_method(name: str) -> Method:
     """The method called ``name``: parts with ``+`` between them.
 
-    The first part is ``default``, a criterion, or a stock method. A criterion alone means that
-    criterion with uniform allocation and no recovery. Parts that follow are an allocation, a
-    recovery, or both; a name that both rooms know is the allocation unless there is one already.
+    The first part is ``default``, a criterion, or a stock method; ``imp`` stands alone. A criterion
+    alone means that criterion with uniform allocation and no recovery. Parts that follow are an
+    allocation, a recovery, or both; a name that both rooms know is the allocation unless there is
+    one already.
 
     >>> parse_method("random+closed-form").recovery
     'closed-form'
@@ -68,6 +81,10 @@ def parse_method(name: str) -> Method:
         UnknownNameError: A part is unknown; names the closest.
     """
     first, *rest = (part.strip() for part in name.split("+"))
+    if first == IMP:
+        if rest:
+            raise OptionError(f"--methods {name}: imp ranks, counts and repairs in its own way")
+        return Method(name, "l1", "global", "none", "imp")
     if first in STOCK:
         return _stock_method(name, first, rest)
     if first == DEFAULT:
@@ -77,7 +94,7 @@ def parse_method(name: str) -> Method:
     elif first in CRITERIA.names():
         criterion, allocation, recovery = first, "uniform", "none"
     else:
-        raise UnknownNameError("method", first, [DEFAULT, *STOCK, *CRITERIA.names()])
+        raise UnknownNameError("method", first, [DEFAULT, IMP, *STOCK, *CRITERIA.names()])
     seen: set[str] = set()
     for part in rest:
         room = _room(part, seen)

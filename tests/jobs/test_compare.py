@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
@@ -286,6 +287,27 @@ def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
 
 
+def test_the_papers_own_method_is_a_row(small_clip, tmp_path):
+    found = compare(
+        small_clip, [0.3], methods=["imp,random"], seeds=1, output=tmp_path / "out", **QUICK
+    )
+    row = found["rows"][0]
+    assert (row["method"], row["source"], row["status"]) == ("imp", "imp", "done")
+    assert row["achieved"] == pytest.approx(0.3, abs=0.01)
+    assert row["relative_error"] > 0
+
+
+def test_half_precision_is_compared_in_single(small_clip, tmp_path):
+    import dataclasses
+    from copy import deepcopy
+
+    half = dataclasses.replace(small_clip, tower=deepcopy(small_clip.tower).half())
+    options = {**QUICK, "seeds": 1, "methods": ["random,torch-pruning"]}
+    found = compare(half, [0.2], output=tmp_path / "out", **options)
+    assert all(row["status"] == "done" for row in found["rows"])
+    assert next(half.tower.parameters()).dtype == torch.float16
+
+
 def test_a_damaged_row(small_clip, tmp_path):
     run = {**SMALL, "output": tmp_path / "out", **QUICK}
     compare(small_clip, [0.5], **run)
@@ -320,6 +342,7 @@ def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, mo
         ([0.5], {"budget": "seconds"}, OptionError, "--budget 'seconds' is unknown"),
         ([0.5], {"protect": ["*.77.*"]}, OptionError, r"--protect '\*.77.\*' matches no group"),
         ([0.5], {"round_to": 0}, OptionError, "--round-to 0: give at least 1"),
+        ([0.5], {"methods": ["imp"], "round_to": 8}, OptionError, "imp does not take --round-to"),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(

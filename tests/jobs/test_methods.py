@@ -29,6 +29,15 @@ def test_parts(name, parts):
     assert method.source == "ovsprune"
 
 
+def test_imp_stands_alone():
+    method = parse_method("imp")
+    settings = method.settings(Settings(ratio=0.4, seed=2))
+    assert (settings.method, settings.imp_structured, settings.seed) == ("imp", True, 2)
+    settings.check()
+    with pytest.raises(OptionError, match="imp ranks, counts and repairs in its own way"):
+        parse_method("imp+closed-form")
+
+
 def test_the_default_is_what_prune_does():
     plain, method = Settings(ratio=0.5), parse_method("default")
     assert (method.criterion, method.allocation, method.recovery) == (
