@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the MACs to remove")
-    parser.add_argument("--calibration", default="procedural", help="a folder of pictures")
+    parser.add_argument("--calibration", default="auto", help="a folder of pictures")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("slim/example"))
     given = parser.parse_args()

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--model", default="convnext_tiny", help="open_clip's name, or a folder")
     parser.add_argument("--pretrained", default="none", help="a tag, a file, or none")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the MACs to remove")
-    parser.add_argument("--calibration", default="procedural", help="a folder of pictures")
+    parser.add_argument("--calibration", default="auto", help="a folder of pictures")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("slim/convnext"))
     given = parser.parse_args()

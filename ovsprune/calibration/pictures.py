@@ -19,10 +19,12 @@ from ovsprune.core.protocols import Pictures
 from ovsprune.core.records import Preprocess
 
 __all__ = [
+    "AUTO",
     "RENDERED",
     "FilePictures",
     "RenderedPictures",
     "calibration_hash",
+    "made_for",
     "open_pictures",
     "readable",
 ]
@@ -52,6 +54,21 @@ Render = Callable[[int, int, int], "NDArray[np.uint8]"]
 RENDERED: Mapping[str, Render] = {"procedural": _scene, "leaves": _leaves, "mixed": _mixed}
 """What ``--calibration`` takes beside folders: scenes as ``tiny`` was trained on, pictures with the
 spectra of photographs, and half of each."""
+
+AUTO = "auto"
+"""The made pictures that suit the model: :func:`made_for`."""
+
+
+def made_for(model: str) -> str:
+    """Which of :data:`RENDERED` to calibrate a model with, where no photographs are given.
+
+    ``tiny`` was trained on scenes; for a tower that knows photographs, scenes and leaves together
+    kept more than either alone (``docs/benchmarks.md``).
+
+    >>> made_for("tiny"), made_for("ViT-B-16")
+    ('procedural', 'mixed')
+    """
+    return "procedural" if model == "tiny" else "mixed"
 
 
 class RenderedPictures:
@@ -201,7 +218,7 @@ def _batches(picture: Callable[[int], Tensor], count: int, size: int) -> Iterato
 def _listing(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
-            f"{folder} is not a folder; --calibration takes one, or {' or '.join(RENDERED)}"
+            f"{folder} is not a folder; --calibration takes one, or {', '.join((AUTO, *RENDERED))}"
         )
     try:
         return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())

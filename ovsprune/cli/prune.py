@@ -24,10 +24,10 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @budget_options(latency=True)
 @click.option(
     "--calibration",
-    default="procedural",
+    default="auto",
     show_default=True,
     help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
-    "'leaves', 'mixed'.",
+    "'leaves', 'mixed'; 'auto' is procedural for tiny and mixed for other towers.",
 )
 @click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
 @click.option(

@@ -106,7 +106,9 @@ def prune(
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
-    """Prune a CLIP-like image tower once, without labels and without a gradient step.
+    """Prune a CLIP-like image tower once, without labels.
+
+    No gradient step is taken but by the recovery ``distill`` and the method ``imp``.
 
     Args:
         model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone. A slim one is
@@ -124,7 +126,8 @@ def prune(
         text: Save the untouched text tower too.
         progress: Is told how the work goes.
         options: Fields of :class:`Settings`: ``budget`` ("macs", "params", "latency"),
-            ``calibration`` (a folder, "procedural", "leaves" or "mixed"), ``samples``,
+            ``calibration`` (a folder, "procedural", "leaves", "mixed", or "auto", which is
+            "procedural" for ``tiny`` and "mixed" for other towers), ``samples``,
             ``criterion`` (a name, or an object such as
             :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
             ``recovery``, ``protect`` (patterns of group names),
@@ -160,6 +163,7 @@ def prune(
     clock = Clock()
     with thread_limit(threads):
         model = _open(model, pretrained, activation, device, progress, clock)
+        settings = settings.for_model(model)
         check_again(model, settings)
         done = Job(model, settings, progress, clock).run()
     result = PruneResult(
@@ -264,7 +268,7 @@ def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> s
     words = ["ovsprune", "prune", "--model", name, "--ratio", f"{settings.ratio:g}"]
     if model.slim is None and model.pretrained not in OWN_WEIGHTS:
         words += ["--pretrained", model.pretrained or "none"]
-    defaults = Settings(ratio=settings.ratio)
+    defaults = Settings(ratio=settings.ratio).for_model(model)
     for name, value, default in [
         *_values("", settings, defaults),
         *_values("distill_", settings.distill, defaults.distill),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
 from ovsprune.allocation import ALLOCATIONS
+from ovsprune.calibration.pictures import AUTO, made_for
 from ovsprune.core.errors import OptionError
-from ovsprune.core.protocols import Allocator, Criterion, Distillation, Recovery
+from ovsprune.core.protocols import Allocator, Backbone, Criterion, Distillation, Recovery
 from ovsprune.importance import find_criterion
 from ovsprune.jobs.floors import parse_floor
 from ovsprune.recovery import RECOVERIES
@@ -40,7 +41,7 @@ class Settings:
 
     ratio: float
     budget: str = "macs"
-    calibration: str = "procedural"
+    calibration: str = AUTO
     samples: int = 256
     criterion: str | Criterion = "reconstruction"
     allocation: str = "sensitivity"
@@ -71,6 +72,12 @@ class Settings:
     def probe_pictures(self) -> int:
         """Pictures on which curves are measured: an eighth of the samples, 8 to 32."""
         return min(max(self.samples // 8, 8), 32) if self.probe is None else self.probe
+
+    def for_model(self, backbone: Backbone) -> Settings:
+        """The same, with the kind of made pictures named where it was left to the model."""
+        if self.calibration != AUTO:
+            return self
+        return replace(self, calibration=made_for(backbone.name))
 
     def check(self) -> tuple[Criterion, Allocator, Recovery]:
         """Look every name up and every range, before any work is done.
@@ -110,8 +117,17 @@ class Settings:
             raise OptionError(f"probe {self.probe}: give at least 1 picture")
         if not self.ridge > 0:
             raise OptionError(f"ridge {self.ridge:g}: give more than 0")
+        if self.statistics is not None and not isinstance(self.criterion, str):
+            raise OptionError(
+                "--statistics keeps the rankings of a criterion that is known by its name: an "
+                "object's own options could not be told apart; leave the file out"
+            )
         _check_distillation(self.distill)
         self._check_method()
+        if self.distill != Distillation() and not any(r.trains for r in self.recoveries):
+            raise OptionError(
+                f"--distill-... options go with --recovery distill, not {self.recovery}"
+            )
         self._check_directions()
         self._check_streams()
         return (
@@ -119,6 +135,11 @@ class Settings:
             ALLOCATIONS.get(self.allocation),
             RECOVERIES.get(self.recovery),
         )
+
+    @property
+    def repairs(self) -> bool:
+        """Whether what is left is changed at all."""
+        return self.method == "imp" or self.recovery != "none"
 
     @property
     def recoveries(self) -> list[Recovery]:
@@ -200,9 +221,9 @@ class Settings:
                 raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
             refused = {"criterion", "allocation", "round_to", "uniform_heads", "prune_head_dim"}
             refused |= {"prune_depth", *STREAM_KINDS.values()}
-            refused |= {"rounds", "distill", "statistics", "latency_table"}
+            refused |= {"rounds", "distill", "statistics"}
             refused |= set() if self.recovery == "none" else {"recovery"}
-            refused |= set() if self.imp_structured else {"budget"}
+            refused |= set() if self.imp_structured else {"budget", "latency_table", "floor"}
             why = "iterative magnitude pruning ranks, counts and repairs in its own way"
         else:
             refused = {name for name in given if name.startswith("imp_")}
