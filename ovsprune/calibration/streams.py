@@ -73,6 +73,11 @@ class Stream:
         """The same values in storage of their own."""
         return Stream(allocate(tuple(self._now.shape)).copy_(self._now))
 
+    def only(self, which: Tensor) -> Stream:
+        """Some of the pictures, int64 [n], in storage of their own."""
+        found = allocate((len(which), *self._now.shape[1:]))
+        return Stream(torch.index_select(self._now, 0, which, out=found))
+
     def copy_(self, other: Stream) -> None:
         """Take the values, and the shape, of ``other``."""
         if self._now.shape != other._now.shape:

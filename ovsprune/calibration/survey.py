@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -143,8 +143,7 @@ class Survey:
         self._keep(group, ranking)
         if error is None:
             return
-        images = torch.cat(list(self.pictures.batches(self.batch_size)))[probe]
-        batches = torch.split(images, self.batch_size)
+        batches = list(self._chosen(probe))
 
         def run() -> float:
             parts = [self.stages.outputs(batch.to(self.device)) for batch in batches]
@@ -152,6 +151,15 @@ class Survey:
             return error(pooled, dense)
 
         self._note(group, measure_masked(self.tower, group, ranking.order, self._grid(group), run))
+
+    def _chosen(self, probe: Tensor) -> Iterator[Tensor]:
+        """The pictures of ascending indices, out of one batch after another."""
+        start = 0
+        for batch in self.pictures.batches(self.batch_size):
+            here = probe[(probe >= start) & (probe < start + len(batch))]
+            if len(here):
+                yield batch[here - start]
+            start += len(batch)
 
     def _note(self, group: Group, errors: Mapping[int, float]) -> None:
         found = dict(sorted(errors.items()))

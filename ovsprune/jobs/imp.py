@@ -173,6 +173,7 @@ def imp(
     clock = Clock()
     with thread_limit(threads):
         model = open_dense(model, pretrained, activation, device, progress, clock)
+        settings = settings.for_model(model)
         result = _Job(model, settings, progress, clock).run()
     if target is not None:
         command = command_of(model, settings, dtype, text)

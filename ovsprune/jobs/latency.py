@@ -75,7 +75,7 @@ class LatencyModel:
             return build
 
         for name, block in stages.blocks.items():
-            shape = digest(f"{block!r} on {tuple(stream.shape)}")
+            shape = digest(f"{_described(block)} on {tuple(stream.shape)}")
             blocks[name] = f"block {shape}"
             passes.setdefault((blocks[name], WHOLE), narrowed(name, stream, {}))
             for group in (g for g in groups if g.block == name):
@@ -86,7 +86,7 @@ class LatencyModel:
                 for at in _grid(group):
                     passes.setdefault((piece, at), narrowed(name, stream, {group.name: at}))
             stream = block(stream)
-        rest = f"rest {digest(f'{tower!r} on {tuple(images.shape)}')}"
+        rest = f"rest {digest(f'{_described(tower)} on {tuple(images.shape)}')}"
         last = stream
         passes[rest, WHOLE] = lambda: lambda: (stages.stem(images), stages.head(last))
         return cls(rest, blocks, found, passes)
@@ -189,6 +189,17 @@ def _grid(group: Group) -> tuple[int, ...]:
     """1, 0 if all may go, and :data:`POINTS` widths at most, evenly spaced and ascending."""
     widths = {1, *(round(group.units * k / POINTS) for k in range(POINTS))}
     return tuple(sorted(w for w in widths if min(1, group.floor) <= w < group.units))
+
+
+def _described(module: nn.Module) -> str:
+    """What decides how long a module takes; its representation does not say how many heads."""
+    found = [
+        (name, key, value)
+        for name, part in module.named_modules()
+        for key, value in sorted(vars(part).items())
+        if isinstance(value, int | tuple) and ("head" in key or "dim" in key)
+    ]
+    return f"{module!r} {found}"
 
 
 def _narrowed(

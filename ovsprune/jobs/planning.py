@@ -107,12 +107,17 @@ class Planning:
         )
         tied = self.settings.uniform_heads
         widths = (tied_widths if tied else joint_widths)(Shared(self.allocator), item)
-        self.spent = cost(item, widths)
         kept = {
             g.name: scores.orders[g.name][g.units - widths[g.name] :].sort().values for g in groups
         }
         self.clock.lap("allocate")
         return Plan(kept)
+
+    def account(self, groups: Sequence[Group], budget: Budget, plan: Plan) -> float:
+        """Note in ``spent`` what a plan costs; the share of the dense cost that it takes."""
+        item = AllocationContext(groups, Scores({}, {}), budget, None)
+        self.spent = cost(item, {g.name: plan.width(g.name) for g in groups})
+        return 1 - self.spent / budget.dense
 
     def dense_no_more(self) -> None:
         """The tower was cut: what was found of the dense one holds no longer."""

@@ -31,12 +31,21 @@ class ClosedFormSymmetric:
         pictures as in ``closed-form``. What the blocks before do wrong is not seen.
         """
         refits: dict[str, Refit] = {}
+        block = None
         held = held_out(len(item.pictures))
         for seen in consumers_of(item, "symmetric closed-form refit"):
+            if seen.block != block:
+                _apply(refits)  # The moments of one block at a time are held.
+                block = seen.block
             layer = item.slim.get_submodule(seen.site.consumer)
             refit = refits.setdefault(seen.site.consumer, Refit(layer, held, item.ridge))
             residual = seen.output - given_rows(layer, layer(seen.kept))
             read = read_rows(layer, seen.kept)
             refit.update(seen.part, read, residual, row_weights(seen.target, seen.median))
-        for refit in refits.values():
-            refit.apply()
+        _apply(refits)
+
+
+def _apply(refits: dict[str, Refit]) -> None:
+    for refit in refits.values():
+        refit.apply()
+    refits.clear()

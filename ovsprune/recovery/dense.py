@@ -21,6 +21,7 @@ class Seen:
     """One batch at one consumer of the dense tower.
 
     Attributes:
+        block: Dotted name of the block that the consumer is in.
         site: The consumer.
         part: Pictures of the batch.
         kept: Of what the consumer reads, the channels of the kept units: what the slim one reads.
@@ -29,6 +30,7 @@ class Seen:
         median: Of the squared norms of the rows of ``target``.
     """
 
+    block: str
     site: Site
     part: slice
     kept: Tensor
@@ -71,6 +73,7 @@ def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
                 for site, layer, median in zip(cut[name], layers, medians, strict=True):
                     read = seen[site.consumer, "input"]
                     yield Seen(
+                        name,
                         site,
                         part,
                         read.index_select(input_axis(layer), site.columns.to(read.device)),

@@ -173,7 +173,7 @@ class Pair:
         goals, median = self._goals(site, layer)
         stream = self.slim_stream
         if which is not None:
-            goals, stream = Stream(goals[which]), Stream(stream[which])
+            goals, stream = goals.only(which), stream.only(which)
         taps = [site.target, *((name, "input") for name in layers)]
         for part, seen in walk(self.slim, stream, self.size, taps, self.name):
             now = site.rows(layer, seen[site.target])

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from ovsprune.calibration import streams
+from ovsprune.calibration.refit import held_out
 from ovsprune.calibration.streams import Stream, allocate, spread_over, walk
-from ovsprune.recovery import RECOVERIES, pair
+from ovsprune.recovery import RECOVERIES, gauss_newton, pair
 from tests.contracts.conftest import open_clip_vit, prepared
 
 
@@ -49,6 +50,28 @@ def test_both_streams_of_the_closed_form_lie_on_disk(
     RECOVERIES.get("closed-form").recover(case.context(case.cut(plan), plan))
     consumers = {group.consumer for group in case.groups}
     assert mapped == [mapped[0]] * (2 + len(consumers))
+
+
+def test_what_is_held_out_is_read_from_disk_and_kept_there(
+    mapped: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (streams, pair, gauss_newton):
+        monkeypatch.setattr(module, "allocate", lambda shape: allocate(shape, limit=0))
+    case = prepared(open_clip_vit())
+    plan = case.random_plan(0)
+    context = case.context(case.cut(plan), plan)
+    RECOVERIES.get("gauss-newton").recover(context)
+    held = int(held_out(len(context.pictures)).sum())
+    # For every trial of a refit: the goals and the stream of the pictures that are held out.
+    assert [shape[0] for shape in mapped].count(held) >= 2 * len(case.groups)
+
+
+def test_some_pictures_of_a_stream() -> None:
+    stream = Stream(torch.randn(6, 2, 3))
+    some = stream.only(torch.tensor([1, 4]))
+    assert torch.equal(some[:], stream[:][[1, 4]])
+    some[slice(0, 1)] = torch.zeros(1, 2, 3)
+    assert stream[1].any()
 
 
 def test_a_walk_sees_every_batch_once_and_advances_only_if_told() -> None:

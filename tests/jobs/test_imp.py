@@ -18,7 +18,7 @@ from ovsprune.core.errors import CheckpointError, OptionError, OutputError
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.imp import ImpResult, imp
 from ovsprune.masks import apply_masks, read_masks, read_weights, write_masks
-from tests.contracts.conftest import open_clip_vit
+from tests.contracts.conftest import open_clip_resnet, open_clip_vit
 
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 6, "imp_steps": 2}
 TWO_ROUNDS = 0.19
@@ -192,6 +192,7 @@ def test_masks_go_on_another_checkpoint_and_into_a_framework(
         ({"recovery": "bias"}, "does not take --recovery"),
         ({"budget": "params"}, "does not take --budget"),
         ({"round_to": 8}, "does not take --round-to"),
+        ({"floor": ("*.mlp=4",)}, "does not take --floor"),
         ({"imp_structured": True}, "call ovsprune.prune"),
         ({"threads": 0}, "--threads 0"),
         ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
@@ -240,3 +241,19 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
         "--imp-steps 2"
     )
     assert made["calibration_hash"].startswith("sha256:")
+
+
+def test_a_residual_network_as_the_paper_has_it() -> None:
+    """All convolutions but the first are ranked; the pool can be left out, as by the paper."""
+    backbone = open_clip_resnet()
+    options: dict[str, Any] = {"imp_steps": 0, "samples": 4, "batch_size": 4}
+    found = imp(backbone, 0.5, protect=("attnpool.*",), **options)
+    assert {w.name for w in found.spec.weights} == {
+        f"{name}.weight"
+        for name, module in backbone.tower.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and name != "conv1"
+    }
+    assert "conv1.weight" in found.spec.excluded
+    weights = sum(mask.numel() for mask in found.masks.values())
+    zeros = sum(int((~mask).sum()) for mask in found.masks.values())
+    assert zeros == pytest.approx(0.5 * weights, abs=1)

@@ -135,6 +135,12 @@ def test_the_same_command_gives_the_same_tensors(small: Backbone) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_the_card_says_that_it_was_trained(small: Backbone, tmp_path: Path) -> None:
+    for steps, said in ((1, "what is left was trained"), (0, "without a gradient step")):
+        prune(small, 0.4, output=tmp_path / str(steps), **{**QUICK, "imp_steps": steps})
+        assert said in (tmp_path / str(steps) / "README.md").read_text("utf-8")
+
+
 def test_out_of_reach(small: Backbone) -> None:
     with pytest.raises(BudgetError, match="out of reach"):
         prune(small, 0.99, **QUICK)

@@ -243,6 +243,35 @@ def test_prune_to_a_latency(
     json.dumps(result.record())
 
 
+def test_units_are_removed_down_to_a_latency(
+    small: Backbone, table: Path, no_measuring: None
+) -> None:
+    imp: dict[str, Any] = {"method": "imp", "imp_structured": True, "imp_steps": 0, "samples": 4}
+    result = prune(small, 0.2, budget="latency", latency_table=str(table), **imp)
+    left = {n: len(k) for n, k in result.plan.kept.items()}
+    gone = sum(4 - k if n.endswith("attn") else 5 * (1 - k / 128) for n, k in left.items())
+    assert result.achieved == pytest.approx(gone / 32)
+    assert result.record()["latency"]["predicted_ms"] == pytest.approx(32 - gone)
+
+
+def test_blocks_of_other_heads_are_other_pieces(tower: Tower) -> None:
+    before = tower.model()
+    attention = tower.dense.get_submodule("transformer.resblocks.0.attn")
+    heads, attention.num_heads = attention.num_heads, 2 * attention.num_heads
+    try:
+        after = LatencyModel.of(tower.dense, [], tower.family, torch.zeros(1, 3, *SIZE))
+    finally:
+        attention.num_heads = heads
+    assert len(set(before.blocks.values())) == 1 and len(set(after.blocks.values())) == 2
+
+
+def test_a_tower_in_half_precision_has_its_time_measured(table: Path, no_measuring: None) -> None:
+    half = open_clip_vit()
+    half.tower.bfloat16()
+    options = {**QUICK, "allocation": "uniform", "latency_table": str(table)}
+    assert prune(half, 0.2, budget="latency", **options).record()["latency"]["dense_ms"] > 0
+
+
 def test_other_budgets_have_no_latency(small: Backbone) -> None:
     assert prune(small, 0.5, allocation="uniform", **QUICK).record()["latency"] is None
 

@@ -189,6 +189,16 @@ def test_the_spec_says_how_it_was_made(small: Backbone, written: Path) -> None:
     assert "small" in (written / "README.md").read_text("utf-8")
 
 
+def test_made_pictures_are_chosen_for_the_model(small: Backbone) -> None:
+    tiny = backbones.load("tiny")
+    quick = {**QUICK, "criterion": "magnitude", "allocation": "uniform", "recovery": "none"}
+    for model, kind in ((small, "mixed"), (tiny, "procedural")):
+        left, named = (prune(model, 0.3, **quick, **c) for c in ({}, {"calibration": kind}))
+        assert left.spec.provenance["calibration"] == kind
+        hashes = [r.spec.provenance["calibration_hash"] for r in (left, named)]
+        assert hashes[0] == hashes[1]
+
+
 def test_protected_groups_stay_whole(small: Backbone) -> None:
     result = prune(small, 0.3, protect=("*resblocks.0*",), **QUICK)
     assert not any("resblocks.0" in name for name in result.plan.kept)
@@ -278,6 +288,8 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
         ({"distill": Distillation(steps=0)}, "--distill-steps 0: give at least 1"),
         ({"distill": Distillation(seconds=0.0)}, "--distill-seconds 0: give a finite number"),
         ({"distill": Distillation(lr=float("nan"))}, "--distill-lr nan: give a finite number"),
+        ({"distill": Distillation(lr=1e-3)}, "options go with --recovery distill, not gauss"),
+        ({"criterion": Taylor(), "statistics": "file"}, "--statistics keeps the rankings"),
         ({"seed": -1}, "--seed -1"),
         ({"ridge": 0.0}, "ridge 0"),
         ({"probe": 0}, "probe 0"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.progress import Silent
 from ovsprune.core.records import Group, Plan
+from ovsprune.jobs.prune import prune
 from ovsprune.recovery import RECOVERIES, closed_form_symmetric, pair
 from tests.contracts.conftest import Case, open_clip_vit, prepared
 
@@ -147,6 +148,23 @@ def test_massive_tokens_do_not_swallow_the_refit(
     plain = ordinary_error(case, repaired(case, plan, name))
     assert weighted < 0.5 * before
     assert weighted < of_plain * plain
+
+
+def test_massive_tokens_do_not_swallow_the_choice() -> None:
+    """A whole prune of such a tower: the default against a random choice with its own recovery."""
+    backbone = with_outliers().backbone
+    found = {}
+    for name, options in {
+        "default": {},
+        "random": {"criterion": "random", "allocation": "uniform"},
+    }.items():
+        errors = []
+        for seed in range(3):
+            case = with_outliers()
+            options = {**options, "samples": 24, "batch_size": 8, "seed": seed}
+            errors.append(ordinary_error(case, prune(backbone, 0.5, **options).tower))
+        found[name] = errors
+    assert max(found["default"]) < min(found["random"]), found
 
 
 def test_kept_units_take_over_what_cut_ones_did(case: Case) -> None:
