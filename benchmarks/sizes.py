@@ -15,7 +15,7 @@ from ovsprune.report.curves import COLOURS, MARKERS
 from ovsprune.report.intervals import Spread, spread
 from ovsprune.report.numbers import budget_name
 
-__all__ = ["part", "write"]
+__all__ = ["part", "spread_over", "write"]
 
 Records = Mapping[int, Mapping[str, Any]]
 FIGURES = {"retention": ("mIoU kept, %", 100.0), "relative_error": ("relative error", 1.0)}
@@ -52,12 +52,21 @@ def write(records: Records, place: Path) -> None:
     _draw(record, sorted(records), place / "curves.png")
 
 
+def spread_over(seeds: int) -> str:
+    """What the figures of a page are of.
+
+    >>> spread_over(1), spread_over(3)
+    ('one seed', '3 seeds: mean ± standard deviation')
+    """
+    return "one seed" if seeds == 1 else f"{seeds} seeds: mean ± standard deviation"
+
+
 def _page(record: Mapping[str, Any], sizes: list[int]) -> Iterator[str]:
     yield f"# {record['model']}: how many calibration pictures"
     yield ""
     yield (
         f"Scored on {record['images']} pictures ({record['data']}), calibrated on "
-        f"{record['calibration']}, {record['seeds']} seeds: mean and standard deviation. Share of "
+        f"{record['calibration']}, {spread_over(record['seeds'])}. Share of "
         "the dense mIoU that is kept, and relative error of the dense features on the test "
         "pictures."
     )

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,10 @@ from ovsprune.report.intervals import pooled_difference, spread
 from ovsprune.report.numbers import count, duration
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+
+from sizes import spread_over  # noqa: E402
+
 METHODS = (
     "default",
     "magnitude+closed-form",
@@ -130,7 +135,7 @@ def page(record: dict[str, Any]) -> str:
         f"Dense: {count(dense['macs'])} MACs, {count(dense['params'])} parameters, public ImageNet "
         f"weights, {record['images']} photographs of MSRC's test list. {record['samples']} "
         "calibration pictures of MSRC's train list and COCO128, "
-        f"{record['seeds']} seeds; mean ± standard deviation.",
+        f"{spread_over(record['seeds'])}.",
         "",
         "error: norm of the difference over the norm of the dense tower's outputs about their "
         "mean; 0 is equal, 1 is as bad as the mean everywhere. dense: the last layer's features, "

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ovsprune.core.protocols import Distillation
+from ovsprune.backbones import load
+from ovsprune.core.protocols import Backbone, Distillation
+from ovsprune.jobs import latency
+from ovsprune.jobs.imp import imp
 from ovsprune.jobs.prune import prune
 from ovsprune.jobs.settings import recovery_chain
 from ovsprune.recovery import RECOVERIES
-from tests.contracts.conftest import open_clip_vit, prepared
+from tests.contracts.conftest import (
+    open_clip_convnext,
+    open_clip_resnet,
+    open_clip_vit,
+    prepared,
+)
+from tests.jobs.test_prune_convolutions import as_the_width
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,3 +57,52 @@ def test_a_prune_on_the_accelerator(recovery: str) -> None:
     assert abs(result.achieved - 0.5) <= 0.01
     assert {p.device.type for p in result.tower.parameters()} == {"cuda"}
     assert all(p.isfinite().all() for p in result.tower.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "taylor"},
+        {"criterion": "fisher"},
+        {"criterion": "activation"},
+        {"allocation": "spectral"},
+        {"allocation": "isomorphic"},
+        {"prune_head_dim": True},
+        {"prune_width": True},
+        {"prune_depth": True},
+        {"budget": "latency", "allocation": "uniform", "criterion": "magnitude"},
+        {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},
+    ],
+    ids=lambda options: "-".join(str(part) for pair in options.items() for part in pair),
+)
+def test_every_way_on_the_accelerator(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(latency, "_measured", as_the_width)  # so small a tower has but overhead
+    small = open_clip_vit()
+    small.tower.cuda()
+    result = prune(small, 0.3, samples=8, output=tmp_path / "slim", **options)
+    assert abs(result.achieved - 0.3) <= 0.01
+    there = load(str(tmp_path / "slim"))
+    images = torch.randn(2, 3, *small.preprocess.size)
+    with torch.no_grad():
+        found, again = result.tower(images.cuda()).cpu(), there.tower(images)
+    assert (found - again).norm() < 1e-3 * again.norm()
+
+
+@pytest.mark.parametrize("build", [open_clip_resnet, open_clip_convnext])
+def test_convolutions_on_the_accelerator(build: Callable[[], Backbone]) -> None:
+    backbone = build()
+    backbone.tower.cuda()
+    result = prune(backbone, 0.3, samples=8)
+    assert abs(result.achieved - 0.3) <= 0.01
+    assert all(p.isfinite().all() for p in result.tower.parameters())
+
+
+def test_single_weights_on_the_accelerator() -> None:
+    small = open_clip_vit()
+    small.tower.cuda()
+    found = imp(small, 0.5, imp_steps=1, samples=4, batch_size=4)
+    zeros = sum(int((~mask).sum()) for mask in found.masks.values())
+    assert zeros == pytest.approx(0.5 * sum(m.numel() for m in found.masks.values()), abs=1)
