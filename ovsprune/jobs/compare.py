@@ -260,8 +260,9 @@ def _load(
         )
     for note in model.notes:
         progress.note(note)
-    # Half precision is for files: what is compared is worked on in float32.
-    model = replace(model, tower=deepcopy(model.tower).float())
+    if any(p.dtype != torch.float32 for p in model.tower.parameters()):
+        # Half precision is for files: what is compared is worked on in float32.
+        model = replace(model, tower=deepcopy(model.tower).float())
     if not model.trained:
         progress.note(f"{model.name} has random weights: its mIoU and retention mean nothing")
     return model

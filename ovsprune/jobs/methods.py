@@ -21,6 +21,9 @@ DEFAULT = "default"
 IMP = "imp"
 """Iterative magnitude pruning of whole units with feature distillation: the paper's, structured."""
 
+IMP_STEPS = 100
+"""Its training steps a round."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -47,7 +50,7 @@ class Method:
         if self.source == "ovsprune":
             return replace(chosen, criterion=self.criterion, allocation=self.allocation)
         if self.source == "imp":
-            return replace(chosen, method="imp", imp_structured=True)
+            return replace(chosen, method="imp", imp_structured=True, imp_steps=IMP_STEPS)
         return chosen
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
 from ovsprune.evaluation.datasets import ScenesData
+from ovsprune.jobs import methods
 from ovsprune.jobs.compare import SCENE_SEED, compare
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.evaluate import class_embeddings, score_backbone
@@ -287,7 +288,8 @@ def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
 
 
-def test_the_papers_own_method_is_a_row(small_clip, tmp_path):
+def test_the_papers_own_method_is_a_row(small_clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "IMP_STEPS", 1)
     found = compare(
         small_clip, [0.3], methods=["imp,random"], seeds=1, output=tmp_path / "out", **QUICK
     )
