@@ -152,19 +152,16 @@ def test_massive_tokens_do_not_swallow_the_refit(
 
 def test_massive_tokens_do_not_swallow_the_choice() -> None:
     """A whole prune of such a tower: the default against a random choice with its own recovery."""
-    backbone = with_outliers().backbone
-    found = {}
-    for name, options in {
-        "default": {},
-        "random": {"criterion": "random", "allocation": "uniform"},
-    }.items():
-        errors = []
-        for seed in range(3):
-            case = with_outliers()
-            options = {**options, "samples": 24, "batch_size": 8, "seed": seed}
-            errors.append(ordinary_error(case, prune(backbone, 0.5, **options).tower))
-        found[name] = errors
-    assert max(found["default"]) < min(found["random"]), found
+    case = with_outliers()
+
+    def errors(**parts: str) -> list[float]:
+        done = (
+            prune(case.backbone, 0.5, samples=24, batch_size=8, seed=seed, **parts)
+            for seed in range(3)
+        )
+        return [ordinary_error(case, result.tower) for result in done]
+
+    assert max(errors()) < min(errors(criterion="random", allocation="uniform"))
 
 
 def test_kept_units_take_over_what_cut_ones_did(case: Case) -> None:
