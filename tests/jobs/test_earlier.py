@@ -59,7 +59,7 @@ def test_what_was_made_before_is_not_made_again(small_clip, first, tmp_path, mon
     [
         ({"images": 9}, "images 9, now 4"),
         ({"budget": "params"}, "budget params, now macs"),
-        ({"calibration": "leaves"}, "calibration leaves, now procedural"),
+        ({"calibration": "leaves"}, "calibration leaves, now mixed"),
         ({"dense": {"macs": 1}}, "dense macs 1, now"),
         ({"dense": {"miou": 0.9}}, "dense mIoU 0.9, now"),
     ],
