@@ -31,17 +31,18 @@ def tied_widths(allocator: Allocator, item: AllocationContext) -> Widths:
     The allocator runs free first. The mean head count that it gave, and its neighbours, are fixed
     in turn, and it runs again on the other groups with what is left of the budget. Of the counts
     with which the budget is used up, the one of least total measured error is taken, or without
-    curves the nearest to the mean. Groups of heads with different units or unit costs are tied
-    apart; protected ones are in no list and stay as they are.
+    curves the nearest to the mean. Where layers have lost heads before, the one with the fewest
+    decides how many all can have. Groups of heads with different unit costs are tied apart;
+    protected ones are in no list and stay as they are.
 
     Raises:
         BudgetError: The floors, the highest of all tied groups being that of each, cost more than
             the budget; names the nearest ratio.
     """
-    classes: dict[tuple[int, float, float], list[Group]] = {}
+    classes: dict[tuple[float, float], list[Group]] = {}
     for group in item.groups:
         if group.kind == "heads":
-            classes.setdefault((group.units, group.macs, group.params), []).append(group)
+            classes.setdefault((group.macs, group.params), []).append(group)
     lowest = {
         g.name: max(m.floor for m in members) for members in classes.values() for g in members
     }
@@ -50,15 +51,11 @@ def tied_widths(allocator: Allocator, item: AllocationContext) -> Widths:
     )
     spare(item)
     free = allocator.widths(item)
-    ties = [
-        _Tie(
-            tuple(g.name for g in members),
-            min(lowest[members[0].name], members[0].units),
-            members[0].units,
-            sum(free[g.name] for g in members) / len(members),
-        )
-        for members in classes.values()
-    ]
+    ties = []
+    for members in classes.values():
+        names, most = tuple(g.name for g in members), min(g.units for g in members)
+        mean = sum(free[name] for name in names) / len(names)
+        ties.append(_Tie(names, min(lowest[names[0]], most), most, mean))
     found = [_fixed(allocator, item, heads) for heads in _candidates(item, ties)]
     # Candidates come nearest first, and min() keeps the first of equals.
     return min(found, key=lambda widths: (_missing(item, widths), _error(item, widths)))

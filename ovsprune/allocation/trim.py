@@ -31,11 +31,14 @@ Partners = Mapping[str, Sequence[tuple[Group, float]]]
 def widths_of(group: Group, round_to: int) -> list[int]:
     """Widths that ``group`` may have, ascending: multiples of ``round_to``, and the dense width.
 
-    Rounding is for the widths of matrices: units of several columns (heads) take every width.
+    Rounding is for the widths of matrices: units of several columns (heads) take every width. What
+    an earlier prune left is no dense width, and stays only if it is a multiple, too.
     """
     step = round_to if group.columns.shape[1] == 1 else 1
-    lowest = floor_of(group, round_to)
-    return sorted({*range(lowest, group.units, step), group.units})
+    found = {*range(floor_of(group, round_to), group.units, step)}
+    if not found or not group.cut_before or group.units % step == 0:
+        found.add(group.units)
+    return sorted(found)
 
 
 def floor_of(group: Group, round_to: int) -> int:

@@ -43,7 +43,7 @@ def load(
 
     Raises:
         UnknownNameError: No family knows ``name``; names the closest.
-        WeightsError: The weights cannot be had or do not fit.
+        WeightsError: The weights cannot be had, do not fit, or are not finite.
         CheckpointError: ``name`` is a directory and no sound slim checkpoint.
         OptionError: An option that a slim checkpoint does not take, or a bad device.
     """
@@ -67,11 +67,20 @@ def load(
         backbone = load_masked(directory) if is_unstructured(directory) else load_slim(directory)
     else:
         backbone = _family_of(name).load(canonical(name), pretrained, activation)
+    _check_finite(backbone)
     try:
         backbone.tower.to(device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device!r} cannot be used here: {error}") from error
     return backbone
+
+
+def _check_finite(backbone: Backbone) -> None:
+    for name, tensor in backbone.tower.state_dict().items():
+        if not tensor.isfinite().all():
+            raise WeightsError(
+                f"{backbone.name}: {name} holds values that are not finite; the weights are damaged"
+            )
 
 
 def _is_checkpoint(name: str) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ovsprune.calibration.feature_loss import feature_loss
 from ovsprune.calibration.streams import stored
+from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Pictures, Stages
 from ovsprune.masks.apply import zero
 
@@ -81,6 +82,9 @@ class MaskedTraining:
 
         Returns:
             The loss before every step.
+
+        Raises:
+            OptionError: The training diverged.
         """
         parameters = dict(self.student.named_parameters())
         masks = {name: mask.to(self._device) for name, mask in masks.items()}
@@ -97,9 +101,18 @@ class MaskedTraining:
             optimizer.step()
             zero(parameters, masks)
             losses.append(loss.item())
+            self._check(len(losses), loss.isfinite())
             advance(1)
+        self._check(steps, torch.stack([p.isfinite().all() for p in parameters.values()]).all())
         optimizer.zero_grad()
         return losses
+
+    def _check(self, step: int, finite: Tensor) -> None:
+        if not finite:
+            raise OptionError(
+                f"the training between rounds diverged at step {step}: take a lower --imp-lr than "
+                f"{self.rate:g}"
+            )
 
 
 def _endless(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ __all__ = [
     "FilePictures",
     "RenderedPictures",
     "calibration_hash",
+    "folder_fingerprint",
     "made_for",
     "open_pictures",
     "readable",
@@ -194,11 +195,21 @@ def open_pictures(
     files = readable(Path(source), samples + held_out, seed, progress)
     if len(files) < 2:
         raise DataError(f"{source}: only one picture can be read; give at least 2")
-    # A small folder is shared: at least one picture, at most a fifth, is held out.
-    others = min(held_out, max(1, len(files) // 5))
+    # Held out is what calibration does not want; of a folder too small for both, at most a fifth.
+    others = min(held_out, max(1, len(files) // 5, len(files) - samples))
     if len(files) - others < samples:
         progress.note(f"{source}: {len(files) - others} calibration pictures, not {samples}")
     return FilePictures(files[others:], preprocess), FilePictures(files[:others], preprocess)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and sizes of a folder's pictures, as 16 hexadecimal digits.
+
+    Raises:
+        DataError: ``folder`` is no folder, or cannot be read.
+    """
+    found = [(str(p.relative_to(folder)), p.stat().st_size) for p in _listing(folder)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from ovsprune.calibration.moments import CrossMoments, Joint
 from ovsprune.calibration.ridge import correction
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["Refit", "capped", "held_out", "row_weights", "squared_norms"]
+__all__ = ["Refit", "capped", "held_out", "median_of", "row_weights", "squared_norms"]
 
 HELD_OUT = 8
 """One calibration picture in this many is not fitted to, but checked against."""
@@ -43,6 +43,15 @@ def squared_norms(rows: Tensor) -> Tensor:
 def capped(values: Tensor, reference: float | Tensor) -> Tensor:
     """``min(1, reference / values)``, for values >= 0; 1 where a value is 0."""
     return torch.where(values > reference, reference / values, torch.ones_like(values))
+
+
+def median_of(values: Tensor) -> Tensor:
+    """The median of those of ``values`` [n] (>= 0) that are not 0; 0 if none is.
+
+    What is fitted exactly already is no measure of what is massive.
+    """
+    positive = values[values > 0]
+    return positive.median() if len(positive) else values.new_zeros(())
 
 
 def row_weights(rows: Tensor, median: float) -> Tensor:
@@ -111,7 +120,7 @@ class Refit:
             return self._full(fit)
         check = self._check.result()
         before = check.error(*_nothing(fit))
-        share = capped(before, before.median())  # A massive output counts as one, too.
+        share = capped(before, median_of(before))  # A massive output counts as one, too.
         steps: list[Callable[[Joint], Change]]
         steps = [_nothing, self._shift, *(partial(self._full, strength=k) for k in STRENGTHS)]
         errors = [float((share * check.error(*step(fit))).sum()) for step in steps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from ovsprune.core.errors import DataError, OutputError
 from ovsprune.core.records import Curves, Scores
 from ovsprune.slim.write import save_tensors, staged_file
 
-__all__ = ["Statistics", "read_statistics", "write_statistics"]
+__all__ = ["Statistics", "check_place", "read_statistics", "write_statistics"]
 
 _KIND = "ovsprune.statistics/1"
 
@@ -36,14 +37,26 @@ class Statistics:
     origin: Mapping[str, Any]
 
 
+def check_place(path: Path) -> None:
+    """Make sure that a file can be made at ``path``; asked before the long work.
+
+    Raises:
+        OutputError: It is a directory, or its directory cannot be made or written.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; --statistics names a file")
+    above = next(place for place in path.absolute().parents if os.path.lexists(place))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"{above} cannot be written; name another file with --statistics")
+
+
 def write_statistics(path: Path, found: Statistics) -> None:
     """Write ``found`` to a safetensors file, whole or not at all.
 
     Raises:
         OutputError: ``path`` is a directory, or cannot be written.
     """
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory; --statistics names a file")
+    check_place(path)
     tensors: dict[str, Tensor] = {}
     for name, costs in found.scores.costs.items():
         tensors[f"costs/{name}"] = costs
@@ -78,7 +91,12 @@ def read_statistics(path: Path, origin: Mapping[str, Any]) -> Statistics:
             f"{path} holds no {_KIND} (its header says {', '.join(notes) or 'nothing'}): name "
             "another file, or delete it to measure anew"
         )
-    stored: dict[str, Any] = json.loads(notes[_KIND])
+    try:
+        stored = dict(json.loads(notes[_KIND]))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} does not say what it was measured on ({error}): delete it to measure anew"
+        ) from error
     wanted = json.loads(json.dumps(origin))
     differing = [
         f"{key} is {stored.get(key)!r} there and {value!r} here"

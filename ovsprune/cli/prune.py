@@ -88,7 +88,9 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     metavar="PATTERN=N",
     help="Fewest units (or share of them, below 1) that stay in matching layers; may be repeated.",
 )
-@click.option("--uniform-heads", is_flag=True, help="Keep as many heads in every layer.")
+@click.option(
+    "--uniform-heads", is_flag=True, help="As many heads in every layer, the last block's too."
+)
 @click.option(
     "--prune-head-dim",
     is_flag=True,

@@ -134,6 +134,8 @@ class Group:
             the consumer gives: squeeze-and-excitation's second layer.
         across: Whether the slices lie in many blocks, as those of a residual stream do. Then
             ``block`` is none of the tower's blocks, and a cut is measured on the whole tower.
+        cut_before: Whether the tower lost some of the units in an earlier prune: how many there are
+            is then no width that its makers chose.
     """
 
     name: str
@@ -153,6 +155,7 @@ class Group:
     attribute: str | None = None
     gates: tuple[str, ...] = ()
     across: bool = False
+    cut_before: bool = False
 
     @property
     def readers(self) -> tuple[Slice, ...]:

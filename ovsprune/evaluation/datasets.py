@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,21 @@ class FolderData:
     def __iter__(self) -> Iterator[Sample]:
         for stem, path in self._items:
             yield self._read(stem, path)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over classes, pictures and labels, as 16 hexadecimal digits.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        digest = hashlib.sha256(repr((self.prompts, sorted(self._ids.items()))).encode())
+        for stem, path in self._items:
+            for file in (path, self.folder / "labels" / f"{stem}.png"):
+                try:
+                    digest.update(hashlib.sha256(file.read_bytes()).digest())
+                except OSError as error:
+                    raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+        return digest.hexdigest()[:16]
 
     def _read(self, stem: str, path: Path) -> Sample:
         label_path = self.folder / "labels" / f"{stem}.png"

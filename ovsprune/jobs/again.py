@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone
-from ovsprune.core.records import Plan
+from ovsprune.core.records import Group, Plan
 from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import keep_index, layer_runs
 from ovsprune.slim.spec import LayerSpec, SliceSpec
 
-__all__ = ["check_again", "in_base", "layers_in_base", "provenance_of"]
+__all__ = ["check_again", "in_base", "layers_in_base", "marked", "provenance_of"]
 
 
 def check_again(model: Backbone, settings: Settings) -> None:
@@ -54,6 +54,12 @@ def check_again(model: Backbone, settings: Settings) -> None:
                 f"{given.path} is slim already, and {option} does not go with a slim model: "
                 f"{why}; leave it out, or {again}"
             )
+
+
+def marked(given: SlimCheckpoint | None, groups: Iterable[Group]) -> list[Group]:
+    """``groups``, of which those that ``given`` lost units of say so."""
+    before = {} if given is None else {x.name: x.kept < x.units for x in given.spec.layers}
+    return [replace(g, cut_before=before.get(g.name, False)) for g in groups]
 
 
 def in_base(given: SlimCheckpoint | None, plan: Plan) -> Plan:

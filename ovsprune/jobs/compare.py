@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovsprune import backbones
-from ovsprune.calibration.pictures import AUTO, RENDERED
+from ovsprune.calibration.pictures import AUTO, RENDERED, folder_fingerprint
 from ovsprune.core.errors import MissingLibraryError, OptionError
 from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
@@ -157,7 +157,7 @@ def compare(
         examiner = Examiner(backbone, embeddings, pictures, batch_size, progress, centred)
         contest = Contest(backbone, settings, examiner, progress)
         contest.check()
-        identity = _identity(backbone, settings, embeddings, data, list_file, len(pictures), device)
+        identity = _identity(backbone, settings, embeddings, data, list_file, pictures, device)
         identity |= _chosen(settings, centred)
         rows = Rows(place, identity, overwrite)
         record: dict[str, Any] = {
@@ -274,12 +274,18 @@ def _identity(
     embeddings: Tensor,
     data: str | Path | None,
     list_file: str | Path | None,
-    images: int,
+    pictures: SegmentationData,
     device: str,
 ) -> dict[str, Any]:
     """What decides a row beside method, ratio and seed."""
     weights = [p.detach().flatten().float().cpu() for p in backbone.tower.state_dict().values()]
     plain = settings.calibration in RENDERED
+    # Folders change; a path does not say so.
+    held: dict[str, str] = {}
+    if isinstance(pictures, FolderData):
+        held["labelled pictures"] = pictures.fingerprint()
+    if not plain:
+        held["calibration pictures"] = folder_fingerprint(Path(settings.calibration))
     return {
         "model": backbone.name,
         "pretrained": backbone.pretrained,
@@ -287,10 +293,11 @@ def _identity(
         "embeddings": tensor_hash(embeddings)[:16],
         "data": "scenes" if data is None else str(Path(data).resolve()),
         "list": None if list_file is None else str(list_file),
-        "images": images,
+        "images": len(pictures),
         "calibration": settings.calibration if plain else str(Path(settings.calibration).resolve()),
         "samples": settings.samples,
         "device": str(device),
+        **held,
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.pictures import open_pictures
-from ovsprune.core.errors import BudgetError
+from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone, Budget, Family, Pictures
 from ovsprune.core.records import Group, Plan
@@ -70,10 +70,11 @@ class Contest:
             self._found()
 
     def row(self, method: Method, ratio: float, seed: int) -> dict[str, Any]:
-        """Prune and score; a budget that is out of reach is a row that says so.
+        """Prune and score; where a method cannot do that to this model, the row says so.
 
         Returns:
-            ``status`` ("done" or "unreachable"), ``reason`` (of an unreachable row, else None),
+            ``status`` ("done" or "unreachable": the budget is out of reach, or the method needs
+            what the model has not), ``reason`` (of an unreachable row, else None),
             ``macs, params, achieved, miou, pixel_accuracy, relative_error`` (None where there is
             no tower), and ``seconds`` of the pruning, a shared survey counted in full.
         """
@@ -84,7 +85,7 @@ class Contest:
             with self.progress.stage(f"pruning: {title}", 1) as advance:
                 tower = self._prune(method, settings, clock)
                 advance(1)
-        except BudgetError as error:
+        except (BudgetError, OptionError) as error:
             empty = dict.fromkeys(
                 ("macs", "params", "achieved", "miou", "pixel_accuracy", "relative_error")
             )

@@ -18,7 +18,7 @@ from ovsprune.calibration.masked_training import MaskedTraining
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import AllocationContext, Budget, Pictures, Stages
 from ovsprune.core.records import Group, Plan, Scores
-from ovsprune.graph.layers import weight_of
+from ovsprune.graph.layers import bias_of, weight_of
 from ovsprune.jobs.settings import Settings
 from ovsprune.masks.magnitude import RATE
 
@@ -161,15 +161,25 @@ def remove_smallest(
 
 
 def _masks(tower: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the weights that go with removed units; a layer may be in several groups."""
+    """Masks of what goes with removed units; a layer may be in several groups.
+
+    Where a norm stands between units and consumer, the biases of what makes them are masked too:
+    the norm would see them, and the slim tower's does not.
+    """
     masks: dict[str, Tensor] = {}
+
+    def clear(name: str, like: Tensor, axis: int, rows: Tensor) -> None:
+        mask = masks.setdefault(name, torch.ones(like.shape, dtype=torch.bool))
+        mask.index_fill_(axis, rows, False)
+
     for group in groups:
         for part in group.slices:
-            weight = weight_of(tower.get_submodule(part.module))
+            layer = tower.get_submodule(part.module)
+            weight, bias = weight_of(layer), bias_of(layer)
             if weight.ndim == 1:
                 continue
-            name = f"{part.module}.weight"
-            mask = masks.setdefault(name, torch.ones(weight.shape, dtype=torch.bool))
             rows = part.rows[~kept[group.name]].flatten()
-            mask.index_fill_(0 if part.axis == "out" else 1, rows, False)
+            clear(f"{part.module}.weight", weight, 0 if part.axis == "out" else 1, rows)
+            if group.norms and part.axis == "out" and bias is not None:
+                clear(f"{part.module}.bias", bias, 0, rows)
     return masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,12 @@ from ovsprune.allocation.shared import Shared
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.allocation.trim import cost
 from ovsprune.calibration.pictures import calibration_hash
-from ovsprune.calibration.statistics import Statistics, read_statistics, write_statistics
+from ovsprune.calibration.statistics import (
+    Statistics,
+    check_place,
+    read_statistics,
+    write_statistics,
+)
 from ovsprune.calibration.survey import Survey
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import AllocationContext, Backbone, Budget, Family, Pictures
@@ -152,6 +158,7 @@ class Planning:
         if self.settings.statistics is None:
             return self._measure(tower, groups, pictures, probe)
         path = Path(self.settings.statistics)
+        check_place(path)
         origin = self._origin(groups, pictures, probe)
         if path.exists():
             stored = read_statistics(path, origin)
@@ -182,6 +189,9 @@ class Planning:
         return {
             "model": self.backbone.name,
             "weights": tensors_hash(state_hashes(self.backbone.tower.state_dict())),
+            "architecture": json.loads(json.dumps(self.backbone.architecture)),
+            "activation": self.backbone.activation,
+            "size": list(self.backbone.preprocess.size),
             "calibration": calibration_hash(pictures),
             "groups": {g.name: [g.units, g.floor] for g in groups},
             "criterion": criterion_name(self.settings.criterion),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -102,21 +103,28 @@ class Settings:
                 f"--rounds {self.rounds} goes with --budget macs or params: layer times are "
                 "measured of the dense tower only"
             )
+        given: dict[str, object] = {"--protect": self.protect, "--floor": self.floor}
+        for option, patterns in given.items():
+            if isinstance(patterns, str):
+                raise OptionError(f"{option} {patterns!r}: give a list of patterns, not one string")
         for floor in self.floor:
             parse_floor(floor)
         for option, value in (
+            ("--samples", self.samples),
             ("--round-to", self.round_to),
             ("--batch-size", self.batch_size),
             ("--rounds", self.rounds),
         ):
+            if not _is_whole(value):
+                raise OptionError(f"{option} {value!r}: give a whole number")
             if value < 1:
                 raise OptionError(f"{option} {value}: give at least 1")
-        if self.seed < 0:
-            raise OptionError(f"--seed {self.seed}: give 0 or more")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise OptionError(f"--seed {self.seed!r}: give a whole number from 0 to 2^63 - 1")
         if self.probe is not None and self.probe < 1:
             raise OptionError(f"probe {self.probe}: give at least 1 picture")
-        if not self.ridge > 0:
-            raise OptionError(f"ridge {self.ridge:g}: give more than 0")
+        if not 0 < self.ridge < math.inf:
+            raise OptionError(f"ridge {self.ridge:g}: give a finite number above 0")
         if self.statistics is not None and not isinstance(self.criterion, str):
             raise OptionError(
                 "--statistics keeps the rankings of a criterion that is known by its name: an "
@@ -217,8 +225,8 @@ class Settings:
         if self.method == "imp":
             if self.imp_steps < 0:
                 raise OptionError(f"--imp-steps {self.imp_steps}: give 0 or more")
-            if not self.imp_lr > 0:
-                raise OptionError(f"--imp-lr {self.imp_lr:g}: give more than 0")
+            if not 0 < self.imp_lr < math.inf:
+                raise OptionError(f"--imp-lr {self.imp_lr:g}: give a finite number above 0")
             refused = {"criterion", "allocation", "round_to", "uniform_heads", "prune_head_dim"}
             refused |= {"prune_depth", *STREAM_KINDS.values()}
             refused |= {"rounds", "distill", "statistics"}
@@ -245,6 +253,11 @@ class Settings:
             "imp_rewind": self.imp_rewind,
             "imp_lr": self.imp_lr,
         }
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it counts: an int, or numpy's."""
+    return isinstance(value, Integral)
 
 
 def _check_distillation(options: Distillation) -> None:

@@ -24,7 +24,7 @@ from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
 from ovsprune.graph.residual import count_cut
-from ovsprune.jobs.again import in_base
+from ovsprune.jobs.again import in_base, marked
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors, without_floors
 from ovsprune.jobs.imp_units import prune_units
@@ -99,10 +99,12 @@ class Job:
         if self.settings.prune_head_dim:
             seeds += self._directions(dense, seeds)
         seeds += stream_seeds(self.family, self.backbone, dense, self.settings)
+        if self.settings.uniform_heads:
+            seeds = self._all_heads(seeds)
         free, protected = split_seeds(seeds, self.settings.protect)
         inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
         groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
-        groups = with_directions(dense, groups, inner, size)
+        groups = marked(self.backbone.slim, with_directions(dense, groups, inner, size))
         if self.settings.prune_depth:
             groups = without_floors(dense, groups)
         groups = with_floors(groups, self.settings.floor)
@@ -171,6 +173,14 @@ class Job:
                 "whose attention cannot lose directions inside its heads; leave it out"
             )
         return found
+
+    def _all_heads(self, seeds: Sequence[Seed]) -> list[Seed]:
+        """The seeds, with the heads of every block offered: those of the last one count, too."""
+        if not any(seed.kind == "heads" for seed in seeds):
+            raise OptionError(
+                f"--uniform-heads: {self.backbone.name} has no heads to be cut; leave it out"
+            )
+        return [replace(s, protected=None) if s.kind == "heads" else s for s in seeds]
 
     def _turn(self, dense: nn.Module, seeds: Sequence[Seed], pictures: Pictures) -> HeadBases:
         """Put the heads of the dense tower in the bases of their directions; its outputs stay."""

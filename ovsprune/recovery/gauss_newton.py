@@ -15,7 +15,7 @@ from ovsprune.calibration.linearised import (
     added,
     conjugate_gradients,
 )
-from ovsprune.calibration.refit import capped
+from ovsprune.calibration.refit import capped, median_of
 from ovsprune.calibration.streams import Stream, allocate
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import weight_of
@@ -119,7 +119,7 @@ class _Refinement:
                 weight.flatten(1).mean(1),
             )
         assert found is not None
-        self.share = capped(power, power.median())  # A massive output counts as one, too.
+        self.share = capped(power, median_of(power))  # A massive output counts as one, too.
         return found, metric
 
     def _target(self, residuals: Stream) -> Tensors:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.refit import Refit, held_out, row_weights, squared_norms
+from ovsprune.calibration.refit import Refit, held_out, median_of, row_weights, squared_norms
 from ovsprune.core.protocols import RecoveryContext, Stages
 from ovsprune.core.records import Slice
 from ovsprune.graph.layers import find, weight_of
@@ -40,7 +40,7 @@ def refit_readers(item: RecoveryContext) -> None:
             both = (_read(t, s, part, images) for t, s in ((item.dense, dense), (item.slim, slim)))
             for wanted, read in zip(*both, strict=True):
                 goal = given_rows(before, before(wanted))
-                median = float(squared_norms(goal).median()) if median is None else median
+                median = float(median_of(squared_norms(goal))) if median is None else median
                 residual = goal - given_rows(layer, layer(read))
                 refit.update(rows, read_rows(layer, read), residual, row_weights(goal, median))
         refit.apply()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.refit import squared_norms
+from ovsprune.calibration.refit import median_of, squared_norms
 from ovsprune.calibration.streams import Stream, spread_over, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
@@ -123,7 +123,7 @@ def _target_of(group: Group) -> Tap:
 
 def median_norm(rows: Stream) -> float:
     """Median of the squared norms of rows [pictures, ..., k], on at most 16 pictures."""
-    return float(squared_norms(rows[spread_over(len(rows), _SAMPLED)]).median())
+    return float(median_of(squared_norms(rows[spread_over(len(rows), _SAMPLED)])))
 
 
 def median_norms(
@@ -147,4 +147,4 @@ def median_norms(
     for _, seen in walk(block, sample, batch_size, [tap for tap, _ in points], name):
         for found, (tap, chosen) in zip(norms, points, strict=True):
             found.append(squared_norms(chosen(seen[tap])).flatten().cpu())
-    return [float(torch.cat(found).median()) for found in norms]
+    return [float(median_of(torch.cat(found))) for found in norms]

@@ -167,6 +167,18 @@ def test_a_files_activation_can_be_said(shrunk: dict[str, Tensor], tmp_path: Pat
     assert backbone.activation == "quick_gelu"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(
+    shrunk: dict[str, Tensor], tmp_path: Path, value: float
+) -> None:
+    name = "transformer.resblocks.0.mlp.c_fc.weight"
+    broken = shrunk[f"visual.{name}"].clone()
+    broken[1, 2] = value
+    save_file({**shrunk, f"visual.{name}": broken}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=f"{name} holds values that are not finite"):
+        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
+
+
 def test_a_file_that_does_not_fit_says_how(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
     state = dict(shrunk)
     del state["visual.proj"]

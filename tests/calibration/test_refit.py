@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.moments import CrossMoments
-from ovsprune.calibration.refit import Refit, held_out, row_weights
+from ovsprune.calibration.refit import Refit, held_out, median_of, row_weights
 from ovsprune.calibration.ridge import correction, regularised
 
 RIDGE = 1e-2
@@ -199,3 +199,19 @@ def test_a_single_picture_is_fitted_to() -> None:
     layer = linear(torch.zeros(3, 8), torch.zeros(3))
     refit(layer, x, x @ rule.T)
     torch.testing.assert_close(layer.weight, rule, rtol=0, atol=0.1)
+
+
+def test_outputs_that_fit_already_do_not_stop_the_others() -> None:
+    """Five of eight outputs lack nothing: the median of all would be 0, and nothing would count."""
+    x = normal(16, 5, 4, dtype=torch.float32)
+    layer, true = linear(torch.zeros(8, 4)), normal(8, 4, seed=1)
+    true[:5] = 0.0
+    refit(layer, x, x @ true.T)
+    assert (layer.weight - true).norm() < 0.05 * true.norm()
+
+
+def test_rows_of_zeros_do_not_take_the_weight_from_the_others() -> None:
+    rows = torch.cat([torch.zeros(6, 3), normal(4, 3)])
+    median = float(median_of(rows.square().sum(-1)))
+    assert median > 0 and (row_weights(rows, median) > 0.05).all()
+    assert float(median_of(torch.zeros(3))) == 0.0

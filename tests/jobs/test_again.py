@@ -12,6 +12,7 @@ from torch import Tensor
 
 import ovsprune
 from ovsprune import backbones
+from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
@@ -231,3 +232,12 @@ def test_an_unstructured_result_is_refused(tmp_path: Path) -> None:
     imp(open_clip_vit(), 0.3, samples=4, imp_steps=0, output=tmp_path / "zeros")
     with pytest.raises(OptionError, match="is an unstructured result.*prune its dense model"):
         prune(str(tmp_path / "zeros"), 0.2, **QUICK)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS.names())
+def test_odd_widths_of_before_are_rounded(small: Path, allocation: str) -> None:
+    """A width that an earlier prune left is nobody's choice: multiples are asked for, and come."""
+    before = [x for x in ovsprune.read(small).spec.layers if x.kind == "mlp"]
+    assert any(x.kept % 8 and x.kept < x.units for x in before)
+    again = prune(str(small), 0.2, round_to=8, dry_run=True, **{**PLAIN, "allocation": allocation})
+    assert all(x.kept % 8 == 0 for x in again.spec.layers if x.kind == "mlp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -169,6 +170,43 @@ def test_other_settings_in_the_same_place(small_clip, tmp_path):
     again = compare(small_clip, [0.5], overwrite=True, **run, **{**QUICK, "scenes": 3})
     assert (first["images"], again["images"]) == (4, 3)
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2  # Dense, and one.
+
+
+def test_pictures_that_changed_in_place(small_clip, tmp_path):
+    """Paths and counts are as before; what the rows are of is not."""
+    data, photos = tmp_path / "data", tmp_path / "photos"
+    for folder in (photos, data / "images", data / "labels"):
+        folder.mkdir(parents=True)
+    for i in range(4):
+        for folder in (photos, data / "images"):
+            Image.fromarray(np.full((32, 32, 3), 50 * i, np.uint8)).save(folder / f"{i}.png")
+        Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32) % 2).save(
+            data / "labels" / f"{i}.png"
+        )
+    (data / "classes.json").write_text('{"void": null, "classes": {"0": "cow", "1": "grass"}}')
+    run = {**SMALL, **QUICK, "data": data, "calibration": str(photos), "output": tmp_path / "out"}
+    run["scenes"] = None
+    compare(small_clip, [0.3], **run)
+    label = next((data / "labels").iterdir())
+    before = label.read_bytes()
+    Image.fromarray(1 - np.asarray(Image.open(label))).save(label)
+    with pytest.raises(OutputError, match=r"other settings \(labelled pictures .*--overwrite"):
+        compare(small_clip, [0.3], **run)
+    label.write_bytes(before)
+    (photos / "9.png").write_bytes((photos / "0.png").read_bytes())
+    with pytest.raises(OutputError, match=r"other settings \(calibration pictures .*--overwrite"):
+        compare(small_clip, [0.3], **run)
+
+
+def test_a_method_that_is_not_for_this_model_is_a_row_that_says_so(small_clip, tmp_path):
+    record = compare(
+        small_clip, [0.3], methods=["random", "bn-scale"], seeds=1, output=tmp_path / "out", **QUICK
+    )
+    done, other = record["rows"]
+    assert done["status"] == "done" and done["miou"] is not None
+    assert other["status"] == "unreachable" and "scale of a norm" in other["reason"]
+    assert other["miou"] is None
+    assert "scale of a norm" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -196,11 +196,22 @@ def test_masks_go_on_another_checkpoint_and_into_a_framework(
         ({"imp_structured": True}, "call ovsprune.prune"),
         ({"threads": 0}, "--threads 0"),
         ({"dtype": "int8"}, "--dtype 'int8' is unknown"),
+        ({"imp_lr": float("inf")}, "--imp-lr inf: give a finite number above 0"),
     ],
 )
 def test_bad_options_are_named(small: Backbone, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         imp(small, 0.5, **options)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_training_that_diverges_is_said_and_nothing_written(
+    small: Backbone, tmp_path: Path, steps: int
+) -> None:
+    options = {**QUICK, "imp_steps": steps, "imp_lr": 1e30}
+    with pytest.raises(OptionError, match=r"diverged at step \d: take a lower --imp-lr than"):
+        imp(small, 0.5, output=tmp_path / "masked", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_default_method_takes_no_option_of_imp(small: Backbone) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import ovsprune
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.protocols import AllocationContext, Backbone, Budget
 from ovsprune.core.records import Group, Scores, Slice
-from ovsprune.jobs.imp_units import remove_smallest, unit_sizes
+from ovsprune.jobs import steps as job_steps
+from ovsprune.jobs.imp_units import prune_units, remove_smallest, unit_sizes
 from ovsprune.jobs.prune import prune
-from tests.contracts.conftest import open_clip_vit
+from tests.contracts.conftest import open_clip_resnet, open_clip_timm_vit, open_clip_vit
 
 QUICK: dict[str, Any] = {
     "method": "imp", "imp_structured": True, "imp_steps": 1, "samples": 6, "batch_size": 6,
@@ -139,6 +142,29 @@ def test_the_card_says_that_it_was_trained(small: Backbone, tmp_path: Path) -> N
     for steps, said in ((1, "what is left was trained"), (0, "without a gradient step")):
         prune(small, 0.4, output=tmp_path / str(steps), **{**QUICK, "imp_steps": steps})
         assert said in (tmp_path / str(steps) / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("make", [open_clip_timm_vit, open_clip_vit, open_clip_resnet])
+def test_what_is_trained_computes_what_is_cut(
+    make: Callable[[], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A norm between units and consumer must not see biases that the slim tower lacks."""
+    made: list[Any] = []
+
+    def kept(*given: Any) -> Any:
+        made.append((prune_units(*given), *given))
+        plan, student = made[0][0]
+        return plan, deepcopy(student)
+
+    monkeypatch.setattr(job_steps, "prune_units", kept)
+    slim = prune(make(), 0.4, **{**QUICK, "imp_steps": 2}).tower
+    (_, masked), _, _, _, pictures, stages = made[0][:6]
+    images = next(iter(pictures.batches(6)))
+    with torch.no_grad():
+        for mine, other in zip(
+            stages(masked).outputs(images), stages(slim).outputs(images), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_out_of_reach(small: Backbone) -> None:

@@ -24,7 +24,7 @@ from ovsprune.importance.taylor import Taylor
 from ovsprune.jobs.prune import prune
 from ovsprune.jobs.settings import recovery_chain
 from ovsprune.recovery import RECOVERIES
-from tests.contracts.conftest import open_clip_vit
+from tests.contracts.conftest import open_clip_resnet, open_clip_vit
 
 QUICK: dict[str, Any] = {"samples": 8, "batch_size": 8, "probe": 4}
 
@@ -217,10 +217,24 @@ def test_floors_keep_units(small: Backbone) -> None:
 def test_heads_can_be_kept_equal(small: Backbone, tmp_path: Path, allocation: str) -> None:
     options = {**QUICK, "criterion": "magnitude", "recovery": "none", "allocation": allocation}
     result = prune(small, 0.5, uniform_heads=True, output=tmp_path / "slim", **options)
-    widths = result.record()["widths"]
-    assert len({n for name, n in widths.items() if name.endswith("attn")}) == 1
+    heads = {layer.name: layer.kept for layer in result.spec.layers if layer.kind == "heads"}
+    blocks = len(small.stages(small.tower).blocks)
+    assert len(heads) == blocks and len(set(heads.values())) == 1
     assert abs(result.achieved - 0.5) <= 0.01
     assert "--uniform-heads --" in result.spec.provenance["command"]
+
+
+def test_heads_of_a_slim_model_can_be_made_equal(small: Backbone, tmp_path: Path) -> None:
+    options = {**QUICK, "criterion": "magnitude", "recovery": "none"}
+    first = prune(small, 0.3, allocation="global", output=tmp_path / "slim", **options)
+    assert len({x.kept for x in first.spec.layers if x.kind == "heads"}) > 1
+    again = prune(str(tmp_path / "slim"), 0.5, uniform_heads=True, dry_run=True, **options)
+    assert len({x.kept for x in again.spec.layers if x.kind == "heads"}) == 1
+
+
+def test_a_tower_without_heads_cannot_have_them_equal() -> None:
+    with pytest.raises(OptionError, match="--uniform-heads: .* has no heads"):
+        prune(open_clip_resnet(), 0.3, uniform_heads=True, **QUICK)
 
 
 def test_heads_that_are_equal_may_be_too_coarse(small: Backbone) -> None:
@@ -284,6 +298,10 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
         ({"budget": "time"}, "--budget 'time' is unknown"),
         ({"round_to": 0}, "--round-to 0"),
         ({"batch_size": 0}, "--batch-size 0"),
+        ({"protect": "*.attn"}, "--protect '\\*.attn': give a list"),
+        ({"floor": "*.mlp=4"}, "--floor '.*': give a list"),
+        ({"round_to": 8.0}, "--round-to 8.0: give a whole number"),
+        ({"seed": 2**64}, "--seed .*: give a whole number from 0"),
         ({"rounds": 0}, "--rounds 0: give at least 1"),
         ({"distill": Distillation(steps=0)}, "--distill-steps 0: give at least 1"),
         ({"distill": Distillation(seconds=0.0)}, "--distill-seconds 0: give a finite number"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ovsprune.calibration.survey import Survey
-from ovsprune.core.errors import DataError, OptionError
+from ovsprune.core.errors import DataError, OptionError, OutputError
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import open_clip_vit
@@ -69,6 +71,32 @@ def test_statistics_of_something_else_are_refused(
     prune(small, 0.5, statistics=file, **OPTIONS)
     with pytest.raises(DataError, match=f"measured on something else.*{said}"):
         prune(small, 0.5, statistics=file, **{**OPTIONS, **change})
+
+
+def test_statistics_of_another_activation_are_refused(small: Backbone, tmp_path: Path) -> None:
+    """The weights are the same, and what they compute is not."""
+    file = str(tmp_path / "statistics.safetensors")
+    prune(small, 0.5, statistics=file, **OPTIONS)
+    with pytest.raises(DataError, match="activation is 'quick_gelu' there and 'gelu' here"):
+        prune(replace(small, activation="gelu"), 0.5, statistics=file, **OPTIONS)
+
+
+@pytest.mark.parametrize("header", ["{", "[1]", "null"])
+def test_a_file_that_does_not_say_of_what(small: Backbone, tmp_path: Path, header: str) -> None:
+    file = tmp_path / "statistics.safetensors"
+    save_file({"costs/a": torch.zeros(1)}, file, {"ovsprune.statistics/1": header})
+    with pytest.raises(DataError, match="does not say what it was measured on"):
+        prune(small, 0.5, statistics=str(file), **OPTIONS)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    small: Backbone, tmp_path: Path, surveys: list[int]
+) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "statistics.safetensors"):
+        with pytest.raises(OutputError, match="--statistics"):
+            prune(small, 0.5, statistics=str(place), **OPTIONS)
+    assert not surveys
 
 
 def test_the_file_is_not_in_the_checkpoints_command(small: Backbone, tmp_path: Path) -> None:
