@@ -26,7 +26,7 @@ def schedule(
     model: nn.Module,
     policy: str = "alpha",
     *,
-    total_steps: int = 1,
+    total_steps: int | None = None,
     fraction: float = 0.5,
     count: int | None = None,
     every: int | None = None,
@@ -50,7 +50,7 @@ def schedule(
     Args:
         model: The framework's model or a plain tower, slim or dense.
         policy: A name that ``ovsprune schedule --list`` shows.
-        total_steps: Optimiser steps of the whole training, for policies that change their mind.
+        total_steps: Optimiser steps of the whole training; policies that change their mind need it.
         fraction: Share of the pool's layers that train, in [0, 1].
         count: How many layers train, instead of a share.
         every: How often a policy may change its mind, in steps; by default a tenth of all.
@@ -71,11 +71,19 @@ def schedule(
 
     Raises:
         UnknownNameError: There is no such policy, target or fit.
-        OptionError: A number is out of range.
+        OptionError: A number is out of range, or ``total_steps`` is missing.
         ScheduleError: A pattern matches nothing, the pool is empty, or DistributedDataParallel
             wraps the model in a way that cannot follow.
     """
-    chosen, every = POLICIES.get(policy), checked(total_steps, fraction, count, every, rest)
+    chosen = POLICIES.get(policy)
+    if total_steps is None:
+        if len(chosen.moments(2, 1)) > 1:
+            raise OptionError(
+                f"the policy {policy} changes its mind during a training: say how long it is, "
+                "total_steps=..."
+            )
+        total_steps = 1
+    every = checked(total_steps, fraction, count, every, rest)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     layers, knowing = find_pool(inner, target, pool)
     followers = [name for layer in layers for name in layer.followers]

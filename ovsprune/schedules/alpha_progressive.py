@@ -11,7 +11,7 @@ __all__ = ["AlphaProgressive"]
 
 @POLICIES.register("alpha-progressive")
 class AlphaProgressive:
-    """As alpha, but the share that trains grows evenly to all layers over the run."""
+    """As alpha, but the share that trains grows evenly over the run, towards all layers."""
 
     needs_spectra = True
     current = False

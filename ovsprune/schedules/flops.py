@@ -81,6 +81,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
             return out
         flops = int(formula(*args, **given, out_val=out))
         self.total += flops
+        if not torch.is_grad_enabled():
+            return out  # what reads it here asks for no gradient of it
         for tensor in (*args, *given.values()):
             name = self._name(tensor)
             if name is not None:

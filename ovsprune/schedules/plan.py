@@ -83,10 +83,12 @@ class TrainPlan:
         self._first: Mapping[str, float] | None = None
         self._moment: int | None = None
         self._optimizers: tuple[Any, ...] = ()
+        self._opened = False
         self.chosen: tuple[str, ...] = ()
         self.step(0)
         if isinstance(model, DistributedDataParallel):
             self._check_wrapped(model)
+            self._opened = True
 
     # What trains
 
@@ -123,13 +125,16 @@ class TrainPlan:
             Whether what trains has changed.
 
         Raises:
-            ScheduleError: ``index`` is below 0.
+            ScheduleError: ``index`` is below 0, or several processes could not follow.
         """
         if index < 0:
             raise ScheduleError(f"step {index}: steps are counted from 0")
         moment = self.moments[bisect_right(self.moments, index) - 1]
         if moment == self._moment:
+            self._forget()  # an optimiser may have been given a state of all by now
             return False
+        if self._moment is not None:
+            self._check_processes()
         before, self._moment = self.chosen, moment
         chosen = set(self.policy.choose(self._context(moment)))
         self._set(tuple(layer.name for layer in self.layers if layer.name in chosen))
@@ -183,8 +188,10 @@ class TrainPlan:
         gradient and is passed over.
 
         Raises:
-            ScheduleError: A parameter that will train is in none of them.
+            ScheduleError: A parameter that will train is in none of them, or several processes
+                could not follow.
         """
+        self._check_processes()
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         missing = [n for n in self._ever() if id(self._parameters[n]) not in held]
         if missing:
@@ -209,6 +216,7 @@ class TrainPlan:
         For what looks at ``requires_grad`` once: frameworks that make an optimiser, and
         DistributedDataParallel.
         """
+        self._opened = True
         return _Open([self._parameters[name] for name in self._ever()], self._forget)
 
     def groups(
@@ -246,15 +254,33 @@ class TrainPlan:
     def _check_wrapped(self, wrapped: DistributedDataParallel) -> None:
         """DistributedDataParallel waits for the gradients of all that trained when it wrapped."""
         seen = all(self._before[name] for name in self._ever())
-        if seen and wrapped.find_unused_parameters and not wrapped.static_graph:
+        if seen and _may_miss_some(wrapped):
             return
         self.release()
         raise ScheduleError(
             "DistributedDataParallel wrapped the model before the plan was made, and waits for the "
-            "gradients of what it saw then. Make the plan first and wrap afterwards; for a policy "
-            "that changes its mind wrap inside `with plan.open():` and with "
-            "find_unused_parameters=True"
+            f"gradients of what it saw then. Make the plan first and wrap afterwards; {_REMEDY}"
         )
+
+    def check_wrapper(self, wrapped: Any) -> None:
+        """Look at what wrapped the model after the plan was made.
+
+        Raises:
+            ScheduleError: It waits for the gradients of all, and the plan changes its mind.
+        """
+        ddp = isinstance(wrapped, DistributedDataParallel)
+        if self.changes and ddp and not _may_miss_some(wrapped):
+            raise ScheduleError(
+                f"DistributedDataParallel waits for the gradients of all that it saw; {_REMEDY}"
+            )
+
+    def _check_processes(self) -> None:
+        """What is frozen when a model is wrapped is averaged over no processes when it thaws."""
+        if self.changes and not self._opened and _processes() > 1:
+            raise ScheduleError(
+                f"{_processes()} processes train, and what the policy {self.name} lets train later "
+                f"would drift apart in them: {_REMEDY}"
+            )
 
     # What it costs
 
@@ -359,6 +385,21 @@ class TrainPlan:
             f"TrainPlan({self.name}: {len(self.chosen)} of {len(self.layers)} layers train, "
             f"{numel[True]:,} of {sum(numel.values()):,} parameters of the model)"
         )
+
+
+_REMEDY = (
+    "for a policy that changes its mind wrap inside `with plan.open():` and with "
+    "find_unused_parameters=True (Lightning: strategy='ddp_find_unused_parameters_true')"
+)
+
+
+def _may_miss_some(wrapped: DistributedDataParallel) -> bool:
+    return wrapped.find_unused_parameters and not wrapped.static_graph
+
+
+def _processes() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 
 class _Open:

@@ -3,7 +3,9 @@
 Never in it: embedding tables, positions, class tokens, norms and biases, which are no matrices of a
 layer. They follow a layer (``rest="follow"``), so that frozen layers at the beginning of a model
 run without a graph: a parameter follows the weights of its own module; if there are none the next
-layer of the model after it, and behind the last layer the last one.
+layer of the model after it, and behind the last layer the last one. Batch norms come after a
+convolution and follow it; a bare projection (CLIP's ``proj``) is registered first and used last,
+and follows the last layer of the module that holds it.
 """
 
 from __future__ import annotations
@@ -51,9 +53,15 @@ def pool_of(
             "patterns of parameters that hold some (pool=['backbone.*'])"
         )
     followers: dict[str, list[str]] = {name: [] for name in heads}
+    behind = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for name in module._parameters
+    }
     for name in allowed:
         if name not in wanted:
-            for head in _followed(name, allowed, heads):
+            for head in _followed(name, allowed, heads, name in behind):
                 followers[head].append(name)
     return tuple(Layer(n, sizes[n], tower(n), tuple(followers[n])) for n in heads)
 
@@ -74,12 +82,21 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
 
-def _followed(name: str, allowed: Sequence[str], heads: Sequence[str]) -> Iterable[str]:
-    """The layers that a parameter follows."""
-    module = name.rpartition(".")[0]
+def _followed(
+    name: str, allowed: Sequence[str], heads: Sequence[str], behind: bool
+) -> Iterable[str]:
+    """The layers that a parameter follows; ``behind``: the one before it rather than after."""
+    module, _, last = name.rpartition(".")
     own = [head for head in heads if head.rpartition(".")[0] == module]
     if own:
         return own
-    place, known = allowed.index(name), set(heads)
+    known = set(heads)
+    if last.endswith(("proj", "projection")):
+        start = f"{module}." if module else ""
+        below = [head for head in heads if head.startswith(start)]
+        return (below[-1] if below else heads[-1],)
+    place = allowed.index(name)
+    before = next((other for other in reversed(allowed[:place]) if other in known), None)
     after = next((other for other in allowed[place + 1 :] if other in known), None)
-    return (heads[-1] if after is None else after,)
+    order = (before, after) if behind else (after, heads[-1])
+    return (next(other for other in order if other is not None),)

@@ -16,6 +16,7 @@ _KINDS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out",
     "query": "q", "key": "k", "value": "v",
 }  # fmt: skip
+_OUT = ("proj", "out_proj", "projection")
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -95,9 +96,14 @@ def _rows(module: Any, weight: Tensor) -> tuple[int, int]:
 
 
 def _in_equal_parts(weight: Tensor, count: int, above: Any) -> bool:
-    """Whether timm's fused map is so many maps of one width: not where heads share keys."""
-    out = getattr(above, "proj", None)
-    width = out.in_features if isinstance(out, nn.Linear) else len(weight) // count
+    """Whether timm's fused map is so many maps of one width, one below the other.
+
+    Not where heads share keys, nor where each head has its queries, keys and values together.
+    """
+    if getattr(above, "head_first", False):
+        return False
+    out = next((m for m in (getattr(above, n, None) for n in _OUT) if isinstance(m, _LAYERS)), None)
+    width = len(weight) // count if out is None else out.weight.shape[1]
     return len(weight) == count * width
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ovsprune
@@ -39,6 +40,22 @@ def test_the_gradient_of_a_weight_costs_as_much_as_the_product_that_reads_it():
     found = step_flops(net, lambda: loss(net, 0))
     assert found.weights == 2 * 4 * 16 * 16 * (3 * 4 * 4)  # pictures x tokens x out x taps
     assert found.activations > 0
+
+
+def test_what_runs_without_gradients_has_none_of_its_weights():
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.tower(x)
+            return self.head(x)
+
+    net = Apart()
+    found = step_flops(net, lambda: net(torch.ones(5, 8)).sum())
+    assert (found.weights, found.activations) == (2 * 5 * 8 * 3, 0)
 
 
 def test_counting_leaves_gradients_and_the_plan_as_they_were():

@@ -44,6 +44,24 @@ def test_what_follows_a_layer_trains_with_it():
     }  # fmt: skip
 
 
+class Bottleneck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.ones(4, 2))
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+
+def test_a_batch_norm_follows_the_convolution_before_it_and_a_projection_the_last_layer():
+    net = Bottleneck()
+    ovsprune.schedule(net, "first-k", count=1)
+    assert {n for n, on in flags(net).items() if on} == {"conv1.weight", "bn1.weight", "bn1.bias"}
+    ovsprune.schedule(net, "last-k", count=1)
+    assert {n for n, on in flags(net).items() if on} == {
+        "conv2.weight", "bn2.weight", "bn2.bias", "proj",
+    }  # fmt: skip
+
+
 def test_the_rest_of_the_pool_can_train_freeze_or_be_left_alone():
     net = model()
     small = [name for name in flags(net) if "norm" in name or "bias" in name or name == "positions"]
@@ -95,6 +113,24 @@ def test_no_optimiser_state_and_no_gradient_is_left_of_what_gets_frozen():
         loss(net, i).backward()
         optimizer.step()
     assert dropped  # or nothing above could have failed
+
+
+def test_a_state_that_comes_back_after_binding_is_lost_of_what_is_frozen():
+    """Of a training of all layers: an optimiser's state is restored when the plan is there."""
+    whole = model()
+    first = torch.optim.AdamW(whole.parameters(), lr=0.05)
+    loss(whole, 0).backward()
+    first.step()
+    net = model()
+    plan = ovsprune.schedule(net, "last-k", count=2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    plan.bind(optimizer)
+    optimizer.load_state_dict(first.state_dict())
+    parameters = dict(net.named_parameters())
+    assert any(parameters[name] in optimizer.state for name in plan.frozen)
+    plan.step(0)
+    assert not any(parameters[name] in optimizer.state for name in plan.frozen)
+    assert all(parameters[name] in optimizer.state for name in plan.trainable)
 
 
 def test_alpha_refresh_looks_at_the_weights_as_they_are_and_alpha_at_those_of_the_start():
@@ -261,6 +297,7 @@ def test_the_pool_is_stated_and_can_be_changed():
         ({"policy": "alfa"}, UnknownNameError, "Did you mean 'alpha'"),
         ({"fraction": 1.2}, OptionError, r"fraction 1\.2 is outside \[0, 1\]"),
         ({"count": -1}, OptionError, "count -1 must be 0 or more"),
+        ({"policy": "alpha-refresh"}, OptionError, "alpha-refresh changes its mind .*total_steps"),
         ({"total_steps": 0}, OptionError, "total_steps 0 must be 1 or more"),
         ({"every": 0}, OptionError, "every 0 must be 1 step or more"),
         ({"rest": "drop"}, OptionError, "rest is 'drop', expected one of follow"),

@@ -77,6 +77,13 @@ def test_fused_keys_and_values_are_told_apart_where_they_have_one_width() -> Non
     assert list(named(shared)) == ["qkv", "proj"]  # fewer heads of keys: no thirds
     shared = nn.ModuleDict({"qkv": nn.Linear(48, 96), "proj": nn.Linear(48, 48)})
     assert named(shared)["qkv"] == ("qkv.weight", "qkv", (96, 48))
+    for out in ({"out_proj": nn.Linear(48, 48)}, {"proj": nn.Conv2d(48, 48, 1)}):
+        assert "qkv" in named(nn.ModuleDict({"qkv": nn.Linear(48, 96), **out}))
+
+
+def test_a_fused_map_by_heads_is_left_whole() -> None:
+    attention = pytest.importorskip("timm.layers").Attention2d(8, num_heads=2, head_first=True)
+    assert "qkv" in named(attention) and "q" not in named(attention)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

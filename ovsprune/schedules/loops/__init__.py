@@ -10,6 +10,7 @@ library only (``functools.partial(ovsprune.schedule, policy="alpha-refresh")``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from ovsprune.schedules.plan import TrainPlan
@@ -23,6 +24,9 @@ Made = TrainPlan | Callable[..., TrainPlan]
 class Following:
     """A plan through one training of a library's loop, and through its checkpoints.
 
+    A plan that is given and may change its mind is held open until the training begins, so that
+    optimisers and wrappers which are made until then take in all that it will train.
+
     Args:
         made: The plan, or what makes it when the training begins.
 
@@ -33,16 +37,31 @@ class Following:
     def __init__(self, made: Made) -> None:
         self._made = made
         self._state: Mapping[str, Any] | None = None
+        self._held = ExitStack()
         self.plan: Any = None
+        if isinstance(made, TrainPlan) and made.changes:
+            self._held.enter_context(made.open())
 
     def begin(self, model: Any, total_steps: int, *optimizers: Any) -> None:
         """Have the plan, go on where a resumed training was, and bind its optimisers.
 
         In this order: the optimisers may have their states of before already, and lose only those
         of what is frozen there.
+
+        Args:
+            model: As the loop runs it, wrapped where it is.
+            total_steps: Optimiser steps.
+            optimizers: Of the loop.
+
+        Raises:
+            ScheduleError: A wrapper, or several processes, cannot follow the plan.
         """
-        made = self._made
-        self.plan = made if isinstance(made, TrainPlan) else made(model, total_steps=total_steps)
+        self._held.close()
+        if isinstance(self._made, TrainPlan):
+            self.plan = self._made
+            self.plan.check_wrapper(model)
+        else:
+            self.plan = self._made(model, total_steps=total_steps)
         if self._state:
             self.plan.load_state_dict(self._state)
         self.plan.bind(*optimizers)

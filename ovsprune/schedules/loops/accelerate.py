@@ -16,14 +16,19 @@ class ScheduledSteps:
     ::
 
         plan = ovsprune.schedule(model, total_steps=...)  # before accelerator.prepare
-        model, optimizer = accelerator.prepare(model, optimizer)
+        optimizer = torch.optim.AdamW(plan.groups(lr=1e-4))
+        with plan.open():  # what will train later is averaged over processes, too
+            model, optimizer = accelerator.prepare(model, optimizer)
         steps = ScheduledSteps(accelerator, plan, optimizer)
         for batch in loader:
             with accelerator.accumulate(model):
                 steps.begin()  # before the forward pass
                 ...
 
-    ``accelerator.save_state`` and ``load_state`` keep its count and the plan.
+    ``accelerator.save_state`` and ``load_state`` keep its count and the plan. With several
+    processes a policy that changes its mind wants an ``Accelerator(kwargs_handlers=[
+    DistributedDataParallelKwargs(find_unused_parameters=True)])``; a plan that does not change goes
+    without that, and without ``open``.
 
     Args:
         accelerator: The ``accelerate.Accelerator``.
@@ -31,7 +36,8 @@ class ScheduledSteps:
         optimizers: As ``accelerator.prepare`` gave them.
 
     Raises:
-        ScheduleError: Nothing can be registered for the accelerator's checkpoints.
+        ScheduleError: Nothing can be registered for the accelerator's checkpoints, or several
+            processes could not follow the plan.
     """
 
     def __init__(self, accelerator: Any, plan: TrainPlan, *optimizers: Any) -> None:
@@ -42,6 +48,9 @@ class ScheduledSteps:
             )
         self.accelerator, self.plan = accelerator, plan
         self.count, self._fresh = 0, True
+        for model in getattr(accelerator, "_models", ()):
+            if getattr(model, "module", None) is plan.model:
+                plan.check_wrapper(model)
         plan.bind(*(getattr(o, "optimizer", o) for o in optimizers))
         accelerator.register_for_checkpointing(self)
 

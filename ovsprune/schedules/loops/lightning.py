@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback
+from torch.nn.parallel import DistributedDataParallel
 
 from ovsprune.schedules.loops import Following, Made
 
@@ -28,7 +29,9 @@ class ScheduleCallback(Callback):  # type: ignore[misc, unused-ignore]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin, or go on."""
         steps = max(1, int(trainer.estimated_stepping_batches))
-        self.following.begin(pl_module, steps, *trainer.optimizers)
+        wrapped = isinstance(trainer.model, DistributedDataParallel)
+        model = trainer.model if wrapped else pl_module
+        self.following.begin(model, steps, *trainer.optimizers)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

@@ -31,7 +31,9 @@ class ScheduleHook(Hook):  # type: ignore[misc]
         self.following, self._each = Following(plan), 1
 
     def before_train(self, runner: Any) -> None:
-        """Begin, or go on."""
+        """Begin, or go on; weights alone (``load_from``) begin a training of their own."""
+        if not runner.iter:
+            self.following.load_state_dict(None)
         wrapper = runner.optim_wrapper
         wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         self._each = max(getattr(w, "_accumulative_counts", 1) for w in wrappers)

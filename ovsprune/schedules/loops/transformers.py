@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ovsprune.core.files import write_text
 from ovsprune.schedules.loops import Following, Made
 
 __all__ = ["ScheduleCallback"]
 
-_FILE = "ovsprune_plan.json"
+_KEY = "ovsprune_plan"
 
 
 class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
@@ -32,20 +28,12 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin, or go on."""
-        file = _file(args, state)
-        if state.global_step and file.is_file():
-            self.following.load_state_dict(json.loads(file.read_text(encoding="utf-8")))
+        if state.global_step:
+            self.following.load_state_dict(state.stateful_callbacks.get(_KEY))
         self.following.begin(given["model"], state.max_steps, given["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Follow the plan; the Trainer says so once for all passes of an optimiser step."""
         self.following.plan.step(state.global_step)
-
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Put the plan's state beside the checkpoint that was just written."""
-        if state.is_world_process_zero:
-            write_text(_file(args, state), json.dumps(self.following.state_dict()))
-
-
-def _file(args: Any, state: Any) -> Path:
-    return Path(os.fspath(args.output_dir)) / f"checkpoint-{state.global_step}" / _FILE
+        # In trainer_state.json then, wherever the checkpoint goes.
+        state.stateful_callbacks[_KEY] = self.following.state_dict()

@@ -45,8 +45,8 @@ def pictures(indices, each):
     return [{"pixels": x, "labels": y} for x, y in parts]
 
 
-def train(place, name, iterations=STEPS, accumulate=1, **more):
-    net, hook = Wrapped(), ScheduleHook(refresh)
+def train(place, name, iterations=STEPS, accumulate=1, make=refresh, **more):
+    net, hook = Wrapped(), ScheduleHook(make)
     watch = Watch(hook)
     runner = Runner(
         net,
@@ -90,3 +90,22 @@ def test_accumulated_passes_are_one_step(tmp_path):
     assert watch.hook.following.plan.moments == (0, 3)
     changes = [i for i in range(1, STEPS) if watch.trained[i] != watch.trained[i - 1]]
     assert changes in ([], [6])
+
+
+def test_weights_alone_begin_a_training_of_their_own(tmp_path):
+    """``load_from`` reads the checkpoint's weights, and its plan is another training's."""
+    train(tmp_path / "first", "first")
+    weights = torch.load(tmp_path / "first" / "iter_7.pth", weights_only=False)["state_dict"]
+    seen = []
+
+    def make(net, total_steps):
+        seen.append(refresh(net, total_steps))
+        return seen[-1]
+
+    train(
+        tmp_path / "second", "second", load_from=str(tmp_path / "first" / "iter_7.pth"), make=make
+    )
+    net = model()
+    net.load_state_dict({n.removeprefix("inner."): w for n, w in weights.items()})
+    found = {name.removeprefix("inner."): alpha for name, alpha in seen[0].alphas.items()}
+    assert found == pytest.approx(refresh(net).alphas)
