@@ -21,9 +21,11 @@ class Assembled:
     Attributes:
         module: It.
         target: Its name among ovsprune's targets.
-        tower: Names of the tower's parameters in ``holder``.
+        tower: Names of the tower's parameters in ``holder``, without a pool that is not run.
         holder: What the target knows.
-        zeros: Of the tower's weights, under a mask; 0 where there is none.
+        zeros: Weights of the tower that its mask forbids; 0 where there is none.
+        masks: Of the tower's parameters, by their names in ``holder``.
+        idle: Names of the parameters of a pool that is not run.
     """
 
     module: Any
@@ -32,13 +34,18 @@ class Assembled:
     holder: nn.Module
     zeros: int
     masks: dict[str, Tensor]
+    idle: frozenset[str] = frozenset()
 
     def check(self) -> None:
-        """That what a mask has set to zero is zero still."""
+        """That what a mask has set to zero is zero still.
+
+        Raises:
+            RuntimeError: It is not.
+        """
         own = dict(self.holder.named_parameters())
         for name, mask in self.masks.items():
             if own[name].detach()[~mask].any():
-                raise SystemExit(f"{name} has weights that its mask forbids")
+                raise RuntimeError(f"{name} has weights that its mask forbids")
 
 
 def assemble(run: Run, classes: int, work: Path, sparsity: float = TRAINED_AT) -> Assembled:
@@ -61,15 +68,16 @@ def assemble(run: Run, classes: int, work: Path, sparsity: float = TRAINED_AT) -
             parameter.requires_grad_(name in wanted and parameter.is_floating_point())
     elif run.mask != "dense":
         applied = mask_tower(holder, _masks(run, backbone, place), module.target, hold=True)
-        own = dict(holder.named_parameters())
-        placed = {name: own[name].detach() != 0 for name in applied.placement.names.values()}
+        placed = dict(applied.masks)
         if module.frozen:
             norms.refresh(module.visual, work)
-    names = TARGETS.get(module.target).tower_names(holder)
     parameters = dict(holder.named_parameters())
+    names = TARGETS.get(module.target).tower_names(holder) & parameters.keys()
+    pooled = FRAMEWORKS[run.framework].pooled
+    idle = {name for name in names if not pooled and ".attnpool." in f".{name}"}
     zeros = sum(int((~m).sum()) for m in placed.values())
     return Assembled(
-        module, module.target, frozenset(names & parameters.keys()), holder, zeros, placed
+        module, module.target, frozenset(names - idle), holder, zeros, placed, frozenset(idle)
     )
 
 

@@ -26,7 +26,7 @@ FOLDERS = {"vit": PHOTO, "resnet": RESNET}
 RANKED_NOT = {"vit": (), "resnet": ("attnpool.*",)}
 """Weights that no method touches: what the paper ranks is the convolutions."""
 SAMPLES = 256
-IMP_STEPS, IMP_BATCH = 40, 8
+IMP_STEPS, IMP_BATCH = 100, 8
 """A round's. The paper takes 5,000."""
 NEAR, TRIES = 0.01, 8
 FIRST = 0.86
@@ -77,6 +77,8 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
         shutil.copytree(kept(backbone, sparsity), place, dirs_exist_ok=True)
     if record.exists():
         found: dict[str, Any] = json.loads(record.read_text())
+        if found["tower"] != tower_hash(backbone):
+            raise SystemExit(f"{place} has masks of another {backbone} tower: remove it and {KEPT}")
         if not found["reached"]:
             print(f"{backbone} {sparsity}: no structured tower loses so much", flush=True)
         return found if found["reached"] else None
@@ -89,11 +91,19 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
         if found["imp_zeros"] != found["zeros"]:
             raise SystemExit(f"IMP has {found['imp_zeros']} zeros, expected {found['zeros']}")
     partial = record.with_suffix(".part")
-    partial.write_text(json.dumps({"backbone": backbone, "ranked": total, **found}, indent=2))
+    found |= {"backbone": backbone, "tower": tower_hash(backbone), "ranked": total}
+    partial.write_text(json.dumps(found, indent=2))
     os.replace(partial, record)
     if found["reached"] and sparsity == TRAINED_AT:
         keep(backbone, sparsity, place)
     return find(backbone, sparsity, data, work)
+
+
+def tower_hash(backbone: str) -> str:
+    """Of the weights that masks are found on."""
+    from ovsprune.slim.read import file_digest
+
+    return file_digest(FOLDERS[backbone] / "open_clip_model.safetensors")[:16]
 
 
 def kept(backbone: str, sparsity: float) -> Path:

@@ -19,6 +19,7 @@ KEPT = HERE / "masks"
 """The masks that frameworks are trained with."""
 RESULTS = HERE / "results.json"
 PAGE = HERE / "README.md"
+SPECTRA = HERE / "spectra.png"
 
 for _folder in (BENCHMARKS / "photo_clip", BENCHMARKS):
     if str(_folder) not in sys.path:

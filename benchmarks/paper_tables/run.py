@@ -3,10 +3,11 @@
     python benchmarks/paper_tables/run.py --data DATA
     python benchmarks/paper_tables/run.py --list
 
-``backbone.py`` trains the ResNet first, if ``resnet/`` is not there. Rows are kept in ``--work`` as
-they are done, and a training goes on from its checkpoint; two processes with the same ``--work``
-share the queue. What ``results.json`` has already, made on another machine, is not made again
-(unless by ``--fresh``). ``--page`` renders what there is and runs nothing.
+The ResNet is trained first, by ``backbone.py``, if ``resnet/`` is not there. Rows are kept in
+``--work`` as they are done, and a training goes on from its checkpoint; two processes with the same
+``--work`` share the queue, and one trains the ResNet while the other does what stands on the ViT.
+What ``results.json`` has already, made on another machine, is not made again (unless by
+``--fresh``). ``--page`` renders what there is and runs nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from typing import Any
 import masks as found_masks
 import page
 from frameworks import FRAMEWORKS
-from places import PAGE, RESNET, RESULTS
-from plan import HOURS, LIMIT, SPARSITIES, STEPS, TRAINED_AT, Run, runs
+from masks import folder_of
+from places import PAGE, RESNET, RESULTS, SPECTRA
+from plan import HOURS, LIMIT, SCHEDULED, SPARSITIES, STEPS, TRAINED_AT, Run, runs
 from towers import tower_file, towers
 from training import Settings, check_recipe, claimed, do, photographs, vocabulary, write_row
 
@@ -89,6 +91,19 @@ def collect(work: Path) -> dict[str, Any]:
 _KEYS = ("framework", "mask", "policy", "seed")
 
 
+def draw_spectra(work: Path) -> None:
+    """A picture of the spectra that the policies go by, beside the page."""
+    place = folder_of(work, FRAMEWORKS[SCHEDULED].backbone, TRAINED_AT) / "structured"
+    if SPECTRA.exists() or not place.is_dir():
+        return
+    from ovsprune import backbones
+    from ovsprune.report.spectra import draw
+    from ovsprune.spectrum import matrices, spectra
+
+    tower = backbones.load(str(place)).tower
+    draw(spectra(matrices(tower)), SPECTRA, title="the structured ResNet's spectra, fit peak")
+
+
 def write(work: Path, results: Path = RESULTS, page_file: Path = PAGE) -> None:
     """``results.json`` and the page."""
     record = collect(work)
@@ -101,17 +116,11 @@ def work_through(chosen: argparse.Namespace) -> None:
     """All that is not done yet; what needs a ResNet that is not there is left out."""
     from timing import all_costs, steps
 
-    failed = []
-    for run in runs(chosen.only):
-        backbone = FRAMEWORKS[run.framework].backbone
-        if not _ready(backbone) or not _find(backbone, TRAINED_AT, chosen):
-            continue
-        try:
-            if do(run, chosen.data, chosen.work, Settings()):
-                write(chosen.work)
-        except Exception:  # one framework's failure is no reason to leave the others undone
-            traceback.print_exc()
-            failed.append(run.name)
+    failed: list[str] = []
+    _train_resnet(chosen, failed, wait=False)
+    _do_all(chosen, failed)
+    _train_resnet(chosen, failed, wait=True)
+    _do_all(chosen, failed)
     with claimed(chosen.work / "locks" / "costs.lock") as mine:
         if mine:
             all_costs(vocabulary(photographs(chosen.data)), chosen.work)
@@ -121,13 +130,53 @@ def work_through(chosen: argparse.Namespace) -> None:
             there = tower_file(chosen.work, name, sparsity).exists()
             if mine and _ready(name) and not there and _find(name, sparsity, chosen):
                 towers(name, sparsity, chosen.data, chosen.work)
+    draw_spectra(chosen.work)
     write(chosen.work)
     if failed:
         raise SystemExit(f"failed, and left out: {', '.join(failed)}")
 
 
+def _do_all(chosen: argparse.Namespace, failed: list[str]) -> None:
+    """The trainings that are not done and whose tower is there; names those that fail."""
+    for run in runs(chosen.only):
+        backbone = FRAMEWORKS[run.framework].backbone
+        if run.name in failed or not _ready(backbone):
+            continue
+        try:
+            there = _find(backbone, TRAINED_AT, chosen)
+            if there and do(run, chosen.data, chosen.work, Settings()):
+                write(chosen.work)
+        except Exception:  # one framework's failure is no reason to leave the others undone
+            traceback.print_exc()
+            failed.append(run.name)
+
+
+def _train_resnet(chosen: argparse.Namespace, failed: list[str], *, wait: bool) -> None:
+    """Train the ResNet, if it is not there and no other process is at it, or wait for that one."""
+    import fcntl
+
+    import backbone
+
+    lock = chosen.work / "locks" / "resnet.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            return  # another process is at it
+        if _ready("resnet") or "resnet" in failed:
+            return
+        try:
+            final = backbone.train(chosen.data, chosen.work / "resnet", backbone.Settings())
+            backbone.export(final)
+            backbone.measure(final, chosen.data)
+        except Exception:
+            traceback.print_exc()
+            failed.append("resnet")
+
+
 def _ready(backbone: str) -> bool:
-    """Whether the tower is there; ``backbone.py`` makes the ResNet, now or while this runs."""
+    """Whether the tower is there."""
     return (found_masks.FOLDERS[backbone] / "open_clip_model.safetensors").is_file()
 
 

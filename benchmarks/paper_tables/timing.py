@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from assemble import assemble
+from assemble import Assembled, assemble
 from frameworks import FRAMEWORKS
 from masks import FOLDERS, folder_of
 from plan import MASKS, POLICIES, SCHEDULED, TRAINED_AT, Run
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 from training import (
     Settings,
     one_step,
@@ -27,6 +29,8 @@ from training import (
     vocabulary,
     write_row,
 )
+
+from ovsprune.jobs.schedule import layer_alphas
 
 ROUNDS = 15
 STEPS_TIMED = 8
@@ -48,11 +52,14 @@ def costs(framework: str, text: torch.Tensor, work: Path, sparsity: float) -> di
     for mask, item in made.items():
         module = item.module.eval()
         tower = sum(p.numel() for n, p in item.holder.named_parameters() if n in item.tower)
+        done = macs(_Predict(copy.deepcopy(module)), image, text)
         runs[mask] = {
-            "params": sum(p.numel() for p in module.parameters()),
+            "params": _that_run(item),
+            "nonzero": _that_run(item) - item.zeros,
             "tower_params": tower,
             "tower_nonzero": tower - item.zeros,
-            "macs": macs(_Predict(copy.deepcopy(module)), image, text),
+            "macs": done,
+            "nonzero_macs": done - _spared(item, image, text),
             "milliseconds": [],
         }
     with torch.no_grad():
@@ -69,6 +76,41 @@ def costs(framework: str, text: torch.Tensor, work: Path, sparsity: float) -> di
     return row
 
 
+def _that_run(item: Assembled) -> int:
+    """Parameters of what runs: the tower without an idle pool, and all that trains."""
+    names = {id(p): n for n, p in item.holder.named_parameters()}
+    return sum(
+        p.numel()
+        for p in item.module.parameters()
+        if names.get(id(p)) in item.tower or (p.requires_grad and names.get(id(p)) not in item.idle)
+    )
+
+
+@torch.no_grad()
+def _spared(item: Assembled, image: torch.Tensor, text: torch.Tensor) -> int:
+    """MACs of the zeros, which the paper does not count: each weight once a position."""
+    positions: dict[str, int] = {}
+
+    def watched(name: str) -> RemovableHandle:
+        path = name.rpartition(".")[0]
+        owner, above = (item.holder.get_submodule(p) for p in (path, path.rpartition(".")[0]))
+        if isinstance(above, nn.MultiheadAttention):
+            owner = above  # it reads its output projection's weight without calling it
+
+        def seen(module: nn.Module, given: Any, out: Any) -> None:
+            first = out[0] if isinstance(out, tuple) else out
+            channels = first.shape[1] if isinstance(module, nn.Conv2d) else first.shape[-1]
+            positions[name] = first.numel() // channels
+
+        return owner.register_forward_hook(seen)
+
+    handles = [watched(name) for name in item.masks]
+    item.module.predict(image, text)
+    for handle in handles:
+        handle.remove()
+    return sum(int((~mask).sum()) * positions[name] for name, mask in item.masks.items())
+
+
 def all_costs(text: torch.Tensor, work: Path) -> list[dict[str, Any]]:
     """Of every framework whose masks are there."""
     there = [name for name in FRAMEWORKS if _masks(name, work, TRAINED_AT) is not None]
@@ -76,10 +118,7 @@ def all_costs(text: torch.Tensor, work: Path) -> list[dict[str, Any]]:
 
 
 def steps(data: Path, work: Path) -> dict[str, Any] | None:
-    """Milliseconds of a training step by policy, measured once into ``work``.
-
-    What a policy recomputes now and then (alpha-refresh) is not in it.
-    """
+    """Milliseconds of a training step by policy, and of a look at the spectra, into ``work``."""
     file = work / "steps" / f"{SCHEDULED}-{TRAINED_AT:g}.json"
     if file.exists():
         found: dict[str, Any] = json.loads(file.read_text())
@@ -105,8 +144,15 @@ def steps(data: Path, work: Path) -> dict[str, Any] | None:
             one_step(module, optimizer, plan, found, text, turn, 0, settings)
             if turn >= 2:  # the first turns warm up
                 times[policy].append(1e3 * (time.perf_counter() - start))
+    module, _, plan = ready["alpha-refresh"]
+    looks = []
+    for _ in range(3):
+        start = time.perf_counter()
+        layer_alphas(plan.model, [layer.name for layer in plan.layers])
+        looks.append(1e3 * (time.perf_counter() - start))
     row = {
         "framework": SCHEDULED,
+        "refresh": statistics.median(looks),
         "milliseconds": {policy: statistics.median(found) for policy, found in times.items()},
     }
     write_row(file, row)

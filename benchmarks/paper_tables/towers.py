@@ -17,6 +17,8 @@ import torch
 from masks import FOLDERS, folder_of, imp_file, random_masks, ranked
 from training import SETS, score, write_row
 
+BARE = "structured, not repaired"
+
 
 class Tower:
     """A tower as something that predicts: MaskCLIP's reading of its dense output."""
@@ -43,6 +45,7 @@ def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[
     if file.exists():
         rows: list[dict[str, Any]] = json.loads(file.read_text())
         return rows
+    import ovsprune
     from ovsprune import backbones
     from ovsprune.masks import apply_masks, read_masks, read_weights
 
@@ -54,7 +57,7 @@ def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[
         masks[f"random-{seed}"] = random_masks(ranked(backbone), found["zeros"], seed)
     rows = []
     own = ["imp, its own weights"] if (place / "imp").is_dir() else []
-    for name in (*masks, *own, "structured"):
+    for name in (*masks, *own, BARE, "structured"):
         loaded = backbones.load(str(place / "structured") if name == "structured" else dense)
         if masks.get(name):
             apply_masks(loaded.tower, masks[name])
@@ -62,6 +65,9 @@ def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[
         elif name == "imp, its own weights":
             state = {n.removeprefix("visual."): t for n, t in read_weights(place / "imp").items()}
             loaded.tower.load_state_dict(state)
+        elif name == BARE:
+            ovsprune.apply(loaded.tower, ovsprune.read(place / "structured"), weights="target")
+            norms.refresh(loaded.tower, work)
         scores = {s: score(Tower(loaded), s, data) for s in SETS}
         rows.append({"backbone": backbone, "sparsity": sparsity, "mask": name, "scores": scores})
     write_row(file, rows)  # type: ignore[arg-type]

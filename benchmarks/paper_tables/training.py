@@ -126,12 +126,17 @@ def train(
     plan = schedule_of(made, run, settings)
     if plan is not None:
         plan.bind(optimizer)
-    flops = _flops(module, plan, batch(photos, 0, settings.batch, run.seed), text)
+    counts: dict[tuple[str, ...], int] = {}
     last = work / "checkpoints" / f"{run.name}.pt"
-    first, wall, cpu, losses = _resume(last, settings, module, optimizer, plan)
+    first, wall, cpu, losses, flops = _resume(last, settings, module, optimizer, plan)
     start, cpu_start, saved = time.monotonic(), time.process_time(), time.monotonic()
     for step in range(first, settings.steps):
         found = batch(photos, step, settings.batch, run.seed)
+        if plan is not None:
+            plan.step(step)
+            if plan.chosen not in counts:
+                counts[plan.chosen] = _flops(module, plan, found, text)
+            flops += counts[plan.chosen]
         loss, norm = one_step(module, optimizer, plan, found, text, step, run.seed, settings)
         losses.append(loss)
         if step % 50 == 49:
@@ -152,6 +157,7 @@ def train(
                 wall=wall + saved - start,
                 cpu=cpu + time.process_time() - cpu_start,
                 losses=losses,
+                flops=flops,
                 settings=asdict(settings),
             )
     wall, cpu = wall + time.monotonic() - start, cpu + time.process_time() - cpu_start
@@ -165,7 +171,7 @@ def train(
         "last_loss": sum(losses[-10:]) / len(losses[-10:]),
         "seconds": {"wall": wall, "cpu": cpu},
         "zeros": made.zeros,
-        "training_flops": flops,
+        "training_flops": {"total": flops} if plan is not None else None,
         "chosen": None if plan is None else list(plan.chosen),
         "alphas": None if plan is None or plan.alphas is None else _finite(plan.alphas),
     }
@@ -205,10 +211,10 @@ def _finite(alphas: Mapping[str, float]) -> dict[str, float | None]:
 
 def _resume(
     last: Path, settings: Settings, module: Any, optimizer: Any, plan: Any
-) -> tuple[int, float, float, list[float]]:
-    """Step, seconds of both kinds and losses so far."""
+) -> tuple[int, float, float, list[float], int]:
+    """Step, seconds of both kinds, losses and counted FLOPs so far."""
     if not last.exists():
-        return 0, 0.0, 0.0, []
+        return 0, 0.0, 0.0, [], 0
     state = torch.load(last, weights_only=True)
     if state["settings"] != asdict(settings):
         raise SystemExit(f"{last} was made with other settings: {state['settings']}")
@@ -216,7 +222,7 @@ def _resume(
     optimizer.load_state_dict(state["optimizer"])
     if plan is not None:
         plan.load_state_dict(state["plan"])
-    return state["step"], state["wall"], state["cpu"], list(state["losses"])
+    return state["step"], state["wall"], state["cpu"], list(state["losses"]), state["flops"]
 
 
 def _save(path: Path, **state: Any) -> None:
@@ -226,18 +232,17 @@ def _save(path: Path, **state: Any) -> None:
     os.replace(partial, path)
 
 
-def _flops(module: Any, plan: Any, found: Any, text: Tensor) -> dict[str, int] | None:
-    """Counted FLOPs of the training; running statistics are put back afterwards."""
-    if plan is None:
-        return None
+def _flops(module: Any, plan: Any, found: Any, text: Tensor) -> int:
+    """Counted FLOPs of a step with what trains now; running statistics are put back afterwards."""
+    from ovsprune.schedules.flops import step_flops
+
     buffers = {n: b.clone() for n, b in module.named_buffers()}
     torch.manual_seed(0)
-    counted = plan.training_flops(lambda: module.loss(found.images, found.labels, text))
+    counted = step_flops(plan.model, lambda: module.loss(found.images, found.labels, text))
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             buffer.copy_(buffers[name])
-    record: dict[str, int] = counted.record()
-    return record
+    return counted.step
 
 
 SETS = {"msrc_test": ("msrc", "test.txt"), "camvid_val": ("camvid/val", None)}

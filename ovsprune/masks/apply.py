@@ -24,12 +24,14 @@ class Applied:
         weights: Number of weights under the masks.
         zeros: How many of them are zero now.
         held: Parameters whose gradient is masked until :meth:`release`.
+        masks: Parameter's name in the module to its mask, bool of its shape.
     """
 
     placement: Placement
     weights: int
     zeros: int
     held: tuple[str, ...] = ()
+    masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     _hooks: tuple[RemovableHandle, ...] = field(default=(), repr=False)
 
     @property
@@ -86,6 +88,7 @@ def apply_masks(
         sum(mask.numel() for mask in placed.values()),
         sum(int((parameters[name] == 0).sum()) for name in placed),
         held,
+        placed,
         hooks,
     )
 

@@ -83,7 +83,7 @@ def test_a_page_without_rows_says_that_nothing_was_run(script) -> None:
     assert f"0 of the {len(plan.runs())}" in text
     assert f"{len(plan.runs())} trainings of the plan" in text
     assert "its training is not done" in text
-    assert "Alpha against a random half: not run." in text
+    assert "Schedules: alpha against random: not run." in text
     assert "| Han et al. | dense | 46.0 |" in text  # the paper's own are there all the same
     assert "points" not in text
 
@@ -99,10 +99,13 @@ def test_the_page_tells_what_rows_say(script) -> None:
     ]
     text = page.render(empty(rows=rows))
     title = "Mask2Former (transformers')"
-    assert f"{title}: imp minus random: +10.0 ± 0.0 points (3 seeds, paired)." in text
+    seeds = "(3 seeds, paired, +10.0, +10.0, +10.0)"
+    assert f"{title}: imp minus random: +10.0 ± 0.0 points {seeds}." in text
     assert "FC-CLIP's mask pooling, tower frozen: imp against random: not run." in text
     assert "| IMP mask (the paper's, unstructured) | 41.0 ± 1.0 | 20.5 ± 0.5 |" in text
-    assert "Alpha does not beat a random half here: 51.5 ± 0.7 against 53.0 ± 1.0" in text
+    seeds = "(2 seeds, paired, -1.0, -1.0)"
+    assert f"Schedules: alpha minus random: -1.0 ± 0.0 points {seeds}." in text
+    assert "alpha does not beat a random half" in text and "![spectra](spectra.png)" in text
     assert "| alpha | 51.5 ± 0.7 |" in text and "47.2 at 159.6P" in text
     assert "| layer4.1.conv3.weight | 3.50 | trains |" in text
     assert "fc-clip-dense-all-0" in text  # among what is missing

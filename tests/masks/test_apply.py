@@ -58,6 +58,7 @@ def test_held_masks_outlive_training(
     model.backbone.stem.weight.requires_grad_(False)
     applied = apply_masks(model, masks, hold=True)
     assert set(applied.held) == {f"backbone.{n}" for n in masks if n != "stem.weight"}
+    assert {n.removeprefix("backbone."): m for n, m in applied.masks.items()} == masks
     parameters = list(model.parameters())
     steps = optimizer([p for p in parameters if p.requires_grad])
 

@@ -30,18 +30,24 @@ class Framework:
         backbone: ``"vit"`` or ``"resnet"``.
         title: On the page.
         paper: Its row in the paper's table; None where the paper has no such framework.
+        pooled: Whether it runs the tower's attention pool, or a part of it.
     """
 
     module: str
     backbone: str
     title: str
     paper: str | None
+    pooled: bool = True
 
 
 FRAMEWORKS: Mapping[str, Framework] = {
     "san": Framework("san", "vit", "SAN (mmsegmentation's)", None),
-    "mask2former": Framework("mask2former", "resnet", "Mask2Former (transformers')", "Han et al."),
-    "deeplabv3": Framework("deeplabv3", "resnet", "DeepLabV3 (torchvision's)", "DeepLabV3"),
+    "mask2former": Framework(
+        "mask2former", "resnet", "Mask2Former (transformers')", "Han et al.", pooled=False
+    ),
+    "deeplabv3": Framework(
+        "deeplabv3", "resnet", "DeepLabV3 (torchvision's)", "DeepLabV3", pooled=False
+    ),
     "fc-clip": Framework("fc_clip", "resnet", "FC-CLIP's mask pooling, tower frozen", "FC-CLIP"),
 }
 
