@@ -85,7 +85,7 @@ def page(record: Mapping[str, Any]) -> str:
         f"`{record['command']}`",
         "",
         f"Image towers of open_clip with random weights, pruned to half of their MACs with "
-        f"{rows[0]['samples']} procedural pictures by the default, threads: {rows[0]['threads']}, "
+        f"{rows[0]['samples']} made pictures by the default, threads: {rows[0]['threads']}, "
         "each in a process of its own. Seconds by stage; the solver (eliminations and ridge "
         "solves, O(n³) in the units of a group) stands apart. Peak: resident memory of the "
         "process, torch and the dense tower included.",
