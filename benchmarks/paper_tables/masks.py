@@ -26,8 +26,8 @@ FOLDERS = {"vit": PHOTO, "resnet": RESNET}
 RANKED_NOT = {"vit": (), "resnet": ("attnpool.*",)}
 """Weights that no method touches: what the paper ranks is the convolutions."""
 SAMPLES = 256
-IMP_STEPS, IMP_BATCH = 100, 8
-"""A round's. The paper takes 5,000."""
+IMP = {"steps": 100, "batch": 8}
+"""A round's. The paper takes 5,000 steps."""
 NEAR, TRIES = 0.01, 8
 FIRST = 0.86
 """The first ratio of MACs tried, as a share of the sparsity: on ``photo`` 0.44 gave 0.51."""
@@ -77,8 +77,11 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
         shutil.copytree(kept(backbone, sparsity), place, dirs_exist_ok=True)
     if record.exists():
         found: dict[str, Any] = json.loads(record.read_text())
-        if found["tower"] != tower_hash(backbone):
-            raise SystemExit(f"{place} has masks of another {backbone} tower: remove it and {KEPT}")
+        if (found["tower"], found["imp"]) != (tower_hash(backbone), IMP):
+            raise SystemExit(
+                f"{place} has masks of another {backbone} tower, or by other steps: remove it, and "
+                f"{kept(backbone, sparsity)}"
+            )
         if not found["reached"]:
             print(f"{backbone} {sparsity}: no structured tower loses so much", flush=True)
         return found if found["reached"] else None
@@ -91,7 +94,7 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
         if found["imp_zeros"] != found["zeros"]:
             raise SystemExit(f"IMP has {found['imp_zeros']} zeros, expected {found['zeros']}")
     partial = record.with_suffix(".part")
-    found |= {"backbone": backbone, "tower": tower_hash(backbone), "ranked": total}
+    found |= {"backbone": backbone, "tower": tower_hash(backbone), "imp": IMP, "ranked": total}
     partial.write_text(json.dumps(found, indent=2))
     os.replace(partial, record)
     if found["reached"] and sparsity == TRAINED_AT:
@@ -208,8 +211,8 @@ def _imp(backbone: str, ratio: float, calibration: str, place: Path) -> dict[str
         ratio,
         calibration=calibration,
         samples=SAMPLES,
-        batch_size=IMP_BATCH,
-        imp_steps=IMP_STEPS,
+        batch_size=IMP["batch"],
+        imp_steps=IMP["steps"],
         protect=RANKED_NOT[backbone],
         output=place / "imp",
         overwrite=True,

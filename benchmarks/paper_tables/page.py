@@ -11,7 +11,7 @@ from typing import Any
 
 import paper
 from frameworks import FRAMEWORKS
-from masks import IMP_BATCH, IMP_STEPS
+from masks import IMP
 from plan import HOURS, LIMIT, MASKS, POLICIES, SCHEDULED, SPARSITIES, STEPS, TRAINED_AT, Run, runs
 
 TITLES = {
@@ -194,8 +194,8 @@ def _table1(rows: Sequence[Any], costs: Sequence[Mapping[str, Any]]) -> str:
         "192 x 192 picture, one thread, all masks in turn in one process; zeros are multiplied "
         "like any other number, and left out where the paper leaves them out. The structured "
         "tower comes with its closed-form repair (the table of towers has it without), the masks "
-        f"are on the dense weights. IMP trained {IMP_STEPS} steps of {IMP_BATCH} pictures a round; "
-        "the paper's 5,000."
+        f"are on the dense weights. IMP trained {IMP['steps']} steps of {IMP['batch']} pictures a "
+        "round; the paper's 5,000."
     )
 
 

@@ -24,7 +24,7 @@ import masks as found_masks
 import page
 from frameworks import FRAMEWORKS
 from masks import folder_of
-from places import PAGE, RESNET, RESULTS, SPECTRA
+from places import CARD, PAGE, RESULTS, SPECTRA
 from plan import HOURS, LIMIT, SCHEDULED, SPARSITIES, STEPS, TRAINED_AT, Run, runs
 from towers import tower_file, towers
 from training import Settings, check_recipe, claimed, do, photographs, vocabulary, write_row
@@ -69,17 +69,16 @@ def collect(work: Path) -> dict[str, Any]:
     known = {p.stem: json.loads(p.read_text()) for p in sorted((work / "known").glob("*.json"))}
     here = {p.parent.name: p for p in sorted((work / "masks").glob("*/masks.json"))}
     found = {name: json.loads(p.read_text()) for name, p in here.items()}
-    for name in known.keys() & found.keys():
-        if known[name].get("zeros") != found[name].get("zeros"):
+    for name, what in itertools.product(known.keys() & found.keys(), ("tower", "zeros")):
+        mine, theirs = found[name].get(what), known[name].get(what)
+        if mine != theirs:
             raise SystemExit(
-                f"the masks of {name} have {found[name].get('zeros')} zeros here and "
-                f"{known[name].get('zeros')} in the record: their rows cannot stand in one table; "
-                "start anew with --fresh and another --work"
+                f"the masks of {name} have {what} {mine} here and {theirs} in the record: their "
+                "rows cannot stand in one table; start anew with --fresh and another --work"
             )
-    card = RESNET / "measured.json"
     return {
         "plan": {"trainings": len(runs()), "limit": LIMIT, "hours": HOURS, "steps": STEPS},
-        "backbone": json.loads(card.read_text()) if card.exists() else None,
+        "backbone": json.loads(CARD.read_text()) if CARD.exists() else None,
         "masks": known | found,
         "towers": [row for rows in read("towers") for row in rows],
         "costs": read("costs"),
@@ -94,7 +93,10 @@ _KEYS = ("framework", "mask", "policy", "seed")
 def draw_spectra(work: Path) -> None:
     """A picture of the spectra that the policies go by, beside the page."""
     place = folder_of(work, FRAMEWORKS[SCHEDULED].backbone, TRAINED_AT) / "structured"
-    if SPECTRA.exists() or not place.is_dir():
+    weights = place / "model.safetensors"
+    if not weights.is_file():
+        return
+    if SPECTRA.exists() and SPECTRA.stat().st_mtime > weights.stat().st_mtime:
         return
     from ovsprune import backbones
     from ovsprune.report.spectra import draw
@@ -106,6 +108,7 @@ def draw_spectra(work: Path) -> None:
 
 def write(work: Path, results: Path = RESULTS, page_file: Path = PAGE) -> None:
     """``results.json`` and the page."""
+    draw_spectra(work)
     record = collect(work)
     write_row(results, record)
     page_file.write_text(page.render(record))
@@ -130,7 +133,6 @@ def work_through(chosen: argparse.Namespace) -> None:
             there = tower_file(chosen.work, name, sparsity).exists()
             if mine and _ready(name) and not there and _find(name, sparsity, chosen):
                 towers(name, sparsity, chosen.data, chosen.work)
-    draw_spectra(chosen.work)
     write(chosen.work)
     if failed:
         raise SystemExit(f"failed, and left out: {', '.join(failed)}")
@@ -164,11 +166,12 @@ def _train_resnet(chosen: argparse.Namespace, failed: list[str], *, wait: bool) 
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             return  # another process is at it
-        if _ready("resnet") or "resnet" in failed:
+        if CARD.is_file() or "resnet" in failed:
             return
         try:
             final = backbone.train(chosen.data, chosen.work / "resnet", backbone.Settings())
-            backbone.export(final)
+            if not _ready("resnet"):
+                backbone.export(final)
             backbone.measure(final, chosen.data)
         except Exception:
             traceback.print_exc()

@@ -41,7 +41,7 @@ class Settings:
     decay: float = 0.05
     clip: float = 1.0
     limit: int | None = None  # pictures that are scored; None for all
-    recipe: int = 2  # counts up when the scripts change what a row means: rows of two do not mix
+    recipe: int = 3  # counts up when the scripts change what a row means: rows of two do not mix
 
 
 @cache

@@ -26,7 +26,7 @@ class Ladder:
     """One group's steps.
 
     Attributes:
-        widths: int64 [k + 1], ascending: the floor, ..., the dense width.
+        widths: int64 [k + 1], ascending: the floor, ..., the widest that it may have.
         prices: [k]: what each step costs, > 0, in the budget's currency.
         worths: [k]: removal cost per price of the units that the step keeps; never rises.
         floor: What the floor costs.

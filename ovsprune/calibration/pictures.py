@@ -203,13 +203,19 @@ def open_pictures(
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and sizes of a folder's pictures, as 16 hexadecimal digits.
+    """SHA-256 over names and contents of a folder's pictures, as 16 hexadecimal digits.
 
     Raises:
         DataError: ``folder`` is no folder, or cannot be read.
     """
-    found = [(str(p.relative_to(folder)), p.stat().st_size) for p in _listing(folder)]
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for path in _listing(folder):
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        digest.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

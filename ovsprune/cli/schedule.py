@@ -15,9 +15,7 @@ from ovsprune.cli.screen import Screen, output_options
 @click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
 @click.option("--policy", default="alpha", show_default=True, help="A policy that --list shows.")
 @schedule_options
-@click.option(
-    "--total-steps", default=1, show_default=True, help="Optimiser steps of the training."
-)
+@click.option("--total-steps", type=int, help="Optimiser steps of the training.")
 @click.option(
     "--fit", default="peak", show_default=True, help="Fit of the alphas: peak, least-ks or hill."
 )

@@ -133,6 +133,8 @@ def compare(
     asked = parse_methods(methods)
     ratios = list(dict.fromkeys(float(ratio) for ratio in ratios))
     _check(ratios, seeds, scenes, data, list_file, budget)
+    if isinstance(protect, str):
+        raise OptionError(f"--protect {protect!r}: give a list of patterns, not one string")
     settings = Settings(
         ratio=ratios[0],
         budget=budget,

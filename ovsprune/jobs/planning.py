@@ -158,7 +158,8 @@ class Planning:
         if self.settings.statistics is None:
             return self._measure(tower, groups, pictures, probe)
         path = Path(self.settings.statistics)
-        check_place(path)
+        if not path.is_file():
+            check_place(path)
         origin = self._origin(groups, pictures, probe)
         if path.exists():
             stored = read_statistics(path, origin)

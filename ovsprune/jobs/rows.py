@@ -20,6 +20,9 @@ OWN = (SETTINGS, ROWS, "compare.json", "README.md", "curves.png")
 
 Row = dict[str, Any]
 
+LATER = ("labelled pictures", "calibration pictures")
+"""Settings that the first versions did not write: where they are missing, they are added."""
+
 
 def check_place(place: Path) -> None:
     """Make sure that ``place`` can hold a comparison; asked before long work.
@@ -95,7 +98,8 @@ class Rows:
     def _check(self, settings: Mapping[str, Any]) -> None:
         path = self.place / SETTINGS
         try:
-            found = json.loads(path.read_text("utf-8"))
+            written = json.loads(path.read_text("utf-8"))
+            found = {**{k: v for k, v in settings.items() if k in LATER}, **written}
             other = [k for k in {**found, **settings} if found.get(k) != settings.get(k)]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise OutputError(
@@ -110,6 +114,8 @@ class Rows:
                 f"{self.place} holds a comparison with other settings ({said}). Name another "
                 "directory with -o, or pass --overwrite to start anew"
             )
+        if found != written:
+            write_text(path, json.dumps(found, indent=2) + "\n")
 
     def _read(self) -> list[Row]:
         path = self.place / ROWS

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -83,12 +85,11 @@ class TrainPlan:
         self._first: Mapping[str, float] | None = None
         self._moment: int | None = None
         self._optimizers: tuple[Any, ...] = ()
-        self._opened = False
+        self._openings, self._opened = 0, False
         self.chosen: tuple[str, ...] = ()
-        self.step(0)
+        self._go(self.moments[0])
         if isinstance(model, DistributedDataParallel):
             self._check_wrapped(model)
-            self._opened = True
 
     # What trains
 
@@ -129,12 +130,15 @@ class TrainPlan:
         """
         if index < 0:
             raise ScheduleError(f"step {index}: steps are counted from 0")
+        self._check_processes()
         moment = self.moments[bisect_right(self.moments, index) - 1]
         if moment == self._moment:
             self._forget()  # an optimiser may have been given a state of all by now
             return False
-        if self._moment is not None:
-            self._check_processes()
+        return self._go(moment)
+
+    def _go(self, moment: int) -> bool:
+        """Have the policy choose; whether what trains has changed."""
         before, self._moment = self.chosen, moment
         chosen = set(self.policy.choose(self._context(moment)))
         self._set(tuple(layer.name for layer in self.layers if layer.name in chosen))
@@ -160,24 +164,31 @@ class TrainPlan:
         )
 
     def _set(self, chosen: tuple[str, ...]) -> None:
-        """Let these layers train, and what follows them; freeze the others."""
-        self.chosen, training = chosen, set(chosen)
-        wanted = dict(self._others)
+        """Let these layers train and what follows them, the others not, once nothing is open."""
+        self.chosen = chosen
+        if self._openings:
+            return
+        for name, train in self._wanted().items():
+            self._parameters[name].requires_grad_(train)
+        self._forget()
+
+    def _wanted(self) -> dict[str, bool]:
+        """Name of every parameter that the plan decides about to whether it trains."""
+        wanted, training = dict(self._others), set(self.chosen)
         for layer in self.layers:
             wanted[layer.name] = layer.name in training
             for name in layer.followers:  # of several layers, where it follows several
                 wanted[name] = wanted.get(name, False) or wanted[layer.name]
-        for name, train in wanted.items():
-            self._parameters[name].requires_grad_(train)
-        self._forget()
+        return wanted
 
     def _forget(self) -> None:
-        """Leave neither a gradient nor an optimiser's state behind for what is frozen."""
-        frozen = [self._parameters[name] for name in self.frozen]
-        for parameter in frozen:
-            parameter.grad = None
-            for optimizer in self._optimizers:
-                optimizer.state.pop(parameter, None)
+        """Leave neither a gradient nor an optimiser's state behind for what the plan freezes."""
+        for name in self._wanted():
+            parameter = self._parameters[name]
+            if not parameter.requires_grad:
+                parameter.grad = None
+                for optimizer in self._optimizers:
+                    optimizer.state.pop(parameter, None)
 
     # Optimisers
 
@@ -188,10 +199,8 @@ class TrainPlan:
         gradient and is passed over.
 
         Raises:
-            ScheduleError: A parameter that will train is in none of them, or several processes
-                could not follow.
+            ScheduleError: A parameter that will train is in none of them.
         """
-        self._check_processes()
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         missing = [n for n in self._ever() if id(self._parameters[n]) not in held]
         if missing:
@@ -210,14 +219,32 @@ class TrainPlan:
         always = [name for name, train in self._others.items() if train]
         return tuple(dict.fromkeys(names + always))
 
-    def open(self) -> _Open:
+    @contextmanager
+    def open(self) -> Iterator[None]:
         """Inside, all that the plan may ever train wants gradients.
 
         For what looks at ``requires_grad`` once: frameworks that make an optimiser, and
-        DistributedDataParallel.
+        DistributedDataParallel. Openings may nest; the plan holds again behind the last.
         """
+        self.hold()
+        try:
+            yield
+        finally:
+            if self._openings == 1:
+                self.close()
+            self._openings = max(0, self._openings - 1)
+
+    def hold(self) -> None:
+        """Open it until :meth:`close`."""
+        self._openings += 1
         self._opened = True
-        return _Open([self._parameters[name] for name in self._ever()], self._forget)
+        for name in self._ever():
+            self._parameters[name].requires_grad_(True)
+
+    def close(self) -> None:
+        """End every opening, as a training does that begins."""
+        self._openings = 0
+        self._set(self.chosen)
 
     def groups(
         self,
@@ -253,8 +280,8 @@ class TrainPlan:
 
     def _check_wrapped(self, wrapped: DistributedDataParallel) -> None:
         """DistributedDataParallel waits for the gradients of all that trained when it wrapped."""
-        seen = all(self._before[name] for name in self._ever())
-        if seen and _may_miss_some(wrapped):
+        self.made_late()
+        if self._opened and _may_miss_some(wrapped):
             return
         self.release()
         raise ScheduleError(
@@ -262,16 +289,29 @@ class TrainPlan:
             f"gradients of what it saw then. Make the plan first and wrap afterwards; {_REMEDY}"
         )
 
+    def made_late(self) -> None:
+        """Say that whatever wraps the model did so before the plan was made, and saw all of it."""
+        self._opened = all(self._before[name] for name in self._ever())
+
     def check_wrapper(self, wrapped: Any) -> None:
-        """Look at what wrapped the model after the plan was made.
+        """Look at what wrapped the model, if it was DistributedDataParallel.
 
         Raises:
-            ScheduleError: It waits for the gradients of all, and the plan changes its mind.
+            ScheduleError: The plan changes its mind, and it waits for the gradients of all, or
+                averages those only of what was not frozen when it wrapped.
         """
-        ddp = isinstance(wrapped, DistributedDataParallel)
-        if self.changes and ddp and not _may_miss_some(wrapped):
+        if not (self.changes and isinstance(wrapped, DistributedDataParallel)):
+            return
+        if not _may_miss_some(wrapped):
             raise ScheduleError(
                 f"DistributedDataParallel waits for the gradients of all that it saw; {_REMEDY}"
+            )
+        seen = int(wrapped._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
+        wanted = len({*self._ever(), *self.trainable})
+        if seen < wanted:
+            raise ScheduleError(
+                f"DistributedDataParallel wrapped the model while the plan froze it: it averages "
+                f"{seen} of the {wanted} parameters that will train; {_REMEDY}"
             )
 
     def _check_processes(self) -> None:
@@ -296,22 +336,26 @@ class TrainPlan:
         Raises:
             ScheduleError: ``loss`` gives no scalar.
         """
-        now = step_flops(self.model, loss)
-        if not self.changes or self.policy.current:
-            return TrainingFlops(now.forward, now.activations, now.weights, self.total_steps)
-        counted, total, before = {self.chosen: now}, 0, (self.chosen, self._moment)
-        ends = (*self.moments[1:], self.total_steps)
+        before, openings = (self.chosen, self._moment), self._openings
         optimizers, self._optimizers = self._optimizers, ()  # counting loses no state,
         gradients = {p: p.grad for p in self._parameters.values()}  # and no gradient
+        self.close()
+        counted = {self.chosen: step_flops(self.model, loss)}
+        now, total = counted[self.chosen], None
         try:
-            for moment, end in zip(self.moments, ends, strict=True):
-                self.step(moment)
-                if self.chosen not in counted:
-                    counted[self.chosen] = step_flops(self.model, loss)
-                total += counted[self.chosen].step * (end - moment)
+            if self.changes and not self.policy.current:
+                total = 0
+                ends = (*self.moments[1:], self.total_steps)
+                for moment, end in zip(self.moments, ends, strict=True):
+                    self._go(moment)
+                    if self.chosen not in counted:
+                        counted[self.chosen] = step_flops(self.model, loss)
+                    total += counted[self.chosen].step * (end - moment)
         finally:
             self._moment = before[1]
             self._set(before[0])
+            for _ in range(openings):
+                self.hold()
             self._optimizers = optimizers
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
@@ -326,7 +370,7 @@ class TrainPlan:
             **self._settings(),
             "moment": self._moment,
             "chosen": list(self.chosen),
-            "alphas": None if self._first is None else dict(self._first),
+            "alphas": None if self._first is None else _plain(self._first),
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -361,12 +405,14 @@ class TrainPlan:
                 raise ScheduleError(
                     f"the plan that is resumed had {shown}; make the plan with the same settings"
                 )
-        self._first = None if state["alphas"] is None else dict(state["alphas"])
+        alphas = state["alphas"]
+        self._first = alphas and {name: math.inf if a is None else a for name, a in alphas.items()}
         self._moment = state["moment"]
         self._set(tuple(state["chosen"]))
 
     def release(self) -> None:
         """Let every parameter train or not as before the plan, and undo what was made for it."""
+        self._openings = 0
         for name, train in self._before.items():
             self._parameters[name].requires_grad_(train)
         self._optimizers = ()
@@ -402,19 +448,6 @@ def _processes() -> int:
     return torch.distributed.get_world_size() if there else 1
 
 
-class _Open:
-    """Parameters that want gradients until the end of a ``with`` block."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], after: Callable[[], None]) -> None:
-        self._parameters, self._after = list(parameters), after
-        self._before: list[bool] = []
-
-    def __enter__(self) -> None:
-        self._before = [parameter.requires_grad for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            parameter.requires_grad_(before)
-        self._after()
+def _plain(alphas: Mapping[str, float]) -> dict[str, float | None]:
+    """None for a layer that is too narrow for a fit: JSON has no infinity."""
+    return {name: alpha if math.isfinite(alpha) else None for name, alpha in alphas.items()}

@@ -20,6 +20,8 @@ from ovsprune.core.protocols import Layer
 
 __all__ = ["REST", "matching", "pool_of"]
 
+PROJECTIONS = ("proj", "image_projection", "text_projection", "visual_projection")
+"""Names of parameters that are matrices, and the last thing that their module does."""
 REST = ("follow", "train", "freeze", "keep")
 """What becomes of the rest of the pool's part of the model: norms, biases, positions."""
 
@@ -91,7 +93,7 @@ def _followed(
     if own:
         return own
     known = set(heads)
-    if last.endswith(("proj", "projection")):
+    if last in PROJECTIONS:
         start = f"{module}." if module else ""
         below = [head for head in heads if head.startswith(start)]
         return (below[-1] if below else heads[-1],)

@@ -244,7 +244,7 @@ def test_a_record_goes_on_on_another_machine(script, tmp_path: Path) -> None:
     own.write_text(json.dumps({"reached": True, "zeros": 41}))
     run.collect(work)
     own.write_text(json.dumps({"reached": True, "zeros": 40}))
-    with pytest.raises(SystemExit, match="40 zeros here and 41 in the record"):
+    with pytest.raises(SystemExit, match="zeros 40 here and 41 in the record"):
         run.collect(work)
 
 

@@ -193,7 +193,15 @@ def test_pictures_that_changed_in_place(small_clip, tmp_path):
     with pytest.raises(OutputError, match=r"other settings \(labelled pictures .*--overwrite"):
         compare(small_clip, [0.3], **run)
     label.write_bytes(before)
-    (photos / "9.png").write_bytes((photos / "0.png").read_bytes())
+    settings = tmp_path / "out" / "settings.json"
+    whole = json.loads(settings.read_text())
+    old = {name: value for name, value in whole.items() if not name.endswith(" pictures")}
+    settings.write_text(json.dumps(old))
+    compare(small_clip, [0.3], **run)  # of a version that did not write them: taken, and added
+    assert json.loads(settings.read_text()) == whole
+    size = (photos / "0.png").stat().st_size
+    Image.fromarray(np.full((32, 32, 3), 1, np.uint8)).save(photos / "0.png")
+    assert (photos / "0.png").stat().st_size == size
     with pytest.raises(OutputError, match=r"other settings \(calibration pictures .*--overwrite"):
         compare(small_clip, [0.3], **run)
 

@@ -160,7 +160,6 @@ def test_a_text_tower_keeps_its_own_gelu(tmp_path: Path) -> None:
         {"budget": "params", "recovery": "none"},
         {"budget": "latency", **CHEAP},
         {**CHEAP, "round_to": 4},
-        {**CHEAP, "uniform_heads": True},
         {"rounds": 2, "recovery": "closed-form", "criterion": "magnitude"},
         {"recovery": "distill", "distill": Distillation(steps=2), "allocation": "uniform"},
         {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},

@@ -99,6 +99,16 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert not surveys
 
 
+def test_a_file_is_read_from_a_place_that_cannot_be_written(
+    small: Backbone, tmp_path: Path, surveys: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "statistics.safetensors")
+    prune(small, 0.3, statistics=file, **OPTIONS)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    prune(small, 0.5, statistics=file, **OPTIONS)
+    assert len(surveys) == 1
+
+
 def test_the_file_is_not_in_the_checkpoints_command(small: Backbone, tmp_path: Path) -> None:
     file = str(tmp_path / "statistics.safetensors")
     done = prune(small, 0.5, statistics=file, output=tmp_path / "slim", **OPTIONS)

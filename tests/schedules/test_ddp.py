@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ovsprune
 from ovsprune.core.errors import ScheduleError
+from ovsprune.schedules.loops import Following
 from tests.schedules.helpers import STEPS, loss, model, refresh
 
 
@@ -105,3 +106,37 @@ def test_a_model_that_was_wrapped_before_is_refused_unless_it_can_follow(group):
     able = DistributedDataParallel(net, find_unused_parameters=True)
     plan = ovsprune.schedule(able, "last-k", count=2)
     assert plan.chosen == ("blocks.2.down.weight", "head.weight")
+
+
+def test_a_wrapper_that_saw_the_frozen_model_is_refused(group):
+    """Whoever looked at the open plan before: what counts is what the wrapper saw."""
+    net = model()
+    plan = refresh(net)
+    with plan.open():
+        plan.bind(torch.optim.SGD(plan.groups(lr=0.1)))
+    closed = DistributedDataParallel(net, find_unused_parameters=True)
+    with pytest.raises(ScheduleError, match=r"it averages \d+ of the \d+ parameters"):
+        plan.check_wrapper(closed)
+    with pytest.raises(ScheduleError, match=r"it averages \d+ of the \d+ parameters"):
+        Following(plan).begin(closed, STEPS)
+    with plan.open():
+        able = DistributedDataParallel(net, find_unused_parameters=True)
+    plan.check_wrapper(able)
+
+
+def test_several_processes_are_told_before_the_first_step(monkeypatch):
+    monkeypatch.setattr("ovsprune.schedules.plan._processes", lambda: 2)
+    net = model()
+    plan = refresh(net)
+    plan.bind(torch.optim.SGD(plan.groups(lr=0.1)))  # before the wrapping, as a plain loop does it
+    plan.training_flops(lambda: loss(net, 0))
+    with pytest.raises(ScheduleError, match="2 processes train"):
+        plan.step(0)
+    with plan.open():
+        pass
+    plan.step(0)
+    other = model()
+    late = Following(refresh)  # all of it wanted gradients, and whatever wraps it saw that
+    late.begin(other, STEPS, torch.optim.SGD(other.parameters(), lr=0.1))
+    late.plan.step(0)
+    ovsprune.schedule(model(), "alpha", fit="hill").step(0)  # it never changes

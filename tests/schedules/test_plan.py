@@ -8,6 +8,7 @@ from torch import nn
 
 import ovsprune
 from ovsprune.core.errors import OptionError, ScheduleError, UnknownNameError
+from ovsprune.schedules.loops import Following
 from tests.schedules.helpers import STEPS, Block, expected, loss, model, refresh
 
 
@@ -235,6 +236,63 @@ def test_an_optimiser_that_lacks_what_will_train_is_refused_and_open_mends_it():
         optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     assert flags(net) == before
     plan.bind(optimizer)
+
+
+def test_openings_nest_and_the_plan_holds_when_a_training_begins():
+    net = model()
+    plan = refresh(net)
+    chosen, closed = plan.chosen, flags(net)
+    with plan.open():
+        with plan.open():
+            assert all(flags(net).values())
+        first = Following(plan)
+        assert all(flags(net).values())
+    assert all(flags(net).values())  # the loop holds it open until it begins,
+    again = Following(plan)  # and so does another that is made of the same plan
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    again.begin(net, STEPS, optimizer)
+    assert (plan.chosen, flags(net)) == (chosen, closed)
+    first.begin(net, STEPS, optimizer)
+    assert flags(net) == closed
+
+
+def test_what_happens_to_an_open_plan_holds_when_it_closes():
+    net = model()
+    plan = refresh(net)
+    with plan.open():
+        net.patch.weight.data.zero_()
+        plan.step(3)
+        assert all(flags(net).values())
+        counted = plan.training_flops(lambda: loss(net, 0))
+        assert all(flags(net).values())
+    assert counted.step == plan.training_flops(lambda: loss(net, 0)).step
+    assert {n for n in plan.chosen if not flags(net)[n]} == set()
+    assert {n for n, on in flags(net).items() if on} == set(plan.trainable) != set(flags(net))
+    with plan.open():
+        plan.release()
+    assert all(flags(net).values())
+
+
+def test_what_the_plan_does_not_decide_about_keeps_its_state():
+    net = model()
+    plan = ovsprune.schedule(net, "all", pool=["blocks.1.*"])
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+    plan.bind(optimizer)
+    loss(net, 0).backward()
+    optimizer.step()
+    net.head.weight.requires_grad_(False)  # somebody else's doing
+    plan.step(0)
+    assert net.head.weight in optimizer.state
+
+
+def test_the_state_is_plain_json_where_a_layer_is_too_narrow_for_a_fit():
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+    plan = ovsprune.schedule(net, "alpha", fit="hill")
+    assert plan.alphas["1.weight"] == float("inf")
+    state = json.loads(json.dumps(plan.state_dict(), allow_nan=False))
+    again = ovsprune.schedule(net, "alpha", fit="hill")
+    again.load_state_dict(state)
+    assert again.alphas == plan.alphas and again.chosen == plan.chosen
 
 
 def test_gradients_are_accumulated_over_the_passes_of_a_step():

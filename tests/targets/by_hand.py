@@ -67,7 +67,7 @@ def lively_tower(
 
 
 def random_kept(depth: int, heads: int, mlp: int, seed: int) -> dict[str, list[int]]:
-    """Kept units, uneven from block to block; the last block keeps its heads, as prune does."""
+    """Kept units, uneven from block to block; the last block keeps its heads, the default."""
     draw = torch.Generator().manual_seed(seed)
     kept = {}
     for i in range(depth):

@@ -10,7 +10,6 @@ library only (``functools.partial(ovsprune.schedule, policy="alpha-refresh")``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from ovsprune.schedules.plan import TrainPlan
@@ -37,10 +36,9 @@ class Following:
     def __init__(self, made: Made) -> None:
         self._made = made
         self._state: Mapping[str, Any] | None = None
-        self._held = ExitStack()
         self.plan: Any = None
         if isinstance(made, TrainPlan) and made.changes:
-            self._held.enter_context(made.open())
+            made.hold()
 
     def begin(self, model: Any, total_steps: int, *optimizers: Any) -> None:
         """Have the plan, go on where a resumed training was, and bind its optimisers.
@@ -56,12 +54,13 @@ class Following:
         Raises:
             ScheduleError: A wrapper, or several processes, cannot follow the plan.
         """
-        self._held.close()
         if isinstance(self._made, TrainPlan):
             self.plan = self._made
-            self.plan.check_wrapper(model)
+            self.plan.close()
         else:
             self.plan = self._made(model, total_steps=total_steps)
+            self.plan.made_late()
+        self.plan.check_wrapper(model)
         if self._state:
             self.plan.load_state_dict(self._state)
         self.plan.bind(*optimizers)

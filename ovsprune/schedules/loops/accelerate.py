@@ -36,8 +36,7 @@ class ScheduledSteps:
         optimizers: As ``accelerator.prepare`` gave them.
 
     Raises:
-        ScheduleError: Nothing can be registered for the accelerator's checkpoints, or several
-            processes could not follow the plan.
+        ScheduleError: Nothing can be registered for the accelerator's checkpoints.
     """
 
     def __init__(self, accelerator: Any, plan: TrainPlan, *optimizers: Any) -> None:
@@ -48,14 +47,15 @@ class ScheduledSteps:
             )
         self.accelerator, self.plan = accelerator, plan
         self.count, self._fresh = 0, True
-        for model in getattr(accelerator, "_models", ()):
-            if getattr(model, "module", None) is plan.model:
-                plan.check_wrapper(model)
         plan.bind(*(getattr(o, "optimizer", o) for o in optimizers))
         accelerator.register_for_checkpointing(self)
 
     def begin(self) -> None:
-        """Call it inside ``accelerator.accumulate``, before the forward pass."""
+        """Call it inside ``accelerator.accumulate``, before the forward pass.
+
+        Raises:
+            ScheduleError: Several processes could not follow the plan.
+        """
         if self._fresh:
             self.plan.step(self.count)
         self._fresh = bool(self.accelerator.sync_gradients)  # this pass ends an optimiser step

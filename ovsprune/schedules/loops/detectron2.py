@@ -14,6 +14,9 @@ __all__ = ["ScheduleHook"]
 class ScheduleHook(HookBase):  # type: ignore[misc]
     """Follows a plan in a detectron2 trainer: ``trainer.register_hooks([ScheduleHook(plan)])``.
 
+    With several processes a plan that may change its mind must be open when the trainer wraps the
+    model: make the hook first. (``create_ddp_model(..., find_unused_parameters=True)``.)
+
     Args:
         plan: The plan, or a function that makes it (its length is the trainer's ``max_iter``).
 

@@ -17,6 +17,9 @@ _KEY = "ovsprune_plan"
 class ScheduleHook(Hook):  # type: ignore[misc]
     """Follows a plan in an mmengine runner: ``runner.register_hook(ScheduleHook(plan))``.
 
+    With several processes a plan that may change its mind must be open when the runner wraps the
+    model: make hook, then runner. (``find_unused_parameters=True`` in the configuration.)
+
     Args:
         plan: The plan, or a function that makes it (its length is the runner's ``max_iters`` over
             the optimiser wrapper's accumulation).

@@ -28,8 +28,8 @@ class ScheduleCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin, or go on."""
-        if state.global_step:
-            self.following.load_state_dict(state.stateful_callbacks.get(_KEY))
+        kept = state.stateful_callbacks.get(_KEY) if state.global_step else None
+        self.following.load_state_dict(kept)
         self.following.begin(given["model"], state.max_steps, given["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:

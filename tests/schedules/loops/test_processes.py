@@ -44,7 +44,7 @@ def with_accelerate(rank: int, place: str, port: str, opened: bool) -> None:
     else:
         prepared, optimizer = accelerator.prepare(net, optimizer)
         with pytest.raises(ScheduleError, match=r"2 processes train.*plan\.open\(\)"):
-            ScheduledSteps(accelerator, plan, optimizer)
+            ScheduledSteps(accelerator, plan, optimizer).begin()
     if opened:
         steps, seen = ScheduledSteps(accelerator, plan, optimizer), []
         for i in range(STEPS):
