@@ -178,8 +178,8 @@ def test_pictures_that_changed_in_place(small_clip, tmp_path):
     for folder in (photos, data / "images", data / "labels"):
         folder.mkdir(parents=True)
     for i in range(4):
-        for folder in (photos, data / "images"):
-            Image.fromarray(np.full((32, 32, 3), 50 * i, np.uint8)).save(folder / f"{i}.png")
+        for file in (photos / f"{i}.bmp", data / "images" / f"{i}.png"):
+            Image.fromarray(np.full((32, 32, 3), 50 * i, np.uint8)).save(file)
         Image.fromarray(np.arange(1024, dtype=np.uint8).reshape(32, 32) % 2).save(
             data / "labels" / f"{i}.png"
         )
@@ -199,9 +199,9 @@ def test_pictures_that_changed_in_place(small_clip, tmp_path):
     settings.write_text(json.dumps(old))
     compare(small_clip, [0.3], **run)  # of a version that did not write them: taken, and added
     assert json.loads(settings.read_text()) == whole
-    size = (photos / "0.png").stat().st_size
-    Image.fromarray(np.full((32, 32, 3), 1, np.uint8)).save(photos / "0.png")
-    assert (photos / "0.png").stat().st_size == size
+    size = (photos / "1.bmp").stat().st_size
+    Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(photos / "1.bmp")
+    assert (photos / "1.bmp").stat().st_size == size
     with pytest.raises(OutputError, match=r"other settings \(calibration pictures .*--overwrite"):
         compare(small_clip, [0.3], **run)
 

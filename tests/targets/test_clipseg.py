@@ -127,7 +127,8 @@ def test_swapped_unit_is_caught(layer: str) -> None:
     wanted = dense_masked(model, slim)
     kept = {name: chosen.tolist() for name, chosen in slim.mask.items()}
     other = sorted(set(range(slim.spec.layer(layer).units)) - set(kept[layer]))
-    swapped = {**kept, layer: sorted({*kept[layer][1:], other[0]})}
+    # the first may hardly matter, with other random numbers on another processor
+    swapped = {**kept, layer: sorted({*kept[layer][2:], *other[:2]})}
     wrong = slim_by_hand(tower, swapped, heads=4, size=32, base=slim.spec.base)
     with TARGET.attach(model, wrong, weights="slim"):
         errors = error(run(model), wanted)
