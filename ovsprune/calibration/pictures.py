@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -72,6 +73,10 @@ def made_for(model: str) -> str:
     return "procedural" if model == "tiny" else "mixed"
 
 
+_HELD_OUT, _ENDLESS = 500_000, 1_000_000
+"""Indices from which pictures are held out, and from which they go on without end."""
+
+
 class RenderedPictures:
     """Pictures made from a seed, at the tower's own size.
 
@@ -100,6 +105,10 @@ class RenderedPictures:
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield float32 [b, 3, H, W] with ``b <= size``; every pass gives the same pictures."""
         yield from _batches(self._picture, self._count, size)
+
+    def endless(self) -> Iterator[Tensor]:
+        """New ones [3, H, W] of the same kind without end, none of them among these or held out."""
+        return map(self._picture, itertools.count(_ENDLESS))
 
     def _picture(self, index: int) -> Tensor:
         height, width = self._preprocess.size
@@ -189,7 +198,7 @@ def open_pictures(
     if source in RENDERED:
         return (
             RenderedPictures(samples, preprocess, seed, source=source),
-            RenderedPictures(held_out, preprocess, seed, start=500_000, source=source),
+            RenderedPictures(held_out, preprocess, seed, start=_HELD_OUT, source=source),
         )
     progress = progress or Silent()
     files = readable(Path(source), samples + held_out, seed, progress)

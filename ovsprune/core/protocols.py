@@ -59,6 +59,15 @@ class Pictures(Protocol):
         ...
 
 
+@runtime_checkable
+class EndlessPictures(Pictures, Protocol):
+    """Calibration pictures that are made, so that there are always more of their kind."""
+
+    def endless(self) -> Iterator[Tensor]:
+        """Yield new pictures [3, H, W] without end, the same ones every time."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Stages:
     """A tower as a sequence of blocks over one residual stream.

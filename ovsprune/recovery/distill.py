@@ -14,7 +14,7 @@ from ovsprune.calibration.feature_loss import SHARES, Features, feature_loss, sp
 from ovsprune.calibration.refit import held_out
 from ovsprune.calibration.streams import stored
 from ovsprune.core.errors import OptionError, UnknownNameError
-from ovsprune.core.protocols import Distillation, RecoveryContext
+from ovsprune.core.protocols import Distillation, EndlessPictures, RecoveryContext
 from ovsprune.recovery import RECOVERIES
 
 __all__ = ["Distill", "optimizer_class"]
@@ -40,9 +40,9 @@ class Distill:
         the L2-normalised dense tokens and pooled outputs from the dense tower's (Romero et al.,
         FitNets, 2015), over their spread, the pooled output counting a tenth. Both towers see the
         same crops and mirror images, new ones at every step, so that few pictures go a long way
-        (Beyer et al., CVPR 2022: a consistent and patient teacher). An eighth of the pictures is
-        held out; the weights with the least error on them stay, the ones from before the training
-        included.
+        (Beyer et al., CVPR 2022: a consistent and patient teacher); made pictures, of which there
+        is no end, are new ones themselves at every step. An eighth of the pictures is held out; the
+        weights with the least error on them stay, the ones from before the training included.
 
         Raises:
             OptionError: The optimiser cannot train such a tower.
@@ -157,8 +157,12 @@ class _Pupil:
         return all(map(math.isfinite, losses))
 
     def _batches(self) -> Iterator[Tensor]:
-        """Batches of changed pictures [b, 3, H, W], shuffled anew whenever all were seen."""
+        """Batches [b, 3, H, W]: new pictures, or changed ones, shuffled whenever all were seen."""
         size = self.item.batch_size
+        if isinstance(self.item.pictures, EndlessPictures):
+            more = self.item.pictures.endless()
+            while True:
+                yield torch.stack([next(more) for _ in range(size)])
         while True:
             order = torch.randperm(len(self.lessons), generator=self.generator)
             for start in range(0, len(order), size):
