@@ -73,8 +73,10 @@ def made_for(model: str) -> str:
     return "procedural" if model == "tiny" else "mixed"
 
 
-_HELD_OUT, _ENDLESS = 500_000, 1_000_000
-"""Indices from which pictures are held out, and from which they go on without end."""
+_HELD_OUT = 500_000
+"""Index from which pictures are held out."""
+_FURTHER = range(600_000, 1_000_000)
+"""Indices of those that are neither held out nor asked for by number."""
 
 
 class RenderedPictures:
@@ -108,7 +110,7 @@ class RenderedPictures:
 
     def endless(self) -> Iterator[Tensor]:
         """New ones [3, H, W] of the same kind without end, none of them among these or held out."""
-        return map(self._picture, itertools.count(_ENDLESS))
+        return map(self._picture, itertools.cycle(_FURTHER))
 
     def _picture(self, index: int) -> Tensor:
         height, width = self._preprocess.size

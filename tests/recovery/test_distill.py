@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.progress import Silent
-from ovsprune.core.protocols import Distillation
+from ovsprune.core.protocols import Distillation, Pictures
+from ovsprune.core.records import Preprocess
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.distill import _Pupil, optimizer_class
 from tests.contracts.conftest import Case, open_clip_vit, prepared
@@ -37,6 +41,38 @@ def test_it_learns_on_held_out_pictures(case: Case) -> None:
     assert after < 0.7 * before
     changed = case.cut(case.random_plan(0)).state_dict()
     assert all(not torch.equal(v, changed[k]) for k, v in slim.state_dict().items())
+
+
+def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> None:
+    plan = case.random_plan(0)
+    slim = case.cut(plan)
+
+    class Files:
+        """The same pictures, but no more of their kind."""
+
+        def __init__(self, pictures: Pictures) -> None:
+            self.pictures = pictures
+
+        def __len__(self) -> int:
+            return len(self.pictures)
+
+        def batches(self, size: int) -> Iterator[Tensor]:
+            return self.pictures.batches(size)
+
+    size = tuple(next(iter(case.pictures.batches(1))).shape[-2:])
+    made = RenderedPictures(4, Preprocess(size), source="leaves")
+    first = torch.cat(list(made.batches(4)))
+    seen = []
+    for pictures in (made, made, Files(made)):
+        pupil = _Pupil(replace(case.context(slim, plan), pictures=pictures))
+        batches = pupil._batches()
+        seen.append(torch.cat([next(batches) for _ in range(3)]))
+    assert torch.equal(seen[0], seen[1])  # and the same ones the next time
+    assert len({picture.sum().item() for picture in seen[0]}) == len(seen[0]) > len(made)
+    assert not any(torch.equal(new, old) for new in seen[0] for old in first)
+    means = first.mean((2, 3))
+    near = torch.cdist(seen[2].mean((2, 3)), means).min(1).values
+    assert near.mean() < torch.cdist(seen[0].mean((2, 3)), means).min(1).values.mean()
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop", "LBFGS", "Rprop", "Adafactor"])
