@@ -339,10 +339,10 @@ class TrainPlan:
         before, openings = (self.chosen, self._moment), self._openings
         optimizers, self._optimizers = self._optimizers, ()  # counting loses no state,
         gradients = {p: p.grad for p in self._parameters.values()}  # and no gradient
-        self.close()
-        counted = {self.chosen: step_flops(self.model, loss)}
-        now, total = counted[self.chosen], None
         try:
+            self.close()
+            counted = {self.chosen: step_flops(self.model, loss)}
+            now, total = counted[self.chosen], None
             if self.changes and not self.policy.current:
                 total = 0
                 ends = (*self.moments[1:], self.total_steps)

@@ -95,3 +95,19 @@ def test_a_loss_of_several_numbers_is_refused():
     net = model()
     with pytest.raises(ScheduleError, match="must be a tensor of one number"):
         step_flops(net, lambda: net(torch.zeros(2, 3, 16, 16)))
+
+
+def test_a_count_that_fails_leaves_the_plan_as_it_was():
+    net = model()
+    plan = ovsprune.schedule(net, "alpha-refresh", total_steps=9, every=3, fit="hill")
+    optimizer = torch.optim.SGD(plan.groups(lr=0.1), momentum=0.9)
+    plan.bind(optimizer)
+    with plan.open():
+        with pytest.raises(ScheduleError):
+            plan.training_flops(lambda: torch.ones(2))
+        assert all(p.requires_grad for p in net.parameters())
+    parameters = dict(net.named_parameters())
+    frozen = parameters[plan.frozen[0]]
+    optimizer.state[frozen]["momentum_buffer"] = torch.zeros_like(frozen)
+    plan.step(0)
+    assert frozen not in optimizer.state  # it is bound still
