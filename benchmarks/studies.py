@@ -77,7 +77,10 @@ STUDIES = {
         ("default", "random+closed-form", "random"), pictures="leaves", testbeds=("photo",)
     ),
     "mixed": Study(
-        ("default", "random+closed-form", "random"), pictures="mixed", testbeds=("photo",)
+        ("default", "random+closed-form", "random"),
+        pictures="mixed",
+        samples=(256, 1024),
+        testbeds=("photo",),
     ),
     "domain": Study(
         ("default", "random+closed-form", "random"),

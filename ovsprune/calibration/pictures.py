@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -82,6 +83,9 @@ _FURTHER = range(600_000, 1_000_000)
 class RenderedPictures:
     """Pictures made from a seed, at the tower's own size.
 
+    Each is rendered once, and kept in a temporary file: a prune passes over them half a dozen
+    times, and rendering takes as long as a small tower's forward pass.
+
     Args:
         count: Number of pictures.
         preprocess: Of the tower; its size must be at least 16 pixels a side.
@@ -100,6 +104,8 @@ class RenderedPictures:
     ) -> None:
         self._count, self._preprocess, self._seed, self._start = count, preprocess, seed, start
         self._render = RENDERED[source]
+        self._kept: NDArray[np.uint8] | None = None
+        self._there = np.zeros(count, dtype=bool)
 
     def __len__(self) -> int:
         return self._count
@@ -110,11 +116,28 @@ class RenderedPictures:
 
     def endless(self) -> Iterator[Tensor]:
         """New ones [3, H, W] of the same kind without end, none of them among these or held out."""
-        return map(self._picture, itertools.cycle(_FURTHER))
+        return map(self._made, itertools.cycle(_FURTHER))
 
     def _picture(self, index: int) -> Tensor:
+        if self._kept is None:
+            side = max(self._preprocess.size)
+            # The file has no name any more once it is mapped: the system frees it with the array.
+            with tempfile.TemporaryFile(prefix="ovsprune-pictures-") as file:
+                shape = (self._count, side, side, 3)
+                self._kept = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        if not self._there[index]:
+            self._kept[index] = self._rendered(index)
+            self._there[index] = True
+        return self._prepared(self._kept[index])
+
+    def _made(self, index: int) -> Tensor:
+        return self._prepared(self._rendered(index))
+
+    def _rendered(self, index: int) -> NDArray[np.uint8]:
+        return self._render(self._start + index, self._seed, max(self._preprocess.size))
+
+    def _prepared(self, image: NDArray[np.uint8]) -> Tensor:
         height, width = self._preprocess.size
-        image = self._render(self._start + index, self._seed, max(height, width))
         if height == width:
             return normalise(image, self._preprocess)
         return to_tensor(Image.fromarray(image), self._preprocess)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ovsprune.calibration import pictures as pictures_module
+from ovsprune.calibration.leaves import render_leaves
 from ovsprune.calibration.pictures import RenderedPictures, calibration_hash, open_pictures
 from ovsprune.calibration.preprocess import to_tensor
 from ovsprune.core.errors import DataError, OptionError
@@ -100,6 +102,24 @@ def test_scenes_differ_by_seed_and_repeat_by_seed() -> None:
     first, held = open_pictures("procedural", PREPROCESS, 2, 2, 1)
     assert calibration_hash(first) == calibration_hash(same)
     assert calibration_hash(held) != calibration_hash(first)
+
+
+def test_a_picture_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def counted(index: int, seed: int, size: int) -> np.ndarray:
+        drawn.append(index)
+        return render_leaves(index, seed=seed, size=size)
+
+    monkeypatch.setattr(pictures_module, "RENDERED", {"leaves": counted})
+    made = RenderedPictures(5, PREPROCESS, 1, start=3, source="leaves")
+    assert drawn == []
+    first = torch.cat(list(made.batches(2)))
+    assert torch.equal(torch.cat(list(made.batches(5))), first)
+    assert drawn == [3, 4, 5, 6, 7]
+    further = next(made.endless())
+    assert len(drawn) == 6 and not any(torch.equal(further, one) for one in first)
+    assert torch.equal(torch.cat(list(made.batches(3))), first)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
