@@ -49,7 +49,13 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
     "'leaves', 'mixed'; 'auto' is procedural for tiny and mixed for other towers.",
 )
-@click.option("--samples", type=int, default=256, show_default=True, help="Calibration pictures.")
+@click.option(
+    "--samples",
+    type=int,
+    default=256,
+    show_default=True,
+    help="Calibration pictures; of made ones, 1024 keep more.",
+)
 @click.option(
     "--output",
     "-o",

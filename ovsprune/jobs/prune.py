@@ -29,6 +29,9 @@ from ovsprune.slim.write import check_output
 
 __all__ = ["PruneResult", "Settings", "cast", "command_of", "open_dense", "prune"]
 
+MANY = 1024
+"""Made pictures with which ``photo`` keeps much more than with 256 (``docs/benchmarks.md``)."""
+
 
 @dataclass(eq=False)
 class PruneResult:
@@ -165,6 +168,11 @@ def prune(
         model = _open(model, pretrained, activation, device, progress, clock)
         settings = settings.for_model(model)
         check_again(model, settings)
+        if model.trained and settings.calibration == "mixed" and settings.samples < MANY:
+            progress.note(
+                f"calibrating on {settings.samples} made pictures: {MANY} keep more "
+                f"(--samples {MANY}), and photographs of your own most (--calibration DIR)"
+            )
         done = Job(model, settings, progress, clock).run()
     result = PruneResult(
         done.spec,

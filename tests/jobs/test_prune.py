@@ -248,6 +248,15 @@ def test_an_untrained_model_is_said_to_be(small: Backbone) -> None:
     assert any("random weights" in note for note in progress.notes)
 
 
+@pytest.mark.parametrize(("made", "said"), [("auto", True), ("procedural", False)])
+def test_few_made_pictures_are_noted(small: Backbone, made: str, said: bool) -> None:
+    progress = Silent()
+    trained = dataclasses.replace(small, trained=True)
+    prune(trained, 0.5, calibration=made, criterion="random", recovery="none",
+          allocation="uniform", dry_run=True, progress=progress, **QUICK)  # fmt: skip
+    assert any("8 made pictures: 1024 keep more" in note for note in progress.notes) == said
+
+
 def test_a_dry_run_writes_nothing(small: Backbone, tmp_path: Path) -> None:
     result = prune(small, 0.5, output=tmp_path / "slim", dry_run=True, **QUICK)
     assert result.path is None
