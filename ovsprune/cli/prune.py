@@ -76,17 +76,16 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option("--distill-seconds", type=float, help="Stop distilling after this time.")
 @click.option(
     "--distill-optimizer",
-    default="AdamW",
-    show_default=True,
     metavar="NAME",
-    help="Any optimiser of torch.optim.",
+    help="Any optimiser of torch.optim; Muon for matrices and AdamW for the rest by default, and "
+    "AdamW alone before torch 2.9.",
 )
 @click.option(
     "--distill-lr",
     type=float,
     default=1e-4,
     show_default=True,
-    help="Peak learning rate.",
+    help="Peak learning rate; of Muon's matrices ten times as much.",
 )
 @click.option(
     "--floor",
@@ -155,7 +154,8 @@ def command(screen: Screen, **options: Any) -> None:
     training = {
         name: options.pop(f"distill_{name}") for name in ("steps", "seconds", "optimizer", "lr")
     }
-    options["distill"] = Distillation(**training)
+    given = {name: value for name, value in training.items() if value is not None}
+    options["distill"] = Distillation(**given)
     if options["method"] == "imp" and not options["imp_structured"]:
         from ovsprune.jobs.imp import imp
         from ovsprune.report.unstructured import unstructured_summary

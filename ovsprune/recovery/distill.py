@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ _CHECKS = 20
 """How often, over a training, the held-out error is measured."""
 _WARM_UP = 0.05
 """Share of a training in which the learning rate rises."""
+_MUON = 10.0
+"""Muon's learning rate, a spectral norm for each matrix, in those of AdamW for the rest."""
 
 
 @RECOVERIES.register("distill")
@@ -43,6 +46,10 @@ class Distill:
         (Beyer et al., CVPR 2022: a consistent and patient teacher); made pictures, of which there
         is no end, are new ones themselves at every step. An eighth of the pictures is held out; the
         weights with the least error on them stay, the ones from before the training included.
+
+        Matrices are trained by Muon, where torch has it (2.9): steps of the same length in every
+        direction of a matrix (Jordan et al., 2024), and so also in those in which a refit has left
+        small singular values; AdamW, which trains the rest, hardly moves along them.
 
         Raises:
             OptionError: The optimiser cannot train such a tower.
@@ -109,14 +116,16 @@ class _Pupil:
 
     def train(self) -> Iterator[None]:
         """Train, stopping twenty times on the way, at the end too, to be examined."""
-        optimizer = self._optimizer()
+        optimizers = self._optimizers()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
         clock = _Schedule(self.options)
         checks = 0
         with self.item.progress.stage("distillation", clock.total) as advance:
             for images in self._batches():
-                for group in optimizer.param_groups:
-                    group["lr"] = self.options.lr * clock.rate()
-                if not self._step(optimizer, images):
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * clock.rate()
+                if not self._step(optimizers, images):
                     self.item.progress.note(
                         f"distillation diverged at step {clock.steps}; the best weights from "
                         f"before are kept. Try a lower --distill-lr than {self.options.lr:g}"
@@ -130,28 +139,40 @@ class _Pupil:
                 if share >= 1.0:
                     return
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        name = self.options.optimizer
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """The one that was asked for; Muon, which takes matrices alone, and AdamW for the rest."""
+        name, lr, slim = self.options.optimizer, self.options.lr, self.item.slim
+        kind: Any = optimizer_class(name)
         try:
-            return optimizer_class(name)(self.item.slim.parameters(), lr=self.options.lr)  # type: ignore[call-arg]
+            if name != "Muon":
+                return [kind(slim.parameters(), lr=lr)]
+            matrices = {m.weight: None for m in slim.modules() if isinstance(m, nn.Linear)}
+            others = [p for p in slim.parameters() if p not in matrices]
+            found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr)]
+            if matrices:
+                found.append(kind(list(matrices), lr=_MUON * lr, weight_decay=0.0))
+            return found
         except (ValueError, TypeError, RuntimeError) as error:
             raise _cannot(name, error) from error
 
-    def _step(self, optimizer: torch.optim.Optimizer, images: Tensor) -> bool:
+    def _step(self, optimizers: list[torch.optim.Optimizer], images: Tensor) -> bool:
         """One step; False if the loss was not finite, and nothing was done."""
         images = images.to(self.device)
         wanted = self._teacher(images)
         losses = []
 
         def closure() -> Tensor:
-            optimizer.zero_grad()
+            self.item.slim.zero_grad()
             loss = feature_loss(self.slim.outputs(images), wanted, self.spreads, SHARES)
             losses.append(float(loss.detach()))
             torch.autograd.backward(loss)
             return loss
 
+        first, *others = optimizers
         try:
-            optimizer.step(closure)  # type: ignore[arg-type]
+            first.step(closure)  # type: ignore[arg-type]
+            for optimizer in others:
+                optimizer.step()
         except RuntimeError as error:  # SparseAdam finds out here that gradients are dense.
             raise _cannot(self.options.optimizer, error) from error
         return all(map(math.isfinite, losses))

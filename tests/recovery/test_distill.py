@@ -75,7 +75,7 @@ def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> N
     assert near.mean() < torch.cdist(seen[0].mean((2, 3)), means).min(1).values.mean()
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop", "LBFGS", "Rprop", "Adafactor"])
+@pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD", "RMSprop", "LBFGS", "Rprop", "Adafactor"])
 def test_optimisers_of_torch(case: Case, name: str) -> None:
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
@@ -84,12 +84,23 @@ def test_optimisers_of_torch(case: Case, name: str) -> None:
     assert after < before
 
 
-@pytest.mark.parametrize("name", ["SparseAdam", "Muon"])
-def test_optimisers_that_cannot_train_a_tower_are_refused(case: Case, name: str) -> None:
-    if not hasattr(torch.optim, name):
-        pytest.skip(f"this torch has no {name}")
-    with pytest.raises(OptionError, match=f"--distill-optimizer {name} cannot train this tower"):
-        distilled(case, Distillation(steps=4, optimizer=name))
+def test_an_optimiser_that_cannot_train_a_tower_is_refused(case: Case) -> None:
+    with pytest.raises(OptionError, match="--distill-optimizer SparseAdam cannot train this tower"):
+        distilled(case, Distillation(steps=4, optimizer="SparseAdam"))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_has_the_matrices_and_adamw_the_rest(case: Case) -> None:
+    plan = case.random_plan(0)
+    slim = case.cut(plan)
+    options = Distillation(optimizer="Muon", lr=2e-4)
+    rest, matrices = _Pupil(replace(case.context(slim, plan), distill=options))._optimizers()
+    assert type(rest).__name__ == "AdamW" and type(matrices).__name__ == "Muon"
+    found = [p for optimizer in (rest, matrices) for p in optimizer.param_groups[0]["params"]]
+    assert len(found) == len(set(found)) == len(list(slim.parameters()))
+    linear = {m.weight for m in slim.modules() if isinstance(m, torch.nn.Linear)}
+    assert set(matrices.param_groups[0]["params"]) == linear
+    assert matrices.param_groups[0]["lr"] == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "Optimizer", "lr_scheduler"])
