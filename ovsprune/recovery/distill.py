@@ -47,9 +47,9 @@ class Distill:
         is no end, are new ones themselves at every step. An eighth of the pictures is held out; the
         weights with the least error on them stay, the ones from before the training included.
 
-        Matrices are trained by Muon, where torch has it (2.9): steps of the same length in every
-        direction of a matrix (Jordan et al., 2024), and so also in those in which a refit has left
-        small singular values; AdamW, which trains the rest, hardly moves along them.
+        Linear layers are trained by Muon, where torch has it (2.9): its steps are as long in every
+        direction of a matrix (Jordan et al., 2024), and bring more than AdamW's, which trains the
+        rest.
 
         Raises:
             OptionError: The optimiser cannot train such a tower.
