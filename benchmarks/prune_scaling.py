@@ -119,6 +119,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """Seconds by stage, and peak memory, against MACs, both axes logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     rows = record["rows"]
     macs = [row["macs"] / 1e9 for row in rows]
@@ -146,9 +147,14 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("GMACs of the dense tower")
         axes.grid(True, which="both", color="#DDDDDD", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
+    ticks = [gib for gib in (1, 2, 4, 8, 16, 32) if gib < 1.2 * rows[-1]["peak_gib"]]
+    right.set_yticks(ticks, [f"{gib}" for gib in ticks])
+    right.yaxis.set_minor_formatter(NullFormatter())
     for row in rows:
+        last = row is rows[-1]
         right.annotate(row["model"], (row["macs"] / 1e9, row["peak_gib"]), fontsize=8,
-                       xytext=(6, -10), textcoords="offset points")  # fmt: skip
+                       xytext=(-8, -3) if last else (6, -10), ha="right" if last else "left",
+                       textcoords="offset points")  # fmt: skip
     figure.savefig(path, format="png", metadata={"Software": None})
 
 
