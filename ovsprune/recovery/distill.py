@@ -47,10 +47,6 @@ class Distill:
         is no end, are new ones themselves at every step. An eighth of the pictures is held out; the
         weights with the least error on them stay, the ones from before the training included.
 
-        Linear layers are trained by Muon, where torch has it (2.9): its steps are as long in every
-        direction of a matrix (Jordan et al., 2024), and bring more than AdamW's, which trains the
-        rest.
-
         Raises:
             OptionError: The optimiser cannot train such a tower.
         """
