@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ovsprune.cli.options import budget_options, scoring_options
+from ovsprune.cli.options import budget_options, calibration_options, scoring_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
@@ -42,20 +42,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 )
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
-@click.option(
-    "--calibration",
-    default="auto",
-    show_default=True,
-    help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
-    "'leaves', 'mixed'; 'auto' is procedural for tiny and mixed for other towers.",
-)
-@click.option(
-    "--samples",
-    type=int,
-    default=256,
-    show_default=True,
-    help="Calibration pictures; of made ones, 1024 keep more.",
-)
+@calibration_options
 @click.option(
     "--output",
     "-o",

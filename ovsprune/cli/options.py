@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-__all__ = ["budget_options", "schedule_options", "scoring_options"]
+__all__ = ["budget_options", "calibration_options", "schedule_options", "scoring_options"]
 
 Callback = Callable[..., Any]
 
@@ -38,6 +38,26 @@ def budget_options(*, latency: bool) -> Callable[[Callback], Callback]:
             help="Keep MLP widths at multiples of this.",
         ),
     )
+
+
+def calibration_options(function: Callback) -> Callback:
+    """Add ``--calibration`` and ``--samples``: what is measured on."""
+    return _adding(
+        click.option(
+            "--calibration",
+            default="auto",
+            show_default=True,
+            help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
+            "'leaves', 'mixed'; 'auto' is procedural for tiny and mixed for other towers.",
+        ),
+        click.option(
+            "--samples",
+            type=int,
+            default=256,
+            show_default=True,
+            help="Calibration pictures; of made ones, 1024 keep more.",
+        ),
+    )(function)
 
 
 def schedule_options(function: Callback) -> Callback:
