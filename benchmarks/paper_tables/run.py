@@ -5,9 +5,9 @@
 
 The ResNet is trained first, by ``backbone.py``, if ``resnet/`` is not there. Rows are kept in
 ``--work`` as they are done, and a training goes on from its checkpoint; two processes with the same
-``--work`` share the queue, and one trains the ResNet while the other does what stands on the ViT.
-What ``results.json`` has already, made on another machine, is not made again (unless by
-``--fresh``). ``--page`` renders what there is and runs nothing.
+``--work`` share the queue, and one trains the ResNet, or finds its masks, while the other does what
+stands on the ViT. What ``results.json`` has already, made on another machine, is not made again
+(unless by ``--fresh``). ``--page`` renders what there is and runs nothing.
 """
 
 from __future__ import annotations
@@ -120,10 +120,9 @@ def work_through(chosen: argparse.Namespace) -> None:
     from timing import all_costs, steps
 
     failed: list[str] = []
-    _train_resnet(chosen, failed, wait=False)
-    _do_all(chosen, failed)
-    _train_resnet(chosen, failed, wait=True)
-    _do_all(chosen, failed)
+    for wait in (False, True):  # for another process: only when nothing else is left to do
+        _train_resnet(chosen, failed, wait=wait)
+        _do_all(chosen, failed, wait=wait)
     with claimed(chosen.work / "locks" / "costs.lock") as mine:
         if mine:
             all_costs(vocabulary(photographs(chosen.data)), chosen.work)
@@ -131,21 +130,21 @@ def work_through(chosen: argparse.Namespace) -> None:
     for sparsity, name in itertools.product(SPARSITIES, found_masks.FOLDERS):
         with claimed(chosen.work / "locks" / f"towers-{name}-{sparsity:g}.lock") as mine:
             there = tower_file(chosen.work, name, sparsity).exists()
-            if mine and _ready(name) and not there and _find(name, sparsity, chosen):
+            if mine and _ready(name) and not there and _find(name, sparsity, chosen, wait=True):
                 towers(name, sparsity, chosen.data, chosen.work)
     write(chosen.work)
     if failed:
         raise SystemExit(f"failed, and left out: {', '.join(failed)}")
 
 
-def _do_all(chosen: argparse.Namespace, failed: list[str]) -> None:
+def _do_all(chosen: argparse.Namespace, failed: list[str], *, wait: bool) -> None:
     """The trainings that are not done and whose tower is there; names those that fail."""
     for run in runs(chosen.only):
         backbone = FRAMEWORKS[run.framework].backbone
         if run.name in failed or not _ready(backbone):
             continue
         try:
-            there = _find(backbone, TRAINED_AT, chosen)
+            there = _find(backbone, TRAINED_AT, chosen, wait=wait)
             if there and do(run, chosen.data, chosen.work, Settings()):
                 write(chosen.work)
         except Exception:  # one framework's failure is no reason to leave the others undone
@@ -155,18 +154,10 @@ def _do_all(chosen: argparse.Namespace, failed: list[str]) -> None:
 
 def _train_resnet(chosen: argparse.Namespace, failed: list[str], *, wait: bool) -> None:
     """Train the ResNet, if it is not there and no other process is at it, or wait for that one."""
-    import fcntl
-
     import backbone
 
-    lock = chosen.work / "locks" / "resnet.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            return  # another process is at it
-        if CARD.is_file() or "resnet" in failed:
+    with claimed(chosen.work / "locks" / "resnet.lock", wait=wait) as mine:
+        if not mine or CARD.is_file() or "resnet" in failed:
             return
         try:
             final = backbone.train(chosen.data, chosen.work / "resnet", backbone.Settings())
@@ -183,15 +174,11 @@ def _ready(backbone: str) -> bool:
     return (found_masks.FOLDERS[backbone] / "open_clip_model.safetensors").is_file()
 
 
-def _find(backbone: str, sparsity: float, chosen: argparse.Namespace) -> bool:
-    """Whether the masks are there; waits for another process that looks for them."""
-    import fcntl
-
+def _find(backbone: str, sparsity: float, chosen: argparse.Namespace, *, wait: bool) -> bool:
+    """Whether the masks are there; those that another process looks for are, after a ``wait``."""
     lock = chosen.work / "locks" / f"masks-{backbone}-{sparsity:g}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return found_masks.find(backbone, sparsity, chosen.data, chosen.work) is not None
+    with claimed(lock, wait=wait) as mine:
+        return mine and found_masks.find(backbone, sparsity, chosen.data, chosen.work) is not None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -299,12 +299,12 @@ def check_recipe(row: Mapping[str, Any], settings: Settings) -> None:
 
 
 @contextmanager
-def claimed(file: Path) -> Iterator[bool]:
-    """Whether this process alone holds ``file`` inside the block."""
+def claimed(file: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds ``file`` inside the block; it does if it was to wait."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             yield False
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import itertools
@@ -136,6 +137,24 @@ def test_rows_are_claimed_once_and_not_made_again(script, tmp_path, monkeypatch)
     assert made == [run.name]
     assert json.loads((tmp_path / "rows" / f"{run.name}.json").read_text())["backbone"] == "vit"
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_masks_that_another_process_looks_for_hold_nothing_else_up(
+    script, tmp_path, monkeypatch
+) -> None:
+    run, training = script("run"), script("training")
+    made: list[str] = []
+    monkeypatch.setattr(run, "_ready", lambda backbone: True)
+    monkeypatch.setattr(run, "write", lambda work: None)
+    monkeypatch.setattr(run, "do", lambda one, *_: made.append(one.framework))
+    monkeypatch.setattr(run.found_masks, "find", lambda *_: {})
+    chosen = argparse.Namespace(data=tmp_path, work=tmp_path, only=None)
+    with training.claimed(tmp_path / "locks" / "masks-resnet-0.5.lock") as mine:
+        assert mine
+        run._do_all(chosen, [], wait=False)
+        assert set(made) == {"san"}
+    run._do_all(chosen, [], wait=True)
+    assert set(made) == {"san", "mask2former", "deeplabv3", "fc-clip"}
 
 
 def test_a_training_that_dies_leaves_no_row_and_lets_go(script, tmp_path, monkeypatch) -> None:
