@@ -26,7 +26,8 @@ from plan import SCHEDULED, STEPS, Run
 from torch import Tensor
 
 POOL = ("backbone.conv*", "backbone.bn*", "backbone.layer*")
-"""What a policy decides about: the tower that runs. Its attention pool does not, in Mask2Former."""
+"""What a policy decides about: the convolutions, which are the paper's layers too. What Mask2Former
+runs of the attention pool trains always."""
 
 
 @dataclass(frozen=True)

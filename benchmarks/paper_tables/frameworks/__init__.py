@@ -42,9 +42,7 @@ class Framework:
 
 FRAMEWORKS: Mapping[str, Framework] = {
     "san": Framework("san", "vit", "SAN (mmsegmentation's)", None),
-    "mask2former": Framework(
-        "mask2former", "resnet", "Mask2Former (transformers')", "Han et al.", pooled=False
-    ),
+    "mask2former": Framework("mask2former", "resnet", "Mask2Former (transformers')", "Han et al."),
     "deeplabv3": Framework(
         "deeplabv3", "resnet", "DeepLabV3 (torchvision's)", "DeepLabV3", pooled=False
     ),

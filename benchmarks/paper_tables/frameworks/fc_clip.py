@@ -32,7 +32,7 @@ class FcClip(nn.Module):
         self.pixel_decoder, self.predictor = pixels, decoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.embedder = mask_head.Embedder(2 * 64)
+            self.embedder = mask_head.mlp(2 * 64)
             self.void_embedding = nn.Parameter(torch.randn(1, 512))
         self.scale = nn.Parameter(torch.tensor(math.log(20.0)))
         self.criterion = criterion
@@ -48,8 +48,7 @@ class FcClip(nn.Module):
         """Masks and logits of every layer, and the tower's dense embeddings."""
         with torch.no_grad():
             stages = mask_head.pyramid(self.visual, images)
-            pool = self.visual.attnpool
-            dense = pool.c_proj(pool.v_proj(stages[-1].movedim(1, -1))).movedim(-1, 1)
+            dense = mask_head.embedded(self.visual, stages[-1])
         pixels = self.pixel_decoder(stages)
         out = self.predictor(pixels.multi_scale_features, pixels.mask_features)
         logits = []
@@ -58,9 +57,8 @@ class FcClip(nn.Module):
         ):
             pooled = _pool(pixels.mask_features, mask)
             both = torch.cat([state.transpose(0, 1), pooled], dim=-1)
-            logits.append(
-                mask_head.classified(self.embedder(both), text, self.void_embedding, self.scale)
-            )
+            embedding = F.normalize(self.embedder(both), dim=-1)
+            logits.append(mask_head.classified(embedding, text, self.void_embedding, self.scale))
         return list(out.masks_queries_logits), logits, dense
 
     def loss(self, images: Tensor, labels: Tensor, text: Tensor) -> Tensor:

@@ -60,17 +60,16 @@ def pyramid(tower: Any, images: Tensor) -> list[Tensor]:
     return found
 
 
-class Embedder(nn.Module):
+def embedded(tower: Any, stage: Tensor) -> Tensor:
+    """Each position of the last stage on its own, in the space of the texts [B, 512, h, w]."""
+    pool = tower.attnpool
+    dense: Tensor = pool.c_proj(pool.v_proj(stage.movedim(1, -1))).movedim(-1, 1)
+    return dense
+
+
+def mlp(width: int, outputs: int = 512) -> nn.Sequential:
     """From a query to the space of the texts."""
-
-    def __init__(self, width: int, outputs: int = 512) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, outputs)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.layers(x), dim=-1)
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, outputs))
 
 
 def classified(embedding: Tensor, text: Tensor, void: Tensor, scale: Tensor) -> Tensor:
