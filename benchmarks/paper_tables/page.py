@@ -30,12 +30,15 @@ def render(record: Mapping[str, Any]) -> str:
         record: ``rows``, ``costs``, ``towers``, ``masks``, and ``backbone`` (or None).
     """
     rows = record["rows"]
-    parts = [_head(rows), _missing(record), _claims(record), _table1(rows, record["costs"])]
-    parts += [
+    parts = [
+        _head(rows),
+        _claims(record),
+        _table1(rows, record["costs"]),
         _paper1(),
         _table2(rows, record.get("steps", [])),
         _spectra(rows),
         _towers(record),
+        _missing(record),
         _how(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -85,15 +88,24 @@ beside them for the direction alone. ± is the standard deviation over seeds; wh
 there was one seed.
 
 The plan: {len(runs())} trainings of frameworks and one of a backbone, at most {LIMIT} and
-{HOURS:g} hours on 2 CPU cores; {len(rows)} of the {len(runs())} are in this page."""
+{HOURS:g} hours on 2 CPU cores; {len(rows)} of the {len(runs())} are in this page. [What was not
+run](#not-run) is named."""
 
 
 def _missing(record: Mapping[str, Any]) -> str:
     done = {Run(r["framework"], r["mask"], r["policy"], r["seed"]) for r in record["rows"]}
-    missing = [run.name for run in runs() if run not in done]
+    missing = [run for run in runs() if run not in done]
     lines = ["## Not run", ""]
-    if missing:
-        lines.append(f"- {len(missing)} trainings of the plan: {', '.join(missing)}.")
+    for name, framework in FRAMEWORKS.items():
+        own = [
+            f"{run.mask if run.policy == 'all' else f'{run.policy} schedule'} {run.seed}"
+            for run in missing
+            if run.framework == name
+        ]
+        if own:
+            lines.append(
+                f"- {framework.title}: {len(own)} trainings of the plan ({', '.join(own)})."
+            )
     lines.append(
         "- Frameworks at 0.7 and 0.9: by plan, for want of trainings; the towers are below."
     )
@@ -338,6 +350,10 @@ def _how(record: Mapping[str, Any]) -> str:
             f"{HOURS:g} hours."
         )
     lines.append(
+        "- A mask's class is, in Mask2Former, the tower's own embedding of it (last stage, value "
+        "and output projections, mean over the mask) and what the query adds to it: a class "
+        "learnt by the queries alone takes more steps than these. FC-CLIP mixes what the queries "
+        "learn with the frozen tower's embedding, as its paper does.\n"
         "- ResNets train with batch statistics, in FC-CLIP's way nothing of the tower trains. The "
         "tower's learning rate is a fifth of the rest's. Zeros are held by masked gradients and "
         "checked after the last step. `plan.py` says why the trainings are shared out so."
