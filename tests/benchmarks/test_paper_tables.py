@@ -113,6 +113,25 @@ def test_the_page_tells_what_rows_say(script) -> None:
     assert text.count("trainings of the plan (") == 1
 
 
+def test_the_page_tells_what_was_timed(script) -> None:
+    page, plan, timing = script("page"), script("plan"), script("timing")
+    # A turn that another program slows down (the second) slows both, and moves no ratio.
+    assert timing._ratio([8.0, 40.0, 9.0], [10.0, 50.0, 10.0]) == pytest.approx(0.8)
+    costs = {"params": 3e6, "nonzero": 2e6, "tower_params": 2e6, "tower_nonzero": 1e6,
+             "macs": 9e8, "nonzero_macs": 5e8, "milliseconds": 70.0}  # fmt: skip
+    shares = {"dense": 1.0, "random": 1.02, "imp": 0.99, "structured": 0.81}
+    masks = {mask: {**costs, "of_dense": share} for mask, share in shares.items()}
+    steps = {"framework": plan.SCHEDULED, "refresh": 125.0,
+             "milliseconds": dict.fromkeys(plan.POLICIES, 1300.0),
+             "of_all": {**dict.fromkeys(plan.POLICIES, 1.0), "alpha": 0.87}}  # fmt: skip
+    text = page.render(empty(costs=[{"framework": "san", "masks": masks}], steps=[steps]))
+    assert (
+        "SAN (mmsegmentation's): structured takes 0.81 of the dense time, IMP's zeros 0.99." in text
+    )
+    assert "| 1.00 of 2.00 M | 2.00 M | 500 M | 900 M | 70.0 ms, 0.81 |" in text
+    assert "| 1300 ms, 0.87 |" in text and "takes 125 ms more" in text
+
+
 def test_a_sparsity_out_of_reach_is_said(script) -> None:
     page = script("page")
     found = {"reached": False, "tries": [{"ratio": 0.9, "sparsity": 0.81}, {"error": "no"}]}
