@@ -72,7 +72,7 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
     """
     place = folder_of(work, backbone, sparsity)
     record = place / "masks.json"
-    calibration = _calibration(data, work)
+    pictures = calibration(data, work)
     if not record.exists() and kept(backbone, sparsity).is_dir():
         shutil.copytree(kept(backbone, sparsity), place, dirs_exist_ok=True)
     if record.exists():
@@ -88,9 +88,9 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
     place.mkdir(parents=True, exist_ok=True)
     shapes = ranked(backbone)
     total = sum(math.prod(shape) for shape in shapes.values())
-    found = _structured(backbone, sparsity, total, calibration, place)
+    found = _structured(backbone, sparsity, total, pictures, place)
     if found["reached"]:
-        found |= _imp(backbone, found["zeros"] / total, calibration, place)
+        found |= _imp(backbone, found["zeros"] / total, pictures, place)
         if found["imp_zeros"] != found["zeros"]:
             raise SystemExit(f"IMP has {found['imp_zeros']} zeros, expected {found['zeros']}")
     partial = record.with_suffix(".part")
@@ -133,7 +133,7 @@ def imp_file(place: Path) -> Path:
     return place / "imp" if (place / "imp").is_dir() else place / "imp.safetensors"
 
 
-def _calibration(data: Path, work: Path) -> str:
+def calibration(data: Path, work: Path) -> str:
     """Pictures without labels: of MSRC's train list."""
     from quality import linked, listed
 
@@ -142,7 +142,7 @@ def _calibration(data: Path, work: Path) -> str:
 
 
 def _structured(
-    backbone: str, sparsity: float, total: int, calibration: str, place: Path
+    backbone: str, sparsity: float, total: int, pictures: str, place: Path
 ) -> dict[str, Any]:
     """The default prune whose lost parameters are nearest to ``sparsity`` of the ranked weights."""
     import ovsprune
@@ -158,7 +158,7 @@ def _structured(
             result = ovsprune.prune(
                 model,
                 round(ratio, 4),
-                calibration=calibration,
+                calibration=pictures,
                 samples=SAMPLES,
                 statistics=str(place / "statistics.safetensors"),
                 dtype="float16",
@@ -202,14 +202,14 @@ def between(low: tuple[float, float], high: tuple[float, float], sparsity: float
     return low[0] + min(max(share, 0.05), 0.95) * (high[0] - low[0])
 
 
-def _imp(backbone: str, ratio: float, calibration: str, place: Path) -> dict[str, Any]:
+def _imp(backbone: str, ratio: float, pictures: str, place: Path) -> dict[str, Any]:
     """The paper's masks, of exactly as many zeros."""
     from ovsprune.jobs.imp import imp
 
     result = imp(
         str(FOLDERS[backbone]),
         ratio,
-        calibration=calibration,
+        calibration=pictures,
         samples=SAMPLES,
         batch_size=IMP["batch"],
         imp_steps=IMP["steps"],

@@ -113,6 +113,27 @@ def test_the_page_tells_what_rows_say(script) -> None:
     assert text.count("trainings of the plan (") == 1
 
 
+def test_the_page_tells_of_towers_by_themselves(script) -> None:
+    page = script("page")
+    key = {"backbone": "vit", "sparsity": 0.9}
+
+    def scored(mask: str, seed: int, miou: float, error: float) -> dict[str, Any]:
+        scores = {"msrc_test": {"miou": miou}, "camvid_val": {"miou": miou / 2}}
+        return key | {"mask": mask, "seed": seed, "scores": scores, "relative_error": error}
+
+    towers = [
+        scored("dense", 0, 0.5, 0.0),
+        *(scored("random units + closed-form", s, 0.2 + 0.1 * s, 0.5) for s in range(3)),
+        *(key | {"mask": "random units", "seed": s, "refused": "out of reach"} for s in range(3)),
+    ]
+    masks = {"vit-0.9": {"reached": False, "zeros": 1234, "tries": []}}
+    text = page.render(empty(towers=towers, masks=masks))
+    assert "| vit | 0.9 | dense | 0 | 50.0 | 25.0 | 0.000 | 1 |" in text
+    repaired = "30.0 ± 10.0 | 15.0 ± 5.0 | 0.500 ± 0.000 | 3 |"
+    assert f"| vit | 0.9 | random units + closed-form | 1,234 | {repaired}" in text
+    assert "| random units | 1,234 | not reached | not reached | not reached | 3 |" in text
+
+
 def test_the_page_tells_what_was_timed(script) -> None:
     page, plan, timing = script("page"), script("plan"), script("timing")
     # A turn that another program slows down (the second) slows both, and moves no ratio.
