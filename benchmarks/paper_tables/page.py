@@ -13,6 +13,7 @@ import paper
 from frameworks import FRAMEWORKS
 from masks import IMP
 from plan import HOURS, LIMIT, MASKS, POLICIES, SCHEDULED, SPARSITIES, STEPS, TRAINED_AT, Run, runs
+from towers import LOT
 
 TITLES = {
     "dense": "dense",
@@ -157,7 +158,29 @@ def _claims(record: Mapping[str, Any]) -> str:
     gaps = _gaps(policies["alpha"], policies["random"])
     if gaps and statistics.mean(gaps) <= 0:
         lines.append("- So alpha does not beat a random half of the layers here.")
+    towers = _by_tower(record)
+    for (backbone, sparsity, mask), found in towers.items():
+        if mask == "structured":
+            lot = [r for r in towers.get((backbone, sparsity, LOT), []) if "scores" in r]
+            told = (
+                f"{_told(found)}, and {_told(lot) if lot else 'not reached'} by lot, repaired, too"
+            )
+            lines.append(f"- The {backbone} tower by itself at {sparsity:g}: structured {told}.")
     return "\n".join(["## What came out (MSRC test)", "", *lines])
+
+
+def _by_tower(record: Mapping[str, Any]) -> dict[tuple[str, float, str], list[Any]]:
+    """Rows of towers by themselves: of (tower, sparsity, mask), a row a seed."""
+    groups: dict[tuple[str, float, str], list[Any]] = {}
+    for row in record["towers"]:
+        groups.setdefault((row["backbone"], row["sparsity"], row["mask"]), []).append(row)
+    return groups
+
+
+def _told(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The mIoU on MSRC test, and in brackets the relative error."""
+    miou = mean(row["scores"]["msrc_test"]["miou"] for row in rows)
+    return f"{miou} ({mean((row['relative_error'] for row in rows), 1.0, 3)})"
 
 
 def _compared(title: str, better: str, worse: str, found: Mapping[str, Mapping[int, float]]) -> str:
@@ -291,11 +314,8 @@ def _spectra(rows: Sequence[Any]) -> str:
 
 
 def _towers(record: Mapping[str, Any]) -> str:
-    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
-    for row in record["towers"]:
-        groups.setdefault((row["backbone"], row["sparsity"], row["mask"]), []).append(row)
     lines = []
-    for (backbone, sparsity, mask), rows in groups.items():
+    for (backbone, sparsity, mask), rows in _by_tower(record).items():
         zeros = record["masks"].get(f"{backbone}-{sparsity:g}", {}).get("zeros", 0)
         line = [backbone, f"{sparsity:g}", mask, "0" if mask == "dense" else f"{zeros:,}"]
         scored = [row for row in rows if "scores" in row]

@@ -21,6 +21,8 @@ from training import SETS, score, write_row
 
 SEEDS = 3
 """Of what is chosen at random."""
+LOT = "random units + closed-form"
+"""What structured towers are judged against: units by lot, and the same kind of repair."""
 
 
 class Tower:
@@ -99,7 +101,7 @@ def _pruned(
         folder = place / f"random-{seed}"
         refused = _random_units(backbone, found, seed, data, work, folder)
         yield "random units", seed, refused or unrepaired(folder)
-        yield "random units + closed-form", seed, refused or backbones.load(str(folder))
+        yield LOT, seed, refused or backbones.load(str(folder))
     yield "structured, not repaired", 0, unrepaired(place / "structured")
     yield "structured", 0, backbones.load(str(place / "structured"))
 
