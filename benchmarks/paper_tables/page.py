@@ -317,8 +317,10 @@ def _towers(record: Mapping[str, Any]) -> str:
     lines = []
     for (backbone, sparsity, mask), rows in _by_tower(record).items():
         zeros = record["masks"].get(f"{backbone}-{sparsity:g}", {}).get("zeros", 0)
-        line = [backbone, f"{sparsity:g}", mask, "0" if mask == "dense" else f"{zeros:,}"]
         scored = [row for row in rows if "scores" in row]
+        gone = 0 if mask == "dense" else rows[0].get("gone", zeros)
+        macs = f"{rows[0]['macs'] / 1e6:.0f} M" if "macs" in rows[0] else "all"
+        line = [backbone, f"{sparsity:g}", mask, f"{gone:,}", macs if scored else "not reached"]
         if scored:
             line += [mean(row["scores"][s]["miou"] for row in scored) for s in SETS]
             line.append(mean((row["relative_error"] for row in scored), 1.0, 3))
@@ -327,7 +329,7 @@ def _towers(record: Mapping[str, Any]) -> str:
         lines.append([*line, str(len(rows))])
     if not lines:
         return "## The towers by themselves\n\nNot run."
-    header = ("tower", "asked", "mask", "weights gone", "MSRC test", "CamVid val")
+    header = ("tower", "asked", "mask", "weights gone", "MACs done", "MSRC test")
     return (
         "## The towers by themselves, before any framework\n\nNothing is trained after the mask; "
         "dense tokens against texts. *IMP, its own weights* has what the rounds of IMP trained; "
@@ -335,10 +337,11 @@ def _towers(record: Mapping[str, Any]) -> str:
         "random mask. The structured tower's weights are repaired by its default recovery, which "
         "is part of the method; *structured, not repaired* has the same units of the dense "
         "weights. *Random units* are whole units by lot, of every layer the same share, and as "
-        "many parameters; Table 1 has no room for them among its trainings. Masked and unrepaired "
-        "batch norms have the statistics of what they read then. The relative error is of the "
-        "dense features on MSRC test: 0 is equal, 1 as bad as the mean feature everywhere.\n\n"
-        + table((*header, "relative error", "seeds"), lines)
+        "many parameters (to a ten-thousandth), not as many MACs; Table 1 has no room for them "
+        "among its trainings. Masked and unrepaired batch norms have the statistics of what they "
+        "read then. The relative error is of the dense features on MSRC test: 0 is equal, 1 as bad "
+        "as the mean feature everywhere.\n\n"
+        + table((*header, "CamVid val", "relative error", "seeds"), lines)
     )
 
 

@@ -53,6 +53,7 @@ def towers(backbone: str, sparsity: float, data: Path, work: Path) -> list[dict[
     rows = []
     for mask, seed, loaded in _pruned(backbone, sparsity, data, work):
         key = {"backbone": backbone, "sparsity": sparsity, "mask": mask, "seed": seed}
+        key |= _size(backbone, sparsity, mask, seed, work)
         if isinstance(loaded, str):
             rows.append({**key, "refused": loaded})
             continue
@@ -131,6 +132,20 @@ def _random_units(
     except BudgetError as error:
         return str(error)
     return ""
+
+
+def _size(backbone: str, sparsity: float, mask: str, seed: int, work: Path) -> dict[str, int]:
+    """Parameters gone and MACs left of whole units' towers, as their checkpoints say."""
+    import ovsprune
+
+    if "structured" not in mask and "units" not in mask:
+        return {}
+    name = "structured" if "structured" in mask else f"random-{seed}"
+    folder = folder_of(work, backbone, sparsity) / name
+    if not folder.is_dir():
+        return {}
+    spec = ovsprune.read(folder).spec
+    return {"gone": spec.dense.params - spec.slim.params, "macs": spec.slim.macs}
 
 
 def _error(backbone: str, loaded: Any, data: Path) -> float:

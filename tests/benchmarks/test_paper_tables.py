@@ -124,17 +124,24 @@ def test_the_page_tells_of_towers_by_themselves(script) -> None:
     towers = [
         scored("dense", 0, 0.5, 0.0),
         scored("structured", 0, 0.4, 0.25),
-        *(scored("random units + closed-form", s, 0.2 + 0.1 * s, 0.5) for s in range(3)),
+        *(
+            scored("random units + closed-form", s, 0.2 + 0.1 * s, 0.5)
+            | {"gone": 1200, "macs": 300_000_000}
+            for s in range(3)
+        ),
         *(key | {"mask": "random units", "seed": s, "refused": "out of reach"} for s in range(3)),
     ]
     masks = {"vit-0.9": {"reached": False, "zeros": 1234, "tries": []}}
     text = page.render(empty(towers=towers, masks=masks))
-    assert "| vit | 0.9 | dense | 0 | 50.0 | 25.0 | 0.000 | 1 |" in text
+    assert "| vit | 0.9 | dense | 0 | all | 50.0 | 25.0 | 0.000 | 1 |" in text
     repaired = "30.0 ± 10.0 | 15.0 ± 5.0 | 0.500 ± 0.000 | 3 |"
-    assert f"| vit | 0.9 | random units + closed-form | 1,234 | {repaired}" in text
+    assert f"| vit | 0.9 | random units + closed-form | 1,200 | 300 M | {repaired}" in text
     lot = "30.0 ± 10.0 (0.500 ± 0.000) by lot, repaired, too"
     assert f"The vit tower by itself at 0.9: structured 40.0 (0.250), and {lot}." in text
-    assert "| random units | 1,234 | not reached | not reached | not reached | 3 |" in text
+    assert (
+        "| random units | 1,234 | not reached | not reached | not reached | not reached | 3 |"
+        in text
+    )
 
 
 def test_the_page_tells_what_was_timed(script) -> None:
