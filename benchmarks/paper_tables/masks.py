@@ -64,11 +64,12 @@ def folder_of(work: Path, backbone: str, sparsity: float) -> Path:
     return work / "masks" / f"{backbone}-{sparsity:g}"
 
 
-def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, Any] | None:
+def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, Any]:
     """Structured and IMP's masks in their folder, found if they are not there yet.
 
     Returns:
-        The record; None where the structured tower cannot lose so much.
+        The record; where the structured tower cannot lose so much, ``reached`` is false in it, and
+        IMP's masks have the share of zeros that was asked for.
     """
     place = folder_of(work, backbone, sparsity)
     record = place / "masks.json"
@@ -84,15 +85,14 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
             )
         if not found["reached"]:
             print(f"{backbone} {sparsity}: no structured tower loses so much", flush=True)
-        return found if found["reached"] else None
+        return found
     place.mkdir(parents=True, exist_ok=True)
     shapes = ranked(backbone)
     total = sum(math.prod(shape) for shape in shapes.values())
     found = _structured(backbone, sparsity, total, pictures, place)
-    if found["reached"]:
-        found |= _imp(backbone, found["zeros"] / total, pictures, place)
-        if found["imp_zeros"] != found["zeros"]:
-            raise SystemExit(f"IMP has {found['imp_zeros']} zeros, expected {found['zeros']}")
+    found |= _imp(backbone, found["zeros"] / total, pictures, place)
+    if found["imp_zeros"] != found["zeros"]:
+        raise SystemExit(f"IMP has {found['imp_zeros']} zeros, expected {found['zeros']}")
     partial = record.with_suffix(".part")
     found |= {"backbone": backbone, "tower": tower_hash(backbone), "imp": IMP, "ranked": total}
     partial.write_text(json.dumps(found, indent=2))
@@ -153,6 +153,7 @@ def _structured(
     low, high, tries = (0.0, 0.0), (1.0, 1.0), []  # ratio and sparsity that are known
     ratio = FIRST * sparsity
     final = place / "structured"
+    dense: dict[str, int] = {}
     for _ in range(TRIES):
         try:
             result = ovsprune.prune(
@@ -169,7 +170,8 @@ def _structured(
             tries.append({"ratio": ratio, "error": str(error)})
             high = (ratio, 1.0)
         else:
-            zeros = result.spec.dense.params - result.spec.slim.params
+            dense = {"macs": result.spec.dense.macs, "params": result.spec.dense.params}
+            zeros = dense["params"] - result.spec.slim.params
             tries.append({"ratio": ratio, "zeros": zeros, "sparsity": zeros / total})
             print(f"{backbone} {sparsity}: ratio {ratio:.4f} gives {zeros / total:.4f}", flush=True)
             if abs(zeros / total - sparsity) <= NEAR:
@@ -180,7 +182,7 @@ def _structured(
                     "macs_ratio": round(ratio, 4),
                     "zeros": zeros,
                     "sparsity": zeros / total,
-                    "dense": {"macs": result.spec.dense.macs, "params": result.spec.dense.params},
+                    "dense": dense,
                     "slim": {"macs": result.spec.slim.macs, "params": result.spec.slim.params},
                     "structured_seconds": sum(result.seconds.values()),
                     "tries": tries,
@@ -189,7 +191,8 @@ def _structured(
             low, high = (known, high) if zeros / total < sparsity else (low, known)
         ratio = between(low, high, sparsity)
     shutil.rmtree(place / "try", ignore_errors=True)
-    return {"reached": False, "tries": tries}
+    zeros = round(sparsity * total)
+    return {"reached": False, "zeros": zeros, "dense": dense, "tries": tries}
 
 
 def between(low: tuple[float, float], high: tuple[float, float], sparsity: float) -> float:

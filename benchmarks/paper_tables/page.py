@@ -161,10 +161,8 @@ def _claims(record: Mapping[str, Any]) -> str:
     towers = _by_tower(record)
     for (backbone, sparsity, mask), found in towers.items():
         if mask == "structured":
-            lot = [r for r in towers.get((backbone, sparsity, LOT), []) if "scores" in r]
-            told = (
-                f"{_told(found)}, and {_told(lot) if lot else 'not reached'} by lot, repaired, too"
-            )
+            lot = _told(towers.get((backbone, sparsity, LOT), []))
+            told = f"{_told(found)}, and {lot} by lot, repaired, too"
             lines.append(f"- The {backbone} tower by itself at {sparsity:g}: structured {told}.")
     return "\n".join(["## What came out (MSRC test)", "", *lines])
 
@@ -179,8 +177,11 @@ def _by_tower(record: Mapping[str, Any]) -> dict[tuple[str, float, str], list[An
 
 def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     """The mIoU on MSRC test, and in brackets the relative error."""
-    miou = mean(row["scores"]["msrc_test"]["miou"] for row in rows)
-    return f"{miou} ({mean((row['relative_error'] for row in rows), 1.0, 3)})"
+    scored = [row for row in rows if "scores" in row]
+    if not scored:
+        return "not reached"
+    miou = mean(row["scores"]["msrc_test"]["miou"] for row in scored)
+    return f"{miou} ({mean((row['relative_error'] for row in scored), 1.0, 3)})"
 
 
 def _compared(title: str, better: str, worse: str, found: Mapping[str, Mapping[int, float]]) -> str:
@@ -354,6 +355,11 @@ def _how(record: Mapping[str, Any]) -> str:
                 f"{found['zeros']:,} parameters, {found['sparsity']:.3f} of the "
                 f"{found['ranked']:,} ranked weights; IMP has as many zeros after "
                 f"{found['imp_rounds']} rounds."
+            )
+        elif "imp_rounds" in found:
+            lines.append(
+                f"- `{name}`: not reached by structured pruning; IMP has {found['zeros']:,} zeros "
+                f"after {found['imp_rounds']} rounds."
             )
     if record.get("backbone"):
         back = record["backbone"]

@@ -178,7 +178,9 @@ def _find(backbone: str, sparsity: float, chosen: argparse.Namespace, *, wait: b
     """Whether the masks are there; those that another process looks for are, after a ``wait``."""
     lock = chosen.work / "locks" / f"masks-{backbone}-{sparsity:g}.lock"
     with claimed(lock, wait=wait) as mine:
-        return mine and found_masks.find(backbone, sparsity, chosen.data, chosen.work) is not None
+        if mine:
+            found_masks.find(backbone, sparsity, chosen.data, chosen.work)
+        return mine
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

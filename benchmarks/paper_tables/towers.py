@@ -103,8 +103,10 @@ def _pruned(
         refused = _random_units(backbone, found, seed, data, work, folder)
         yield "random units", seed, refused or unrepaired(folder)
         yield LOT, seed, refused or backbones.load(str(folder))
-    yield "structured, not repaired", 0, unrepaired(place / "structured")
-    yield "structured", 0, backbones.load(str(place / "structured"))
+    folder = place / "structured"
+    refused = "" if found["reached"] else "no ratio of MACs leaves out so many weights"
+    yield "structured, not repaired", 0, refused or unrepaired(folder)
+    yield "structured", 0, refused or backbones.load(str(folder))
 
 
 def _random_units(

@@ -169,6 +169,13 @@ def test_a_sparsity_out_of_reach_is_said(script) -> None:
     text = page.render(empty(masks={"resnet-0.9": found}))
     assert "The resnet tower at 0.9: structured pruning does not reach it" in text
     assert "(its largest try removed 0.81)" in text
+    # The other masks stand at what was asked, and the structured rows say why they are empty.
+    found |= {"zeros": 900, "imp_rounds": 22}
+    refused = {"backbone": "resnet", "sparsity": 0.9, "mask": "structured", "seed": 0,
+               "refused": "no ratio of MACs leaves out so many weights"}  # fmt: skip
+    text = page.render(empty(towers=[refused], masks={"resnet-0.9": found}))
+    assert "The resnet tower by itself at 0.9: structured not reached" in text
+    assert "not reached by structured pruning; IMP has 900 zeros after 22 rounds" in text
 
 
 def test_rows_are_claimed_once_and_not_made_again(script, tmp_path, monkeypatch) -> None:
