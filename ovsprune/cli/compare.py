@@ -26,7 +26,8 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--methods",
     multiple=True,
     metavar="A,B,C",
-    help="default, imp, CRITERION or torch-pruning, with +ALLOCATION and +RECOVERY; repeatable.",
+    help="default, imp, CRITERION or torch-pruning, with +ALLOCATION, +RECOVERY and :OPTION; "
+    "repeatable.",
 )
 @click.option("--seeds", type=int, default=3, show_default=True, help="How many seeds, from 0 on.")
 @click.option(
@@ -66,7 +67,9 @@ def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:
     A method is `default`, a criterion (alone: uniform, without recovery) with `+ALLOCATION` and
     `+RECOVERY`, such as `magnitude+sensitivity+closed-form`, or a stock method: `torch-pruning`,
     `torch-pruning-uniform`, `torch-pruning-taylor`, `torch-pruning-isomorphic`, alone or with
-    `+RECOVERY`. Rows are kept as they are done: the same command goes on where it stopped.
+    `+RECOVERY`. Options of `prune` may follow, each after a colon: `default:rounds=3`,
+    `default+distill:distill-steps=500`, `default:prune-head-dim`. Rows are kept as they are done:
+    the same command goes on where it stopped.
     """
     from ovsprune.jobs.compare import METHODS, compare
     from ovsprune.report.comparison import compare_summary

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.importance import CRITERIA
+from ovsprune.jobs.method_options import parse_options
 from ovsprune.jobs.settings import Settings
 from ovsprune.jobs.stock import STOCK
 from ovsprune.recovery import RECOVERIES
@@ -36,6 +37,7 @@ class Method:
         recovery: Name in the registry of recoveries; None for a stock method that is run on the
             original tower, as a user of that library would.
         source: Who selects: ``"ovsprune"``, ``"torch-pruning"``, or ``"imp"``, which trains, too.
+        options: Further fields of :class:`ovsprune.jobs.settings.Settings` with their values.
     """
 
     name: str
@@ -43,15 +45,16 @@ class Method:
     allocation: str
     recovery: str | None
     source: Literal["ovsprune", "torch-pruning", "imp"]
+    options: tuple[tuple[str, Any], ...] = ()
 
     def settings(self, common: Settings) -> Settings:
         """What a row of this method is pruned by, where ``common`` holds for every row."""
         chosen = replace(common, recovery=self.recovery or "none")
         if self.source == "ovsprune":
-            return replace(chosen, criterion=self.criterion, allocation=self.allocation)
+            chosen = replace(chosen, criterion=self.criterion, allocation=self.allocation)
         if self.source == "imp":
-            return replace(chosen, method="imp", imp_structured=True, imp_steps=IMP_STEPS)
-        return chosen
+            chosen = replace(chosen, method="imp", imp_structured=True, imp_steps=IMP_STEPS)
+        return replace(chosen, **dict(self.options))
 
 
 def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
@@ -69,27 +72,37 @@ def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
 
 
 def parse_method(name: str) -> Method:
-    """The method called ``name``: parts with ``+`` between them.
+    """The method called ``name``: parts with ``+`` between them, then options after a ``:`` each.
 
     The first part is ``default``, a criterion, or a stock method; ``imp`` stands alone. A criterion
     alone means that criterion with uniform allocation and no recovery. Parts that follow are an
     allocation, a recovery, or both; a name that both rooms know is the allocation unless there is
-    one already.
+    one already. Options are those of ``prune`` that hold for a method and not for every row; what
+    does not go together is refused by :meth:`ovsprune.jobs.settings.Settings.check`.
 
     >>> parse_method("random+closed-form").recovery
     'closed-form'
+    >>> parse_method("default:rounds=3:prune-depth").options
+    (('rounds', 3), ('prune_depth', True))
 
     Raises:
         OptionError: A part is given twice, or an allocation to a stock method.
         UnknownNameError: A part is unknown; names the closest.
     """
-    first, *rest = (part.strip() for part in name.split("+"))
+    parts, *given = name.split(":")
+    options = tuple(parse_options(name, given).items())
+    first, *rest = (part.strip() for part in parts.split("+"))
     if first == IMP:
         if rest:
             raise OptionError(f"--methods {name}: imp ranks, counts and repairs in its own way")
-        return Method(name, "l1", "global", "none", "imp")
+        return Method(name, "l1", "global", "none", "imp", options)
     if first in STOCK:
-        return _stock_method(name, first, rest)
+        if {field for field, _ in options} - {"distill"}:
+            raise OptionError(
+                f"--methods {name}: {first} chooses in its own way; of the options, it takes those "
+                "of a recovery, distill-..."
+            )
+        return _stock_method(name, first, rest, options)
     if first == DEFAULT:
         plain = Settings(ratio=0.5)
         assert isinstance(plain.criterion, str)  # the default is a name
@@ -108,7 +121,7 @@ def parse_method(name: str) -> Method:
             allocation = part
         else:
             recovery = part
-    return Method(name, criterion, allocation, recovery, "ovsprune")
+    return Method(name, criterion, allocation, recovery, "ovsprune", options)
 
 
 def _room(part: str, seen: set[str]) -> str:
@@ -122,7 +135,9 @@ def _room(part: str, seen: set[str]) -> str:
     return "allocation" if allocates else "recovery"
 
 
-def _stock_method(name: str, first: str, rest: list[str]) -> Method:
+def _stock_method(
+    name: str, first: str, rest: list[str], options: tuple[tuple[str, Any], ...]
+) -> Method:
     """A stock method, as it is or followed by a recovery of ours."""
     if len(rest) > 1:
         raise OptionError(f"--methods {name}: {first} takes one recovery after the '+'")
@@ -132,4 +147,4 @@ def _stock_method(name: str, first: str, rest: list[str]) -> Method:
         )
     if rest:
         RECOVERIES.get(rest[0])
-    return Method(name, first, "own", rest[0] if rest else None, "torch-pruning")
+    return Method(name, first, "own", rest[0] if rest else None, "torch-pruning", options)
