@@ -53,9 +53,8 @@ def calibration_options(function: Callback) -> Callback:
         click.option(
             "--samples",
             type=int,
-            default=256,
-            show_default=True,
-            help="Calibration pictures; of made ones, 1024 keep more.",
+            show_default="256; of leaves or mixed 1024",
+            help="Calibration pictures.",
         ),
     )(function)
 

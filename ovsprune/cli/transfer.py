@@ -36,7 +36,12 @@ from ovsprune.cli.screen import Screen, output_options
     help="Pictures to repair the framework's own weights on, once they are cut (weights target): a "
     "folder, procedural, leaves or mixed.",
 )
-@click.option("--samples", default=256, show_default=True, help="Calibration pictures.")
+@click.option(
+    "--samples",
+    type=int,
+    show_default="256; of leaves or mixed 1024",
+    help="Calibration pictures.",
+)
 @click.option("--recovery", default="closed-form", show_default=True, help="As of prune.")
 @click.option(
     "--policy", metavar="NAME", help="Put a schedule into the lines to add, as of `schedule`."

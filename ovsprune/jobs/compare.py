@@ -70,7 +70,7 @@ def compare(
     pretrained: str | None = None,
     activation: str | None = None,
     calibration: str = AUTO,
-    samples: int = 256,
+    samples: int | None = None,
     device: str = "cpu",
     batch_size: int = 16,
     threads: int | None = None,
@@ -103,7 +103,7 @@ def compare(
         activation: For a bare file.
         calibration: A folder of pictures without labels, or ``"procedural"``, ``"leaves"``,
             ``"mixed"`` or ``"auto"``, as of :func:`ovsprune.prune`.
-        samples: Calibration pictures.
+        samples: Calibration pictures; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
         device: Where the towers run.
         batch_size: Pictures at a time.
         threads: CPU threads; None leaves torch's own choice.
@@ -170,7 +170,7 @@ def compare(
             "centred": centred,
             "images": len(pictures),
             "calibration": settings.calibration,
-            "samples": samples,
+            "samples": settings.pictures,
             "budget": budget,
             "protect": list(protect),
             "round_to": round_to,
@@ -297,7 +297,7 @@ def _identity(
         "list": None if list_file is None else str(list_file),
         "images": len(pictures),
         "calibration": settings.calibration if plain else str(Path(settings.calibration).resolve()),
-        "samples": settings.samples,
+        "samples": settings.pictures,
         "device": str(device),
         **held,
     }

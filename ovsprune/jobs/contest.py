@@ -112,7 +112,7 @@ class Contest:
         pictures, _ = open_pictures(
             settings.calibration,
             self.backbone.preprocess,
-            settings.samples,
+            settings.pictures,
             HELD_OUT,
             settings.seed,
             self.progress,

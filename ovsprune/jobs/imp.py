@@ -213,7 +213,7 @@ class _Job:
         pictures, held_out = open_pictures(
             settings.calibration,
             backbone.preprocess,
-            settings.samples,
+            settings.pictures,
             HELD_OUT,
             settings.seed,
             self.progress,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ovsprune import backbones
 from ovsprune.backbones.open_clip_source import OWN_WEIGHTS
 from ovsprune.calibration.fidelity import Fidelity
+from ovsprune.calibration.pictures import enough
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
@@ -28,9 +29,6 @@ from ovsprune.slim import SlimCheckpoint, SlimSpec, write
 from ovsprune.slim.write import check_output
 
 __all__ = ["PruneResult", "Settings", "cast", "command_of", "open_dense", "prune"]
-
-MANY = 1024
-"""Made pictures with which ``photo`` keeps much more than with 256 (``docs/benchmarks.md``)."""
 
 
 @dataclass(eq=False)
@@ -130,8 +128,8 @@ def prune(
         progress: Is told how the work goes.
         options: Fields of :class:`Settings`: ``budget`` ("macs", "params", "latency"),
             ``calibration`` (a folder, "procedural", "leaves", "mixed", or "auto", which is
-            "procedural" for ``tiny`` and "mixed" for other towers), ``samples``,
-            ``criterion`` (a name, or an object such as
+            "procedural" for ``tiny`` and "mixed" for other towers), ``samples`` (256; of "leaves"
+            and "mixed" 1024), ``criterion`` (a name, or an object such as
             :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
             ``recovery``, ``protect`` (patterns of group names),
             ``round_to``, ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
@@ -168,10 +166,12 @@ def prune(
         model = _open(model, pretrained, activation, device, progress, clock)
         settings = settings.for_model(model)
         check_again(model, settings)
-        if model.trained and settings.calibration == "mixed" and settings.samples < MANY:
+        if model.trained and settings.calibration == "mixed":
+            most, count = enough("mixed"), settings.pictures
+            more = f"{most} keep more (--samples {most}), and " if count < most else ""
             progress.note(
-                f"calibrating on {settings.samples} made pictures: {MANY} keep more "
-                f"(--samples {MANY}), and photographs of your own most (--calibration DIR)"
+                f"calibrating on {count} made pictures: {more}photographs of your own keep most "
+                "(--calibration DIR)"
             )
         done = Job(model, settings, progress, clock).run()
     result = PruneResult(

@@ -31,7 +31,7 @@ def refitted(
     state: Mapping[str, Tensor],
     *,
     calibration: str,
-    samples: int,
+    samples: int | None,
     recovery: str,
     progress: Progress,
 ) -> tuple[SlimCheckpoint, Fidelity]:
@@ -43,7 +43,7 @@ def refitted(
         checkpoint: Whose mask says what goes.
         state: The framework's dense tower, by canonical name and shape.
         calibration: A folder of pictures without labels, or the name of a made kind.
-        samples: Calibration pictures.
+        samples: Calibration pictures; None takes as many as :func:`ovsprune.prune`.
         recovery: As of :func:`ovsprune.prune`.
         progress: Is told how the work goes.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.calibration.pictures import AUTO, made_for
+from ovsprune.calibration.pictures import AUTO, enough, made_for
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Allocator, Backbone, Criterion, Distillation, Recovery
 from ovsprune.importance import find_criterion
@@ -43,7 +43,7 @@ class Settings:
     ratio: float
     budget: str = "macs"
     calibration: str = AUTO
-    samples: int = 256
+    samples: int | None = None
     criterion: str | Criterion = "reconstruction"
     allocation: str = "sensitivity"
     recovery: str = "gauss-newton"
@@ -70,9 +70,14 @@ class Settings:
     imp_lr: float = 1e-4
 
     @property
+    def pictures(self) -> int:
+        """Calibration pictures: as many as were named, or as are enough of their kind."""
+        return enough(self.calibration) if self.samples is None else self.samples
+
+    @property
     def probe_pictures(self) -> int:
-        """Pictures on which curves are measured: an eighth of the samples, 8 to 32."""
-        return min(max(self.samples // 8, 8), 32) if self.probe is None else self.probe
+        """Pictures on which curves are measured: an eighth of the others, 8 to 32."""
+        return min(max(self.pictures // 8, 8), 32) if self.probe is None else self.probe
 
     def for_model(self, backbone: Backbone) -> Settings:
         """The same, with the kind of made pictures named where it was left to the model."""
@@ -110,7 +115,7 @@ class Settings:
         for floor in self.floor:
             parse_floor(floor)
         for option, value in (
-            ("--samples", self.samples),
+            ("--samples", self.pictures),
             ("--round-to", self.round_to),
             ("--batch-size", self.batch_size),
             ("--rounds", self.rounds),

@@ -117,7 +117,7 @@ class Job:
         pictures, held_out = open_pictures(
             self.settings.calibration,
             self.backbone.preprocess,
-            self.settings.samples,
+            self.settings.pictures,
             HELD_OUT,
             self.settings.seed,
             self.progress,

@@ -38,7 +38,7 @@ def transfer(
     force: bool = ...,
     example: Any = ...,
     calibration: _PathLike | None = ...,
-    samples: int = ...,
+    samples: int | None = ...,
     recovery: str = ...,
     progress: Progress | None = ...,
 ) -> Attached: ...
@@ -57,7 +57,7 @@ def transfer(
     force: bool = ...,
     dry_run: bool = ...,
     calibration: _PathLike | None = ...,
-    samples: int = ...,
+    samples: int | None = ...,
     recovery: str = ...,
     policy: str | None = ...,
     fraction: float = ...,
@@ -78,7 +78,7 @@ def transfer(
     dry_run: bool = False,
     example: Any = None,
     calibration: _PathLike | None = None,
-    samples: int = 256,
+    samples: int | None = None,
     recovery: str = "closed-form",
     policy: str | None = None,
     fraction: float = 0.5,
@@ -109,7 +109,7 @@ def transfer(
         calibration: Where the framework's own weights are cut by the mask (``weights="target"``),
             pictures without labels to repair its tower on: a folder, ``"procedural"``,
             ``"leaves"`` or ``"mixed"``. Needs what ``pip install ovsprune`` brings.
-        samples: Calibration pictures.
+        samples: Calibration pictures; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
         recovery: How it is repaired, as of :func:`ovsprune.prune`.
         policy: On disk: a policy of :func:`ovsprune.schedule`, whose plan is then made in the lines
             to add. With a live model, call :func:`ovsprune.schedule` on it.
@@ -174,7 +174,7 @@ class _Repair:
     """How a framework's own tower is repaired, once it is cut."""
 
     calibration: str
-    samples: int
+    samples: int | None
     recovery: str
 
     def __call__(

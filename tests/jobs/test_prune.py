@@ -22,7 +22,7 @@ from ovsprune.core.protocols import Backbone, Distillation, Forward
 from ovsprune.graph.costs import measure
 from ovsprune.importance.taylor import Taylor
 from ovsprune.jobs.prune import prune
-from ovsprune.jobs.settings import recovery_chain
+from ovsprune.jobs.settings import Settings, recovery_chain
 from ovsprune.recovery import RECOVERIES
 from tests.contracts.conftest import open_clip_resnet, open_clip_vit
 
@@ -255,6 +255,25 @@ def test_few_made_pictures_are_noted(small: Backbone, made: str, said: bool) -> 
     prune(trained, 0.5, calibration=made, criterion="random", recovery="none",
           allocation="uniform", dry_run=True, progress=progress, **QUICK)  # fmt: skip
     assert any("8 made pictures: 1024 keep more" in note for note in progress.notes) == said
+
+
+@pytest.mark.parametrize(
+    ("model", "calibration", "count"),
+    [
+        ("small", "auto", 1024),  # mixed
+        ("small", "leaves", 1024),
+        ("small", "procedural", 256),
+        ("small", "photographs", 256),
+        ("tiny", "auto", 256),  # its own scenes
+    ],
+)
+def test_made_pictures_are_many_unless_a_number_is_named(
+    small: Backbone, model: str, calibration: str, count: int
+) -> None:
+    named = dataclasses.replace(small, name=model)
+    settings = Settings(ratio=0.5, calibration=calibration).for_model(named)
+    assert (settings.pictures, settings.probe_pictures) == (count, 32)
+    assert dataclasses.replace(settings, samples=48).pictures == 48
 
 
 def test_a_dry_run_writes_nothing(small: Backbone, tmp_path: Path) -> None:
