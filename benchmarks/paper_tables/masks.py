@@ -90,7 +90,8 @@ def find(backbone: str, sparsity: float, data: Path, work: Path) -> dict[str, An
     shapes = ranked(backbone)
     total = sum(math.prod(shape) for shape in shapes.values())
     found = _structured(backbone, sparsity, total, pictures, place)
-    found |= _imp(backbone, found["zeros"] / total, pictures, place)
+    rounds = work / "rounds" / f"{backbone}.safetensors"
+    found |= _imp(backbone, found["zeros"] / total, pictures, place, rounds)
     if found["imp_zeros"] != found["zeros"]:
         raise SystemExit(f"IMP has {found['imp_zeros']} zeros, expected {found['zeros']}")
     partial = record.with_suffix(".part")
@@ -205,8 +206,8 @@ def between(low: tuple[float, float], high: tuple[float, float], sparsity: float
     return low[0] + min(max(share, 0.05), 0.95) * (high[0] - low[0])
 
 
-def _imp(backbone: str, ratio: float, pictures: str, place: Path) -> dict[str, Any]:
-    """The paper's masks, of exactly as many zeros."""
+def _imp(backbone: str, ratio: float, pictures: str, place: Path, rounds: Path) -> dict[str, Any]:
+    """The paper's masks, of exactly as many zeros; the next sparsity goes on from these rounds."""
     from ovsprune.jobs.imp import imp
 
     result = imp(
@@ -216,6 +217,7 @@ def _imp(backbone: str, ratio: float, pictures: str, place: Path) -> dict[str, A
         samples=SAMPLES,
         batch_size=IMP["batch"],
         imp_steps=IMP["steps"],
+        imp_rounds=str(rounds),
         protect=RANKED_NOT[backbone],
         output=place / "imp",
         overwrite=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class MaskedTraining:
         rate: Learning rate of AdamW, which has no weight decay here: it would pull all weights to
             zero and so take part in the ranking.
         seed: Of the order of the pictures.
+        done: Steps that were taken before, by an interrupted run; the order goes on after them.
     """
 
     def __init__(
@@ -43,13 +45,14 @@ class MaskedTraining:
         batch_size: int,
         rate: float,
         seed: int,
+        done: int = 0,
     ) -> None:
         self.student, self.rate = student.eval().requires_grad_(True), rate
         self.teacher = teacher
         self._student, self._teacher = stages(student), stages(teacher)
         self._device = next(student.parameters()).device
         self._images = stored(pictures, batch_size)
-        self._batches = _endless(len(self._images), batch_size, seed)
+        self._batches = islice(_endless(len(self._images), batch_size, seed), done, None)
 
     @torch.no_grad()
     def rewind(self, where: Mapping[str, Tensor] | None = None) -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ovsprune.core.errors import DataError, OutputError
+from ovsprune.calibration.kept import KeptFile
 from ovsprune.core.records import Curves, Scores
-from ovsprune.slim.write import save_tensors, staged_file
 
-__all__ = ["Statistics", "check_place", "read_statistics", "write_statistics"]
-
-_KIND = "ovsprune.statistics/1"
+__all__ = ["Statistics", "read_statistics", "statistics_file", "write_statistics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,17 +31,9 @@ class Statistics:
     origin: Mapping[str, Any]
 
 
-def check_place(path: Path) -> None:
-    """Make sure that a file can be made at ``path``; asked before the long work.
-
-    Raises:
-        OutputError: It is a directory, or its directory cannot be made or written.
-    """
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory; --statistics names a file")
-    above = next(place for place in path.absolute().parents if os.path.lexists(place))
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OutputError(f"{above} cannot be written; name another file with --statistics")
+def statistics_file(path: Path) -> KeptFile:
+    """The file at ``path``, which need not be there yet."""
+    return KeptFile(path, "ovsprune.statistics/1", "--statistics", "measured")
 
 
 def write_statistics(path: Path, found: Statistics) -> None:
@@ -56,7 +42,6 @@ def write_statistics(path: Path, found: Statistics) -> None:
     Raises:
         OutputError: ``path`` is a directory, or cannot be written.
     """
-    check_place(path)
     tensors: dict[str, Tensor] = {}
     for name, costs in found.scores.costs.items():
         tensors[f"costs/{name}"] = costs
@@ -65,8 +50,7 @@ def write_statistics(path: Path, found: Statistics) -> None:
         for name, widths in found.curves.widths.items():
             tensors[f"widths/{name}"] = widths
             tensors[f"errors/{name}"] = found.curves.errors[name]
-    with staged_file(path) as file:
-        save_tensors(tensors, file, (_KIND, json.dumps(found.origin, sort_keys=True)))
+    statistics_file(path).write(tensors, found.origin)
 
 
 def read_statistics(path: Path, origin: Mapping[str, Any]) -> Statistics:
@@ -80,34 +64,8 @@ def read_statistics(path: Path, origin: Mapping[str, Any]) -> Statistics:
         DataError: The file is damaged or no such file, or was measured on something else; says
             on what.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            notes = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as statistics: {error}") from error
-    if _KIND not in notes:
-        raise DataError(
-            f"{path} holds no {_KIND} (its header says {', '.join(notes) or 'nothing'}): name "
-            "another file, or delete it to measure anew"
-        )
-    try:
-        stored = dict(json.loads(notes[_KIND]))
-    except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{path} does not say what it was measured on ({error}): delete it to measure anew"
-        ) from error
-    wanted = json.loads(json.dumps(origin))
-    differing = [
-        f"{key} is {stored.get(key)!r} there and {value!r} here"
-        for key, value in wanted.items()
-        if stored.get(key) != value and not (key == "probe" and value == 0)
-    ]
-    if differing:
-        raise DataError(
-            f"{path} was measured on something else: {'; '.join(differing)}. Name another file, or "
-            "delete it to measure anew"
-        )
+    unasked = () if origin.get("probe") else ("probe",)
+    tensors, stored = statistics_file(path).read(origin, unasked)
 
     def part(kind: str) -> dict[str, Tensor]:
         return {

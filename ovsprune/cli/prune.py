@@ -42,6 +42,11 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--imp-lr", type=float, default=1e-4, show_default=True, help="imp: AdamW's learning rate."
 )
 @click.option(
+    "--imp-rounds",
+    metavar="FILE",
+    help="imp: keep the last round there, and go on from it, to a larger ratio too.",
+)
+@click.option(
     "--criterion", default="reconstruction", show_default=True, help="Which units go first."
 )
 @click.option("--allocation", default="sensitivity", show_default=True, help="How much goes where.")

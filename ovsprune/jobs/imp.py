@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ovsprune.core.records import Costs
 from ovsprune.graph.costs import measure
 from ovsprune.graph.products import Product, find_products
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.imp_rounds import RoundsFile
 from ovsprune.jobs.measure import thread_limit
 from ovsprune.jobs.prune import cast, command_of, open_dense
 from ovsprune.jobs.settings import DTYPES, Settings, settings_of
@@ -155,7 +156,8 @@ def imp(
         options: Fields of :class:`ovsprune.jobs.settings.Settings`: ``calibration``, ``samples``,
             ``protect`` (patterns of weight names), ``seed``, ``batch_size``, ``imp_steps`` (of
             AdamW a round, 0 for none; the paper takes 5,000), ``imp_lr``, ``imp_rewind`` (every
-            round trains from the dense weights again).
+            round trains from the dense weights again), ``imp_rounds`` (a file that keeps the last
+            whole round: what was interrupted, or is to be pruned further, goes on from there).
 
     Raises:
         OptionError: A value is out of its range, or not for this method.
@@ -239,6 +241,15 @@ class _Job:
         self, ranked: Sequence[Product], pictures: Pictures
     ) -> tuple[dict[str, Tensor], list[Round]]:
         settings = self.settings
+        parameters = dict(self.student.named_parameters())
+        weights = {product.name: parameters[product.name] for product in ranked}
+        total = sum(w.numel() for w in weights.values())
+        plan = kept_by_round(total, settings.ratio)
+        kept = RoundsFile(
+            settings, self.backbone, pictures, {"ranked": list(weights)}, self.progress
+        )
+        masks, rounds = self._resumed(kept, plan)
+        masks = masks or {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
         training = MaskedTraining(
             self.student,
             self.dense,
@@ -247,14 +258,9 @@ class _Job:
             batch_size=settings.batch_size,
             rate=settings.imp_lr,
             seed=settings.seed,
+            done=len(rounds) * settings.imp_steps,
         )
-        parameters = dict(self.student.named_parameters())
-        weights = {product.name: parameters[product.name] for product in ranked}
-        masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
-        total = sum(w.numel() for w in weights.values())
-        plan = kept_by_round(total, settings.ratio)
-        rounds = []
-        for number, keep in enumerate(plan, start=1):
+        for number, keep in enumerate(plan[len(rounds) :], start=len(rounds) + 1):
             masks = keep_largest(weights, masks, keep)
             if settings.imp_rewind:
                 training.rewind()
@@ -263,7 +269,24 @@ class _Job:
                 losses = training.run(masks, settings.imp_steps, advance)
             ends = (losses[0], losses[-1]) if losses else ()
             rounds.append(Round(keep, 1 - keep / total, ends))
+            if number < len(plan):  # the last one goes as far as this ratio, and serves no other
+                kept.save(self.student, masks, [asdict(r) for r in rounds])
         return {name: mask.cpu() for name, mask in masks.items()}, rounds
+
+    def _resumed(
+        self, kept: RoundsFile, plan: Sequence[int]
+    ) -> tuple[dict[str, Tensor], list[Round]]:
+        """Masks and rounds of the file, whose weights the student gets."""
+        masks, told = kept.resume(self.student)
+        rounds = [Round(r["kept"], r["sparsity"], tuple(r["loss"])) for r in told]
+        if [r.kept for r in rounds] != list(plan[: len(rounds)]):
+            raise OptionError(
+                f"--imp-rounds {self.settings.imp_rounds} has {len(rounds)} rounds, which removed "
+                f"{rounds[-1].sparsity:.3f} of the weights, more than --ratio "
+                f"{self.settings.ratio:g}: name another file"
+            )
+        device = next(self.student.parameters()).device
+        return {name: mask.to(device) for name, mask in masks.items()}, rounds
 
     def _dense_features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda images: replace(self.backbone, tower=tower).outputs(images)[1]

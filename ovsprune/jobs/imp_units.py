@@ -19,6 +19,7 @@ from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import AllocationContext, Budget, Pictures, Stages
 from ovsprune.core.records import Group, Plan, Scores
 from ovsprune.graph.layers import bias_of, weight_of
+from ovsprune.jobs.imp_rounds import RoundsFile
 from ovsprune.jobs.settings import Settings
 from ovsprune.masks.magnitude import RATE
 
@@ -32,6 +33,7 @@ def prune_units(
     pictures: Pictures,
     stages: Callable[[nn.Module], Stages],
     settings: Settings,
+    rounds: RoundsFile,
     progress: Progress,
 ) -> tuple[Plan, nn.Module]:
     """Remove a tenth of the units that remain a round, training in between, down to the budget.
@@ -43,6 +45,7 @@ def prune_units(
         pictures: Calibration pictures.
         stages: A tower's blocks and head.
         settings: Of the prune.
+        rounds: Where the last round is kept, and may be there already.
         progress: Shows the rounds.
 
     Returns:
@@ -54,6 +57,7 @@ def prune_units(
     item = AllocationContext(groups, Scores({}, {}), budget, None)
     spare(item)
     student = deepcopy(dense)
+    resumed, done = rounds.resume(student)
     training = MaskedTraining(
         student,
         dense,
@@ -62,21 +66,22 @@ def prune_units(
         batch_size=settings.batch_size,
         rate=settings.imp_lr,
         seed=settings.seed,
+        done=len(done) * settings.imp_steps,
     )
-    kept = {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
+    kept = resumed or {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
     masks = _masks(student, groups, kept)
     first = unit_sizes(dense, groups)
-    number = 0
     while cost(item, {name: int(k.sum()) for name, k in kept.items()}) > budget.target:
-        number += 1
         before, kept = masks, remove_smallest(item, kept, unit_sizes(student, groups), first)
         masks = _masks(student, groups, kept)
         # what came back in the last round comes with its dense weights
         training.rewind(
             None if settings.imp_rewind else {n: m & ~before[n] for n, m in masks.items()}
         )
-        with progress.stage(f"round {number}", settings.imp_steps) as advance:
+        with progress.stage(f"round {len(done) + 1}", settings.imp_steps) as advance:
             training.run(masks, settings.imp_steps, advance)
+        done.append({name: int(k.sum()) for name, k in kept.items()})
+        rounds.save(student, kept, done)
     plan = Plan({name: k.nonzero().flatten() for name, k in kept.items()})
     return plan, student.requires_grad_(False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
@@ -15,11 +14,10 @@ from ovsprune.allocation.joint import joint_widths
 from ovsprune.allocation.shared import Shared
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.allocation.trim import cost
-from ovsprune.calibration.pictures import calibration_hash
 from ovsprune.calibration.statistics import (
     Statistics,
-    check_place,
     read_statistics,
+    statistics_file,
     write_statistics,
 )
 from ovsprune.calibration.survey import Survey
@@ -29,8 +27,8 @@ from ovsprune.core.records import Costs, Curves, Group, Plan, Scores
 from ovsprune.importance import criterion_name
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.latency import latency_budget
+from ovsprune.jobs.provenance import origin_of
 from ovsprune.jobs.settings import Settings
-from ovsprune.slim.hashing import state_hashes, tensors_hash
 from ovsprune.spectrum import group_alphas
 
 __all__ = ["Planner", "Planning", "Surveys"]
@@ -159,7 +157,7 @@ class Planning:
             return self._measure(tower, groups, pictures, probe)
         path = Path(self.settings.statistics)
         if not path.is_file():
-            check_place(path)
+            statistics_file(path).check_place()
         origin = self._origin(groups, pictures, probe)
         if path.exists():
             stored = read_statistics(path, origin)
@@ -188,12 +186,7 @@ class Planning:
     def _origin(self, groups: Sequence[Group], pictures: Pictures, probe: int) -> dict[str, Any]:
         """Everything that a survey's numbers depend on."""
         return {
-            "model": self.backbone.name,
-            "weights": tensors_hash(state_hashes(self.backbone.tower.state_dict())),
-            "architecture": json.loads(json.dumps(self.backbone.architecture)),
-            "activation": self.backbone.activation,
-            "size": list(self.backbone.preprocess.size),
-            "calibration": calibration_hash(pictures),
+            **origin_of(self.backbone, pictures),
             "groups": {g.name: [g.units, g.floor] for g in groups},
             "criterion": criterion_name(self.settings.criterion),
             "ridge": self.settings.ridge,
@@ -213,5 +206,6 @@ _AFTER = (
     "statistics",
     "rounds",
     "distill",
+    "imp_rounds",
 )
 """Settings that no survey depends on."""

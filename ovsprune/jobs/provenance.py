@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,7 @@ from ovsprune.importance import criterion_name
 from ovsprune.jobs.again import layers_in_base, provenance_of
 from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimSpec
-from ovsprune.slim.hashing import base_spec
+from ovsprune.slim.hashing import base_spec, state_hashes, tensors_hash
 from ovsprune.slim.spec import (
     STREAM_KINDS,
     WIDTH_KINDS,
@@ -25,7 +26,7 @@ from ovsprune.slim.spec import (
     version_of,
 )
 
-__all__ = ["make_spec", "provenance"]
+__all__ = ["make_spec", "origin_of", "provenance"]
 
 
 def make_spec(
@@ -100,6 +101,18 @@ def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
         **{name: True for name in _OPT_IN if getattr(settings, name)},
         **({"distill": asdict(settings.distill)} if trains else {}),
         **settings.described(),
+    }
+
+
+def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
+    """What anything depends on that is measured of a model on pictures, as JSON values."""
+    return {
+        "model": backbone.name,
+        "weights": tensors_hash(state_hashes(backbone.tower.state_dict())),
+        "architecture": json.loads(json.dumps(backbone.architecture)),
+        "activation": backbone.activation,
+        "size": list(backbone.preprocess.size),
+        "calibration": calibration_hash(pictures),
     }
 
 

@@ -140,7 +140,7 @@ def prune(
             curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
             :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with
             ``imp_structured=True``; see :mod:`ovsprune.jobs.imp`), ``imp_steps``, ``imp_rewind``,
-            ``imp_lr``.
+            ``imp_lr``, ``imp_rounds`` (a file).
 
     Raises:
         OptionError: A value is out of its range, or the model is slim in a way that cannot be
@@ -270,6 +270,10 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return found
 
 
+_UNSAID = ("ratio", "ridge", "probe", "distill", "statistics", "imp_rounds")
+"""Settings that are said otherwise, that no option is for, or that name files of this machine."""
+
+
 def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
     """The command line that does the same, without the options that are the defaults."""
     name = model.name if model.slim is None else model.slim.path.resolve().name
@@ -281,7 +285,7 @@ def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> s
         *_values("", settings, defaults),
         *_values("distill_", settings.distill, defaults.distill),
     ]:
-        if name in ("ratio", "ridge", "probe", "distill", "statistics") or value == default:
+        if name in _UNSAID or value == default:
             continue
         if name == "criterion" and not isinstance(value, str):
             continue  # No command line can give an object; the note below says so.

@@ -68,6 +68,7 @@ class Settings:
     imp_steps: int = 100
     imp_rewind: bool = False
     imp_lr: float = 1e-4
+    imp_rounds: str | None = None
 
     @property
     def pictures(self) -> int:

@@ -27,6 +27,7 @@ from ovsprune.graph.residual import count_cut
 from ovsprune.jobs.again import in_base, marked
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors, without_floors
+from ovsprune.jobs.imp_rounds import RoundsFile
 from ovsprune.jobs.imp_units import prune_units
 from ovsprune.jobs.latency import compare_latency
 from ovsprune.jobs.planning import Planner, Planning, Surveys
@@ -263,8 +264,21 @@ class Job:
     ) -> tuple[Plan, nn.Module, float]:
         """Iterative magnitude pruning of units; the same results as of :meth:`_rounds`."""
         budget = self.planning.budget(dense, groups, base, base, self.settings.ratio)
+        ranked = {
+            "groups": {g.name: [g.units, g.floor] for g in groups},
+            "budget": budget.kind,
+            "target": budget.target,
+        }
+        rounds = RoundsFile(self.settings, self.backbone, pictures, ranked, self.progress)
         plan, slim = prune_units(
-            dense, groups, budget, pictures, self.family.stages, self.settings, self.progress
+            dense,
+            groups,
+            budget,
+            pictures,
+            self.family.stages,
+            self.settings,
+            rounds,
+            self.progress,
         )
         taken = self.planning.account(groups, budget, plan)
         cut(slim, groups, plan)

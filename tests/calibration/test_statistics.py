@@ -55,7 +55,7 @@ def test_other_origins_are_refused_and_named(tmp_path: Path) -> None:
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "s.safetensors"
     file.write_bytes(content)
-    with pytest.raises(DataError, match="cannot be read as statistics"):
+    with pytest.raises(DataError, match="cannot be read for --statistics"):
         read_statistics(file, ORIGIN)
 
 

@@ -110,6 +110,6 @@ def test_every_option_of_prune_has_its_place():
         return {o.opts[0].removeprefix("--") for o in command.params if isinstance(o, Option)}
 
     parts = {"method", "imp-structured", "criterion", "allocation", "recovery"}
-    each = {"seed", "statistics", "text", "dry-run", "dtype", "latency-table"}
+    each = {"seed", "statistics", "text", "dry-run", "dtype", "latency-table", "imp-rounds"}
     rest = options(prune_command) - options(compare_command) - parts - each
     assert rest == set(VALUES) | set(FLAGS)
