@@ -87,6 +87,18 @@ STUDIES = {
         pictures={"camvid/train/images": None},
         testbeds=("photo",),
     ),
+    "deep": Study(
+        (
+            "default:prune-depth",
+            "random+gauss-newton:prune-depth",
+            "random+closed-form:prune-depth",
+            "random:prune-depth",
+            "default",
+            "torch-pruning+gauss-newton",
+        ),
+        ratios=(0.85,),
+        testbeds=("photo",),
+    ),
     "samples": Study(
         ("default", "reconstruction+sensitivity+closed-form", "random+closed-form"),
         ratios=(0.7,),
