@@ -87,6 +87,17 @@ STUDIES = {
         pictures={"camvid/train/images": None},
         testbeds=("photo",),
     ),
+    "options": Study(
+        (
+            "default",
+            "default:prune-head-dim",
+            "default:prune-depth",
+            "default:prune-width",
+            "default:rounds=3",
+            "random+closed-form",
+            "random",
+        )
+    ),
     "deep": Study(
         (
             "default:prune-depth",
