@@ -31,6 +31,7 @@ __all__ = [
     "made_for",
     "open_pictures",
     "readable",
+    "unseen_pictures",
 ]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -89,8 +90,12 @@ def enough(source: str) -> int:
 
 _HELD_OUT = 500_000
 """Index from which pictures are held out."""
+_UNSEEN = 550_000
+"""Index from which pictures are kept from the repairs, too, to judge a training by."""
 _FURTHER = range(600_000, 1_000_000)
 """Indices of those that are neither held out nor asked for by number."""
+_FEWEST = 8
+"""Pictures that a training can be judged by."""
 
 
 class RenderedPictures:
@@ -247,6 +252,29 @@ def open_pictures(
     if len(files) - others < samples:
         progress.note(f"{source}: {len(files) - others} calibration pictures, not {samples}")
     return FilePictures(files[others:], preprocess), FilePictures(files[:others], preprocess)
+
+
+def unseen_pictures(
+    source: str, preprocess: Preprocess, samples: int, held_out: int, seed: int, count: int
+) -> Pictures | None:
+    """Still others, which :func:`open_pictures` gives neither to calibration nor as held out.
+
+    Args:
+        source: A name in :data:`RENDERED`, or a folder.
+        preprocess: Of the tower.
+        samples: As for :func:`open_pictures`.
+        held_out: Likewise.
+        seed: Likewise.
+        count: Wanted; a folder may have fewer left.
+
+    Returns:
+        None where a folder has fewer than 8 left.
+    """
+    if source in RENDERED:
+        return RenderedPictures(count, preprocess, seed, start=_UNSEEN, source=source)
+    first = samples + held_out
+    files = readable(Path(source), first + count, seed, Silent())[first:]
+    return FilePictures(files, preprocess) if len(files) >= _FEWEST else None
 
 
 def folder_fingerprint(folder: Path) -> str:

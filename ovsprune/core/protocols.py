@@ -508,6 +508,8 @@ class RecoveryContext:
         seed: For recoveries that draw.
         progress: Shows the work.
         distill: For recoveries that train.
+        unseen: Others of the same kind, which no recovery fits, to judge a training by; None where
+            there are none.
     """
 
     dense: nn.Module
@@ -521,6 +523,7 @@ class RecoveryContext:
     seed: int
     progress: Progress
     distill: Distillation = field(default_factory=Distillation)
+    unseen: Pictures | None = None
 
 
 class Recovery(Protocol):

@@ -13,7 +13,7 @@ from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.batch_norms import restate
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.head_bases import HeadBases, find_bases
-from ovsprune.calibration.pictures import open_pictures
+from ovsprune.calibration.pictures import open_pictures, unseen_pictures
 from ovsprune.calibration.stream_energies import stream_energies
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
@@ -87,6 +87,7 @@ class Job:
         self.planner: Planner = planner or self.planning.plan
         self.recoveries = settings.recoveries
         self.whole: list[Group] = []
+        self.unseen: Pictures | None = None
         self.device = next(backbone.tower.parameters()).device
 
     def run(self) -> Pruned:
@@ -123,6 +124,15 @@ class Job:
             self.settings.seed,
             self.progress,
         )
+        if any(recovery.trains for recovery in self.recoveries):
+            self.unseen = unseen_pictures(
+                self.settings.calibration,
+                self.backbone.preprocess,
+                self.settings.pictures,
+                HELD_OUT,
+                self.settings.seed,
+                HELD_OUT,
+            )
         bases = self._turn(dense, inner, pictures)
         energies = {**bases.energies, **self._stream_energies(dense, groups, pictures)}
         groups = [replace(g, known=energies.get(g.name)) for g in groups]
@@ -311,6 +321,7 @@ class Job:
             self.settings.seed,
             self.progress,
             self.settings.distill.shared(self.settings.rounds),
+            self.unseen,
         )
         for recovery in self.recoveries:
             recovery.recover(item)

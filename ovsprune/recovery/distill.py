@@ -44,8 +44,10 @@ class Distill:
         FitNets, 2015), over their spread, the pooled output counting a tenth. Both towers see the
         same crops and mirror images, new ones at every step, so that few pictures go a long way
         (Beyer et al., CVPR 2022: a consistent and patient teacher); made pictures, of which there
-        is no end, are new ones themselves at every step. An eighth of the pictures is held out; the
-        weights with the least error on them stay, the ones from before the training included.
+        is no end, are new ones themselves at every step. The weights with the least error on
+        pictures that no repair has seen stay, the ones from before the training included. A folder
+        may have none left beside calibration's: then an eighth of those is not trained on. The
+        refits before have fitted it, so that it speaks for what they left.
 
         Raises:
             OptionError: The optimiser cannot train such a tower.
@@ -95,9 +97,13 @@ class _Pupil:
         self.device = next(item.slim.parameters()).device
         self.generator = torch.Generator().manual_seed(item.seed)
         self.pictures = stored(item.pictures, item.batch_size)
-        held = held_out(len(self.pictures))
-        self.lessons = (~held).nonzero().flatten()
-        self.exam = (held if held.any() else ~held).nonzero().flatten()
+        self.lessons = torch.arange(len(self.pictures))
+        if item.unseen is not None:
+            self.exam = stored(item.unseen, item.batch_size)
+        else:
+            held = held_out(len(self.pictures))
+            self.lessons = (~held).nonzero().flatten()
+            self.exam = self.pictures[held if held.any() else ~held]
         self.answers = [self._teacher(images) for images in self._plain(self.exam)]
         self.spreads = self._spreads()
 
@@ -186,10 +192,10 @@ class _Pupil:
                 chosen = self.lessons[order[start : start + size]]
                 yield torch.stack([self._changed(self.pictures[int(i)]) for i in chosen])
 
-    def _plain(self, chosen: Tensor) -> Iterator[Tensor]:
+    def _plain(self, pictures: Tensor) -> Iterator[Tensor]:
         """Batches of pictures as they are."""
-        for start in range(0, len(chosen), self.item.batch_size):
-            yield self.pictures[chosen[start : start + self.item.batch_size]]
+        size = self.item.batch_size
+        yield from (pictures[start : start + size] for start in range(0, len(pictures), size))
 
     def _changed(self, image: Tensor) -> Tensor:
         """A random crop of half the area or more, at the full size again, mirrored or not."""
@@ -208,7 +214,7 @@ class _Pupil:
 
     def _spreads(self) -> list[float]:
         """Spreads of the dense tower's features, on the lessons as they are and the exam."""
-        known = [self._teacher(images) for images in self._plain(self.lessons[:64])]
+        known = [self._teacher(images) for images in self._plain(self.pictures[self.lessons[:64]])]
         kinds = zip(*known, *self.answers, strict=True)
         return [spread(F.normalize(torch.cat(kind), dim=1)) for kind in kinds]
 

@@ -11,7 +11,12 @@ from PIL import Image
 
 from ovsprune.calibration import pictures as pictures_module
 from ovsprune.calibration.leaves import render_leaves
-from ovsprune.calibration.pictures import RenderedPictures, calibration_hash, open_pictures
+from ovsprune.calibration.pictures import (
+    RenderedPictures,
+    calibration_hash,
+    open_pictures,
+    unseen_pictures,
+)
 from ovsprune.calibration.preprocess import to_tensor
 from ovsprune.core.errors import DataError, OptionError
 from ovsprune.core.progress import Silent
@@ -66,6 +71,25 @@ def test_as_many_as_asked_for_and_the_rest_held_out(
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
     first, others = open_pictures(str(tmp_path), PREPROCESS, asked, 32, seed=0)
     assert (len(first), len(others)) == (got, held)
+
+
+@pytest.mark.parametrize(("there", "unseen"), [(80, 20), (68, 20), (56, 8), (55, 0), (20, 0)])
+def test_unseen_pictures_are_none_of_the_others(tmp_path: Path, there: int, unseen: int) -> None:
+    for i in range(there):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    asked = (str(tmp_path), PREPROCESS, 16, 32, 0)
+    first, held = open_pictures(*asked)
+    found = unseen_pictures(*asked, 20)
+    assert (0 if found is None else len(found)) == unseen
+    files = [*first.files, *held.files, *(found.files if found else ())]  # type: ignore[attr-defined]
+    assert len(set(files)) == len(files)
+
+
+def test_unseen_made_pictures_are_others_too() -> None:
+    asked = ("leaves", PREPROCESS, 4, 4, 0)
+    made = [*open_pictures(*asked), unseen_pictures(*asked, 4)]
+    seen = torch.cat([torch.cat(list(some.batches(4))) for some in made if some is not None])
+    assert len(seen) == 12 and len({float(picture.sum()) for picture in seen}) == 12
 
 
 def test_a_folder_of_broken_pictures_is_an_error(tmp_path: Path) -> None:

@@ -43,6 +43,42 @@ def test_it_learns_on_held_out_pictures(case: Case) -> None:
     assert all(not torch.equal(v, changed[k]) for k, v in slim.state_dict().items())
 
 
+def test_it_is_judged_by_pictures_that_no_refit_has_seen(case: Case) -> None:
+    """Those of calibration were fitted before, so that a training would seem to lose by them."""
+    plan = case.random_plan(0)
+    slim = case.cut(plan)
+    item = case.context(slim, plan)
+    for name in ("closed-form", "gauss-newton"):
+        RECOVERIES.get(name).recover(item)
+    unseen = RenderedPictures(8, case.backbone.preprocess, 9, start=1000)
+    pupil, without = _Pupil(replace(item, unseen=unseen)), _Pupil(item)
+    assert torch.equal(pupil.exam, torch.cat(list(unseen.batches(8))))
+    assert len(pupil.lessons) == len(case.pictures)
+    assert len(without.lessons) + len(without.exam) == len(case.pictures)
+    assert without.error() < 0.9 * pupil.error()  # of the same tower
+
+
+def test_a_job_that_trains_has_unseen_pictures_and_others_draw_none(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ovsprune.jobs import steps
+    from ovsprune.jobs.prune import prune
+
+    judged: list[Tensor] = []
+    original = _Pupil.__init__
+
+    def spy(self: _Pupil, item: Any) -> None:
+        original(self, item)
+        judged.append(self.exam)
+
+    monkeypatch.setattr(_Pupil, "__init__", spy)
+    quick = {"samples": 8, "batch_size": 4, "criterion": "random", "allocation": "uniform"}
+    prune(case.backbone, 0.3, recovery="distill", distill=Distillation(2), **quick)
+    assert [len(exam) for exam in judged] == [steps.HELD_OUT]
+    monkeypatch.setattr(steps, "unseen_pictures", None)
+    prune(case.backbone, 0.3, recovery="closed-form", **quick)
+
+
 def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> None:
     plan = case.random_plan(0)
     slim = case.cut(plan)
