@@ -185,7 +185,7 @@ def compare(
     order = itertools.product(ratios, asked, range(seeds))
     record["rows"] = [found[seed, ratio, method] for ratio, method, seed in order]
     record["summary"] = summary(record)
-    record["differences"] = differences(record, _reference(asked))
+    record["differences"] = differences(record, _reference(record))
     return _write(record, place, start, progress)
 
 
@@ -348,10 +348,14 @@ def _key(seed: int, ratio: float, method: Method) -> dict[str, Any]:
     return dict(zip(KEY, (method.name, ratio, seed, *parts), strict=True))
 
 
-def _reference(asked: Sequence[Method]) -> str:
-    """The method that the others are set against: the default, or else the first."""
-    names = [method.name for method in asked]
-    return DEFAULT if DEFAULT in names else names[0]
+def _reference(record: dict[str, Any]) -> str:
+    """The method that the others are set against: the default, or else the first that is there.
+
+    One that reached no ratio cannot be set against anything.
+    """
+    there = {row["method"] for row in record["rows"] if row["status"] == "done"}
+    names = [name for name in record["methods"] if name in there] or record["methods"]
+    return DEFAULT if DEFAULT in names else str(names[0])
 
 
 def _write(record: dict[str, Any], place: Path, start: float, progress: Progress) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNam
 from ovsprune.core.progress import Silent
 from ovsprune.evaluation.datasets import ScenesData
 from ovsprune.jobs import methods
-from ovsprune.jobs.compare import SCENE_SEED, compare
+from ovsprune.jobs.compare import SCENE_SEED, _reference, compare
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.evaluate import class_embeddings, score_backbone
 from ovsprune.jobs.prune import prune
@@ -98,6 +98,13 @@ def test_files(whole, tmp_path):
     with Image.open(place / "curves.png") as picture:
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_what_reached_nothing_is_no_reference():
+    rows = [{"method": "default", "status": "unreachable"}, {"method": "random", "status": "done"}]
+    record = {"methods": ["default", "imp", "random"], "rows": rows}
+    assert _reference(record) == "random"
+    assert _reference({**record, "rows": rows[:1]}) == "default"
 
 
 def test_differences_are_set_against_the_default(whole):
