@@ -91,7 +91,7 @@ class KeptFile:
                 f"{path} does not say what it was {made} on ({error}): delete it to begin anew"
             ) from error
         differing = [
-            f"{key} is {stored.get(key)!r} there and {value!r} here"
+            f"{key} is {_short(stored.get(key))} there and {_short(value)} here"
             for key, value in json.loads(json.dumps(origin)).items()
             if stored.get(key) != value and key not in unasked
         ]
@@ -101,3 +101,9 @@ class KeptFile:
                 "or delete it to begin anew"
             )
         return tensors, stored
+
+
+def _short(value: object) -> str:
+    """As much of a value as a line has room for."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

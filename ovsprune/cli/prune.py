@@ -44,7 +44,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option(
     "--imp-rounds",
     metavar="FILE",
-    help="imp: keep the last round there, and go on from it, to a larger ratio too.",
+    help="imp: keep the last round there and go on from it, single weights to a larger ratio too.",
 )
 @click.option(
     "--criterion", default="reconstruction", show_default=True, help="Which units go first."

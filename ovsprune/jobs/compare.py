@@ -158,7 +158,7 @@ def compare(
         embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
         examiner = Examiner(backbone, embeddings, pictures, batch_size, progress, centred)
         contest = Contest(backbone, settings, examiner, progress)
-        contest.check()
+        contest.check(asked)
         identity = _identity(backbone, settings, embeddings, data, list_file, pictures, device)
         identity |= _chosen(settings, centred)
         rows = Rows(place, identity, overwrite)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from ovsprune.graph.costs import measure
 from ovsprune.graph.groups import find_groups
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.examine import Examiner
+from ovsprune.jobs.floors import with_floors
 from ovsprune.jobs.methods import Method
 from ovsprune.jobs.planning import Surveys
 from ovsprune.jobs.settings import Settings
@@ -60,14 +61,20 @@ class Contest:
         self._stock: dict[_Form, TorchPruning] = {}
         self._groups: list[Group] | None = None
 
-    def check(self) -> None:
+    def check(self, methods: Sequence[Method] = ()) -> None:
         """Refuse, before any row is made, what no row could be made with.
 
         Raises:
-            OptionError: A pattern of ``settings.protect`` matches nothing, or they leave nothing.
+            OptionError: A pattern of ``settings.protect`` or of a method's floor matches nothing,
+                or the former leave nothing.
         """
         if self.settings.protect:
             self._found()
+        for method in methods:
+            settings = method.settings(self.settings)
+            # Directions and streams are further groups, which are found with the row itself.
+            if settings.floor and not (settings.prune_head_dim or settings.streams):
+                with_floors(self._found(), settings.floor)
 
     def row(self, method: Method, ratio: float, seed: int) -> dict[str, Any]:
         """Prune and score; where a method cannot do that to this model, the row says so.

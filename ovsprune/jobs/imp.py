@@ -277,14 +277,17 @@ class _Job:
         self, kept: RoundsFile, plan: Sequence[int]
     ) -> tuple[dict[str, Tensor], list[Round]]:
         """Masks and rounds of the file, whose weights the student gets."""
-        masks, told = kept.resume(self.student)
+
+        def check(told: list[dict[str, Any]]) -> None:
+            if [r["kept"] for r in told] != list(plan[: len(told)]):
+                raise OptionError(
+                    f"--imp-rounds {self.settings.imp_rounds} has {len(told)} rounds, which "
+                    f"removed {told[-1]['sparsity']:.3f} of the weights, more than --ratio "
+                    f"{self.settings.ratio:g}: name another file"
+                )
+
+        masks, told = kept.resume(self.student, check)
         rounds = [Round(r["kept"], r["sparsity"], tuple(r["loss"])) for r in told]
-        if [r.kept for r in rounds] != list(plan[: len(rounds)]):
-            raise OptionError(
-                f"--imp-rounds {self.settings.imp_rounds} has {len(rounds)} rounds, which removed "
-                f"{rounds[-1].sparsity:.3f} of the weights, more than --ratio "
-                f"{self.settings.ratio:g}: name another file"
-            )
         device = next(self.student.parameters()).device
         return {name: mask.to(device) for name, mask in masks.items()}, rounds
 

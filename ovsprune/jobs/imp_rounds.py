@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,14 @@ class RoundsFile:
             "imp_lr": settings.imp_lr,
         }
 
-    def resume(self, student: nn.Module) -> tuple[dict[str, Tensor], list[Any]]:
+    def resume(
+        self, student: nn.Module, check: Callable[[list[Any]], None] | None = None
+    ) -> tuple[dict[str, Tensor], list[Any]]:
         """Put the weights of the last round into ``student``.
+
+        Args:
+            student: The tower; left as it is if this raises.
+            check: Looks at what every round did, and raises if this training cannot go on there.
 
         Returns:
             What :meth:`save` was given: masks, and what every round did; both empty where there is
@@ -76,10 +82,12 @@ class RoundsFile:
         if self._file is None or not self._file.path.exists():
             return {}, []
         tensors, stored = self._file.read(self._origin)
+        rounds = list(stored["rounds"])
+        if check is not None:
+            check(rounds)
         weights = {n.removeprefix(_WEIGHT): t for n, t in tensors.items() if n.startswith(_WEIGHT)}
         student.load_state_dict(weights)
         masks = {n.removeprefix(_MASK): t for n, t in tensors.items() if n.startswith(_MASK)}
-        rounds = list(stored["rounds"])
         self._progress.note(f"{self._file.path}: going on after round {len(rounds)}")
         return masks, rounds
 

@@ -49,9 +49,10 @@ def parse_options(name: str, parts: Iterable[str]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for part in parts:
-        option, given, text = part.strip().partition("=")
+        option, given, text = (piece.strip() for piece in part.partition("="))
         field = option.replace("-", "_")
-        if option in _REPEATED and text:
+        if option in _REPEATED:
+            text = _value(name, option, text)
             found[field] = (*found.get(field, ()), text)
         elif field in found:
             raise OptionError(f"--methods {name}: {option} is given twice")

@@ -201,7 +201,6 @@ _AFTER = (
     "allocation",
     "recovery",
     "round_to",
-    "uniform_heads",
     "latency_table",
     "statistics",
     "rounds",

@@ -151,6 +151,11 @@ class Settings:
         )
 
     @property
+    def streams(self) -> list[str]:
+        """Options by which channels of residual streams may be cut, too."""
+        return [option for option in STREAM_KINDS.values() if getattr(self, option)]
+
+    @property
     def repairs(self) -> bool:
         """Whether what is left is changed at all."""
         return self.method == "imp" or self.recovery != "none"
@@ -192,7 +197,7 @@ class Settings:
 
     def _check_streams(self) -> None:
         """Refuse what does not go with the channels of residual streams."""
-        flags = [option for option in STREAM_KINDS.values() if getattr(self, option)]
+        flags = self.streams
         if not flags:
             return
         for wrong, option, why in (

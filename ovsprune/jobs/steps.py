@@ -133,6 +133,13 @@ class Job:
                 self.settings.seed,
                 HELD_OUT,
             )
+            if self.unseen is None:
+                self.progress.note(
+                    f"{self.settings.calibration} has no pictures left to judge the training by: "
+                    "an eighth of calibration's serve, which the refits have seen. "
+                    f"{self.settings.pictures + 2 * HELD_OUT} pictures are enough, or fewer "
+                    "--samples"
+                )
         bases = self._turn(dense, inner, pictures)
         energies = {**bases.energies, **self._stream_energies(dense, groups, pictures)}
         groups = [replace(g, known=energies.get(g.name)) for g in groups]

@@ -21,7 +21,7 @@ from ovsprune.recovery import RECOVERIES
 __all__ = ["Distill", "optimizer_class"]
 
 _CHECKS = 20
-"""How often, over a training, the held-out error is measured."""
+"""How often, over a training, the error on unseen pictures is measured."""
 _WARM_UP = 0.05
 """Share of a training in which the learning rate rises."""
 _MUON = 10.0
@@ -37,7 +37,7 @@ class Distill:
     after: str | None = "gauss-newton"
 
     def recover(self, item: RecoveryContext) -> None:
-        """Train all weights of the slim tower in float32, and keep the best by held-out error.
+        """Train all weights of the slim tower in float32, and keep the best by unseen pictures.
 
         The loss is :func:`ovsprune.calibration.feature_loss.feature_loss`: the squared distance of
         the L2-normalised dense tokens and pooled outputs from the dense tower's (Romero et al.,
@@ -109,7 +109,7 @@ class _Pupil:
 
     @torch.no_grad()
     def error(self) -> float:
-        """The loss on the held-out pictures."""
+        """The loss on the pictures that it is judged by."""
         total = 0.0
         for images, wanted in zip(self._plain(self.exam), self.answers, strict=True):
             found = self.slim.outputs(images.to(self.device))

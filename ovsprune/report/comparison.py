@@ -102,7 +102,8 @@ def page(record: Record) -> str:
         lines += [*_markdown(["method", *_columns(record)], _cells(record, ratio)), ""]
     gaps = _gaps(record)
     if gaps:
-        lines += [f"## {_gap_title(record)}", "", *_markdown(GAP_COLUMNS, gaps), ""]
+        title = _gap_title(record).replace("*", "\\*")
+        lines += [f"## {title}", "", *_markdown(GAP_COLUMNS, gaps), ""]
         lines += ["Difference of the means ± half-width of the pooled 95% interval.", ""]
     reasons = _reasons(record)
     if reasons:
@@ -209,8 +210,9 @@ def _reasons(record: Record) -> list[tuple[str, str]]:
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table; the stars of a floor's pattern are no emphasis."""
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return lines + ["| " + " | ".join(row).replace("*", "\\*") + " |" for row in rows]
 
 
 def _rows(record: Record, ratio: float, method: str) -> list[Record]:

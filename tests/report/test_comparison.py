@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -149,3 +150,8 @@ def test_names_do_not_overlap_and_keep_their_order(wanted):
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     assert [places[i] for i in order] == ranked
     assert places[0] == wanted[0] or min(abs(wanted[0] - w) for w in wanted[1:]) < gap
+
+
+def test_stars_in_a_methods_name_are_no_emphasis(record):
+    text = json.dumps(record).replace('"method-1"', '"random:floor=*.a=2:floor=*.b=3"')
+    assert "| random:floor=\\*.a=2:floor=\\*.b=3 |" in page(json.loads(text))
