@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ovsprune.core.protocols import Moments
 
-__all__ = ["correction", "regularised"]
+__all__ = ["correction", "level", "regularised"]
 
 _MASSIVE = 10.0
 """Variances above this many times the median count as this many in the mean variance."""
@@ -22,11 +22,10 @@ two variances in every entry, and up to sqrt(n) times that in an eigenvalue of t
 def regularised(covariance: Tensor, ridge: float) -> Tensor:
     """``C + diag(max(ridge * level, 1e-5 diag C))`` in float64, positive definite.
 
-    ``level`` is the mean variance, a variance counting as at most 10 times the median: a few
-    channels of massive norm must not flatten all the others. For them, and for a ridge near zero,
-    the second term is a floor under the eigenvalues of the correlations, so that a covariance of
-    fewer rows than columns, or one rounded, can be factored. With a covariance of zeros ``level``
-    is 1; one without entries stays so.
+    :func:`level` is a mean variance: a few channels of massive norm must not flatten all the
+    others. For them, and for a ridge near zero, the second term is a floor under the eigenvalues of
+    the correlations, so that a covariance of fewer rows than columns, or one rounded, can be
+    factored. One without entries stays so.
 
     Args:
         covariance: [n, n].
@@ -36,12 +35,23 @@ def regularised(covariance: Tensor, ridge: float) -> Tensor:
     if not out.numel():
         return out
     variance = out.diagonal().clone().clamp_min(0.0)
-    cap = _MASSIVE * variance.median()
-    level = variance.clamp_max(cap).mean() if cap > 0 else variance.mean()
-    if not level > 0:
-        level = torch.ones((), dtype=torch.float64)
-    out.diagonal().add_((_FLOOR * variance).clamp_min(ridge * level))
+    out.diagonal().add_((_FLOOR * variance).clamp_min(ridge * level(covariance)))
     return out
+
+
+def level(covariance: Tensor) -> Tensor:
+    """The mean variance, one counting as at most 10 times the median; 1 where all are zero.
+
+    Args:
+        covariance: [n, n], n at least 1.
+
+    Returns:
+        float64 scalar, above 0.
+    """
+    variance = covariance.diagonal().double().clamp_min(0.0)
+    cap = _MASSIVE * variance.median()
+    mean = variance.clamp_max(cap).mean() if cap > 0 else variance.mean()
+    return mean if mean > 0 else torch.ones_like(mean)
 
 
 def correction(moments: Moments, cross: Tensor, ridge: float) -> Tensor:

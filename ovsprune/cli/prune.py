@@ -68,10 +68,9 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 @click.option("--distill-seconds", type=float, help="Stop distilling after this time.")
 @click.option(
     "--distill-optimizer",
-    default="AdamW",
-    show_default=True,
     metavar="NAME",
-    help="Any optimiser of torch.optim; Muon trains the matrices, and AdamW the rest then.",
+    help="Any optimiser of torch.optim; by default Muon for matrices and AdamW for the rest, and "
+    "AdamW alone before torch 2.9.",
 )
 @click.option(
     "--distill-lr",
@@ -147,7 +146,8 @@ def command(screen: Screen, **options: Any) -> None:
     training = {
         name: options.pop(f"distill_{name}") for name in ("steps", "seconds", "optimizer", "lr")
     }
-    options["distill"] = Distillation(**training)
+    given = {name: value for name, value in training.items() if value is not None}
+    options["distill"] = Distillation(**given)
     if options["method"] == "imp" and not options["imp_structured"]:
         from ovsprune.jobs.imp import imp
         from ovsprune.report.unstructured import unstructured_summary

@@ -472,13 +472,13 @@ class Distillation:
     Attributes:
         steps: Gradient steps; None takes 1000, or no limit where ``seconds`` is given.
         seconds: Wall-clock limit, or None. What is stopped by it cannot be repeated exactly.
-        optimizer: Name of a class in ``torch.optim``.
+        optimizer: Name of a class in ``torch.optim``; by default Muon, or AdamW before torch 2.9.
         lr: Peak learning rate; of Muon's matrices, ten times as much.
     """
 
     steps: int | None = None
     seconds: float | None = None
-    optimizer: str = "AdamW"
+    optimizer: str = "Muon" if hasattr(torch.optim, "Muon") else "AdamW"
     lr: float = 1e-4
 
     @property

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ovsprune.calibration.feature_loss import SHARES, Features, feature_loss, spread
 from ovsprune.calibration.refit import held_out
-from ovsprune.calibration.streams import stored
+from ovsprune.calibration.streams import Stream, spread_over, stored
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.protocols import Distillation, EndlessPictures, RecoveryContext
 from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery.whitened import Whitened, whiten
 
 __all__ = ["Distill", "optimizer_class"]
 
@@ -26,6 +27,8 @@ _WARM_UP = 0.05
 """Share of a training in which the learning rate rises."""
 _MUON = 10.0
 """Muon's learning rate, a spectral norm for each matrix, in those of AdamW for the rest."""
+_SAMPLED = 64
+"""Pictures that spreads, and covariances of what layers read, are taken from."""
 
 
 @RECOVERIES.register("distill")
@@ -48,6 +51,11 @@ class Distill:
         pictures that no repair has seen stay, the ones from before the training included. A folder
         may have none left beside calibration's: then an eighth of those is not trained on. The
         refits before have fitted it, so that it speaks for what they left.
+
+        Linear layers of the blocks are trained in whitened coordinates, see
+        :class:`ovsprune.recovery.whitened.Whitened`, whatever the optimiser. Muon (Jordan et al.
+        2024), the default from torch 2.9 on, has steps of one length in every direction of a
+        matrix; in these coordinates it is one by what the layer gives.
 
         Raises:
             OptionError: The optimiser cannot train such a tower.
@@ -105,6 +113,8 @@ class _Pupil:
             self.lessons = (~held).nonzero().flatten()
             self.exam = self.pictures[held if held.any() else ~held]
         self.answers = [self._teacher(images) for images in self._plain(self.exam)]
+        self.sample = self.pictures[self.lessons[spread_over(len(self.lessons), _SAMPLED)]]
+        self.whitened: list[Whitened] = []
         self.spreads = self._spreads()
 
     @torch.no_grad()
@@ -118,6 +128,7 @@ class _Pupil:
 
     def train(self) -> Iterator[None]:
         """Train, stopping twenty times on the way, at the end too, to be examined."""
+        self.whitened = self._whiten()
         optimizers = self._optimizers()
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
@@ -137,6 +148,7 @@ class _Pupil:
                 advance(clock.moved(share))
                 if share * _CHECKS >= checks + 1:
                     checks = int(share * _CHECKS)
+                    self._write()
                     yield
                 if share >= 1.0:
                     return
@@ -146,13 +158,17 @@ class _Pupil:
         name, lr, slim = self.options.optimizer, self.options.lr, self.item.slim
         kind: Any = optimizer_class(name)
         try:
+            free: dict[Tensor, Tensor] = {w.weight: w.free for w in self.whitened}
+            # Of an attention or MLP that is gone, matrices without entries are left.
+            trained = [p for p in slim.parameters() if p.numel()]
             if name != "Muon":
-                return [kind(slim.parameters(), lr=lr)]
-            matrices = {m.weight: None for m in slim.modules() if isinstance(m, nn.Linear)}
-            others = [p for p in slim.parameters() if p not in matrices]
+                return [kind([free.get(p, p) for p in trained], lr=lr)]
+            linear = {m.weight for m in slim.modules() if isinstance(m, nn.Linear)}
+            matrices = [free.get(p, p) for p in trained if p in linear]
+            others = [p for p in trained if p not in linear]
             found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr)]
             if matrices:
-                found.append(kind(list(matrices), lr=_MUON * lr, weight_decay=0.0))
+                found.append(kind(matrices, lr=_MUON * lr, weight_decay=0.0))
             return found
         except (ValueError, TypeError, RuntimeError) as error:
             raise _cannot(name, error) from error
@@ -164,10 +180,13 @@ class _Pupil:
         losses = []
 
         def closure() -> Tensor:
+            self._write()
             self.item.slim.zero_grad()
             loss = feature_loss(self.slim.outputs(images), wanted, self.spreads, SHARES)
             losses.append(float(loss.detach()))
             torch.autograd.backward(loss)
+            for layer in self.whitened:
+                layer.read()
             return loss
 
         first, *others = optimizers
@@ -178,6 +197,16 @@ class _Pupil:
         except RuntimeError as error:  # SparseAdam finds out here that gradients are dense.
             raise _cannot(self.options.optimizer, error) from error
         return all(map(math.isfinite, losses))
+
+    def _whiten(self) -> list[Whitened]:
+        with torch.no_grad():
+            parts = [self.slim.stem(images.to(self.device)) for images in self._plain(self.sample)]
+        stream = Stream(torch.cat(parts).float().cpu())
+        return whiten(self.slim.blocks, stream, self.item.batch_size)
+
+    def _write(self) -> None:
+        for layer in self.whitened:
+            layer.write()
 
     def _batches(self) -> Iterator[Tensor]:
         """Batches [b, 3, H, W]: new pictures, or changed ones, shuffled whenever all were seen."""
@@ -213,8 +242,8 @@ class _Pupil:
         return self.dense.outputs(images.to(self.device))
 
     def _spreads(self) -> list[float]:
-        """Spreads of the dense tower's features, on the lessons as they are and the exam."""
-        known = [self._teacher(images) for images in self._plain(self.pictures[self.lessons[:64]])]
+        """Spreads of the dense tower's features, on lessons as they are and the exam."""
+        known = [self._teacher(images) for images in self._plain(self.sample)]
         kinds = zip(*known, *self.answers, strict=True)
         return [spread(F.normalize(torch.cat(kind), dim=1)) for kind in kinds]
 

@@ -15,7 +15,7 @@ from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import Distillation, Pictures
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import Plan, Preprocess
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.distill import _Pupil, optimizer_class
 from tests.contracts.conftest import Case, open_clip_vit, prepared
@@ -130,13 +130,31 @@ def test_muon_has_the_matrices_and_adamw_the_rest(case: Case) -> None:
     plan = case.random_plan(0)
     slim = case.cut(plan)
     options = Distillation(optimizer="Muon", lr=2e-4)
-    rest, matrices = _Pupil(replace(case.context(slim, plan), distill=options))._optimizers()
+    pupil = _Pupil(replace(case.context(slim, plan), distill=options))
+    pupil.whitened = pupil._whiten()
+    rest, matrices = pupil._optimizers()
     assert type(rest).__name__ == "AdamW" and type(matrices).__name__ == "Muon"
     found = [p for optimizer in (rest, matrices) for p in optimizer.param_groups[0]["params"]]
     assert len(found) == len(set(found)) == len(list(slim.parameters()))
     linear = {m.weight for m in slim.modules() if isinstance(m, torch.nn.Linear)}
-    assert set(matrices.param_groups[0]["params"]) == linear
+    free = {layer.weight: layer.free for layer in pupil.whitened}
+    assert free and set(matrices.param_groups[0]["params"]) == {free.get(p, p) for p in linear}
     assert matrices.param_groups[0]["lr"] == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Muon"])
+def test_where_a_whole_mlp_is_gone(case: Case, name: str) -> None:
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    kept = dict(case.random_plan(0).kept)
+    gone = next(group.name for group in case.groups if group.kind == "mlp")
+    plan = Plan({**kept, gone: kept[gone][:0]})
+    slim = case.cut(plan)
+    assert any(p.numel() == 0 for p in slim.parameters())
+    item = case.context(slim, plan, distill=Distillation(steps=4, optimizer=name, lr=1e-3))
+    before = _Pupil(item).error()
+    RECOVERIES.get("distill").recover(item)
+    assert _Pupil(item).error() < before
 
 
 @pytest.mark.parametrize("name", ["adamw", "Optimizer", "lr_scheduler"])
