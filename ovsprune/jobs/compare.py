@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ovsprune import backbones
+from ovsprune._version import __version__
 from ovsprune.calibration.pictures import AUTO, RENDERED, folder_fingerprint
 from ovsprune.core.errors import MissingLibraryError, OptionError
 from ovsprune.core.files import write_text
@@ -31,7 +33,7 @@ from ovsprune.jobs.measure import device_and_dtype, thread_limit
 from ovsprune.jobs.methods import DEFAULT, Method, parse_methods
 from ovsprune.jobs.rows import Rows, check_place
 from ovsprune.jobs.settings import Settings
-from ovsprune.report.comparison import differences, page, summary
+from ovsprune.report.comparison import differences, makers, page, summary
 from ovsprune.slim.hashing import tensor_hash
 
 __all__ = ["METHODS", "compare"]
@@ -87,7 +89,7 @@ def compare(
     Args:
         model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone.
         ratios: Shares of the tower's cost that go, each in (0, 1).
-        methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), or lists with commas.
+        methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), lists with commas, or one.
         seeds: How many: 0 to ``seeds - 1``. A seed chooses the calibration pictures and what a
             method draws.
         data: Folder with ``images/``, ``labels/`` and ``classes.json``; None scores on procedural
@@ -333,14 +335,24 @@ def _fill(
     missing = [place for place, row in found.items() if row is None]
     if missing and len(missing) < len(grid):
         progress.note(f"{len(grid) - len(missing)} of {len(grid)} rows are in {rows.place} already")
+    others = makers(row for row in found.values() if row is not None)
+    others.pop(_maker(), None)
+    for name, count in others.items():
+        progress.note(f"{count} of these rows were made by {name}; --overwrite makes all anew")
     with progress.stage("comparing", len(missing)) as advance:
         for seed, ratio, method in missing:
             row = contest.row(method, ratio, seed)
             kept = None if row["miou"] is None or not dense else row["miou"] / dense
-            rows.add({**_key(seed, ratio, method), **row, "retention": kept})
+            rows.add({**_key(seed, ratio, method), **row, "retention": kept, "made_by": _maker()})
             found[seed, ratio, method] = rows.rows[-1]
             advance(1)
     return {place: row for place, row in found.items() if row is not None}
+
+
+def _maker() -> str:
+    """What rows are made by now: this library, and those whose version may change them."""
+    stock = version("torch-pruning")
+    return f"ovsprune {__version__}, torch {torch.__version__}, torch-pruning {stock}"
 
 
 def _key(seed: int, ratio: float, method: Method) -> dict[str, Any]:

@@ -58,13 +58,14 @@ class Method:
 
 
 def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
-    """The methods of names or of lists ``"a,b,c"``, each once, in the order given.
+    """The methods of names or of lists ``"a,b,c"``, or of one such, each once, in their order.
 
     Raises:
         OptionError: There is none, or a part is given twice.
         UnknownNameError: A part is unknown.
     """
-    given = [part.strip() for name in names for part in name.split(",")]
+    lists = [names] if isinstance(names, str) else names
+    given = [part.strip() for name in lists for part in name.split(",")]
     methods = tuple(parse_method(name) for name in dict.fromkeys(filter(None, given)))
     if not methods:
         raise OptionError("--methods names none; give for example --methods default,random")

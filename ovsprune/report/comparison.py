@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -12,7 +13,7 @@ from ovsprune.report.intervals import pooled_difference, spread
 from ovsprune.report.numbers import budget_name, count, duration, percent
 from ovsprune.report.tables import table
 
-__all__ = ["compare_summary", "differences", "page", "summary"]
+__all__ = ["compare_summary", "differences", "makers", "page", "summary"]
 
 Record = Mapping[str, Any]
 FIGURES = ("retention", "miou", "pixel_accuracy", "relative_error")
@@ -108,7 +109,14 @@ def page(record: Record) -> str:
     reasons = _reasons(record)
     if reasons:
         lines += ["## Not reached", "", *(f"- `{name}`: {reason}" for name, reason in reasons), ""]
-    return "\n".join(lines)
+    found = [f"{name} ({count} rows)" for name, count in makers(record["rows"]).items()]
+    return "\n".join([*lines, f"Made by {'; '.join(found)}.", ""])
+
+
+def makers(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """How many of the rows were made by which versions, most first."""
+    found = Counter(row.get("made_by", "versions that were not written down") for row in rows)
+    return Counter(dict(found.most_common()))
 
 
 GAP_COLUMNS = ["against", "removed", "kept, points", "error"]

@@ -31,6 +31,7 @@ ROW = {
     "retention",
     "relative_error",
     "seconds",
+    "made_by",
 }
 
 
@@ -98,6 +99,22 @@ def test_files(whole, tmp_path):
     with Image.open(place / "curves.png") as picture:
         assert picture.width > 800
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+
+
+def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
+    run = {"methods": "random", "output": tmp_path / "rows", "seeds": 1, **QUICK}
+    first = compare(small_clip, [0.2], **run)
+    assert torch.__version__ in first["rows"][0]["made_by"]
+    progress = Silent()
+    compare(small_clip, [0.2], progress=progress, **run)
+    assert not any("made by" in note for note in progress.notes)
+    monkeypatch.setattr("ovsprune.jobs.compare.__version__", "99.0")
+    second = compare(small_clip, [0.2, 0.3], progress=progress, **run)
+    old = first["rows"][0]["made_by"]
+    assert f"1 of these rows were made by {old}; --overwrite makes all anew" in progress.notes
+    assert [row["made_by"].startswith("ovsprune 99.0,") for row in second["rows"]] == [False, True]
+    page = (tmp_path / "rows" / "README.md").read_text()
+    assert f"{old} (1 rows)" in page and "ovsprune 99.0, torch" in page
 
 
 def test_what_reached_nothing_is_no_reference():

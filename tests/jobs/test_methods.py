@@ -84,6 +84,7 @@ def test_stock_methods(name):
 def test_lists_and_repetitions():
     found = parse_methods(["default, random", "random,magnitude"])
     assert [method.name for method in found] == ["default", "random", "magnitude"]
+    assert parse_methods("default, random,magnitude") == found
 
 
 @pytest.mark.parametrize(

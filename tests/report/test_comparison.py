@@ -98,6 +98,14 @@ def test_page(record):
     assert "weights are random" in page({**record, "trained": False})
 
 
+def test_page_says_which_versions_made_the_rows(record):
+    rows = record["rows"]
+    assert f"Made by versions that were not written down ({len(rows)} rows)." in page(record)
+    made = [{**row, "made_by": "ovsprune 2" if i else "ovsprune 1"} for i, row in enumerate(rows)]
+    text = page({**record, "rows": made})
+    assert text.endswith(f"Made by ovsprune 2 ({len(rows) - 1} rows); ovsprune 1 (1 rows).\n")
+
+
 def test_one_seed_has_no_spread(record):
     alone = {**record, "seeds": 1, "rows": [r for r in record["rows"] if r["seed"] == 0]}
     alone["summary"] = summary(alone)
