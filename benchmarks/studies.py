@@ -7,7 +7,8 @@
 Rows are kept in ``--work`` as they are done: run again, it goes on where it stopped. Every study
 gets ``benchmarks/quality/<testbed>-<study>/`` with the record, the page and the plot; rows that are
 in that record already (of fewer seeds or methods, made on another machine) are not made again,
-unless by ``--fresh``, which is wanted once the methods themselves have changed.
+unless by ``--fresh``, which is wanted once the methods themselves have changed. Nor are those that
+quality.py has made of the same pictures.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import sizes
-from quality import HERE, linked, listed, testbed
+from quality import HERE, TABLES, linked, listed, testbed
 
 import ovsprune
 
@@ -67,7 +68,14 @@ EVERY_TRAINING_PICTURE = {
 STUDIES = {
     "ablation": Study(_ablation(), ratios=(0.7,)),
     "distill": Study(
-        ("default+distill", "default", "random+distill", "random+gauss-newton", "random")
+        (
+            "default+distill",
+            "random+distill",
+            "default",
+            "random+gauss-newton",
+            "random+closed-form",
+            "random",
+        )
     ),
     "imp": Study(("default", "imp", "random+gauss-newton", "random+closed-form", "random")),
     "procedural": Study(
@@ -161,7 +169,10 @@ def run(study: Study, place: Path, work: Path, chosen: argparse.Namespace) -> No
             samples=samples,
             threads=chosen.threads,
             output=os.path.relpath(rows),
-            earlier=[known] if known else [],
+            earlier=[
+                *([known] if known else []),
+                *(tables(study, samples, chosen.testbed) if not chosen.fresh else []),
+            ],
         )
     place.mkdir(parents=True, exist_ok=True)
     if many:
@@ -169,6 +180,14 @@ def run(study: Study, place: Path, work: Path, chosen: argparse.Namespace) -> No
         return
     for file in ("compare.json", "README.md", "curves.png"):
         shutil.copyfile(rows / file, place / file)
+
+
+def tables(study: Study, samples: int, name: str) -> list[Path]:
+    """Records of quality.py, if their rows are of the study's own pictures."""
+    if samples != 256 or (study.pictures is not None and name != "tiny"):
+        return []
+    records = [HERE / "quality" / f"{name}-{table}" / "compare.json" for table in TABLES[name]]
+    return [record for record in records if record.is_file()]
 
 
 def calibration(study: Study, work: Path, chosen: argparse.Namespace) -> dict[str, Any]:

@@ -70,3 +70,13 @@ def test_sizes_are_one_page(script, tmp_path) -> None:
     part = script("sizes").part(written, 64)
     assert part.items() >= {**records[64], "samples": 64}.items()
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_rows_of_the_tables_are_taken_over_for_the_same_pictures_only(script) -> None:
+    studies = script("studies")
+    own, others = studies.STUDIES["distill"], studies.STUDIES["domain"]
+    found = studies.tables(own, 256, "photo")
+    assert [path.parent.name for path in found] == ["photo-30-50", "photo-70-85"]
+    assert {json.loads(path.read_text())["samples"] for path in found} == {256}
+    assert studies.tables(own, 64, "photo") == studies.tables(others, 256, "photo") == []
+    assert len(studies.tables(studies.STUDIES["samples"], 256, "tiny")) == 2
