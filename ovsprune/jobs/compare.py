@@ -338,7 +338,7 @@ def _fill(
     others = makers(row for row in found.values() if row is not None)
     others.pop(_maker(), None)
     for name, count in others.items():
-        progress.note(f"{count} of these rows were made by {name}; --overwrite makes all anew")
+        progress.note(f"made by {name}: {count} of these rows; --overwrite makes all anew")
     with progress.stage("comparing", len(missing)) as advance:
         for seed, ratio, method in missing:
             row = contest.row(method, ratio, seed)

@@ -109,7 +109,10 @@ def page(record: Record) -> str:
     reasons = _reasons(record)
     if reasons:
         lines += ["## Not reached", "", *(f"- `{name}`: {reason}" for name, reason in reasons), ""]
-    found = [f"{name} ({count} rows)" for name, count in makers(record["rows"]).items()]
+    found = [
+        f"{name} ({number} {'row' if number == 1 else 'rows'})"
+        for name, number in makers(record["rows"]).items()
+    ]
     return "\n".join([*lines, f"Made by {'; '.join(found)}.", ""])
 
 

@@ -111,10 +111,10 @@ def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
     monkeypatch.setattr("ovsprune.jobs.compare.__version__", "99.0")
     second = compare(small_clip, [0.2, 0.3], progress=progress, **run)
     old = first["rows"][0]["made_by"]
-    assert f"1 of these rows were made by {old}; --overwrite makes all anew" in progress.notes
+    assert f"made by {old}: 1 of these rows; --overwrite makes all anew" in progress.notes
     assert [row["made_by"].startswith("ovsprune 99.0,") for row in second["rows"]] == [False, True]
     page = (tmp_path / "rows" / "README.md").read_text()
-    assert f"{old} (1 rows)" in page and "ovsprune 99.0, torch" in page
+    assert f"{old} (1 row)" in page and "ovsprune 99.0, torch" in page
 
 
 def test_what_reached_nothing_is_no_reference():

@@ -103,7 +103,7 @@ def test_page_says_which_versions_made_the_rows(record):
     assert f"Made by versions that were not written down ({len(rows)} rows)." in page(record)
     made = [{**row, "made_by": "ovsprune 2" if i else "ovsprune 1"} for i, row in enumerate(rows)]
     text = page({**record, "rows": made})
-    assert text.endswith(f"Made by ovsprune 2 ({len(rows) - 1} rows); ovsprune 1 (1 rows).\n")
+    assert text.endswith(f"Made by ovsprune 2 ({len(rows) - 1} rows); ovsprune 1 (1 row).\n")
 
 
 def test_one_seed_has_no_spread(record):
