@@ -80,15 +80,15 @@ def page(record: Mapping[str, Any]) -> str:
     """The record as a page in Markdown."""
     rows, found = record["rows"], record["slopes"]
     lines = [
-        "# What a prune costs, by size of the tower",
+        "# Cost of pruning by size of the tower",
         "",
         f"`{record['command']}`",
         "",
         f"Image towers of open_clip with random weights, pruned to half of their MACs with "
-        f"{rows[0]['samples']} made pictures by the default, threads: {rows[0]['threads']}, "
-        "each in a process of its own. Seconds by stage; the solver (eliminations and ridge "
-        "solves, O(n³) in the units of a group) stands apart. Peak: resident memory of the "
-        "process, torch and the dense tower included.",
+        f"{rows[0]['samples']} synthetic images by the default method, threads: "
+        f"{rows[0]['threads']}, each in a separate process. Seconds by stage; the solver (column "
+        "elimination and ridge solves, O(n³) in the units of a group) is a separate column. Peak: "
+        "resident memory of the process, including torch and the dense tower.",
         "",
     ]
     heads = ["tower", "GMACs", "parameters", "seconds", "without solver", *STAGES, "forward passes",

@@ -1,20 +1,25 @@
-"""Prunes every image tower in open_clip's registry to half, and proves what was written.
+"""Prune every image tower in open_clip's registry to half, and verify the written checkpoints.
 
     python benchmarks/registry_sweep.py
     python benchmarks/registry_sweep.py --name RN50 --name ViT-B-32
 
-Each name in a process of its own: build it (its real size where that fits, otherwise the same
-architecture with two blocks a stage), give every parameter a value, prune to half by magnitude
-without a recovery, save. A fresh process then loads it with nothing but what the checkpoint says.
-It is ``ok`` if the ratio is met within 0.01, if the largest error against the dense tower with the
-cut units masked is at most 1e-4 of the output's standard deviation, pooled and dense, and if every
-tensor that is loaded is bit for bit what was pruned. Beside it stands how much of the MACs
-Torch-Pruning removes of the original tower when it is asked for half.
+Each name runs in a separate process. The process builds the tower (at its real size if that fits
+into memory, otherwise with two blocks per stage), gives every parameter a random value, prunes it
+to half by magnitude without recovery, and saves it. A new process loads the checkpoint without
+other information. The result is ``ok`` if
 
-Names that differ in the text tower alone have one image tower, which is measured once; their rows
-name the one it was measured under. Small towers come first. Rows are kept in
-``registry_sweep.json`` as they are done: run again, it goes on where it stopped.
-The page is ``registry_sweep.md``.
+- the ratio is met within 0.01,
+- the largest error against the masked dense tower is at most 1e-4 of the standard deviation of the
+  output, for the pooled and the dense output, and
+- every loaded tensor equals the pruned one bit for bit.
+
+The page also lists the fraction of the MACs that Torch-Pruning removes from the original tower when
+half is requested.
+
+Names that differ in the text tower only share an image tower, which is measured once; their rows
+name the model under which it was measured. Small towers come first. Each row is stored in
+``registry_sweep.json`` when it is done; an interrupted run resumes there. The page is
+``registry_sweep.md``.
 """
 
 from __future__ import annotations
@@ -147,9 +152,9 @@ def _page(record: dict[str, Any]) -> Iterator[str]:
         f"{f', and {missing} have not been measured yet' if missing else ''} "
         f"(open_clip {record['open_clip']}, timm {record['timm']}, torch {torches}; random "
         "weights). `python "
-        "benchmarks/registry_sweep.py`, whose first lines say what is checked. Errors are the "
-        "largest of pooled and dense outputs, in standard deviations. Blocks: all, or as many a "
-        "stage as were built where the real tower does not fit."
+        "benchmarks/registry_sweep.py`. The script's docstring lists the checks. Errors are the "
+        "largest of pooled and dense outputs, in standard deviations. Blocks: all, or the number "
+        "built per stage if the real tower does not fit into memory."
     )
     yield ""
     yield from table(rows)

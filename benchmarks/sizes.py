@@ -62,13 +62,13 @@ def spread_over(seeds: int) -> str:
 
 
 def _page(record: Mapping[str, Any], sizes: list[int]) -> Iterator[str]:
-    yield f"# {record['model']}: how many calibration pictures"
+    yield f"# {record['model']}: number of calibration images"
     yield ""
     yield (
-        f"Scored on {record['images']} pictures ({record['data']}), calibrated on "
-        f"{record['calibration']}, {spread_over(record['seeds'])}. Share of "
+        f"Scored on {record['images']} images ({record['data']}), calibrated on "
+        f"{record['calibration']}, {spread_over(record['seeds'])}. Fraction of "
         "the dense mIoU that is kept, and relative error of the dense features on the test "
-        "pictures."
+        "images."
     )
     yield ""
     yield "![curves](curves.png)"
@@ -123,7 +123,7 @@ def _draw(record: Mapping[str, Any], sizes: list[int], path: Path) -> None:
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_xlabel("calibration pictures")
+        axes.set_xlabel("calibration images")
         axes.set_title(f"{label} ({ratio:.0%} removed)", loc="left", fontsize=10)
     axes.legend(fontsize=7)
     figure.savefig(path)

@@ -138,14 +138,14 @@ def speed(rounds: int) -> dict[str, Any]:
 def page(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     lines = [
-        "# Spectra beside WeightWatcher's",
+        "# Spectra compared with WeightWatcher's",
         "",
         f"`python benchmarks/spectrum.py`; WeightWatcher {record['weightwatcher']}, torch "
         f"{record['torch']}, {record['threads']} threads.",
         "",
-        "Alpha, xmin by the least Kolmogorov-Smirnov distance in both:",
+        "Alpha, with xmin chosen by the smallest Kolmogorov-Smirnov distance in both:",
         "",
-        "| model | layers of 20 eigenvalues or more | largest difference of alpha | within 1% |",
+        "| model | layers with at least 20 eigenvalues | largest difference of alpha | within 1% |",
         "| --- | ---: | ---: | ---: |",
     ]
     for row in record["agreement"]:
@@ -156,9 +156,10 @@ def page(record: dict[str, Any]) -> str:
     speed = record["speed"]
     lines += [
         "",
-        f"Time for {speed['layers']} layers of ViT-B/16, eigenvalues and fits, in turn in one run:",
+        f"Time for {speed['layers']} layers of ViT-B/16 (eigenvalues and fits), alternating in one "
+        "run:",
         "",
-        "| | seconds, median | times as fast as WeightWatcher |",
+        "| | median seconds | speedup over WeightWatcher |",
         "| --- | ---: | ---: |",
     ]
     for name, took in speed["seconds"].items():

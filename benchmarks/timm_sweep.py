@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Towers of timm, pruned to half",
         "",
         f"{ok} of {len(rows)} names are ok (timm {timm.__version__}, torch {torch}; random "
-        "weights). `python benchmarks/timm_sweep.py`; what is checked stands in the first lines of "
-        "`registry_sweep.py`.",
+        "weights). `python benchmarks/timm_sweep.py`. The docstring of `registry_sweep.py` lists "
+        "the checks.",
         "",
         *table(rows),
     ]

@@ -69,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         f"{ok} of {len(rows)} classes are ok (transformers {transformers.__version__}, torch "
         f"{rows[0]['torch']}; small configurations, random weights). `python "
-        "benchmarks/transformers_sweep.py`; what is checked stands in the first lines of "
-        "`registry_sweep.py`.",
+        "benchmarks/transformers_sweep.py`. The docstring of `registry_sweep.py` lists the checks.",
         "",
         *table(rows),
     ]

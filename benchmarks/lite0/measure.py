@@ -134,13 +134,13 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"Dense: {count(dense['macs'])} MACs, {count(dense['params'])} parameters, public ImageNet "
         f"weights, {record['images']} photographs of MSRC's test list. {record['samples']} "
-        "calibration pictures of MSRC's train list and COCO128, "
+        "calibration images of MSRC's train list and COCO128, "
         f"{spread_over(record['seeds'])}.",
         "",
-        "error: norm of the difference over the norm of the dense tower's outputs about their "
-        "mean; 0 is equal, 1 is as bad as the mean everywhere. dense: the last layer's features, "
-        "position by position; pooled: their mean over a picture. No gradient step anywhere. There "
-        "is no mIoU: no text embeddings belong to this network.",
+        "error: norm of the difference divided by the norm of the dense tower's centred outputs; "
+        "0 is equal, 1 is as bad as predicting the mean everywhere. dense: features of the last "
+        "layer at each position; pooled: their mean over an image. No method uses gradient steps. "
+        "There is no mIoU, because no text embeddings match this network.",
         "",
     ]
     for ratio in record["ratios"]:
@@ -164,8 +164,11 @@ def page(record: dict[str, Any]) -> str:
             cells = [entry["method"], count(round(entry["macs"]["mean"])), *figures]
             lines.append(f"| {' | '.join(cells)} | {duration(entry['seconds']['mean'])} |")
         lines.append("")
-        lines += [f"Dense error of `default` less that of another, 95% intervals: {g}." for g in
-                  [_gaps(record["rows"], ratio)] if g]  # fmt: skip
+        gaps = _gaps(record["rows"], ratio)
+        if gaps:
+            lines.append(
+                f"Dense error of `default` minus that of another method, 95% intervals: {gaps}."
+            )
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -238,40 +238,43 @@ tags: [clip, open-vocabulary segmentation, photographs]
 
 # resnet
 
-The image tower of a small CLIP, a ModifiedResNet: the convolutional sister of `photo`
-(`benchmarks/photo_clip/photo`), for the frameworks of the paper's tables that stand on CLIP's
-ResNet. It is a testbed, not shipped in the wheel, and of no use as a segmenter.
+The image tower of a small CLIP, a ModifiedResNet. It is the convolutional counterpart of `photo`
+(`benchmarks/photo_clip/photo`), for the frameworks of the paper's tables that use CLIP's ResNet.
+It is a testbed, not part of the wheel, and not useful as a segmentation model.
 
 | | image tower |
 | --- | --- |
-| input | 192 x 192, last stage 6 x 6, pictures squashed |
+| input | 192 x 192, last stage 6 x 6, images resized without keeping the aspect ratio |
 | width, blocks | 24 (stages of 96, 192, 384 and 768 channels), 2 + 3 + 4 + 2 bottlenecks |
 | attention pool | 12 heads |
 | joint space | 512, CLIP ViT-B/16's text embeddings |
 | MACs, parameters | {macs:.1f} M, {params:.2f} M |
 
-Weights are fp16 ({size:.1f} MB); the figures below are of these rounded weights, run in fp32.
+Weights are fp16 ({size:.1f} MB). The figures below were measured with these rounded
+weights in fp32.
 
 ## Training
 
     python benchmarks/paper_tables/backbone.py --data DATA --work DIR --export
 
-Data, teacher and losses are `photo`'s: 813 labelled photographs of MSRC v2's train list, COCO128
-and CamVid's train list; no test or validation picture was opened. {steps:,} steps of {batch} from
+Data, teacher and losses are those of `photo`: 813 labelled photographs of MSRC v2's train list,
+COCO128 and CamVid's train list; no test or validation image was used. {steps:,} steps of {batch} from
 random weights, AdamW at {rate:g}, seed {seed}, float32, {minutes:.0f} minutes of one thread on a
-machine that did other work too (`photo` had 6,000 steps of 16).
+machine that also did other work (`photo` had 6,000 steps of 16).
 
-## Measured
+## Results
 
-Dense features are the last stage's positions through the pool's value and output projections,
-against the class embeddings as given; protocol as of `photo`.
+The dense features are the positions of the last stage after the value and output projections of
+the attention pool. They are compared with the unmodified class embeddings; the protocol is that of
+`photo`.
 
-| | mIoU | pixels right |
+| | mIoU | pixel accuracy |
 | --- | --- | --- |
-| MSRC test (121 pictures) | {msrc_test:.1f} | {msrc_pixels:.1f} |
-| CamVid val (101 pictures) | {camvid_val:.1f} | {camvid_pixels:.1f} |
+| MSRC test (121 images) | {msrc_test:.1f} | {msrc_pixels:.1f} |
+| CamVid val (101 images) | {camvid_val:.1f} | {camvid_pixels:.1f} |
 
-`photo` has 55.9 and 31.6. A position of 32 pixels sees no pole and no distant pedestrian.
+`photo` reaches 55.9 and 31.6. At 32 pixels per position, poles and distant pedestrians are not
+detected.
 """
 
 
