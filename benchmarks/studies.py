@@ -98,9 +98,7 @@ STUDIES = {
     "options": Study(
         (
             "default",
-            "default:prune-head-dim",
             "default:prune-depth",
-            "default:prune-width",
             "default:rounds=3",
             "random+closed-form",
             "random",

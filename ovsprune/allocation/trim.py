@@ -14,7 +14,6 @@ __all__ = [
     "cost",
     "fill",
     "floor_of",
-    "kept_price",
     "partners",
     "place",
     "spare",
@@ -50,17 +49,10 @@ def floor_of(group: Group, round_to: int) -> int:
 def cost(item: AllocationContext, widths: Mapping[str, int]) -> float:
     """What the tower costs with these widths: dense, less what each group alone saves.
 
-    A group of heads and the directions inside them save together; and what groups share is saved
-    once.
+    What groups share is saved once.
     """
-    inner: dict[str, list[Group]] = {}
-    for group in item.groups:
-        if group.inside is not None:
-            inner.setdefault(group.inside, []).append(group)
     saved = sum(
-        item.budget.price(g, g.units) - kept_price(item.budget, g, inner.get(g.name, ()), widths)
-        for g in item.groups
-        if g.inside is None
+        item.budget.price(g, g.units) - item.budget.price(g, widths[g.name]) for g in item.groups
     )
     gone = {g.name: g.units - widths[g.name] for g in item.groups}
     twice = sum(
@@ -90,21 +82,6 @@ def step_price(
     now = widths[group.name]
     away = sum((g.units - widths[g.name]) * price for g, price in shared.get(group.name, ()))
     return budget.price(group, to) - budget.price(group, now) - (to - now) * away
-
-
-def kept_price(
-    budget: Budget, group: Group, inner: Sequence[Group], widths: Mapping[str, int]
-) -> float:
-    """What the kept units of ``group`` cost, each without what is cut inside it.
-
-    Args:
-        budget: Prices of a unit of each group while all others are whole.
-        group: The outer group.
-        inner: Groups inside it; each of their units has an equal part in each of its units.
-        widths: Of all of them.
-    """
-    gone = sum((g.units - widths[g.name]) * budget.price(g, 1) for g in inner) / group.units
-    return budget.price(group, widths[group.name]) - widths[group.name] * gone
 
 
 def spare(item: AllocationContext) -> float:

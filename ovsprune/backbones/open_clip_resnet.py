@@ -30,7 +30,6 @@ class OpenClipResNet:
     """open_clip ModifiedResNet: the channels of both inner convolutions of every bottleneck."""
 
     library = "open_clip_torch"
-    stream_kind = "stage"
 
     def takes(self, config: Mapping[str, Any]) -> bool:
         """Whether open_clip builds a ModifiedResNet from ``config``."""
@@ -120,26 +119,6 @@ class OpenClipResNet:
             seeds.append(Seed(first, "channels", first, 1, name, None))
             seeds.append(Seed(second, "channels", second, 1, name, after))
         return seeds
-
-    def streams(self, tower: nn.Module) -> list[Seed]:
-        """The sum that the blocks of each stage write to; the attention pool keeps the last."""
-        blocks = list(_blocks(tower))
-        firsts = [i for i, name in enumerate(blocks) if name.endswith(".0")]
-        pooled = "the attention pool's heads and positions are as wide as the last stage"
-        return [
-            Seed(
-                f"{blocks[i].removesuffix('.0')}.stream",
-                "stage",
-                f"{blocks[i]}.conv3",
-                1,
-                blocks[i].removesuffix(".0"),
-                None,
-                pooled if i == firsts[-1] else None,
-                consumer=None if i == firsts[-1] else f"{blocks[i + 1]}.conv1",
-                across=True,
-            )
-            for i in firsts
-        ]
 
     def stages(self, tower: nn.Module) -> Stages:
         """The three convolutions of the stem; the bottlenecks; the attention pool.

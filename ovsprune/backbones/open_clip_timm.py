@@ -24,7 +24,7 @@ from ovsprune.backbones.open_clip_model import (
 )
 from ovsprune.backbones.open_clip_source import fill, open_source
 from ovsprune.core.errors import OptionError
-from ovsprune.core.protocols import Backbone, Seed, Stages, Streamed
+from ovsprune.core.protocols import Backbone, Seed, Stages
 from ovsprune.core.records import Group, Plan, Preprocess
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.timm_tower import build_timm_tower
@@ -93,8 +93,6 @@ class TimmFamily:
         self.name, self.parts = name, parts
         self.rewrite, self.finish = parts.rewrite, parts.finish
         self.seeds, self.stages = parts.seeds, parts.stages
-        if isinstance(parts, Streamed):
-            self.stream_kind, self.streams = parts.stream_kind, parts.streams
 
     def names(self) -> Sequence[str]:
         """open_clip's names for trunks of the family's modules of timm."""

@@ -7,16 +7,15 @@ from inverted bottlenecks with a norm in front.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ovsprune.backbones.open_clip_timm import timm_family
 from ovsprune.backbones.timm_heads import heads_seed, put_together
 from ovsprune.core.protocols import Seed, Stages
-from ovsprune.core.records import Group, Plan, Slice, StreamPoint
+from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.norms import CountedLayerNorm
 from ovsprune.slim.spec import ACTIVATIONS
@@ -39,7 +38,6 @@ _FIRST = ("fc1", "fc1_g", "w0")
 class OpenClipTimmVit:
     """timm vision transformers in open_clip: heads, MLP units, ViTamin's inverted bottlenecks."""
 
-    stream_kind = "width"
     modules = (
         "vision_transformer",
         "vision_transformer_hybrid",
@@ -114,46 +112,9 @@ class OpenClipTimmVit:
             )
         return seeds
 
-    def streams(self, tower: nn.Module) -> list[Seed]:
-        """The residual stream, from the patches to what projects the tokens."""
-        model: Any = tower
-        trunk, blocks = model.trunk, timm_vit_blocks(tower)
-        name, block = next(iter(blocks.items()))
-        reason = None
-        if timm_vit_bottlenecks(tower) or not isinstance(trunk.patch_embed.proj, nn.Conv2d):
-            reason = "convolutions of other widths stand in front of its tokens"
-        elif pool_of(tower) is not None:
-            reason = "timm's attention pool takes the tokens to be as wide as what it gives"
-        elif next(model.head.parameters(), None) is None:
-            reason = "nothing projects the tokens, so the embedding would be narrower, too"
-        return [
-            Seed(
-                "trunk.stream",
-                "width",
-                "trunk.patch_embed.proj",
-                1,
-                "trunk",
-                None,
-                reason,
-                consumer=_first(f"{name}.mlp", block.mlp),
-                along=tuple(Slice(n, "out", rows) for n, rows in _bare(tower, blocks)),
-                across=True,
-            )
-        ]
-
     def stages(self, tower: nn.Module) -> Stages:
         """Patches and positions, or a stem and what makes tokens of it; the blocks; the rest."""
         return Stages(*timm_vit_parts(tower))
-
-
-def _bare(tower: nn.Module, blocks: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters over the stream that are no layer's, and the channels that they have."""
-    names = [f"trunk.{name}" for name in ("cls_token", "reg_token", "pos_embed")]
-    scales = ("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2")
-    names += [f"{block}.{name}" for block in blocks for name in scales]
-    parameters = dict(tower.named_parameters())
-    for name in (name for name in names if name in parameters):
-        yield name, torch.arange(parameters[name].shape[-1])[:, None]
 
 
 def _first(path: str, mlp: nn.Module) -> str:

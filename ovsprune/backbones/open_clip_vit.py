@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES, open_clip_own
@@ -14,7 +13,7 @@ from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.open_clip_own import load_own, rebuild_own
 from ovsprune.backbones.open_clip_source import TINY, config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
-from ovsprune.core.records import Axis, Group, Plan, Preprocess, Slice, StreamPoint
+from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.pooling import each_alone
@@ -27,7 +26,6 @@ class OpenClipVit:
     """open_clip VisionTransformer: heads and MLP units of every block."""
 
     library = "open_clip_torch"
-    stream_kind = "width"
 
     def takes(self, config: Mapping[str, Any]) -> bool:
         """Whether open_clip builds a plain VisionTransformer from ``config``."""
@@ -99,36 +97,6 @@ class OpenClipVit:
             seeds.append(Seed(f"{name}.attn", "heads", query, width, name, middle, reason))
             seeds.append(Seed(f"{name}.mlp", "mlp", f"{name}.mlp.c_fc", 1, name, after))
         return seeds
-
-    def streams(self, tower: nn.Module) -> list[Seed]:
-        """The residual stream, from the patches to ``proj``; not where attention pools it."""
-        vit: Any = tower
-        name, block = next(iter(_blocks(tower).items()))
-        reason = None
-        if vit.attn_pool is not None:
-            reason = "the attention that pools the tokens reads it at full width"
-        rows = torch.arange(vit.conv1.out_channels)[:, None]
-        bare: list[tuple[str, Axis, str | None]] = [
-            ("class_embedding", "out", None),
-            ("positional_embedding", "out", None),
-            ("proj", "in", "ln_post"),
-        ]
-        if not isinstance(block.ls_1, nn.Identity):
-            bare += [(f"{n}.ls_{i}.gamma", "out", None) for n in _blocks(tower) for i in (1, 2)]
-        return [
-            Seed(
-                "transformer.stream",
-                "width",
-                "conv1",
-                1,
-                "transformer",
-                None,
-                reason,
-                consumer=f"{name}.mlp.c_fc",
-                along=tuple(Slice(n, axis, rows, behind) for n, axis, behind in bare),
-                across=True,
-            )
-        ]
 
     def stages(self, tower: nn.Module) -> Stages:
         """Patches and positions; the residual blocks; pooling and projection.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from ovsprune.calibration.feature_loss import SHARES, spread
 from ovsprune.core.protocols import Moments
-from ovsprune.core.records import Group, Plan
-from ovsprune.graph.cut import mask
-from ovsprune.graph.layers import bias_of, find, weight_of
+from ovsprune.core.records import Group
+from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["FeatureError", "grid", "measure", "measure_masked", "points_for"]
+__all__ = ["FeatureError", "grid", "measure", "points_for"]
 
 POINTS = (4, 8)
 """Fewest and most widths at which a group of many units is measured."""
@@ -100,39 +99,6 @@ def measure(
             continue
         with _patched(consumer, weight, moments.mean):
             errors[width] = run()
-    return errors
-
-
-@torch.no_grad()
-def measure_masked(
-    tower: nn.Module,
-    group: Group,
-    order: Tensor,
-    widths: Iterable[int],
-    run: Callable[[], float],
-) -> dict[int, float]:
-    """Error by width of a group whose units are masked, since no one consumer can be refitted.
-
-    Args:
-        tower: The dense tower; changed while measuring, restored after.
-        group: The group.
-        order: int64 [units], first to be removed first.
-        widths: To be measured.
-        run: Runs the rest of the tower and returns the error of its output.
-    """
-    layers = [find(tower, part.module) for part in group.slices]
-    tensors = [t for layer in layers for t in (weight_of(layer), bias_of(layer)) if t is not None]
-    before = [tensor.clone() for tensor in tensors]
-    errors = {group.units: 0.0}
-    for width in widths:
-        if width == group.units:
-            continue
-        mask(tower, [group], Plan({group.name: order[group.units - width :]}))
-        try:
-            errors[width] = run()
-        finally:
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
     return errors
 
 

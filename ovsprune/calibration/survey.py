@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,7 +16,6 @@ from ovsprune.calibration.sensitivity import (
     FeatureError,
     grid,
     measure,
-    measure_masked,
     points_for,
 )
 from ovsprune.calibration.streams import Stream, run_stem, walk
@@ -113,9 +112,6 @@ class Survey:
                 for group in groups:
                     self._measure(group, moments[group.consumer], before, error)
                     advance(1)
-            for group in (g for g in self.groups if g.across):
-                self._measure_across(group, probe, error)
-                advance(1)
         curves = Curves(self._widths, self._errors) if self.probe else None
         return Scores(self._costs, self._orders), curves
 
@@ -128,38 +124,10 @@ class Survey:
             return
         rest = list(self.stages.blocks)[list(self.stages.blocks).index(group.block) :]
         run = self._runner(before, [self.stages.blocks[name] for name in rest], error)
-        if group.has_columns:
-            consumer = self.tower.get_submodule(group.consumer)
-            weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
-            errors = measure(group, consumer, moments, weights, run)
-        else:
-            widths = self._grid(group)
-            errors = measure_masked(self.tower, group, ranking.order, widths, run)
+        consumer = self.tower.get_submodule(group.consumer)
+        weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
+        errors = measure(group, consumer, moments, weights, run)
         self._note(group, errors)
-
-    def _measure_across(self, group: Group, probe: Tensor, error: FeatureError | None) -> None:
-        """A stream's channels are masked wherever they are, from the stem on."""
-        ranking = self._rank(group, None)
-        self._keep(group, ranking)
-        if error is None:
-            return
-        batches = list(self._chosen(probe))
-
-        def run() -> float:
-            parts = [self.stages.outputs(batch.to(self.device)) for batch in batches]
-            pooled, dense = (torch.cat(both).float().cpu() for both in zip(*parts, strict=True))
-            return error(pooled, dense)
-
-        self._note(group, measure_masked(self.tower, group, ranking.order, self._grid(group), run))
-
-    def _chosen(self, probe: Tensor) -> Iterator[Tensor]:
-        """The pictures of ascending indices, out of one batch after another."""
-        start = 0
-        for batch in self.pictures.batches(self.batch_size):
-            here = probe[(probe >= start) & (probe < start + len(batch))]
-            if len(here):
-                yield batch[here - start]
-            start += len(batch)
 
     def _note(self, group: Group, errors: Mapping[int, float]) -> None:
         found = dict(sorted(errors.items()))
@@ -167,9 +135,6 @@ class Survey:
         self._errors[group.name] = torch.tensor(list(found.values()), dtype=torch.float64)
 
     def _rank(self, group: Group, moments: Moments | None) -> Ranking:
-        if group.known is not None:
-            order = torch.argsort(group.known.flip(0), stable=True)
-            return Ranking(group.known, group.units - 1 - order)
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
         widths = self._grid(group) if self.probe else ()
@@ -180,13 +145,8 @@ class Survey:
             GroupContext(group, layers, moments, self.ridge, generator, widths, gradients)
         )
 
-    @property
-    def _ranked(self) -> list[Group]:
-        """The groups whose units the criterion is asked to rank."""
-        return [g for g in self.groups if g.known is None]
-
     def _check_norms(self) -> None:
-        bare = [g for g in self._ranked if not g.norms] if "norms" in self.criterion.needs else []
+        bare = [g for g in self.groups if not g.norms] if "norms" in self.criterion.needs else []
         if bare:
             raise OptionError(
                 f"{type(self.criterion).__name__} ranks units by the scale of a norm behind them, "
@@ -199,7 +159,7 @@ class Survey:
         return mask_gradients(
             self.tower,
             self.stages,
-            self._ranked,
+            self.groups,
             cast(GradientCriterion, self.criterion).objective,
             self.pictures,
             batch_size=self.batch_size,

@@ -68,7 +68,7 @@ def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:
     `+RECOVERY`, such as `magnitude+sensitivity+closed-form`, or a stock method: `torch-pruning`,
     `torch-pruning-uniform`, `torch-pruning-taylor`, `torch-pruning-isomorphic`, alone or with
     `+RECOVERY`. Options of `prune` may follow, each after a colon: `default:rounds=3`,
-    `default+distill:distill-steps=500`, `default:prune-head-dim`. Rows are kept as they are done:
+    `default+distill:distill-steps=500`, `default:prune-depth`. Rows are kept as they are done:
     the same command goes on where it stopped.
     """
     from ovsprune.jobs.compare import METHODS, compare

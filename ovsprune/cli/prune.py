@@ -89,24 +89,9 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "--uniform-heads", is_flag=True, help="As many heads in every layer, the last block's too."
 )
 @click.option(
-    "--prune-head-dim",
-    is_flag=True,
-    help="Also cut directions inside heads: widths of queries and keys, and of values.",
-)
-@click.option(
     "--prune-depth",
     is_flag=True,
     help="Also drop whole attentions and MLPs; every block keeps its place and its name.",
-)
-@click.option(
-    "--prune-width",
-    is_flag=True,
-    help="Also cut channels of a vision transformer's residual stream: the interface changes.",
-)
-@click.option(
-    "--prune-stages",
-    is_flag=True,
-    help="Also cut channels of a residual network's stages: the interface changes.",
 )
 @click.option(
     "--latency-table",

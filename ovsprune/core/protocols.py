@@ -45,7 +45,6 @@ __all__ = [
     "ScheduleContext",
     "Seed",
     "Stages",
-    "Streamed",
 ]
 
 
@@ -105,8 +104,7 @@ class Seed:
         consumer: Dotted name of the layer whose columns are ranked and refitted, where several
             layers read the units; None where one does.
         along: Slices that go along and that no graph sees: an index of the units, which is no part
-            of what is computed, and parameters that are no layer's.
-        across: Whether the units are a residual stream's: :attr:`Group.across`.
+            of what is computed.
     """
 
     name: str
@@ -118,7 +116,6 @@ class Seed:
     protected: str | None = None
     consumer: str | None = None
     along: tuple[Slice, ...] = ()
-    across: bool = False
 
 
 class Family(Protocol):
@@ -186,18 +183,6 @@ class Family(Protocol):
 
     def stages(self, tower: nn.Module) -> Stages:
         """The tower (rewritten or not) as a sequence of blocks."""
-        ...
-
-
-@runtime_checkable
-class Streamed(Protocol):
-    """What a family has besides, if the width of its residual streams can be cut."""
-
-    stream_kind: str
-    """``"width"`` for one stream through the whole tower, ``"stage"`` for one of each stage."""
-
-    def streams(self, tower: nn.Module) -> list[Seed]:
-        """The streams of the rewritten tower, with ``across``; those it cannot cut, protected."""
         ...
 
 
@@ -529,7 +514,6 @@ class RecoveryContext:
 class Recovery(Protocol):
     """Repairs a cut tower in place."""
 
-    needs_pictures: bool
     trains: bool
     """Whether it takes gradient steps; the job then says so in the checkpoint."""
     after: str | None

@@ -70,18 +70,14 @@ class Slice:
     """Part of one layer that belongs to a group.
 
     Attributes:
-        module: Dotted name of the layer in the (rewritten) tower; or of a parameter that is no
-            layer's, as class tokens, positions and bare projection matrices are.
-        axis: ``"out"``: rows of the weight and entries of the bias; ``"in"``: columns. Of a
-            parameter, ``"out"`` is the last axis and ``"in"`` the first.
+        module: Dotted name of the layer in the (rewritten) tower.
+        axis: ``"out"``: rows of the weight and entries of the bias; ``"in"``: columns.
         rows: int64 [units, width]: the indices on that axis that make up each unit.
-        behind: Of a parameter that reads, the layer whose output it multiplies.
     """
 
     module: str
     axis: Axis
     rows: Tensor
-    behind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +102,7 @@ class Group:
 
     Attributes:
         name: Unique name, the dotted path of what is cut (``"transformer.resblocks.3.attn"``).
-        kind: Unit kind: ``"heads"``, ``"mlp"``, ``"channels"``; ``"qk"`` and ``"vo"``, the
-            directions inside heads (:mod:`ovsprune.graph.head_widths`); ``"width"`` and
-            ``"stage"``, the channels of a residual stream (:mod:`ovsprune.graph.residual`).
+        kind: Unit kind: ``"heads"``, ``"mlp"`` or ``"channels"``.
         units: How many units there are.
         slices: Every slice of every layer that goes with a unit.
         consumer: Dotted name of the projection that reads the units (it has an ``"in"`` slice).
@@ -120,20 +114,11 @@ class Group:
         params: Parameters that one unit costs.
         floor: Fewest units that may stay; 0 where all of them may go, and of what they did the
             consumer's bias is left.
-        inside: Name of the group in every unit of which each unit of this one has a part: the
-            directions inside heads. Either may be cut without the other, and what they cost is a
-            product; see :mod:`ovsprune.allocation.joint`.
-        known: float64 [units]: what removing each unit costs, where that is known before any
-            criterion is asked: the cheapest goes first, and the last of equals.
         shared: Name of another group to what one unit of each costs together, where a layer reads
             the units of one and makes those of the other: their costs are then a product, and a
             unit of either is counted with all units of the other. Named in one of the two.
-        attribute: Dotted attribute of the tower that says how many units there are, where no
-            layer's shape tells.
         gates: Dotted names of layers that make a factor of each unit from what a reader other than
             the consumer gives: squeeze-and-excitation's second layer.
-        across: Whether the slices lie in many blocks, as those of a residual stream do. Then
-            ``block`` is none of the tower's blocks, and a cut is measured on the whole tower.
         cut_before: Whether the tower lost some of the units in an earlier prune: how many there are
             is then no width that its makers chose.
     """
@@ -149,12 +134,8 @@ class Group:
     macs: float = 0.0
     params: float = 0.0
     floor: int = 1
-    inside: str | None = None
-    known: Tensor | None = None
     shared: Mapping[str, Costs] = field(default_factory=dict)
-    attribute: str | None = None
     gates: tuple[str, ...] = ()
-    across: bool = False
     cut_before: bool = False
 
     @property
@@ -165,15 +146,6 @@ class Group:
         them, as squeeze-and-excitation does, loses its columns.
         """
         return tuple(s for s in self.slices if s.axis == "in")
-
-    @property
-    def has_columns(self) -> bool:
-        """Whether the consumer has columns of its own for each unit.
-
-        The directions of queries and keys have none: what reads them is the softmax, and the
-        consumer only what comes after it.
-        """
-        return any(s.module == self.consumer and s.axis == "in" for s in self.slices)
 
     @property
     def columns(self) -> Tensor:
@@ -227,11 +199,9 @@ class Plan:
 
     Attributes:
         kept: Group name to int64 [kept], ascending indices in the dense coordinates.
-        notes: What the allocator wants a reader to know.
     """
 
     kept: Mapping[str, Tensor]
-    notes: Mapping[str, str] = field(default_factory=dict)
 
     def width(self, name: str) -> int:
         """Number of units that stay in group ``name``."""

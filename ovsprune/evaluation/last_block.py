@@ -17,7 +17,6 @@ from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.protocols import Backbone
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.dense import is_batch_first, maps_of, refuse_extras
-from ovsprune.slim.directions import scaled
 
 __all__ = ["VARIANTS", "Variant", "attend", "dense_with"]
 
@@ -70,8 +69,6 @@ def attend(attention: nn.Module, tokens: Tensor, pairs: tuple[str, ...]) -> Tens
     slim = isinstance(attention, SlimAttention)
     heads = len(attention.kept_heads) if slim else int(attention.num_heads)  # type: ignore[arg-type]
     maps = maps_of(attention, heads)
-    # logits keep the dense head's scale where directions of it are cut
-    head_dim = int(attention.head_dim) if slim else maps.widths[0]  # type: ignore[arg-type]
     part: dict[str, Tensor] = {}
     for name, weight, bias in zip("qkv", maps.weights, maps.biases, strict=True):
         shape = (*tokens.shape[:2], heads, len(weight) // max(heads, 1))
@@ -79,7 +76,7 @@ def attend(attention: nn.Module, tokens: Tensor, pairs: tuple[str, ...]) -> Tens
     mixed = torch.zeros_like(part["v"]) if pairs else part["v"]
     for one, other in map(tuple, pairs) if heads else ():
         mixed = mixed + nn.functional.scaled_dot_product_attention(
-            scaled(part[one], head_dim), part[other], part["v"]
+            part[one], part[other], part["v"]
         )
     return nn.functional.linear(mixed.transpose(1, 2).flatten(2), maps.columns, maps.out_bias)
 

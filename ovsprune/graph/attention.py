@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.dense import maps_of
-from ovsprune.slim.directions import scaled
 from ovsprune.slim.linear import linear
 
 __all__ = ["SeparateAttention"]
@@ -22,9 +21,7 @@ class SeparateAttention(nn.Module):
     """Self-attention with q, k, v and output projections apart; equals the module it replaces.
 
     The number of heads is read from the weights, so that a cut of heads needs no bookkeeping;
-    ``kept_heads`` says which heads of the dense module they were before it. ``qk_dim`` and
-    ``v_dim``, the widths of one head, are the dense ``head_dim`` until directions inside heads are
-    cut; the logits keep the dense head's scale.
+    ``kept_heads`` says which heads of the dense module they were before it.
 
     Args:
         attention: Self-attention with one width for q, k and v, without ``bias_k`` or
@@ -49,9 +46,6 @@ class SeparateAttention(nn.Module):
         self.head_dim = attention.head_dim
         self.batch_first = attention.batch_first
         maps = maps_of(attention, len(heads))
-        self.qk_dim, self.v_dim = maps.widths
-        if isinstance(attention, SlimAttention):  # without heads, its maps have no width
-            self.qk_dim, self.v_dim = attention.qk_dim, attention.v_dim
         self.q_proj, self.k_proj, self.v_proj = (
             _linear(w, b) for w, b in zip(maps.weights, maps.biases, strict=True)
         )
@@ -69,15 +63,13 @@ class SeparateAttention(nn.Module):
         stream = query if self.batch_first else query.transpose(0, 1)
         batch, tokens, _ = stream.shape
 
-        def heads(projection: nn.Linear, width: int) -> Tensor:
-            split: Tensor = projection(stream)
-            return split.view(batch, tokens, split.shape[2] // width, width).transpose(1, 2)
+        def heads(projection: nn.Linear) -> Tensor:
+            split: Tensor = projection(stream)  # [B, N, heads * head_dim]
+            count = split.shape[2] // self.head_dim
+            return split.view(batch, tokens, count, self.head_dim).transpose(1, 2)
 
-        mixed = F.scaled_dot_product_attention(
-            scaled(heads(self.q_proj, self.qk_dim), self.head_dim),
-            heads(self.k_proj, self.qk_dim),
-            heads(self.v_proj, self.v_dim),
-            attn_mask,
+        mixed = F.scaled_dot_product_attention(  # [B, heads, N, head_dim]
+            heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), attn_mask
         )
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return (out if self.batch_first else out.transpose(0, 1)), None
@@ -90,9 +82,7 @@ class SeparateAttention(nn.Module):
         """
         here = self.kept_heads
         heads = here if kept is None else tuple(here[i] for i in kept.tolist())
-        whole = self.qk_dim == self.v_dim == self.head_dim and len(heads) == self.num_heads
-        # torch's own has heads that are as wide together as the stream
-        if whole and self.q_proj.weight.shape[1] == self.num_heads * self.head_dim:
+        if len(heads) == self.num_heads:
             return self._fused()
         return SlimAttention.from_projections(
             self.q_proj,
@@ -103,8 +93,6 @@ class SeparateAttention(nn.Module):
             kept_heads=heads,
             head_dim=self.head_dim,
             batch_first=self.batch_first,
-            qk_dim=self.qk_dim,
-            v_dim=self.v_dim,
         )
 
     def _fused(self) -> nn.MultiheadAttention:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.records import Axis, Group, Plan
-from ovsprune.graph.layers import bias_of, find, is_channelwise, weight_axis, weight_of
+from ovsprune.graph.layers import bias_of, is_channelwise, weight_axis, weight_of
 
 __all__ = ["cut", "kept_rows", "mask", "removed"]
 
@@ -17,16 +17,7 @@ def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Cut, in place, every unit that ``plan`` does not keep."""
     groups = [g for g in groups if plan.width(g.name) < g.units]
     for (name, axis), indices in kept_rows(tower, groups, plan).items():
-        part = find(tower, name)
-        if isinstance(part, nn.Module):
-            _cut_axis(part, axis, indices)
-        else:
-            owner, _, own = name.rpartition(".")
-            tower.get_submodule(owner)._parameters[own] = _chosen(part, axis, indices)
-    for group in groups:
-        if group.attribute is not None:
-            owner, _, name = group.attribute.rpartition(".")
-            setattr(tower.get_submodule(owner), name, plan.width(group.name))
+        _cut_axis(tower.get_submodule(name), axis, indices)
 
 
 def kept_rows(
@@ -45,8 +36,8 @@ def kept_rows(
     for group in groups:
         gone = removed(group, plan)
         for part in group.slices:
-            layer = find(tower, part.module)
-            size = weight_of(layer).shape[weight_axis(layer, part.axis)]
+            layer = tower.get_submodule(part.module)
+            size = weight_of(layer).shape[weight_axis(part.axis)]
             key = part.module, part.axis
             alive = keep.setdefault(key, torch.ones(size, dtype=torch.bool))
             alive[part.rows[gone].flatten()] = False
@@ -57,23 +48,21 @@ def kept_rows(
 def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     """Mask, in place, the units that ``plan`` does not keep: whatever reads them reads zero.
 
-    Where the consumer has no columns of them, or a norm in between sees them first, what makes them
-    gives zero. So do, of a residual stream's channels, the norms themselves: what one of them gives
-    may be added to the stream again, where the next counts it.
+    Where a norm between the units and the consumer sees them first, the layers that make the units
+    give zero, too.
     """
     for group in groups:
         gone = removed(group, plan)
-        if group.has_columns:
-            for part in group.readers:
-                layer = find(tower, part.module)
-                _clear(weight_of(layer), weight_axis(layer, "in"), part.rows[gone])
-        for part in group.slices if group.norms or not group.has_columns else ():
-            layer = find(tower, part.module)
-            if part.axis == "in" or (is_channelwise(layer) and not group.across):
+        for part in group.readers:
+            layer = tower.get_submodule(part.module)
+            _clear(weight_of(layer), weight_axis("in"), part.rows[gone])
+        for part in group.slices if group.norms else ():
+            layer = tower.get_submodule(part.module)
+            if part.axis == "in" or is_channelwise(layer):
                 continue
             for tensor in (weight_of(layer), bias_of(layer)):
                 if tensor is not None:
-                    _clear(tensor, weight_axis(layer, "out"), part.rows[gone])
+                    _clear(tensor, weight_axis("out"), part.rows[gone])
 
 
 def _clear(tensor: Tensor, axis: int, rows: Tensor) -> None:
@@ -94,15 +83,10 @@ _WIDTHS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _chosen(tensor: nn.Parameter, axis: Axis, indices: Tensor) -> nn.Parameter:
-    kept = tensor.detach().index_select(weight_axis(tensor, axis), indices.to(tensor.device))
-    return nn.Parameter(kept, requires_grad=tensor.requires_grad)
-
-
 def _cut_axis(layer: nn.Module, axis: Axis, indices: Tensor) -> None:
     # Of a depthwise convolution every width is the number of its channels.
     whole = axis == "out" and weight_of(layer).ndim > 1 and is_channelwise(layer)
-    tensors = {"weight": 0 if axis == "out" else 1}
+    tensors = {"weight": weight_axis(axis)}
     if axis == "out":
         tensors |= {"bias": 0, "running_mean": 0, "running_var": 0}
     for name, dim in tensors.items():

@@ -19,7 +19,7 @@ from ovsprune.core.protocols import Seed
 from ovsprune.core.records import Costs, Group, Plan, Slice
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.graph.cut import cut
-from ovsprune.graph.layers import find, is_channelwise, weight_of
+from ovsprune.graph.layers import is_channelwise, weight_of
 from ovsprune.graph.norms import FoldedNorm
 from ovsprune.graph.products import find_products
 from ovsprune.graph.rows import reads_everything
@@ -90,8 +90,6 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
                 f"{seed.layer}: its units go through {name}, whose groups are of several channels"
             )
         axis: Any = "in" if is_input and not passes else "out"
-        if isinstance(module, nn.Embedding):  # its channels lie as those of a bare table's
-            name = f"{name}.weight"
         rows = torch.as_tensor(list(map(int, indices)), dtype=torch.int64)
         slices[name, axis] = Slice(name, axis, _units(rows, seed))
         if passes and module.weight.ndim == 1:
@@ -113,9 +111,7 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         block=seed.block,
         stream=seed.stream,
         norms=tuple(norms),
-        # what comes behind a stream is the stream again
-        gates=() if seed.across else _gates(graph, slices.values(), consumer, names),
-        across=seed.across,
+        gates=_gates(graph, slices.values(), consumer, names),
     )
 
 
@@ -199,12 +195,12 @@ class _Count:
 
     def _convolves(self, group: Group) -> bool:
         """Whether a convolution is among its layers, which torch does not have without channels."""
-        return any(weight_of(find(self.tower, s.module)).ndim > 2 for s in group.slices)
+        return any(weight_of(self.tower.get_submodule(s.module)).ndim > 2 for s in group.slices)
 
     def _shape(self, group: Group) -> Any:
         layers = tuple(
             (
-                tuple(weight_of(find(self.tower, s.module)).shape),
+                tuple(weight_of(self.tower.get_submodule(s.module)).shape),
                 self.spent.get(f"{s.module}.weight"),
             )
             for s in group.slices

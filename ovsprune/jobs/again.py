@@ -28,8 +28,8 @@ def check_again(model: Backbone, settings: Settings) -> None:
     """Refuse what cannot be cut again, or not in this way; a dense model is never refused.
 
     Raises:
-        OptionError: ``model`` is an unstructured result, or lost directions inside its heads; or
-            the settings ask for directions, or for iterative magnitude pruning, of a slim model.
+        OptionError: ``model`` is an unstructured result, or the settings ask for iterative
+            magnitude pruning of a slim model.
     """
     given = model.slim
     if given is None:
@@ -39,21 +39,12 @@ def check_again(model: Backbone, settings: Settings) -> None:
             f"{given.path} is an unstructured result: weights of it are zero and no unit is gone, "
             f"so there is no slim model to go on from; prune its dense model, {model.name}"
         )
-    again = f"prune {model.name} again with a higher ratio"
-    if given.spec.turned():
+    if settings.method == "imp":
         raise OptionError(
-            f"{given.path} is slim already and lost directions inside its heads "
-            f"({given.spec.turned()[0].name}), whose bases hold for one cut only; {again}"
+            f"{given.path} is slim already, and --method imp does not go with a slim model: its "
+            f"rounds start at the dense model; leave it out, or prune {model.name} again with a "
+            "higher ratio"
         )
-    for wrong, option, why in (
-        (settings.prune_head_dim, "--prune-head-dim", "directions are those of the dense heads"),
-        (settings.method == "imp", "--method imp", "its rounds start at the dense model"),
-    ):
-        if wrong:
-            raise OptionError(
-                f"{given.path} is slim already, and {option} does not go with a slim model: "
-                f"{why}; leave it out, or {again}"
-            )
 
 
 def marked(given: SlimCheckpoint | None, groups: Iterable[Group]) -> list[Group]:
@@ -71,7 +62,7 @@ def in_base(given: SlimCheckpoint | None, plan: Plan) -> Plan:
     if given is None:
         return plan
     kept = {n: given.mask[n][now] if n in given.mask else now for n, now in plan.kept.items()}
-    return Plan({**given.mask, **kept}, plan.notes)
+    return Plan({**given.mask, **kept})
 
 
 def layers_in_base(

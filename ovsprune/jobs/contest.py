@@ -72,8 +72,7 @@ class Contest:
             self._found()
         for method in methods:
             settings = method.settings(self.settings)
-            # Directions and streams are further groups, which are found with the row itself.
-            if settings.floor and not (settings.prune_head_dim or settings.streams):
+            if settings.floor:
                 with_floors(self._found(), settings.floor)
 
     def row(self, method: Method, ratio: float, seed: int) -> dict[str, Any]:

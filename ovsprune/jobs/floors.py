@@ -83,7 +83,6 @@ def without_floors(tower: nn.Module, groups: Sequence[Group]) -> list[Group]:
         weights = (weight_of(tower.get_submodule(s.module)) for s in group.slices)
         return (
             group.stream is not None
-            and group.inside is None
             and not group.norms
             and all(weight.ndim < 3 for weight in weights)
         )
@@ -98,7 +97,5 @@ def without_floors(tower: nn.Module, groups: Sequence[Group]) -> list[Group]:
 
 
 def _matches(group: Group, pattern: str) -> bool:
-    # a stream has parts of every layer
-    layers = () if group.across else (part.module for part in group.slices)
-    names = (group.name, group.block, *layers)
+    names = (group.name, group.block, *(part.module for part in group.slices))
     return any(fnmatchcase(name, pattern) for name in names)

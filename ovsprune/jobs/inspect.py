@@ -18,7 +18,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     Returns:
         ``format, base{model, pretrained, trained, tensors}, dense{macs, params},
         slim{macs, params}, ratio, layers[{name, kind, block, units, kept, protected, unit_width,
-        indices}], interface[], family, library, library_version, architecture, activation,
+        indices}], family, library, library_version, architecture, activation,
         preprocess, protected, provenance, files, bytes, path``.
 
     Raises:
@@ -26,6 +26,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     """
     from ovsprune.report.card import is_protected
     from ovsprune.slim.read import read
+    from ovsprune.slim.spec import FORMAT_VERSION
 
     checkpoint = read(Path(directory))
     spec = checkpoint.spec
@@ -46,7 +47,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         )
     return {
         "path": str(checkpoint.path),
-        "format": spec.format_version,
+        "format": FORMAT_VERSION,
         "base": {
             "model": spec.base.model,
             "pretrained": spec.base.pretrained,
@@ -57,7 +58,6 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "slim": dataclasses.asdict(spec.slim),
         "ratio": spec.ratio,
         "layers": layers,
-        "interface": list(spec.interface),
         "protected": list(spec.protected),
         "family": spec.family,
         "library": spec.library,

@@ -1,4 +1,4 @@
-"""Options of one compared method, after its name: ``default:rounds=3:prune-head-dim``."""
+"""Options of one compared method, after its name: ``default:rounds=3:prune-depth``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,7 @@ VALUES: dict[str, Callable[[str], Any]] = {
 }
 """Options of ``prune`` with a value, and what reads it."""
 
-FLAGS = (
-    "uniform-heads",
-    "prune-head-dim",
-    "prune-depth",
-    "prune-width",
-    "prune-stages",
-    "imp-rewind",
-)
+FLAGS = ("uniform-heads", "prune-depth", "imp-rewind")
 """Options of ``prune`` that are given or not."""
 
 _REPEATED = ("floor",)

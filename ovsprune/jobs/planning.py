@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from ovsprune.allocation.joint import joint_widths
 from ovsprune.allocation.shared import Shared
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.allocation.trim import cost
@@ -109,8 +108,9 @@ class Planning:
             else None,
             comparable=getattr(self.criterion, "comparable", False),
         )
+        allocator = Shared(self.allocator)
         tied = self.settings.uniform_heads
-        widths = (tied_widths if tied else joint_widths)(Shared(self.allocator), item)
+        widths = tied_widths(allocator, item) if tied else allocator.widths(item)
         kept = {
             g.name: scores.orders[g.name][g.units - widths[g.name] :].sort().values for g in groups
         }

@@ -17,14 +17,7 @@ from ovsprune.jobs.again import layers_in_base, provenance_of
 from ovsprune.jobs.settings import Settings
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec, state_hashes, tensors_hash
-from ovsprune.slim.spec import (
-    STREAM_KINDS,
-    WIDTH_KINDS,
-    LayerSpec,
-    SliceSpec,
-    interface_of,
-    version_of,
-)
+from ovsprune.slim.spec import LayerSpec, SliceSpec
 
 __all__ = ["make_spec", "origin_of", "provenance"]
 
@@ -52,8 +45,7 @@ def make_spec(
         seeds: Of all groups, those that could not be cut among them, in the order of the blocks.
     """
     state = backbone.tower.state_dict()
-    attentions = {seed.name for seed in seeds if seed.kind == "heads"}
-    layers = tuple(_layer(g, plan, state, attentions) for g in groups)
+    layers = tuple(_layer(g, plan, state) for g in groups)
     if backbone.slim is None:
         dense = costs[0]
         base = base_spec(backbone.name, backbone.pretrained, backbone.trained, state)
@@ -70,8 +62,6 @@ def make_spec(
         activation=backbone.activation,
         preprocess=backbone.preprocess,
         layers=layers,
-        format_version=version_of(layers),
-        interface=interface_of(layers),
         protected=tuple(protected),
         dense=dense,
         slim=costs[1],
@@ -116,33 +106,29 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-_OPT_IN = ("prune_head_dim", "prune_depth", *STREAM_KINDS.values())
+_OPT_IN = ("prune_depth",)
 
 
-def _layer(group: Group, plan: Plan, base: Container[str], attentions: Container[str]) -> LayerSpec:
+def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
     """What the spec says of a group; ``base`` has the names of the base tower's tensors.
 
     Where rewriting took an attention apart, its parts are no layers of the base tower: it is cut
-    as a whole, and has no slices. A stream has slices of whole ``attentions``, which read it and
-    write to it.
+    as a whole, and has no slices.
     """
     slices: dict[SliceSpec, None] = {}
-    inside = group.kind in WIDTH_KINDS
     fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)
-    if not (inside or fused):
+    if not fused:
         for part in group.slices:
             offset = int(part.rows[0, 0])
             if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):
                 raise AssertionError(f"{part.module}: the format has no units that are scattered")
-            owner = part.module.rpartition(".")[0]
-            module = owner if group.across and owner in attentions else part.module
-            slices[SliceSpec(module, part.axis, offset)] = None
+            slices[SliceSpec(part.module, part.axis, offset)] = None
     return LayerSpec(
         name=group.name,
         kind=group.kind,
         block=group.block,
         units=group.units,
         kept=plan.width(group.name),
-        unit_width=1 if inside else int(group.columns.shape[1]),
+        unit_width=int(group.columns.shape[1]),
         slices=tuple(slices),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class PruneResult:
         seconds: Time by step.
         latency: For a latency budget, ``dense_ms``, ``slim_ms`` and ``measured_ratio`` (the share
             of the time that is really gone, in one run), and ``predicted_ms``; None otherwise.
-        bases: Of layers that lost directions inside heads, see :func:`ovsprune.read`.
         given: The slim checkpoint that was pruned again; None where the model was dense.
     """
 
@@ -58,7 +57,6 @@ class PruneResult:
     fidelity: Fidelity
     seconds: dict[str, float]
     latency: dict[str, float] | None = None
-    bases: Mapping[str, Tensor] = field(default_factory=dict)
     given: SlimCheckpoint | None = None
 
     def record(self) -> dict[str, Any]:
@@ -133,18 +131,16 @@ def prune(
             :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
             ``recovery``, ``protect`` (patterns of group names),
             ``round_to``, ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
-            ``prune_head_dim`` (directions inside heads, too), ``prune_depth`` (whole attentions and
-            MLPs may go), ``prune_width`` and ``prune_stages`` (channels of residual streams, too:
-            the interface changes), ``latency_table`` (a file), ``seed``,
-            ``batch_size``, ``ridge`` (relative to the mean variance), ``probe`` (pictures for
-            curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
+            ``prune_depth`` (whole attentions and MLPs may go), ``latency_table`` (a file),
+            ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance), ``probe``
+            (pictures for curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
             :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with
             ``imp_structured=True``; see :mod:`ovsprune.jobs.imp`), ``imp_steps``, ``imp_rewind``,
             ``imp_lr``, ``imp_rounds`` (a file).
 
     Raises:
-        OptionError: A value is out of its range, or the model is slim in a way that cannot be
-            pruned again (an unstructured result, or one that lost directions inside heads).
+        OptionError: A value is out of its range, or the model is an unstructured result, which
+            cannot be pruned again.
         UnknownNameError: A name is unknown.
         BudgetError: The ratio is out of reach.
         WeightsError: The weights cannot be had.
@@ -184,7 +180,6 @@ def prune(
         done.fidelity,
         clock.seconds,
         done.latency,
-        done.bases,
         model.slim,
     )
     if target is not None:
@@ -201,7 +196,6 @@ def prune(
             dict(result.plan.kept),
             card=card(result.spec, result.record()),
             overwrite=overwrite,
-            bases=result.bases,
         )
         clock.lap("write")
     return result

@@ -39,7 +39,7 @@ def compose(first: Plan, then: Plan) -> Plan:
         then: In the coordinates of what ``first`` kept.
     """
     kept = {n: units[then.kept[n]] if n in then.kept else units for n, units in first.kept.items()}
-    return Plan(kept, {**first.notes, **then.notes})
+    return Plan(kept)
 
 
 def narrow(groups: Sequence[Group], plan: Plan) -> list[Group]:
@@ -60,5 +60,4 @@ def _narrowed(group: Group, kept: Tensor) -> Group:
         replace(part, rows=torch.arange(width * part.rows.shape[1]).view(width, -1))
         for part in group.slices
     )
-    known = None if group.known is None else group.known[kept]
-    return replace(group, units=width, slices=slices, floor=min(group.floor, width), known=known)
+    return replace(group, units=width, slices=slices, floor=min(group.floor, width))

@@ -17,7 +17,6 @@ from ovsprune.importance import find_criterion
 from ovsprune.jobs.floors import parse_floor
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.distill import optimizer_class
-from ovsprune.slim.spec import STREAM_KINDS
 
 __all__ = [
     "BUDGETS",
@@ -51,10 +50,7 @@ class Settings:
     round_to: int = 1
     floor: tuple[str, ...] = ()
     uniform_heads: bool = False
-    prune_head_dim: bool = False
     prune_depth: bool = False
-    prune_width: bool = False
-    prune_stages: bool = False
     latency_table: str | None = None
     seed: int = 0
     batch_size: int = 16
@@ -142,18 +138,11 @@ class Settings:
             raise OptionError(
                 f"--distill-... options go with --recovery distill, not {self.recovery}"
             )
-        self._check_directions()
-        self._check_streams()
         return (
             find_criterion(self.criterion),
             ALLOCATIONS.get(self.allocation),
             RECOVERIES.get(self.recovery),
         )
-
-    @property
-    def streams(self) -> list[str]:
-        """Options by which channels of residual streams may be cut, too."""
-        return [option for option in STREAM_KINDS.values() if getattr(self, option)]
 
     @property
     def repairs(self) -> bool:
@@ -164,68 +153,6 @@ class Settings:
     def recoveries(self) -> list[Recovery]:
         """What repairs the cut tower, in this order; nothing where the method trains it."""
         return [] if self.method == "imp" else recovery_chain(self.recovery)
-
-    def _check_directions(self) -> None:
-        """Refuse what does not go with directions inside heads."""
-        if not self.prune_head_dim:
-            return
-        for wrong, option, why in (
-            (
-                not ALLOCATIONS.get(self.allocation).needs_curves,
-                f"--allocation {self.allocation}",
-                "no criterion ranks directions against heads, only measured curves do: take "
-                "sensitivity",
-            ),
-            (
-                self.uniform_heads,
-                "--uniform-heads",
-                "heads and the directions inside them are chosen together, layer by layer",
-            ),
-            (
-                self.budget == "latency",
-                "--budget latency",
-                "layer times are measured by heads and MLP units alone: take macs or params",
-            ),
-            (
-                self.rounds > 1,
-                f"--rounds {self.rounds}",
-                "the directions are those of the dense heads, and are cut once",
-            ),
-        ):
-            if wrong:
-                raise OptionError(f"--prune-head-dim does not go with {option}: {why}")
-
-    def _check_streams(self) -> None:
-        """Refuse what does not go with the channels of residual streams."""
-        flags = self.streams
-        if not flags:
-            return
-        for wrong, option, why in (
-            (
-                not ALLOCATIONS.get(self.allocation).needs_curves,
-                f"--allocation {self.allocation}",
-                "only measured curves rank a stream's channels against what a block holds: take "
-                "sensitivity",
-            ),
-            (
-                self.prune_head_dim,
-                "--prune-head-dim",
-                "the cost would be a product of three widths, and pairs are what is counted",
-            ),
-            (
-                self.uniform_heads,
-                "--uniform-heads",
-                "what a head costs depends on the width that is chosen with it",
-            ),
-            (
-                self.budget == "latency",
-                "--budget latency",
-                "layer times are measured at the dense width: take macs or params",
-            ),
-        ):
-            if wrong:
-                flag = f"--{flags[0].replace('_', '-')}"
-                raise OptionError(f"{flag} does not go with {option}: {why}")
 
     def _check_method(self) -> None:
         """Refuse options of one method with another, instead of leaving them aside in silence."""
@@ -238,9 +165,8 @@ class Settings:
                 raise OptionError(f"--imp-steps {self.imp_steps}: give 0 or more")
             if not 0 < self.imp_lr < math.inf:
                 raise OptionError(f"--imp-lr {self.imp_lr:g}: give a finite number above 0")
-            refused = {"criterion", "allocation", "round_to", "uniform_heads", "prune_head_dim"}
-            refused |= {"prune_depth", *STREAM_KINDS.values()}
-            refused |= {"rounds", "distill", "statistics"}
+            refused = {"criterion", "allocation", "round_to", "uniform_heads"}
+            refused |= {"prune_depth", "rounds", "distill", "statistics"}
             refused |= set() if self.recovery == "none" else {"recovery"}
             refused |= set() if self.imp_structured else {"budget", "latency_table", "floor"}
             why = "iterative magnitude pruning ranks, counts and repairs in its own way"

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.batch_norms import restate
 from ovsprune.calibration.fidelity import Fidelity, fidelity
-from ovsprune.calibration.head_bases import HeadBases, find_bases
 from ovsprune.calibration.pictures import open_pictures, unseen_pictures
-from ovsprune.calibration.stream_energies import stream_energies
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone, Family, Pictures, RecoveryContext, Seed
@@ -22,8 +20,6 @@ from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import find_groups, with_costs
-from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
-from ovsprune.graph.residual import count_cut
 from ovsprune.jobs.again import in_base, marked
 from ovsprune.jobs.clock import Clock
 from ovsprune.jobs.floors import with_floors, without_floors
@@ -34,7 +30,6 @@ from ovsprune.jobs.planning import Planner, Planning, Surveys
 from ovsprune.jobs.provenance import make_spec, provenance
 from ovsprune.jobs.rounds import compose, everything, narrow, ratios
 from ovsprune.jobs.settings import TOLERANCE, Settings
-from ovsprune.jobs.streams import stream_seeds
 from ovsprune.slim import SlimSpec
 
 __all__ = ["HELD_OUT", "Job", "Pruned", "split_seeds"]
@@ -53,7 +48,6 @@ class Pruned:
     achieved: float
     fidelity: Fidelity
     latency: dict[str, float] | None
-    bases: dict[str, Tensor]
 
 
 class Job:
@@ -86,7 +80,6 @@ class Job:
         )
         self.planner: Planner = planner or self.planning.plan
         self.recoveries = settings.recoveries
-        self.whole: list[Group] = []
         self.unseen: Pictures | None = None
         self.device = next(backbone.tower.parameters()).device
 
@@ -98,23 +91,13 @@ class Job:
         base = measure(dense, size)
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
-        if self.settings.prune_head_dim:
-            seeds += self._directions(dense, seeds)
-        seeds += stream_seeds(self.family, self.backbone, dense, self.settings)
         if self.settings.uniform_heads:
             seeds = self._all_heads(seeds)
         free, protected = split_seeds(seeds, self.settings.protect)
-        inner = [seed for seed in free if seed.kind in WIDTH_KINDS]
-        groups = find_groups(dense, [seed for seed in free if seed not in inner], size)
-        groups = marked(self.backbone.slim, with_directions(dense, groups, inner, size))
+        groups = marked(self.backbone.slim, find_groups(dense, free, size))
         if self.settings.prune_depth:
             groups = without_floors(dense, groups)
         groups = with_floors(groups, self.settings.floor)
-        count_cut(dense, groups)
-        if any(group.across for group in groups):
-            # What is protected reads a stream and writes to it, and is refitted to what is left.
-            whole = [s for s in seeds if s.name in protected and not s.across]
-            self.whole = find_groups(dense, whole, size)
         self.clock.lap("graph")
         pictures, held_out = open_pictures(
             self.settings.calibration,
@@ -140,9 +123,6 @@ class Job:
                     f"{self.settings.pictures + 2 * HELD_OUT} pictures are enough, or fewer "
                     "--samples"
                 )
-        bases = self._turn(dense, inner, pictures)
-        energies = {**bases.energies, **self._stream_energies(dense, groups, pictures)}
-        groups = [replace(g, known=energies.get(g.name)) for g in groups]
         work = self._trained if self.settings.method == "imp" else self._rounds
         plan, slim, predicted = work(dense, groups, base, pictures)
         self.family.finish(slim, groups, plan)
@@ -178,19 +158,7 @@ class Job:
             seeds,
         )
         plan = in_base(self.backbone.slim, plan)
-        turned = {layer.name: bases.bases[layer.name] for layer in spec.turned()}
-        return Pruned(spec, slim, plan, achieved, closeness, latency, turned)
-
-    def _directions(self, dense: nn.Module, seeds: Sequence[Seed]) -> list[Seed]:
-        """Seeds inside heads, of the attentions that can lose them."""
-        heads = [s for s in seeds if s.kind == "heads"]
-        found = width_seeds(s for s in heads if hasattr(dense.get_submodule(s.name), "qk_dim"))
-        if not found:
-            raise OptionError(
-                f"--prune-head-dim: {self.backbone.name} is of the family {self.backbone.family}, "
-                "whose attention cannot lose directions inside its heads; leave it out"
-            )
-        return found
+        return Pruned(spec, slim, plan, achieved, closeness, latency)
 
     def _all_heads(self, seeds: Sequence[Seed]) -> list[Seed]:
         """The seeds, with the heads of every block offered: those of the last one count, too."""
@@ -199,34 +167,6 @@ class Job:
                 f"--uniform-heads: {self.backbone.name} has no heads to be cut; leave it out"
             )
         return [replace(s, protected=None) if s.kind == "heads" else s for s in seeds]
-
-    def _turn(self, dense: nn.Module, seeds: Sequence[Seed], pictures: Pictures) -> HeadBases:
-        """Put the heads of the dense tower in the bases of their directions; its outputs stay."""
-        if not seeds:
-            return HeadBases()
-        found = find_bases(
-            dense,
-            self.family.stages(dense),
-            seeds,
-            pictures,
-            batch_size=self.settings.batch_size,
-            progress=self.progress,
-        )
-        turn(dense, found.bases)
-        self.clock.lap("bases")
-        return found
-
-    def _stream_energies(
-        self, dense: nn.Module, groups: Sequence[Group], pictures: Pictures
-    ) -> dict[str, Tensor]:
-        return stream_energies(
-            dense,
-            self.family.stages(dense),
-            groups,
-            pictures,
-            batch_size=self.settings.batch_size,
-            progress=self.progress,
-        )
 
     def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         stages = self.family.stages(tower)
@@ -320,8 +260,8 @@ class Job:
             dense,
             slim,
             self.family.stages,
-            [*groups, *self.whole],
-            Plan({**everything(self.whole).kept, **plan.kept}),
+            groups,
+            plan,
             pictures,
             self.settings.batch_size,
             self.settings.ridge,
@@ -375,8 +315,6 @@ def split_seeds(
                 f"{', '.join(s.name for s in seeds[:2])}, and * stands for anything"
             )
         protected |= dict.fromkeys(hits, f"--protect {pattern}")
-    # Where heads stay whole, so do the directions inside them.
-    protected |= {s.name: protected[s.layer] for s in seeds if s.layer in protected}
     free = [s for s in seeds if s.name not in protected]
     if not free:
         raise OptionError("everything is protected; there is nothing to cut")

@@ -19,7 +19,6 @@ __all__ = ["Bias"]
 class Bias:
     """The mean of what the cut units gave goes into the consumer's bias, as in FLAP."""
 
-    needs_pictures = True
     trains = False
     after: str | None = None
 

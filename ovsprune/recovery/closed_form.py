@@ -7,7 +7,6 @@ import torch
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import pairs
-from ovsprune.recovery.readers import refit_readers
 from ovsprune.recovery.taps import sites
 
 __all__ = ["ClosedForm"]
@@ -17,7 +16,6 @@ __all__ = ["ClosedForm"]
 class ClosedForm:
     """Ridge refit from the slim model's own activations to the dense residual stream."""
 
-    needs_pictures = True
     trains = False
     after: str | None = None
 
@@ -37,4 +35,3 @@ class ClosedForm:
             for site in sites(item, pair.name):
                 pair.refit_producers(site)
                 pair.refit_consumer(site)
-        refit_readers(item)

@@ -17,7 +17,6 @@ __all__ = ["ClosedFormSymmetric"]
 class ClosedFormSymmetric:
     """Ridge refit from the dense model's kept activations to the dense consumer's own output."""
 
-    needs_pictures = True
     trains = False
     after: str | None = None
 

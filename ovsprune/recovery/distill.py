@@ -35,7 +35,6 @@ _SAMPLED = 64
 class Distill:
     """Feature distillation from the dense tower, no labels; runs after gauss-newton."""
 
-    needs_pictures = True
     trains = True
     after: str | None = "gauss-newton"
 

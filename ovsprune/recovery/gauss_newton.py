@@ -22,7 +22,6 @@ from ovsprune.graph.layers import weight_of
 from ovsprune.graph.rows import from_rows, read_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import Pair, pairs
-from ovsprune.recovery.readers import refit_readers
 from ovsprune.recovery.taps import Site, sites
 
 __all__ = ["GaussNewton"]
@@ -42,7 +41,6 @@ STEPS = (1.0, 0.5)
 class GaussNewton:
     """Closed form, then the layers that make the units by linearised least squares."""
 
-    needs_pictures = True
     trains = False
     after: str | None = None
 
@@ -64,7 +62,6 @@ class GaussNewton:
                     if not _Refinement(pair, site).run():
                         break
                     pair.refit_consumer(site)
-        refit_readers(item)
 
 
 class _Refinement:

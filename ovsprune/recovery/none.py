@@ -12,7 +12,6 @@ __all__ = ["Nothing"]
 class Nothing:
     """Leave the cut tower as it is."""
 
-    needs_pictures = False
     trains = False
     after: str | None = None
 

@@ -30,11 +30,8 @@ def pairs(item: RecoveryContext, description: str) -> Iterator[Pair]:
     dense, slim = item.stages(item.dense), item.stages(item.slim)
     with item.progress.stage(description, len(dense.blocks) + 1) as advance:
         dense_stream = run_stem(dense, item.pictures, item.batch_size)
-        # Where the stream itself was cut, no block of the two is the same any more.
-        drifted = any(g.across and item.plan.width(g.name) < g.units for g in item.groups)
-        slim_stream = (
-            run_stem(slim, item.pictures, item.batch_size) if drifted else dense_stream.copy()
-        )
+        drifted = False
+        slim_stream = dense_stream.copy()
         advance(1)
         for name, block in dense.blocks.items():
             # A training between rounds changes blocks that nothing was cut from, too.

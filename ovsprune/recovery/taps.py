@@ -29,8 +29,8 @@ _SAMPLED = 16
 class Site:
     """A layer that reads units, and the layers that make what it reads.
 
-    Several groups may share them: heads, and the directions inside heads. Where more than one layer
-    reads the units, the site is the consumer's, and the others have sites of their own inside it.
+    Where more than one layer reads the units, the site is the consumer's, and the others have sites
+    of their own inside it.
 
     Attributes:
         consumer: Dotted name of the layer that reads.
@@ -42,8 +42,7 @@ class Site:
         axis: Where the channels lie at the target; None where they do in the consumer's output.
         others: Sites of the other layers that read the units, without producers.
         gates: Those of the producers that work on what ``others`` give.
-        given: int64, its rows that are kept, or None for all: in other groups it may make units,
-            those of the stream among them.
+        given: int64, its rows that are kept, or None for all: in other groups it may make units.
     """
 
     consumer: str
@@ -88,8 +87,7 @@ class Site:
 def sites(item: RecoveryContext, block: str) -> list[Site]:
     """The consumers of ``block``, in the order of its groups."""
     groups = [g for g in item.groups if g.block == block]
-    streams = [g for g in item.groups if g.across]
-    rows, find = kept_rows(item.dense, [*groups, *streams], item.plan), item.dense.get_submodule
+    rows, find = kept_rows(item.dense, groups, item.plan), item.dense.get_submodule
     found = []
     for consumer in dict.fromkeys(g.consumer for g in groups):
         mine = [g for g in groups if g.consumer == consumer]

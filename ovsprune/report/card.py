@@ -44,18 +44,6 @@ def card(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_BASES = (
-    " Directions (`qk`: of queries and keys, `vo`: of values) are counted in the basis of each "
-    "head, which lies beside them."
-)
-
-
-_INTERFACE = (
-    " The residual stream is narrower than the base model's (`interface` in `config.json`): what "
-    "reads it from outside the tower has to be made for that."
-)
-
-
 def _front_matter() -> str:
     lines = [
         "---",
@@ -94,9 +82,7 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
 
 
 def _what(spec: SlimSpec) -> str:
-    inside = ", directions inside heads" if spec.turned() else ""
-    inside += ", channels of the residual stream" if spec.interface else ""
-    return f"Heads of attention{inside} and units of MLPs"
+    return "Heads of attention and units of MLPs"
 
 
 def _training(spec: SlimSpec) -> str:
@@ -181,8 +167,6 @@ def _layers(spec: SlimSpec) -> str:
     return (
         f"## Layer by layer\n\n{table}\n\n`mask.safetensors` holds the indices of "
         "the kept units in the base model's coordinates, for any weights of that architecture."
-        + (_BASES if spec.turned() else "")
-        + (_INTERFACE if spec.interface else "")
     )
 
 

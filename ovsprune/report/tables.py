@@ -77,10 +77,9 @@ def prune_summary(record: Record) -> Parts:
             "and times below are against it, the table is against the dense base."
         )
     if fidelity:
+        reference = "what was given" if given else "dense"
         lines.append(
-            "Dense features on held-out pictures, slim against what was given: cosine "
-            if given
-            else "Dense features on held-out pictures, slim against dense: cosine "
+            f"Dense features on held-out pictures, slim against {reference}: cosine "
             f"{fidelity['cosine']:.4f}, relative error {fidelity['relative_error']:.4f}."
         )
     lines.append(
@@ -173,9 +172,7 @@ def inspect_summary(record: Record) -> Parts:
     for layer in record["layers"]:
         share = percent(layer["kept"] / layer["units"], 0)
         kind = layer["kind"]
-        named = {"heads": kind, "qk": "qk directions", "vo": "vo directions"}
-        named |= {"width": "stream channels", "stage": "stage channels"}
-        what = named.get(kind, f"{kind} units")
+        what = kind if kind == "heads" else f"{kind} units"
         mark = "protected" if layer["protected"] else ""
         rows.append([layer["name"], what, str(layer["kept"]), str(layer["units"]), share, mark])
     listed = {layer["name"] for layer in record["layers"]}

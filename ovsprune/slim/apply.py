@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.activation import check_activation
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.cutting import bare_axis, head_runs, keep_index, layer_runs, places
-from ovsprune.slim.modules import narrow_attention, slim_attention, slim_module
+from ovsprune.slim.cutting import head_runs, keep_index, layer_runs, places
+from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.resnet import STRIDE
 from ovsprune.slim.shape import native_grid
-from ovsprune.slim.spec import WIDTH_KINDS, LayerSpec
+from ovsprune.slim.spec import LayerSpec
 from ovsprune.slim.timm_attention import TimmAttention
 from ovsprune.slim.vit import resize_positions
 
@@ -233,27 +233,8 @@ class _Plan:
             for axis, runs in axes.items():
                 self._check_size(name, axis)
                 index[axis] = keep_index(self._dense_size(name, axis), runs)
-            self._narrow(name, index)
-
-    def _narrow(self, name: str, index: Mapping[str, Tensor]) -> None:
-        """What takes the place of a layer, an attention, or a parameter that is no layer's."""
-        path = self.path(name)
-        bare = _tensor(self.tower, path)
-        if bare is not None:
-            value = bare.detach()
-            for axis, kept in index.items():
-                value = value.index_select(bare_axis(axis), kept.to(bare.device))
-            self.tensors[path] = (bare, nn.Parameter(value, bare.requires_grad))
-            return
-        old = self.module(name)
-        if hasattr(old, "num_heads") and old._parameters.get("weight") is None:
-            slim = self.modules.get(path, (old, None))[1]
-            slim = slim or slim_attention(old, range(int(old.num_heads)))  # type: ignore[arg-type]
-            assert isinstance(slim, SlimAttention | TimmAttention)
-            narrow_attention(slim, index)
-            self.modules[path] = (old, slim)
-        else:
-            self.modules[path] = (old, slim_module(old, index))
+            old = self.module(name)
+            self.modules[self.path(name)] = (old, slim_module(old, index))
 
     def _check_size(self, name: str, axis: str) -> None:
         """The tower must have what the checkpoint's base had on an axis."""
@@ -296,12 +277,8 @@ class _Plan:
                     f"{axis} for {layer.units} heads of width {layer.unit_width}; check the "
                     "model's name"
                 )
-        spec, bases = self.checkpoint.spec, self.checkpoint.bases
-        own = {k: bases[f"{layer.name}.{k}"] for k in WIDTH_KINDS if f"{layer.name}.{k}" in bases}
-        if layer.kept < layer.units or own:
-            qk_dim, v_dim = spec.head_widths(layer)
-            slim = slim_attention(old, kept, qk_dim=qk_dim, v_dim=v_dim, bases=own)
-            self.modules[path] = (old, slim)
+        if layer.kept < layer.units:
+            self.modules[path] = (old, slim_attention(old, kept))
 
     def load_tensors(self) -> None:
         """The checkpoint's values, into the new modules and for the tower's other tensors."""
@@ -313,18 +290,16 @@ class _Plan:
             inside = next((p for p in self.modules if path.startswith(f"{p}.")), None)
             root = self.tower if inside is None else self.modules[inside][1]
             own = _tensor(root, path if inside is None else path[len(inside) + 1 :])
-            was, old = self.tensors.get(path, (own, own))
-            # find_tensors, and slim copies have what the dense had
-            assert was is not None and old is not None
+            assert own is not None  # find_tensors, and slim copies have what the dense had
             if name in ("positional_embedding", "attnpool.positional_embedding"):
-                value = self._positions(name, value, old)
-            fitted = _fit(value, old)
+                value = self._positions(name, value, own)
+            fitted = _fit(value, own)
             if fitted is None:
-                wrong.append(f"{path} {tuple(old.shape)} instead of {tuple(value.shape)}")
+                wrong.append(f"{path} {tuple(own.shape)} instead of {tuple(value.shape)}")
             elif inside is None:
-                self.tensors[path] = (was, fitted)
+                self.tensors[path] = (own, fitted)
             else:
-                old.data = fitted.data
+                own.data = fitted.data
         if wrong:
             raise TargetError(
                 f"the tower has other shapes than the checkpoint: {'; '.join(wrong[:4])}; check "

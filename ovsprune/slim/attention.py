@@ -6,7 +6,7 @@ a mask with a row per dense head is gathered at the kept heads here, so no calle
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,11 @@ from ovsprune.slim.calls import TORCH, Call, call_of
 from ovsprune.slim.dense import (
     Maps,
     check_heads,
-    check_width,
     dropout,
     is_batch_first,
     maps_of,
     refuse_extras,
 )
-from ovsprune.slim.directions import scaled
 from ovsprune.slim.linear import linear
 from ovsprune.slim.masks import combine_masks
 
@@ -42,17 +40,14 @@ class SlimAttention(nn.Module):
     Its output equals that of the dense module whose cut heads are masked to zero before the out
     projection; without any head it is that projection's bias. Parameters have the names of
     ``nn.MultiheadAttention``: ``in_proj_weight`` (queries, keys, values)
-    [kept * (2 * qk_dim + v_dim), embed_dim], or ``q_proj_weight``, ``k_proj_weight`` and
+    [3 * kept * head_dim, embed_dim], or ``q_proj_weight``, ``k_proj_weight`` and
     ``v_proj_weight`` where it is ``apart``; ``in_proj_bias``, ``out_proj``.
 
     Args:
         embed_dim: Width of the residual stream.
         num_heads: Heads of the dense module.
         kept_heads: Dense indices of the heads that are here, strictly ascending.
-        head_dim: Width of one dense head, which scales the logits; ``embed_dim // num_heads`` by
-            default.
-        qk_dim: Width of the queries and keys of one head; ``head_dim`` by default.
-        v_dim: Width of the values of one head; ``head_dim`` by default.
+        head_dim: Width of one head; ``embed_dim // num_heads`` by default.
         bias: Whether the in projection has a bias.
         batch_first: Inputs are [N, L, E] if true, else [L, N, E].
         dropout: Probability of dropping an attention weight in training.
@@ -63,7 +58,7 @@ class SlimAttention(nn.Module):
             of one, to train some of the three).
 
     Raises:
-        OptionError: ``kept_heads`` or a width are not valid, or the head width cannot be told.
+        OptionError: ``kept_heads`` are not valid, or the head width cannot be told.
     """
 
     in_proj_weight: nn.Parameter | None
@@ -78,8 +73,6 @@ class SlimAttention(nn.Module):
         kept_heads: Sequence[int],
         *,
         head_dim: int | None = None,
-        qk_dim: int | None = None,
-        v_dim: int | None = None,
         bias: bool = True,
         batch_first: bool = True,
         dropout: float = 0.0,
@@ -97,18 +90,16 @@ class SlimAttention(nn.Module):
         self.num_heads = num_heads
         self.kept_heads = check_heads(num_heads, kept_heads)
         self.head_dim = head_dim
-        self.qk_dim = check_width("qk_dim", qk_dim, head_dim)
-        self.v_dim = check_width("v_dim", v_dim, head_dim)
         self.batch_first = batch_first
         self.dropout = dropout
         self.call = call
-        rows = sum(self._rows)
-        made = dict(zip(_APART, self._rows, strict=True)) if apart else {_FUSED: rows}
+        rows = self._rows
+        made = dict.fromkeys(_APART, rows) if apart else {_FUSED: 3 * rows}
         for name in (_FUSED, *_APART):  # those that are not there are None, as in torch's own
             weight = nn.Parameter(torch.empty(made[name], embed_dim)) if name in made else None
             self.register_parameter(name, weight)
-        self.in_proj_bias = nn.Parameter(torch.zeros(rows)) if bias else None
-        self.out_proj = linear(self._rows[-1], embed_dim)
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * rows)) if bias else None
+        self.out_proj = linear(rows, embed_dim)
         for name in made:
             nn.init.xavier_uniform_(self.get_parameter(name))
         # nn.MultiheadAttention's attributes that its callers read. The last one keeps
@@ -119,14 +110,18 @@ class SlimAttention(nn.Module):
         self._qkv_same_embed_dim = False
 
     @property
-    def _rows(self) -> list[int]:
-        """Rows of the queries, keys and values in the in projection."""
-        return [len(self.kept_heads) * width for width in (self.qk_dim, self.qk_dim, self.v_dim)]
+    def _rows(self) -> int:
+        """Rows that each of queries, keys and values has in the in projection."""
+        return len(self.kept_heads) * self.head_dim
+
+    def _split(self, tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Return the parts of queries, keys and values in a fused ``tensor``."""
+        return torch.split(tensor, [self._rows] * 3, dim)
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weights of the queries, keys and values: views of one parameter, or three."""
         if self.in_proj_weight is not None:
-            return torch.split(self.in_proj_weight, self._rows)
+            return self._split(self.in_proj_weight)
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def forward(self, *args: Any, **given: Any) -> Output:
@@ -189,7 +184,7 @@ class SlimAttention(nn.Module):
         drop = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            logits = (q * self.qk_dim**-0.5) @ k.transpose(-2, -1)
+            logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             weights = (logits if mask is None else logits + mask).softmax(dim=-1)
             weights = F.dropout(weights, drop) if drop else weights
             x = weights.to(v.dtype) @ v
@@ -212,7 +207,7 @@ class SlimAttention(nn.Module):
         return x, query.new_zeros(shape if average else (shape[0], 0, *shape[1:]))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (scaled) and keys [N, kept, length, qk_dim], and values [..., v_dim]."""
+        """Queries, keys and values, each [N, kept, length, head_dim]."""
         order = "[N, L, E]" if self.batch_first else "[L, N, E]"
         for name, x in (("query", query), ("key", key), ("value", value)):
             if x.dim() != 3 or x.shape[-1] != self.embed_dim:
@@ -222,40 +217,26 @@ class SlimAttention(nn.Module):
                 )
         if query is key and key is value and self.in_proj_weight is not None:
             both = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            flat = torch.split(both, self._rows, dim=-1)
+            flat = self._split(both, dim=-1)
         else:
             bias = self.in_proj_bias
-            biases = (None,) * 3 if bias is None else torch.split(bias, self._rows)
+            biases = (None,) * 3 if bias is None else self._split(bias)
             flat = tuple(
                 F.linear(x, w, b)
                 for x, w, b in zip((query, key, value), self._weights(), biases, strict=True)
             )
         count = len(self.kept_heads)
         heads = [x if self.batch_first else x.transpose(0, 1) for x in flat]
-        widths = (self.qk_dim, self.qk_dim, self.v_dim)
-        q, k, v = (
-            x.reshape(*x.shape[:2], count, width).transpose(1, 2)
-            for x, width in zip(heads, widths, strict=True)
-        )
-        return scaled(q, self.head_dim), k, v
+        q, k, v = (x.reshape(*x.shape[:2], count, self.head_dim).transpose(1, 2) for x in heads)
+        return q, k, v
 
     def extra_repr(self) -> str:
         """Dense and kept heads, for ``print(model)``."""
         heads = f"{len(self.kept_heads)} of {self.num_heads} x {self.head_dim}"
-        if (self.qk_dim, self.v_dim) != (self.head_dim, self.head_dim):
-            heads += f" (qk {self.qk_dim}, v {self.v_dim})"
         return f"embed_dim={self.embed_dim}, heads={heads}"
 
     @classmethod
-    def from_dense(
-        cls,
-        mha: nn.Module,
-        kept_heads: Sequence[int],
-        *,
-        qk_dim: int | None = None,
-        v_dim: int | None = None,
-        bases: Mapping[str, Tensor] | None = None,
-    ) -> SlimAttention:
+    def from_dense(cls, mha: nn.Module, kept_heads: Sequence[int]) -> SlimAttention:
         """The slim attention that keeps some heads of ``mha``, with those heads' weights.
 
         Where ``mha`` has its queries, keys and values apart, so has the slim one.
@@ -264,15 +245,10 @@ class SlimAttention(nn.Module):
             mha: ``nn.MultiheadAttention`` or a module with its parameters (open_clip's
                 ``Attention``, one with ``q_proj_weight`` and so on, or a ``SlimAttention``).
             kept_heads: Dense indices; of a ``SlimAttention``, those must be among its own.
-            qk_dim: How many of the first directions of the queries and keys of each head stay; all
-                that ``mha`` has by default.
-            v_dim: How many of the first directions of the values stay; likewise.
-            bases: ``"qk"`` and ``"vo"`` to T [num_heads, d, d], in which the heads are put before;
-                as they are without (:mod:`ovsprune.slim.directions`).
 
         Raises:
             TargetError: ``mha`` has something that a cut would change (see the message).
-            OptionError: ``kept_heads`` or a width are not valid.
+            OptionError: ``kept_heads`` are not valid.
         """
         refuse_extras(mha)
         num_heads = int(mha.num_heads)  # type: ignore[arg-type]
@@ -282,22 +258,17 @@ class SlimAttention(nn.Module):
         if missing:
             raise OptionError(f"heads {missing} are cut already; {present} are left of {num_heads}")
         maps = maps_of(mha, len(present))
-        widths = (mha.qk_dim, mha.v_dim) if isinstance(mha, SlimAttention) else maps.widths
         slim = cls(
             maps.weights[0].shape[1],
             num_heads,
             kept,
-            head_dim=mha.head_dim if isinstance(mha, SlimAttention) else widths[0],
-            qk_dim=widths[0] if qk_dim is None else check_width("qk_dim", qk_dim, widths[0]),
-            v_dim=widths[1] if v_dim is None else check_width("v_dim", v_dim, widths[1]),
+            head_dim=mha.head_dim if isinstance(mha, SlimAttention) else maps.head_dim,
             bias=any(bias is not None for bias in maps.biases),
             batch_first=is_batch_first(mha),
             dropout=dropout(mha),
             call=call_of(mha),
             apart=getattr(mha, _FUSED, None) is None,
         ).to(device=maps.columns.device, dtype=maps.columns.dtype)
-        if bases:
-            maps = maps.turned({kind: basis[list(present)] for kind, basis in bases.items()})
         slim._fill(maps, [present.index(h) for h in kept])
         slim.train(mha.training)
         return slim
@@ -314,22 +285,18 @@ class SlimAttention(nn.Module):
         kept_heads: Sequence[int],
         head_dim: int,
         batch_first: bool = True,
-        qk_dim: int | None = None,
-        v_dim: int | None = None,
     ) -> SlimAttention:
         """The slim attention that does what separate linear maps do.
 
         Args:
-            q: Query map, [kept * qk_dim, embed_dim], or of all heads and then cut here.
+            q: Query map, [kept * head_dim, embed_dim], or of all heads and then cut here.
             k: Key map, likewise.
-            v: Value map, [kept * v_dim, embed_dim], or of all heads.
-            out: Out projection, [embed_dim, kept * v_dim], or of all heads.
+            v: Value map, [kept * head_dim, embed_dim], or of all heads.
+            out: Out projection, [embed_dim, kept * head_dim], or of all heads.
             num_heads: Heads of the dense module.
             kept_heads: Dense indices of the heads that stay.
-            head_dim: Width of one dense head.
+            head_dim: Width of one head.
             batch_first: Axis order of the inputs.
-            qk_dim: Width of the queries and keys of one head; ``head_dim`` by default.
-            v_dim: Width of the values of one head; ``head_dim`` by default.
 
         Raises:
             OptionError: The maps' widths are neither those of the kept nor those of all heads.
@@ -339,35 +306,32 @@ class SlimAttention(nn.Module):
             num_heads,
             kept_heads,
             head_dim=head_dim,
-            qk_dim=qk_dim,
-            v_dim=v_dim,
             bias=any(m.bias is not None for m in (q, k, v)),
             batch_first=batch_first,
         ).to(device=q.weight.device, dtype=q.weight.dtype)
         kept = slim.kept_heads
-        widths = [m.weight.shape[0] for m in (q, k, v)] + [out.weight.shape[1]]
-        one = [slim.qk_dim, slim.qk_dim, slim.v_dim, slim.v_dim]
-        if widths == [len(kept) * width for width in one]:
+        widths = {m.weight.shape[0] for m in (q, k, v)} | {out.weight.shape[1]}
+        if widths == {len(kept) * head_dim}:
             positions: Sequence[int] = range(len(kept))
-        elif widths == [num_heads * width for width in one]:
+        elif widths == {num_heads * head_dim}:
             positions = kept
         else:
             raise OptionError(
-                f"q, k, v and out have widths {sorted(set(widths))}; expected all {len(kept)} or "
-                f"all {num_heads} heads of width {', '.join(map(str, sorted(set(one))))}"
+                f"q, k, v and out have widths {sorted(widths)}; expected all {len(kept)} or "
+                f"all {num_heads} heads of width {head_dim}"
             )
-        slim._fill(Maps.of((q, k, v), out, widths[0] // slim.qk_dim), positions)
+        slim._fill(Maps.of((q, k, v), out, q.weight.shape[0] // head_dim), positions)
         slim.train(out.training)
         return slim
 
     @torch.no_grad()
     def _fill(self, maps: Maps, positions: Sequence[int]) -> None:
-        """Copy the heads at ``positions``, of each the first channels that there is room for."""
-        maps = maps.cut(positions, self.qk_dim, self.v_dim)
+        """Copy the heads at ``positions``."""
+        maps = maps.cut(positions)
         for to, weight in zip(self._weights(), maps.weights, strict=True):
             to.copy_(weight)
         if self.in_proj_bias is not None:
-            parts = torch.split(self.in_proj_bias, self._rows)
+            parts = self._split(self.in_proj_bias)
             for to, bias in zip(parts, maps.biases, strict=True):
                 to.copy_(torch.zeros_like(to) if bias is None else bias)
         self.out_proj.weight.copy_(maps.columns)

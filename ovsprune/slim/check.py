@@ -11,13 +11,11 @@ from torch import Tensor
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.cutting import places
 from ovsprune.slim.fields import DOTTED
-from ovsprune.slim.spec import MASK, MODEL, WIDTH_KINDS, LayerSpec, SlimSpec
+from ovsprune.slim.spec import MASK, MODEL, LayerSpec, SlimSpec
 
-__all__ = ["BASIS", "TOWER", "check_bases", "check_mask", "check_tensors", "kept_width"]
+__all__ = ["TOWER", "check_mask", "check_tensors", "kept_width"]
 
 TOWER = "visual."
-BASIS = ".basis"
-"""Suffix of the basis of a layer in the file of the mask."""
 
 _AGAIN = "copy or write the checkpoint again"
 
@@ -59,45 +57,11 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
             )
         if not kept.numel():
             continue
-        if layer.kind in WIDTH_KINDS and int(kept[-1]) != layer.kept - 1:
-            raise CheckpointError(
-                f"{at}: {layer.name} keeps the direction {int(kept[-1])}, expected the first "
-                f"{layer.kept} of its basis; {_AGAIN}"
-            )
         if int(kept[0]) < 0 or int(kept[-1]) >= layer.units:
             raise CheckpointError(
                 f"{at}: {layer.name} keeps units from {int(kept[0])} to {int(kept[-1])}, expected "
                 f"indices within [0, {layer.units}); {_AGAIN}"
             )
-
-
-def check_bases(spec: SlimSpec, bases: Mapping[str, Tensor], at: str = MASK) -> None:
-    """Check that ``bases`` holds the basis of every layer that lost directions, and nothing else.
-
-    Args:
-        spec: What the bases should fit.
-        bases: Layer name to floating-point [heads, units, units].
-        at: Where they come from, for messages.
-
-    Raises:
-        CheckpointError: It does not.
-    """
-    heads = {layer.name: layer.units for layer in spec.layers if layer.kind == "heads"}
-    wanted = {x.name: (heads[x.name.rpartition(".")[0]], x.units, x.units) for x in spec.turned()}
-    for problem, found in (
-        ("lacks", wanted.keys() - bases.keys()),
-        ("has an unknown", bases.keys() - wanted.keys()),
-    ):
-        if found:
-            raise CheckpointError(f"{at} {problem} basis of {', '.join(sorted(found))}; {_AGAIN}")
-    for name, basis in bases.items():
-        if tuple(basis.shape) != wanted[name] or not basis.is_floating_point():
-            raise CheckpointError(
-                f"{at}: the basis of {name} is {basis.dtype} {tuple(basis.shape)}, expected "
-                f"floating point {wanted[name]}; {_AGAIN}"
-            )
-        if not basis.isfinite().all() or bool((torch.linalg.det(basis.double()) == 0).any()):
-            raise CheckpointError(f"{at}: the basis of {name} cannot be inverted; {_AGAIN}")
 
 
 def kept_width(layer: LayerSpec) -> int:
@@ -123,7 +87,7 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
         raise CheckpointError(f"{at} has no tensor of the tower ({TOWER}*); {_AGAIN}")
     for layer in spec.layers:
         if layer.whole:
-            _check_heads(layer, spec.head_widths(layer), tensors, at)
+            _check_heads(layer, tensors, at)
             continue
         for part in layer.slices:
             module = f"{TOWER}{part.module}"
@@ -138,31 +102,28 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
                     )
 
 
-def _check_heads(
-    layer: LayerSpec, widths: tuple[int, int], tensors: Mapping[str, Tensor], at: str
-) -> None:
-    qk, vo = (layer.kept * width for width in widths)
-    for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, qk, vo):
+def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> None:
+    width = kept_width(layer)
+    for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, width):
         full = f"{TOWER}{layer.name}.{name}"
         shape = tuple(_tensor(tensors, full, at).shape)
         if len(shape) != 2 or shape[axis] != size:
             raise CheckpointError(
                 f"{at}: {full} has shape {shape}, expected {size} on axis {axis} for "
-                f"{layer.kept} heads of width {' and '.join(map(str, sorted({*widths})))}; {_AGAIN}"
+                f"{layer.kept} heads of width {layer.unit_width}; {_AGAIN}"
             )
 
 
 def _head_tensors(
-    path: str, tensors: Mapping[str, Tensor], qk: int, vo: int
+    path: str, tensors: Mapping[str, Tensor], width: int
 ) -> list[tuple[str, int, int]]:
     """Weights of an attention by the names that it has there, the axis that is cut, its size."""
     if f"{path}.qkv.weight" in tensors:
-        return [("qkv.weight", 0, 2 * qk + vo), ("proj.weight", 1, vo)]
+        return [("qkv.weight", 0, 3 * width), ("proj.weight", 1, width)]
     if f"{path}.q_proj.weight" in tensors:
         out = "proj.weight" if f"{path}.proj.weight" in tensors else "out_proj.weight"
-        apart = [(f"{which}_proj.weight", 0, vo if which == "v" else qk) for which in "qkv"]
-        return [*apart, (out, 1, vo)]
-    return [("in_proj_weight", 0, 2 * qk + vo), ("out_proj.weight", 1, vo)]
+        return [*((f"{which}_proj.weight", 0, width) for which in "qkv"), (out, 1, width)]
+    return [("in_proj_weight", 0, 3 * width), ("out_proj.weight", 1, width)]
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str, at: str) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ovsprune.core.errors import CheckpointError
@@ -14,18 +15,15 @@ from ovsprune.core.records import Costs, Preprocess
 from ovsprune.slim import fields
 from ovsprune.slim.spec import (
     ACTIVATIONS,
+    CONFIG,
     FORMAT,
-    FORMAT_VERSIONS,
+    FORMAT_VERSION,
     KINDS,
-    STREAM_KINDS,
-    WIDTH_KINDS,
     BaseSpec,
     FileSpec,
     LayerSpec,
     SliceSpec,
     SlimSpec,
-    interface_of,
-    version_of,
 )
 
 __all__ = [
@@ -67,7 +65,7 @@ def dump(spec: SlimSpec) -> str:
     """
     document = {
         "format": FORMAT,
-        "format_version": spec.format_version,
+        "format_version": FORMAT_VERSION,
         "base": base_document(spec.base),
         "family": spec.family,
         "library": spec.library,
@@ -82,27 +80,29 @@ def dump(spec: SlimSpec) -> str:
         "files": files_document(spec.files),
         "provenance": fields.free(spec.provenance, "provenance"),
     }
-    if spec.format_version >= 3:
-        document["interface"] = list(spec.interface)
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse(document: str | bytes, at: str) -> SlimSpec:
-    """The spec that ``document`` says, ``at`` being where it comes from.
+def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
+    """Return the spec that the text of a ``config.json`` describes.
+
+    Args:
+        document: The text.
+        source: Where it comes from, for messages.
 
     Raises:
-        CheckpointError: It is not a valid one, or of another format version.
+        CheckpointError: The text is not valid, or has another format version; the message names
+            the field.
     """
+    at = str(source)
     data = fields.parse(document, at)
     _check_version(data, at)
-    newer = data["format_version"] >= 3
-    fields.record(data, at, (*_FIELDS, "interface") if newer else _FIELDS)
+    fields.record(data, at, _FIELDS)
     architecture, provenance = data["architecture"], data["provenance"]
     for name, value in (("architecture", architecture), ("provenance", provenance)):
         if not isinstance(value, dict):
             raise CheckpointError(f"{at}: {name} is {type(value).__name__}, expected an object")
     spec = SlimSpec(
-        format_version=data["format_version"],
         base=parse_base(data["base"], f"{at}: base"),
         family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
         library=fields.text(data["library"], f"{at}: library", r"[A-Za-z0-9_.-]+"),
@@ -124,15 +124,8 @@ def parse(document: str | bytes, at: str) -> SlimSpec:
         slim=parse_costs(data["slim"], f"{at}: slim"),
         files=parse_files(data["files"], f"{at}: files"),
         provenance=provenance,
-        interface=tuple(
-            fields.text(item, f"{at}: interface[{i}]", fields.DOTTED)
-            for i, item in enumerate(fields.array(data.get("interface", []), f"{at}: interface"))
-        ),
     )
     _check_names(spec, at)
-    _check_layers(spec, at)
-    _check_directions(spec, at)
-    _check_interface(spec, at)
     return spec
 
 
@@ -150,11 +143,10 @@ def _check_version(data: Any, at: str) -> None:
             "directory that `ovsprune prune` wrote"
         )
     version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
-    if version not in FORMAT_VERSIONS:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{at}: format_version is {version}, this ovsprune reads "
-            f"{', '.join(map(str, FORMAT_VERSIONS))}; install a newer ovsprune, or write the "
-            "checkpoint again with this one"
+            f"{at}: format_version is {version}, this ovsprune reads {FORMAT_VERSION} only; prune "
+            "the base model again with this ovsprune, or install one that reads this version"
         )
 
 
@@ -165,46 +157,6 @@ def _check_names(spec: SlimSpec, at: str) -> None:
         raise CheckpointError(
             f"{at}: layers has {', '.join(double)} twice; the file was edited or damaged: copy or "
             "write the checkpoint again"
-        )
-
-
-def _check_layers(spec: SlimSpec, at: str) -> None:
-    """Streams are for version 3; directions, heads with slices, and no units for version 2."""
-    for layer in spec.layers:
-        if version_of([layer]) > spec.format_version:
-            sliced = " with slices" if layer.kind == "heads" and layer.slices else ""
-            what = f"of the kind {layer.kind!r}{sliced}" if layer.kept else "without units"
-            raise CheckpointError(
-                f"{at}: {layer.name} is {what}, which format_version {spec.format_version} does "
-                "not have; the file was edited or damaged: copy or write the checkpoint again"
-            )
-
-
-def _check_directions(spec: SlimSpec, at: str) -> None:
-    """Each layer of directions stands beside the heads that they lie in."""
-    heads = {layer.name: layer for layer in spec.layers if layer.whole}
-    for layer in spec.layers:
-        if layer.kind not in WIDTH_KINDS:
-            continue
-        whole = heads.get(layer.name.removesuffix(f".{layer.kind}"))
-        wanted = None if whole is None else (whole.block, whole.unit_width, 1, ())
-        if (layer.block, layer.units, layer.unit_width, layer.slices) != wanted:
-            raise CheckpointError(
-                f"{at}: {layer.name} does not fit the heads that it lies in: expected a whole "
-                f"attention whose name it has before .{layer.kind}, with its block, its head width "
-                "as units, unit_width 1 and no slices; the file was edited or damaged: copy or "
-                "write the checkpoint again"
-            )
-
-
-def _check_interface(spec: SlimSpec, at: str) -> None:
-    """The changes that are named are those of the layers."""
-    wanted = interface_of(spec.layers)
-    if spec.interface != wanted:
-        raise CheckpointError(
-            f"{at}: interface is {list(spec.interface)}, expected {list(wanted)}, the residual "
-            "streams that lost channels; the file was edited or damaged: copy or write the "
-            "checkpoint again"
         )
 
 
@@ -261,8 +213,6 @@ def _layer(value: Any, at: str) -> LayerSpec:
     units = fields.whole(data["units"], f"{at}.units", 1)
     kept = fields.whole(data["kept"], f"{at}.kept")
     kind = fields.choice(data["kind"], f"{at}.kind", KINDS)
-    if kind in WIDTH_KINDS or kind in STREAM_KINDS:
-        fields.whole(kept, f"{at}.kept", 1)
     if kept > units:
         raise CheckpointError(
             f"{at}.kept is {kept}, expected at most units = {units}; the file was edited or "
@@ -280,7 +230,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
             for i, item in enumerate(fields.array(data["slices"], f"{at}.slices"))
         ),
     )
-    if layer.kind in ("mlp", "channels", *STREAM_KINDS) and not layer.slices:
+    if layer.kind in ("mlp", "channels") and not layer.slices:
         raise CheckpointError(
             f"{at}.slices is empty, expected at least one for the kind {layer.kind!r}; the file "
             "was edited or damaged: copy or write the checkpoint again"

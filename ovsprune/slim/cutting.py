@@ -14,7 +14,6 @@ from ovsprune.slim.spec import LayerSpec, SlimSpec
 
 __all__ = [
     "Run",
-    "bare_axis",
     "cut_state",
     "fuse_qkv",
     "head_runs",
@@ -26,15 +25,6 @@ __all__ = [
 _SPLIT = re.compile(r"(?P<stem>.+)\.(?P<which>[qkv])_proj[._](?P<what>weight|bias)")
 _OUT_PROJECTIONS = ("out_proj.weight", "proj.weight")
 _TENSORS = {"out": ("weight", "bias", "running_mean", "running_var"), "in": ("weight",)}
-# What an attention as a whole reads with, and what it gives with.
-_ATTENTION_TENSORS = {
-    "out": tuple(f"{name}.{what}" for name in ("out_proj", "proj") for what in ("weight", "bias")),
-    "in": (
-        "in_proj_weight",
-        "qkv.weight",
-        *(f"{which}_proj{dot}weight" for which in "qkv" for dot in "._"),
-    ),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,29 +104,19 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
     return found
 
 
-def bare_axis(axis: str) -> int:
-    """Axis of a parameter that is no layer's that a slice means: what it gives lies last."""
-    return -1 if axis == "out" else 0
-
-
 def places(module: str, axis: str, names: Container[str]) -> dict[str, int]:
     """Tensors that a slice means, and the axis of each that it cuts; none if they are not there.
 
     Args:
-        module: Dotted name of a layer; of an attention; or of a parameter that is no layer's.
+        module: Dotted name of a layer.
         axis: ``"out"`` or ``"in"``.
         names: Of the tensors that there are.
 
     Example:
         >>> places("ln", "out", {"ln.weight", "ln.bias"})
         {'ln.weight': 0, 'ln.bias': 0}
-        >>> places("proj", "in", {"proj"}), places("positions", "out", {"positions"})
-        ({'proj': 0}, {'positions': -1})
     """
-    if module in names:
-        return {module: bare_axis(axis)}
-    table = _TENSORS if f"{module}.weight" in names else _ATTENTION_TENSORS
-    found = (f"{module}.{what}" for what in table[axis])
+    found = (f"{module}.{what}" for what in _TENSORS[axis])
     return {name: 0 if axis == "out" else 1 for name in found if name in names}
 
 
@@ -155,14 +135,8 @@ def cut_state(
         The same names, in the same order, with copies of what was cut.
 
     Raises:
-        CheckpointError: A tensor is missing, or not of the model that the mask was made for; or the
-            checkpoint lost directions inside heads.
+        CheckpointError: A tensor is missing, or not of the model that the mask was made for.
     """
-    if spec.turned():
-        raise CheckpointError(
-            f"{spec.turned()[0].name} lost directions inside its heads, which no choice of a "
-            "tensor's rows can take away; put the checkpoint on a tower with ovsprune.apply"
-        )
     cut = dict(state)
     for layer in spec.layers:
         if layer.whole and layer.kept < layer.units:

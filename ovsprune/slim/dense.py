@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.calls import call_of
-from ovsprune.slim.directions import dual, turned
 
 __all__ = [
     "Maps",
     "check_heads",
-    "check_width",
     "dropout",
     "head_index",
     "is_batch_first",
@@ -38,19 +36,6 @@ def check_heads(num_heads: int, kept_heads: Sequence[int]) -> tuple[int, ...]:
             f"kept_heads must be strictly ascending within [0, {num_heads}), given {kept}"
         )
     return kept
-
-
-def check_width(name: str, width: int | None, head_dim: int) -> int:
-    """A width inside a head, ``head_dim`` if it is None.
-
-    Raises:
-        OptionError: It is not within [1, head_dim].
-    """
-    if width is None:
-        return head_dim
-    if not 1 <= width <= head_dim:
-        raise OptionError(f"{name} is {width}, expected 1 to {head_dim}, the dense head's width")
-    return width
 
 
 def head_index(heads: Sequence[int], head_dim: int) -> Tensor:
@@ -116,10 +101,9 @@ class Maps:
     """The linear maps of an attention, taken apart.
 
     Attributes:
-        weights: Of the queries and keys [heads * qk width, embed_dim] and of the values
-            [heads * v width, embed_dim].
-        biases: Theirs, or None.
-        columns: Weight of the out projection, [embed_dim, heads * v width].
+        weights: Of the queries, keys and values, each [heads * head_dim, embed_dim].
+        biases: Theirs, [heads * head_dim], or None.
+        columns: Weight of the out projection, [embed_dim, heads * head_dim].
         out_bias: Its bias, or None.
         heads: How many heads they have.
     """
@@ -137,45 +121,20 @@ class Maps:
         return cls(weights, biases, out.weight, out.bias, heads)
 
     @property
-    def widths(self) -> tuple[int, int]:
-        """Width of the queries and keys, and of the values, of one head; 0 without heads."""
-        heads = self.heads or 1
-        return self.weights[0].shape[0] // heads, self.weights[2].shape[0] // heads
+    def head_dim(self) -> int:
+        """Width of one head; 0 without heads."""
+        return self.weights[0].shape[0] // (self.heads or 1)
 
-    def turned(self, bases: Mapping[str, Tensor]) -> Maps:
-        """The same attention, its heads in other bases: ``"qk"`` and ``"vo"`` to T [heads, d, d].
-
-        See :mod:`ovsprune.slim.directions`.
-        """
-        turns: list[Tensor | None] = [None, None, None]
-        columns = self.columns
-        if "qk" in bases:
-            turns[:2] = bases["qk"], dual(bases["qk"])
-        if "vo" in bases:
-            turns[2] = bases["vo"]
-            columns = turned(columns.T, dual(bases["vo"])).T
-
-        def each(tensors: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
-            for rows, turn in zip(tensors, turns, strict=True):
-                yield rows if rows is None or turn is None else turned(rows, turn)
-
-        weights = tuple(w for w in each(self.weights) if w is not None)
-        return Maps(weights, tuple(each(self.biases)), columns, self.out_bias, self.heads)
-
-    def cut(self, positions: Sequence[int], qk_dim: int, v_dim: int) -> Maps:
-        """The heads at ``positions``, and of each the first ``qk_dim`` and ``v_dim`` channels."""
-        rows = []
-        for whole, width in zip(self.widths, (qk_dim, v_dim), strict=True):
-            channels = head_index(positions, whole).view(len(positions), whole)
-            rows.append(channels[:, :width].reshape(-1).to(self.columns.device))
-        index = (rows[0], rows[0], rows[1])
-        weights = tuple(w[i] for w, i in zip(self.weights, index, strict=True))
-        biases = tuple(None if b is None else b[i] for b, i in zip(self.biases, index, strict=True))
-        return Maps(weights, biases, self.columns[:, rows[1]], self.out_bias, len(positions))
+    def cut(self, positions: Sequence[int]) -> Maps:
+        """Return the heads at ``positions``."""
+        rows = head_index(positions, self.head_dim).to(self.columns.device)
+        weights = tuple(w[rows] for w in self.weights)
+        biases = tuple(None if b is None else b[rows] for b in self.biases)
+        return Maps(weights, biases, self.columns[:, rows], self.out_bias, len(positions))
 
 
 def maps_of(mha: nn.Module, heads: int) -> Maps:
-    """The linear maps of an attention of ``heads`` heads, which may be narrower than dense ones.
+    """The linear maps of an attention of ``heads`` heads.
 
     Raises:
         TargetError: It has none, or q, k and v read different widths.
@@ -184,8 +143,7 @@ def maps_of(mha: nn.Module, heads: int) -> Maps:
     out = mha.out_proj
     assert isinstance(out, nn.Linear)
     inner = out.weight.shape[1]
-    wide = (weight.shape[0] - inner) // 2
-    rows = [wide, wide, inner]
+    rows = [inner] * 3
     biases = (None, None, None) if bias is None else torch.split(bias, rows)
     return Maps(torch.split(weight, rows), biases, out.weight, out.bias, heads)
 

@@ -35,7 +35,6 @@ class SlimTower(nn.Module):
         spec: What the checkpoint's config says.
         mask: Layer name to int64 [kept], in the base model's coordinates.
         path: Directory that it was loaded from.
-        bases: Of layers that lost directions inside heads, as :func:`ovsprune.read` gives them.
     """
 
     def __init__(
@@ -45,14 +44,12 @@ class SlimTower(nn.Module):
         mask: Mapping[str, Tensor],
         *,
         path: Path = Path(),
-        bases: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.tower = tower
         self.spec = spec
         self.mask = mask
         self.path = path
-        self.bases = dict(bases or {})
 
     def checkpoint(self) -> SlimCheckpoint:
         """The tower as it is now (trained on, perhaps), as :func:`ovsprune.read` gives one.
@@ -60,7 +57,7 @@ class SlimTower(nn.Module):
         There is no text tower in it. Tensors are those of the tower, not copies.
         """
         tensors = {f"{TOWER}{name}": t.detach() for name, t in self.tower.state_dict().items()}
-        return SlimCheckpoint(self.path, self.spec, self.mask, tensors, self.bases)
+        return SlimCheckpoint(self.path, self.spec, self.mask, tensors)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embedding of each picture, [B, 3, H, W] -> [B, C], not normalised."""
@@ -134,7 +131,6 @@ def tower_of(checkpoint: SlimCheckpoint) -> SlimTower:
         checkpoint.spec,
         checkpoint.mask,
         path=checkpoint.path,
-        bases=checkpoint.bases,
     ).eval()
 
 

@@ -18,7 +18,7 @@ from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.norms import CountedLayerNorm
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
 
-__all__ = ["narrow_attention", "slim_attention", "slim_linear", "slim_module"]
+__all__ = ["slim_attention", "slim_module"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -37,14 +37,13 @@ _WIDTHS = {
 
 
 def slim_attention(
-    mha: nn.Module, kept_heads: Sequence[int] | Tensor, **directions: Any
+    mha: nn.Module, kept_heads: Sequence[int] | Tensor
 ) -> SlimAttention | TimmAttention:
     """A slim attention to stand where ``mha`` stood, with its weights, hooks, and flags.
 
     Args:
         mha: ``nn.MultiheadAttention`` or a module with its parameters, or one of timm's.
         kept_heads: Dense indices, strictly ascending.
-        directions: ``qk_dim``, ``v_dim`` and ``bases`` of :meth:`SlimAttention.from_dense`.
 
     Raises:
         TargetError: ``mha`` has something that a cut by heads would not leave as it was.
@@ -53,59 +52,15 @@ def slim_attention(
     heads = kept_heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
     slim: SlimAttention | TimmAttention
     if is_timm_attention(mha):
-        if directions.get("bases"):
-            raise TargetError(
-                f"{type(mha).__name__} cannot lose directions inside its heads; use a checkpoint "
-                "that was made without --prune-head-dim"
-            )
         slim = TimmAttention(mha, heads)
     else:
-        slim = SlimAttention.from_dense(mha, heads, **directions)
+        slim = SlimAttention.from_dense(mha, heads)
     flags = {name: p.requires_grad for name, p in mha.named_parameters()}
     for name, parameter in slim.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
     for name in _HOOKS:
         if name in mha.__dict__:
             slim.__dict__[name] = mha.__dict__[name]
-    return slim
-
-
-def narrow_attention(attention: SlimAttention | TimmAttention, index: Mapping[str, Tensor]) -> None:
-    """Let a slim attention read and give some channels of the residual stream, in place.
-
-    Args:
-        attention: Its tensors are exchanged, not written to.
-        index: Axis (``"in"``: what it reads; ``"out"``: what it gives) to int64 indices.
-    """
-    for name in ("in_proj_weight", *(f"{which}_proj_weight" for which in "qkv")):
-        old = attention._parameters.get(name)
-        if old is not None and "in" in index:
-            weight = nn.Parameter(_chosen(old, 1, index["in"]), old.requires_grad)
-            attention._parameters[name] = weight
-            for width in ("embed_dim", "kdim", "vdim"):
-                setattr(attention, width, index["in"].numel())
-    for name, layer in attention.named_children():
-        axis = "out" if name in ("out_proj", "proj") else "in"
-        if axis in index and name in ("qkv", "q_proj", "k_proj", "v_proj", "out_proj", "proj"):
-            setattr(attention, name, slim_module(layer, {axis: index[axis]}))
-
-
-def slim_linear(
-    linear: nn.Linear, out_rows: Tensor | None = None, in_cols: Tensor | None = None
-) -> nn.Linear:
-    """A copy of ``linear`` with some of its rows and columns.
-
-    Args:
-        linear: Weight [out, in].
-        out_rows: int64, rows (and entries of the bias) that stay; all by default.
-        in_cols: int64, columns that stay; all by default.
-
-    Raises:
-        TargetError: It has no plain weight, or an index reaches beyond it.
-    """
-    axes = {"out": out_rows, "in": in_cols}
-    slim = slim_module(linear, {axis: index for axis, index in axes.items() if index is not None})
-    assert isinstance(slim, nn.Linear)
     return slim
 
 

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.cutting import Run, bare_axis, keep_index, layer_runs
-from ovsprune.slim.modules import narrow_attention, slim_attention, slim_module
+from ovsprune.slim.cutting import Run, keep_index, layer_runs
+from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
-from ovsprune.slim.timm_attention import TimmAttention
 
 __all__ = ["narrowed"]
 
@@ -55,7 +53,7 @@ def _replace(
     name: str,
     change: Callable[[Any], Any],
 ) -> None:
-    """Put what ``change`` makes of a layer, or of a parameter that is no layer's, in its place."""
+    """Replace the layer ``name`` by what ``change`` makes of it."""
     parent, _, own = name.rpartition(".")
     try:
         owner = tower.get_submodule(parent)
@@ -68,19 +66,6 @@ def _replace(
         ) from None
 
 
-def _narrow(part: Any, axes: Mapping[Any, Sequence[Run]]) -> Any:
-    if isinstance(part, nn.Parameter):
-        for axis, runs in axes.items():
-            dim = bare_axis(axis)
-            index = keep_index(part.shape[dim], runs).to(part.device)
-            part = nn.Parameter(part.detach().index_select(dim, index), part.requires_grad)
-        return part
-    if not hasattr(part, "weight"):
-        slim = part
-        if not isinstance(part, SlimAttention | TimmAttention):
-            slim = slim_attention(part, range(part.num_heads))
-        # what it reads and what it gives is the whole stream
-        narrow_attention(slim, {axis: keep_index(runs[0].end, runs) for axis, runs in axes.items()})
-        return slim
+def _narrow(part: Any, axes: Mapping[str, Sequence[Run]]) -> nn.Module:
     sizes = {axis: part.weight.shape[0 if axis == "out" else 1] for axis in axes}
     return slim_module(part, {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()})

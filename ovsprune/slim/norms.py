@@ -5,24 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CountedLayerNorm", "count_gone"]
-
-
-def count_gone(tower: nn.Module, path: str, dense_width: int | None = None) -> None:
-    """Have the layer norm at ``path`` count channels that are gone, in place; no other layer.
-
-    Args:
-        tower: That holds it.
-        path: Dotted name.
-        dense_width: Channels that it had; those that it has by default, so that nothing changes.
-    """
-    norm = tower.get_submodule(path)
-    if not isinstance(norm, nn.LayerNorm):
-        return
-    counted = norm if isinstance(norm, CountedLayerNorm) else CountedLayerNorm(norm)
-    counted.dense_width = counted.dense_width if dense_width is None else dense_width
-    parent, _, name = path.rpartition(".")
-    setattr(tower.get_submodule(parent), name, counted)
+__all__ = ["CountedLayerNorm"]
 
 
 class CountedLayerNorm(nn.LayerNorm):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.check import BASIS, TOWER, check_bases, check_mask, check_tensors
+from ovsprune.slim.check import TOWER, check_mask, check_tensors
+from ovsprune.slim.config import parse
 from ovsprune.slim.spec import CONFIG, MASK, MODEL, FileSpec, SlimSpec
 
 __all__ = [
@@ -39,16 +40,12 @@ class SlimCheckpoint:
         spec: Its ``config.json``.
         mask: Layer name to int64 [kept], ascending indices in the base model's coordinates.
         tensors: Every tensor of ``model.safetensors``, by its name there.
-        bases: Of the layers that lost directions inside heads, layer name to the basis T
-            [heads, width, width] whose first directions are kept
-            (:mod:`ovsprune.slim.directions`).
     """
 
     path: Path
     spec: SlimSpec
     mask: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
-    bases: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tower(self) -> dict[str, Tensor]:
         """The image tower's tensors by canonical name (without ``visual.``)."""
@@ -75,15 +72,11 @@ def read(directory: str | os.PathLike[str], *, verify: bool = True) -> SlimCheck
         if name not in spec.files:
             raise CheckpointError(f"{path / CONFIG}: files does not list {name}; write it again")
     check_files(path, spec.files, verify=verify)
-    found = read_tensors(path / MASK)
-    layers = {layer.name for layer in spec.layers}
-    extra = [n for n in found if n.endswith(BASIS) and n not in layers]
-    bases = {name.removesuffix(BASIS): found.pop(name) for name in extra}
-    check_mask(spec, found, str(path / MASK))
-    check_bases(spec, bases, str(path / MASK))
+    mask = read_tensors(path / MASK)
+    check_mask(spec, mask, str(path / MASK))
     tensors = read_tensors(path / MODEL)
     check_tensors(spec, tensors, str(path / MODEL))
-    return SlimCheckpoint(path, spec, found, tensors, bases)
+    return SlimCheckpoint(path, spec, mask, tensors)
 
 
 def read_spec(directory: str | os.PathLike[str]) -> SlimSpec:
@@ -93,7 +86,7 @@ def read_spec(directory: str | os.PathLike[str]) -> SlimSpec:
         CheckpointError: The directory or its config is missing or damaged.
     """
     document, file = read_config(directory)
-    return SlimSpec.from_json(document, file)
+    return parse(document, file)
 
 
 def read_config(directory: str | os.PathLike[str]) -> tuple[bytes, Path]:

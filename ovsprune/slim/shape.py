@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.norms import count_gone
 from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
@@ -46,7 +45,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
             f"{checkpoint.path}: the tensors are not those of a CLIP vision transformer ({error}); "
             "copy or write the checkpoint again"
         ) from error
-    tower = VisionTransformer(
+    return VisionTransformer(
         width=width,
         blocks=blocks,
         patch_size=heights,
@@ -62,11 +61,6 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
         eps=_eps(vision),
         pooler=pooler,
     )
-    for layer in checkpoint.spec.streams():
-        for part in layer.slices:
-            if f"{part.module}.weight" in state:
-                count_gone(tower, part.module, layer.units)
-    return tower
 
 
 def vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:
@@ -111,9 +105,7 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
     if name in heads:
         kept = tuple(checkpoint.mask[name].tolist())
         head = heads[name]
-        return BlockShape(
-            head.units, kept, head.unit_width, mlp_width, *checkpoint.spec.head_widths(head)
-        )
+        return BlockShape(head.units, kept, head.unit_width, mlp_width)
     # not in the list, so not cut: all heads, as wide as everywhere else
     widths = [layer.unit_width for layer in heads.values()]
     head_dim = widths[0] if widths else _head_dim(checkpoint)

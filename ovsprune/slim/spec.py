@@ -6,7 +6,7 @@ The page ``docs/format.md`` and ``schema.json`` beside this file say the same to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,36 +18,27 @@ __all__ = [
     "CARD",
     "CONFIG",
     "FORMAT",
-    "FORMAT_VERSIONS",
+    "FORMAT_VERSION",
     "KINDS",
     "MASK",
     "MODEL",
-    "STREAM_KINDS",
-    "WIDTH_KINDS",
     "BaseSpec",
     "FileSpec",
     "LayerSpec",
     "SliceSpec",
     "SlimSpec",
-    "interface_of",
     "schema",
-    "version_of",
 ]
 
 FORMAT = "ovsprune-slim"
-FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSION = 1
 
 CONFIG = "config.json"
 MODEL = "model.safetensors"
 MASK = "mask.safetensors"
 CARD = "README.md"
 
-WIDTH_KINDS = ("qk", "vo")
-"""Directions inside the heads of an attention; new in version 2 of the format."""
-STREAM_KINDS = {"width": "prune_width", "stage": "prune_stages"}
-"""Channels of a residual stream, through the tower or one of its stages, to the setting that offers
-them; new in version 3 of the format. What reads the stream from outside must fit."""
-KINDS = ("heads", "mlp", "channels", *WIDTH_KINDS, *STREAM_KINDS)
+KINDS = ("heads", "mlp", "channels")
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6", "silu")
 
 
@@ -56,10 +47,7 @@ class SliceSpec:
     """Indices of one layer that go with a unit.
 
     Attributes:
-        module: Dotted name of the layer in the tower. Of a residual stream it may also be an
-            attention (``"in"``: columns of queries, keys and values; ``"out"``: rows of the out
-            projection), or a parameter that is no layer's (``"out"``: its last axis; ``"in"``: its
-            first).
+        module: Dotted name of the layer in the tower.
         axis: ``"out"``: rows of the weight, entries of the bias and of a norm's statistics;
             ``"in"``: columns.
         offset: Where unit 0 starts on that axis.
@@ -75,16 +63,14 @@ class LayerSpec:
     """One group of units, some of which were cut.
 
     Attributes:
-        name: Unique name; for ``"heads"`` the dotted path of the attention module, for ``"qk"`` and
-            ``"vo"`` that path, a dot and the kind.
+        name: Unique name; for ``"heads"`` the dotted path of the attention module.
         kind: One of :data:`KINDS`.
         block: Dotted path of the block that holds it.
         units: Units in the base model.
         kept: Units that are left; 0 where the layer is gone, and the consumer's bias stands for it.
-        unit_width: Channels that make up one unit (the head width, or 1), for ``"qk"`` and ``"vo"``
-            in each head.
+        unit_width: Channels that make up one unit (the head width, or 1).
         slices: Unit u covers indices ``offset + u * unit_width`` and on, of each slice. A
-            ``"heads"`` layer without any is cut as a whole, and directions have none.
+            ``"heads"`` layer without any is cut as a whole.
     """
 
     name: str
@@ -146,9 +132,6 @@ class SlimSpec:
         slim: Costs of the slim tower.
         files: File name to digest and size; filled in on writing.
         provenance: How it was made (plain JSON); a reader may ignore it.
-        format_version: Version of the format; :func:`version_of` the layers.
-        interface: Names of the layers by which the tower's interface has changed, residual streams
-            that are narrower than the base's; :func:`interface_of` the layers.
     """
 
     base: BaseSpec
@@ -164,8 +147,6 @@ class SlimSpec:
     slim: Costs
     files: Mapping[str, FileSpec] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    format_version: int = 1
-    interface: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -182,62 +163,6 @@ class SlimSpec:
             if layer.name == name:
                 return layer
         raise KeyError(name)
-
-    def head_widths(self, layer: LayerSpec) -> tuple[int, int]:
-        """Width of the queries and keys, and of the values, that a head of ``layer`` has here."""
-        kept = {other.name: other.kept for other in self.layers}
-        qk, vo = (kept.get(f"{layer.name}.{kind}", layer.unit_width) for kind in WIDTH_KINDS)
-        return qk, vo
-
-    def turned(self) -> tuple[LayerSpec, ...]:
-        """The layers that lost directions inside their heads: those that have a basis."""
-        return tuple(x for x in self.layers if x.kind in WIDTH_KINDS and x.kept < x.units)
-
-    def streams(self) -> tuple[LayerSpec, ...]:
-        """The residual streams that lost channels: the layers that :attr:`interface` names."""
-        return tuple(self.layer(name) for name in self.interface)
-
-    def to_json(self) -> str:
-        """The text of ``config.json``; equal specs give equal text.
-
-        Raises:
-            CheckpointError: ``architecture`` or ``provenance`` hold what JSON cannot.
-        """
-        from ovsprune.slim import config
-
-        return config.dump(self)
-
-    @classmethod
-    def from_json(cls, document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
-        """The spec that ``document`` says.
-
-        Args:
-            document: Text of a ``config.json``.
-            source: Where it comes from, for messages.
-
-        Raises:
-            CheckpointError: It is not a valid one, or of a format version that this ovsprune does
-                not know; the message names the field.
-        """
-        from ovsprune.slim import config
-
-        return config.parse(document, str(source))
-
-
-def version_of(layers: Iterable[LayerSpec]) -> int:
-    """The earliest version of the format that can say ``layers``."""
-    layers = tuple(layers)
-    if any(x.kind in STREAM_KINDS for x in layers):
-        return 3
-    new = (
-        x.kind in WIDTH_KINDS or not x.kept or (x.kind == "heads" and not x.whole) for x in layers
-    )
-    return 2 if any(new) else 1
-
-
-def interface_of(layers: Iterable[LayerSpec]) -> tuple[str, ...]:
-    """Names of the residual streams among ``layers`` that lost channels."""
-    return tuple(x.name for x in layers if x.kind in STREAM_KINDS and x.kept < x.units)
 
 
 def schema() -> dict[str, Any]:

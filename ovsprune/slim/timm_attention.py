@@ -79,7 +79,6 @@ class TimmAttention(nn.Module):
         apart: As given.
         windows: As given.
         head_dim: Width of one head.
-        stream_width: Channels of the stream that the dense module reads and writes to.
 
     Raises:
         TargetError: ``dense`` has something that a cut by heads would not leave as it was.
@@ -115,7 +114,6 @@ class TimmAttention(nn.Module):
         weights, biases = _maps(source)
         own = isinstance(dense, TimmAttention)
         self.head_dim = int(source.head_dim if own else weights[0].shape[0] // self.num_heads)
-        self.stream_width = int(source.stream_width if own else weights[0].shape[1])
         self.apart, self.windows = apart, windows
         self.num_prefix_tokens = int(getattr(source, "num_prefix_tokens", 0))
         self.rotate_half = bool(getattr(source, "rotate_half", False))
@@ -149,9 +147,8 @@ class TimmAttention(nn.Module):
 
     @property
     def is_cut(self) -> bool:
-        """Whether heads are gone, or channels of the stream, so that it is not of timm's form."""
-        narrow = self.proj.weight.shape[0] < self.stream_width
-        return narrow or len(self.kept_heads) < self.num_heads
+        """Whether heads are gone, so that it is not of timm's form."""
+        return len(self.kept_heads) < self.num_heads
 
     def whole(self) -> nn.Module:
         """The dense module's own type again, with the maps that are here now.

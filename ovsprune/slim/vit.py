@@ -50,16 +50,12 @@ class BlockShape:
         kept_heads: Those that are left, by their index there; none if the attention is gone.
         head_dim: Width of one head.
         mlp_width: Hidden units of the MLP; 0 if it is gone.
-        qk_dim: Width of the queries and keys of one head; ``head_dim`` if None.
-        v_dim: Width of the values of one head; likewise.
     """
 
     num_heads: int
     kept_heads: tuple[int, ...]
     head_dim: int
     mlp_width: int
-    qk_dim: int | None = None
-    v_dim: int | None = None
 
 
 class LayerScale(nn.Module):
@@ -87,8 +83,6 @@ class Block(nn.Module):
             shape.num_heads,
             shape.kept_heads,
             head_dim=shape.head_dim,
-            qk_dim=shape.qk_dim,
-            v_dim=shape.v_dim,
         )
         self.ls_1: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
         self.ln_2 = nn.LayerNorm(width, eps)

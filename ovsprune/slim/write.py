@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,9 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, OutputError
-from ovsprune.slim import swap
-from ovsprune.slim.check import BASIS, check_bases, check_mask, check_tensors
-from ovsprune.slim.fields import FILE_NAME
+from ovsprune.slim import config, swap
+from ovsprune.slim.check import check_mask, check_tensors
 from ovsprune.slim.read import file_digest, read_spec
 from ovsprune.slim.spec import CARD, CONFIG, MASK, MODEL, FileSpec, SlimSpec
 
@@ -40,8 +38,6 @@ def write(
     *,
     card: str,
     overwrite: bool = False,
-    extra: Mapping[str, bytes] | None = None,
-    bases: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a slim checkpoint, so that afterwards there is all of it or nothing new.
 
@@ -52,8 +48,6 @@ def write(
         mask: Layer name to int64 [kept], in the base model's coordinates.
         card: Text of the model card, ``README.md``.
         overwrite: Swap an existing slim checkpoint for the new one.
-        extra: More files, by plain name.
-        bases: Of layers that lost directions inside heads, as :func:`ovsprune.read` gives them.
 
     Returns:
         The directory.
@@ -64,20 +58,11 @@ def write(
         CheckpointError: ``spec``, ``mask`` and ``tensors`` do not fit each other.
     """
     path = check_output(output, overwrite=overwrite)
-    extra = dict(extra or {})
-    for name in extra:
-        if re.fullmatch(FILE_NAME, name) is None or name in _OWN:
-            raise OutputError(
-                f"{name!r} cannot be an extra file of a checkpoint; expected a plain file name "
-                f"other than {', '.join(_OWN)}"
-            )
     check_mask(spec, mask, "the mask to be written")
     check_tensors(spec, tensors, "the tensors to be written")
-    SlimSpec.from_json(spec.to_json(), "the config to be written")
-    check_bases(spec, bases or {}, "the mask to be written")
+    config.parse(config.dump(spec), "the config to be written")
     with staged(path) as scratch:
-        both = {**mask, **{f"{name}{BASIS}": basis for name, basis in (bases or {}).items()}}
-        _fill(scratch, spec, tensors, both, card, extra)
+        _fill(scratch, spec, tensors, mask, card)
     return path
 
 
@@ -181,17 +166,14 @@ def _fill(
     tensors: Mapping[str, Tensor],
     mask: Mapping[str, Tensor],
     card: str,
-    extra: Mapping[str, bytes],
 ) -> None:
     save_tensors(tensors, scratch / MODEL)
     save_tensors(mask, scratch / MASK)
-    for name, content in extra.items():
-        (scratch / name).write_bytes(content)
     files = {
         name: FileSpec(file_digest(scratch / name), (scratch / name).stat().st_size)
-        for name in (MODEL, MASK, *extra)
+        for name in (MODEL, MASK)
     }
-    (scratch / CONFIG).write_text(replace(spec, files=files).to_json(), encoding="utf-8")
+    (scratch / CONFIG).write_text(config.dump(replace(spec, files=files)), encoding="utf-8")
     (scratch / CARD).write_text(card, encoding="utf-8")
 
 

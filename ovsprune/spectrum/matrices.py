@@ -42,10 +42,9 @@ def matrices(model: nn.Module) -> list[Matrix]:
     """Every weight matrix of a model, in the order of its modules.
 
     Linear layers and convolutions; queries, keys and values apart where one parameter holds them
-    (``nn.MultiheadAttention`` and its like, of any widths; timm's ``qkv`` and ``kv``, of equal
-    ones). Norms, biases, embedding tables and positions are none, nor are bare projections, and
-    depthwise convolutions have no matrix: each of their channels is a vector. A parameter that two
-    modules share is listed once.
+    (``nn.MultiheadAttention`` and its like, timm's ``qkv`` and ``kv``). Norms, biases, embedding
+    tables and positions are none, nor are bare projections, and depthwise convolutions have no
+    matrix: each of their channels is a vector. A parameter that two modules share is listed once.
     """
     found: list[Matrix] = []
     seen: set[int] = set()
@@ -67,8 +66,8 @@ def _of(path: str, module: nn.Module, above: nn.Module) -> Iterator[Matrix]:
     start = f"{path}." if path else ""
     own = {name: p for name, p in module._parameters.items() if p is not None}
     if _FUSED in own:
-        keys, values = _rows(module, own[_FUSED])
-        yield from _parts(start, f"{start}{_FUSED}", own[_FUSED], "qkv", [keys, keys, values])
+        rows = len(own[_FUSED]) // 3
+        yield from _parts(start, f"{start}{_FUSED}", own[_FUSED], "qkv", [rows] * 3)
     for name in _APART:
         if name in own:
             yield Matrix(f"{start}{name[0]}", f"{start}{name}", name[0], own[name])
@@ -86,13 +85,6 @@ def _of(path: str, module: nn.Module, above: nn.Module) -> Iterator[Matrix]:
     if kind == "proj" and any(hasattr(above, name) for name in ("qkv", "kv", "q_proj")):
         kind = "out"
     yield Matrix(path or kind, parameter, _KINDS.get(kind, kind), weight)
-
-
-def _rows(module: Any, weight: Tensor) -> tuple[int, int]:
-    """Rows of the keys and of the values in a fused projection, by what reads the values."""
-    out = getattr(module, "out_proj", None)
-    values = out.in_features if isinstance(out, nn.Linear) else len(weight) // 3
-    return (len(weight) - values) // 2, values
 
 
 def _in_equal_parts(weight: Tensor, count: int, above: Any) -> bool:

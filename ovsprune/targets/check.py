@@ -12,17 +12,14 @@ from torch.nn import functional
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.hashing import match
-from ovsprune.slim.spec import STREAM_KINDS
 from ovsprune.targets.layout import POSITIONS, Layout
 from ovsprune.targets.surgery import dense_shapes
 
 __all__ = [
     "Weights",
     "check_activation",
-    "check_directions",
     "check_fits",
     "check_heads",
-    "check_interface",
     "check_trained",
     "choose_weights",
 ]
@@ -43,36 +40,6 @@ def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
             f"{checkpoint.path} was pruned from {checkpoint.spec.base.model} with random weights "
             "(--pretrained none), so its mask and tensors mean nothing; prune trained weights, or "
             "transfer it all the same with --force (force=True)"
-        )
-
-
-def check_directions(checkpoint: SlimCheckpoint) -> None:
-    """Refuse a checkpoint that lost directions inside heads.
-
-    Raises:
-        TargetError: It did.
-    """
-    turned = checkpoint.spec.turned()
-    if turned:
-        raise TargetError(
-            f"{checkpoint.path} lost directions inside heads ({turned[0].name} and "
-            f"{len(turned) - 1} more; --prune-head-dim), which no target takes yet; prune again "
-            "without --prune-head-dim"
-        )
-
-
-def check_interface(checkpoint: SlimCheckpoint) -> None:
-    """Refuse a checkpoint whose residual stream is narrower than its base's.
-
-    Raises:
-        TargetError: It is.
-    """
-    for stream in checkpoint.spec.streams():
-        option = f"--{STREAM_KINDS[stream.kind].replace('_', '-')}"
-        raise TargetError(
-            f"{checkpoint.path} has another interface than its base: {stream.name} is "
-            f"{stream.kept} of {stream.units} channels wide ({option}), and the framework reads it "
-            f"at full width; prune again without {option}"
         )
 
 

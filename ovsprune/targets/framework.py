@@ -18,10 +18,8 @@ from ovsprune.targets.attached import Attached, attach_tower
 from ovsprune.targets.check import (
     Weights,
     check_activation,
-    check_directions,
     check_fits,
     check_heads,
-    check_interface,
     check_trained,
     choose_weights,
 )
@@ -149,8 +147,6 @@ class Tabled:
         """Whether ``model`` can take the slim tower; TargetError says why not."""
         check_trained(checkpoint, force)
         kind_of(checkpoint, self.takes, self.places.framework)
-        check_directions(checkpoint)
-        check_interface(checkpoint)
         names = model.state_dict()
         places = self._places(names, type(model).__name__)
         layout = places.layout(names, depth_of(checkpoint))
@@ -198,8 +194,6 @@ class Tabled:
         """The framework's saved state with the slim tower in it."""
         check_trained(checkpoint, force)
         kind_of(checkpoint, self.takes, self.places.framework)
-        check_directions(checkpoint)
-        check_interface(checkpoint)
         places = self._places(state, "the checkpoint")
         layout = places.layout(state, depth_of(checkpoint))
         tower = None if state is None else layout.tower_state(state)

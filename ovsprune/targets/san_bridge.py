@@ -70,7 +70,7 @@ def attend_and_self(
     if not count:
         x = attention.out_proj(query[..., :0])
         return x
-    widths = [count * attention.qk_dim, count * attention.qk_dim, count * attention.v_dim]
+    widths = [count * attention.head_dim] * 3
     bias = attention.in_proj_bias
     biases = [None] * 3 if bias is None else list(torch.split(bias, widths))
     assert attention.in_proj_weight is not None  # SAN's attention is torch's own, fused

@@ -36,7 +36,6 @@ LITE = {"image_size": 224, "timm_model_name": "efficientnet_lite0", "timm_proj":
 
 CASES = {
     "vit-small": Case(SMALL, quick_gelu=True),
-    "vit-head-widths": Case(SMALL, options={"prune_head_dim": True, "allocation": "sensitivity"}),
     "ViT-B-16": Case(BASE, quick_gelu=True),
     "efficientnet_lite0": Case(LITE),
 }

@@ -234,13 +234,8 @@ def _is_vit(item: Item, *tower: Any) -> bool:
     return hasattr(item.clip.visual, "transformer")
 
 
-def _has_masked(item: Item, tower: Any) -> bool:
-    """Whether a dense tower can show what is expected: none has turned heads."""
-    return _is_vit(item) and not item.checkpoint.spec.turned()
-
-
 def _is_torchs(item: Item, tower: Any) -> bool:
-    own = _has_masked(item, tower) and tower.transformer.resblocks[0].attn
+    own = _is_vit(item) and tower.transformer.resblocks[0].attn
     return isinstance(own, nn.MultiheadAttention)
 
 
@@ -253,7 +248,7 @@ CHECKS = {
     "target": Check(target),
     "detach": Check(detach),
     "wrong unit": Check(wrong_unit, equal=False),
-    "masks": Check(masks, wanted=_has_masked),
+    "masks": Check(masks, wanted=_is_vit),
     "framework": Check(framework, wanted=_is_torchs),
 }
 

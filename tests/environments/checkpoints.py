@@ -54,9 +54,6 @@ def make(case: Case, place: Path) -> None:
     words = torch.randint(1, 64, (3, 8), generator=generator)
     checkpoint = ovsprune.read(slim)
     target = masked(model.visual, checkpoint)
-    if checkpoint.spec.turned():  # no masked tower has the heads in their new bases
-        target = model.visual
-        ovsprune.apply(target, checkpoint, weights="target")
     found = {"images": images, "words": words, "text": model.encode_text(words)}
     for name, tower in (("slim", result.tower), ("target", target)):
         pooled, features = outputs(tower, images)

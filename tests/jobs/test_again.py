@@ -209,23 +209,11 @@ def test_the_default_output_is_named_after_the_directory(
     assert result.path == tmp_path / "slim" / "small-r0.1"
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"prune_head_dim": True}, "--prune-head-dim does not go with a slim model"),
-        ({"method": "imp", "imp_structured": True, "recovery": "none"}, "--method imp does not go"),
-    ],
-)
-def test_what_does_not_go_with_a_slim_model(small: Path, options: Any, said: str) -> None:
-    with pytest.raises(OptionError, match=f"small is slim already, and {said}.*higher ratio"):
-        prune(str(small), 0.2, **options)
-
-
-def test_directions_that_were_cut_are_refused(tmp_path: Path) -> None:
-    prune(open_clip_vit(), 0.3, prune_head_dim=True, output=tmp_path / "turned", **QUICK)
-    assert ovsprune.read(tmp_path / "turned").spec.turned()
-    with pytest.raises(OptionError, match=r"lost directions inside its heads \(.*attn\.(qk|vo)\)"):
-        prune(str(tmp_path / "turned"), 0.2, **QUICK)
+def test_iterative_magnitude_pruning_starts_at_a_dense_model(small: Path) -> None:
+    with pytest.raises(
+        OptionError, match="small is slim already, and --method imp does not go.*higher ratio"
+    ):
+        prune(str(small), 0.2, method="imp", imp_structured=True, recovery="none")
 
 
 def test_an_unstructured_result_is_refused(tmp_path: Path) -> None:

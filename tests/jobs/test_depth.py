@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ovsprune
 from ovsprune.backbones import FAMILIES
-from ovsprune.core.errors import CheckpointError, OptionError
+from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.graph.costs import measure
@@ -26,7 +26,7 @@ from ovsprune.jobs.export import export
 from ovsprune.jobs.inspect import inspect
 from ovsprune.jobs.prune import PruneResult, prune
 from ovsprune.jobs.steps import split_seeds
-from ovsprune.slim.spec import SlimSpec, schema
+from ovsprune.slim.spec import schema
 from tests.contracts.conftest import (
     REPRESENTATIVES,
     open_clip_convnext_conv,
@@ -106,7 +106,6 @@ def test_what_does_nothing_is_gone(family: str, result: PruneResult, directory: 
     gone = [name for name, units in kept.items() if units == 0]
     assert set(USELESS[family][2]) <= set(gone)
     assert len(gone) < len(kept)
-    assert result.spec.format_version == 2
     assert result.spec.provenance["prune_depth"] is True
     jsonschema.validate(json.loads((directory / "config.json").read_text()), schema())
 
@@ -207,7 +206,6 @@ def test_off_by_default() -> None:
 @pytest.mark.parametrize(
     ("options", "allocation"),
     [
-        ({"prune_head_dim": True}, "sensitivity"),
         ({"uniform_heads": True}, "sensitivity"),
         ({"rounds": 2}, "sensitivity"),
         ({}, "global"),
@@ -234,13 +232,6 @@ def test_inspect_shows_it(tmp_path: Path) -> None:
     prune(small, 0.4, prune_depth=True, recovery="none", output=tmp_path / "slim", **QUICK)
     layers = inspect(str(tmp_path / "slim"))["layers"]
     assert {row["name"] for row in layers if row["kept"] == 0} >= {"transformer.resblocks.1.mlp"}
-
-
-def test_a_page_of_version_1_cannot_say_it(directory: Path) -> None:
-    document = json.loads((directory / "config.json").read_text())
-    document["format_version"] = 1
-    with pytest.raises(CheckpointError, match="is without units, which format_version 1 does not"):
-        SlimSpec.from_json(json.dumps(document))
 
 
 def test_it_is_exported(tmp_path: Path) -> None:

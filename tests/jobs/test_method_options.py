@@ -23,7 +23,7 @@ def settings_of(name: str) -> Settings:
 def test_values_flags_and_repeated_options():
     found = settings_of("default : rounds = 3 : floor=*.mlp=0.25 : floor=*.attn=2")
     assert (found.rounds, found.floor) == (3, ("*.mlp=0.25", "*.attn=2"))
-    assert settings_of("default:prune-head-dim").prune_head_dim
+    assert settings_of("default:prune-depth").prune_depth
     assert settings_of("imp:imp-steps=7:imp-rewind").imp_steps == 7
     assert settings_of("imp").imp_steps == 100
     for name in ("default+distill", "torch-pruning+distill"):
@@ -68,7 +68,6 @@ def test_an_unknown_option_names_the_closest():
         ("imp:rounds=2", "--rounds"),
         ("random:distill-steps=4", "go with --recovery distill"),
         ("torch-pruning:distill-steps=4", "go with --recovery distill"),
-        ("random:prune-head-dim", "--prune-head-dim does not go with --allocation uniform"),
         ("default:rounds=0", "--rounds 0: give at least 1"),
         ("default:floor=mlp", "--floor 'mlp'"),
     ],
@@ -86,8 +85,6 @@ def test_a_row_is_what_prune_gives_with_that_option(small_clip, tmp_path):
         "default": {},
         "default:rounds=2": {"rounds": 2},
         "default:floor=*.mlp=0.6": {"floor": ("*.mlp=0.6",)},
-        "default:prune-head-dim": {"prune_head_dim": True},
-        "default:prune-width": {"prune_width": True},
         "default:uniform-heads": {"uniform_heads": True},
         "default:prune-depth": {"prune_depth": True},
     }

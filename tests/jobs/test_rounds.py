@@ -36,10 +36,9 @@ def test_each_round_takes_the_same_share_of_what_remains(rounds: int) -> None:
 
 def test_plans_compose() -> None:
     first = Plan({"a": torch.tensor([1, 4, 6, 9]), "b": torch.tensor([0, 2])})
-    then = Plan({"a": torch.tensor([0, 2]), "b": torch.tensor([1])}, {"a": "why"})
+    then = Plan({"a": torch.tensor([0, 2]), "b": torch.tensor([1])})
     both = compose(first, then)
     assert {k: v.tolist() for k, v in both.kept.items()} == {"a": [1, 6], "b": [2]}
-    assert both.notes == {"a": "why"}
 
 
 def test_two_cuts_are_one(case: Case) -> None:

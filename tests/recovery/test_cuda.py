@@ -67,8 +67,6 @@ def test_a_prune_on_the_accelerator(recovery: str) -> None:
         {"criterion": "activation"},
         {"allocation": "spectral"},
         {"allocation": "isomorphic"},
-        {"prune_head_dim": True},
-        {"prune_width": True},
         {"prune_depth": True},
         {"budget": "latency", "allocation": "uniform", "criterion": "magnitude"},
         {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},

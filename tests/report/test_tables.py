@@ -39,6 +39,13 @@ def test_prune_summary():
     assert "ovsprune inspect slim/tiny-r0.5" in text
 
 
+def test_prune_summary_of_a_slim_model_pruned_again_has_the_figures():
+    given = {"slim": "slim/tiny-r0.3", "macs": 1_500_000, "params": 800}
+    text = " ".join(shown(tables.prune_summary(prune_record(given=given))).split())
+    assert "slim/tiny-r0.3 was slim before, with 1.50 M MACs" in text
+    assert "slim against what was given: cosine 0.9910, relative error 0.1200." in text
+
+
 def test_prune_summary_of_a_dry_run_names_no_output():
     text = shown(tables.prune_summary(prune_record(output=None, fidelity={})))
     assert "Dry run: nothing was written." in text

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ovsprune.core.errors import OptionError, TargetError
-from ovsprune.slim.modules import slim_attention, slim_linear, slim_module
+from ovsprune.slim.modules import slim_attention, slim_module
 
 ROWS, COLUMNS = torch.tensor([1, 3, 4]), torch.tensor([0, 2])
 
@@ -15,14 +15,14 @@ def test_a_linear_map() -> None:
     linear = nn.Linear(4, 6).eval()
     linear.weight.requires_grad_(False)
     before = [p.clone() for p in linear.parameters()]
-    slim = slim_linear(linear, ROWS, COLUMNS)
+    slim = slim_module(linear, {"out": ROWS, "in": COLUMNS})
     assert (slim.in_features, slim.out_features, slim.training) == (2, 3, False)
     assert torch.equal(slim.weight, linear.weight[ROWS][:, COLUMNS])
     assert torch.equal(slim.bias, linear.bias[ROWS])
     assert not slim.weight.requires_grad and slim.bias.requires_grad
     assert slim(torch.randn(5, 2)).shape == (5, 3)
     with torch.no_grad():
-        for parameter in slim_linear(linear, in_cols=COLUMNS).parameters():
+        for parameter in slim_module(linear, {"in": COLUMNS}).parameters():
             parameter.zero_()
     assert all(torch.equal(a, b) for a, b in zip(linear.parameters(), before, strict=True))
     assert (linear.in_features, linear.out_features) == (4, 6)
@@ -30,7 +30,7 @@ def test_a_linear_map() -> None:
 
 def test_nothing_cut_is_a_copy() -> None:
     linear = nn.Linear(4, 6, bias=False)
-    slim = slim_linear(linear)
+    slim = slim_module(linear, {})
     assert torch.equal(slim.weight, linear.weight) and slim.weight is not linear.weight
     assert slim.bias is None
 

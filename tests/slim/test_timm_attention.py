@@ -172,5 +172,3 @@ def test_what_a_cut_would_change_is_refused() -> None:
         TimmAttention(shared, KEPT)
     with pytest.raises(TargetError, match="no maps by timm's names"):
         TimmAttention(nn.MultiheadAttention(WIDTH, HEADS), KEPT)
-    with pytest.raises(TargetError, match="--prune-head-dim"):
-        slim_attention(Attention(WIDTH, HEADS), KEPT, bases={"qk": torch.eye(8)})

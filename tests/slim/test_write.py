@@ -42,14 +42,12 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 def test_files_and_their_content(save: Write, tmp_path: Path) -> None:
-    path = save(tmp_path / "deep" / "down" / "slim", extra={"vocabulary.txt": b"words"})
+    path = save(tmp_path / "deep" / "down" / "slim")
     assert sorted(f.name for f in path.iterdir()) == [
-        "README.md", "config.json", "mask.safetensors", "model.safetensors", "vocabulary.txt",
+        "README.md", "config.json", "mask.safetensors", "model.safetensors",
     ]  # fmt: skip
     assert (path / "README.md").read_text() == "# Seed 0\n"
-    assert sorted(read(path).spec.files) == [
-        "mask.safetensors", "model.safetensors", "vocabulary.txt",
-    ]  # fmt: skip
+    assert sorted(read(path).spec.files) == ["mask.safetensors", "model.safetensors"]
     assert [p.name for p in path.parent.iterdir()] == ["slim"]
 
 
@@ -94,11 +92,10 @@ def test_overwrite_swaps(
 ) -> None:
     if not atomic:
         monkeypatch.setattr(swap, "_exchange", lambda a, b: False)
-    path = save(tmp_path / "slim", extra={"old.txt": b""})
+    path = save(tmp_path / "slim")
     held = read(path)  # mapped into memory, and still whole after the swap
     save(path, seed=1, overwrite=True)
     assert (path / "README.md").read_text() == "# Seed 1\n"
-    assert not (path / "old.txt").exists()
     assert not torch.equal(read(path).tensors["visual.proj"], held.tensors["visual.proj"])
     assert [p.name for p in tmp_path.iterdir()] == ["slim"]
 
@@ -234,13 +231,6 @@ def test_a_parent_that_is_a_file(save: Write, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="could not be written"):
         save(tmp_path / "file" / "slim")
     assert (tmp_path / "file").read_text() == "x"
-
-
-@pytest.mark.parametrize("name", ["../x", "a/b", ".hidden", "config.json", ""])
-def test_names_of_extra_files(save: Write, tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="cannot be an extra file"):
-        save(tmp_path / "slim", extra={name: b""})
-    assert tree(tmp_path) == {}
 
 
 def test_what_could_not_be_read_is_not_written(
