@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ovsprune.core.errors import CheckpointError, OutputError, TargetError
+from ovsprune.core.errors import CheckpointError, TargetError
+from ovsprune.core.files import check_output, staged
 from ovsprune.slim.read import file_digest
-from ovsprune.slim.write import save_tensors, staged
+from ovsprune.slim.write import save_tensors
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.hooks import install
@@ -33,25 +34,18 @@ STATE, RECORD, LINES = "model.safetensors", "transfer.json", "lines.py"
 
 
 def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
-    """The path that ``output`` means, if it may be written; asked before long work.
+    """Check that a transfer may be written to ``output``; return its full path.
 
     Raises:
-        OutputError: It exists and ``overwrite`` is false, or an overwrite would lose other files.
+        OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
+            other files.
     """
-    path = Path(os.path.realpath(output))
-    if not path.exists():
-        return path
-    if not overwrite:
-        raise OutputError(
-            f"{path} exists already; choose another output, or pass --overwrite (overwrite=True)"
-        )
-    known = {STATE, RECORD, LINES, *_listed(path)}
-    if not (path.is_dir() and {entry.name for entry in path.iterdir()} <= known):
-        raise OutputError(
-            f"{path} is not overwritten, because it is not what `ovsprune transfer` wrote; choose "
-            "another output, or delete it yourself"
-        )
-    return path
+    return check_output(
+        output,
+        overwrite=overwrite,
+        kind="what `ovsprune transfer` wrote",
+        files=lambda path: {STATE, RECORD, LINES, *_listed(path)},
+    )
 
 
 def _listed(path: Path) -> set[str]:

@@ -258,7 +258,7 @@ def test_existing_output(tmp_path: Path, slim: Path) -> None:
     transfer(slim=slim, target="mmseg-san", output=out, overwrite=True)
     assert (out / "transfer.json").read_bytes() != before
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not what `ovsprune transfer` wrote"):
+    with pytest.raises(OutputError, match="not part of what `ovsprune transfer` wrote"):
         transfer(slim=slim, target="san", output=out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
 

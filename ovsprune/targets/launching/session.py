@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ovsprune.core.errors import OvspruneError, TargetError
+from ovsprune.core.files import write_text
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
 from ovsprune.targets.hooks import Hook
@@ -170,9 +171,7 @@ class Session:
     def write(self, record: Mapping[str, Any]) -> None:
         """Leave a record for the parent."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}.json"
-        scratch = self.record / f".{name}"
-        scratch.write_text(json.dumps({"pid": os.getpid(), **record}), encoding="utf-8")
-        scratch.rename(self.record / name)
+        write_text(self.record / name, json.dumps({"pid": os.getpid(), **record}))
 
 
 def say(message: str) -> None:
