@@ -15,6 +15,7 @@ from ovsprune.core.folder import files_beside, read_folder
 from ovsprune.core.foreign import Foreign, read_foreign
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
+from ovsprune.slim.attach import undo_on_error
 from ovsprune.slim.spec import CONFIG
 from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.check import Weights
@@ -257,12 +258,9 @@ def _live(
         advance(1)
         attached.counted_on = said
         if before is not None:
-            try:
+            with undo_on_error(attached):
                 attached.macs_after = whole_macs(model, example, target.prepare)
                 attached.macs_before = before
-            except BaseException:
-                attached.detach()
-                raise
         advance(1)
     return attached
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.slim.apply import Applied, Swap
+from ovsprune.slim.attach import Applied, Replacements, Swap, undo_on_error
 from ovsprune.targets.check import Weights
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
@@ -174,6 +173,7 @@ def attach_tower(
     target: str,
     protected: Mapping[str, str],
     trainable: tuple[str, ...],
+    bridges: Sequence[Swap] = (),
 ) -> Attached:
     """Put the slim tower into ``model``; everything was checked before.
 
@@ -186,47 +186,47 @@ def attach_tower(
         target: Name of the target, for the report.
         protected: What the framework needs as it is, for the report.
         trainable: Parameters that a schedule may touch, for the report.
+        bridges: Other exchanges that the model needs, carried out in the same step.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
     before, names = count(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
-    applied = attach_cuts(model, cuts)
+    new = _slim_copies(model, cuts)
     replaced = {cut.path: str(cut) for cut in cuts}
     kept: dict[str, str] = {}
-    try:
-        for canonical, tensor in checkpoint.tower().items():
-            for name, value in layout.to_framework(canonical, tensor).items():
-                if name not in names:  # a counter that some norms lack
-                    continue
-                new_here = any(cut.makes(name) for cut in cuts)
-                if canonical in layout.stays:
-                    kept[name] = layout.stays[canonical]
-                elif choice[0] == "target":
-                    kept |= {} if new_here else {name: "the framework's own"}
-                elif (swap := _put(model, name, value, new_here)) is not None:
-                    applied._swaps.append(swap)
-                    replaced[name] = "value of the slim tower"
-                elif not new_here:
-                    kept[name] = "equal to the slim tower's"
-    except BaseException:
-        applied.detach()
-        raise
-    return Attached(
-        target=target,
-        slim=checkpoint.path,
-        weights=choice[0],
-        reason=choice[1],
-        replaced=replaced,
-        kept=kept,
-        protected=protected,
-        params_before=before,
-        params_after=count(model),
-        trainable=trainable,
-        _applied=applied,
-        _guard=add_guard(model, target, layout, cuts),
-    )
+    for canonical, tensor in checkpoint.tower().items():
+        for name, value in layout.to_framework(canonical, tensor).items():
+            if name not in names:  # a counter that some norms lack
+                continue
+            of_copy = new.is_new(name)
+            if canonical in layout.stays:
+                kept[name] = layout.stays[canonical]
+            elif choice[0] == "target":
+                kept |= {} if of_copy else {name: "the framework's own"}
+            elif not of_copy and new.holds(name, value):
+                kept[name] = "equal to the slim tower's"
+            elif not new.load(name, value):
+                raise TargetError(f"{name} has another shape than {tuple(value.shape)}")
+            elif not of_copy:
+                replaced[name] = "value of the slim tower"
+    applied = new.commit(bridges)
+    with undo_on_error(applied):
+        return Attached(
+            target=target,
+            slim=checkpoint.path,
+            weights=choice[0],
+            reason=choice[1],
+            replaced=replaced,
+            kept=kept,
+            protected=protected,
+            params_before=before,
+            params_after=count(model),
+            trainable=trainable,
+            _applied=applied,
+            _guard=add_guard(model, target, layout, cuts),
+        )
 
 
 def count(model: nn.Module) -> int:
@@ -240,16 +240,15 @@ def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
-    slim = {cut.path: slim_copy(model.get_submodule(cut.path), cut) for cut in cuts}
-    swaps = []
-    for name in sorted(slim):  # what holds another one first
-        path, _, leaf = name.rpartition(".")
-        # detectron2 keeps a norm inside its convolution: the slim one belongs in the slim other
-        owner = slim[path] if path in slim else model.get_submodule(path)
-        swaps.append(Swap(name, owner, "_modules", leaf, owner._modules[leaf], slim[name]))
-    for swap in swaps:
-        swap.put(swap.new)
-    return Applied(tuple(cut.path for cut in cuts), _swaps=swaps)
+    return _slim_copies(model, cuts).commit()
+
+
+def _slim_copies(model: nn.Module, cuts: tuple[Cut, ...]) -> Replacements:
+    new = Replacements(model)
+    for cut in cuts:
+        dense = model.get_submodule(cut.path)
+        new.modules[cut.path] = (dense, slim_copy(dense, cut))
+    return new
 
 
 def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> Any:
@@ -257,22 +256,3 @@ def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ..
     # public from torch 2.5 on, private and the same before
     register: Any = model._register_load_state_dict_pre_hook
     return register(DenseGuard.of(model, target, layout, cuts))
-
-
-@torch.no_grad()
-def _put(model: nn.Module, name: str, value: Tensor, new: bool) -> Swap | None:
-    """Write into a module that was just made; else exchange a tensor that differs."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    table = "_parameters" if leaf in owner._parameters else "_buffers"
-    old = getattr(owner, table)[leaf]
-    if new:
-        old.copy_(value)
-        return None
-    value = value.to(device=old.device, dtype=old.dtype)
-    if torch.equal(old.detach(), value):
-        return None
-    fresh = value.detach().clone()
-    fresh = nn.Parameter(fresh, old.requires_grad) if table == "_parameters" else fresh
-    getattr(owner, table)[leaf] = fresh
-    return Swap(name, owner, table, leaf, old, fresh)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovsprune.slim.apply import ABSENT, Swap
+from ovsprune.slim.attach import Swap
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import one_picture, script_for
 from ovsprune.targets.framework import Tabled
@@ -55,9 +55,8 @@ def _bridge_text(model: Any) -> Sequence[Swap]:
     backbone = model.backbone
     if isinstance(backbone.__dict__.get("encode_text"), _OwnText):
         return ()
-    old = backbone.__dict__.get("encode_text", ABSENT)
-    path, new = "backbone.encode_text", _OwnText(backbone)
-    return (Swap(path, backbone, "__dict__", "encode_text", old, new),)
+    new = _OwnText(backbone)
+    return (Swap.attribute("backbone.encode_text", backbone, "encode_text", new),)
 
 
 def _prepare(model: Any) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, TargetError
 from ovsprune.core.files import check_output, staged
+from ovsprune.slim.attach import undo_on_error
 from ovsprune.slim.read import file_digest
 from ovsprune.slim.write import save_tensors
 from ovsprune.targets.attached import add_guard, attach_cuts
@@ -124,15 +125,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     cuts = tuple(_cut(entry, path / RECORD) for entry in document["cuts"])
     _check_dense(model, cuts)
     applied = attach_cuts(model, cuts)
-    try:
+    with undo_on_error(applied):
         own = model.state_dict()
         tower = {name for name in own if layout.canonical(name) is not None}
         # CLIP alone knows nothing of what the framework makes of its positions
         free = set() if document["complete"] else {n for n in tower if _stays(layout, n)}
         _compare(own, state, tower - free, free, path, strict, bool(document["complete"]))
-    except BaseException:
-        applied.detach()
-        raise
     with torch.no_grad():
         for name in own.keys() & state.keys():
             if own[name].shape == state[name].shape:
