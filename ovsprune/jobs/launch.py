@@ -21,11 +21,11 @@ from typing import Any
 
 from ovsprune.core.errors import OptionError, OvspruneError, ScheduleError, TargetError
 from ovsprune.core.progress import Progress, Silent
-from ovsprune.jobs.launched import watched
+from ovsprune.jobs import launched
 from ovsprune.jobs.schedule import checked
-from ovsprune.jobs.transfer import newest_slim
 from ovsprune.schedules import POLICIES
 from ovsprune.slim import read
+from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS
 from ovsprune.targets.launching import start_directory
 
@@ -139,7 +139,8 @@ def _launched(
     """Run the command with our hooks in its Pythons; its exit status, and what they recorded."""
     with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
         document = {
-            "watched": watched(schedule),
+            "handler": launched.__name__,  # its function ``told`` runs in the command's Pythons
+            "watched": launched.watched(schedule),
             "schedule": schedule,
             "session": {**session, "record": scratch},
         }

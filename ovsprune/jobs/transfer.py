@@ -10,20 +10,21 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from ovsprune.core.errors import CheckpointError, OptionError, TargetError
+from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.folder import files_beside, read_folder
 from ovsprune.core.foreign import Foreign, read_foreign
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.attach import undo_on_error
-from ovsprune.slim.spec import CONFIG
+from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.output import check_place, write_output
 from ovsprune.targets.places import depth_of
+from ovsprune.targets.recognise import recognise
 
-__all__ = ["newest_slim", "transfer"]
+__all__ = ["transfer"]
 
 _PathLike = str | os.PathLike[str]
 _Slim = SlimCheckpoint | SlimTower | _PathLike | None
@@ -147,7 +148,13 @@ def transfer(
         ] + ["dry_run"] * dry_run
         if given:
             raise OptionError(f"{', '.join(given)} cannot go with a live model; leave it out")
-        name = _recognise(model) if target == "auto" else target
+        name = target if target != "auto" else recognise(model)
+        if name is None:
+            raise TargetError(
+                f"{type(model).__name__} is none of the frameworks that are known "
+                f"({', '.join(TARGETS)}); name the target if the model is wrapped (and pass "
+                "model.module)"
+            )
         return _live(model, _read(slim, progress), name, weights, force, example, repair, progress)
     if example is not None:
         raise OptionError("example goes with a live model; leave it out on disk")
@@ -371,40 +378,3 @@ def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
         slim = newest_slim()
         progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
     return read(slim)
-
-
-def newest_slim(root: _PathLike = "slim") -> Path:
-    """The directory under ``root`` whose config was written last.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    found = [path.parent for path in Path(root).glob(f"*/{CONFIG}")]
-    if not found:
-        raise CheckpointError(
-            f"no slim checkpoint was named, and there is none under {Path(root).resolve()}; run "
-            "`ovsprune prune` first, or name one (--slim DIR)"
-        )
-    return max(found, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name))
-
-
-def _recognise(model: nn.Module) -> str:
-    """The one target that knows ``model``.
-
-    Raises:
-        TargetError: None does, or several do.
-    """
-    knowing = [name for name in TARGETS if TARGETS.get(name).detect(model)]
-    fitting = [name for name in knowing if not TARGETS.get(name).fallback] or knowing
-    if len(fitting) == 1:
-        return fitting[0]
-    kind = type(model).__name__
-    if fitting:
-        raise TargetError(
-            f"{kind} looks like {' and like '.join(fitting)}; say which it is "
-            f"(target={fitting[0]!r}, or --target)"
-        )
-    raise TargetError(
-        f"{kind} is none of the frameworks that are known ({', '.join(TARGETS)}); name the target "
-        "if it is a wrapped one (and give model.module)"
-    )

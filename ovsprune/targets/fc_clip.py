@@ -13,21 +13,17 @@ from ovsprune.slim.attach import Swap
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import one_picture, script_for
 from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, Layout, Stack
+from ovsprune.targets.layout import clip_text
 from ovsprune.targets.places import Places
 
 _CLIP = "backbone.clip_model"
-_TEXT = ("token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale")
 
 _RESNET = Places(
     framework="FC-CLIP",
     stem={"": f"{_CLIP}.visual"},
     marks=(f"{_CLIP}.visual.layer1", "sem_seg_head.pixel_decoder", "void_embedding"),
     activations=(f"{_CLIP}.visual.layer1.0.act1",),
-    text=Layout(
-        stem={name: f"{_CLIP}.{name}" for name in _TEXT},
-        stacks=(Stack(f"{_CLIP}.transformer.resblocks", BLOCK_PARTS),),
-    ),
+    text=clip_text(_CLIP),
 )
 _CONVNEXT = replace(
     _RESNET,

@@ -22,8 +22,9 @@ from ovsprune.core.errors import (
 )
 from ovsprune.core.progress import Silent
 from ovsprune.graph.costs import macs
-from ovsprune.jobs.transfer import newest_slim, transfer
+from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimAttention
+from ovsprune.slim.read import newest_slim
 from ovsprune.targets import load
 from ovsprune.targets.places import Places
 from tests.targets.by_hand import (

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ovsprune.core.errors import OvspruneError, TargetError
+from ovsprune.core.errors import OvspruneError
 from ovsprune.core.files import write_text
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
@@ -24,7 +24,7 @@ from ovsprune.targets.hooks import Hook
 from ovsprune.targets.launching.builders import BUILDERS, LOADERS
 from ovsprune.targets.launching.keeper import Keeper, decide
 from ovsprune.targets.places import depth_of
-from ovsprune.targets.protocol import Target
+from ovsprune.targets.recognise import recognise
 
 __all__ = ["Session", "say", "watched"]
 
@@ -112,10 +112,10 @@ class Session:
         """
         if model in self.keepers:
             return
-        found = self._recognise(model)
-        if found is None:
+        name = recognise(model, self.target)
+        if name is None:
             return
-        name, target = found
+        target = TARGETS.get(name)
         try:
             choice = decide(target, model, self.checkpoint, self.weights, self.force)
         except OvspruneError as error:
@@ -149,24 +149,6 @@ class Session:
             say(f"  {path}: {what}")
         self.write({"model": kind, **attached.record()})
         self.after(model)
-
-    def _recognise(self, model: nn.Module) -> tuple[str, Target] | None:
-        """The target that was named, or the one that knows ``model``.
-
-        Raises:
-            TargetError: Several know it.
-        """
-        if self.target != "auto":
-            named = TARGETS.get(self.target)
-            return (self.target, named) if named.detect(model) else None
-        knowing = [name for name in TARGETS if TARGETS.get(name).detect(model)]
-        fitting = [name for name in knowing if not TARGETS.get(name).fallback] or knowing
-        if len(fitting) > 1:
-            raise TargetError(
-                f"{type(model).__name__} looks like {' and like '.join(fitting)}; say which it is "
-                f"(--target {fitting[0]})"
-            )
-        return (fitting[0], TARGETS.get(fitting[0])) if fitting else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Leave a record for the parent."""

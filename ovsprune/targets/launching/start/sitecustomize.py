@@ -36,12 +36,13 @@ def _watch(document: str) -> None:
             )
         return
 
+    settings = json.loads(document)
+
     def told(module: object) -> None:
-        from ovsprune.jobs import launched
+        # the parent names its own module, so that nothing here imports a room above
+        importlib.import_module(settings["handler"]).told(module, document)
 
-        launched.told(module, document)  # type: ignore[arg-type]
-
-    watch(json.loads(document)["watched"], told)
+    watch(settings["watched"], told)
 
 
 if os.environ.get("OVSPRUNE_LAUNCHED"):
