@@ -1,4 +1,4 @@
-"""Attaching a slim tower to a framework's live model, and taking it off again."""
+"""Attach a slim tower to a framework's live model, and detach it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower",
 
 @dataclass(eq=False)
 class Attached:
-    """What attaching changed, and the way back; also a context manager that detaches.
+    """Report of an attached slim tower, which can undo it; a context manager that detaches.
 
     Attributes:
         target: Name of the target.
         slim: Directory of the slim checkpoint.
         weights: ``"slim"`` or ``"target"``.
-        reason: Why these weights.
-        replaced: Path of a module, or name of a tensor, to what became of it.
-        kept: Name of a tensor of the framework's tower to why it stayed.
-        protected: Canonical name to why the framework needs it as it is.
+        reason: Reason for these weights.
+        replaced: Path of a module, or name of a tensor, to its replacement in words.
+        kept: Name of a tensor of the framework's tower to the reason why it stayed.
+        protected: Canonical name to the reason why the framework needs the dense part.
         params_before: Parameters of the whole model before.
-        params_after: And now.
-        macs_before: Multiply-accumulates of the whole model before, for the pictures of
-            ``counted_on``; None where nobody counted.
-        macs_after: And now.
-        counted_on: What they were counted on, or why they were not.
-        notes: What a reader should know.
+        params_after: Parameters of the whole model now.
+        macs_before: Multiply-accumulates of the whole model before, for the input in
+            ``counted_on``; None if they were not counted.
+        macs_after: Multiply-accumulates of the whole model now.
+        counted_on: Input on which they were counted, or the reason why they were not.
+        notes: Remarks for the report.
         trainable: Patterns (``fnmatch``) of parameters that a schedule may touch.
     """
 
@@ -59,10 +59,10 @@ class Attached:
     _guard: Any = field(default=None, repr=False)
 
     def detach(self) -> None:
-        """Put the original modules and tensors back, the same objects; twice does nothing.
+        """Put the original objects back; a second call does nothing.
 
         Raises:
-            TargetError: Something else took a slim module's place since; nothing is undone.
+            TargetError: A slim module was replaced by something else since; nothing is undone.
         """
         self._applied.detach()
         if self._guard is not None:
@@ -70,7 +70,7 @@ class Attached:
             self._guard = None
 
     def record(self) -> dict[str, Any]:
-        """The report as plain JSON, with the keys that ``ovsprune transfer --json`` has."""
+        """Return the report as plain JSON, with the keys of ``ovsprune transfer --json``."""
         return {
             "target": self.target,
             "slim": str(self.slim),
@@ -91,7 +91,7 @@ class Attached:
         }
 
     def __str__(self) -> str:
-        """The report to read: costs of the whole framework, then what was replaced and kept."""
+        """Format the report: costs of the whole model, then the replaced and protected parts."""
         lines = [
             f"{self.target}: {len(self.replaced)} replaced, weights {self.weights} ({self.reason})"
         ]
@@ -115,10 +115,10 @@ class Attached:
 
 
 class DenseGuard:
-    """Refuses a dense checkpoint in a slim model.
+    """Hook that refuses to load a dense checkpoint into a slim model.
 
-    Frameworks load with ``strict=False`` or drop tensors of another shape with a mere warning:
-    norms would become the dense model's and the slim layers would stay, without a word.
+    Frameworks load with ``strict=False``, or drop tensors of another shape with a warning. The
+    norms would then be the dense model's, and the slim layers would silently keep their values.
 
     Args:
         target: Name of the target, for the message.
@@ -131,7 +131,7 @@ class DenseGuard:
 
     @classmethod
     def of(cls, model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> DenseGuard:
-        """The guard of a slim ``model``."""
+        """Make the guard of a slim ``model``."""
         state = model.state_dict()
         tower = {name for name in state if layout.canonical(name) is not None}
         shapes = {
@@ -140,7 +140,7 @@ class DenseGuard:
         return cls(target, shapes, tower)
 
     def below(self, path: str) -> DenseGuard:
-        """The guard of what is below ``path`` (``""``, or one that ends with a dot)."""
+        """Make the guard of the part below ``path`` (``""``, or one that ends with a dot)."""
         shapes = {n.removeprefix(path): s for n, s in self.shapes.items() if n.startswith(path)}
         tower = {name.removeprefix(path) for name in self.tower if name.startswith(path)}
         return DenseGuard(self.target, shapes, tower)
@@ -180,7 +180,7 @@ def attach_tower(
     Args:
         model: The framework's model, dense.
         checkpoint: The slim checkpoint.
-        layout: Where its parts are.
+        layout: Places of the tower's parts.
         choice: ``"slim"`` loads the checkpoint's tensors, ``"target"`` cuts the model's own; and
             the reason, for the report.
         target: Name of the target, for the report.
@@ -230,12 +230,12 @@ def attach_tower(
 
 
 def count(model: nn.Module) -> int:
-    """Parameters of ``model``, each counted once."""
+    """Count the parameters of ``model``, each once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
-    """Replace modules by slim copies; all are made before the first is put in place.
+    """Replace modules by slim copies; all copies are made before the first replacement.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
@@ -252,7 +252,7 @@ def _slim_copies(model: nn.Module, cuts: tuple[Cut, ...]) -> Replacements:
 
 
 def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> Any:
-    """Have ``model`` refuse dense checkpoints from now on; returns the hook's handle."""
+    """Register a :class:`DenseGuard` on ``model``; return the handle of the hook."""
     # public from torch 2.5 on, private and the same before
     register: Any = model._register_load_state_dict_pre_hook
     return register(DenseGuard.of(model, target, layout, cuts))

@@ -19,7 +19,7 @@ import ovsprune
 from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import CheckpointError, OptionError, TargetError
 from ovsprune.core.protocols import Backbone, Streamed
-from ovsprune.core.records import Group, Plan
+from ovsprune.core.records import DenseModel, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import mask
 from ovsprune.graph.groups import find_groups
@@ -308,7 +308,7 @@ def test_a_layer_scale_goes_along() -> None:
     preprocess = open_clip_vit().preprocess
 
     def make() -> Backbone:
-        made: Backbone = family.build("scaled", None, config, preprocess, trained=False, text={})
+        made: Backbone = family.build(DenseModel("scaled", config, preprocess))
         return made
 
     small = lively(make)

@@ -1,4 +1,4 @@
-"""One process of a launched command: what its builders give is looked at, and made slim."""
+"""One process of a launched command: models that its builders return are made slim."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = ["Session", "say", "watched"]
 
 
 def watched() -> list[str]:
-    """Patterns of the modules of which something is exchanged."""
+    """Return the patterns of the modules in which functions are wrapped."""
     patterns = [entry.module for entry in (*BUILDERS, *LOADERS)]
     patterns += [hook.module for name in TARGETS for hook in TARGETS.get(name).hooks]
     return list(dict.fromkeys(patterns))
 
 
 class Session:
-    """What one process was told, and what it replaced.
+    """Settings of one process, and the models that it made slim.
 
     Args:
         slim: Directory of the slim checkpoint.
@@ -51,7 +51,7 @@ class Session:
         self.slim, self.record = slim, Path(record)
         self.target, self.weights, self.force = target, weights, force
         self.after: Callable[[nn.Module], None] = lambda model: None
-        """Called with every model that was made slim."""
+        """Callback that receives every model that was made slim."""
         self.local = threading.local()
         self.keepers: WeakKeyDictionary[nn.Module, Keeper] = WeakKeyDictionary()
         self.hooks = (
@@ -92,7 +92,7 @@ class Session:
 
     @contextlib.contextmanager
     def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
-        """``model`` is dense inside if the checkpoint is."""
+        """Keep ``model`` dense inside the block if the checkpoint is dense."""
         keeper = self.keepers.get(model)
         state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
         if keeper is None or not isinstance(state, Mapping):
@@ -105,10 +105,10 @@ class Session:
             yield
 
     def built(self, model: nn.Module) -> None:
-        """Make a model slim that the outermost builder gave, if it holds the tower.
+        """Make a model slim that the outermost builder returned, if a target recognises it.
 
         Raises:
-            TargetError: It is a framework that is known (or that was named), and cannot take it.
+            TargetError: A target recognises it (or was named), and it cannot take the slim tower.
         """
         if model in self.keepers:
             return
@@ -151,12 +151,12 @@ class Session:
         self.after(model)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Leave a record for the parent."""
+        """Write a record for the parent process."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}.json"
         write_text(self.record / name, json.dumps({"pid": os.getpid(), **record}))
 
 
 def say(message: str) -> None:
-    """Tell whoever looks at the command's output."""
+    """Print a message to stderr."""
     sys.stderr.write(f"ovsprune: {message}\n")
     sys.stderr.flush()
