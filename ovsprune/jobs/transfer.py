@@ -1,4 +1,4 @@
-"""transfer: a slim tower into a framework, live or on disk."""
+"""Transfer: put a slim tower into a framework's live model, or into its checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def transfer(
 ) -> Attached | dict[str, Any]:
     """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
 
-    With ``model`` it is slimmed in place; make the optimiser afterwards. Without, a directory is
-    written with the framework's checkpoint, the lines to add to its training script, and an account
-    of every key.
+    A live ``model`` is slimmed in place; make the optimiser afterwards. Without one, a directory is
+    written: the framework's checkpoint, the lines to add to its training script, and a report of
+    every key.
 
     Args:
         model: The framework's live model, dense, or None to work on disk.
@@ -108,15 +108,15 @@ def transfer(
         example: Live: what the model's forward takes (an argument, a tuple of them, or a mapping
             by name), to count the whole model's MACs on. By default what the target gives, where
             it can.
-        calibration: Where the framework's own weights are cut by the mask (``weights="target"``),
-            pictures without labels to repair its tower on: a folder, ``"procedural"``,
-            ``"leaves"`` or ``"mixed"``. Needs what ``pip install ovsprune`` brings.
-        samples: Calibration pictures; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
-        recovery: How it is repaired, as of :func:`ovsprune.prune`.
+        calibration: If the framework's own weights are cut by the mask (``weights="target"``),
+            unlabelled images to repair its tower on: a folder, ``"procedural"``,
+            ``"leaves"`` or ``"mixed"``. Needs the dependencies of ``pip install ovsprune``.
+        samples: Number of calibration images; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
+        recovery: Method of the repair, as in :func:`ovsprune.prune`.
         policy: On disk: a policy of :func:`ovsprune.schedule`, whose plan is then made in the lines
             to add. With a live model, call :func:`ovsprune.schedule` on it.
-        fraction: Share of the tower's layers that it trains, in [0, 1].
-        progress: Who hears about it.
+        fraction: Fraction of the tower's layers that it trains, in [0, 1].
+        progress: Progress reporter.
 
     Returns:
         With a model, the report: each module that was replaced or is protected, and the whole
@@ -130,14 +130,14 @@ def transfer(
         TargetError: The framework cannot take the slim tower; nothing was changed.
         CheckpointError: A checkpoint is missing or damaged.
         OutputError: The output exists or cannot be written.
-        OptionError: ``weights`` is unknown, an argument is of the other way's, the model cannot be
-            run on ``example``, or there are calibration pictures and the slim weights would be
-            taken, which are repaired already; nothing was changed.
-        DataError: The calibration pictures cannot be used.
+        OptionError: ``weights`` is unknown, an argument belongs to the other mode, the model cannot
+            be run on ``example``, or calibration images are given for the slim weights, which are
+            repaired already; nothing was changed.
+        DataError: The calibration images cannot be used.
     """
     progress = progress or Silent()
     if target != "auto":
-        TARGETS.get(target)  # a wrong name is told before a file is read
+        TARGETS.get(target)  # an unknown name is reported before a file is read
     repair = None if calibration is None else _Repair(str(calibration), samples, recovery)
     plan = None if policy is None else _scheduled(policy, fraction)
     if model is not None:
@@ -179,7 +179,7 @@ def transfer(
 
 @dataclass(frozen=True)
 class _Repair:
-    """How a framework's own tower is repaired, once it is cut."""
+    """Repair of a framework's own tower after it was cut."""
 
     calibration: str
     samples: int | None
@@ -192,13 +192,13 @@ class _Repair:
         state: Mapping[str, Tensor],
         progress: Progress,
     ) -> tuple[SlimCheckpoint, str]:
-        """The checkpoint with the framework's weights in it, and the reason with what was done.
+        """Return the checkpoint with the framework's repaired weights, and the extended reason.
 
         Args:
             slim: The slim checkpoint.
-            choice: Which weights would be taken without a repair, and why.
+            choice: Weights that would be taken without a repair, and the reason.
             state: The framework's dense tower, by canonical name.
-            progress: Who hears about it.
+            progress: Progress reporter.
         """
         if choice[0] != "target":
             raise OptionError(
@@ -237,7 +237,7 @@ def _live(
     repair: _Repair | None,
     progress: Progress,
 ) -> Attached:
-    """Attach, with the whole model's costs before and after."""
+    """Attach, and count the whole model's costs before and after."""
     target = TARGETS.get(name)
     choice = target.check(model, slim, weights=weights, force=force)  # before the longer work
     if repair is not None:
@@ -328,7 +328,7 @@ plan = ovsprune.schedule(
 
 
 def _scheduled(policy: str, fraction: float) -> dict[str, Any]:
-    """What the record says of a schedule, once it was looked at."""
+    """Check a schedule; return its entry in the record."""
     from ovsprune.jobs.schedule import checked
     from ovsprune.schedules import POLICIES
 
