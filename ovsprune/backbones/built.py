@@ -1,4 +1,4 @@
-"""The dense backbone that a checkpoint was made from, by the family that its spec names."""
+"""Build the dense backbone that a checkpoint was made from, by the family in its spec."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.protocols import Backbone
+from ovsprune.core.records import DenseModel
 from ovsprune.masks.spec import MaskedSpec
 from ovsprune.slim.spec import SlimSpec
 
@@ -17,7 +18,7 @@ __all__ = ["dense_of"]
 
 
 def dense_of(path: Path, spec: SlimSpec | MaskedSpec, text: Mapping[str, Tensor]) -> Backbone:
-    """The backbone with random weights in its tower.
+    """Build the backbone with random weights in its tower.
 
     Args:
         path: Of the checkpoint, for messages.
@@ -35,10 +36,12 @@ def dense_of(path: Path, spec: SlimSpec | MaskedSpec, text: Mapping[str, Tensor]
             "(ovsprune.read, ovsprune.apply)"
         )
     return FAMILIES.get(spec.family).build(
-        spec.base.model,
-        spec.base.pretrained,
-        spec.architecture,
-        spec.preprocess,
-        trained=spec.base.trained,
-        text=text,
+        DenseModel(
+            name=spec.base.model,
+            architecture=spec.architecture,
+            preprocess=spec.preprocess,
+            pretrained=spec.base.pretrained,
+            trained=spec.base.trained,
+            text=text,
+        )
     )

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_model import (
@@ -17,7 +14,7 @@ from ovsprune.backbones.open_clip_model import (
 )
 from ovsprune.backbones.open_clip_source import fill, open_source
 from ovsprune.core.protocols import Backbone
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel
 
 __all__ = ["assemble", "load_own", "rebuild_own"]
 
@@ -41,86 +38,60 @@ def load_own(family: str, name: str, pretrained: str | None, activation: str | N
     source = open_source(name, pretrained, activation)
     model = build_clip(source.config)
     text = fill(source, model)
-    backbone = assemble(
-        family,
-        source.name,
-        source.pretrained,
-        model,
-        source.config,
-        preprocess_of(model.visual, source.preprocess),
+    dense = DenseModel(
+        name=source.name,
+        architecture=source.config,
+        preprocess=preprocess_of(model.visual, source.preprocess),
+        pretrained=source.pretrained,
         trained=source.weights is not None,
         text=text,
     )
+    backbone = assemble(family, dense, model)
     backbone.notes = source.notes
     return backbone
 
 
-def rebuild_own(
-    family: str,
-    name: str,
-    pretrained: str | None,
-    architecture: Mapping[str, Any],
-    preprocess: Preprocess,
-    *,
-    trained: bool,
-    text: Mapping[str, Tensor],
-) -> Backbone:
-    """The dense CLIP that a checkpoint was made from, its image tower with random weights.
-
-    The arguments after ``family`` are those of :meth:`ovsprune.core.protocols.Family.build`.
-
-    Raises:
-        WeightsError: ``text`` does not fit.
-    """
-    model = build_clip(architecture)
-    if text and has_own_text(architecture):
-        fit_text(name, text, model)
-    return assemble(
-        family, name, pretrained, model, architecture, preprocess, trained=trained, text=text
-    )
-
-
-def assemble(
-    family: str,
-    name: str,
-    pretrained: str | None,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    preprocess: Preprocess,
-    *,
-    trained: bool,
-    text: Mapping[str, Tensor] | None = None,
-) -> Backbone:
-    """The backbone record of a built CLIP.
-
-    Its activation is that of the configuration's GELUs; a family whose tower has another says so.
+def rebuild_own(family: str, dense: DenseModel) -> Backbone:
+    """Build the dense CLIP that a checkpoint was made from, its image tower with random weights.
 
     Args:
         family: Name in the registry of families.
-        name: What the model is called.
-        pretrained: Which weights.
+        dense: Its description.
+
+    Raises:
+        WeightsError: ``dense.text`` does not fit.
+    """
+    model = build_clip(dense.architecture)
+    if dense.text and has_own_text(dense.architecture):
+        fit_text(dense.name, dense.text, model)
+    return assemble(family, dense, model)
+
+
+def assemble(family: str, dense: DenseModel, model: nn.Module) -> Backbone:
+    """Make the backbone of a built CLIP.
+
+    Its activation is that of the configuration's GELUs; a family whose tower has another one sets
+    it afterwards.
+
+    Args:
+        family: Name in the registry of families.
+        dense: Description of the model; ``text`` is empty for a text tower without weights.
         model: From :func:`~ovsprune.backbones.open_clip_model.build_clip`.
-        config: What it was built from.
-        preprocess: How pictures become its input.
-        trained: Whether the weights are.
-        text: State of everything but the tower; the model's own by default, empty for a model whose
-            text tower has no weights.
     """
     import open_clip
 
-    if text is None:
-        text = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    config = dense.architecture
     return Backbone(
-        name=name,
-        pretrained=pretrained,
-        trained=trained,
+        name=dense.name,
+        pretrained=dense.pretrained,
+        trained=dense.trained,
         family=family,
         tower=model.get_submodule("visual"),
         stages=FAMILIES.get(family).stages,
-        preprocess=preprocess,
+        preprocess=dense.preprocess,
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",
         architecture=dict(config),
         library_version=open_clip.__version__,
-        text=text,
-        encoder=encoder_of(model, config) if text and has_own_text(config) else None,
+        text=dense.text,
+        encoder=encoder_of(model, config) if dense.text and has_own_text(config) else None,
     )

@@ -16,7 +16,7 @@ from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_own import load_own, rebuild_own
 from ovsprune.backbones.open_clip_source import config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
-from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold, unfold
 
 __all__ = ["OpenClipResNet"]
@@ -56,28 +56,9 @@ class OpenClipResNet:
             block.bn3.weight.fill_(1.0)
         return backbone
 
-    def build(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
-        """The dense CLIP, its image tower with random weights; see the protocol."""
-        return _with_relu(
-            rebuild_own(
-                "open_clip-resnet",
-                name,
-                pretrained,
-                architecture,
-                preprocess,
-                trained=trained,
-                text=text,
-            )
-        )
+    def build(self, dense: DenseModel) -> Backbone:
+        """Build the dense CLIP, its image tower with random weights; see the protocol."""
+        return _with_relu(rebuild_own("open_clip-resnet", dense))
 
     def rewrite(self, tower: nn.Module) -> None:
         """The norms behind what reads units into it, in place.

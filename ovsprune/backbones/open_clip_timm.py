@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_model import (
@@ -25,7 +25,7 @@ from ovsprune.backbones.open_clip_model import (
 from ovsprune.backbones.open_clip_source import fill, open_source
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone, Seed, Stages
-from ovsprune.core.records import Group, Plan, Preprocess
+from ovsprune.core.records import DenseModel, Group, Plan, Preprocess
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.timm_tower import build_timm_tower
 
@@ -121,15 +121,15 @@ class TimmFamily:
         model = build_clip(source.config)
         text = fill(source, model)
         tower = model.get_submodule("visual")
-        backbone = self._backbone(
-            source.name,
-            source.pretrained,
-            tower,
-            source.config,
-            _preprocess(tower, source.preprocess),
+        dense = DenseModel(
+            name=source.name,
+            architecture=source.config,
+            preprocess=_preprocess(tower, source.preprocess),
+            pretrained=source.pretrained,
             trained=source.weights is not None,
             text=text,
         )
+        backbone = self._backbone(dense, tower)
         if text and has_own_text(source.config):
             backbone.encoder = encoder_of(model, source.config)
         backbone.notes = source.notes
@@ -139,58 +139,37 @@ class TimmFamily:
             )
         return backbone
 
-    def build(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
-        """The dense tower with random weights, and the CLIP around it where there is a text."""
+    def build(self, dense: DenseModel) -> Backbone:
+        """Build the dense tower with random weights, and the CLIP around it if there is a text."""
         encoder = None
-        if text and has_own_text(architecture):
-            model = build_clip(architecture)
-            fit_text(name, text, model)
-            tower, encoder = model.get_submodule("visual"), encoder_of(model, architecture)
+        if dense.text and has_own_text(dense.architecture):
+            model = build_clip(dense.architecture)
+            fit_text(dense.name, dense.text, model)
+            tower, encoder = model.get_submodule("visual"), encoder_of(model, dense.architecture)
         else:
-            tower = build_timm_tower(architecture)
-        backbone = self._backbone(
-            name, pretrained, tower, architecture, preprocess, trained=trained, text=text
-        )
+            tower = build_timm_tower(dense.architecture)
+        backbone = self._backbone(dense, tower)
         backbone.encoder = encoder
         return backbone
 
-    def _backbone(
-        self,
-        name: str,
-        pretrained: str | None,
-        tower: nn.Module,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
+    def _backbone(self, dense: DenseModel, tower: nn.Module) -> Backbone:
         import open_clip
 
         # Of the blocks that can be cut: others may have gates of their own kind.
         blocks = [tower.get_submodule(seed.block) for seed in self.seeds(tower)]
         (activation,) = find_activations(m for block in blocks for m in block.modules())
         return Backbone(
-            name=name,
-            pretrained=pretrained,
-            trained=trained,
+            name=dense.name,
+            pretrained=dense.pretrained,
+            trained=dense.trained,
             family=self.name,
             tower=tower,
             stages=self.stages,
-            preprocess=preprocess,
+            preprocess=dense.preprocess,
             activation=activation,
-            architecture=dict(architecture),
+            architecture=dict(dense.architecture),
             library_version=open_clip.__version__,
-            text=text,
+            text=dense.text,
         )
 
 

@@ -13,7 +13,7 @@ from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.open_clip_own import load_own, rebuild_own
 from ovsprune.backbones.open_clip_source import TINY, config_of
 from ovsprune.core.protocols import Backbone, Seed, Stages
-from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.pooling import each_alone
@@ -47,28 +47,9 @@ class OpenClipVit:
         """
         return _plain(load_own("open_clip-vit", name, pretrained, activation))
 
-    def build(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
-        """The dense CLIP, its image tower with random weights; see the protocol."""
-        return _plain(
-            rebuild_own(
-                "open_clip-vit",
-                name,
-                pretrained,
-                architecture,
-                preprocess,
-                trained=trained,
-                text=text,
-            )
-        )
+    def build(self, dense: DenseModel) -> Backbone:
+        """Build the dense CLIP, its image tower with random weights; see the protocol."""
+        return _plain(rebuild_own("open_clip-vit", dense))
 
     def rewrite(self, tower: nn.Module) -> None:
         """Attention of every block, slim or not, to separate linear maps, in place."""
@@ -129,11 +110,18 @@ def assemble(
     trained: bool,
     text: Mapping[str, Tensor] | None = None,
 ) -> Backbone:
-    """The backbone record of a built CLIP, as ``open_clip_own`` makes it."""
-    own = open_clip_own.assemble(
-        "open_clip-vit", name, pretrained, model, config, preprocess, trained=trained, text=text
+    """Make the backbone of a built CLIP; ``text`` is the model's own state by default."""
+    if text is None:
+        text = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    dense = DenseModel(
+        name=name,
+        architecture=config,
+        preprocess=preprocess,
+        pretrained=pretrained,
+        trained=trained,
+        text=text,
     )
-    return _plain(own)
+    return _plain(open_clip_own.assemble("open_clip-vit", dense, model))
 
 
 def _plain(backbone: Backbone) -> Backbone:

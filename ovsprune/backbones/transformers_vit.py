@@ -21,7 +21,7 @@ from ovsprune.backbones.transformers_model import (
 from ovsprune.backbones.transformers_source import Source, cached_folder, open_source
 from ovsprune.core.errors import CheckpointError, OptionError, WeightsError
 from ovsprune.core.protocols import Backbone, Seed, Stages
-from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.transformers_build import architecture_of, build_tower, transformers_library
@@ -69,14 +69,14 @@ class TransformersVit:
                     tower = tower_in(model, architecture)
         except CheckpointError as error:
             raise WeightsError(f"{source.folder / 'config.json'}: {error}") from error
-        backbone = self._assembled(
-            source.name,
-            None if pretrained == "none" else Path(pretrained or source.label).name,
-            architecture,
-            source.preprocess(tower.native_size),
-            tower,
+        dense = DenseModel(
+            name=source.name,
+            architecture=architecture,
+            preprocess=source.preprocess(tower.native_size),
+            pretrained=None if pretrained == "none" else Path(pretrained or source.label).name,
             trained=model is not None,
         )
+        backbone = self._assembled(dense, tower)
         if activation not in (None, backbone.activation):
             raise OptionError(
                 f"--activation {activation!r}: {name} has {backbone.activation}; leave it out"
@@ -88,58 +88,40 @@ class TransformersVit:
             backbone.encoder = encoder_of(model, source.folder)
         return backbone
 
-    def build(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
-        """The dense tower with random weights, and the text tower; see the protocol.
+    def build(self, dense: DenseModel) -> Backbone:
+        """Build the dense tower with random weights, and the text tower; see the protocol.
 
-        Texts can be encoded where the tokenizer is in the local cache.
+        Texts can be encoded if the tokenizer is in the local cache.
         """
+        name, form = dense.name, dense.architecture
         with quiet():
-            model = with_text(name, architecture, text) if text else None
-            tower = build_tower(architecture) if model is None else tower_in(model, architecture)
-        backbone = self._assembled(
-            name, pretrained, architecture, preprocess, tower, trained=trained
-        )
+            model = with_text(name, form, dense.text) if dense.text else None
+            tower = build_tower(form) if model is None else tower_in(model, form)
+        backbone = self._assembled(dense, tower)
         if model is not None:
-            backbone.text, backbone.encoder = text, encoder_of(model, cached_folder(name))
+            backbone.text, backbone.encoder = dense.text, encoder_of(model, cached_folder(name))
         return backbone
 
-    def _assembled(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        tower: TransformersTower,
-        *,
-        trained: bool,
-    ) -> Backbone:
-        """The record of a built tower, without a text tower."""
+    def _assembled(self, dense: DenseModel, tower: TransformersTower) -> Backbone:
+        """Make the backbone of a built tower, without a text tower."""
         found = find_activations(m for block in tower.blocks.values() for m in block.modules())
         if len(found) != 1 or not found <= set(ACTIVATIONS):
             raise WeightsError(
-                f"{name} has the activation {tower.model.config.to_dict().get('hidden_act')!r}; "
+                f"{dense.name} has the activation "
+                f"{tower.model.config.to_dict().get('hidden_act')!r}; "
                 f"known are {', '.join(ACTIVATIONS)}"
             )
         (activation,) = found
         return Backbone(
-            name=name,
-            pretrained=pretrained,
-            trained=trained,
+            name=dense.name,
+            pretrained=dense.pretrained,
+            trained=dense.trained,
             family="transformers-vit",
             tower=tower,
             stages=self.stages,
-            preprocess=preprocess,
+            preprocess=dense.preprocess,
             activation=activation,
-            architecture=dict(architecture),
+            architecture=dict(dense.architecture),
             library_version=transformers_library().__version__,
             text={},
         )

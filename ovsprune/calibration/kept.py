@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ovsprune.core.errors import DataError, OutputError
-from ovsprune.slim.write import save_tensors, staged_file
+from ovsprune.core.files import staged_file
+from ovsprune.slim.write import save_tensors
 
 __all__ = ["KeptFile"]
 

@@ -39,7 +39,7 @@ def command(screen: Screen, listed: bool, **options: Any) -> None:
     The plan for a framework's model is made where it trains: ovsprune.schedule(model, ...) in its
     script, or ovsprune launch --policy NAME.
     """
-    from ovsprune.jobs.plan_tower import list_policies, plan_tower
+    from ovsprune.jobs.schedule import list_policies, plan_tower
     from ovsprune.report.schedules import policies_summary, schedule_summary
 
     if listed:

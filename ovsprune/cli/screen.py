@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console, RenderableType
 
 from ovsprune.cli.progress import Bars
 from ovsprune.core.errors import OutputError
+from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 
 __all__ = ["Screen", "compute_options", "output_options"]
@@ -61,7 +61,12 @@ class Screen:
             self.stdout.write(text)
             self.stdout.flush()
         else:
-            _write_atomically(Path(self.json_to), text)
+            write_text(
+                Path(self.json_to),
+                text,
+                what=f"--json {self.json_to}",
+                remedy="name a file that you may write to",
+            )
 
 
 def output_options(function: Callback) -> Callback:
@@ -138,27 +143,6 @@ def _check_json(path: Path) -> None:
         raise OutputError(
             f"--json {path}: there is no directory {path.absolute().parent}; make it first"
         )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OutputError(
-            f"--json {path} could not be written: {error.strerror or error}; "
-            "name a file on a disk with room that you may write to"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

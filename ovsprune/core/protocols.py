@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.progress import Progress
-from ovsprune.core.records import Curves, Group, Plan, Preprocess, Scores, Slice, StreamPoint
+from ovsprune.core.records import (
+    Curves,
+    DenseModel,
+    Group,
+    Plan,
+    Preprocess,
+    Scores,
+    Slice,
+    StreamPoint,
+)
 
 __all__ = [
     "NEEDS",
@@ -140,28 +149,11 @@ class Family(Protocol):
         """
         ...
 
-    def build(
-        self,
-        name: str,
-        pretrained: str | None,
-        architecture: Mapping[str, Any],
-        preprocess: Preprocess,
-        *,
-        trained: bool,
-        text: Mapping[str, Tensor],
-    ) -> Backbone:
-        """The dense backbone that a checkpoint was made from, its tower with random weights.
-
-        Args:
-            name: The base model's name.
-            pretrained: Which weights it had.
-            architecture: As :attr:`Backbone.architecture` was.
-            preprocess: How pictures become its input.
-            trained: Whether the weights that will be loaded are.
-            text: As :attr:`Backbone.text` was; empty for a backbone without a text tower.
+    def build(self, dense: DenseModel) -> Backbone:
+        """Build the dense backbone that a checkpoint was made from, its tower with random weights.
 
         Raises:
-            WeightsError: ``text`` does not fit.
+            WeightsError: ``dense.text`` does not fit.
         """
         ...
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ __all__ = [
     "Axis",
     "Costs",
     "Curves",
+    "DenseModel",
     "Group",
     "Plan",
     "Preprocess",
@@ -63,6 +64,27 @@ class Preprocess:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
+
+
+@dataclass(frozen=True, eq=False)
+class DenseModel:
+    """Description of a dense model, from which its family builds it again.
+
+    Attributes:
+        name: Name of the model.
+        architecture: JSON description from which the library builds it.
+        preprocess: Conversion of images to its input.
+        pretrained: Tag or file name of its weights, or None.
+        trained: False when the weights are random.
+        text: State of everything but the image tower, by canonical name; empty when there is none.
+    """
+
+    name: str
+    architecture: Mapping[str, Any]
+    preprocess: Preprocess
+    pretrained: str | None = None
+    trained: bool = False
+    text: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ovsprune.core.errors import OptionError, OutputError
+from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import Sample, ScenesData
@@ -114,7 +115,7 @@ def demo(
         "output": str(place),
         "seconds": time.perf_counter() - start,
     }
-    (place / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(place / RECORD, json.dumps(record, indent=2) + "\n")
     return record
 
 

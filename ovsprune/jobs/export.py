@@ -20,6 +20,7 @@ from ovsprune import backbones
 from ovsprune._version import __version__
 from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import ExportError, OptionError, OutputError
+from ovsprune.core.files import flush, staged_file
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
@@ -36,8 +37,6 @@ from ovsprune.jobs.onnx_graph import (
 from ovsprune.jobs.provenance import make_spec
 from ovsprune.slim import SlimCheckpoint, SlimTower
 from ovsprune.slim.load import tower_of
-from ovsprune.slim.swap import flush
-from ovsprune.slim.write import staged_file
 
 __all__ = ["FORMATS", "TOLERANCE", "export"]
 

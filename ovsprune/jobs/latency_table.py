@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ovsprune.core.errors import DataError, OutputError
+from ovsprune.core.errors import DataError
+from ovsprune.core.files import write_text
 
 __all__ = ["LatencyTable", "cache_path", "digest", "this_machine"]
 
@@ -56,10 +56,10 @@ class LatencyTable:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Put the table into ``path``: the whole of it, or nothing.
+        """Write the table to ``path``, complete or not at all.
 
         Raises:
-            OutputError: It cannot be written.
+            OutputError: The file cannot be written.
         """
         data = {
             "format": FORMAT,
@@ -69,20 +69,12 @@ class LatencyTable:
                 for piece, times in sorted(self.times.items())
             },
         }
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(data, indent=1) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            raise OutputError(
-                f"the table of layer times {path} could not be written: "
-                f"{error.strerror or error}; name another file with --latency-table"
-            ) from error
+        write_text(
+            path,
+            json.dumps(data, indent=1) + "\n",
+            what=f"the table of layer times {path}",
+            remedy="name another file with --latency-table",
+        )
 
 
 def this_machine(

@@ -1,7 +1,7 @@
-"""launch: a framework's own script, with the towers that it builds replaced as they are built.
+"""Launch: run a framework's own script, and replace the towers that it builds.
 
-``python -m ovsprune.jobs.launch --slim DIR -- python train_net.py ...`` does it where ovsprune was
-installed without what it depends on.
+``python -m ovsprune.jobs.launch --slim DIR -- python train_net.py ...`` does the same where
+ovsprune is installed without its dependencies.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 from ovsprune.core.errors import OptionError, OvspruneError, ScheduleError, TargetError
 from ovsprune.core.progress import Progress, Silent
-from ovsprune.jobs.launched import watched
+from ovsprune.jobs import launched
 from ovsprune.jobs.schedule import checked
-from ovsprune.jobs.transfer import newest_slim
 from ovsprune.schedules import POLICIES
 from ovsprune.slim import read
+from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS
 from ovsprune.targets.launching import start_directory
 
@@ -54,28 +54,28 @@ def launch(
     """Run a framework's own command with slim towers in the models that it builds.
 
     Args:
-        command: The program and its arguments, as they would be typed.
+        command: The program and its arguments, as on a command line.
         slim: Directory of the slim checkpoint; by default the newest under ``slim/``.
-        target: Name of a target; ``"auto"`` asks each which models it knows.
-        weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; asked again whenever the
-            framework loads a dense checkpoint into its model.
-        policy: Which layers train when, as of :func:`ovsprune.schedule`, hooked into the training
-            loop of detectron2, mmengine, Lightning or transformers; by default as the framework
-            has it. ``fraction``, ``count``, ``every``, ``pool``, ``rest`` and ``seed`` are its.
-        fraction: Share of the layers that train.
-        count: How many, instead.
-        every: How often the policy may change its mind, in steps.
+        target: Name of a target; ``"auto"`` uses the one that recognises the model.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; decided again
+            whenever the framework loads a dense checkpoint into its model.
+        policy: Policy of :func:`ovsprune.schedule`, hooked into the training
+            loop of detectron2, mmengine, Lightning or transformers; by default none.
+            ``fraction``, ``count``, ``every``, ``pool``, ``rest`` and ``seed`` are its options.
+        fraction: Fraction of the layers that train.
+        count: Number of layers that train, instead of a fraction.
+        every: Steps between two choices of the policy.
         pool: Patterns of parameters instead of the image tower.
-        rest: What becomes of norms, biases and positions.
-        seed: For policies that draw.
-        force: Take a checkpoint whose base model is untrained, too.
+        rest: Treatment of norms, biases and positions.
+        seed: Seed of random policies.
+        force: Accept a checkpoint whose base model is untrained.
         environment: Variables of the command; by default those of this process.
-        progress: Who hears about it.
+        progress: Progress reporter.
 
     Returns:
-        A record with ``command, slim, target, returncode``; ``replaced``: of each model that was
-        made slim, what :meth:`ovsprune.targets.Attached.record` gives; ``events``: what became
-        of its tower when the framework loaded or initialised it later; and ``schedules``: of each
+        A record with ``command, slim, target, returncode``; ``replaced``: for each model that was
+        made slim, its :meth:`ovsprune.targets.Attached.record`; ``events``: messages on its tower
+        when the framework loaded or initialised it later; and ``schedules``: of each
         training, ``policy, total_steps, trainable[], frozen[]`` as it began.
 
     Raises:
@@ -83,7 +83,7 @@ def launch(
         UnknownNameError: There is no such target.
         CheckpointError: The slim checkpoint is missing or damaged.
         TargetError: The command ended, and nothing was replaced.
-        ScheduleError: It ended well, and no training loop that is known took up the policy.
+        ScheduleError: The command succeeded, and no known training loop used the policy.
     """
     progress = progress or Silent()
     if target != "auto":
@@ -105,7 +105,7 @@ def launch(
     if slim is None:
         slim = newest_slim()
         progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
-    read(slim)  # what is wrong with it is told before the framework starts
+    read(slim)  # errors in it are reported before the framework starts
     directory = str(Path(slim).resolve())
     session = {"slim": directory, "target": target, "weights": weights, "force": force}
     status, records = _launched(list(command), variables, settings, session)
@@ -115,8 +115,8 @@ def launch(
         raise TargetError(_nothing(command, status, records))
     if settings is not None and not schedules and not status:
         raise ScheduleError(
-            f"no training loop took up the policy {policy}: those of detectron2, mmengine, "
-            "Lightning and transformers are known. In another one call ovsprune.schedule(model, "
+            f"no training loop used the policy {policy}: known are those of detectron2, mmengine, "
+            "Lightning and transformers. In another one call ovsprune.schedule(model, "
             "...) and plan.step(i) before every step"
         )
     return {
@@ -136,10 +136,11 @@ def _launched(
     schedule: Mapping[str, Any] | None,
     session: Mapping[str, Any],
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Run the command with our hooks in its Pythons; its exit status, and what they recorded."""
+    """Run the command with hooks in its Pythons; return its exit status and their records."""
     with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
         document = {
-            "watched": watched(schedule),
+            "handler": launched.__name__,  # its function ``told`` runs in the command's Pythons
+            "watched": launched.watched(schedule),
             "schedule": schedule,
             "session": {**session, "record": scratch},
         }
@@ -150,7 +151,7 @@ def _launched(
 
 
 def _run(command: list[str], variables: Mapping[str, str]) -> int:
-    """Run a command to its end, and give its exit status; a signal is passed on to it."""
+    """Run a command, pass signals on to it, and return its exit status."""
     try:
         out: Any = sys.stdout if sys.stdout.fileno() != 1 else None
     except (AttributeError, OSError, ValueError):
@@ -194,7 +195,7 @@ def _records(directory: Path) -> list[dict[str, Any]]:
 
 
 def _nothing(command: Sequence[str], status: int, records: list[dict[str, Any]]) -> str:
-    """Why nothing was replaced, as far as one can tell."""
+    """Explain why nothing was replaced."""
     passed = [str(record["passed"]) for record in records if "passed" in record]
     why = "; ".join(dict.fromkeys(passed))
     if status and not why:

@@ -1,7 +1,7 @@
-"""What runs inside a command that ``ovsprune launch`` started: slim towers, and a schedule.
+"""Hooks inside a command that ``ovsprune launch`` started: slim towers, and a schedule.
 
-The towers are the targets' part (:mod:`ovsprune.targets.launching.session`); here the training
-loops that are known get their hook, when they begin to train.
+Towers are replaced by :mod:`ovsprune.targets.launching.session`. This module adds the schedule's
+hook to known training loops when they begin to train.
 """
 
 from __future__ import annotations
@@ -74,25 +74,25 @@ LOOPS = (
     Loop("lightning.pytorch.trainer.trainer", "Trainer.fit", _lightning),
     Loop("transformers.trainer", "Trainer.train", _transformers),
 )
-"""One line a library; adding one is adding a line, and a file of its hook."""
+"""Known training loops, one line each; a new one needs a line and a file with its hook."""
 
 
 def watched(settings: Mapping[str, Any] | None) -> list[str]:
-    """Patterns of the modules of which something is exchanged.
+    """Return the patterns of the modules in which functions are wrapped.
 
     Args:
-        settings: Of the schedule, or None without one.
+        settings: Settings of the schedule, or None without one.
     """
     loops = () if settings is None else LOOPS
     return [*towers_watched(), *(loop.module for loop in loops)]
 
 
 class _Scheduled:
-    """Makes the plan of the model that a loop trains.
+    """Builder of the plan of the model that a loop trains.
 
     Args:
         settings: Arguments of :func:`ovsprune.schedule`.
-        write: Leaves a record for the parent.
+        write: Function that writes a record for the parent process.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class _Scheduled:
         self.hooks = tuple(Hook(loop.module, loop.name, self._joining(loop)) for loop in LOOPS)
 
     def open(self, model: nn.Module) -> None:
-        """Have all of the pool want gradients, so that the framework's optimiser takes it in.
+        """Enable gradients for the whole pool, so that the framework's optimiser includes it.
 
-        What the plan will keep as the framework has it (``rest="keep"``) stays.
+        Parameters that the plan leaves alone (``rest="keep"``) are not changed.
         """
         layers, _ = find_pool(model, self.settings["target"], self.settings["pool"])
         wanted = {layer.name for layer in layers}
@@ -129,7 +129,7 @@ class _Scheduled:
         return wrap
 
     def make(self, model: nn.Module, *, total_steps: int) -> TrainPlan:
-        """The plan of a training that begins."""
+        """Make the plan of a training that begins."""
         plan = schedule(model, total_steps=total_steps, **self.settings)
         say(f"schedule: {plan!r}")
         self.write(
@@ -157,10 +157,10 @@ def _hooks(document: str) -> Sequence[Hook]:
 
 
 def told(module: ModuleType, document: str) -> None:
-    """Exchange what is to be exchanged in a module that was just imported.
+    """Wrap the functions of a module that was just imported.
 
     Args:
-        module: One that a pattern of :func:`watched` matches.
-        document: What the parent left in the environment (JSON).
+        module: A module that a pattern of :func:`watched` matches.
+        document: Settings that the parent left in the environment (JSON).
     """
     put(_hooks(document), module)

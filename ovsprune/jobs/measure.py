@@ -13,11 +13,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.core.progress import Progress, Silent
 
-__all__ = ["alternate", "device_and_dtype", "paired_speedup", "peak_memory", "thread_limit"]
+__all__ = [
+    "alternate",
+    "device_and_dtype",
+    "output_loss",
+    "paired_speedup",
+    "peak_memory",
+    "thread_limit",
+    "training_step",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -155,3 +164,38 @@ def peak_memory(
         )
     peak = json.loads(done.stdout.strip().splitlines()[-1])["peak"]
     return int(peak) if peak is not None else None
+
+
+def training_step(tower: nn.Module, images: Tensor, names: Sequence[str]) -> Pass:
+    """Return a function that runs one step of AdamW on the named parameters alone.
+
+    Args:
+        tower: Image tower, in training mode.
+        images: Batch [B, 3, H, W].
+        names: Parameters to train; may be empty.
+    """
+    chosen, optimizers = set(names), list[torch.optim.Optimizer]()
+
+    def step() -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            for name, parameter in tower.named_parameters():
+                parameter.requires_grad_(name in chosen)
+                parameter.grad = None
+            loss = output_loss(tower, images)
+            if not chosen:
+                return
+            loss.backward()  # type: ignore[no-untyped-call]
+            if not optimizers:
+                trained = [p for p in tower.parameters() if p.requires_grad]
+                optimizers.append(torch.optim.AdamW(trained, lr=0.0))
+            optimizers[0].step()
+
+    return step
+
+
+def output_loss(tower: nn.Module, images: Tensor) -> Tensor:
+    """Return the mean square of the pooled output: a scalar that depends on all of it."""
+    output = tower(images)
+    output = output[0] if isinstance(output, tuple) else output
+    loss: Tensor = output.float().square().mean()
+    return loss

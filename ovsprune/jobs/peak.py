@@ -25,7 +25,7 @@ def measure(task: dict[str, Any]) -> int | None:
     import torch
 
     from ovsprune.backbones import load
-    from ovsprune.jobs.measure import device_and_dtype
+    from ovsprune.jobs.measure import device_and_dtype, training_step
 
     if task["threads"] is not None:
         torch.set_num_threads(task["threads"])
@@ -51,8 +51,6 @@ def measure(task: dict[str, Any]) -> int | None:
         with torch.inference_mode():
             tower(images)
     else:
-        from ovsprune.jobs.plan_tower import training_step
-
         step = training_step(tower.train(), images, task["trained"])
         step()
         step()  # with the optimiser's state, which the first one makes

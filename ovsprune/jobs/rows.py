@@ -60,7 +60,8 @@ class Rows:
                 for name in OWN:
                     (place / name).unlink(missing_ok=True)
             if not (place / SETTINGS).is_file():
-                write_text(place / SETTINGS, json.dumps(settings, indent=2) + "\n")
+                text = json.dumps(settings, indent=2) + "\n"
+                write_text(place / SETTINGS, text, remedy="name another directory with -o")
         except OSError as error:
             raise OutputError(
                 f"{place} cannot be written ({error.strerror or error}); name another directory "

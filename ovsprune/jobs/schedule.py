@@ -1,25 +1,42 @@
-"""schedule: which layers of a model train when, decided by their spectra or otherwise."""
+"""Schedule: which layers of a model train when, and what a training step then costs."""
 
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Layer
+from ovsprune.jobs.listing import Listing, entries
+from ovsprune.jobs.measure import (
+    alternate,
+    output_loss,
+    paired_speedup,
+    peak_memory,
+    training_step,
+)
 from ovsprune.schedules import POLICIES, TrainPlan
+from ovsprune.schedules.flops import TrainingFlops
 from ovsprune.schedules.pool import REST, matching, pool_of
 from ovsprune.spectrum.matrices import matrices
 from ovsprune.spectrum.measure import spectra
 from ovsprune.targets import TARGETS
 from ovsprune.targets.protocol import Target
+from ovsprune.targets.recognise import recognise
 
-__all__ = ["checked", "find_pool", "layer_alphas", "schedule"]
+__all__ = ["checked", "find_pool", "layer_alphas", "list_policies", "plan_tower", "schedule"]
+
+_ROUNDS = 5  # how often a step is timed
+_ALL = "all"  # the policy that others are compared with
 
 
 def schedule(
@@ -41,30 +58,30 @@ def schedule(
 ) -> TrainPlan:
     """Plan which layers of a model train when, and freeze what does not train at first.
 
-    The pool is what the policy decides about: weights of layers, fused queries, keys and values
-    being one. By default it is the image tower of a framework that a target knows, as far as the
-    target lets a schedule touch it, and all of another model. Everything outside stays as it is,
-    a framework's own decoder among it; so do embedding tables. Where a framework runs its tower
-    without gradients, that is lifted.
+    The pool is the set of layers that the policy decides about; fused queries, keys and values are
+    one layer. For a framework that a target recognises, the default pool is the image tower, as far
+    as the target allows; for other models it is the whole model. Everything outside the pool keeps
+    its flags: a framework's own decoder, for example, and embedding tables. If a framework runs its
+    tower without gradients, they are enabled.
 
     Args:
         model: The framework's model or a plain tower, slim or dense.
         policy: A name that ``ovsprune schedule --list`` shows.
-        total_steps: Optimiser steps of the whole training; policies that change their mind need it.
-        fraction: Share of the pool's layers that train, in [0, 1].
-        count: How many layers train, instead of a share.
-        every: How often a policy may change its mind, in steps; by default a tenth of all.
-        target: Name of a target; ``"auto"`` asks each whether it knows the model.
+        total_steps: Optimiser steps of the whole training; needed by policies that choose again.
+        fraction: Fraction of the pool's layers that train, in [0, 1].
+        count: Number of layers that train, instead of a fraction.
+        every: Steps between two choices of a policy; by default a tenth of all steps.
+        target: Name of a target; ``"auto"`` uses the one that recognises the model, if any.
         pool: ``fnmatch`` patterns of parameters instead of the default pool (``["backbone.*"]``).
-        rest: What becomes of the norms, biases and positions in the pool's part of the model:
+        rest: Treatment of the norms, biases and positions in the pool's part of the model:
             ``"follow"`` (they train with their layer, or with the next one), ``"train"``,
             ``"freeze"`` or ``"keep"``.
-        seed: For policies that draw.
-        fit: How alphas are fitted: ``"peak"`` (the paper's), ``"least-ks"`` or ``"hill"``.
+        seed: Seed of random policies.
+        fit: Fit of the alphas: ``"peak"`` (the paper's), ``"least-ks"`` or ``"hill"``.
         convolution: ``"slices"`` (the paper's) or ``"unfolded"``.
         weights: A model with the same names whose weights are measured, where ``model`` is a copy
             without any (on the meta device, to count what it costs).
-        progress: Who hears about it.
+        progress: Progress reporter.
 
     Returns:
         The plan; call its ``step`` before every optimiser step. Make the optimiser afterwards.
@@ -79,8 +96,8 @@ def schedule(
     if total_steps is None:
         if len(chosen.moments(2, 1)) > 1:
             raise OptionError(
-                f"the policy {policy} changes its mind during a training: say how long it is, "
-                "total_steps=..."
+                f"the policy {policy} chooses again during a training, so it needs the number of "
+                "steps: total_steps=..."
             )
         total_steps = 1
     every = checked(total_steps, fraction, count, every, rest)
@@ -91,11 +108,11 @@ def schedule(
     if rest != "follow":
         layers = tuple(Layer(layer.name, layer.numel, layer.tower) for layer in layers)
     plan = TrainPlan(
-        model,
-        layers,
-        others,
-        policy,
-        chosen,
+        model=model,
+        layers=layers,
+        others=others,
+        name=policy,
+        policy=chosen,
         fraction=fraction,
         count=count,
         total_steps=total_steps,
@@ -113,11 +130,13 @@ def schedule(
 def checked(
     total_steps: int, fraction: float, count: int | None, every: int | None, rest: str
 ) -> int:
-    """How often a policy may change its mind, once every number was looked at."""
+    """Check the numbers of a schedule; return the steps between two choices."""
     if not 0 <= fraction <= 1:
-        raise OptionError(f"fraction {fraction} is outside [0, 1]: the share of layers that train")
+        raise OptionError(
+            f"fraction {fraction} is outside [0, 1]: it is the fraction of layers that train"
+        )
     if count is not None and count < 0:
-        raise OptionError(f"count {count} must be 0 or more: how many layers train")
+        raise OptionError(f"count {count} must be 0 or more: the number of layers to train")
     if total_steps < 1:
         raise OptionError(f"total_steps {total_steps} must be 1 or more")
     if every is not None and every < 1:
@@ -130,14 +149,20 @@ def checked(
 def find_pool(
     model: nn.Module, target: str = "auto", pool: Sequence[str] | None = None
 ) -> tuple[tuple[Layer, ...], Target | None]:
-    """The layers that a schedule decides about, and the target that knows the model, if one does.
+    """Find the layers that a schedule decides about, and the target that recognises the model.
 
     Raises:
         UnknownNameError: There is no such target.
         ScheduleError: A pattern matches nothing, or the pool is empty.
-        TargetError: The target that was named does not know the model, or several do.
+        TargetError: The named target does not recognise the model, or several targets do.
     """
-    knowing = _recognised(model, target)
+    name = recognise(model, target)
+    if name is None and target != "auto":
+        raise TargetError(
+            f"{type(model).__name__} is no model of {TARGETS.get(target).framework}; name its own "
+            'target, or leave it to "auto"'
+        )
+    knowing = None if name is None else TARGETS.get(name)
     known = None if knowing is None else knowing.tower_names(model)
 
     def tower(name: str) -> bool:
@@ -155,22 +180,6 @@ def find_pool(
     return pool_of(model, {m.parameter for m in matrices(model)}, tower, touched), knowing
 
 
-def _recognised(model: nn.Module, name: str) -> Target | None:
-    if name != "auto":
-        target = TARGETS.get(name)
-        if not target.detect(model):
-            raise TargetError(f"{type(model).__name__} is no model of {target.framework}")
-        return target
-    detected = [t for t in map(TARGETS.get, TARGETS) if t.detect(model)]
-    knowing = [t for t in detected if not t.fallback] or detected
-    if len(knowing) > 1:
-        said = " and of ".join(t.framework for t in knowing)
-        raise TargetError(
-            f"{type(model).__name__} looks like a model of {said}; say which it is (target=...)"
-        )
-    return knowing[0] if knowing else None
-
-
 def layer_alphas(
     model: nn.Module,
     names: Sequence[str],
@@ -179,9 +188,9 @@ def layer_alphas(
     convolution: str = "slices",
     progress: Progress | None = None,
 ) -> Mapping[str, float]:
-    """Name of a parameter to its alpha: the mean over the matrices that it holds.
+    """Return the alpha of each named parameter: the mean over the matrices that it holds.
 
-    Fused queries, keys and values have a spectrum each.
+    Fused queries, keys and values have one spectrum each.
     """
     wanted = set(names)
     found = [matrix for matrix in matrices(model) if matrix.parameter in wanted]
@@ -190,3 +199,138 @@ def layer_alphas(
     for matrix, spectrum in zip(found, measured, strict=True):
         alphas[matrix.parameter].append(spectrum.alpha)
     return {name: sum(values) / len(values) for name, values in alphas.items()}
+
+
+def list_policies() -> Listing:
+    """List the policies of ``--policy``: ``policies[{name, summary}]``."""
+    return {"policies": entries(POLICIES)}
+
+
+def plan_tower(
+    model: str | None,
+    policy: str = "alpha",
+    *,
+    pretrained: str | None = None,
+    pool: Sequence[str] = (),
+    batch_size: int = 1,
+    measure: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Plan the training of an image tower by name, and count its steps on a meta copy.
+
+    Args:
+        model: A model name or a slim directory.
+        policy: Name of the policy.
+        pretrained: Weights, as for ``ovsprune prune``.
+        pool: Patterns of parameters; by default the whole tower.
+        batch_size: Images per step.
+        measure: Also measure time and peak memory of a step, against training all layers.
+        progress: Progress reporter.
+        settings: Options ``fraction, count, total_steps, every, rest, seed, fit, convolution`` of
+            :func:`ovsprune.schedule`.
+
+    Returns:
+        ``model, policy, layers[{name, alpha, numel, trains}], trainable[], frozen[],
+        training_flops{forward, activations, weights, step, total, all}, measured[], total_steps,
+        batch_size, seconds``; ``all`` is the cost of the whole training if everything trains.
+
+    Raises:
+        OptionError: There is no model, or a number is out of range.
+        UnknownNameError: A name is unknown.
+        WeightsError: The weights cannot be had or do not fit.
+        ScheduleError: A pattern of the pool matches nothing.
+    """
+    from ovsprune.backbones import load
+
+    if not model:
+        raise OptionError("--model is missing: name a model or a slim directory (or ask --list)")
+    if batch_size < 1:
+        raise OptionError(f"--batch-size {batch_size} must be 1 or more")
+    start = time.perf_counter()
+    progress = progress or Silent()
+    POLICIES.get(policy)  # an unknown name is reported before weights are read
+    backbone = load(model, pretrained=pretrained)
+    tower, shape = backbone.tower, (batch_size, 3, *backbone.preprocess.size)
+    shell = _shell(tower)
+    plan = schedule(shell, policy, pool=pool or None, weights=tower, progress=progress, **settings)
+    names = {"trainable": list(plan.trainable), "frozen": list(plan.frozen)}
+    flops = {
+        **_flops(plan, shape).record(),
+        "all": _flops_of_all(shell, shape, pool, settings).total,
+    }
+    record = {
+        "model": model,
+        "policy": policy,
+        "layers": [
+            {
+                "name": layer.name,
+                "alpha": None if plan.alphas is None else plan.alphas[layer.name],
+                "numel": layer.numel,
+                "trains": layer.name in plan.chosen,
+            }
+            for layer in plan.layers
+        ],
+        **names,
+        "training_flops": flops,
+        "total_steps": plan.total_steps,
+        "batch_size": batch_size,
+        "measured": [],
+    }
+    if measure:
+        trained = {policy: names["trainable"], _ALL: [n for n, _ in tower.named_parameters()]}
+        record["measured"] = _measured(model, pretrained, tower, shape, trained, progress)
+    return {**record, "seconds": time.perf_counter() - start}
+
+
+def _shell(tower: nn.Module) -> nn.Module:
+    """Copy the tower without weights; parameters keep their ``requires_grad``."""
+    from ovsprune.graph.costs import on_meta
+
+    shell = on_meta(tower).train()
+    wanted = {name: parameter.requires_grad for name, parameter in tower.named_parameters()}
+    for name, parameter in shell.named_parameters():
+        parameter.requires_grad_(wanted[name])
+    return shell
+
+
+def _flops(plan: TrainPlan, shape: Sequence[int]) -> TrainingFlops:
+    images = torch.empty(*shape, device="meta")
+    return plan.training_flops(lambda: output_loss(plan.model, images))
+
+
+def _flops_of_all(
+    shell: nn.Module, shape: Sequence[int], pool: Sequence[str], settings: Mapping[str, Any]
+) -> TrainingFlops:
+    """Cost of a training of all layers of the pool and their followers."""
+    steps = {key: settings[key] for key in ("total_steps", "rest") if key in settings}
+    return _flops(schedule(shell, _ALL, pool=pool or None, **steps), shape)
+
+
+def _measured(
+    model: str,
+    pretrained: str | None,
+    tower: nn.Module,
+    shape: Sequence[int],
+    trained: Mapping[str, Sequence[str]],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Measure a step of each policy: seconds, speedup over training all layers, peak memory."""
+    images = torch.zeros(*shape)
+    tower.train()
+    passes = {name: training_step(tower, images, names) for name, names in trained.items()}
+    times = alternate(passes, rounds=_ROUNDS, progress=progress, label="steps")
+    rows = []
+    with progress.stage("peak memory, a fresh process each", len(trained)) as advance:
+        for name, names in trained.items():
+            peak = peak_memory(model, shape[0], pretrained=pretrained, trained=names)
+            rows.append(
+                {
+                    "policy": name,
+                    "step_seconds": statistics.median(times[name]),
+                    "speedup": paired_speedup(times[_ALL], times[name]),
+                    "peak_memory": peak,
+                }
+            )
+            advance(1)
+    return rows

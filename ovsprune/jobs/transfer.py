@@ -1,4 +1,4 @@
-"""transfer: a slim tower into a framework, live or on disk."""
+"""Transfer: put a slim tower into a framework's live model, or into its checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
-from ovsprune.core.errors import CheckpointError, OptionError, TargetError
+from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.folder import files_beside, read_folder
 from ovsprune.core.foreign import Foreign, read_foreign
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
-from ovsprune.slim.spec import CONFIG
+from ovsprune.slim.attach import undo_on_error
+from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.output import check_place, write_output
 from ovsprune.targets.places import depth_of
+from ovsprune.targets.recognise import recognise
 
-__all__ = ["newest_slim", "transfer"]
+__all__ = ["transfer"]
 
 _PathLike = str | os.PathLike[str]
 _Slim = SlimCheckpoint | SlimTower | _PathLike | None
@@ -86,9 +88,9 @@ def transfer(
 ) -> Attached | dict[str, Any]:
     """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
 
-    With ``model`` it is slimmed in place; make the optimiser afterwards. Without, a directory is
-    written with the framework's checkpoint, the lines to add to its training script, and an account
-    of every key.
+    A live ``model`` is slimmed in place; make the optimiser afterwards. Without one, a directory is
+    written: the framework's checkpoint, the lines to add to its training script, and a report of
+    every key.
 
     Args:
         model: The framework's live model, dense, or None to work on disk.
@@ -106,15 +108,15 @@ def transfer(
         example: Live: what the model's forward takes (an argument, a tuple of them, or a mapping
             by name), to count the whole model's MACs on. By default what the target gives, where
             it can.
-        calibration: Where the framework's own weights are cut by the mask (``weights="target"``),
-            pictures without labels to repair its tower on: a folder, ``"procedural"``,
-            ``"leaves"`` or ``"mixed"``. Needs what ``pip install ovsprune`` brings.
-        samples: Calibration pictures; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
-        recovery: How it is repaired, as of :func:`ovsprune.prune`.
+        calibration: If the framework's own weights are cut by the mask (``weights="target"``),
+            unlabelled images to repair its tower on: a folder, ``"procedural"``,
+            ``"leaves"`` or ``"mixed"``. Needs the dependencies of ``pip install ovsprune``.
+        samples: Number of calibration images; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
+        recovery: Method of the repair, as in :func:`ovsprune.prune`.
         policy: On disk: a policy of :func:`ovsprune.schedule`, whose plan is then made in the lines
             to add. With a live model, call :func:`ovsprune.schedule` on it.
-        fraction: Share of the tower's layers that it trains, in [0, 1].
-        progress: Who hears about it.
+        fraction: Fraction of the tower's layers that it trains, in [0, 1].
+        progress: Progress reporter.
 
     Returns:
         With a model, the report: each module that was replaced or is protected, and the whole
@@ -128,14 +130,14 @@ def transfer(
         TargetError: The framework cannot take the slim tower; nothing was changed.
         CheckpointError: A checkpoint is missing or damaged.
         OutputError: The output exists or cannot be written.
-        OptionError: ``weights`` is unknown, an argument is of the other way's, the model cannot be
-            run on ``example``, or there are calibration pictures and the slim weights would be
-            taken, which are repaired already; nothing was changed.
-        DataError: The calibration pictures cannot be used.
+        OptionError: ``weights`` is unknown, an argument belongs to the other mode, the model cannot
+            be run on ``example``, or calibration images are given for the slim weights, which are
+            repaired already; nothing was changed.
+        DataError: The calibration images cannot be used.
     """
     progress = progress or Silent()
     if target != "auto":
-        TARGETS.get(target)  # a wrong name is told before a file is read
+        TARGETS.get(target)  # an unknown name is reported before a file is read
     repair = None if calibration is None else _Repair(str(calibration), samples, recovery)
     plan = None if policy is None else _scheduled(policy, fraction)
     if model is not None:
@@ -146,7 +148,13 @@ def transfer(
         ] + ["dry_run"] * dry_run
         if given:
             raise OptionError(f"{', '.join(given)} cannot go with a live model; leave it out")
-        name = _recognise(model) if target == "auto" else target
+        name = target if target != "auto" else recognise(model)
+        if name is None:
+            raise TargetError(
+                f"{type(model).__name__} is none of the frameworks that are known "
+                f"({', '.join(TARGETS)}); name the target if the model is wrapped (and pass "
+                "model.module)"
+            )
         return _live(model, _read(slim, progress), name, weights, force, example, repair, progress)
     if example is not None:
         raise OptionError("example goes with a live model; leave it out on disk")
@@ -171,7 +179,7 @@ def transfer(
 
 @dataclass(frozen=True)
 class _Repair:
-    """How a framework's own tower is repaired, once it is cut."""
+    """Repair of a framework's own tower after it was cut."""
 
     calibration: str
     samples: int | None
@@ -184,13 +192,13 @@ class _Repair:
         state: Mapping[str, Tensor],
         progress: Progress,
     ) -> tuple[SlimCheckpoint, str]:
-        """The checkpoint with the framework's weights in it, and the reason with what was done.
+        """Return the checkpoint with the framework's repaired weights, and the extended reason.
 
         Args:
             slim: The slim checkpoint.
-            choice: Which weights would be taken without a repair, and why.
+            choice: Weights that would be taken without a repair, and the reason.
             state: The framework's dense tower, by canonical name.
-            progress: Who hears about it.
+            progress: Progress reporter.
         """
         if choice[0] != "target":
             raise OptionError(
@@ -229,7 +237,7 @@ def _live(
     repair: _Repair | None,
     progress: Progress,
 ) -> Attached:
-    """Attach, with the whole model's costs before and after."""
+    """Attach, and count the whole model's costs before and after."""
     target = TARGETS.get(name)
     choice = target.check(model, slim, weights=weights, force=force)  # before the longer work
     if repair is not None:
@@ -257,12 +265,9 @@ def _live(
         advance(1)
         attached.counted_on = said
         if before is not None:
-            try:
+            with undo_on_error(attached):
                 attached.macs_after = whole_macs(model, example, target.prepare)
                 attached.macs_before = before
-            except BaseException:
-                attached.detach()
-                raise
         advance(1)
     return attached
 
@@ -323,7 +328,7 @@ plan = ovsprune.schedule(
 
 
 def _scheduled(policy: str, fraction: float) -> dict[str, Any]:
-    """What the record says of a schedule, once it was looked at."""
+    """Check a schedule; return its entry in the record."""
     from ovsprune.jobs.schedule import checked
     from ovsprune.schedules import POLICIES
 
@@ -373,40 +378,3 @@ def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
         slim = newest_slim()
         progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
     return read(slim)
-
-
-def newest_slim(root: _PathLike = "slim") -> Path:
-    """The directory under ``root`` whose config was written last.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    found = [path.parent for path in Path(root).glob(f"*/{CONFIG}")]
-    if not found:
-        raise CheckpointError(
-            f"no slim checkpoint was named, and there is none under {Path(root).resolve()}; run "
-            "`ovsprune prune` first, or name one (--slim DIR)"
-        )
-    return max(found, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name))
-
-
-def _recognise(model: nn.Module) -> str:
-    """The one target that knows ``model``.
-
-    Raises:
-        TargetError: None does, or several do.
-    """
-    knowing = [name for name in TARGETS if TARGETS.get(name).detect(model)]
-    fitting = [name for name in knowing if not TARGETS.get(name).fallback] or knowing
-    if len(fitting) == 1:
-        return fitting[0]
-    kind = type(model).__name__
-    if fitting:
-        raise TargetError(
-            f"{kind} looks like {' and like '.join(fitting)}; say which it is "
-            f"(target={fitting[0]!r}, or --target)"
-        )
-    raise TargetError(
-        f"{kind} is none of the frameworks that are known ({', '.join(TARGETS)}); name the target "
-        "if it is a wrapped one (and give model.module)"
-    )

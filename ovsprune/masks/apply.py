@@ -1,4 +1,4 @@
-"""Putting masks on a module's own weights, whatever those are."""
+"""Apply masks to a module's own weights, in place."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Applied", "apply_masks", "zero"]
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """What :func:`apply_masks` did.
+    """Result of :func:`apply_masks`.
 
     Attributes:
-        placement: Which mask went to which parameter, and what found none.
+        placement: Parameter of each mask, and the masks without one.
         weights: Number of weights under the masks.
-        zeros: How many of them are zero now.
+        zeros: Number of them that are zero now.
         held: Parameters whose gradient is masked until :meth:`release`.
         masks: Parameter's name in the module to its mask, bool of its shape.
     """
@@ -36,11 +36,11 @@ class Applied:
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights under the masks that is zero, in [0, 1]."""
+        """Fraction of the weights under the masks that is zero, in [0, 1]."""
         return self.zeros / self.weights if self.weights else 0.0
 
     def release(self) -> None:
-        """Take the masks off the gradients; the weights stay as they are."""
+        """Remove the masks from the gradients; the weights stay as they are."""
         for hook in self._hooks:
             hook.remove()
 
@@ -54,7 +54,7 @@ def apply_masks(
     strict: bool = True,
     hold: bool = False,
 ) -> Applied:
-    """Set a module's weights to zero, in place, where masks say so.
+    """Set a module's weights to zero, in place, where a mask is False.
 
     The masks of one checkpoint may go on another's weights, and on a tower inside a framework's
     model: names are matched as :func:`ovsprune.masks.match` says.
@@ -63,8 +63,8 @@ def apply_masks(
         module: A tower, or a model that holds one.
         masks: Name to bool of the weight's shape, True where the weight stays.
         prefix: The tower's dotted name in ``module``, where several would do.
-        strict: Refuse unless every mask has its parameter; otherwise apply those that have, and
-            say in ``placement`` which have not.
+        strict: Refuse unless every mask has a parameter; otherwise apply those that have one, and
+            list the others in ``placement``.
         hold: Mask the gradients too, so that training with any of torch's optimisers keeps the
             zeros (their state must be fresh). Parameters that need no gradient are left out: call
             this after a framework has frozen and thawed its parameters.
@@ -84,12 +84,12 @@ def apply_masks(
     held = tuple(name for name in placed if hold and parameters[name].requires_grad)
     hooks = tuple(_hold(parameters[name], placed[name]) for name in held)
     return Applied(
-        placement,
-        sum(mask.numel() for mask in placed.values()),
-        sum(int((parameters[name] == 0).sum()) for name in placed),
-        held,
-        placed,
-        hooks,
+        placement=placement,
+        weights=sum(mask.numel() for mask in placed.values()),
+        zeros=sum(int((parameters[name] == 0).sum()) for name in placed),
+        held=held,
+        masks=placed,
+        _hooks=hooks,
     )
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
+from ovsprune.core.files import check_output, staged
 from ovsprune.masks.packing import read_packed, save_packed
 from ovsprune.masks.spec import FORMAT, MASKS, MaskedSpec
 from ovsprune.slim import fields
 from ovsprune.slim.check import TOWER
 from ovsprune.slim.read import check_files, file_digest, read_config, read_tensors
 from ovsprune.slim.spec import CARD, CONFIG, MODEL, FileSpec
-from ovsprune.slim.write import check_output, save_tensors, staged
+from ovsprune.slim.write import save_tensors
 
 __all__ = [
     "MaskedCheckpoint",
@@ -62,7 +63,7 @@ def write_unstructured(
     card: str,
     overwrite: bool = False,
 ) -> Path:
-    """Write an unstructured result, so that afterwards there is all of it or nothing new.
+    """Write an unstructured result, complete or not at all.
 
     Args:
         output: The directory to make.
@@ -92,15 +93,16 @@ def write_unstructured(
 
 
 def check_place(output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """The path that ``output`` means, if an unstructured result may be written there.
+    """Check that an unstructured result may be written to ``output``; return its full path.
 
     Raises:
-        OutputError: It exists and ``overwrite`` is false, or it is something that an overwrite
-            would lose.
+        OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
+            something else.
     """
     return check_output(
         output,
         overwrite=overwrite,
+        kind="an unstructured result",
         files=lambda path: {CONFIG, MODEL, MASKS, CARD, *_read_spec(path).files},
     )
 

@@ -7,18 +7,16 @@ files of OpenTrans are such state dicts under the entry ``backbone``.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, OptionError, OutputError
+from ovsprune.core.files import staged_file
 from ovsprune.core.foreign import read_foreign
 from ovsprune.masks.directory import read_unstructured
 from ovsprune.masks.packing import is_packed, read_packed, save_packed
@@ -91,7 +89,7 @@ def write_masks(
     weights: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write masks to one file, all of it or nothing.
+    """Write masks to one file, complete or not at all.
 
     Args:
         path: The file; ``.safetensors`` for the form ``"ovsprune"``, ``.pth`` or ``.pt`` for
@@ -121,9 +119,9 @@ def write_masks(
     if not plain:
         raise OptionError("there are no masks to write")
     state = _torch_form(plain, weights) if form == "torch" else {}
-    with _replacing(path) as scratch:
+    with staged_file(path) as scratch:
         if form == "torch":
-            torch.save(state, scratch)
+            _save(state, scratch)
         else:
             save_packed(plain, scratch)
     return path
@@ -189,15 +187,8 @@ def _torch_form(
     return state
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of ``path`` at the end."""
-    scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+def _save(state: Mapping[str, Tensor], file: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        os.replace(scratch, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OutputError(f"{path} could not be written: {error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+        torch.save(state, file)
+    except RuntimeError as error:  # torch's writer reports a failed write this way
+        raise OSError(str(error)) from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from ovsprune.core.errors import MissingLibraryError
+from ovsprune.core.files import staged_file
 
 __all__ = ["need_matplotlib", "new_figure", "save"]
 
@@ -41,7 +41,6 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a PNG so that nobody reads half of it; the same figure gives the same bytes."""
-    partial = path.with_name(f".{path.name}.part")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, path)
+    """Write a PNG, complete or not at all; the same figure gives the same bytes."""
+    with staged_file(path) as new:
+        figure.savefig(new, format="png", metadata={"Software": None})

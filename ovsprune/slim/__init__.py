@@ -3,7 +3,8 @@
 Needs torch and safetensors only, for every family; see ``docs/format.md``.
 """
 
-from ovsprune.slim.apply import Applied, apply
+from ovsprune.slim.apply import apply
+from ovsprune.slim.attach import Applied
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.clip import load_open_clip
 from ovsprune.slim.load import SlimTower, load

@@ -1,17 +1,16 @@
-"""Slimming, in place, a tower that somebody else built; and giving the original back."""
+"""Slim a built tower in place, so that the original can be put back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.activation import check_activation
+from ovsprune.slim.attach import Applied, Replacements
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.cutting import head_runs, keep_index, layer_runs, places
 from ovsprune.slim.modules import slim_attention, slim_module
@@ -22,83 +21,7 @@ from ovsprune.slim.spec import LayerSpec
 from ovsprune.slim.timm_attention import TimmAttention
 from ovsprune.slim.vit import resize_positions
 
-__all__ = ["ABSENT", "Applied", "Swap", "apply", "renamed"]
-
-ABSENT = object()
-"""The old value of an entry that was not there."""
-
-
-@dataclass(frozen=True, eq=False)
-class Swap:
-    """One entry of a module's tables that holds something else now.
-
-    Attributes:
-        path: Dotted path in the tower.
-        owner: The module whose table it is.
-        table: ``"_modules"``, ``"_parameters"``, ``"_buffers"`` or ``"__dict__"``.
-        name: The key.
-        old: What was there, :data:`ABSENT` for nothing.
-        new: What is there now.
-    """
-
-    path: str
-    owner: nn.Module
-    table: str
-    name: str
-    old: Any
-    new: Any
-
-    def put(self, value: Any) -> None:
-        """Put ``value``, one of ``old`` and ``new``, into the table."""
-        if value is ABSENT:
-            getattr(self.owner, self.table).pop(self.name, None)
-        else:
-            getattr(self.owner, self.table)[self.name] = value
-
-
-@dataclass(eq=False)
-class Applied:
-    """What :func:`apply` changed, and the way back; also a context manager that detaches.
-
-    Attributes:
-        replaced: Paths of the modules that were replaced.
-        loaded: Paths of the other parameters and buffers that hold the checkpoint's values.
-        unused: Tensors of the checkpoint that were not wanted (``keep``).
-    """
-
-    replaced: tuple[str, ...] = ()
-    loaded: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    _swaps: list[Swap] = field(default_factory=list, repr=False)
-
-    def detach(self) -> None:
-        """Put the original modules and parameters back: the same objects, never written to.
-
-        Does nothing the second time.
-
-        Raises:
-            TargetError: Something else was put in a slim module's place since; nothing is undone.
-        """
-        for swap in self._swaps:
-            if getattr(swap.owner, swap.table).get(swap.name) is not swap.new:
-                raise TargetError(
-                    f"{swap.path} was replaced by something else since the slim tower was "
-                    "attached; undo that first"
-                )
-        for swap in reversed(self._swaps):
-            swap.put(swap.old)
-        self._swaps.clear()
-
-    def __enter__(self) -> Applied:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.detach()
+__all__ = ["apply", "renamed"]
 
 
 def apply(
@@ -110,9 +33,9 @@ def apply(
     keep: Sequence[str] = (),
     activation: str | None = None,
 ) -> Applied:
-    """Slim a dense tower in place. Everything is checked before anything is touched.
+    """Slim a dense tower in place. Everything is checked before anything is changed.
 
-    Parameters that change are exchanged for new ones, so make the optimiser afterwards.
+    Changed parameters are new objects, so make the optimiser afterwards.
 
     Args:
         tower: A dense tower of the architecture that was pruned, or a model that holds one.
@@ -125,7 +48,7 @@ def apply(
         activation: What the tower's MLPs compute, where no module shows it.
 
     Returns:
-        What was changed; its ``detach()`` gives the original back.
+        Record of the changes; its ``detach()`` puts the original back.
 
     Raises:
         TargetError: The tower is not dense, of another architecture, or has another activation.
@@ -160,7 +83,7 @@ def renamed(name: str, prefix_map: Mapping[str, str]) -> str:
 
 
 class _Plan:
-    """New modules and parameters for a tower, which stays as it is until :meth:`commit`."""
+    """Checks of a tower against a checkpoint, and the replacements that follow from it."""
 
     def __init__(
         self,
@@ -173,8 +96,8 @@ class _Plan:
         self.checkpoint = checkpoint
         self.prefix_map = prefix_map
         self.keep = keep
-        self.modules: dict[str, tuple[nn.Module, nn.Module]] = {}  # path -> (old, new)
-        self.tensors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.new = Replacements(tower)
+        self.modules, self.tensors = self.new.modules, self.new.tensors
 
     def path(self, name: str) -> str:
         return renamed(name, self.prefix_map)
@@ -192,7 +115,7 @@ class _Plan:
             ) from None
 
     def find_tensors(self) -> None:
-        """Every tensor of the checkpoint must have its place, whichever weights are wanted."""
+        """Check that the tower has every tensor of the checkpoint, whichever weights are used."""
         missing = [
             self.path(name)
             for name in self.checkpoint.tower()
@@ -287,19 +210,12 @@ class _Plan:
             if self.kept(name):
                 continue
             path = self.path(name)
-            inside = next((p for p in self.modules if path.startswith(f"{p}.")), None)
-            root = self.tower if inside is None else self.modules[inside][1]
-            own = _tensor(root, path if inside is None else path[len(inside) + 1 :])
-            assert own is not None  # find_tensors, and slim copies have what the dense had
+            old = self.new.find(path)
+            assert old is not None  # find_tensors, and slim copies have the tensors of the dense
             if name in ("positional_embedding", "attnpool.positional_embedding"):
-                value = self._positions(name, value, own)
-            fitted = _fit(value, own)
-            if fitted is None:
-                wrong.append(f"{path} {tuple(own.shape)} instead of {tuple(value.shape)}")
-            elif inside is None:
-                self.tensors[path] = (own, fitted)
-            else:
-                own.data = fitted.data
+                value = self._positions(name, value, old)
+            if not self.new.load(path, value):
+                wrong.append(f"{path} {tuple(old.shape)} instead of {tuple(value.shape)}")
         if wrong:
             raise TargetError(
                 f"the tower has other shapes than the checkpoint: {'; '.join(wrong[:4])}; check "
@@ -327,24 +243,9 @@ class _Plan:
 
     def commit(self) -> Applied:
         """Exchange everything, wherever in the tower it is registered."""
-        new: dict[int, tuple[str, nn.Module | Tensor]] = {}
-        new.update({id(old): (path, fresh) for path, (old, fresh) in self.modules.items()})
-        new.update({id(old): (path, fresh) for path, (old, fresh) in self.tensors.items()})
-        swaps = [
-            Swap(new[id(entry)][0], owner, table, key, entry, new[id(entry)][1])
-            for owner in self.tower.modules()
-            for table in ("_modules", "_parameters", "_buffers")
-            for key, entry in getattr(owner, table).items()
-            if id(entry) in new
-        ]
-        for swap in swaps:
-            swap.put(swap.new)
-        return Applied(
-            replaced=tuple(self.modules),
-            loaded=tuple(self.tensors),
-            unused=tuple(name for name in self.checkpoint.tower() if self.kept(name)),
-            _swaps=swaps,
-        )
+        applied = self.new.commit()
+        applied.unused = tuple(name for name in self.checkpoint.tower() if self.kept(name))
+        return applied
 
 
 def _tensor(root: nn.Module, path: str) -> Tensor | None:
@@ -356,12 +257,3 @@ def _tensor(root: nn.Module, path: str) -> Tensor | None:
         return None
     found = owner._parameters.get(name)
     return owner._buffers.get(name) if found is None else found
-
-
-def _fit(value: Tensor, old: Tensor) -> Tensor | None:
-    """``value`` with the shape, type, device and flag of ``old``, or None if it cannot be."""
-    squeezed = [[n for n in t.shape if n != 1] for t in (value, old)]
-    if squeezed[0] != squeezed[1]:  # some frameworks keep leading axes of one
-        return None
-    fitted = value.detach().reshape(old.shape).to(old.device, old.dtype, copy=True)
-    return nn.Parameter(fitted, old.requires_grad) if isinstance(old, nn.Parameter) else fitted

@@ -21,6 +21,7 @@ __all__ = [
     "SlimCheckpoint",
     "check_files",
     "file_digest",
+    "newest_slim",
     "read",
     "read_config",
     "read_spec",
@@ -179,3 +180,18 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             f"{file} is no valid safetensors file ({error}); copy it again or write the checkpoint "
             "again"
         ) from error
+
+
+def newest_slim(root: str | os.PathLike[str] = "slim") -> Path:
+    """Return the directory under ``root`` whose config was written last.
+
+    Raises:
+        CheckpointError: There is no slim checkpoint under ``root``.
+    """
+    found = [path.parent for path in Path(root).glob(f"*/{CONFIG}")]
+    if not found:
+        raise CheckpointError(
+            f"no slim checkpoint was named, and there is none under {Path(root).resolve()}; run "
+            "`ovsprune prune` first, or name one (--slim DIR)"
+        )
+    return max(found, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name))

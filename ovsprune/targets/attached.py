@@ -1,18 +1,17 @@
-"""Attaching a slim tower to a framework's live model, and taking it off again."""
+"""Attach a slim tower to a framework's live model, and detach it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.slim.apply import Applied, Swap
+from ovsprune.slim.attach import Applied, Replacements, Swap, undo_on_error
 from ovsprune.targets.check import Weights
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
@@ -22,23 +21,23 @@ __all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower",
 
 @dataclass(eq=False)
 class Attached:
-    """What attaching changed, and the way back; also a context manager that detaches.
+    """Report of an attached slim tower, which can undo it; a context manager that detaches.
 
     Attributes:
         target: Name of the target.
         slim: Directory of the slim checkpoint.
         weights: ``"slim"`` or ``"target"``.
-        reason: Why these weights.
-        replaced: Path of a module, or name of a tensor, to what became of it.
-        kept: Name of a tensor of the framework's tower to why it stayed.
-        protected: Canonical name to why the framework needs it as it is.
+        reason: Reason for these weights.
+        replaced: Path of a module, or name of a tensor, to its replacement in words.
+        kept: Name of a tensor of the framework's tower to the reason why it stayed.
+        protected: Canonical name to the reason why the framework needs the dense part.
         params_before: Parameters of the whole model before.
-        params_after: And now.
-        macs_before: Multiply-accumulates of the whole model before, for the pictures of
-            ``counted_on``; None where nobody counted.
-        macs_after: And now.
-        counted_on: What they were counted on, or why they were not.
-        notes: What a reader should know.
+        params_after: Parameters of the whole model now.
+        macs_before: Multiply-accumulates of the whole model before, for the input in
+            ``counted_on``; None if they were not counted.
+        macs_after: Multiply-accumulates of the whole model now.
+        counted_on: Input on which they were counted, or the reason why they were not.
+        notes: Remarks for the report.
         trainable: Patterns (``fnmatch``) of parameters that a schedule may touch.
     """
 
@@ -60,10 +59,10 @@ class Attached:
     _guard: Any = field(default=None, repr=False)
 
     def detach(self) -> None:
-        """Put the original modules and tensors back, the same objects; twice does nothing.
+        """Put the original objects back; a second call does nothing.
 
         Raises:
-            TargetError: Something else took a slim module's place since; nothing is undone.
+            TargetError: A slim module was replaced by something else since; nothing is undone.
         """
         self._applied.detach()
         if self._guard is not None:
@@ -71,7 +70,7 @@ class Attached:
             self._guard = None
 
     def record(self) -> dict[str, Any]:
-        """The report as plain JSON, with the keys that ``ovsprune transfer --json`` has."""
+        """Return the report as plain JSON, with the keys of ``ovsprune transfer --json``."""
         return {
             "target": self.target,
             "slim": str(self.slim),
@@ -92,7 +91,7 @@ class Attached:
         }
 
     def __str__(self) -> str:
-        """The report to read: costs of the whole framework, then what was replaced and kept."""
+        """Format the report: costs of the whole model, then the replaced and protected parts."""
         lines = [
             f"{self.target}: {len(self.replaced)} replaced, weights {self.weights} ({self.reason})"
         ]
@@ -116,10 +115,10 @@ class Attached:
 
 
 class DenseGuard:
-    """Refuses a dense checkpoint in a slim model.
+    """Hook that refuses to load a dense checkpoint into a slim model.
 
-    Frameworks load with ``strict=False`` or drop tensors of another shape with a mere warning:
-    norms would become the dense model's and the slim layers would stay, without a word.
+    Frameworks load with ``strict=False``, or drop tensors of another shape with a warning. The
+    norms would then be the dense model's, and the slim layers would silently keep their values.
 
     Args:
         target: Name of the target, for the message.
@@ -132,7 +131,7 @@ class DenseGuard:
 
     @classmethod
     def of(cls, model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> DenseGuard:
-        """The guard of a slim ``model``."""
+        """Make the guard of a slim ``model``."""
         state = model.state_dict()
         tower = {name for name in state if layout.canonical(name) is not None}
         shapes = {
@@ -141,7 +140,7 @@ class DenseGuard:
         return cls(target, shapes, tower)
 
     def below(self, path: str) -> DenseGuard:
-        """The guard of what is below ``path`` (``""``, or one that ends with a dot)."""
+        """Make the guard of the part below ``path`` (``""``, or one that ends with a dot)."""
         shapes = {n.removeprefix(path): s for n, s in self.shapes.items() if n.startswith(path)}
         tower = {name.removeprefix(path) for name in self.tower if name.startswith(path)}
         return DenseGuard(self.target, shapes, tower)
@@ -174,105 +173,86 @@ def attach_tower(
     target: str,
     protected: Mapping[str, str],
     trainable: tuple[str, ...],
+    bridges: Sequence[Swap] = (),
 ) -> Attached:
     """Put the slim tower into ``model``; everything was checked before.
 
     Args:
         model: The framework's model, dense.
         checkpoint: The slim checkpoint.
-        layout: Where its parts are.
+        layout: Places of the tower's parts.
         choice: ``"slim"`` loads the checkpoint's tensors, ``"target"`` cuts the model's own; and
             the reason, for the report.
         target: Name of the target, for the report.
         protected: What the framework needs as it is, for the report.
         trainable: Parameters that a schedule may touch, for the report.
+        bridges: Other exchanges that the model needs, carried out in the same step.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
     before, names = count(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
-    applied = attach_cuts(model, cuts)
+    new = _slim_copies(model, cuts)
     replaced = {cut.path: str(cut) for cut in cuts}
     kept: dict[str, str] = {}
-    try:
-        for canonical, tensor in checkpoint.tower().items():
-            for name, value in layout.to_framework(canonical, tensor).items():
-                if name not in names:  # a counter that some norms lack
-                    continue
-                new_here = any(cut.makes(name) for cut in cuts)
-                if canonical in layout.stays:
-                    kept[name] = layout.stays[canonical]
-                elif choice[0] == "target":
-                    kept |= {} if new_here else {name: "the framework's own"}
-                elif (swap := _put(model, name, value, new_here)) is not None:
-                    applied._swaps.append(swap)
-                    replaced[name] = "value of the slim tower"
-                elif not new_here:
-                    kept[name] = "equal to the slim tower's"
-    except BaseException:
-        applied.detach()
-        raise
-    return Attached(
-        target=target,
-        slim=checkpoint.path,
-        weights=choice[0],
-        reason=choice[1],
-        replaced=replaced,
-        kept=kept,
-        protected=protected,
-        params_before=before,
-        params_after=count(model),
-        trainable=trainable,
-        _applied=applied,
-        _guard=add_guard(model, target, layout, cuts),
-    )
+    for canonical, tensor in checkpoint.tower().items():
+        for name, value in layout.to_framework(canonical, tensor).items():
+            if name not in names:  # a counter that some norms lack
+                continue
+            of_copy = new.is_new(name)
+            if canonical in layout.stays:
+                kept[name] = layout.stays[canonical]
+            elif choice[0] == "target":
+                kept |= {} if of_copy else {name: "the framework's own"}
+            elif not of_copy and new.holds(name, value):
+                kept[name] = "equal to the slim tower's"
+            elif not new.load(name, value):
+                raise TargetError(f"{name} has another shape than {tuple(value.shape)}")
+            elif not of_copy:
+                replaced[name] = "value of the slim tower"
+    applied = new.commit(bridges)
+    with undo_on_error(applied):
+        return Attached(
+            target=target,
+            slim=checkpoint.path,
+            weights=choice[0],
+            reason=choice[1],
+            replaced=replaced,
+            kept=kept,
+            protected=protected,
+            params_before=before,
+            params_after=count(model),
+            trainable=trainable,
+            _applied=applied,
+            _guard=add_guard(model, target, layout, cuts),
+        )
 
 
 def count(model: nn.Module) -> int:
-    """Parameters of ``model``, each counted once."""
+    """Count the parameters of ``model``, each once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
-    """Replace modules by slim copies; all are made before the first is put in place.
+    """Replace modules by slim copies; all copies are made before the first replacement.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
-    slim = {cut.path: slim_copy(model.get_submodule(cut.path), cut) for cut in cuts}
-    swaps = []
-    for name in sorted(slim):  # what holds another one first
-        path, _, leaf = name.rpartition(".")
-        # detectron2 keeps a norm inside its convolution: the slim one belongs in the slim other
-        owner = slim[path] if path in slim else model.get_submodule(path)
-        swaps.append(Swap(name, owner, "_modules", leaf, owner._modules[leaf], slim[name]))
-    for swap in swaps:
-        swap.put(swap.new)
-    return Applied(tuple(cut.path for cut in cuts), _swaps=swaps)
+    return _slim_copies(model, cuts).commit()
+
+
+def _slim_copies(model: nn.Module, cuts: tuple[Cut, ...]) -> Replacements:
+    new = Replacements(model)
+    for cut in cuts:
+        dense = model.get_submodule(cut.path)
+        new.modules[cut.path] = (dense, slim_copy(dense, cut))
+    return new
 
 
 def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> Any:
-    """Have ``model`` refuse dense checkpoints from now on; returns the hook's handle."""
+    """Register a :class:`DenseGuard` on ``model``; return the handle of the hook."""
     # public from torch 2.5 on, private and the same before
     register: Any = model._register_load_state_dict_pre_hook
     return register(DenseGuard.of(model, target, layout, cuts))
-
-
-@torch.no_grad()
-def _put(model: nn.Module, name: str, value: Tensor, new: bool) -> Swap | None:
-    """Write into a module that was just made; else exchange a tensor that differs."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    table = "_parameters" if leaf in owner._parameters else "_buffers"
-    old = getattr(owner, table)[leaf]
-    if new:
-        old.copy_(value)
-        return None
-    value = value.to(device=old.device, dtype=old.dtype)
-    if torch.equal(old.detach(), value):
-        return None
-    fresh = value.detach().clone()
-    fresh = nn.Parameter(fresh, old.requires_grad) if table == "_parameters" else fresh
-    getattr(owner, table)[leaf] = fresh
-    return Swap(name, owner, table, leaf, old, fresh)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ovsprune.targets import TARGETS
+from ovsprune.targets.detectron2_rules import picture_of, script_for
 from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Layout, Place, Stack
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Place, Stack, clip_text
 from ovsprune.targets.places import Places
 
 _PREDICTOR = "sem_seg_head.predictor"
 _CLIP = f"{_PREDICTOR}.clip_model"
 _VISUAL = f"{_CLIP}.visual"
 _VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
-_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
 
 # three weights, so that queries and values are trained and keys are not; one bias
 _PARTS: Mapping[str, Place] = {
@@ -30,10 +28,7 @@ _PLACES = Places(
     stacks=(Stack(f"{_VISUAL}.transformer.resblocks", _PARTS),),
     marks=(f"{_PREDICTOR}.transformer", "upsample1", "upsample2"),
     activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
-    text=Layout(
-        stem={name: f"{_CLIP}.{name}" for name in _TEXT},
-        stacks=(Stack(f"{_CLIP}.transformer.resblocks", _PARTS),),
-    ),
+    text=clip_text(_CLIP, _PARTS),
 )
 
 _PROTECTS = {
@@ -43,27 +38,11 @@ _PROTECTS = {
     POSITIONS: "the framework interpolates them itself, from the grid of CLIP's own resolution",
 }
 
-_LINES = """\
-# train_net.py of CAT-Seg
-import ovsprune.targets  # pip install --no-deps ovsprune
-
-class Trainer(DefaultTrainer):
-    @classmethod
-    def build_model(cls, cfg):
-        model = super().build_model(cfg)
-        ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
-        return model
-
-# Start without MODEL.WEIGHTS: detectron2 would drop what has another shape and only warn. Files
-# that this training saves are slim and load as usual (MODEL.WEIGHTS, --resume).
-"""
-
 
 def _inputs(model: Any) -> Mapping[str, Any]:
-    """One picture of the size that CLIP gets here; the texts are the framework's own classes."""
+    """One image of the size that CLIP reads here; the texts are the framework's own classes."""
     height, width = model.clip_resolution
-    picture = {"image": torch.zeros(3, height, width), "height": height, "width": width}
-    return {"batched_inputs": [picture]}
+    return picture_of(height, width)
 
 
 @TARGETS.register("cat-seg")
@@ -82,6 +61,6 @@ def cat_seg() -> Tabled:
             f"{_VISUAL}.*",
             f"{_CLIP}.transformer.*",
         ),
-        script=_LINES,
+        script=script_for("CAT-Seg"),
         inputs=_inputs,
     )

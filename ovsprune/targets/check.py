@@ -1,4 +1,4 @@
-"""Whether a slim checkpoint fits a framework, asked before anything is touched."""
+"""Checks that a slim checkpoint fits a framework, made before anything is changed."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def check_fits(
     Args:
         state: The framework's tower by canonical name and shape.
         checkpoint: The slim checkpoint.
-        layout: Where the tower's parts are.
-        where: What the framework's model is called in messages.
+        layout: Places of the tower's parts.
+        where: Name of the framework's model in messages.
 
     Raises:
         TargetError: A tensor is missing, is slim already, or has another shape.
@@ -112,9 +112,9 @@ def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) ->
 
 
 def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[str, ...]) -> None:
-    """Compare the MLP's activation with the one that was pruned, by what it computes.
+    """Compare the MLP's activation with the one that was pruned, by its values.
 
-    Frameworks register activations of their own, so a class name would tell nothing.
+    Frameworks register activations of their own, so the class name is not enough.
 
     Args:
         model: The framework's model.
@@ -152,7 +152,7 @@ def choose_weights(
     layout: Layout,
     mask_only: str = "",
 ) -> tuple[Weights, str]:
-    """Which weights the slim tower gets, and why.
+    """Choose the weights of the slim tower, and give the reason.
 
     ``auto`` takes the slim weights where the framework uses the frozen base CLIP, told tensor by
     tensor by the base's hashes, and the framework's own, cut by the mask, where it tuned them.
@@ -163,8 +163,8 @@ def choose_weights(
         asked: ``"slim"``, ``"target"`` or ``"auto"``.
         state: The framework's tower by canonical name; None if there is none.
         checkpoint: The slim checkpoint.
-        layout: Where the tower's parts are.
-        mask_only: Why the framework can take the mask alone; empty if it can take weights, too.
+        layout: Places of the tower's parts.
+        mask_only: Reason why the framework can take the mask alone; empty if it can take weights.
 
     Raises:
         OptionError: ``asked`` is none of slim, target and auto.

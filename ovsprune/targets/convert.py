@@ -1,4 +1,4 @@
-"""Turning a framework's checkpoint slim, key by key; every key is accounted for."""
+"""Convert a framework's checkpoint to a slim one, key by key, with a report of every key."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Converted:
         dropped: Key (``slim: NAME`` for tensors of the slim checkpoint) to why it is not there.
         weights: ``"slim"`` or ``"target"``.
         reason: Why these weights.
-        complete: Whether ``state`` is all that the framework saves; without a checkpoint of the
+        complete: True if ``state`` is all that the framework saves; without a checkpoint of the
             framework it holds CLIP alone.
-        notes: What a reader should know.
+        notes: Remarks for the report.
     """
 
     state: Mapping[str, Tensor]
@@ -56,12 +56,12 @@ def convert_state(
     choice: tuple[Weights, str],
     derived: Mapping[str, str] | None = None,
 ) -> Converted:
-    """The framework's state with the slim tower in it; everything was checked before.
+    """Return the framework's state with the slim tower in it; everything was checked before.
 
     Args:
         state: The framework's dense state, or None to write the slim checkpoint's CLIP alone.
         checkpoint: The slim checkpoint.
-        layout: Where its parts are.
+        layout: Places of the tower's parts.
         choice: ``"slim"`` or ``"target"``, and the reason.
         derived: Patterns (``fnmatch``) of keys that older versions of the framework saved and
             today's do not have, to why they are dropped.
@@ -95,7 +95,17 @@ def convert_state(
             replaced[name] = f"{source}, {_cut_of(name, cuts)}"
         else:
             kept[name] = _why_kept(name, layout, same_as if name in values else "")
-    return Converted(result, layout.depth or 0, cuts, replaced, kept, dropped, *choice, True)
+    return Converted(
+        state=result,
+        depth=layout.depth or 0,
+        cuts=cuts,
+        replaced=replaced,
+        kept=kept,
+        dropped=dropped,
+        weights=choice[0],
+        reason=choice[1],
+        complete=True,
+    )
 
 
 def _clip_alone(
@@ -124,7 +134,16 @@ def _clip_alone(
             replaced[name] = "the slim checkpoint's text tower, as the base has it"
     notes = ("only CLIP was written; what the framework adds starts as the framework starts it",)
     return Converted(
-        result, layout.depth or 0, cuts, replaced, {}, dropped, *choice, complete=False, notes=notes
+        state=result,
+        depth=layout.depth or 0,
+        cuts=cuts,
+        replaced=replaced,
+        kept={},
+        dropped=dropped,
+        weights=choice[0],
+        reason=choice[1],
+        complete=False,
+        notes=notes,
     )
 
 

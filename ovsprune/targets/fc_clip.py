@@ -9,25 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovsprune.slim.apply import ABSENT, Swap
+from ovsprune.slim.attach import Swap
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import one_picture, script_for
 from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, Layout, Stack
+from ovsprune.targets.layout import clip_text
 from ovsprune.targets.places import Places
 
 _CLIP = "backbone.clip_model"
-_TEXT = ("token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale")
 
 _RESNET = Places(
     framework="FC-CLIP",
     stem={"": f"{_CLIP}.visual"},
     marks=(f"{_CLIP}.visual.layer1", "sem_seg_head.pixel_decoder", "void_embedding"),
     activations=(f"{_CLIP}.visual.layer1.0.act1",),
-    text=Layout(
-        stem={name: f"{_CLIP}.{name}" for name in _TEXT},
-        stacks=(Stack(f"{_CLIP}.transformer.resblocks", BLOCK_PARTS),),
-    ),
+    text=clip_text(_CLIP),
 )
 _CONVNEXT = replace(
     _RESNET,
@@ -55,9 +51,8 @@ def _bridge_text(model: Any) -> Sequence[Swap]:
     backbone = model.backbone
     if isinstance(backbone.__dict__.get("encode_text"), _OwnText):
         return ()
-    old = backbone.__dict__.get("encode_text", ABSENT)
-    path, new = "backbone.encode_text", _OwnText(backbone)
-    return (Swap(path, backbone, "__dict__", "encode_text", old, new),)
+    new = _OwnText(backbone)
+    return (Swap.attribute("backbone.encode_text", backbone, "encode_text", new),)
 
 
 def _prepare(model: Any) -> None:

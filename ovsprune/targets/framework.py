@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.slim.apply import Applied, Swap
+from ovsprune.slim.attach import Applied, Swap, exchange
 from ovsprune.targets.attached import Attached, attach_tower
 from ovsprune.targets.check import (
     Weights,
@@ -127,10 +127,7 @@ class Tabled:
 
     def bridge(self, model: nn.Module) -> Applied:
         """Let the framework's model run with today's libraries; what comes back undoes it."""
-        swaps = [swap for bridge in self.bridges for swap in bridge(model)]
-        for swap in swaps:
-            swap.put(swap.new)
-        return Applied(tuple(swap.path for swap in swaps), _swaps=swaps)
+        return exchange([swap for bridge in self.bridges for swap in bridge(model)])
 
     def lift(self, model: nn.Module) -> Applied:
         """Let gradients reach the tower while the model trains; what comes back undoes it."""
@@ -169,6 +166,7 @@ class Tabled:
         """Put the slim tower into ``model``, in place."""
         choice = self.check(model, checkpoint, weights=weights, force=force)
         install(self.hooks)
+        bridges = [swap for bridge in self.bridges for swap in bridge(model)]
         attached = attach_tower(
             model,
             checkpoint,
@@ -177,10 +175,9 @@ class Tabled:
             target=self.name,
             protected=self.protects,
             trainable=self.trainable,
+            bridges=bridges,
         )
-        bridged = self.bridge(model)
-        attached._applied._swaps += bridged._swaps
-        attached.notes += tuple(f"bridged to today's libraries: {p}" for p in bridged.replaced)
+        attached.notes += tuple(f"bridged to today's libraries: {s.path}" for s in bridges)
         return attached
 
     def convert(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.slim.apply import Applied
+from ovsprune.slim.attach import Applied
 from ovsprune.targets import TARGETS
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights

@@ -22,6 +22,7 @@ __all__ = [
     "Place",
     "Stack",
     "block_number",
+    "clip_text",
     "hf_block",
     "numbers_of",
 ]
@@ -30,6 +31,7 @@ Place = str | tuple[str, ...]
 """Path of a module or tensor, or the paths of the parts that make it up, one below the other."""
 
 POSITIONS = "positional_embedding"
+_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)(?:\.(.+))?")
 
 BLOCK_PARTS: Mapping[str, Place] = {
@@ -262,3 +264,16 @@ def _inverse(places: Mapping[str, Place]) -> dict[str, tuple[str, int]]:
         for here, place in places.items()
         for part, path in enumerate((place,) if isinstance(place, str) else place)
     }
+
+
+def clip_text(path: str, parts: Mapping[str, Place] = BLOCK_PARTS) -> Layout:
+    """Return the layout of the text tower of a CLIP with open_clip's names under ``path``.
+
+    Args:
+        path: Path of the module that holds it.
+        parts: Places of the parts of a block.
+    """
+    return Layout(
+        stem={name: f"{path}.{name}" for name in _TEXT},
+        stacks=(Stack(f"{path}.transformer.resblocks", parts),),
+    )

@@ -1,4 +1,4 @@
-"""Letting gradients reach a tower that a framework runs without them."""
+"""Run a tower with gradients where its framework runs it without them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovsprune.slim.apply import ABSENT, Applied, Swap
+from ovsprune.slim.attach import Applied, Swap, exchange
 
 __all__ = ["lift"]
 
 
 @dataclass
 class _WithGradients:
-    """A method of a part of a model, run with gradients while the model trains.
+    """Method of a part of a model that runs with gradients while the model trains.
 
-    An object and no function, so that a copied or pickled model gets one of its own.
+    An object rather than a function, so that a copied or pickled model has its own.
     """
 
     model: nn.Module
@@ -32,16 +32,18 @@ class _WithGradients:
 
 
 def lift(model: nn.Module, methods: Iterable[str]) -> Applied:
-    """Have these methods of parts of a model build a graph while the model is in training mode.
+    """Enable gradients in some methods of a model while the model is in training mode.
 
-    Whoever calls them inside ``torch.no_grad()`` gets what depends on parameters that train.
+    Their results then depend on the trained parameters even if the caller is inside
+    ``torch.no_grad()``.
 
     Args:
         model: The framework's model.
         methods: Dotted paths from the model (``"backbone.extract_features"``).
 
     Returns:
-        What was changed; its ``detach()`` undoes it. What was lifted before stays as it is.
+        Record of the changes; its ``detach()`` undoes them. Methods that were changed before stay
+        as they are.
     """
     swaps = []
     for path in methods:
@@ -49,9 +51,5 @@ def lift(model: nn.Module, methods: Iterable[str]) -> Applied:
         owner = model.get_submodule(parent)
         method = getattr(owner, name)
         if not isinstance(method, _WithGradients):
-            old = vars(owner).get(name, ABSENT)
-            new = _WithGradients(model, method)
-            swaps.append(Swap(path, owner, "__dict__", name, old, new))
-    for swap in swaps:
-        swap.put(swap.new)
-    return Applied(tuple(swap.path for swap in swaps), _swaps=swaps)
+            swaps.append(Swap.attribute(path, owner, name, _WithGradients(model, method)))
+    return exchange(swaps)

@@ -15,10 +15,10 @@ __all__ = ["mask_tower"]
 def mask_tower(
     model: nn.Module, masks: Mapping[str, Tensor], target: str, *, hold: bool = False
 ) -> Applied:
-    """Set weights of a framework's tower to zero, in place, where masks of the CLIP tower say so.
+    """Set weights of a framework's tower to zero, where a mask of the CLIP tower is False.
 
-    As :func:`ovsprune.masks.apply_masks`, for frameworks that rename layers, count blocks in
-    several stacks or keep queries, keys and values apart.
+    In place, as :func:`ovsprune.masks.apply_masks`, but for frameworks that rename layers, count
+    blocks in several stacks or keep queries, keys and values apart.
 
     Args:
         model: The framework's live model, its tower dense.
@@ -28,7 +28,7 @@ def mask_tower(
         hold: Mask the gradients too, so that training keeps the zeros.
 
     Returns:
-        What was done. Masks of parts that the framework does not have are left out.
+        Result. Masks of parts that the framework lacks are left out.
 
     Raises:
         TargetError: ``model`` is not this framework's, or its tower is of another shape; nothing

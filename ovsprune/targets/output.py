@@ -17,9 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ovsprune.core.errors import CheckpointError, OutputError, TargetError
+from ovsprune.core.errors import CheckpointError, TargetError
+from ovsprune.core.files import check_output, staged
+from ovsprune.slim.attach import undo_on_error
 from ovsprune.slim.read import file_digest
-from ovsprune.slim.write import save_tensors, staged
+from ovsprune.slim.write import save_tensors
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.hooks import install
@@ -33,25 +35,18 @@ STATE, RECORD, LINES = "model.safetensors", "transfer.json", "lines.py"
 
 
 def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
-    """The path that ``output`` means, if it may be written; asked before long work.
+    """Check that a transfer may be written to ``output``; return its full path.
 
     Raises:
-        OutputError: It exists and ``overwrite`` is false, or an overwrite would lose other files.
+        OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
+            other files.
     """
-    path = Path(os.path.realpath(output))
-    if not path.exists():
-        return path
-    if not overwrite:
-        raise OutputError(
-            f"{path} exists already; choose another output, or pass --overwrite (overwrite=True)"
-        )
-    known = {STATE, RECORD, LINES, *_listed(path)}
-    if not (path.is_dir() and {entry.name for entry in path.iterdir()} <= known):
-        raise OutputError(
-            f"{path} is not overwritten, because it is not what `ovsprune transfer` wrote; choose "
-            "another output, or delete it yourself"
-        )
-    return path
+    return check_output(
+        output,
+        overwrite=overwrite,
+        kind="what `ovsprune transfer` wrote",
+        files=lambda path: {STATE, RECORD, LINES, *_listed(path)},
+    )
 
 
 def _listed(path: Path) -> set[str]:
@@ -130,15 +125,12 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
     cuts = tuple(_cut(entry, path / RECORD) for entry in document["cuts"])
     _check_dense(model, cuts)
     applied = attach_cuts(model, cuts)
-    try:
+    with undo_on_error(applied):
         own = model.state_dict()
         tower = {name for name in own if layout.canonical(name) is not None}
         # CLIP alone knows nothing of what the framework makes of its positions
         free = set() if document["complete"] else {n for n in tower if _stays(layout, n)}
         _compare(own, state, tower - free, free, path, strict, bool(document["complete"]))
-    except BaseException:
-        applied.detach()
-        raise
     with torch.no_grad():
         for name in own.keys() & state.keys():
             if own[name].shape == state[name].shape:

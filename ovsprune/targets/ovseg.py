@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ovsprune.targets import TARGETS
+from ovsprune.targets.detectron2_rules import script_for
 from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Layout, Stack
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Stack, clip_text
 from ovsprune.targets.places import Places
 
 _CLIP = "clip_adapter.clip_model"
 _VISUAL = f"{_CLIP}.visual"
 _VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
-_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
 
 _PLACES = Places(
     framework="facebookresearch/ov-seg",
@@ -18,10 +18,7 @@ _PLACES = Places(
     stacks=(Stack(f"{_VISUAL}.transformer.resblocks", BLOCK_PARTS),),
     marks=("clip_adapter.non_object_embedding", "sem_seg_head.predictor"),
     activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
-    text=Layout(
-        stem={name: f"{_CLIP}.{name}" for name in _TEXT},
-        stacks=(Stack(f"{_CLIP}.transformer.resblocks", BLOCK_PARTS),),
-    ),
+    text=clip_text(_CLIP),
 )
 
 _PROTECTS = {
@@ -31,17 +28,7 @@ _PROTECTS = {
     POSITIONS: "regions and mask_embedding have the patches of CLIP's own resolution",
 }
 
-_LINES = """\
-# train_net.py of OVSeg
-import ovsprune.targets  # pip install --no-deps ovsprune
-
-class Trainer(DefaultTrainer):
-    @classmethod
-    def build_model(cls, cfg):
-        model = super().build_model(cfg)
-        ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
-        return model
-
+_ENDING = """\
 # Build with the dense CLIP (MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME): OVSeg's loader makes it by its
 # widths. Start without MODEL.WEIGHTS: detectron2 would drop what has another shape and only warn.
 # Files that this training saves are slim and load as usual (MODEL.WEIGHTS, --resume).
@@ -63,5 +50,5 @@ def ovseg() -> Tabled:
             "clip_adapter.non_object_embedding",
             f"{_VISUAL}.*",
         ),
-        script=_LINES,
+        script=script_for("OVSeg", ending=_ENDING),
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.slim.apply import Applied
+from ovsprune.slim.attach import Applied
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted

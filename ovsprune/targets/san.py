@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ovsprune.targets import TARGETS
+from ovsprune.targets.detectron2_rules import script_for
 from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, Layout, Stack
+from ovsprune.targets.layout import BLOCK_PARTS, Stack, clip_text
 from ovsprune.targets.places import Places
 from ovsprune.targets.san_bridge import HOOKS, VISUAL
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _STEM = ("class_embedding", "positional_embedding", "conv1", "ln_pre")
-_TEXT = ("token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale")
 
 _PLACES = Places(
     framework="MendelXu/SAN",
@@ -27,27 +27,11 @@ _PLACES = Places(
         "clip_visual_extractor.resblocks.0.mlp.gelu",
         "clip_rec_head.resblocks.0.mlp.gelu",
     ),
-    text=Layout(
-        stem={name: f"ov_classifier.{name}" for name in _TEXT},
-        stacks=(Stack("ov_classifier.transformer.resblocks", BLOCK_PARTS),),
-    ),
+    text=clip_text("ov_classifier"),
 )
 
-_LINES = """\
-# train_net.py of MendelXu/SAN
-import ovsprune.targets  # pip install --no-deps ovsprune
-
+_BRIDGE = """\
 ovsprune.targets.bridge("san")  # lets SAN run with today's open_clip; nothing to do with 2.16
-
-class Trainer(DefaultTrainer):
-    @classmethod
-    def build_model(cls, cfg):
-        model = super().build_model(cfg)
-        ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
-        return model
-
-# Start without MODEL.WEIGHTS: detectron2 would drop what has another shape and only warn. Files
-# that this training saves are slim and load as usual (MODEL.WEIGHTS, --resume).
 """
 
 
@@ -66,7 +50,7 @@ def san() -> Tabled:
             "clip_visual_extractor.*",
             "clip_rec_head.*",
         ),
-        script=_LINES,
+        script=script_for("MendelXu/SAN", prelude=_BRIDGE),
         checks=(no_cross_attention("clip_rec_head", served=VISUAL),),
         hooks=HOOKS,
     )

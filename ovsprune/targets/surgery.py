@@ -1,4 +1,4 @@
-"""Which modules of a framework get slim, and the slim modules that take their places."""
+"""The modules of a framework that are cut, and their slim copies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS = ("bias", "running_mean", "running_var")  # one entry for every row of th
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """One module of the tower, and what stays of it.
+    """Cut of one module of the tower.
 
     Attributes:
         path: Its path in the framework.
@@ -31,7 +31,7 @@ class Cut:
         num_heads: Heads of the dense attention; 0 for a layer.
         rows: int64, kept outputs of a layer; None keeps all.
         columns: int64, kept inputs of a layer; None keeps all.
-        units: What the rows or columns are, for the report; by default outputs and inputs.
+        units: Name of the rows or columns in the report; by default outputs and inputs.
     """
 
     path: str
@@ -42,7 +42,7 @@ class Cut:
     units: str = ""
 
     def makes(self, name: str) -> bool:
-        """Whether the slim module has the tensor ``name`` of its own.
+        """Return True if the slim module has its own tensor ``name``.
 
         A layer that was cut shares the modules inside it with the dense one; an attention has none
         of the dense one's.
@@ -60,7 +60,7 @@ class Cut:
 
 
 def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
-    """The modules that the checkpoint's mask cuts, in the framework's names.
+    """List the modules that the checkpoint's mask cuts, by the framework's names.
 
     Raises:
         TargetError: The mask cuts something that the framework needs at full width.
@@ -85,7 +85,7 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
 
 
 def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
-    """The whole attention where it has its in projection itself, else each of its linear layers."""
+    """Cut the whole attention if it owns its in projection, else each of its linear layers."""
     heads, parts = tuple(map(int, mask)), layout.places(f"{layer.name}.in_proj_weight")
     own = layout.name(layer.name)
     if all(part.rpartition(".")[0] == own for part in parts):  # one parameter, or three
@@ -115,7 +115,7 @@ def _needed(module: str) -> TargetError:
 
 
 class HeadlessAttention(nn.Module):
-    """What is left of transformers' kind of attention without a head: the out projection's bias.
+    """Attention of transformers' kind without any head: it returns the out projection's bias.
 
     Args:
         dense: With the linear layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
@@ -137,7 +137,7 @@ class HeadlessAttention(nn.Module):
 
 
 def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
-    """The slim module that does what ``dense`` does with the units that ``cut`` keeps.
+    """Make the slim copy of ``dense`` with the units that ``cut`` keeps.
 
     Device, dtype, training mode and ``requires_grad`` are those of ``dense``.
 
@@ -161,7 +161,7 @@ def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
 
 
 def dense_shapes(checkpoint: SlimCheckpoint) -> Mapping[str, tuple[int, ...]]:
-    """Shape that every tensor of the slim tower had before it was cut, by canonical name."""
+    """Return the shape of every tensor of the tower before it was cut, by canonical name."""
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tower().items()}
     for layer in checkpoint.spec.layers:
         gone = (layer.units - layer.kept) * layer.unit_width

@@ -16,7 +16,7 @@ import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import WeightsError
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import (
     of_timm,
@@ -69,7 +69,7 @@ def test_downsampling_layers_are_blocks_without_groups() -> None:
 @pytest.mark.parametrize("projection", ["linear", "mlp", "none"])
 def test_every_position_goes_through_what_the_pooled_features_do(projection: str) -> None:
     config = of_timm("ovsprune_convnext", timm_proj=projection, image_size=64)
-    backbone = FAMILY.build("x", None, config, Preprocess((64, 64)), trained=False, text={})
+    backbone = FAMILY.build(DenseModel("x", config, Preprocess((64, 64))))
     tower: Any = backbone.tower
     tower.trunk.head.norm.weight.uniform_(0.2, 2)
     images = torch.randn(2, 3, 64, 96)
@@ -154,7 +154,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
         "vision_cfg": {"timm_model_name": "convnext_atto", "image_size": 64},
         "text_cfg": {},
     }
-    backbone = FAMILY.build("atto", None, config, Preprocess((64, 64)), trained=False, text={})
+    backbone = FAMILY.build(DenseModel("atto", config, Preprocess((64, 64))))
     done = prune(backbone, 0.3, output=tmp_path / "slim", criterion="random",
                  allocation="uniform", recovery="bias", **QUICK)  # fmt: skip
     images = torch.randn(2, 3, 64, 64)

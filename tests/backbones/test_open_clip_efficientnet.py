@@ -15,6 +15,7 @@ from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.core.errors import OptionError, WeightsError
+from ovsprune.core.records import DenseModel
 from ovsprune.graph.cut import mask
 from tests.contracts.conftest import LITE, open_clip_efficientnet, prepared, squeezed
 
@@ -68,9 +69,8 @@ def test_a_whole_clip_is_read_as_open_clip_does(tmp_path: Path) -> None:
 def test_the_pooled_output_is_the_mean_of_the_dense_one() -> None:
     for projection in ("linear", "none", ""):
         tower = FAMILY.build(
-            "x", None, vision(timm_proj=projection), open_clip_efficientnet().preprocess,
-            trained=False, text={},
-        )  # fmt: skip
+            DenseModel("x", vision(timm_proj=projection), open_clip_efficientnet().preprocess)
+        )
         images = torch.randn(2, 3, 48, 32)
         pooled, dense = tower.pooled(images), tower.dense(images)
         torch.testing.assert_close(dense.mean((2, 3)), pooled, atol=1e-5, rtol=1e-4)

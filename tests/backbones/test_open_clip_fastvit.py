@@ -19,7 +19,7 @@ import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_fastvit import OpenClipFastVit
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.jobs.prune import PruneResult, prune
 from ovsprune.slim.timm_attention import TimmAttention
 from tests.contracts.conftest import open_clip_fastvit, prepared
@@ -175,7 +175,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
     """A model that timm itself has; its last stage attends, and is all that is cut."""
     vision = {"timm_model_name": "fastvit_sa12", "timm_proj": None, "image_size": 64}
     config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {}}
-    backbone = FAMILY.build("sa12", None, config, Preprocess((64, 64)), trained=False, text={})
+    backbone = FAMILY.build(DenseModel("sa12", config, Preprocess((64, 64))))
     done = prune(backbone, 0.08, output=tmp_path / "slim", criterion="random",
                  allocation="uniform", recovery="none", protect=("trunk.stages.[012].*",),
                  **QUICK)  # fmt: skip

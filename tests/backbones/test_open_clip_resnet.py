@@ -22,7 +22,7 @@ from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.open_clip_source import config_of
 from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.core.protocols import AllocationContext, Budget
-from ovsprune.core.records import Plan, Preprocess, Scores
+from ovsprune.core.records import DenseModel, Plan, Preprocess, Scores
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut, mask, removed
 from tests.contracts.conftest import RESNET, open_clip_resnet, prepared
@@ -191,7 +191,7 @@ def test_names_with_two_blocks_a_stage(name: str) -> None:
     config = config_of(name)
     config["vision_cfg"]["layers"] = [2, 2, 2, 2]
     size = (config["vision_cfg"]["image_size"],) * 2
-    backbone = FAMILY.build(name, None, config, Preprocess(size), trained=False, text={})
+    backbone = FAMILY.build(DenseModel(name, config, Preprocess(size)))
     generator = torch.Generator().manual_seed(0)
     for module in backbone.tower.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -17,7 +17,7 @@ from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import Backbone, Distillation, RecoveryContext, Seed, Stages
-from ovsprune.core.records import Group, Plan, Preprocess, StreamPoint
+from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
 
@@ -103,7 +103,7 @@ def uneven(tower: nn.Module, side: int, seed: int = 0) -> dict[str, torch.Tensor
 def open_clip_efficientnet() -> Backbone:
     """A convolutional tower: six blocks, of which five have channels of their own."""
     family = FAMILIES.get("open_clip-efficientnet")
-    backbone = family.build("lite", None, LITE, Preprocess((48, 48)), trained=False, text={})
+    backbone = family.build(DenseModel("lite", LITE, Preprocess((48, 48))))
     backbone.tower.load_state_dict(_lite())
     return backbone
 
@@ -286,9 +286,7 @@ def timm_backbone(
 ) -> Backbone:
     """A tower with uneven weights, for pictures of ``size`` pixels."""
     config = of_timm(name, timm_proj=projection, timm_pool=pool, image_size=size)
-    backbone = FAMILIES.get(family).build(
-        name, None, config, Preprocess((size, size)), trained=False, text={}
-    )
+    backbone = FAMILIES.get(family).build(DenseModel(name, config, Preprocess((size, size))))
     backbone.tower.load_state_dict(_uneven(name, projection, pool))
     return backbone
 
@@ -358,7 +356,7 @@ def _resnet() -> dict[str, torch.Tensor]:
 def open_clip_resnet() -> Backbone:
     """A residual network whose groups share a convolution: five bottlenecks, one without a path."""
     family = FAMILIES.get("open_clip-resnet")
-    backbone = family.build("resnet", None, RESNET, Preprocess((64, 64)), trained=False, text={})
+    backbone = family.build(DenseModel("resnet", RESNET, Preprocess((64, 64))))
     backbone.tower.load_state_dict(_resnet())
     return backbone
 
@@ -464,7 +462,7 @@ def transformers_vit() -> Backbone:
     model = make("SiglipVisionModel", **more)
     architecture = architecture_of("SiglipVisionModel", model.config.to_dict())
     preprocess = Preprocess((48, 48))
-    backbone = family.build("siglip", None, architecture, preprocess, trained=False, text={})
+    backbone = family.build(DenseModel("siglip", architecture, preprocess))
     backbone.tower.load_state_dict(model.state_dict())
     return backbone
 

@@ -17,7 +17,7 @@ from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import MissingLibraryError, OptionError, TargetError
 from ovsprune.core.protocols import Distillation
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.costs import measure
 from ovsprune.jobs import latency
 from ovsprune.jobs.contest import Contest
@@ -119,7 +119,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
         "text_cfg": {},
     }
     backbone = FAMILIES.get("open_clip-efficientnet").build(
-        "mobile", None, config, Preprocess((64, 64)), trained=False, text={}
+        DenseModel("mobile", config, Preprocess((64, 64)))
     )
     done = prune(backbone, 0.3, output=tmp_path / "slim", criterion="random",
                  allocation="uniform", recovery="bias", **QUICK)  # fmt: skip

@@ -17,7 +17,7 @@ from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import Distillation
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.costs import measure
 from ovsprune.jobs import latency
 from ovsprune.jobs.benchmark import benchmark
@@ -137,7 +137,7 @@ def test_a_text_tower_keeps_its_own_gelu(tmp_path: Path) -> None:
 
     text = {k: v for k, v in build_clip(config).state_dict().items() if k.split(".")[0] != "visual"}
     backbone = FAMILIES.get("open_clip-resnet").build(
-        "resnet", None, config, Preprocess((64, 64)), trained=False, text=text
+        DenseModel("resnet", config, Preprocess((64, 64)), text=text)
     )
     backbone.tower.load_state_dict(open_clip_resnet().tower.state_dict())
     prune(backbone, 0.3, output=tmp_path / "clip", **QUICK, **CHEAP)

@@ -39,7 +39,7 @@ def tiny_tower() -> nn.Module:
 
 
 def test_counted_on_a_copy_is_counted_on_the_tower() -> None:
-    from ovsprune.jobs.plan_tower import plan_tower
+    from ovsprune.jobs.schedule import plan_tower
 
     record = plan_tower("tiny", "last-k", count=3, batch_size=2)
     tower = tiny_tower()
@@ -51,7 +51,7 @@ def test_counted_on_a_copy_is_counted_on_the_tower() -> None:
 
 
 def test_steps_are_measured_against_training_everything() -> None:
-    from ovsprune.jobs.plan_tower import plan_tower
+    from ovsprune.jobs.schedule import plan_tower
 
     rows = plan_tower("tiny", "last-k", count=1, measure=True)["measured"]
     assert [row["policy"] for row in rows] == ["last-k", "all"]
@@ -61,7 +61,7 @@ def test_steps_are_measured_against_training_everything() -> None:
 
 
 def test_bad_input() -> None:
-    from ovsprune.jobs.plan_tower import plan_tower
+    from ovsprune.jobs.schedule import plan_tower
 
     with pytest.raises(OptionError, match="--model is missing"):
         plan_tower(None)

@@ -22,8 +22,9 @@ from ovsprune.core.errors import (
 )
 from ovsprune.core.progress import Silent
 from ovsprune.graph.costs import macs
-from ovsprune.jobs.transfer import newest_slim, transfer
+from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimAttention
+from ovsprune.slim.read import newest_slim
 from ovsprune.targets import load
 from ovsprune.targets.places import Places
 from tests.targets.by_hand import (
@@ -258,7 +259,7 @@ def test_existing_output(tmp_path: Path, slim: Path) -> None:
     transfer(slim=slim, target="mmseg-san", output=out, overwrite=True)
     assert (out / "transfer.json").read_bytes() != before
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not what `ovsprune transfer` wrote"):
+    with pytest.raises(OutputError, match="not part of what `ovsprune transfer` wrote"):
         transfer(slim=slim, target="san", output=out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
 

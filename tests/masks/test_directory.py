@@ -172,7 +172,7 @@ def test_overwriting(written: Path) -> None:
     again = write_unstructured(written, spec, tensors, masks, card="new\n", overwrite=True)
     assert (again / "README.md").read_text() == "new\n"
     (written / "mine.txt").write_text("x")
-    with pytest.raises(OutputError, match="no part of the checkpoint.*mine.txt"):
+    with pytest.raises(OutputError, match="not part of an unstructured result.*mine.txt"):
         write_unstructured(written, spec, tensors, masks, card="", overwrite=True)
 
 

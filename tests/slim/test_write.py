@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from ovsprune.core import files
 from ovsprune.core.errors import CheckpointError, OutputError
-from ovsprune.slim import swap
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.write import check_output, write
@@ -91,7 +91,7 @@ def test_overwrite_swaps(
     save: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
 ) -> None:
     if not atomic:
-        monkeypatch.setattr(swap, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     path = save(tmp_path / "slim")
     held = read(path)  # mapped into memory, and still whole after the swap
     save(path, seed=1, overwrite=True)
@@ -105,7 +105,7 @@ def test_linux_swaps_in_one_step(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "mark").touch()
-    if not swap._exchange(tmp_path / "a", tmp_path / "b"):
+    if not files._exchange(tmp_path / "a", tmp_path / "b"):
         pytest.skip("this file system cannot exchange")
     assert (tmp_path / "b" / "mark").exists()
     assert not (tmp_path / "a" / "mark").exists()
@@ -116,7 +116,7 @@ def test_a_swap_that_fails_gives_the_old_one_back(
 ) -> None:
     path = save(tmp_path / "slim")
     before = tree(tmp_path)
-    monkeypatch.setattr(swap, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -134,11 +134,11 @@ def test_overwrite_spares_what_is_no_checkpoint(save: Write, tmp_path: Path) -> 
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="not overwritten, because it is no slim checkpoint"):
+    with pytest.raises(OutputError, match="not overwritten, because it is not a slim checkpoint"):
         save(home, overwrite=True)
     path = save(tmp_path / "slim")
     (path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match=r"files that are no part of the checkpoint \(thesis"):
+    with pytest.raises(OutputError, match=r"files that are not part of a slim checkpoint \(thesis"):
         save(path, seed=1, overwrite=True)
     file = tmp_path / "file"
     file.write_text("x")
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_nothing(
     elif call == "save_file":
         monkeypatch.setattr(importlib.import_module("ovsprune.slim.write"), "save_file", full)
     else:
-        monkeypatch.setattr(swap, "into_place", full)
+        monkeypatch.setattr(files, "move_into_place", full)
     with pytest.raises(OutputError, match=r"the disk is full .*free some space"):
         save(out, seed=1, overwrite=existing)
     assert tree(tmp_path) == before
@@ -210,7 +210,7 @@ def test_an_interrupted_write_leaves_nothing(
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(swap, "flush", interrupt)
+    monkeypatch.setattr(files, "flush", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path / "parent" / "slim")
     assert tree(tmp_path) == {}

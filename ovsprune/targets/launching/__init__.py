@@ -1,4 +1,4 @@
-"""What runs inside a command that ``ovsprune launch`` started: core, slim and targets only."""
+"""The part of ``ovsprune launch`` that runs inside the launched command."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["start_directory"]
 
 
 def start_directory() -> Path:
-    """The directory that goes onto PYTHONPATH: its ``sitecustomize`` runs in every Python."""
+    """Return the directory for PYTHONPATH; its ``sitecustomize`` runs in every Python."""
     return Path(__file__).parent / "start"

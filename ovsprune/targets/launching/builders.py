@@ -1,6 +1,6 @@
-"""The functions by which models come into a program, and by which checkpoints come into models.
+"""Functions that build models, and functions that load checkpoints into them.
 
-One line a function, by its import path; adding a way to build is adding a line.
+Each line is one function, by its import path; add a line for another one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BUILDERS = (
     # every model of transformers: CLIPVisionModel, CLIPModel, CLIPSegForImageSegmentation ...
     Entry("transformers.modeling_utils", "PreTrainedModel.from_pretrained"),
 )
-"""Functions that give a model, or a tuple with one in it."""
+"""Functions that return a model, or a tuple with one in it."""
 
 # nn.Module.load_state_dict and mmengine's loader run a module's own hooks; these compare shapes
 # first, and drop what differs.

@@ -87,9 +87,9 @@ class Keeper:
         self.cuts = cuts_of(checkpoint, layout)
         self.guard = DenseGuard.of(model, attached.target, layout, self.cuts)
         self.depth = 0
-        self._swap("old")
+        attached._applied.show_original()
         self.dense_shapes = DenseGuard.of(model, attached.target, layout, self.cuts).shapes
-        self._swap("new")
+        attached._applied.show_new()
         self._hook()
 
     def _hook(self) -> None:
@@ -139,7 +139,7 @@ class Keeper:
     def begin(self) -> None:
         """Have the dense modules step in, unless they did."""
         if not self.depth:
-            self._swap("old")
+            self.attached._applied.show_original()
         self.depth += 1
 
     def end(self, why: str) -> None:
@@ -153,14 +153,10 @@ class Keeper:
             dense = {name: state[name].clone() for name in self.guard.tower & state.keys()}
             cut = {c.path: slim_copy(self.model.get_submodule(c.path), c) for c in self.cuts}
         finally:
-            self._swap("new")
+            self.attached._applied.show_new()
         self._fill(choice[0], dense, cut)
         self.attached.weights, self.attached.reason = choice
         self.say(f"{why}: the tower has weights {choice[0]} ({choice[1]})")
-
-    def _swap(self, which: str) -> None:
-        for swap in self.attached._applied._swaps:
-            swap.put(getattr(swap, which))
 
     @torch.no_grad()
     def _fill(

@@ -1,4 +1,4 @@
-"""One process of a launched command: what its builders give is looked at, and made slim."""
+"""One process of a launched command: models that its builders return are made slim."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ovsprune.core.errors import OvspruneError, TargetError
+from ovsprune.core.errors import OvspruneError
+from ovsprune.core.files import write_text
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
 from ovsprune.targets.hooks import Hook
 from ovsprune.targets.launching.builders import BUILDERS, LOADERS
 from ovsprune.targets.launching.keeper import Keeper, decide
 from ovsprune.targets.places import depth_of
-from ovsprune.targets.protocol import Target
+from ovsprune.targets.recognise import recognise
 
 __all__ = ["Session", "say", "watched"]
 
 
 def watched() -> list[str]:
-    """Patterns of the modules of which something is exchanged."""
+    """Return the patterns of the modules in which functions are wrapped."""
     patterns = [entry.module for entry in (*BUILDERS, *LOADERS)]
     patterns += [hook.module for name in TARGETS for hook in TARGETS.get(name).hooks]
     return list(dict.fromkeys(patterns))
 
 
 class Session:
-    """What one process was told, and what it replaced.
+    """Settings of one process, and the models that it made slim.
 
     Args:
         slim: Directory of the slim checkpoint.
@@ -50,7 +51,7 @@ class Session:
         self.slim, self.record = slim, Path(record)
         self.target, self.weights, self.force = target, weights, force
         self.after: Callable[[nn.Module], None] = lambda model: None
-        """Called with every model that was made slim."""
+        """Callback that receives every model that was made slim."""
         self.local = threading.local()
         self.keepers: WeakKeyDictionary[nn.Module, Keeper] = WeakKeyDictionary()
         self.hooks = (
@@ -91,7 +92,7 @@ class Session:
 
     @contextlib.contextmanager
     def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
-        """``model`` is dense inside if the checkpoint is."""
+        """Keep ``model`` dense inside the block if the checkpoint is dense."""
         keeper = self.keepers.get(model)
         state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
         if keeper is None or not isinstance(state, Mapping):
@@ -104,17 +105,17 @@ class Session:
             yield
 
     def built(self, model: nn.Module) -> None:
-        """Make a model slim that the outermost builder gave, if it holds the tower.
+        """Make a model slim that the outermost builder returned, if a target recognises it.
 
         Raises:
-            TargetError: It is a framework that is known (or that was named), and cannot take it.
+            TargetError: A target recognises it (or was named), and it cannot take the slim tower.
         """
         if model in self.keepers:
             return
-        found = self._recognise(model)
-        if found is None:
+        name = recognise(model, self.target)
+        if name is None:
             return
-        name, target = found
+        target = TARGETS.get(name)
         try:
             choice = decide(target, model, self.checkpoint, self.weights, self.force)
         except OvspruneError as error:
@@ -149,33 +150,13 @@ class Session:
         self.write({"model": kind, **attached.record()})
         self.after(model)
 
-    def _recognise(self, model: nn.Module) -> tuple[str, Target] | None:
-        """The target that was named, or the one that knows ``model``.
-
-        Raises:
-            TargetError: Several know it.
-        """
-        if self.target != "auto":
-            named = TARGETS.get(self.target)
-            return (self.target, named) if named.detect(model) else None
-        knowing = [name for name in TARGETS if TARGETS.get(name).detect(model)]
-        fitting = [name for name in knowing if not TARGETS.get(name).fallback] or knowing
-        if len(fitting) > 1:
-            raise TargetError(
-                f"{type(model).__name__} looks like {' and like '.join(fitting)}; say which it is "
-                f"(--target {fitting[0]})"
-            )
-        return (fitting[0], TARGETS.get(fitting[0])) if fitting else None
-
     def write(self, record: Mapping[str, Any]) -> None:
-        """Leave a record for the parent."""
+        """Write a record for the parent process."""
         name = f"{os.getpid()}-{uuid.uuid4().hex}.json"
-        scratch = self.record / f".{name}"
-        scratch.write_text(json.dumps({"pid": os.getpid(), **record}), encoding="utf-8")
-        scratch.rename(self.record / name)
+        write_text(self.record / name, json.dumps({"pid": os.getpid(), **record}))
 
 
 def say(message: str) -> None:
-    """Tell whoever looks at the command's output."""
+    """Print a message to stderr."""
     sys.stderr.write(f"ovsprune: {message}\n")
     sys.stderr.flush()

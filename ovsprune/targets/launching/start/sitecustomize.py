@@ -1,6 +1,6 @@
 """Runs at the start of every Python that a launched command starts, before its script.
 
-Nothing heavy is imported until one of the watched modules is: most of these processes are helpers.
+No large library is imported before a watched module is: most processes never build a model.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import sys
 
 
 def _others() -> None:
-    """Run the sitecustomize that this one stands before, if there is one."""
+    """Run the sitecustomize that this one shadows, if there is one."""
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
     mine = sys.modules.pop("sitecustomize", None)
@@ -36,12 +36,13 @@ def _watch(document: str) -> None:
             )
         return
 
+    settings = json.loads(document)
+
     def told(module: object) -> None:
-        from ovsprune.jobs import launched
+        # the parent names its own module, so that nothing here imports a room above
+        importlib.import_module(settings["handler"]).told(module, document)
 
-        launched.told(module, document)  # type: ignore[arg-type]
-
-    watch(json.loads(document)["watched"], told)
+    watch(settings["watched"], told)
 
 
 if os.environ.get("OVSPRUNE_LAUNCHED"):
