@@ -258,7 +258,8 @@ weights in fp32.
     python benchmarks/paper_tables/backbone.py --data DATA --work DIR --export
 
 Data, teacher and losses are those of `photo`: 813 labelled photographs of MSRC v2's train list,
-COCO128 and CamVid's train list; no test or validation image was used. {steps:,} steps of {batch} from
+COCO128 and CamVid's train list; no test or validation image was used.
+{steps:,} steps of {batch} from
 random weights, AdamW at {rate:g}, seed {seed}, float32, {minutes:.0f} minutes of one thread on a
 machine that also did other work (`photo` had 6,000 steps of 16).
 
