@@ -22,10 +22,11 @@ from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import find_groups, with_costs
-from ovsprune.graph.head_widths import WIDTH_KINDS, turn, width_seeds, with_directions
+from ovsprune.graph.head_widths import WIDTH_KINDS, turn, with_directions
 from ovsprune.graph.residual import count_cut
 from ovsprune.jobs.again import in_base, marked
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.config import TOLERANCE, PruneConfig
 from ovsprune.jobs.floors import with_floors, without_floors
 from ovsprune.jobs.imp_rounds import RoundsFile
 from ovsprune.jobs.imp_units import prune_units
@@ -33,8 +34,6 @@ from ovsprune.jobs.latency import compare_latency
 from ovsprune.jobs.planning import Planner, Planning, Surveys
 from ovsprune.jobs.provenance import make_spec, provenance
 from ovsprune.jobs.rounds import compose, everything, narrow, ratios
-from ovsprune.jobs.settings import TOLERANCE, Settings
-from ovsprune.jobs.streams import stream_seeds
 from ovsprune.slim import SlimSpec
 
 __all__ = ["HELD_OUT", "Job", "Pruned", "split_seeds"]
@@ -71,7 +70,7 @@ class Job:
     def __init__(
         self,
         backbone: Backbone,
-        settings: Settings,
+        settings: PruneConfig,
         progress: Progress,
         clock: Clock,
         surveys: Surveys | None = None,
@@ -98,9 +97,6 @@ class Job:
         base = measure(dense, size)
         self.family.rewrite(dense)
         seeds = self.family.seeds(dense)
-        if self.settings.prune_head_dim:
-            seeds += self._directions(dense, seeds)
-        seeds += stream_seeds(self.family, self.backbone, dense, self.settings)
         if self.settings.uniform_heads:
             seeds = self._all_heads(seeds)
         free, protected = split_seeds(seeds, self.settings.protect)
@@ -180,17 +176,6 @@ class Job:
         plan = in_base(self.backbone.slim, plan)
         turned = {layer.name: bases.bases[layer.name] for layer in spec.turned()}
         return Pruned(spec, slim, plan, achieved, closeness, latency, turned)
-
-    def _directions(self, dense: nn.Module, seeds: Sequence[Seed]) -> list[Seed]:
-        """Seeds inside heads, of the attentions that can lose them."""
-        heads = [s for s in seeds if s.kind == "heads"]
-        found = width_seeds(s for s in heads if hasattr(dense.get_submodule(s.name), "qk_dim"))
-        if not found:
-            raise OptionError(
-                f"--prune-head-dim: {self.backbone.name} is of the family {self.backbone.family}, "
-                "whose attention cannot lose directions inside its heads; leave it out"
-            )
-        return found
 
     def _all_heads(self, seeds: Sequence[Seed]) -> list[Seed]:
         """The seeds, with the heads of every block offered: those of the last one count, too."""
