@@ -98,7 +98,10 @@ class Config:
             )
         for declared in changed:
             if declared.requires is not None and not declared.requires.holds(self):
-                raise OptionError(f"{declared.label} goes with {declared.requires.label} only")
+                raise OptionError(
+                    f"{declared.label} goes with {declared.requires.label} only: add it, or leave "
+                    f"{declared.label} out"
+                )
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that belong in the provenance, with JSON values."""

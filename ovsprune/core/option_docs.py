@@ -73,7 +73,13 @@ def _sentences(declared: Option, *, default: bool = True) -> str:
     if bounds:
         parts.append(f"{bounds}.")
     if declared.methods is not None:
-        parts.append(f"With {' or '.join(f'`{name}`' for name in declared.methods)}.")
+        # "--method imp" includes "--method imp --imp-structured"
+        shortest = [
+            name
+            for name in declared.methods
+            if not any(name.startswith(f"{other} ") for other in declared.methods)
+        ]
+        parts.append(f"With {' or '.join(f'`{name}`' for name in shortest)}.")
     if declared.requires is not None:
         parts.append(f"Needs `{declared.requires.label}`.")
     return " ".join(parts)

@@ -83,15 +83,15 @@ class PruneConfig(Config):
         choices=registries.criteria,
         validate=registries.check_criterion,
         methods=(_DEFAULT,),
-        help="Importance score that ranks the units of a layer. From Python also an object, such "
-        "as ovsprune.importance.taylor.Taylor.",
+        help="Importance score that ranks the units of a layer (`ovsprune criteria` lists them). "
+        "From Python also an object, such as ovsprune.importance.taylor.Taylor.",
     )
     allocation: str = option(
         "sensitivity",
         choices=registries.allocations,
         methods=(_DEFAULT,),
         measured=False,
-        help="Distribution of the budget over the layers.",
+        help="Distribution of the budget over the layers (`ovsprune criteria` lists them).",
     )
     recovery: str = option(
         "gauss-newton",
@@ -99,7 +99,7 @@ class PruneConfig(Config):
         methods=(_DEFAULT,),
         off="none",
         measured=False,
-        help="Repair of the remaining weights after the cut.",
+        help="Repair of the remaining weights after the cut (`ovsprune criteria` lists them).",
     )
     protect: tuple[str, ...] = option(
         (),
