@@ -22,6 +22,7 @@ from ovsprune.core.errors import OvspruneError
 if TYPE_CHECKING:
     from ovsprune.jobs.benchmark import benchmark
     from ovsprune.jobs.compare import compare
+    from ovsprune.jobs.config import PruneConfig
     from ovsprune.jobs.evaluate import evaluate
     from ovsprune.jobs.export import export
     from ovsprune.jobs.inspect import inspect
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OvspruneError",
+    "PruneConfig",
     "SlimCheckpoint",
     "SlimTower",
     "TrainPlan",
@@ -55,6 +57,7 @@ __all__ = [
 
 # Public name -> the module that has it.
 _HOMES = {
+    "PruneConfig": "ovsprune.jobs.config",
     "SlimCheckpoint": "ovsprune.slim",
     "SlimTower": "ovsprune.slim",
     "TrainPlan": "ovsprune.schedules",

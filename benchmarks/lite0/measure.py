@@ -30,11 +30,11 @@ from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.graph.costs import measure
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.measure import thread_limit
 from ovsprune.jobs.methods import parse_methods
 from ovsprune.jobs.rows import Rows
-from ovsprune.jobs.settings import Settings
 from ovsprune.report.intervals import pooled_difference, spread
 from ovsprune.report.numbers import count, duration
 
@@ -194,7 +194,7 @@ def compare(chosen: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Every row that is missing, and the record of all."""
     folder, test = photographs(chosen.data, chosen.work)
     backbone = load(str(chosen.model))
-    settings = Settings(ratio=0.5, calibration=str(folder), samples=chosen.samples)
+    settings = PruneConfig(ratio=0.5, calibration=str(folder), samples=chosen.samples)
     identity = {"model": backbone.name, "samples": chosen.samples, "images": len(test)}
     rows = Rows(chosen.work / "rows", identity)
     methods = parse_methods(chosen.methods or METHODS)

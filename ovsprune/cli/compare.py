@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
-from ovsprune.cli.options import budget_options, calibration_options, scoring_options
+from ovsprune.cli.config_options import config_options
+from ovsprune.cli.options import scoring_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
+from ovsprune.jobs.config import PruneConfig
 
 
 @click.command("compare", short_help="Methods side by side under one budget.")
@@ -21,7 +23,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     multiple=True,
     help="Part of the cost to remove, in (0, 1); may be repeated.",
 )
-@budget_options(latency=False)
+@config_options(PruneConfig, compare="all", without={"budget": ("latency",)})
 @click.option(
     "--methods",
     multiple=True,
@@ -43,7 +45,6 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
 )
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
 @click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
-@calibration_options
 @click.option(
     "--output",
     "-o",
@@ -59,7 +60,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     metavar="FILE",
     help="compare.json of the same comparison, whose rows are taken over; may be repeated.",
 )
-@compute_options(dtype=False)
+@compute_options(batch_size=None, dtype=False)
 @output_options
 def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:
     """Prune by several methods at the same budget, with the same pictures, and score each.

@@ -11,11 +11,17 @@ from ovsprune.cli.screen import Screen, output_options
 
 @click.command("inspect", short_help="What a slim checkpoint holds.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    help="Write the options that made the checkpoint to a TOML file, for `ovsprune prune "
+    "--config FILE`.",
+)
 @output_options
-def command(screen: Screen, directory: Path) -> None:
+def command(screen: Screen, directory: Path, recipe: str | None) -> None:
     """Show what a slim checkpoint holds, layer by layer."""
     from ovsprune.jobs.inspect import inspect
     from ovsprune.report.tables import inspect_summary
 
-    record = inspect(directory)
+    record = inspect(directory, recipe=recipe) if recipe else inspect(directory)
     screen.finish(record, *inspect_summary(record))

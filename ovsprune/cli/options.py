@@ -8,55 +8,9 @@ from typing import Any
 
 import click
 
-__all__ = ["budget_options", "calibration_options", "schedule_options", "scoring_options"]
+__all__ = ["schedule_options", "scoring_options"]
 
 Callback = Callable[..., Any]
-
-
-def budget_options(*, latency: bool) -> Callable[[Callback], Callback]:
-    """Add ``--budget``, ``--protect`` and ``--round-to``: what a ratio counts and may cut.
-
-    Args:
-        latency: Whether the command knows the budget ``latency``.
-    """
-    known = "macs, params, latency (of one picture on this machine)" if latency else "macs, params"
-    return _adding(
-        click.option(
-            "--budget", default="macs", show_default=True, help=f"What --ratio counts: {known}."
-        ),
-        click.option(
-            "--protect",
-            multiple=True,
-            metavar="PATTERN",
-            help="Leave the layers whose name matches (as in a shell: '*.11.*'); may be repeated.",
-        ),
-        click.option(
-            "--round-to",
-            type=int,
-            default=1,
-            show_default=True,
-            help="Keep MLP widths at multiples of this.",
-        ),
-    )
-
-
-def calibration_options(function: Callback) -> Callback:
-    """Add ``--calibration`` and ``--samples``: what is measured on."""
-    return _adding(
-        click.option(
-            "--calibration",
-            default="auto",
-            show_default=True,
-            help="A folder of pictures without labels, or made ones: 'procedural' (tiny's scenes), "
-            "'leaves', 'mixed'; 'auto' is procedural for tiny and mixed for other towers.",
-        ),
-        click.option(
-            "--samples",
-            type=int,
-            show_default="256; of leaves or mixed 1024",
-            help="Calibration pictures.",
-        ),
-    )(function)
 
 
 def schedule_options(function: Callback) -> Callback:

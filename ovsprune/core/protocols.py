@@ -13,12 +13,13 @@ Nothing is inherited; the contract tests run over every registered name.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ovsprune.core.distillation import Distillation
 from ovsprune.core.progress import Progress
 from ovsprune.core.records import (
     Curves,
@@ -440,33 +441,6 @@ class Allocator(Protocol):
             BudgetError: The floors cost more than the budget; names the nearest ratio.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """How long and how a recovery that trains may train.
-
-    Attributes:
-        steps: Gradient steps; None takes 1000, or no limit where ``seconds`` is given.
-        seconds: Wall-clock limit, or None. What is stopped by it cannot be repeated exactly.
-        optimizer: Name of a class in ``torch.optim``; by default Muon, or AdamW before torch 2.9.
-        lr: Peak learning rate; of Muon's matrices, ten times as much.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-    optimizer: str = "Muon" if hasattr(torch.optim, "Muon") else "AdamW"
-    lr: float = 1e-4
-
-    @property
-    def limit(self) -> int | None:
-        """Steps after which training ends in any case; None where only time ends it."""
-        return 1000 if self.steps is None and self.seconds is None else self.steps
-
-    def shared(self, rounds: int) -> Distillation:
-        """An equal part for each of ``rounds``, steps rounded up."""
-        steps = None if self.limit is None else -(-self.limit // rounds)
-        return replace(self, steps=steps, seconds=self.seconds and self.seconds / rounds)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Group, Plan
-from ovsprune.jobs.settings import Settings
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import keep_index, layer_runs
 from ovsprune.slim.spec import LayerSpec, SliceSpec
@@ -24,7 +24,7 @@ from ovsprune.slim.spec import LayerSpec, SliceSpec
 __all__ = ["check_again", "in_base", "layers_in_base", "marked", "provenance_of"]
 
 
-def check_again(model: Backbone, settings: Settings) -> None:
+def check_again(model: Backbone, settings: PruneConfig) -> None:
     """Refuse what cannot be cut again, or not in this way; a dense model is never refused.
 
     Raises:

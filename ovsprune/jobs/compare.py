@@ -18,13 +18,15 @@ from torch import Tensor
 
 from ovsprune import backbones
 from ovsprune._version import __version__
-from ovsprune.calibration.pictures import AUTO, RENDERED, folder_fingerprint
-from ovsprune.core.errors import MissingLibraryError, OptionError
+from ovsprune.calibration.pictures import RENDERED, folder_fingerprint
+from ovsprune.core.errors import MissingLibraryError, OptionError, UnknownNameError
 from ovsprune.core.files import write_text
+from ovsprune.core.options import options_of
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
 from ovsprune.graph.costs import measure
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.earlier import KEY, Earlier, take_over
 from ovsprune.jobs.evaluate import class_embeddings
@@ -32,7 +34,6 @@ from ovsprune.jobs.examine import Examiner
 from ovsprune.jobs.measure import device_and_dtype, thread_limit
 from ovsprune.jobs.methods import DEFAULT, Method, parse_methods
 from ovsprune.jobs.rows import Rows, check_place
-from ovsprune.jobs.settings import Settings
 from ovsprune.report.comparison import differences, makers, page, summary
 from ovsprune.slim.hashing import tensor_hash
 
@@ -66,20 +67,15 @@ def compare(
     centred: bool = False,
     list_file: str | Path | None = None,
     scenes: int | None = None,
-    budget: str = "macs",
-    protect: Sequence[str] = (),
-    round_to: int = 1,
     pretrained: str | None = None,
     activation: str | None = None,
-    calibration: str = AUTO,
-    samples: int | None = None,
     device: str = "cpu",
-    batch_size: int = 16,
     threads: int | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     earlier: Sequence[Earlier] = (),
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Prune by every method at every ratio and seed, and score what is left.
 
@@ -87,33 +83,31 @@ def compare(
     methods, ratios or seeds only add rows.
 
     Args:
-        model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone.
-        ratios: Shares of the tower's cost that go, each in (0, 1).
+        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone.
+        ratios: Fractions of the tower's cost to remove, each in (0, 1).
         methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), lists with commas, or one.
-        seeds: How many: 0 to ``seeds - 1``. A seed chooses the calibration pictures and what a
-            method draws.
+        seeds: Number of seeds: 0 to ``seeds - 1``. A seed selects the calibration images and the
+            random choices of a method.
         data: Folder with ``images/``, ``labels/`` and ``classes.json``; None scores on procedural
             test scenes.
-        text_embeddings: NPZ with the classes' embeddings, for a model without a text tower.
-        centred: Take the mean of the classes' embeddings off each of them before scoring.
-        list_file: Stems of ``data`` to use.
-        scenes: Test scenes to score on (500 by default), or, with ``data``, the most pictures.
-        budget: What a ratio counts: ``"macs"`` or ``"params"``.
-        protect: Patterns of groups that no method may cut, as of :func:`ovsprune.prune`.
-        round_to: Units of one column stay in multiples of this.
+        text_embeddings: NPZ file with the embeddings of the classes, for a model without a text
+            tower.
+        centred: Subtract the mean of the classes' embeddings from each of them before scoring.
+        list_file: File with the stems of ``data`` to use.
+        scenes: Number of test scenes (500 by default), or, with ``data``, the maximum number of
+            images.
         pretrained: Tag, file, or ``"none"``.
-        activation: For a bare file.
-        calibration: A folder of pictures without labels, or ``"procedural"``, ``"leaves"``,
-            ``"mixed"`` or ``"auto"``, as of :func:`ovsprune.prune`.
-        samples: Calibration pictures; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
-        device: Where the towers run.
-        batch_size: Pictures at a time.
-        threads: CPU threads; None leaves torch's own choice.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
+        device: Device of the towers.
+        threads: CPU threads; None leaves the choice to PyTorch.
         output: Directory for rows, record, page and plot; by default ``compare/<model>``.
-        overwrite: Start anew instead of going on.
-        earlier: Records of earlier comparisons (``compare.json``, or what is in it) of the same
-            model, pictures and options: their rows are taken over where ``output`` has none.
-        progress: Told of every step.
+        overwrite: Start anew instead of continuing.
+        earlier: Records of earlier comparisons (``compare.json``, or its contents) of the same
+            model, images and options; their rows are used where ``output`` has none.
+        progress: Progress reporter.
+        options: Options of :class:`ovsprune.PruneConfig` that hold for all rows: ``budget``
+            (``"macs"`` or ``"params"``), ``protect``, ``round_to``, ``calibration``, ``samples``,
+            ``batch_size``. Options of one method follow its name.
 
     Returns:
         ``model, pretrained, trained, data, centred, images, calibration, samples, budget, protect,
@@ -134,18 +128,8 @@ def compare(
     progress = _Once(progress or Silent())
     asked = parse_methods(methods)
     ratios = list(dict.fromkeys(float(ratio) for ratio in ratios))
-    _check(ratios, seeds, scenes, data, list_file, budget)
-    if isinstance(protect, str):
-        raise OptionError(f"--protect {protect!r}: give a list of patterns, not one string")
-    settings = Settings(
-        ratio=ratios[0],
-        budget=budget,
-        calibration=calibration,
-        samples=samples,
-        protect=tuple(protect),
-        round_to=round_to,
-        batch_size=batch_size,
-    )
+    _check(ratios, seeds, scenes, data, list_file)
+    settings = _common(ratios[0], options)
     for ratio, method in itertools.product(ratios, asked):
         method.settings(replace(settings, ratio=ratio)).check()
     device_and_dtype(device, "float32")
@@ -158,7 +142,7 @@ def compare(
         settings = settings.for_model(backbone)
         pictures = opened(max(backbone.preprocess.size))
         embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
-        examiner = Examiner(backbone, embeddings, pictures, batch_size, progress, centred)
+        examiner = Examiner(backbone, embeddings, pictures, settings.batch_size, progress, centred)
         contest = Contest(backbone, settings, examiner, progress)
         contest.check(asked)
         identity = _identity(backbone, settings, embeddings, data, list_file, pictures, device)
@@ -173,9 +157,9 @@ def compare(
             "images": len(pictures),
             "calibration": settings.calibration,
             "samples": settings.pictures,
-            "budget": budget,
-            "protect": list(protect),
-            "round_to": round_to,
+            "budget": settings.budget,
+            "protect": list(settings.protect),
+            "round_to": settings.round_to,
             "seeds": seeds,
             "ratios": ratios,
             "methods": [method.name for method in asked],
@@ -213,13 +197,7 @@ def _check(
     scenes: int | None,
     data: str | Path | None,
     list_file: str | Path | None,
-    budget: str,
 ) -> None:
-    if budget == "latency":
-        raise OptionError(
-            "--budget latency cannot be compared: a stock method has no table of layer times; take "
-            "macs or params, and time the slim towers with 'ovsprune benchmark'"
-        )
     if not ratios:
         raise OptionError("--ratio is missing: give at least one, such as --ratio 0.5")
     if seeds < 1:
@@ -228,6 +206,27 @@ def _check(
         raise OptionError(f"--scenes {scenes} is out of range; give 1 or more")
     if list_file is not None and data is None:
         raise OptionError(f"--list {list_file} needs --data DIR; scenes have no files")
+
+
+def _common(ratio: float, options: dict[str, Any]) -> PruneConfig:
+    """Return the configuration that holds for all rows.
+
+    Raises:
+        OptionError: The budget is ``"latency"``.
+        UnknownNameError: An option does not hold for all rows.
+    """
+    known = [o.name for o in options_of(PruneConfig) if o.compare == "all"]
+    for name in options:
+        if name not in known:
+            raise UnknownNameError("option of compare", name, known)
+    config = PruneConfig.from_options({"ratio": ratio, **options})
+    if config.budget == "latency":
+        raise OptionError(
+            "--budget latency cannot be compared: Torch-Pruning has no table of layer times; use "
+            "macs or params, and time the slim towers with 'ovsprune benchmark'"
+        )
+    config.check()
+    return config
 
 
 def _open(
@@ -274,7 +273,7 @@ def _load(
 
 def _identity(
     backbone: Backbone,
-    settings: Settings,
+    settings: PruneConfig,
     embeddings: Tensor,
     data: str | Path | None,
     list_file: str | Path | None,
@@ -305,9 +304,9 @@ def _identity(
     }
 
 
-def _chosen(settings: Settings, centred: bool) -> dict[str, Any]:
+def _chosen(settings: PruneConfig, centred: bool) -> dict[str, Any]:
     """Options that decide a row, too, as far as they are not the defaults: older rows stay good."""
-    plain = Settings(ratio=settings.ratio)
+    plain = PruneConfig(ratio=settings.ratio)
     given = {name: getattr(settings, name) for name in ("budget", "protect", "round_to")}
     changed = {name: value for name, value in given.items() if value != getattr(plain, name)}
     return {**changed, **({"centred": True} if centred else {})}

@@ -18,11 +18,11 @@ from ovsprune.core.records import Group, Plan
 from ovsprune.graph.costs import measure
 from ovsprune.graph.groups import find_groups
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.examine import Examiner
 from ovsprune.jobs.floors import with_floors
 from ovsprune.jobs.methods import Method
 from ovsprune.jobs.planning import Surveys
-from ovsprune.jobs.settings import Settings
 from ovsprune.jobs.steps import HELD_OUT, Job, split_seeds
 from ovsprune.jobs.stock import STOCK, TorchPruning, feature_gradients
 
@@ -52,7 +52,7 @@ class Contest:
     """
 
     def __init__(
-        self, backbone: Backbone, settings: Settings, examiner: Examiner, progress: Progress
+        self, backbone: Backbone, settings: PruneConfig, examiner: Examiner, progress: Progress
     ) -> None:
         self.backbone, self.settings = backbone, settings.for_model(backbone)
         self.examiner, self.progress = examiner, progress
@@ -108,7 +108,7 @@ class Contest:
             "seconds": round(sum(clock.seconds.values()), 3),
         }
 
-    def _prune(self, method: Method, settings: Settings, clock: Clock) -> nn.Module:
+    def _prune(self, method: Method, settings: PruneConfig, clock: Clock) -> nn.Module:
         if method.source != "torch-pruning":
             job = Job(self.backbone, settings, self.progress, clock, self._surveys)
             return job.run().tower
@@ -130,7 +130,7 @@ class Contest:
         return cut
 
     def _planner(
-        self, method: Method, settings: Settings
+        self, method: Method, settings: PruneConfig
     ) -> Callable[[nn.Module, list[Group], Budget, Pictures], Plan]:
         """Torch-Pruning's selection on our rewritten tower, as a plan."""
 
@@ -143,7 +143,7 @@ class Contest:
     def _stock_of(
         self,
         method: Method,
-        settings: Settings,
+        settings: PruneConfig,
         tower: nn.Module,
         groups: list[Group],
         pictures: Pictures,

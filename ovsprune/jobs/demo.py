@@ -19,9 +19,10 @@ from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import Sample, ScenesData
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.inspect import inspect
 from ovsprune.jobs.measure import Pass, alternate, paired_speedup, thread_limit
-from ovsprune.jobs.prune import Settings, prune
+from ovsprune.jobs.prune import prune
 
 __all__ = ["METHODS", "demo"]
 
@@ -80,7 +81,7 @@ def demo(
     start = time.perf_counter()
     if scenes < SHOWN:
         raise OptionError(f"--scenes {scenes} is too few; give {SHOWN} or more")
-    Settings(ratio=ratio, seed=seed).check()
+    PruneConfig(ratio=ratio, seed=seed).check()
     place = Path(output)
     _check_place(place)
     with (

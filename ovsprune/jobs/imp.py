@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ovsprune import backbones
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.masked_training import MaskedTraining
-from ovsprune.calibration.pictures import RENDERED, calibration_hash, open_pictures
+from ovsprune.calibration.pictures import calibration_hash, open_pictures
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone, Pictures
@@ -30,10 +30,11 @@ from ovsprune.core.records import Costs
 from ovsprune.graph.costs import measure
 from ovsprune.graph.products import Product, find_products
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.command_line import command_of
+from ovsprune.jobs.config import PruneConfig, config_of
 from ovsprune.jobs.imp_rounds import RoundsFile
 from ovsprune.jobs.measure import thread_limit
-from ovsprune.jobs.prune import cast, command_of, open_dense
-from ovsprune.jobs.settings import DTYPES, Settings, settings_of
+from ovsprune.jobs.prune import DTYPES, cast, open_dense
 from ovsprune.jobs.steps import HELD_OUT
 from ovsprune.masks.directory import check_place, write_unstructured
 from ovsprune.masks.magnitude import RATE, keep_largest, kept_by_round
@@ -62,7 +63,7 @@ class Round:
 
 @dataclass(eq=False)
 class ImpResult:
-    """What :func:`imp` gave.
+    """Result of :func:`imp`.
 
     Attributes:
         spec: What ``config.json`` says.
@@ -79,12 +80,12 @@ class ImpResult:
     masks: dict[str, Tensor]
     rounds: list[Round]
     path: Path | None
-    settings: Settings
+    settings: PruneConfig
     fidelity: Fidelity
     seconds: dict[str, float]
 
     def record(self) -> dict[str, Any]:
-        """What ``ovsprune prune --method imp --json`` prints."""
+        """Return the record that ``ovsprune prune --method imp --json`` prints."""
         spec = self.spec
         costs = {"macs": spec.dense.macs, "params": spec.dense.params}
         nonzero = {"macs": spec.nonzero.macs, "params": spec.nonzero.params}
@@ -122,8 +123,9 @@ class ImpResult:
 
 def imp(
     model: str | Backbone,
-    ratio: float,
+    ratio: float | None = None,
     *,
+    config: PruneConfig | None = None,
     pretrained: str | None = None,
     activation: str | None = None,
     device: str = "cpu",
@@ -136,42 +138,40 @@ def imp(
     progress: Progress | None = None,
     **options: Any,
 ) -> ImpResult:
-    """Prune single weights of an image tower by magnitude, round after round, without labels.
+    """Prune single weights of an image tower by magnitude, in rounds, without labels.
 
     Args:
-        model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone.
-        ratio: Share of the ranked weights that is zero at the end, in (0, 1). The ranked weights
+        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone.
+        ratio: Fraction of the ranked weights that is zero at the end, in (0, 1). The ranked weights
             are those that multiply activations (:func:`ovsprune.graph.products.find_products`),
-            without the first layer and what ``protect`` names.
+            without the first layer and the weights that ``protect`` names.
+        config: Configuration; its ``method`` is taken to be ``"imp"``.
         pretrained: Tag, file, or ``"none"``.
-        activation: For a bare file.
-        device: Where the towers run.
-        dtype: Of the saved tower: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        threads: CPU threads; None leaves torch's own choice.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
+        device: Device of the towers.
+        dtype: Type of the saved tower: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        threads: CPU threads; None leaves the choice to PyTorch.
         output: Directory to write, by default ``unstructured/<model>-r<ratio>``.
         overwrite: Replace an existing output.
-        dry_run: Prune and measure, write nothing.
-        text: Save the untouched text tower too.
-        progress: Is told how the work goes.
-        options: Fields of :class:`ovsprune.jobs.settings.Settings`: ``calibration``, ``samples``,
-            ``protect`` (patterns of weight names), ``seed``, ``batch_size``, ``imp_steps`` (of
-            AdamW a round, 0 for none; the paper takes 5,000), ``imp_lr``, ``imp_rewind`` (every
-            round trains from the dense weights again), ``imp_rounds`` (a file that keeps the last
-            whole round: what was interrupted, or is to be pruned further, goes on from there).
+        dry_run: Prune and measure, but write nothing.
+        text: Save the unmodified text tower too.
+        progress: Progress reporter.
+        options: Options of :class:`ovsprune.PruneConfig`, which win over those of ``config``; those
+            of :class:`~ovsprune.jobs.imp_config.ImpConfig` begin with ``imp_``.
 
     Raises:
         OptionError: A value is out of its range, or not for this method.
-        WeightsError: The weights cannot be had.
-        DataError: The calibration pictures cannot be used.
+        WeightsError: The weights cannot be loaded.
+        DataError: The calibration images cannot be used.
         OutputError: The output exists, or cannot be written.
     """
-    settings = settings_of(ratio, {**options, "method": "imp"})
-    if settings.imp_structured:
+    settings = config_of(ratio, config, {**options, "method": "imp"})
+    if settings.imp.structured:
         raise OptionError("imp_structured=True prunes units: call ovsprune.prune")
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     progress = progress or Silent()
-    target = _target(model, ratio, output, overwrite, dry_run)
+    target = _target(model, settings.ratio, output, overwrite, dry_run)
     clock = Clock()
     with thread_limit(threads):
         model = open_dense(model, pretrained, activation, device, progress, clock)
@@ -198,7 +198,7 @@ class _Job:
     """The rounds on one loaded backbone."""
 
     def __init__(
-        self, backbone: Backbone, settings: Settings, progress: Progress, clock: Clock
+        self, backbone: Backbone, settings: PruneConfig, progress: Progress, clock: Clock
     ) -> None:
         self.backbone, self.settings = backbone, settings
         self.progress, self.clock = progress, clock
@@ -234,7 +234,14 @@ class _Job:
         self.clock.lap("check")
         spec = self._spec(ranked, excluded, masks, base, pictures)
         return ImpResult(
-            spec, self.student, masks, rounds, None, settings, closeness, self.clock.seconds
+            spec=spec,
+            tower=self.student,
+            masks=masks,
+            rounds=rounds,
+            path=None,
+            settings=settings,
+            fidelity=closeness,
+            seconds=self.clock.seconds,
         )
 
     def _rounds(
@@ -256,17 +263,17 @@ class _Job:
             self.backbone.stages,
             pictures,
             batch_size=settings.batch_size,
-            rate=settings.imp_lr,
+            rate=settings.imp.lr,
             seed=settings.seed,
-            done=len(rounds) * settings.imp_steps,
+            done=len(rounds) * settings.imp.steps,
         )
         for number, keep in enumerate(plan[len(rounds) :], start=len(rounds) + 1):
             masks = keep_largest(weights, masks, keep)
-            if settings.imp_rewind:
+            if settings.imp.rewind:
                 training.rewind()
             title = f"round {number} of {len(plan)}"
-            with self.progress.stage(title, settings.imp_steps) as advance:
-                losses = training.run(masks, settings.imp_steps, advance)
+            with self.progress.stage(title, settings.imp.steps) as advance:
+                losses = training.run(masks, settings.imp.steps, advance)
             ends = (losses[0], losses[-1]) if losses else ()
             rounds.append(Round(keep, 1 - keep / total, ends))
             if number < len(plan):  # the last one goes as far as this ratio, and serves no other
@@ -281,7 +288,7 @@ class _Job:
         def check(told: list[dict[str, Any]]) -> None:
             if [r["kept"] for r in told] != list(plan[: len(told)]):
                 raise OptionError(
-                    f"--imp-rounds {self.settings.imp_rounds} has {len(told)} rounds, which "
+                    f"--imp-rounds {self.settings.imp.rounds} has {len(told)} rounds, which "
                     f"removed {told[-1]['sparsity']:.3f} of the weights, more than --ratio "
                     f"{self.settings.ratio:g}: name another file"
                 )
@@ -321,16 +328,11 @@ class _Job:
             dense=base,
             nonzero=Costs(base.macs - unused, base.params - sum(zeros.values())),
             provenance={
-                **settings.described(),
+                **settings.recorded(),
                 "imp_rate": RATE,
-                "ratio": settings.ratio,
-                "calibration": settings.calibration
-                if settings.calibration in RENDERED
-                else "folder",
                 "calibration_hash": calibration_hash(pictures),
                 "samples": len(pictures),
                 "batch_size": settings.batch_size,
-                "seed": settings.seed,
                 "torch": torch.__version__,
             },
         )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ovsprune.calibration.kept import KeptFile
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone, Pictures
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.provenance import origin_of
-from ovsprune.jobs.settings import Settings
 from ovsprune.masks.magnitude import RATE
 
 __all__ = ["RoundsFile"]
@@ -27,7 +27,7 @@ class RoundsFile:
     place in the order of the pictures, which follows from how many rounds there were.
 
     Args:
-        settings: ``imp_rounds`` names the file; None keeps nothing.
+        settings: ``imp.rounds`` names the file; None keeps nothing.
         backbone: What is pruned.
         pictures: What it trains on.
         ranked: What else decides a round, as JSON values.
@@ -39,7 +39,7 @@ class RoundsFile:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: PruneConfig,
         backbone: Backbone,
         pictures: Pictures,
         ranked: Mapping[str, Any],
@@ -47,9 +47,9 @@ class RoundsFile:
     ) -> None:
         self._progress, self._origin = progress, {}
         self._file: KeptFile | None = None
-        if settings.imp_rounds is None:
+        if settings.imp.rounds is None:
             return
-        path = Path(settings.imp_rounds)
+        path = Path(settings.imp.rounds)
         self._file = KeptFile(path, "ovsprune.imp-rounds/1", "--imp-rounds", "trained")
         self._file.check_place()
         self._origin = {
@@ -58,9 +58,9 @@ class RoundsFile:
             "rate": RATE,
             "seed": settings.seed,
             "batch_size": settings.batch_size,
-            "imp_steps": settings.imp_steps,
-            "imp_rewind": settings.imp_rewind,
-            "imp_lr": settings.imp_lr,
+            "imp_steps": settings.imp.steps,
+            "imp_rewind": settings.imp.rewind,
+            "imp_lr": settings.imp.lr,
         }
 
     def resume(

@@ -19,8 +19,8 @@ from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import AllocationContext, Budget, Pictures, Stages
 from ovsprune.core.records import Group, Plan, Scores
 from ovsprune.graph.layers import bias_of, weight_of
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.imp_rounds import RoundsFile
-from ovsprune.jobs.settings import Settings
 from ovsprune.masks.magnitude import RATE
 
 __all__ = ["prune_units", "remove_smallest", "unit_sizes"]
@@ -32,7 +32,7 @@ def prune_units(
     budget: Budget,
     pictures: Pictures,
     stages: Callable[[nn.Module], Stages],
-    settings: Settings,
+    settings: PruneConfig,
     rounds: RoundsFile,
     progress: Progress,
 ) -> tuple[Plan, nn.Module]:
@@ -64,9 +64,9 @@ def prune_units(
         stages,
         pictures,
         batch_size=settings.batch_size,
-        rate=settings.imp_lr,
+        rate=settings.imp.lr,
         seed=settings.seed,
-        done=len(done) * settings.imp_steps,
+        done=len(done) * settings.imp.steps,
     )
     kept = resumed or {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
     masks = _masks(student, groups, kept)
@@ -76,10 +76,10 @@ def prune_units(
         masks = _masks(student, groups, kept)
         # what came back in the last round comes with its dense weights
         training.rewind(
-            None if settings.imp_rewind else {n: m & ~before[n] for n, m in masks.items()}
+            None if settings.imp.rewind else {n: m & ~before[n] for n, m in masks.items()}
         )
-        with progress.stage(f"round {len(done) + 1}", settings.imp_steps) as advance:
-            training.run(masks, settings.imp_steps, advance)
+        with progress.stage(f"round {len(done) + 1}", settings.imp.steps) as advance:
+            training.run(masks, settings.imp.steps, advance)
         done.append({name: int(k.sum()) for name, k in kept.items()})
         rounds.save(student, kept, done)
     plan = Plan({name: k.nonzero().flatten() for name, k in kept.items()})

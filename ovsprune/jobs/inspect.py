@@ -9,11 +9,12 @@ from typing import Any
 __all__ = ["inspect"]
 
 
-def inspect(directory: str | Path) -> dict[str, Any]:
-    """Read a slim checkpoint, check it, and say what it holds, layer by layer.
+def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[str, Any]:
+    """Read and check a slim checkpoint, and return its contents layer by layer.
 
     Args:
-        directory: A slim checkpoint.
+        directory: Slim checkpoint.
+        recipe: TOML file to write, with the options that made the checkpoint.
 
     Returns:
         ``format, base{model, pretrained, trained, tensors}, dense{macs, params},
@@ -22,13 +23,20 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         preprocess, protected, provenance, files, bytes, path``.
 
     Raises:
-        CheckpointError: It is damaged, incomplete, or no slim checkpoint.
+        CheckpointError: The directory is damaged, incomplete, or no slim checkpoint.
+        OptionError: The recipe cannot be written: the criterion was an object given from Python.
+        OutputError: ``recipe`` cannot be written.
     """
     from ovsprune.report.card import is_protected
     from ovsprune.slim.read import read
     from ovsprune.slim.spec import FORMAT_VERSION
 
     checkpoint = read(Path(directory))
+    if recipe is not None:
+        from ovsprune.core.toml import write_toml
+        from ovsprune.jobs.recipes import recipe_of
+
+        write_toml(recipe, recipe_of(checkpoint))
     spec = checkpoint.spec
     layers = []
     for layer in spec.layers:

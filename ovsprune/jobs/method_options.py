@@ -2,72 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from ovsprune.core.errors import OptionError, UnknownNameError
-from ovsprune.core.protocols import Distillation
+from ovsprune.core.options import Option, options_of
+from ovsprune.jobs.config import PruneConfig
 
-__all__ = ["FLAGS", "VALUES", "parse_options"]
-
-VALUES: dict[str, Callable[[str], Any]] = {
-    "rounds": int,
-    "floor": str,
-    "distill-steps": int,
-    "distill-seconds": float,
-    "distill-optimizer": str,
-    "distill-lr": float,
-    "imp-steps": int,
-    "imp-lr": float,
-}
-"""Options of ``prune`` with a value, and what reads it."""
-
-FLAGS = ("uniform-heads", "prune-depth", "imp-rewind")
-"""Options of ``prune`` that are given or not."""
-
-_REPEATED = ("floor",)
-_DISTILL = "distill-"
+__all__ = ["parse_options"]
 
 
-def parse_options(name: str, parts: Iterable[str]) -> dict[str, Any]:
-    """Fields of :class:`ovsprune.jobs.settings.Settings`, of parts ``OPTION=VALUE`` and ``FLAG``.
+def parse_options(name: str, parts: Iterable[str], config: type = PruneConfig) -> dict[str, Any]:
+    """Return option names and values of the parts ``OPTION=VALUE`` and ``FLAG`` of a method.
 
     Args:
-        name: The whole method's name, for what an error says.
-        parts: As they are called on the command line of ``prune``, without the dashes in front.
+        name: Name of the method with its options, for messages.
+        parts: Options as on the command line of ``prune``, without the leading dashes.
+        config: Configuration that declares the options.
 
     Raises:
-        OptionError: A value is missing, too much, or no number, or an option is given twice.
-        UnknownNameError: There is no such option; names the closest.
+        OptionError: A value is missing or cannot be read, a flag has a value, or an option that is
+            not repeatable is given twice.
+        UnknownNameError: There is no such option; the message names the closest.
     """
-    found: dict[str, Any] = {}
+    known = {o.name.replace("_", "-"): o for o in options_of(config) if o.compare == "method"}
+    values: dict[str, Any] = {}
     for part in parts:
-        option, given, text = (piece.strip() for piece in part.partition("="))
-        field = option.replace("-", "_")
-        if option in _REPEATED:
-            text = _value(name, option, text)
-            found[field] = (*found.get(field, ()), text)
-        elif field in found:
-            raise OptionError(f"--methods {name}: {option} is given twice")
+        word, equals, text = (piece.strip() for piece in part.partition("="))
+        if word not in known:
+            raise UnknownNameError("option of a method", word, known)
+        declared = known[word]
+        value = _value(name, word, declared, text if equals else None)
+        if declared.repeated:
+            values[declared.name] = (*values.get(declared.name, ()), value)
+        elif declared.name in values:
+            raise OptionError(f"--methods {name}: {word} is given twice")
         else:
-            found[field] = _value(name, option, text if given else None)
-    training = _DISTILL.replace("-", "_")
-    distill = {k.removeprefix(training): v for k, v in found.items() if k.startswith(training)}
-    rest = {k: v for k, v in found.items() if not k.startswith(training)}
-    return rest | ({"distill": Distillation(**distill)} if distill else {})
+            values[declared.name] = value
+    return values
 
 
-def _value(name: str, option: str, text: str | None) -> Any:
-    if option in FLAGS:
+def _value(name: str, word: str, declared: Option, text: str | None) -> Any:
+    if declared.value_type is bool:
         if text is not None:
-            raise OptionError(f"--methods {name}: {option} takes no value; leave out '={text}'")
+            raise OptionError(f"--methods {name}: {word} takes no value; leave out '={text}'")
         return True
-    if option not in VALUES:
-        raise UnknownNameError("option of a method", option, [*VALUES, *FLAGS])
     if not text:
-        raise OptionError(f"--methods {name}: {option} needs a value, as in {option}=...")
+        raise OptionError(f"--methods {name}: {word} needs a value, as in {word}=...")
     try:
-        return VALUES[option](text)
+        return declared.value_type(text)
     except ValueError as error:
-        kind = "a whole number" if VALUES[option] is int else "a number"
-        raise OptionError(f"--methods {name}: {option} needs {kind}, not {text!r}") from error
+        kind = "a whole number" if declared.value_type is int else "a number"
+        raise OptionError(f"--methods {name}: {word} needs {kind}, not {text!r}") from error

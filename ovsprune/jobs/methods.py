@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.options import options_of
 from ovsprune.importance import CRITERIA
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.method_options import parse_options
-from ovsprune.jobs.settings import Settings
 from ovsprune.jobs.stock import STOCK
 from ovsprune.recovery import RECOVERIES
 
@@ -21,9 +22,6 @@ DEFAULT = "default"
 
 IMP = "imp"
 """Iterative magnitude pruning of whole units with feature distillation: the paper's, structured."""
-
-IMP_STEPS = 100
-"""Its training steps a round."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Method:
         recovery: Name in the registry of recoveries; None for a stock method that is run on the
             original tower, as a user of that library would.
         source: Who selects: ``"ovsprune"``, ``"torch-pruning"``, or ``"imp"``, which trains, too.
-        options: Further fields of :class:`ovsprune.jobs.settings.Settings` with their values.
+        options: Names and values of further options of :class:`ovsprune.PruneConfig`.
     """
 
     name: str
@@ -47,14 +45,14 @@ class Method:
     source: Literal["ovsprune", "torch-pruning", "imp"]
     options: tuple[tuple[str, Any], ...] = ()
 
-    def settings(self, common: Settings) -> Settings:
-        """What a row of this method is pruned by, where ``common`` holds for every row."""
-        chosen = replace(common, recovery=self.recovery or "none")
+    def settings(self, common: PruneConfig) -> PruneConfig:
+        """Return the configuration of a row, where ``common`` holds for all rows."""
+        chosen: dict[str, object] = {"recovery": self.recovery or "none"}
         if self.source == "ovsprune":
-            chosen = replace(chosen, criterion=self.criterion, allocation=self.allocation)
+            chosen |= {"criterion": self.criterion, "allocation": self.allocation}
         if self.source == "imp":
-            chosen = replace(chosen, method="imp", imp_structured=True, imp_steps=IMP_STEPS)
-        return replace(chosen, **dict(self.options))
+            chosen |= {"method": "imp", "imp_structured": True}
+        return common.with_options({**chosen, **dict(self.options)})
 
 
 def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
@@ -77,9 +75,9 @@ def parse_method(name: str) -> Method:
 
     The first part is ``default``, a criterion, or a stock method; ``imp`` stands alone. A criterion
     alone means that criterion with uniform allocation and no recovery. Parts that follow are an
-    allocation, a recovery, or both; a name that both rooms know is the allocation unless there is
-    one already. Options are those of ``prune`` that hold for a method and not for every row; what
-    does not go together is refused by :meth:`ovsprune.jobs.settings.Settings.check`.
+    allocation, a recovery, or both; a name that is both an allocation and a recovery is the
+    allocation unless there is one already. Options are those of ``prune`` that belong to a single
+    method; :meth:`ovsprune.PruneConfig.check` refuses combinations that have no effect.
 
     >>> parse_method("random+closed-form").recovery
     'closed-form'
@@ -98,14 +96,15 @@ def parse_method(name: str) -> Method:
             raise OptionError(f"--methods {name}: imp ranks, counts and repairs in its own way")
         return Method(name, "l1", "global", "none", "imp", options)
     if first in STOCK:
-        if {field for field, _ in options} - {"distill"}:
+        repairs = {o.name for o in options_of(PruneConfig) if o.path[0] == "distill"}
+        if {option for option, _ in options} - repairs:
             raise OptionError(
                 f"--methods {name}: {first} chooses in its own way; of the options, it takes those "
                 "of a recovery, distill-..."
             )
         return _stock_method(name, first, rest, options)
     if first == DEFAULT:
-        plain = Settings(ratio=0.5)
+        plain = PruneConfig(ratio=0.5)
         assert isinstance(plain.criterion, str)  # the default is a name
         criterion, allocation, recovery = plain.criterion, plain.allocation, plain.recovery
     elif first in CRITERIA.names():

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ovsprune.allocation import ALLOCATIONS
 from ovsprune.allocation.shared import Shared
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.allocation.trim import cost
@@ -23,11 +24,11 @@ from ovsprune.calibration.survey import Survey
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import AllocationContext, Backbone, Budget, Family, Pictures
 from ovsprune.core.records import Costs, Curves, Group, Plan, Scores
-from ovsprune.importance import criterion_name
+from ovsprune.importance import criterion_name, find_criterion
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.latency import latency_budget
 from ovsprune.jobs.provenance import origin_of
-from ovsprune.jobs.settings import Settings
 from ovsprune.spectrum import group_alphas
 
 __all__ = ["Planner", "Planning", "Surveys"]
@@ -56,14 +57,16 @@ class Planning:
         self,
         backbone: Backbone,
         family: Family,
-        settings: Settings,
+        settings: PruneConfig,
         progress: Progress,
         clock: Clock,
         surveys: Surveys,
     ) -> None:
         self.backbone, self.family, self.settings = backbone, family, settings
         self.progress, self.clock, self.surveys = progress, clock, surveys
-        self.criterion, self.allocator, _ = settings.check()
+        settings.check()
+        self.criterion = find_criterion(settings.criterion)
+        self.allocator = ALLOCATIONS.get(settings.allocation)
         self.spent = 0.0
         """What the last plan costs by the budget's own prices."""
 
@@ -133,14 +136,7 @@ class Planning:
     ) -> tuple[Scores, Curves | None]:
         """Rankings and curves, which depend neither on the ratio nor on the recovery."""
         probe = self.settings.probe_pictures if self.allocator.needs_curves else 0
-        plain = Settings(ratio=0.5)
-        key = (
-            replace(
-                self.settings,
-                **{name: getattr(plain, name) for name in _AFTER},
-            ),
-            probe,
-        )
+        key = (self.settings.measurement_key(), probe)
         if key not in self.surveys:
             start = time.perf_counter()
             found = self._stored(tower, groups, pictures, probe)
@@ -193,18 +189,3 @@ class Planning:
             "seed": self.settings.seed,
             "probe": probe,
         }
-
-
-_AFTER = (
-    "ratio",
-    "budget",
-    "allocation",
-    "recovery",
-    "round_to",
-    "latency_table",
-    "statistics",
-    "rounds",
-    "distill",
-    "imp_rounds",
-)
-"""Settings that no survey depends on."""

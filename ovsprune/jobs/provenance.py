@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from ovsprune.calibration.pictures import RENDERED, calibration_hash
+from ovsprune.calibration.pictures import calibration_hash
 from ovsprune.core.protocols import Backbone, Family, Pictures, Seed
 from ovsprune.core.records import Costs, Group, Plan
-from ovsprune.importance import criterion_name
 from ovsprune.jobs.again import layers_in_base, provenance_of
-from ovsprune.jobs.settings import Settings
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec, state_hashes, tensors_hash
 from ovsprune.slim.spec import LayerSpec, SliceSpec
@@ -69,28 +67,18 @@ def make_spec(
     )
 
 
-def provenance(settings: Settings, pictures: Pictures) -> dict[str, Any]:
-    """Where a slim tower came from, as JSON values; no path of this machine."""
-    trains = any(recovery.trains for recovery in settings.recoveries)
+def provenance(config: PruneConfig, pictures: Pictures) -> dict[str, Any]:
+    """Return the origin of a slim tower as JSON values; no path of this machine.
+
+    Args:
+        config: Configuration of the prune.
+        pictures: Calibration images.
+    """
     return {
-        "criterion": criterion_name(settings.criterion),
-        "allocation": settings.allocation,
-        "recovery": settings.recovery,
-        "rounds": settings.rounds,
-        "budget": settings.budget,
-        "ratio": settings.ratio,
-        "calibration": settings.calibration if settings.calibration in RENDERED else "folder",
+        **config.recorded(),
         "calibration_hash": calibration_hash(pictures),
         "samples": len(pictures),
-        "round_to": settings.round_to,
-        "floor": list(settings.floor),
-        "uniform_heads": settings.uniform_heads,
-        "ridge": settings.ridge,
-        "seed": settings.seed,
         "torch": torch.__version__,
-        **{name: True for name in _OPT_IN if getattr(settings, name)},
-        **({"distill": asdict(settings.distill)} if trains else {}),
-        **settings.described(),
     }
 
 
@@ -104,9 +92,6 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
         "size": list(backbone.preprocess.size),
         "calibration": calibration_hash(pictures),
     }
-
-
-_OPT_IN = ("prune_depth",)
 
 
 def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:

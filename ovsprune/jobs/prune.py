@@ -1,17 +1,16 @@
-"""Prune: load, group, rank, allocate, cut, recover, check, write."""
+"""Prune a tower: load, group, rank, allocate, cut, recover, check, write."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_source import OWN_WEIGHTS
 from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.calibration.pictures import enough
 from ovsprune.core.errors import OptionError
@@ -21,38 +20,43 @@ from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
 from ovsprune.jobs.again import check_again
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.command_line import command_of
+from ovsprune.jobs.config import PruneConfig, config_of
 from ovsprune.jobs.measure import thread_limit
-from ovsprune.jobs.settings import DTYPES, Settings, settings_of
 from ovsprune.jobs.steps import Job
 from ovsprune.report.card import card
 from ovsprune.slim import SlimCheckpoint, SlimSpec, write
 from ovsprune.slim.write import check_output
 
-__all__ = ["PruneResult", "Settings", "cast", "command_of", "open_dense", "prune"]
+__all__ = ["DTYPES", "PruneResult", "cast", "open_dense", "prune"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Types in which a tower can be saved."""
 
 
 @dataclass(eq=False)
 class PruneResult:
-    """What a prune gave.
+    """Result of :func:`prune`.
 
     Attributes:
-        spec: The slim checkpoint's spec.
-        tower: The slim tower, in the family's own modules.
-        plan: Kept units of every group, in the coordinates of the base.
-        path: Where it was written, or None.
-        achieved: Ratio that was reached, of the budget's cost in the model that was given.
-        fidelity: To the model that was given, on held-out calibration pictures.
-        seconds: Time by step.
-        latency: For a latency budget, ``dense_ms``, ``slim_ms`` and ``measured_ratio`` (the share
-            of the time that is really gone, in one run), and ``predicted_ms``; None otherwise.
-        given: The slim checkpoint that was pruned again; None where the model was dense.
+        spec: Contents of the checkpoint's ``config.json``.
+        tower: Slim tower, in the modules of its own library.
+        plan: Kept units of every group, in the coordinates of the base model.
+        path: Directory of the checkpoint; None if nothing was written.
+        settings: Configuration of the prune.
+        achieved: Ratio that was reached, as a fraction of the budget's cost in the given model.
+        fidelity: Agreement with the given model on held-out calibration images.
+        seconds: Time per step.
+        latency: With a latency budget ``dense_ms``, ``slim_ms``, ``measured_ratio`` (fraction of
+            the time that was removed, measured in one run) and ``predicted_ms``; otherwise None.
+        given: Slim checkpoint that was pruned again; None if the given model was dense.
     """
 
     spec: SlimSpec
     tower: nn.Module
     plan: Plan
     path: Path | None
-    settings: Settings
+    settings: PruneConfig
     achieved: float
     fidelity: Fidelity
     seconds: dict[str, float]
@@ -60,7 +64,7 @@ class PruneResult:
     given: SlimCheckpoint | None = None
 
     def record(self) -> dict[str, Any]:
-        """What ``ovsprune prune --json`` prints."""
+        """Return the record that ``ovsprune prune --json`` prints."""
         return {
             "model": self.spec.base.model,
             "pretrained": self.spec.base.pretrained,
@@ -91,8 +95,9 @@ class PruneResult:
 
 def prune(
     model: str | Backbone,
-    ratio: float,
+    ratio: float | None = None,
     *,
+    config: PruneConfig | None = None,
     pretrained: str | None = None,
     activation: str | None = None,
     device: str = "cpu",
@@ -105,58 +110,48 @@ def prune(
     progress: Progress | None = None,
     **options: Any,
 ) -> PruneResult:
-    """Prune a CLIP-like image tower once, without labels.
+    """Prune the image tower of a CLIP-like model, without labels.
 
-    No gradient step is taken but by the recovery ``distill`` and the method ``imp``.
+    Only the recovery ``distill`` and the method ``imp`` take gradient steps.
 
     Args:
-        model: A name (see :func:`ovsprune.backbones.load`), or a loaded backbone. A slim one is
-            pruned again: it is what the ratio, the floors and the recovery go by, and its base what
-            the result's mask, hashes and dense costs count from.
-        ratio: Share of the cost of the given tower that goes, in (0, 1).
+        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone. A slim model is pruned
+            again: ratio, floors and recovery then refer to the slim model; mask, hashes and dense
+            costs of the result refer to its dense base model.
+        ratio: Fraction of the tower's cost to remove, in (0, 1); by default that of ``config``.
+        config: Configuration; by default ``PruneConfig(ratio=ratio)``.
         pretrained: Tag, file, or ``"none"``.
-        activation: For a bare file.
-        device: Where the towers run.
-        dtype: Of the saved tower: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        threads: CPU threads; None leaves torch's own choice.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
+        device: Device of the towers.
+        dtype: Type of the saved tower: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        threads: CPU threads; None leaves the choice to PyTorch.
         output: Directory to write, by default ``slim/<model>-r<ratio>``; ignored on a dry run.
         overwrite: Replace an existing output.
-        dry_run: Plan and measure, write nothing.
-        text: Save the untouched text tower too.
-        progress: Is told how the work goes.
-        options: Fields of :class:`Settings`: ``budget`` ("macs", "params", "latency"),
-            ``calibration`` (a folder, "procedural", "leaves", "mixed", or "auto", which is
-            "procedural" for ``tiny`` and "mixed" for other towers), ``samples`` (256; of "leaves"
-            and "mixed" 1024), ``criterion`` (a name, or an object such as
-            :class:`~ovsprune.importance.taylor.Taylor` with a loss of your own), ``allocation``,
-            ``recovery``, ``protect`` (patterns of group names),
-            ``round_to``, ``floor`` ("PATTERN=N", fewest units that stay), ``uniform_heads``,
-            ``prune_depth`` (whole attentions and MLPs may go), ``latency_table`` (a file),
-            ``seed``, ``batch_size``, ``ridge`` (relative to the mean variance), ``probe``
-            (pictures for curves), ``rounds``, ``statistics`` (a file), ``distill`` (a
-            :class:`~ovsprune.core.protocols.Distillation`), ``method`` ("default", or "imp" with
-            ``imp_structured=True``; see :mod:`ovsprune.jobs.imp`), ``imp_steps``, ``imp_rewind``,
-            ``imp_lr``, ``imp_rounds`` (a file).
+        dry_run: Plan and measure, but write nothing.
+        text: Save the unmodified text tower too.
+        progress: Progress reporter.
+        options: Options of :class:`ovsprune.PruneConfig`, which win over those of ``config``:
+            ``samples=64``, ``recovery="distill"``, ``distill_steps=200``.
 
     Raises:
         OptionError: A value is out of its range, or the model is an unstructured result, which
             cannot be pruned again.
         UnknownNameError: A name is unknown.
-        BudgetError: The ratio is out of reach.
-        WeightsError: The weights cannot be had.
-        DataError: The calibration pictures, or the table of layer times, cannot be used.
+        BudgetError: The ratio cannot be reached.
+        WeightsError: The weights cannot be loaded.
+        DataError: The calibration images, or the table of layer times, cannot be used.
         OutputError: The output exists, or cannot be written.
     """
-    settings = settings_of(ratio, options)
-    if settings.method == "imp" and not settings.imp_structured:
+    settings = config_of(ratio, config, options)
+    if settings.method == "imp" and not settings.imp.structured:
         raise OptionError(
             "method='imp' prunes single weights: call ovsprune.jobs.imp.imp, or give "
-            "imp_structured=True for units"
+            "imp_structured=True to remove units"
         )
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     progress = progress or Silent()
-    target = _target(model, ratio, output, overwrite, dry_run)
+    target = _target(model, settings.ratio, output, overwrite, dry_run)
     clock = Clock()
     with thread_limit(threads):
         model = _open(model, pretrained, activation, device, progress, clock)
@@ -171,16 +166,16 @@ def prune(
             )
         done = Job(model, settings, progress, clock).run()
     result = PruneResult(
-        done.spec,
-        done.tower,
-        done.plan,
-        None,
-        settings,
-        done.achieved,
-        done.fidelity,
-        clock.seconds,
-        done.latency,
-        model.slim,
+        spec=done.spec,
+        tower=done.tower,
+        plan=done.plan,
+        path=None,
+        settings=settings,
+        achieved=done.achieved,
+        fidelity=done.fidelity,
+        seconds=clock.seconds,
+        latency=done.latency,
+        given=model.slim,
     )
     if target is not None:
         state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
@@ -209,11 +204,11 @@ def open_dense(
     progress: Progress,
     clock: Clock,
 ) -> Backbone:
-    """The dense model that is to be pruned, loaded if it is not.
+    """Return the dense model to prune, loaded if it is a name.
 
     Raises:
-        OptionError: It is pruned already.
-        WeightsError: The weights cannot be had.
+        OptionError: The model is slim already.
+        WeightsError: The weights cannot be loaded.
     """
     model = _open(model, pretrained, activation, device, progress, clock)
     if model.slim is not None:
@@ -246,10 +241,10 @@ def _open(
 
 
 def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """The tensors as ``dtype``, apart from whole numbers (what a norm has counted).
+    """Return the floating-point tensors as ``dtype``, and integer tensors unchanged.
 
     Raises:
-        OptionError: A value is too large for it.
+        OptionError: A value is too large for ``dtype``.
     """
     found = {
         name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
@@ -264,46 +259,10 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return found
 
 
-_UNSAID = ("ratio", "ridge", "probe", "distill", "statistics", "imp_rounds")
-"""Settings that are said otherwise, that no option is for, or that name files of this machine."""
-
-
-def command_of(model: Backbone, settings: Settings, dtype: str, text: bool) -> str:
-    """The command line that does the same, without the options that are the defaults."""
-    name = model.name if model.slim is None else model.slim.path.resolve().name
-    words = ["ovsprune", "prune", "--model", name, "--ratio", f"{settings.ratio:g}"]
-    if model.slim is None and model.pretrained not in OWN_WEIGHTS:
-        words += ["--pretrained", model.pretrained or "none"]
-    defaults = Settings(ratio=settings.ratio).for_model(model)
-    for name, value, default in [
-        *_values("", settings, defaults),
-        *_values("distill_", settings.distill, defaults.distill),
-    ]:
-        if name in _UNSAID or value == default:
-            continue
-        if name == "criterion" and not isinstance(value, str):
-            continue  # No command line can give an object; the note below says so.
-        option = f"--{name.replace('_', '-')}"
-        for one in value if isinstance(value, tuple) else (value,):
-            words += [option] if one is True else [option, str(one)]
-    if dtype != "float32":
-        words += ["--dtype", dtype]
-    line = shlex.join([*words, *([] if text else ["--no-text"])])
-    if not isinstance(settings.criterion, str):
-        line += f"  # criterion: {criterion_name(settings.criterion)}, an object given from Python"
-    return line
-
-
 def _described(given: SlimCheckpoint) -> dict[str, Any]:
-    """What a record says of the slim model that was pruned again."""
+    """Return the description of the slim model that was pruned again, for a record."""
     slim = given.spec.slim
     return {"slim": str(given.path), "macs": slim.macs, "params": slim.params}
-
-
-def _values(prefix: str, chosen: Any, defaults: Any) -> list[tuple[str, Any, Any]]:
-    """Name, value and default of every field of a dataclass."""
-    names = [field.name for field in fields(chosen)]
-    return [(prefix + name, getattr(chosen, name), getattr(defaults, name)) for name in names]
 
 
 def _target(
@@ -313,7 +272,7 @@ def _target(
     overwrite: bool,
     dry_run: bool,
 ) -> Path | None:
-    """Where to write, checked before the work begins."""
+    """Return the output directory, checked before the work begins."""
     if dry_run or (output is None and isinstance(model, Backbone)):
         return None
     name = model if isinstance(model, str) else model.name

@@ -15,7 +15,7 @@ from ovsprune.core.errors import TargetError
 from ovsprune.core.progress import Progress
 from ovsprune.core.records import Group, Plan
 from ovsprune.jobs.clock import Clock
-from ovsprune.jobs.settings import Settings
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.steps import Job
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.check import TOWER
@@ -72,7 +72,7 @@ def refitted(
     if _POSITIONS in own:
         own[_POSITIONS] = _native(own[_POSITIONS], wanted[_POSITIONS])
     backbone.tower.load_state_dict({**wanted, **own})
-    settings = Settings(
+    settings = PruneConfig(
         ratio=1 - spec.slim.macs / spec.dense.macs,
         calibration=calibration,
         samples=samples,

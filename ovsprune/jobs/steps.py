@@ -22,6 +22,7 @@ from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import find_groups, with_costs
 from ovsprune.jobs.again import in_base, marked
 from ovsprune.jobs.clock import Clock
+from ovsprune.jobs.config import TOLERANCE, PruneConfig
 from ovsprune.jobs.floors import with_floors, without_floors
 from ovsprune.jobs.imp_rounds import RoundsFile
 from ovsprune.jobs.imp_units import prune_units
@@ -29,7 +30,6 @@ from ovsprune.jobs.latency import compare_latency
 from ovsprune.jobs.planning import Planner, Planning, Surveys
 from ovsprune.jobs.provenance import make_spec, provenance
 from ovsprune.jobs.rounds import compose, everything, narrow, ratios
-from ovsprune.jobs.settings import TOLERANCE, Settings
 from ovsprune.slim import SlimSpec
 
 __all__ = ["HELD_OUT", "Job", "Pruned", "split_seeds"]
@@ -65,7 +65,7 @@ class Job:
     def __init__(
         self,
         backbone: Backbone,
-        settings: Settings,
+        settings: PruneConfig,
         progress: Progress,
         clock: Clock,
         surveys: Surveys | None = None,

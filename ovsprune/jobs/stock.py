@@ -25,7 +25,7 @@ from ovsprune.core.errors import BudgetError
 from ovsprune.core.protocols import Pictures, Stages
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.costs import measure
-from ovsprune.jobs.settings import TOLERANCE
+from ovsprune.jobs.config import TOLERANCE
 from ovsprune.report.numbers import budget_name
 
 __all__ = ["STOCK", "Selection", "StockMethod", "TorchPruning", "feature_gradients"]

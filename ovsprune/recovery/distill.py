@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ovsprune.calibration.feature_loss import SHARES, Features, feature_loss, spread
 from ovsprune.calibration.refit import held_out
 from ovsprune.calibration.streams import Stream, spread_over, stored
-from ovsprune.core.errors import OptionError, UnknownNameError
+from ovsprune.core.errors import OptionError
+from ovsprune.core.optimizers import optimizer_class
 from ovsprune.core.protocols import Distillation, EndlessPictures, RecoveryContext
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.whitened import Whitened, whiten
@@ -75,24 +76,6 @@ class Distill:
             item.slim.load_state_dict(state)
             for parameter, flag in before.items():
                 parameter.requires_grad_(flag).grad = None
-
-
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The optimiser of torch called ``name``.
-
-    Raises:
-        UnknownNameError: ``torch.optim`` has none of that name.
-    """
-    known = {
-        key: value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type)
-        and issubclass(value, torch.optim.Optimizer)
-        and value is not torch.optim.Optimizer
-    }
-    if name not in known:
-        raise UnknownNameError("optimizer", name, known)
-    return known[name]
 
 
 class _Pupil:

@@ -86,7 +86,7 @@ def _what(spec: SlimSpec) -> str:
 
 
 def _training(spec: SlimSpec) -> str:
-    if "distill" in spec.provenance or spec.provenance.get("imp_steps"):
+    if "distill_lr" in spec.provenance or spec.provenance.get("imp_steps"):
         return "(what is left was trained to give the dense tower's features)"
     return "and without a gradient step"
 

@@ -18,8 +18,9 @@ from click.testing import CliRunner
 from ovsprune.cli import main as cli
 from ovsprune.cli.silence import silence_libraries
 from ovsprune.core.errors import CheckpointError
-from ovsprune.core.protocols import Distillation
+from ovsprune.core.options import options_of
 from ovsprune.jobs import inspect as inspect_job
+from ovsprune.jobs.config import PruneConfig
 
 CONTEXT = click.Context(cli.main, info_name="ovsprune")
 
@@ -85,7 +86,8 @@ def test_unknown_command_names_the_closest(run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["prune", "--model", "tiny"], "Missing option '--ratio'"),
+        (["prune", "--model", "tiny"], "--ratio is missing: give --ratio"),
+        (["prune", "--ratio", "0.5"], "--model is missing: give a name"),
         (["prune", "--model", "tiny", "--ratio", "half"], "'half' is not a valid float"),
         (["prune", "--model", "tiny", "--ratioo", "0.5"], "No such option"),
         (["inspect"], "Missing argument 'DIR'"),
@@ -139,8 +141,7 @@ def test_every_option_has_the_default_that_the_job_has(name):
     module = importlib.import_module(f"ovsprune.jobs.{name}")
     accepted = _accepted(getattr(module, name))
     if name == "prune":
-        accepted |= _accepted(module.Settings)
-        accepted |= {f"distill_{k}": v for k, v in _accepted(Distillation).items()}
+        accepted |= {o.name: o.default for o in options_of(PruneConfig)} | {"recipe": None}
     command = cli.main.get_command(CONTEXT, name)
     given = command.make_context(name, REQUIRED[name]).params
     given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from ovsprune.core.records import Plan
-from ovsprune.jobs.settings import recovery_chain
-from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery import RECOVERIES, recovery_chain
 from tests.contracts.conftest import Case
 
 REPAIRS = [name for name in RECOVERIES.names() if name != "none"]

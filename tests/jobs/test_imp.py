@@ -185,7 +185,7 @@ def test_masks_go_on_another_checkpoint_and_into_a_framework(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"imp_steps": -1}, "--imp-steps -1"),
+        ({"imp_steps": -1}, "--imp-steps -1: give at least 0"),
         ({"imp_lr": 0.0}, "--imp-lr 0"),
         ({"criterion": "random"}, "--method imp does not take --criterion"),
         ({"allocation": "uniform"}, "does not take --allocation"),
@@ -215,7 +215,10 @@ def test_a_training_that_diverges_is_said_and_nothing_written(
 
 
 def test_the_default_method_takes_no_option_of_imp(small: Backbone) -> None:
-    with pytest.raises(OptionError, match="--method default does not take --imp-rewind: they"):
+    with pytest.raises(
+        OptionError,
+        match="--imp-rewind belongs to --method imp",
+    ):
         ovsprune.prune(small, 0.5, imp_rewind=True)
     with pytest.raises(OptionError, match="--method 'lottery' is unknown; known: default, imp"):
         ovsprune.prune(small, 0.5, method="lottery")

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import pytest
-from click import Option
 
-from ovsprune.cli.compare import command as compare_command
-from ovsprune.cli.prune import command as prune_command
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.protocols import Distillation
 from ovsprune.jobs.compare import compare
-from ovsprune.jobs.method_options import FLAGS, VALUES
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.methods import parse_method, parse_methods
 from ovsprune.jobs.prune import prune
-from ovsprune.jobs.settings import Settings
 
 
-def settings_of(name: str) -> Settings:
-    return parse_method(name).settings(Settings(ratio=0.5))
+def settings_of(name: str) -> PruneConfig:
+    return parse_method(name).settings(PruneConfig(ratio=0.5))
 
 
 def test_values_flags_and_repeated_options():
     found = settings_of("default : rounds = 3 : floor=*.mlp=0.25 : floor=*.attn=2")
     assert (found.rounds, found.floor) == (3, ("*.mlp=0.25", "*.attn=2"))
     assert settings_of("default:prune-depth").prune_depth
-    assert settings_of("imp:imp-steps=7:imp-rewind").imp_steps == 7
-    assert settings_of("imp").imp_steps == 100
+    assert settings_of("imp:imp-steps=7:imp-rewind").imp.steps == 7
+    assert settings_of("imp").imp.steps == 100
     for name in ("default+distill", "torch-pruning+distill"):
         distilled = settings_of(f"{name}:distill-steps=9:distill-optimizer=Muon:distill-lr=3e-4")
         assert distilled.distill == Distillation(steps=9, optimizer="Muon", lr=3e-4)
@@ -66,8 +62,8 @@ def test_an_unknown_option_names_the_closest():
     [
         ("default:imp-steps=4", "--imp-steps"),
         ("imp:rounds=2", "--rounds"),
-        ("random:distill-steps=4", "go with --recovery distill"),
-        ("torch-pruning:distill-steps=4", "go with --recovery distill"),
+        ("random:distill-steps=4", "goes with --recovery distill"),
+        ("torch-pruning:distill-steps=4", "goes with --recovery distill"),
         ("default:rounds=0", "--rounds 0: give at least 1"),
         ("default:floor=mlp", "--floor 'mlp'"),
     ],
@@ -111,13 +107,8 @@ def test_a_floor_that_matches_nothing_is_refused_before_any_row(small_clip, tmp_
     assert not (tmp_path / "c").exists()
 
 
-def test_every_option_of_prune_has_its_place():
-    """An option that is added to ``prune`` must not be forgotten here."""
-
-    def options(command):
-        return {o.opts[0].removeprefix("--") for o in command.params if isinstance(o, Option)}
-
-    parts = {"method", "imp-structured", "criterion", "allocation", "recovery"}
-    each = {"seed", "statistics", "text", "dry-run", "dtype", "latency-table", "imp-rounds"}
-    rest = options(prune_command) - options(compare_command) - parts - each
-    assert rest == set(VALUES) | set(FLAGS)
+def test_an_option_for_all_rows_is_no_option_of_a_method(tmp_path):
+    with pytest.raises(UnknownNameError, match="unknown option of a method 'samples'"):
+        parse_method("default:samples=4")
+    with pytest.raises(UnknownNameError, match="unknown option of compare 'rounds'"):
+        compare("no-such-model", [0.5], rounds=2, output=tmp_path / "out")

@@ -6,8 +6,8 @@ from ovsprune.allocation import ALLOCATIONS
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.importance import CRITERIA
 from ovsprune.jobs import methods as module
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.methods import parse_method, parse_methods
-from ovsprune.jobs.settings import Settings
 from ovsprune.jobs.stock import STOCK
 from ovsprune.recovery import RECOVERIES
 
@@ -31,15 +31,15 @@ def test_parts(name, parts):
 
 def test_imp_stands_alone():
     method = parse_method("imp")
-    settings = method.settings(Settings(ratio=0.4, seed=2))
-    assert (settings.method, settings.imp_structured, settings.seed) == ("imp", True, 2)
+    settings = method.settings(PruneConfig(ratio=0.4, seed=2))
+    assert (settings.method, settings.imp.structured, settings.seed) == ("imp", True, 2)
     settings.check()
     with pytest.raises(OptionError, match="imp ranks, counts and repairs in its own way"):
         parse_method("imp+closed-form")
 
 
 def test_the_default_is_what_prune_does():
-    plain, method = Settings(ratio=0.5), parse_method("default")
+    plain, method = PruneConfig(ratio=0.5), parse_method("default")
     assert (method.criterion, method.allocation, method.recovery) == (
         plain.criterion,
         plain.allocation,

@@ -20,11 +20,11 @@ from ovsprune.core.protocols import Distillation
 from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.costs import measure
 from ovsprune.jobs import latency
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.imp import imp
 from ovsprune.jobs.methods import parse_method
 from ovsprune.jobs.prune import PruneResult, prune
-from ovsprune.jobs.settings import Settings
 from ovsprune.slim import timm_tower
 from tests.contracts.conftest import open_clip_efficientnet
 
@@ -218,7 +218,7 @@ def test_stock_methods_run_beside_ours(name: str) -> None:
             with torch.no_grad():
                 return {"finite": float(tower(images()).isfinite().all())}
 
-    settings = Settings(ratio=0.3, samples=4, batch_size=4)
+    settings = PruneConfig(ratio=0.3, samples=4, batch_size=4)
     contest = Contest(
         open_clip_efficientnet(), settings, Examiner(), ovsprune.core.progress.Silent()
     )  # type: ignore[arg-type]

@@ -21,11 +21,11 @@ from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.costs import measure
 from ovsprune.jobs import latency
 from ovsprune.jobs.benchmark import benchmark
+from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.inspect import inspect
 from ovsprune.jobs.methods import parse_method
 from ovsprune.jobs.prune import PruneResult, prune
-from ovsprune.jobs.settings import Settings
 from tests.contracts.conftest import RESNET, open_clip_resnet
 from tests.jobs.test_prune_convolutions import as_the_width
 
@@ -223,7 +223,7 @@ def test_stock_methods_run_beside_ours(name: str) -> None:
             with torch.no_grad():
                 return {"finite": float(tower(images()).isfinite().all())}
 
-    settings = Settings(ratio=0.3, samples=4, batch_size=4)
+    settings = PruneConfig(ratio=0.3, samples=4, batch_size=4)
     contest = Contest(open_clip_resnet(), settings, Examiner(), Silent())  # type: ignore[arg-type]
     row = contest.row(parse_method(name), 0.3, 0)
     assert row["status"] == "done" and row["finite"] == 1.0

@@ -15,8 +15,7 @@ from ovsprune.core.protocols import Backbone, Distillation
 from ovsprune.jobs import latency
 from ovsprune.jobs.imp import imp
 from ovsprune.jobs.prune import prune
-from ovsprune.jobs.settings import recovery_chain
-from ovsprune.recovery import RECOVERIES
+from ovsprune.recovery import RECOVERIES, recovery_chain
 from tests.contracts.conftest import (
     open_clip_convnext,
     open_clip_resnet,
