@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -496,6 +496,21 @@ class Case:
     dense: nn.Module
     groups: list[Group]
     pictures: RenderedPictures
+    results: dict[object, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.original = {k: v.clone() for k, v in self.dense.state_dict().items()}
+
+    def once(self, key: object, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, computed at the first call with ``key`` and shared by all tests."""
+        if key not in self.results:
+            self.results[key] = compute()
+        return self.results[key]
+
+    def with_pictures(self, count: int) -> Case:
+        """Return the same towers with ``count`` calibration images, and no shared results."""
+        pictures = RenderedPictures(count, self.backbone.preprocess, 0)
+        return replace(self, pictures=pictures, results={})
 
     def images(self, count: int = 4) -> torch.Tensor:
         return next(RenderedPictures(count, self.backbone.preprocess, 7).batches(count))
@@ -552,11 +567,6 @@ def prepared(backbone: Backbone, pictures: int = 12) -> Case:
     return Case(backbone, dense, groups, RenderedPictures(pictures, backbone.preprocess, 0))
 
 
-@pytest.fixture(scope="session", params=(*FAMILIES.names(), *MORE))
-def case(request: pytest.FixtureRequest) -> Case:
-    return prepared((REPRESENTATIVES | MORE)[request.param]())
-
-
 def of_no_family(name: str, make: Callable[[], Any], activation: str) -> Case:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -579,13 +589,60 @@ def of_no_family(name: str, make: Callable[[], Any], activation: str) -> Case:
     return Case(backbone, deepcopy(tower), groups, RenderedPictures(12, backbone.preprocess, 0))
 
 
-@pytest.fixture(scope="session")
+OF_NO_FAMILY: dict[str, Callable[[], Case]] = {
+    # Every group has a norm.
+    "normed": lambda: of_no_family("normed", NormedTower, "gelu"),
+    # The consumers are 3x3 convolutions.
+    "patches": lambda: of_no_family("patches", PatchTower, "relu"),
+}
+"""Small towers with properties that no representative of a family has."""
+
+
+FAMILY_CASES = (*FAMILIES.names(), *MORE)
+"""Names of the cases that are towers of a family."""
+
+
+@cache
+def case_of(name: str) -> Case:
+    """Return the case called ``name``, built once per process. Tests must not change it."""
+    make = OF_NO_FAMILY.get(name)
+    return make() if make else prepared((REPRESENTATIVES | MORE)[name]())
+
+
+def pairs(cases: Iterable[str], plugins: Iterable[str], everywhere: Collection[str]) -> list[Any]:
+    """Parameters (case, plug-in): a representative selection by default, the rest marked slow.
+
+    By default, plug-ins in ``everywhere`` run on every case, and every plug-in runs on the cases
+    in :data:`THOROUGH`.
+    """
+    return [
+        pytest.param(
+            case,
+            plugin,
+            marks=() if plugin in everywhere or case in THOROUGH else pytest.mark.slow,
+            id=f"{case}-{plugin}",
+        )
+        for case in cases
+        for plugin in plugins
+    ]
+
+
+THOROUGH = ("open_clip-vit", "open_clip-resnet", *OF_NO_FAMILY)
+"""Cases on which every plug-in runs by default: transformer, residual network, norms, 3x3."""
+
+
+@pytest.fixture(params=FAMILY_CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return case_of(request.param)
+
+
+@pytest.fixture
 def normed() -> Case:
-    """A tower that is of no family, for what asks for norms."""
-    return of_no_family("normed", NormedTower, "gelu")
+    """A tower that is of no family, in which every group has a norm."""
+    return case_of("normed")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def patches() -> Case:
     """A tower that is of no family, whose consumers are 3x3 convolutions."""
-    return of_no_family("patches", PatchTower, "relu")
+    return case_of("patches")

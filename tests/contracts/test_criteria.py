@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,9 +11,12 @@ from ovsprune.calibration.survey import Survey
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import NEEDS
-from ovsprune.core.records import Curves, Scores
+from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.importance import CRITERIA, find_criterion
-from tests.contracts.conftest import Case
+from tests.contracts.conftest import FAMILY_CASES, OF_NO_FAMILY, Case, case_of, pairs
+
+EVERYWHERE = ("bn-scale", "magnitude", "reconstruction", "taylor")
+"""One criterion of each kind of needs, for the towers of every family."""
 
 
 @pytest.fixture(params=CRITERIA.names())
@@ -21,15 +24,31 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["family", "normed", "patches"])
-def ranked(
-    request: pytest.FixtureRequest, case: Case, normed: Case, patches: Case, name: str
-) -> Case:
-    """Groups that the criterion can rank: of every family, some with norms, some of 3x3 layers."""
-    chosen = {"family": case, "normed": normed, "patches": patches}[request.param]
-    if refused(chosen, name):
+@dataclass(frozen=True)
+class Ranked:
+    """Groups and a criterion that can rank them; surveys with the same settings are shared."""
+
+    case: Case
+    name: str
+
+    @property
+    def groups(self) -> list[Group]:
+        return self.case.groups
+
+    def survey(self, **settings: int) -> tuple[Scores, Curves | None]:
+        key = ("survey", self.name, *sorted(settings.items()))
+        result: tuple[Scores, Curves | None] = self.case.once(
+            key, lambda: survey(self.case, self.name, **settings)
+        )
+        return result
+
+
+@pytest.fixture(params=pairs((*FAMILY_CASES, *OF_NO_FAMILY), CRITERIA.names(), EVERYWHERE))
+def ranked(request: pytest.FixtureRequest) -> Ranked:
+    case, name = case_of(request.param[0]), request.param[1]
+    if refused(case, name):
         pytest.skip(f"{name} refuses these groups, which have no norms")
-    return chosen
+    return Ranked(case, name)
 
 
 def refused(case: Case, name: str) -> bool:
@@ -37,7 +56,7 @@ def refused(case: Case, name: str) -> bool:
 
 
 def survey(
-    case: Case, name: str, seed: int = 0, probe: int = 0, batch_size: int = 6
+    case: Case, name: str, seed: int = 0, probe: int = 0, batch_size: int = 5
 ) -> tuple[Scores, Curves | None]:
     return Survey(
         case.dense,
@@ -76,8 +95,8 @@ def test_every_criterion_ranks_some_groups(normed: Case, name: str) -> None:
     assert not refused(normed, name)
 
 
-def test_every_unit_is_ranked_once(ranked: Case, name: str) -> None:
-    scores, curves = survey(ranked, name)
+def test_every_unit_is_ranked_once(ranked: Ranked) -> None:
+    scores, curves = ranked.survey()
     assert curves is None
     for group in ranked.groups:
         assert sorted(scores.orders[group.name].tolist()) == list(range(group.units))
@@ -87,17 +106,20 @@ def test_every_unit_is_ranked_once(ranked: Case, name: str) -> None:
         assert len(costs.unique()) > 1
 
 
-def test_the_same_seed_gives_the_same_order(ranked: Case, name: str) -> None:
-    first, second = survey(ranked, name)[0], survey(ranked, name)[0]
+def test_the_same_seed_gives_the_same_order(ranked: Ranked) -> None:
+    first, second = ranked.survey()[0], survey(ranked.case, ranked.name)[0]
     for group in ranked.groups:
         assert torch.equal(first.costs[group.name], second.costs[group.name])
         assert torch.equal(first.orders[group.name], second.orders[group.name])
 
 
-def test_batches_do_not_matter(ranked: Case, name: str) -> None:
-    first, second = survey(ranked, name, batch_size=1)[0], survey(ranked, name, batch_size=24)[0]
+@pytest.mark.parametrize("batch_size", [1, 24])
+def test_batches_do_not_matter(ranked: Ranked, batch_size: int) -> None:
+    """Twelve images in batches of 5, 5 and 2 give what single images and one batch give."""
+    first = ranked.survey()[0]
+    second = survey(ranked.case, ranked.name, batch_size=batch_size)[0]
     for group in ranked.groups:
-        one, two = first.costs[group.name], second.costs[group.name]
+        one, two = second.costs[group.name], first.costs[group.name]
         torch.testing.assert_close(one, two, rtol=1e-2, atol=float(one.max()) * 1e-3)
 
 
@@ -106,8 +128,8 @@ def test_another_seed_gives_another_random_order(case: Case) -> None:
     assert any(not torch.equal(first.orders[g.name], second.orders[g.name]) for g in case.groups)
 
 
-def test_curves_end_at_nothing(ranked: Case, name: str) -> None:
-    scores, curves = survey(ranked, name, probe=4)
+def test_curves_end_at_nothing(ranked: Ranked) -> None:
+    scores, curves = ranked.survey(probe=4)
     assert curves is not None
     for group in ranked.groups:
         widths, errors = curves.widths[group.name], curves.errors[group.name]
@@ -115,14 +137,15 @@ def test_curves_end_at_nothing(ranked: Case, name: str) -> None:
         assert float(errors[-1]) == 0.0
         assert bool((widths.diff() > 0).all())
         assert float(errors[0]) > 0.0
-    plain = survey(ranked, name)[0]
+    plain = ranked.survey()[0]
     assert all(torch.equal(scores.orders[g.name], plain.orders[g.name]) for g in ranked.groups)
 
 
-def test_measuring_leaves_the_tower_alone(ranked: Case, name: str) -> None:
-    before = {k: v.clone() for k, v in ranked.dense.state_dict().items()}
-    survey(ranked, name, probe=4)
-    after = ranked.dense.state_dict()
+def test_measuring_leaves_the_tower_alone(ranked: Ranked) -> None:
+    """Compared with a copy from before every survey, those of earlier tests included."""
+    tower, before = ranked.case.dense, ranked.case.original
+    ranked.survey(probe=4)
+    after = tower.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in ranked.dense.modules())
-    assert all(p.grad is None for p in ranked.dense.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in tower.modules())
+    assert all(p.grad is None for p in tower.parameters())

@@ -14,7 +14,6 @@ from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Scores
 from ovsprune.graph.costs import measure
 from ovsprune.graph.cut import cut, mask, removed
-from ovsprune.recovery import RECOVERIES
 from ovsprune.spectrum import group_alphas
 from tests.contracts.conftest import REPRESENTATIVES, Case
 
@@ -86,18 +85,3 @@ def test_every_group_has_a_spectrum(case: Case) -> None:
     found = group_alphas(case.dense, case.groups, Silent())
     assert list(found) == [g.name for g in case.groups]
     assert all(0 < alpha < float("inf") for alpha in found.values())
-
-
-@pytest.mark.parametrize("recovery", RECOVERIES.names())
-def test_keeping_everything_gives_the_original(case: Case, recovery: str) -> None:
-    from tests.contracts.test_recoveries import recover
-
-    plan = case.full_plan()
-    slim = deepcopy(case.dense)
-    cut(slim, case.groups, plan)
-    recover(case, slim, plan, recovery)
-    FAMILIES.get(case.backbone.family).finish(slim, case.groups, plan)
-    before = case.backbone.tower.state_dict()
-    after = slim.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)

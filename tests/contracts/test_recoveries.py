@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from ovsprune.backbones import FAMILIES
 from ovsprune.core.records import Plan
 from ovsprune.recovery import RECOVERIES, recovery_chain
-from tests.contracts.conftest import Case
+from tests.contracts.conftest import FAMILY_CASES, Case, case_of, pairs
 
 REPAIRS = [name for name in RECOVERIES.names() if name != "none"]
+EVERYWHERE = ("gauss-newton", "distill")
+"""Recoveries for the towers of every family; both run the closed form first."""
 
 
 def recover(case: Case, slim: nn.Module, plan: Plan, name: str, batch_size: int = 5) -> None:
@@ -27,21 +30,47 @@ def recovered(case: Case, plan: Plan, name: str, batch_size: int = 5) -> nn.Modu
     return slim
 
 
-@pytest.mark.parametrize("name", RECOVERIES.names())
-def test_the_dense_tower_is_left_alone(case: Case, name: str) -> None:
-    before = {k: v.clone() for k, v in case.dense.state_dict().items()}
-    recovered(case, case.random_plan(0), name)
+@dataclass(frozen=True)
+class Recovery:
+    """A case and the name of a recovery; recovered towers of random plans are shared."""
+
+    case: Case
+    name: str
+
+    def recovered(self, seed: int) -> nn.Module:
+        """Return the tower cut by ``random_plan(seed)`` and recovered. Tests must not change it."""
+        case = self.case
+        slim: nn.Module = case.once(
+            ("recovered", self.name, seed),
+            lambda: recovered(case, case.random_plan(seed), self.name),
+        )
+        return slim
+
+
+def recoveries(names: list[str]) -> pytest.MarkDecorator:
+    """Run a test with every case and recovery; by default, with a representative selection."""
+    return pytest.mark.parametrize("pair", pairs(FAMILY_CASES, names, EVERYWHERE), indirect=True)
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> Recovery:
+    return Recovery(case_of(request.param[0]), request.param[1])
+
+
+@recoveries(RECOVERIES.names())
+def test_the_dense_tower_is_left_alone(pair: Recovery) -> None:
+    """Compared with a copy from before every recovery, those of earlier tests included."""
+    case = pair.case
+    pair.recovered(0)
     after = case.dense.state_dict()
-    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert all(torch.equal(after[k], case.original[k]) for k in case.original)
     assert all(p.grad is None for p in case.dense.parameters())
 
 
-@pytest.mark.parametrize("name", RECOVERIES.names())
-def test_only_values_change(case: Case, name: str) -> None:
-    plan = case.random_plan(0)
-    before = case.cut(plan)
-    after = deepcopy(before)
-    recover(case, after, plan, name)
+@recoveries(RECOVERIES.names())
+def test_only_values_change(pair: Recovery) -> None:
+    before = pair.case.cut(pair.case.random_plan(0))
+    after = pair.recovered(0)
     assert [(n, type(m)) for n, m in after.named_modules()] == [
         (n, type(m)) for n, m in before.named_modules()
     ]
@@ -55,23 +84,28 @@ def test_only_values_change(case: Case, name: str) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in after.modules())
 
 
-@pytest.mark.parametrize("name", RECOVERIES.names())
-def test_a_plan_that_keeps_everything_changes_no_bit(case: Case, name: str) -> None:
-    after = recovered(case, case.full_plan(), name).state_dict()
-    before = case.dense.state_dict()
+@recoveries(RECOVERIES.names())
+def test_a_plan_that_keeps_everything_changes_no_bit(pair: Recovery) -> None:
+    """The tower that is written, after the family has finished it, is the original, too."""
+    case = pair.case
+    slim = recovered(case, case.full_plan(), pair.name)
+    after, before = slim.state_dict(), case.dense.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    FAMILIES.get(case.backbone.family).finish(slim, case.groups, case.full_plan())
+    after, before = slim.state_dict(), case.backbone.tower.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-@pytest.mark.parametrize("name", [n for n in REPAIRS if not RECOVERIES.get(n).trains])
-def test_only_consumers_and_producers_of_cut_groups_change_up_to_the_cut(
-    case: Case, name: str
-) -> None:
+@recoveries([n for n in REPAIRS if not RECOVERIES.get(n).trains])
+def test_only_consumers_and_producers_of_cut_groups_change_up_to_the_cut(pair: Recovery) -> None:
     """Only the last group is cut, so every other layer is as it was."""
+    case = pair.case
     plan = case.full_plan()
     last = case.groups[-1]
     kept = dict(plan.kept) | {last.name: torch.arange(last.units // 2)}
-    before, after = case.cut(Plan(kept)), recovered(case, Plan(kept), name)
+    before, after = case.cut(Plan(kept)), recovered(case, Plan(kept), pair.name)
     touched = {part.module for part in last.slices}
     old = before.state_dict()
     changed = {
@@ -81,27 +115,32 @@ def test_only_consumers_and_producers_of_cut_groups_change_up_to_the_cut(
     assert changed <= touched
 
 
-@pytest.mark.parametrize("name", RECOVERIES.names())
-def test_the_same_again(case: Case, name: str) -> None:
-    one, two = (recovered(case, case.random_plan(0), name).state_dict() for _ in range(2))
+@recoveries(RECOVERIES.names())
+def test_the_same_again(pair: Recovery) -> None:
+    one = pair.recovered(0).state_dict()
+    two = recovered(pair.case, pair.case.random_plan(0), pair.name).state_dict()
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-@pytest.mark.parametrize("name", REPAIRS)
-def test_a_repaired_tower_is_closer_on_pictures_it_never_saw(case: Case, name: str) -> None:
+@recoveries(REPAIRS)
+def test_a_repaired_tower_is_closer_on_pictures_it_never_saw(pair: Recovery) -> None:
+    case = pair.case
     plan = case.random_plan(0)
     images = case.images(8)
     wanted = case.outputs(case.dense, images)
     before = (case.outputs(case.cut(plan), images) - wanted).norm()
-    after = (case.outputs(recovered(case, plan, name), images) - wanted).norm()
+    after = (case.outputs(pair.recovered(0), images) - wanted).norm()
     # What one vector a layer can bring on random weights is little; on constant units it is all.
-    assert after < (1.0 if name == "bias" else 0.8) * before
+    assert after < (1.0 if pair.name == "bias" else 0.8) * before
 
 
-@pytest.mark.parametrize("name", [n for n in REPAIRS if not RECOVERIES.get(n).trains])
-def test_batches_do_not_matter_without_training(case: Case, name: str) -> None:
+@recoveries([n for n in REPAIRS if not RECOVERIES.get(n).trains])
+def test_batches_do_not_matter_without_training(pair: Recovery) -> None:
+    case = pair.case
     plan = case.random_plan(2)
-    one, two = (case.outputs(recovered(case, plan, name, size), case.images()) for size in (3, 12))
+    one, two = (
+        case.outputs(recovered(case, plan, pair.name, size), case.images()) for size in (3, 12)
+    )
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
 
 
@@ -114,14 +153,14 @@ def test_a_chain_ends_with_the_recovery_that_was_asked_for(name: str) -> None:
     assert [RECOVERIES.get(a) for a in afters if a is not None] == chain[:-1]
 
 
-@pytest.mark.parametrize("name", RECOVERIES.names())
-def test_two_pictures_are_enough_to_stay_finite_and_no_worse(case: Case, name: str) -> None:
+@recoveries(RECOVERIES.names())
+def test_two_pictures_are_enough_to_stay_finite_and_no_worse(pair: Recovery) -> None:
     """2 pictures, more units than rows can tell apart."""
-    few = deepcopy(case)
-    few.pictures = type(case.pictures)(2, case.backbone.preprocess, 0)
+    case = pair.case
+    few = case.with_pictures(2)
     plan = case.random_plan(1)
     images = case.images(8)
     wanted = case.outputs(case.dense, images)
-    after = case.outputs(recovered(few, plan, name), images)
+    after = case.outputs(recovered(few, plan, pair.name), images)
     assert after.isfinite().all()
     assert (after - wanted).norm() <= (case.outputs(case.cut(plan), images) - wanted).norm()
