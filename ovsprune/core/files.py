@@ -1,4 +1,4 @@
-"""Writing a small file so that nobody reads half of it."""
+"""Atomic writing of small files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``path`` so that a reader never sees half of it."""
+    """Write ``path`` atomically: a reader sees the old content or the new content."""
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
