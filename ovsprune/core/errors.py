@@ -1,7 +1,7 @@
-"""One error class of ours, with a subclass per kind.
+"""Exceptions of the package: one base class, with a subclass per kind of error.
 
-Every message says what was given, what was expected, where, and what to do next. The command
-line prints the message and exits with status 2; nothing else in the package catches these.
+Every message states what was given, what was expected, where, and what to do next. The command
+line prints the message and exits with status 2.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class OvspruneError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base class of every error that a user can cause and correct."""
 
 
 class OptionError(OvspruneError, ValueError):
@@ -34,23 +34,23 @@ class OptionError(OvspruneError, ValueError):
 
 
 class BudgetError(OvspruneError):
-    """The asked budget cannot be reached; the message names the nearest that can."""
+    """The requested budget cannot be reached; the message names the nearest one that can."""
 
 
 class CheckpointError(OvspruneError):
-    """A slim checkpoint or a foreign checkpoint is damaged, incomplete, or not what it claims."""
+    """A slim checkpoint or a foreign checkpoint is damaged, incomplete, or inconsistent."""
 
 
 class WeightsError(OvspruneError):
-    """Weights of a base model cannot be had, or do not fit the model that was named."""
+    """Weights of a base model cannot be loaded, or do not fit the named model."""
 
 
 class DataError(OvspruneError):
-    """Pictures, labels, or text embeddings cannot be read or do not belong together."""
+    """Images, labels, or text embeddings cannot be read or do not match."""
 
 
 class ExportError(OvspruneError):
-    """A tower cannot be exported, or what was exported does not give what the tower gives."""
+    """A tower cannot be exported, or the exported model computes something else."""
 
 
 class OutputError(OvspruneError):
@@ -73,9 +73,9 @@ class UnknownNameError(OvspruneError, LookupError):
     """A name that is in no registry.
 
     Args:
-        kind: What the name should have been, for example ``"criterion"``.
-        name: What was given.
-        known: The names that would have been accepted.
+        kind: Kind of plug-in or value, for example ``"criterion"``.
+        name: The unknown name.
+        known: The names that are accepted.
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""Counting floating-point operations so that attention counts, whatever kernels a machine has."""
+"""Settings under which torch counts the floating-point operations of attention."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ __all__ = ["slow_path"]
 
 @contextmanager
 def slow_path() -> Iterator[None]:
-    """Fused layers and kernels may count attention as nothing; switch them off while counting.
+    """Disable fused attention kernels while FLOPs are counted.
 
-    torch's counter does not know the CPU's flash kernel, which some CPUs have.
+    torch's counter has no formula for the fused transformer layer and for the flash kernel of some
+    CPUs, and would count attention as zero.
     """
-    kernels: Any = torch.backends.cuda  # which speaks for the CPU, too
+    kernels: Any = torch.backends.cuda  # these flags apply to the CPU, too
     fast, flash = torch.backends.mha.get_fastpath_enabled(), kernels.flash_sdp_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     kernels.enable_flash_sdp(False)

@@ -1,4 +1,4 @@
-"""Tensors out of a folder as ``save_pretrained`` writes it: weights in one file or in several."""
+"""Reads tensors from a folder that ``save_pretrained`` wrote: weights in one file or in shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_folder(path: Path) -> Foreign:
-    """The tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their parts.
+    """Read ``model.safetensors`` or ``pytorch_model.bin``, or the shards of one of them.
 
     Raises:
         CheckpointError: The folder holds neither, or a file is missing or damaged.
@@ -27,31 +27,47 @@ def read_folder(path: Path) -> Foreign:
             return read_foreign(path / name)
         index = path / f"{name}.index.json"
         if index.is_file():
-            parts = [read_foreign(path / part) for part in _parts(index)]
+            shards = [read_foreign(path / shard) for shard in _shards(index)]
             tensors: dict[str, Tensor] = {}
-            for part in parts:
-                tensors |= part.tensors
-            inert = sorted({name for part in parts for name in part.inert})
-            return Foreign(path, tensors, None, "", (), tuple(inert))
+            for shard in shards:
+                tensors |= shard.tensors
+            inert = sorted({name for shard in shards for name in shard.inert})
+            return Foreign(
+                path=path,
+                tensors=tensors,
+                container=None,
+                prefix="",
+                other=(),
+                inert=tuple(inert),
+            )
     raise CheckpointError(
-        f"{path} holds neither {' nor '.join(_WEIGHTS)} (nor an index of their parts); name the "
-        "folder that save_pretrained wrote, or the file of the framework's weights"
+        f"{path} holds neither {' nor '.join(_WEIGHTS)} (nor an index of their shards); give "
+        "the folder that save_pretrained wrote, or the file of the framework's weights"
     )
 
 
 def files_beside(checkpoint: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Content of those of ``names`` that lie in the folder ``checkpoint``, or beside the file."""
+    """Read the files of ``names`` that exist in the folder of a checkpoint.
+
+    Args:
+        checkpoint: A folder, or a file in it.
+        names: Names of the files; missing ones are skipped.
+    """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
-def _parts(index: Path) -> list[str]:
-    """Names of the files that an index lists, all of them in its own folder."""
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists.
+
+    Raises:
+        CheckpointError: The index is damaged, or names a file outside its folder.
+    """
     try:
-        listed = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        names = sorted(set(listed))
+        files = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        names = sorted(set(files))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = []
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
-        raise CheckpointError(f"{index} lists no files of weights beside it; copy it again")
+        raise CheckpointError(f"{index} lists no weight files of its own folder; copy it again")
     return names

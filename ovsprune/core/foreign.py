@@ -1,11 +1,11 @@
-"""Tensors out of other people's checkpoints, without running a line of theirs.
+"""Reads tensors from the checkpoints of other frameworks without executing their code.
 
-A ``.pth`` file is a pickle, and a pickle is a program. This reader runs that program with nothing
-to call: every name in it becomes an inert placeholder, except for the handful of names that
-describe a tensor, and those are answered by closures of ours. Nothing is imported by name.
+A ``.pth`` file is a pickle, and a pickle is a program that can import and call anything. This
+reader replaces every name in it: the few names that describe a tensor by functions of ours, all
+others by placeholders. Nothing is imported by name.
 
-Layouts: the zip format of ``torch.save`` (torch 1.6 on), the plain one before it, safetensors, and
-TorchScript archives, whose modules are taken as the tensors in them; their code stays unread.
+Supported layouts: the zip format of ``torch.save`` (torch 1.6 and later), the legacy format before
+it, safetensors, and TorchScript archives, of which the tensors are read and the code is not.
 """
 
 from __future__ import annotations
@@ -19,25 +19,28 @@ from typing import Any
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.core.inert import Reader, Sketch
+from ovsprune.core.inert import PickleReader, TensorStub
 
 __all__ = ["Foreign", "read_foreign"]
 
-_MOST_MODULES, _DEEPEST = 1 << 16, 64
+_MAX_MODULES, _MAX_DEPTH = 1 << 16, 64
+"""Limits for TorchScript archives."""
 _CONTAINERS = ("state_dict", "model", "module", "model_state", "model_state_dict")
 
 
 @dataclass(frozen=True, eq=False)
 class Foreign:
-    """What was found in a foreign checkpoint.
+    """Content of a foreign checkpoint.
 
     Attributes:
         path: The file.
-        tensors: Name to tensor, on the CPU, of the model's state.
-        container: Key of the entry that held the state (``"model"``, ``"state_dict"``), or None.
-        prefix: What was taken off every name (``"module."`` of data-parallel training), or "".
-        other: Other top-level entries (optimizer, schedule, ...), which are left behind.
-        inert: Names of classes and functions that the file asked for and did not get.
+        tensors: State dict of the model, on the CPU.
+        container: Key of the entry with the state (``"model"``, ``"state_dict"``); None if it
+            was at the top level.
+        prefix: Prefix that was removed from every name (``"module."`` of data-parallel training);
+            may be empty.
+        other: Other top-level entries (optimizer, schedule, ...), which are not read.
+        inert: Names of classes and functions in the file that were replaced by placeholders.
     """
 
     path: Path
@@ -58,14 +61,14 @@ def read_foreign(
 
     Args:
         path: The file.
-        wanted: Asked of the tensors in one place, whether this is the place. By default that is
-            the top level or a usual container, whichever has tensors; with ``wanted``, every other
-            top-level entry is looked into as well.
-        what: What is wanted, for messages.
+        wanted: Returns True if the given tensors are the ones to read. By default the first of the
+            top level and the usual containers that has tensors is read. With ``wanted``, every
+            other top-level entry is searched as well.
+        what: Description of these tensors, for messages.
 
     Raises:
-        CheckpointError: The file is missing, damaged, in no known layout, or holds nothing that is
-            wanted.
+        CheckpointError: The file is missing, damaged, in an unknown layout, or holds no such
+            tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -74,23 +77,23 @@ def read_foreign(
         )
     if path.suffix == ".safetensors":
         return _collect(path, _read_safetensors(path), (), wanted, what)
-    reader = Reader()
+    reader = PickleReader()
     try:
         with path.open("rb") as stream:
             root = reader.zip(stream) if zipfile.is_zipfile(stream) else reader.plain(stream)
-        if reader.scripted:
-            root = _flat(root)
+        if reader.is_scripted:
+            root = _flatten_modules(root)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     except RecursionError:
-        raise CheckpointError(f"checkpoint {path} is nested too deep to be read") from None
-    except Exception as error:  # a hostile pickle can make its machine fail in any way it likes
+        raise CheckpointError(f"checkpoint {path} is nested too deeply to be read") from None
+    except Exception as error:  # a malicious pickle can raise any exception
         raise CheckpointError(
             f"checkpoint {path} cannot be read as a torch checkpoint "
-            f"({type(error).__name__}: {error}); it is damaged or of another kind. "
+            f"({type(error).__name__}: {error}); it is damaged or has another format. "
             "Save it again with torch.save(model.state_dict(), ...) or as safetensors"
         ) from None
-    return _collect(path, root, tuple(sorted(reader.asked)), wanted, what)
+    return _collect(path, root, tuple(sorted(reader.unknown_names)), wanted, what)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -100,7 +103,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(str(path)))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} is no safetensors file: {error}") from None
+        raise CheckpointError(f"checkpoint {path} is not a safetensors file: {error}") from None
 
 
 def _collect(
@@ -110,63 +113,75 @@ def _collect(
     wanted: Wanted | None,
     what: str,
 ) -> Foreign:
-    """Find the model's state in what the file holds."""
-    state, container = _plain(root), None  # reads of a dict, never calls of what a file made
-    right = wanted or bool
-    if not right(_tensors(state)):
+    """Find the model's state in the content of the file."""
+    state, container = _plain(root), None
+    accept = wanted or bool
+    if not accept(_tensors(state)):
         others = [] if wanted is None else [key for key in state if isinstance(key, str)]
         for key in (*_CONTAINERS, *others):
-            if right(_tensors(_plain(state.get(key)))):
+            if accept(_tensors(_plain(state.get(key)))):
                 container = key
                 break
         else:
-            held = ", ".join(_names(state)[:8]) or f"a {type(root).__name__}"
+            content = ", ".join(_names(state)[:8]) or f"a {type(root).__name__}"
             raise CheckpointError(
                 f"checkpoint {path} holds no {what} at its top level or under "
-                f"{', '.join(_CONTAINERS) if wanted is None else 'any entry'}; it holds: {held}"
+                f"{', '.join(_CONTAINERS) if wanted is None else 'any entry'}; it holds: {content}"
             )
     inner = state if container is None else _plain(state[container])
-    found = _tensors(inner)
-    prefix = "module." if all(name.startswith("module.") for name in found) else ""
+    tensors = _tensors(inner)
+    prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     other = set(_names(k for k in state if k != container)) if container else set()
-    other |= set(_names(k for k in inner if k not in found))
-    named = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return Foreign(path, named, container, prefix, tuple(sorted(other)), inert)
+    other |= set(_names(k for k in inner if k not in tensors))
+    return Foreign(
+        path=path,
+        tensors={name.removeprefix(prefix): tensor for name, tensor in tensors.items()},
+        container=container,
+        prefix=prefix,
+        other=tuple(sorted(other)),
+        inert=inert,
+    )
 
 
-def _flat(root: Any) -> dict[str, Any]:
-    """The tensors of nested modules by their dotted names."""
-    found: dict[str, Any] = {}
+def _flatten_modules(root: Any) -> dict[str, Any]:
+    """Return the attributes of nested TorchScript modules by their dotted names.
+
+    Raises:
+        CheckpointError: There are too many modules, or they are nested too deeply.
+    """
+    attributes: dict[str, Any] = {}
     todo, visited = [("", 0, root)], 0
     while todo:
         prefix, depth, module = todo.pop()
         visited += 1
-        if visited > _MOST_MODULES or depth > _DEEPEST:
+        if visited > _MAX_MODULES or depth > _MAX_DEPTH:
             raise CheckpointError(
-                f"it has more than {_MOST_MODULES} modules or {_DEEPEST} inside each other"
+                f"it has more than {_MAX_MODULES} modules or {_MAX_DEPTH} nested inside each other"
             )
         for key, value in _plain(module).items():
             if isinstance(key, str) and isinstance(value, dict):
                 todo.append((f"{prefix}{key}.", depth + 1, value))
             elif isinstance(key, str):
-                found[f"{prefix}{key}"] = value
-    return found
+                attributes[f"{prefix}{key}"] = value
+    return attributes
 
 
 def _plain(value: Any) -> dict[Any, Any]:
+    """Copy a dict; ``dict.items`` avoids methods that a pickle may have overridden."""
     return dict(dict.items(value)) if isinstance(value, dict) else {}
 
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    found = {}
+    """Return the entries that are tensors."""
+    tensors = {}
     for key, value in state.items():
-        if isinstance(key, str) and isinstance(value, Sketch) and value.whole:
-            found[key] = value.tensor()
+        if isinstance(key, str) and isinstance(value, TensorStub) and value.is_tensor:
+            tensors[key] = value.tensor()
         elif isinstance(key, str) and isinstance(value, Tensor):
-            found[key] = value
-    return found
+            tensors[key] = value
+    return tensors
 
 
 def _names(keys: Iterable[Any]) -> list[str]:
-    """Keys for a message; a key that is no text is named by its kind."""
+    """Return keys for a message; a key that is not a string is replaced by its type."""
     return [key if isinstance(key, str) else f"a {type(key).__name__}" for key in keys]

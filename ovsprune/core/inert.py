@@ -1,7 +1,8 @@
-"""A pickle machine with nothing to call, for :mod:`ovsprune.core.foreign`.
+"""Restricted unpickler for torch checkpoints; it imports nothing and calls no foreign code.
 
-What it hands to a pickle either describes a tensor or does nothing, is made anew for every file,
-and cannot be changed from inside the pickle in a way that outlives the reading.
+Every name in a pickle is replaced by an object of ours that describes a tensor, or by a placeholder
+that does nothing. These objects are made for one file. A pickle can change them, but the changes
+end with the reading. Used by :mod:`ovsprune.core.foreign`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.core.inert_arrays import Arrays
-from ovsprune.core.sketch import Deaf, Sketch, Storage, view
+from ovsprune.core.inert_arrays import ArrayNames
+from ovsprune.core.sketch import Storage, Stub, TensorStub, tensor_stub
 
-__all__ = ["Reader", "Sketch"]
+__all__ = ["PickleReader", "SafeUnpickler", "TensorStub"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C
+"""First value in a file of the legacy layout."""
 _MAX_PICKLE = 1 << 28
+"""Largest accepted data.pkl, in bytes; it holds names and sizes, no weights."""
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -37,8 +40,8 @@ _DTYPES = {
 }
 
 
-class _Tag(Deaf):
-    """A storage type by its number format."""
+class _StorageType(Stub):
+    """Stub of a storage class (``torch.FloatStorage``): its dtype."""
 
     __slots__ = ("dtype",)
 
@@ -46,44 +49,55 @@ class _Tag(Deaf):
         self.dtype = dtype
 
 
-class Reader:
-    """One reading of one file; whatever a hostile file does to its answers ends with it."""
+class PickleReader:
+    """Reads one file.
+
+    Attributes:
+        unknown_names: Names of classes and functions that were replaced by placeholders.
+        is_scripted: True if the file is a TorchScript archive. Its modules are read as dicts of
+            attributes.
+    """
 
     def __init__(self) -> None:
-        self.asked: set[str] = set()
-        self.scripted = False
-        """Whether the file is a TorchScript archive, whose modules are dicts of attributes here."""
-        self._answers: dict[str, Any] = {}
-        self._arrays = Arrays()
+        self.unknown_names: set[str] = set()
+        self.is_scripted = False
+        self._replacements: dict[str, Any] = {}
+        self._arrays = ArrayNames()
 
     def find(self, module: str, name: str) -> Any:
-        """What the pickle gets for ``module.name``: ours, or something inert."""
+        """Return the replacement of ``module.name``: an object of ours, or a placeholder."""
         key = f"{module}.{name}"
-        if key not in self._answers:
-            self._answers[key] = self._answer(module, name, key)
-        return self._answers[key]
+        if key not in self._replacements:
+            self._replacements[key] = self._replacement(module, name, key)
+        return self._replacements[key]
 
-    def _answer(self, module: str, name: str, key: str) -> Any:
+    def _replacement(self, module: str, name: str, key: str) -> Any:
         if key == "collections.OrderedDict":
             return _fresh_dict()
         if module == "torch" and name in _DTYPES:
-            return _Tag(_DTYPES[name])
+            return _StorageType(_DTYPES[name])
         if key in ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"):
-            return lambda storage, offset, size, stride, *rest: view(storage, offset, size, stride)
+            return lambda storage, offset, size, stride, *rest: tensor_stub(
+                storage, offset, size, stride
+            )
         if key == "torch._utils._rebuild_parameter":
             return lambda data, *rest: data
         if key == "torch.Size":
             return lambda sizes=(): tuple(sizes)
-        if (array := self._arrays.answer(key)) is not None:
+        if (array := self._arrays.replacement(key)) is not None:
             return array
         if module.split(".")[0] == "__torch__":
-            self.scripted = True
+            self.is_scripted = True
             return _fresh_module()
-        self.asked.add(key)
+        self.unknown_names.add(key)
         return _placeholder(key)
 
     def zip(self, stream: BinaryIO) -> Any:
-        """The zip layout: one pickle, one stored entry a storage."""
+        """Read the zip layout (torch 1.6 and later): one pickle, and one stored entry per storage.
+
+        Raises:
+            CheckpointError: The archive is not such a file, or is damaged.
+        """
         with zipfile.ZipFile(stream) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             pickles = [n for n in entries if n.rpartition("/")[2] == "data.pkl"]
@@ -105,21 +119,24 @@ class Reader:
             return self._unpickle(io.BytesIO(archive.read(pickles[0])), load)
 
     def plain(self, stream: BinaryIO) -> Any:
-        """The layout before torch 1.6: five pickles one after another, then the storages.
+        """Read the legacy layout (before torch 1.6): five pickles in sequence, then the storages.
 
-        Or one pickle of numpy's arrays, as detectron2's model zoos have it.
+        A file with one pickle of numpy arrays (detectron2's model zoos) is read, too.
+
+        Raises:
+            CheckpointError: The file is neither, or is damaged.
         """
         size = stream.seek(0, io.SEEK_END)
         stream.seek(0)
         storages: dict[str, Storage] = {}
-        room = size
+        remaining = size  # bytes that storages may still claim; stops allocation bombs
 
         def load(tag: Any) -> Storage:
-            nonlocal room
+            nonlocal remaining
             dtype, key, count = _storage_tag(tag)
             if key not in storages:
-                room -= count * dtype.itemsize
-                if room < 0:
+                remaining -= count * dtype.itemsize
+                if remaining < 0:
                     raise CheckpointError("its storages are larger than the file")
                 storages[key] = Storage(torch.empty(count, dtype=dtype))
             return storages[key]
@@ -129,8 +146,8 @@ class Reader:
             return first
         if first != _MAGIC:
             raise CheckpointError("it is no torch checkpoint (a bare pickle, or another format)")
-        self._unpickle(stream, load)
-        self._unpickle(stream, load)
+        self._unpickle(stream, load)  # version of the protocol
+        self._unpickle(stream, load)  # integer sizes of the machine
         root = self._unpickle(stream, load)
         for key in self._unpickle(stream, load):
             target = storages[key].data
@@ -140,11 +157,17 @@ class Reader:
         return root
 
     def _unpickle(self, stream: BinaryIO, load: Callable[[Any], Storage]) -> Any:
-        return _Unpickler(stream, self.find, load).load()
+        return SafeUnpickler(stream, self.find, load).load()
 
 
-class _Unpickler(pickle.Unpickler):
-    """The pickle machine with its doors shut."""
+class SafeUnpickler(pickle.Unpickler):
+    """Unpickler whose names and storages come from the given functions only.
+
+    Args:
+        stream: The file.
+        find: Returns the object for a module and a name.
+        load: Returns the storage for a persistent id.
+    """
 
     def __init__(
         self,
@@ -156,36 +179,39 @@ class _Unpickler(pickle.Unpickler):
         self._find, self._load = find, load
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return the replacement of a name; nothing is imported."""
         return self._find(module, name)
 
     def persistent_load(self, tag: Any) -> Storage:
+        """Return the storage of a tag."""
         return self._load(tag)
 
 
 def _storage_tag(tag: Any) -> tuple[torch.dtype, str, int]:
-    """Check a ``("storage", type, key, device, count, ...)`` tag."""
-    good = (
+    """Return dtype, key and count of a ``("storage", type, key, device, count, ...)`` tag."""
+    valid = (
         isinstance(tag, tuple)
         and len(tag) >= 5
         and tag[0] == "storage"
-        and isinstance(tag[1], _Tag)
+        and isinstance(tag[1], _StorageType)
         and isinstance(tag[2], str)
         and type(tag[4]) is int
         and tag[4] >= 0
         and "/" not in tag[2]
     )
-    if not good:
+    if not valid:
         raise CheckpointError(
-            "it describes a storage in a way that is not known (a whole module saved by an old "
-            "torch, or damage); save model.state_dict() instead"
+            "it describes a storage in an unknown form (a module that an old torch saved, or a "
+            "damaged file); save model.state_dict() instead"
         )
     return tag[1].dtype, tag[2], tag[4]
 
 
 def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
+    """Return the values of a storage as a flat tensor [count]."""
     if len(raw) != count * dtype.itemsize:
         raise CheckpointError(
-            f"a storage has {len(raw)} bytes where {count} values of {dtype} need "
+            f"a storage has {len(raw)} bytes, but {count} values of {dtype} need "
             f"{count * dtype.itemsize}: the file is cut short or damaged"
         )
     if not count:
@@ -194,41 +220,46 @@ def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
 
 
 def _check_entries(entries: Iterable[zipfile.ZipInfo], base: str, archive: zipfile.ZipFile) -> None:
-    """Refuse what can grow (compressed, overlapping) and what would be read the wrong way.
+    """Refuse entries that can grow (compressed, overlapping) and foreign byte orders.
 
-    Only of the entries that are read: a TorchScript archive has its code beside them, compressed.
+    Only the entries that are read are checked: a TorchScript archive also holds compressed code.
     """
-    read = (f"{base}data.pkl", f"{base}byteorder")
-    entries = [e for e in entries if e.filename in read or e.filename.startswith(f"{base}data/")]
+    checked = (f"{base}data.pkl", f"{base}byteorder")
+    entries = [e for e in entries if e.filename in checked or e.filename.startswith(f"{base}data/")]
     total = sum(entry.file_size for entry in entries)
     if total > (archive.fp.seek(0, io.SEEK_END) if archive.fp else 0):
         raise CheckpointError("its entries claim more bytes than the file has")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise CheckpointError(f"its entry {entry.filename} is compressed, as torch never does")
+            raise CheckpointError(
+                f"its entry {entry.filename} is compressed; torch.save never does that"
+            )
         if entry.filename == f"{base}data.pkl" and entry.file_size > _MAX_PICKLE:
             raise CheckpointError(f"its data.pkl has {entry.file_size} bytes; refused above 2^28")
     order = f"{base}byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
-        raise CheckpointError("it was written on a big-endian machine; save it again on this kind")
+        raise CheckpointError(
+            "it was written on a big-endian machine; save it again on a little-endian one"
+        )
 
 
 def _fresh_dict() -> type:
+    """Return a new dict class, so that a pickle cannot change the real ``OrderedDict``."""
     return type("OrderedDict", (dict,), {})
 
 
 def _fresh_module() -> type:
-    """A module of a TorchScript archive: its attributes, and nothing of its code."""
+    """Return a class for the modules of a TorchScript archive: it keeps attributes, no code."""
 
-    def hold(self: dict[Any, Any], state: Any = None) -> None:
+    def set_state(self: dict[Any, Any], state: Any = None) -> None:
         if isinstance(state, dict):
             dict.update(self, dict.items(state))
 
-    return type("ScriptModule", (dict,), {"__setstate__": hold})
+    return type("ScriptModule", (dict,), {"__setstate__": set_state})
 
 
 def _placeholder(key: str) -> type:
-    """A class that takes anything, keeps nothing, and does nothing."""
+    """Return a class that accepts all arguments, keeps nothing, and does nothing."""
 
     def accept(self: Any, *args: Any, **kwargs: Any) -> None:
         return None
@@ -237,9 +268,9 @@ def _placeholder(key: str) -> type:
         return object.__new__(cls)
 
     names = ("__init__", "__setstate__", "__setitem__", "__call__")
-    silent = dict.fromkeys((*names, "append", "extend", "add", "update"), accept)
+    methods = dict.fromkeys((*names, "append", "extend", "add", "update"), accept)
     return type(
-        key.rpartition(".")[2] or "inert",
+        key.rpartition(".")[2] or "placeholder",
         (),
-        {"__new__": make, "__hash__": object.__hash__, **silent},
+        {"__new__": make, "__hash__": object.__hash__, **methods},
     )

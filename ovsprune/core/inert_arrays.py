@@ -1,7 +1,7 @@
-"""numpy's arrays in a pickle, as tensors, without numpy: what detectron2's model zoos hold.
+"""Reads numpy arrays in a pickle as tensors, without numpy; detectron2's model zoos hold such.
 
-Under the rules of :mod:`ovsprune.core.inert`: nothing is imported or called, every number is
-checked before torch sees it, and arrays over the same bytes share one storage.
+The rules of :mod:`ovsprune.core.inert` apply: nothing is imported or called, and every number is
+checked before torch sees it. Arrays over the same bytes share one storage.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.core.sketch import Deaf, Sketch, Storage, view
+from ovsprune.core.sketch import Storage, Stub, TensorStub, tensor_stub
 
-__all__ = ["Arrays"]
+__all__ = ["ArrayNames"]
 
 _DTYPES = {
     "f2": torch.float16,
@@ -27,11 +27,11 @@ _DTYPES = {
     "u1": torch.uint8,
     "b1": torch.bool,
 }
-_MODULES = ("numpy.core", "numpy._core")  # numpy 1, and numpy 2
+_MODULES = ("numpy.core", "numpy._core")  # numpy 1 and numpy 2
 
 
-class _Format(Deaf):
-    """A dtype: its code, and whether its bytes lie in this machine's order."""
+class _DtypeStub(Stub):
+    """Stub of a numpy dtype: its code, and True if its byte order is little-endian."""
 
     __slots__ = ("code", "little")
 
@@ -39,78 +39,87 @@ class _Format(Deaf):
         self.code, self.little = code, True
 
     def __setstate__(self, state: Any) -> None:
-        """(version, order, ...): ``<`` is little, ``|`` of one byte."""
+        """Read ``(version, order, ...)``: ``<`` is little-endian, ``|`` a type of one byte."""
         self.little = isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", "|")
 
 
-class _Array(Sketch):
-    """An array; unknown until the pickle gives its content, and where that is no plain numbers."""
+class _ArrayStub(TensorStub):
+    """Stub of an array; ``numeric`` becomes True when the pickle sets numbers as its content."""
 
-    __slots__ = ("known", "shared")
+    __slots__ = ("numeric", "shared")
 
     def __init__(self, shared: dict[tuple[int, str], tuple[bytes, Storage]]) -> None:
         super().__init__(Storage(torch.empty(0)), (0, (0,), (1,)))
-        self.known, self.shared = False, shared
+        self.numeric, self.shared = False, shared
 
     @property
-    def whole(self) -> bool:
-        """Whether it holds plain numbers."""
-        return self.known
+    def is_tensor(self) -> bool:
+        """True if it holds plain numbers."""
+        return self.numeric
 
     def __setstate__(self, state: Any) -> None:
-        """(version, size, dtype, whether columns come first, bytes)."""
-        self.known = False
+        """Read ``(version, size, dtype, is_fortran_order, bytes)``.
+
+        Raises:
+            CheckpointError: The size is invalid or does not fit the number of bytes.
+        """
+        self.numeric = False
         if not isinstance(state, tuple) or len(state) != 5:
             return
-        _, size, kind, columns_first, raw = state
-        plain = isinstance(kind, _Format) and kind.code in _DTYPES and kind.little
+        _, size, dtype_stub, fortran_order, raw = state
+        plain = (
+            isinstance(dtype_stub, _DtypeStub) and dtype_stub.code in _DTYPES and dtype_stub.little
+        )
         if not plain or type(raw) is not bytes:
-            return  # of objects, say, in a training's history
+            return  # an array of objects, for example in a training history
         if not isinstance(size, tuple) or any(type(n) is not int or n < 0 for n in size):
             raise CheckpointError("it describes an array by something that is not a size")
-        dtype, count = _DTYPES[kind.code], math.prod(size)
+        dtype, count = _DTYPES[dtype_stub.code], math.prod(size)
         if len(raw) != count * dtype.itemsize:
             raise CheckpointError(
-                f"an array has {len(raw)} bytes where {count} values of {dtype} need "
+                f"an array has {len(raw)} bytes, but {count} values of {dtype} need "
                 f"{count * dtype.itemsize}: the file is cut short or damaged"
             )
-        key = id(raw), kind.code
+        # ``shared`` keeps ``raw`` alive, so that its id is not reused.
+        key = id(raw), dtype_stub.code
         if key not in self.shared:
             numbers = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0)
             self.shared[key] = raw, Storage(numbers.to(dtype))
-        sketch = view(self.shared[key][1], 0, size, _strides(size, bool(columns_first)))
-        self.storage, self.numbers, self.known = sketch.storage, sketch.numbers, True
+        stub = tensor_stub(self.shared[key][1], 0, size, _strides(size, bool(fortran_order)))
+        self.storage, self.layout, self.numeric = stub.storage, stub.layout, True
 
 
-class Arrays:
-    """Answers to a pickle that asks for numpy, for one reading."""
+class ArrayNames:
+    """Replacements for the numpy names in one pickle."""
 
     def __init__(self) -> None:
         self._shared: dict[tuple[int, str], tuple[bytes, Storage]] = {}
 
-    def answer(self, key: str) -> Any:
-        """What stands for ``key``; None if that is nothing of numpy's arrays."""
+    def replacement(self, key: str) -> Any:
+        """Return the object for the name ``key``; None if it does not belong to numpy arrays."""
         if key == "numpy.ndarray":
-            return key  # a kind of array, which nothing asks about
+            return key  # an array class, passed to _reconstruct and ignored there
         if key == "numpy.dtype":
-            return lambda code, *rest: _Format(code)
+            return lambda code, *rest: _DtypeStub(code)
         if key in [f"{module}.multiarray._reconstruct" for module in _MODULES]:
-            return lambda *given: _Array(self._shared)
-        if key == "_codecs.encode":  # how a pickle before version 3 holds bytes,
+            return lambda *args: _ArrayStub(self._shared)
+        if key == "_codecs.encode":  # bytes in pickles before protocol 3
             return _encode
-        if key == "__builtin__.bytes":  # and no bytes
-            return lambda *given: b""
+        if key == "__builtin__.bytes":  # empty bytes in such pickles
+            return lambda *args: b""
         return None
 
 
-def _strides(size: tuple[int, ...], columns_first: bool) -> tuple[int, ...]:
+def _strides(size: tuple[int, ...], fortran_order: bool) -> tuple[int, ...]:
+    """Return contiguous strides in elements, for C or Fortran order."""
     axes = list(range(len(size)))
     strides, step = [0] * len(size), 1
-    for axis in axes if columns_first else reversed(axes):
+    for axis in axes if fortran_order else reversed(axes):
         strides[axis], step = step, step * max(size[axis], 1)
     return tuple(strides)
 
 
 def _encode(text: Any, encoding: Any = "") -> bytes:
-    known = isinstance(text, str) and encoding in ("latin1", "latin-1")
-    return text.encode("latin1", "replace") if known else b""
+    """Replace ``_codecs.encode``: accepts latin-1, which maps each character to one byte."""
+    valid = isinstance(text, str) and encoding in ("latin1", "latin-1")
+    return text.encode("latin1", "replace") if valid else b""

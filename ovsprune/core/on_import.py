@@ -1,7 +1,7 @@
-"""Being told when a module has been imported, before anybody can use what is in it.
+"""Import hooks: call a function after a module was imported and before it is used.
 
-The standard library only: this runs at the start of every Python process that a launched command
-starts (:mod:`ovsprune.jobs.launch`), and most of those never see a framework.
+This file uses the standard library only. It runs at the start of every Python process of a launched
+command (:mod:`ovsprune.jobs.launch`), and most of these processes import no framework.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from importlib.machinery import ModuleSpec, SourceFileLoader, SourcelessFileLoad
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Told", "Watch", "watch"]
+__all__ = ["ImportCallback", "ImportWatcher", "watch"]
 
-Told = Callable[[ModuleType], None]
+ImportCallback = Callable[[ModuleType], None]
 
 
-class Watch(MetaPathFinder):
-    """Finds what the other finders find, and tells once a module has run.
+class ImportWatcher(MetaPathFinder):
+    """Finder that delegates to the other finders and reports modules after their code has run.
 
     Args:
         patterns: ``fnmatch`` patterns of full module names.
-        told: Called with each such module.
+        callback: Called with each matching module.
     """
 
-    def __init__(self, patterns: Iterable[str], told: Told) -> None:
+    def __init__(self, patterns: Iterable[str], callback: ImportCallback) -> None:
         self.patterns = tuple(dict.fromkeys(patterns))
-        self.told = told
+        self.callback = callback
 
     def matches(self, name: str) -> bool:
-        """Whether a module of that name is waited for; our own never are."""
+        """Return True if a module of this name is watched; modules of ovsprune never are."""
         if name.partition(".")[0] == "ovsprune":
             return False
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
@@ -40,7 +40,7 @@ class Watch(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that another finder gives, with a loader that tells; None for other names."""
+        """Return the spec of another finder with a patched loader; None for other names."""
         if not self.matches(fullname):
             return None
         for finder in sys.meta_path:
@@ -49,42 +49,42 @@ class Watch(MetaPathFinder):
                 continue
             spec: ModuleSpec | None = find(fullname, path, target)
             if spec is not None:
-                self._tell_after(spec.loader)
+                self._report_after(spec.loader)
                 return spec
         return None
 
-    def _tell_after(self, loader: Any) -> None:
-        """Have ``loader``, made for this one module, tell after it ran the module."""
+    def _report_after(self, loader: Any) -> None:
+        """Patch ``loader``, made for one module, to call the callback after the module has run."""
         if not isinstance(loader, SourceFileLoader | SourcelessFileLoader):
-            return  # a loader that serves several modules, or no Python code
+            return  # a loader that is shared by modules, or loads no Python code
         run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             vars(loader).pop("exec_module", None)
             run(module)
-            self.told(module)
+            self.callback(module)
 
         vars(loader)["exec_module"] = exec_module
 
     def remove(self) -> None:
-        """Watch no more; twice does nothing."""
+        """Stop watching; a second call does nothing."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
 
-def watch(patterns: Iterable[str], told: Told) -> Watch:
-    """Have ``told`` called with every module of such a name: those that are here, and to come.
+def watch(patterns: Iterable[str], callback: ImportCallback) -> ImportWatcher:
+    """Call a function with every matching module: those already imported, and later ones.
 
     Args:
         patterns: ``fnmatch`` patterns of full module names.
-        told: Called once a module, after its code ran.
+        callback: Called once per module, after its code has run.
 
     Returns:
-        The watch; its ``remove()`` ends it.
+        The watcher; its ``remove()`` stops it.
     """
-    finder = Watch(patterns, told)
+    finder = ImportWatcher(patterns, callback)
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and finder.matches(name):
-            told(module)
+            callback(module)
     sys.meta_path.insert(0, finder)
     return finder

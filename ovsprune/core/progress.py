@@ -1,4 +1,4 @@
-"""How long work reports itself, without any room knowing who listens."""
+"""Interface for progress reports of long work, independent of their display."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ __all__ = ["Progress", "Silent"]
 
 
 class Progress(Protocol):
-    """Something that shows work: a progress bar in the terminal, or nothing at all."""
+    """Progress reporter, for example a progress bar in the terminal."""
 
     def stage(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Open one stage of ``total`` steps; the callable advances it by the number given."""
+        """Begin a stage of ``total`` steps; the callable advances it by the given number."""
         ...
 
     def note(self, message: str) -> None:
-        """Say one line that a reader should see (a skipped file, a choice that was made)."""
+        """Report one line that the user should see (a skipped file, an automatic choice)."""
         ...
 
 
 class Silent:
-    """The progress that shows nothing; keeps the notes, for whoever asks."""
+    """Progress reporter that shows nothing and collects the notes in :attr:`notes`."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
 
     @contextmanager
     def stage(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A stage that nobody sees."""
+        """Return a callable that ignores the steps."""
         yield lambda steps: None
 
     def note(self, message: str) -> None:
-        """Keep ``message`` in :attr:`notes`."""
+        """Append ``message`` to :attr:`notes`."""
         self.notes.append(message)

@@ -1,9 +1,9 @@
-"""The one way to add a plug-in: a registry per kind, filled by a decorator.
+"""Registries of plug-ins: one per kind, filled by a decorator.
 
-A registry imports its room (a sub-package with one plug-in a file) on the first look-up, so that
-``import ovsprune`` stays light, and lets import errors through: a plug-in that cannot be imported
-is a bug to be seen, not a name to be missing. Outside packages add theirs by an entry point in the
-group ``ovsprune.plugins``, whose value is a module that registers on import.
+A registry imports its package (one plug-in per file) on the first look-up, so that
+``import ovsprune`` stays fast. Import errors are not caught: a plug-in that cannot be imported is a
+bug. Other packages register plug-ins with an entry point in the group ``ovsprune.plugins``, whose
+value is a module that registers them on import.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ C = TypeVar("C", bound=Callable[[], Any])
 
 
 class Registry(Generic[T]):
-    """Plug-ins of one kind by name.
+    """Plug-ins of one kind, by name.
 
     Args:
-        kind: What one entry is, in the singular, for messages (``"criterion"``).
-        room: The package whose modules register themselves, imported on the first look-up.
+        kind: Kind of plug-in in the singular, for messages (``"criterion"``).
+        room: Package whose modules register plug-ins; imported on the first look-up.
     """
 
     def __init__(self, kind: str, room: str) -> None:
@@ -40,7 +40,7 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Decorate what makes the plug-in ``name``, without arguments: its class or a function.
+        """Return a decorator that registers a class or function, called without arguments.
 
         Raises:
             ValueError: ``name`` is taken already.
@@ -68,10 +68,10 @@ class Registry(Generic[T]):
         self._summaries[name] = (doc or "").strip().partition("\n")[0]
 
     def get(self, name: str) -> T:
-        """The plug-in registered under ``name``.
+        """Return the plug-in with the given name.
 
         Raises:
-            UnknownNameError: No such name; the message lists the known ones and the closest.
+            UnknownNameError: No plug-in has this name; the message lists the known and the closest.
         """
         self._load()
         try:
@@ -80,12 +80,12 @@ class Registry(Generic[T]):
             raise UnknownNameError(self.kind, name, self._entries) from None
 
     def names(self) -> tuple[str, ...]:
-        """All registered names, sorted."""
+        """Return all registered names, sorted."""
         self._load()
         return tuple(sorted(self._entries))
 
     def summary(self, name: str) -> str:
-        """First line of the plug-in's docstring."""
+        """Return the first line of the plug-in's docstring."""
         self.get(name)
         return self._summaries[name]
 

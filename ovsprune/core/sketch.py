@@ -1,4 +1,7 @@
-"""Tensors as a pickle describes them, for :mod:`ovsprune.core.inert`; every number is checked."""
+"""Stubs of the tensors that a pickle describes; every number is checked before torch sees it.
+
+Used by :mod:`ovsprune.core.inert`.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,22 @@ from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
 
-__all__ = ["Deaf", "Sketch", "Storage", "view"]
+__all__ = ["Storage", "Stub", "TensorStub", "tensor_stub"]
+
+_MAX_DIMS = 16
 
 
-class Deaf:
-    """Base of what the pickle machine may hold of ours: it cannot be rebuilt from inside."""
+class Stub:
+    """Base class of our objects that a pickle can hold; the pickle cannot set their attributes."""
 
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore what a pickle would set."""
+        """Ignore the state that the pickle gives."""
 
 
-class Storage(Deaf):
-    """Raw numbers with a type, filled at once (zip) or at the end of the file (plain)."""
+class Storage(Stub):
+    """Flat tensor of one dtype; filled at once (zip layout) or at the end (legacy layout)."""
 
     __slots__ = ("data",)
 
@@ -30,34 +35,44 @@ class Storage(Deaf):
         self.data = data
 
 
-class Sketch(Deaf):
-    """A tensor as the pickle describes it; torch sees it when the pickle is over."""
+class TensorStub(Stub):
+    """Description of a tensor; it becomes a tensor after the pickle has been read.
 
-    __slots__ = ("numbers", "storage")
+    Args:
+        storage: The storage that holds its values.
+        layout: Offset (int), size and stride (tuples of int) in the storage, in elements.
+    """
+
+    __slots__ = ("layout", "storage")
+
+    def __init__(self, storage: Storage, layout: tuple[Any, ...]) -> None:
+        self.storage, self.layout = storage, layout
 
     @property
-    def whole(self) -> bool:
-        """Whether it describes a tensor; an array may turn out to hold something else."""
+    def is_tensor(self) -> bool:
+        """True if it describes a tensor; False for an array of something else than numbers."""
         return True
 
-    def __init__(self, storage: Storage, numbers: tuple[Any, ...]) -> None:
-        self.storage, self.numbers = storage, numbers
-
     def tensor(self) -> Tensor:
-        """The tensor itself."""
-        offset, size, stride = self.numbers
+        """Return the tensor, a view of the storage."""
+        offset, size, stride = self.layout
         return torch.as_strided(self.storage.data, size, stride, offset)
 
 
-def view(storage: Any, offset: Any, size: Any, stride: Any) -> Sketch:
-    """The tensor that lies in ``storage``; every number is checked before torch sees it."""
+def tensor_stub(storage: Any, offset: Any, size: Any, stride: Any) -> TensorStub:
+    """Return the stub of a tensor in ``storage``.
+
+    Raises:
+        CheckpointError: An argument has the wrong type, or the tensor exceeds its storage.
+    """
     if not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise CheckpointError("it describes a tensor by something that is not a size")
     numbers = [offset, *size, *stride]
     if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
         raise CheckpointError("it describes a tensor by something that is not a size")
-    if len(size) != len(stride) or len(size) > 16:
+    if len(size) != len(stride) or len(size) > _MAX_DIMS:
         raise CheckpointError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
+    # Python integers do not overflow, unlike torch's own check of the bounds.
     count = 1
     for length in size:
         count *= length
@@ -66,4 +81,4 @@ def view(storage: Any, offset: Any, size: Any, stride: Any) -> Sketch:
         raise CheckpointError(
             f"a tensor of size {tuple(size)} reaches beyond its {storage.data.numel()} values"
         )
-    return Sketch(storage, (offset, size, stride))
+    return TensorStub(storage, (offset, size, stride))

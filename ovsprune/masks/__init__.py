@@ -1,8 +1,8 @@
-"""Unstructured masks: which single weights of a tower stay, and which are zero.
+"""Unstructured masks, which set single weights of a tower to zero.
 
-A mask is a bool tensor of its weight's shape, True where the weight stays; masks are a mapping from
-a parameter's dotted name in the tower (``"layer1.0.conv1.weight"``) to its mask. Needs torch and
-safetensors only; see ``docs/masks.md``.
+A mask is a bool tensor of its weight's shape, True where the weight is kept. Masks are a map from a
+parameter's dotted name in the tower (``"layer1.0.conv1.weight"``) to its mask. This package needs
+torch and safetensors only. See ``docs/masks.md``.
 """
 
 from ovsprune.masks.apply import Applied, apply_masks

@@ -1,4 +1,4 @@
-"""Apply masks to a module's own weights, in place."""
+"""Applies masks to the current weights of a module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Applied:
     """Result of :func:`apply_masks`.
 
     Attributes:
-        placement: Parameter of each mask, and the masks without one.
+        placement: Assignment of masks to parameters, with the masks that have none.
         weights: Number of weights under the masks.
-        zeros: Number of them that are zero now.
+        zeros: Number of these weights that are zero now.
         held: Parameters whose gradient is masked until :meth:`release`.
-        masks: Parameter's name in the module to its mask, bool of its shape.
+        masks: Map of parameter name in the module to its mask, bool with the parameter's shape.
     """
 
     placement: Placement
@@ -36,11 +36,11 @@ class Applied:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights under the masks that is zero, in [0, 1]."""
+        """Fraction of the weights under the masks that are zero, in [0, 1]."""
         return self.zeros / self.weights if self.weights else 0.0
 
     def release(self) -> None:
-        """Remove the masks from the gradients; the weights stay as they are."""
+        """Stop masking gradients; the weights are not changed."""
         for hook in self._hooks:
             hook.remove()
 
@@ -54,56 +54,56 @@ def apply_masks(
     strict: bool = True,
     hold: bool = False,
 ) -> Applied:
-    """Set a module's weights to zero, in place, where a mask is False.
+    """Set the masked weights of a module to zero, in place.
 
-    The masks of one checkpoint may go on another's weights, and on a tower inside a framework's
-    model: names are matched as :func:`ovsprune.masks.match` says.
+    The masks may come from another checkpoint of the architecture, and the tower may be part of a
+    framework's model. Names are matched by :func:`ovsprune.masks.match`.
 
     Args:
-        module: A tower, or a model that holds one.
-        masks: Name to bool of the weight's shape, True where the weight stays.
-        prefix: The tower's dotted name in ``module``, where several would do.
-        strict: Refuse unless every mask has a parameter; otherwise apply those that have one, and
-            list the others in ``placement``.
-        hold: Mask the gradients too, so that training with any of torch's optimisers keeps the
-            zeros (their state must be fresh). Parameters that need no gradient are left out: call
-            this after a framework has frozen and thawed its parameters.
+        module: A tower, or a model that contains one.
+        masks: Map of name to bool with the weight's shape, True where the weight is kept.
+        prefix: Dotted name of the tower in ``module``, if several towers match.
+        strict: Refuse unless every mask has its parameter. Otherwise apply the masks that have one,
+            and list the others in ``placement``.
+        hold: Also mask the gradients, so that training with any optimiser of torch keeps the zeros
+            (the optimiser must be new). Parameters without ``requires_grad`` are skipped: call
+            this after the framework has set it.
 
     Raises:
-        TargetError: Masks and parameters do not fit; nothing was changed.
+        TargetError: Masks and parameters do not match; nothing was changed.
     """
     placement = match(module, masks, prefix)
     if strict and (placement.missing or placement.shapes):
         raise TargetError(
             f"the masks do not fit {type(module).__name__}: {placement}. Give a model of the "
-            "architecture that they were made for, or strict=False to apply those that fit"
+            "architecture that they were made for, or pass strict=False to apply those that fit"
         )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     placed = {target: masks[name] for name, target in placement.names.items()}
     zero(parameters, placed)
     held = tuple(name for name in placed if hold and parameters[name].requires_grad)
-    hooks = tuple(_hold(parameters[name], placed[name]) for name in held)
     return Applied(
         placement=placement,
         weights=sum(mask.numel() for mask in placed.values()),
         zeros=sum(int((parameters[name] == 0).sum()) for name in placed),
         held=held,
         masks=placed,
-        _hooks=hooks,
+        _hooks=tuple(_mask_gradient(parameters[name], placed[name]) for name in held),
     )
 
 
 @torch.no_grad()
 def zero(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Set ``parameters`` to zero, in place, where the mask of that name is False."""
+    """Set ``parameters`` to zero, in place, where the mask of the same name is False."""
     for name, mask in masks.items():
-        # not a product, which would leave what is not a number
+        # A product would keep nan and infinity at masked positions.
         parameters[name].masked_fill_(~mask.to(parameters[name].device), 0.0)
 
 
-def _hold(parameter: Tensor, mask: Tensor) -> RemovableHandle:
-    kept = mask.to(parameter.device)
+def _mask_gradient(parameter: Tensor, mask: Tensor) -> RemovableHandle:
+    """Register a hook that multiplies the gradient by the mask."""
+    mask = mask.to(parameter.device)
     handle: RemovableHandle = parameter.register_hook(  # type: ignore[no-untyped-call]
-        lambda gradient: gradient * kept
+        lambda gradient: gradient * mask
     )
     return handle

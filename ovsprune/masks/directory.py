@@ -1,4 +1,4 @@
-"""An unstructured result on disk: config, masks, and the masked weights in the base's layout."""
+"""Unstructured checkpoints: a directory with config, masks, and masked weights."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class MaskedCheckpoint:
-    """An unstructured result in memory, on the CPU.
+    """Unstructured checkpoint in memory, on the CPU.
 
     Attributes:
         path: The directory.
-        spec: Its ``config.json``.
-        masks: Parameter's name in the tower to bool of its shape, True where the weight stays.
-        tensors: Every tensor of ``model.safetensors``, by its name there: the dense model's own
-            names and shapes, the image tower's behind ``visual.``.
+        spec: Content of ``config.json``.
+        masks: Map of parameter name in the tower to bool of its shape, True where it is kept.
+        tensors: Tensors of ``model.safetensors`` by name: names and shapes of the dense model, with
+            the prefix ``visual.`` for the image tower.
     """
 
     path: Path
@@ -46,11 +46,11 @@ class MaskedCheckpoint:
     tensors: Mapping[str, Tensor]
 
     def tower(self) -> dict[str, Tensor]:
-        """The image tower's tensors by canonical name (without ``visual.``)."""
+        """Return the image tower's tensors by canonical name (without ``visual.``)."""
         return {k[len(TOWER) :]: v for k, v in self.tensors.items() if k.startswith(TOWER)}
 
     def text(self) -> dict[str, Tensor]:
-        """Every other tensor: the text tower and the logit scale; empty if there is none."""
+        """Return the other tensors: the text tower and the logit scale; may be empty."""
         return {k: v for k, v in self.tensors.items() if not k.startswith(TOWER)}
 
 
@@ -63,19 +63,19 @@ def write_unstructured(
     card: str,
     overwrite: bool = False,
 ) -> Path:
-    """Write an unstructured result, complete or not at all.
+    """Write an unstructured checkpoint atomically: completely, or not at all.
 
     Args:
-        output: The directory to make.
-        spec: What ``config.json`` says; ``files`` is filled in here.
-        tensors: The tower's tensors with the prefix ``visual.``, and the text tower's.
-        masks: Parameter's name in the tower to bool of its shape.
+        output: The directory to create.
+        spec: Content of ``config.json``; ``files`` is filled in here.
+        tensors: Tensors of the tower with the prefix ``visual.``, and those of the text tower.
+        masks: Map of parameter name in the tower to bool of its shape.
         card: Text of the card, ``README.md``.
-        overwrite: Swap an existing unstructured result for the new one.
+        overwrite: Replace an existing unstructured checkpoint.
 
     Raises:
         OutputError: ``output`` exists, or cannot be written. Nothing was changed.
-        CheckpointError: ``spec``, ``masks`` and ``tensors`` do not fit each other.
+        CheckpointError: ``spec``, ``masks`` and ``tensors`` are inconsistent.
     """
     path = check_place(output, overwrite=overwrite)
     _check(spec, masks, tensors, "the result to be written")
@@ -93,11 +93,11 @@ def write_unstructured(
 
 
 def check_place(output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Check that an unstructured result may be written to ``output``; return its full path.
+    """Return the path of ``output`` if an unstructured checkpoint may be written there.
 
     Raises:
-        OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
-            something else.
+        OutputError: It exists and ``overwrite`` is false, or it contains files that do not belong
+            to an unstructured checkpoint.
     """
     return check_output(
         output,
@@ -110,34 +110,36 @@ def check_place(output: str | os.PathLike[str], *, overwrite: bool = False) -> P
 def read_unstructured(
     directory: str | os.PathLike[str], *, verify: bool = True
 ) -> MaskedCheckpoint:
-    """Read an unstructured result.
+    """Read an unstructured checkpoint.
 
     Args:
-        directory: What ``ovsprune prune --method imp`` wrote.
+        directory: Directory that ``ovsprune prune --method imp`` wrote.
         verify: Also compare every file's SHA-256 with the config.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or does not fit the others.
+        CheckpointError: A file is missing, damaged, or inconsistent with the others.
     """
     path = Path(directory)
     spec = _read_spec(path)
     for name in (MODEL, MASKS):
         if name not in spec.files:
-            raise CheckpointError(f"{path / CONFIG}: files does not list {name}; write it again")
+            raise CheckpointError(
+                f"{path / CONFIG}: the entry files does not list {name}; write it again"
+            )
     check_files(path, spec.files, verify=verify)
     masks, tensors = read_packed(path / MASKS), read_tensors(path / MODEL)
     _check(spec, masks, tensors, str(path))
-    return MaskedCheckpoint(path, spec, masks, tensors)
+    return MaskedCheckpoint(path=path, spec=spec, masks=masks, tensors=tensors)
 
 
 def is_unstructured(directory: Path) -> bool:
-    """Whether the config of a directory says that it is an unstructured result."""
+    """Return True if the config of a directory has the format of unstructured checkpoints."""
     try:
         document, file = read_config(directory)
-        found = fields.parse(document, str(file))
+        data = fields.parse(document, str(file))
     except CheckpointError:
         return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+    return isinstance(data, dict) and data.get("format") == FORMAT
 
 
 def _read_spec(path: Path) -> MaskedSpec:
@@ -146,35 +148,42 @@ def _read_spec(path: Path) -> MaskedSpec:
 
 
 def _check(
-    spec: MaskedSpec, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor], at: str
+    spec: MaskedSpec, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
 ) -> None:
-    """Check that masks and weights are those that the spec describes.
+    """Check that masks and weights match the spec.
+
+    Args:
+        spec: The spec.
+        masks: The masks by parameter name.
+        tensors: The tensors of the model.
+        source: Origin of these objects, for messages.
 
     Raises:
-        CheckpointError: They are not.
+        CheckpointError: They do not match.
     """
-    again = "copy it again, or prune again"
-    odd = sorted({w.name for w in spec.weights} ^ set(masks))
-    if odd:
-        raise CheckpointError(f"{at}: {odd[0]} is in the config or in the masks and not both")
+    remedy = "copy it again, or prune again"
+    unmatched = sorted({w.name for w in spec.weights} ^ set(masks))
+    if unmatched:
+        raise CheckpointError(f"{source}: {unmatched[0]} is missing in the config or in the masks")
     for weight in spec.weights:
         mask, tensor = masks[weight.name], tensors.get(f"{TOWER}{weight.name}")
         zeros = mask.numel() - int(mask.sum())
         if tuple(mask.shape) != weight.shape or zeros != weight.zeros:
             raise CheckpointError(
-                f"{at}: the mask of {weight.name} has shape {tuple(mask.shape)} and {zeros} zeros, "
-                f"the config says {weight.shape} and {weight.zeros}; {again}"
+                f"{source}: the mask of {weight.name} has shape {tuple(mask.shape)} and {zeros} "
+                f"zeros, but the config says {weight.shape} and {weight.zeros}; {remedy}"
             )
         if tensor is None or tuple(tensor.shape) != weight.shape:
             has = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
             raise CheckpointError(
-                f"{at}: the weight {TOWER}{weight.name} {has}, expected {weight.shape}; {again}"
+                f"{source}: the weight {TOWER}{weight.name} {has}, expected {weight.shape}; "
+                f"{remedy}"
             )
         if bool((tensor.detach().cpu()[~mask.cpu()] != 0).any()):
             raise CheckpointError(
-                f"{at}: the weight {TOWER}{weight.name} is not zero everywhere where its mask says "
-                f"so; {again}"
+                f"{source}: the weight {TOWER}{weight.name} is not zero at every position that its "
+                f"mask removes; {remedy}"
             )
     missing = sorted(n for n in spec.base.tensors if f"{TOWER}{n}" not in tensors)
     if missing:
-        raise CheckpointError(f"{at}: the tensor {TOWER}{missing[0]} is missing; {again}")
+        raise CheckpointError(f"{source}: the tensor {TOWER}{missing[0]} is missing; {remedy}")

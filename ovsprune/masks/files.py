@@ -1,8 +1,8 @@
-"""Masks in files: ours, and the form of torch.nn.utils.prune.
+"""Mask files, in the format of ovsprune and in the format of torch.nn.utils.prune.
 
-A file of ours is a safetensors file of packed bits, whose header has the shapes. The form of
-torch.nn.utils.prune is a state dict in which a pruned ``X`` is ``X_orig`` and ``X_mask``; the mask
-files of OpenTrans are such state dicts under the entry ``backbone``.
+The format of ovsprune is a safetensors file of packed bits, with the shapes in its header. The
+format of torch.nn.utils.prune is a state dict with ``X_orig`` and ``X_mask`` for a pruned ``X``.
+The mask files of OpenTrans are such state dicts in the entry ``backbone``.
 """
 
 from __future__ import annotations
@@ -24,22 +24,24 @@ from ovsprune.masks.packing import is_packed, read_packed, save_packed
 __all__ = ["FORMS", "read_masks", "read_weights", "write_masks"]
 
 FORMS = ("ovsprune", "torch")
+"""Names of the file formats."""
 
 
 def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Masks from a directory or a file, ours or of torch.nn.utils.prune.
+    """Read masks from a directory or a file, of ovsprune or of torch.nn.utils.prune.
 
     Args:
-        path: What ``ovsprune prune --method imp`` or :func:`write_masks` wrote; or a state dict of
-            pruned modules (.pth, .pt or .safetensors), at the file's top level or in an entry of
-            it, as OpenTrans's. Nothing in it is unpickled.
+        path: A directory that ``ovsprune prune --method imp`` wrote, a file that
+            :func:`write_masks` wrote, or a state dict of pruned modules (.pth, .pt or
+            .safetensors), at the top level of the file or in an entry of it, as in OpenTrans.
+            The file cannot execute code.
 
     Returns:
-        Parameter's name (without ``module.``, where all have it) to bool of the weight's shape,
-        True where the weight stays.
+        Map of parameter name (without a common prefix ``module.``) to bool of the weight's shape,
+        True where the weight is kept.
 
     Raises:
-        CheckpointError: It is damaged, or holds no masks; names the tensor that is wrong.
+        CheckpointError: The file is damaged or holds no masks. The message names the tensor.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,34 +53,34 @@ def read_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights that :func:`read_masks` finds masks with, zero where those say so.
+    """Read the masked weights of a file or directory that also holds masks.
 
     Args:
-        path: A directory of ours, or a state dict of pruned modules.
+        path: A directory of ovsprune, or a state dict of pruned modules.
 
     Returns:
-        Name to tensor under the plain names, as after ``torch.nn.utils.prune.remove``; of a
-        directory, the image tower's.
+        Map of plain name (as after ``torch.nn.utils.prune.remove``) to tensor; for a directory, the
+        tensors of the image tower.
 
     Raises:
-        CheckpointError: It is damaged, or holds masks and no weights.
+        CheckpointError: The file is damaged, or holds masks without weights.
     """
     path = Path(path)
     if path.is_dir():
         return read_unstructured(path).tower()
     if is_packed(path):
-        raise CheckpointError(f"{path} holds masks alone, without weights; read it with read_masks")
+        raise CheckpointError(f"{path} holds masks without weights; read it with read_masks")
     state = _pruned_state(path)
-    found = {}
+    masked = {}
     for name in _pruned(state):
         if f"{name}_orig" not in state:
             raise CheckpointError(
-                f"{path} holds {name}_mask without {name}_orig, so it has masks and no weights; "
+                f"{path} holds {name}_mask without {name}_orig, so it has no weights; "
                 "read it with read_masks"
             )
-        found[name] = state[f"{name}_orig"].masked_fill(~_mask(state, name, path), 0)
-    gone = {f"{name}{end}" for name in found for end in ("_orig", "_mask")}
-    return {**{k: v for k, v in state.items() if k not in gone}, **found}
+        masked[name] = state[f"{name}_orig"].masked_fill(~_mask(state, name, path), 0)
+    replaced = {f"{name}{end}" for name in masked for end in ("_orig", "_mask")}
+    return {**{k: v for k, v in state.items() if k not in replaced}, **masked}
 
 
 def write_masks(
@@ -89,32 +91,33 @@ def write_masks(
     weights: Mapping[str, Tensor] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write masks to one file, complete or not at all.
+    """Write masks to one file atomically.
 
     Args:
-        path: The file; ``.safetensors`` for the form ``"ovsprune"``, ``.pth`` or ``.pt`` for
+        path: The file: ``.safetensors`` for the format ``"ovsprune"``, ``.pth`` or ``.pt`` for
             ``"torch"``.
-        masks: Parameter's name to bool of the weight's shape, True where the weight stays.
-        form: ``"ovsprune"``: packed bits; ``"torch"``: a state dict as modules have it that
-            torch.nn.utils.prune has pruned.
-        weights: For ``"torch"``, the state dict of the module: what has a mask is written as
-            ``X_orig`` beside ``X_mask``, everything else as it is, so that a module pruned with
-            ``custom_from_mask`` loads it. Without it, ``X_mask`` alone is written.
+        masks: Map of parameter name to bool of the weight's shape, True where the weight is kept.
+        form: Format of the file. ``"ovsprune"``: packed bits. ``"torch"``: state dict of modules
+            that torch.nn.utils.prune has pruned.
+        weights: State dict of the module, for ``"torch"`` only. Tensors with a mask are written as
+            ``X_orig`` and ``X_mask``, others unchanged, so that a module pruned with
+            ``custom_from_mask`` can load the file. Without ``weights``, only ``X_mask`` is
+            written.
         overwrite: Replace a file that exists.
 
     Returns:
         The file.
 
     Raises:
-        OptionError: The form is unknown, or does not go with ``path`` or ``weights``.
+        OptionError: ``form`` is unknown, or does not match ``path`` or ``weights``.
         CheckpointError: A mask has no weight, or one of another shape.
         OutputError: The file exists, or cannot be written.
     """
     path = Path(path)
     _check_form(path, form, weights)
     if os.path.lexists(path) and (path.is_dir() or not overwrite):
-        what = "is a directory" if path.is_dir() else "exists already"
-        raise OutputError(f"{path} {what}; choose another file, or pass overwrite=True")
+        problem = "is a directory" if path.is_dir() else "exists already"
+        raise OutputError(f"{path} {problem}; choose another file, or pass overwrite=True")
     plain = {name: mask.detach().cpu().bool() for name, mask in masks.items()}
     if not plain:
         raise OptionError("there are no masks to write")
@@ -128,27 +131,33 @@ def write_masks(
 
 
 def _pruned_state(path: Path) -> Mapping[str, Tensor]:
-    what = "masks (names like layer.weight_mask, as torch.nn.utils.prune gives them)"
+    """Read the state dict of pruned modules from anywhere in a file."""
+    what = "masks (names like layer.weight_mask, as torch.nn.utils.prune writes them)"
     return read_foreign(path, lambda state: bool(_pruned(state)), what).tensors
 
 
 def _pruned(state: Mapping[str, Any]) -> list[str]:
-    """Names of the pruned parameters; attention masks and the like are none."""
+    """Return the names of the pruned parameters; other masks (attention) are skipped."""
     names = [key.removesuffix("_mask") for key in state if key.endswith("_mask")]
     return [n for n in names if f"{n}_orig" in state or n.endswith(("weight", "bias"))]
 
 
 def _mask(state: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
+    """Return the bool mask of a parameter.
+
+    Raises:
+        CheckpointError: It is not binary, or its shape is not that of the weight.
+    """
     mask = state[f"{name}_mask"]
     if not ((mask == 0) | (mask == 1)).all():
         raise CheckpointError(
-            f"{path}: {name}_mask holds values other than 0 and 1, so it is no mask of "
+            f"{path}: {name}_mask holds values other than 0 and 1, so it is not a mask of "
             "torch.nn.utils.prune"
         )
     weight = state.get(f"{name}_orig")
     if weight is not None and weight.shape != mask.shape:
         raise CheckpointError(
-            f"{path}: {name}_mask has shape {tuple(mask.shape)}, {name}_orig "
+            f"{path}: {name}_mask has shape {tuple(mask.shape)}, but {name}_orig has "
             f"{tuple(weight.shape)}; the file was edited or damaged"
         )
     return mask.bool()
@@ -156,25 +165,32 @@ def _mask(state: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
 
 def _check_form(path: Path, form: str, weights: Mapping[str, Tensor] | None) -> None:
     if form not in FORMS:
-        raise OptionError(f"form {form!r} is unknown; known: {', '.join(FORMS)}")
+        raise OptionError(f"form {form!r} is unknown; known forms: {', '.join(FORMS)}")
     if (form == "ovsprune") != (path.suffix == ".safetensors"):
         ending = ".safetensors" if form == "ovsprune" else ".pth or .pt"
-        raise OptionError(f"{path} is no name for the form {form!r}: it ends in {ending}")
+        raise OptionError(
+            f"{path} has the wrong suffix: a file of the form {form!r} ends in {ending}"
+        )
     if form == "ovsprune" and weights is not None:
-        raise OptionError("the form 'ovsprune' holds masks alone; leave weights out")
+        raise OptionError("a file of the form 'ovsprune' holds masks only; leave weights out")
 
 
 def _torch_form(
     masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
+    """Return the state dict in the format of torch.nn.utils.prune.
+
+    Raises:
+        CheckpointError: A mask has no weight, or one of another shape.
+    """
     if weights is None:
         return {f"{name}_mask": mask.float() for name, mask in masks.items()}
     for name, mask in masks.items():
         if name not in weights or weights[name].shape != mask.shape:
-            has = f"shape {tuple(weights[name].shape)}" if name in weights else "no weight"
+            weight = f"has shape {tuple(weights[name].shape)}" if name in weights else "is missing"
             raise CheckpointError(
-                f"the mask {name} has shape {tuple(mask.shape)}, and there is {has} of that name "
-                "in weights; give the state dict of the tower that the masks belong to"
+                f"the mask {name} has shape {tuple(mask.shape)}, but the weight of that name in "
+                f"weights {weight}; give the state dict of the tower that the masks belong to"
             )
     state: dict[str, Tensor] = {}
     for name, tensor in weights.items():

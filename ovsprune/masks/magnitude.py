@@ -1,4 +1,4 @@
-"""Global magnitude: the smallest weights of all layers together go first."""
+"""Global magnitude pruning: removes the smallest weights over all layers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 __all__ = ["RATE", "keep_largest", "kept_by_round"]
 
 RATE = 0.1
-"""Share of what remains that goes in a round."""
+"""Fraction of the remaining weights that one round removes."""
 
 
 def kept_by_round(total: int, sparsity: float, rate: float = RATE) -> list[int]:
-    """How many of ``total`` stay after each round, until ``sparsity`` is reached.
+    """Return the number of remaining weights after each round.
 
-    Round k leaves ``total * (1 - rate)^k``, rounded once and not round by round, so that it is
-    exact to one; the last round goes as far as ``sparsity`` and no further.
+    Round k keeps ``total * (1 - rate)^k`` weights. The power is rounded once, so rounding errors do
+    not accumulate over the rounds. The last round reaches ``sparsity`` exactly.
 
     Args:
         total: Number of weights.
-        sparsity: Share that is zero at the end, in (0, 1).
-        rate: Share of what remains that goes in a round, in (0, 1).
+        sparsity: Fraction of the weights that are zero at the end, in (0, 1).
+        rate: Fraction of the remaining weights that one round removes, in (0, 1).
 
     >>> kept_by_round(1000, 0.3)
     [900, 810, 729, 700]
@@ -31,7 +31,8 @@ def kept_by_round(total: int, sparsity: float, rate: float = RATE) -> list[int]:
     kept: list[int] = []
     while not kept or kept[-1] > last:
         left = round(total * (1 - rate) ** (len(kept) + 1))
-        kept.append(left if left > last + 1 else last)  # no round of its own for a rounding
+        # Avoid a last round that would remove a single weight because of rounding.
+        kept.append(left if left > last + 1 else last)
     return kept
 
 
@@ -39,36 +40,38 @@ def kept_by_round(total: int, sparsity: float, rate: float = RATE) -> list[int]:
 def keep_largest(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int
 ) -> dict[str, Tensor]:
-    """Masks in which the ``keep`` largest of the weights that are left stay.
+    """Return masks that keep the ``keep`` largest of the remaining weights.
 
-    L1 over all layers together (Han et al. 2015; globally, as Frankle and Carbin 2019). Of weights
-    of one size the earlier goes first, in the order of ``weights`` and row-major in each, so that
-    the count is exact.
+    The criterion is the absolute value (Han et al. 2015), compared over all layers (Frankle and
+    Carbin 2019). Of equal values the earlier is removed first, in the order of ``weights`` and
+    row-major in each weight, so that the count is exact.
 
     Args:
-        weights: Name to weight, of any shape.
-        masks: Name to bool of the weight's shape, True where the weight is left.
-        keep: How many stay, at most as many as are left.
+        weights: Map of name to weight, of any shape.
+        masks: Map of name to bool of the weight's shape, True where the weight remains.
+        keep: Number of weights to keep, at most the number of remaining ones.
 
     Returns:
-        Name to bool, True in no place where ``masks`` is False.
+        Map of name to bool; False wherever ``masks`` is False.
 
     Raises:
-        ValueError: Fewer than ``keep`` are left.
+        ValueError: Fewer than ``keep`` weights remain.
     """
     left = sum(int(masks[name].sum()) for name in weights)
     if not 0 <= keep <= left:
-        raise ValueError(f"{keep} weights cannot be kept of the {left} that are left")
-    found = {name: masks[name].clone() for name in weights}
+        raise ValueError(f"{keep} weights cannot be kept of the {left} that remain")
+    kept = {name: masks[name].clone() for name in weights}
     if keep == left:
-        return found
+        return kept
+    # [left], the values of the remaining weights
     sizes = torch.cat([w.detach().abs()[masks[n]].float().cpu() for n, w in weights.items()])
+    # The largest value to remove; ``ties`` of the weights with this value are removed.
     limit = float(sizes.kthvalue(left - keep).values)
     ties = left - keep - int((sizes < limit).sum())
     for name, weight in weights.items():
         size = weight.detach().abs().float()
         same = (masks[name] & (size == limit)).flatten().nonzero().flatten()[:ties]
-        found[name] &= ~(size < limit)  # not >=, which would lose what is not a number
-        found[name].view(-1)[same] = False
+        kept[name] &= ~(size < limit)  # unlike >=, this keeps nan
+        kept[name].view(-1)[same] = False
         ties -= len(same)
-    return found
+    return kept

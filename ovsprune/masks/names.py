@@ -1,4 +1,4 @@
-"""Which parameter of a module each mask belongs to, told by names and shapes."""
+"""Matches masks to the parameters of a module by name and shape."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where masks belong in a module.
+    """Assignment of masks to parameters of a module.
 
     Attributes:
-        removed: Prefix that was taken off the masks' names (``"module"``), or "".
-        added: Prefix that was put before them: the tower's place in the module, or "".
-        names: Mask's name to parameter's name, for every mask whose shape is the parameter's.
-        missing: Masks for which the module has no parameter.
-        shapes: Masks whose parameter has another shape: name to (the mask's, the parameter's).
+        removed: Prefix that was removed from the names of the masks (``"module"``); may be empty.
+        added: Prefix that was added: the dotted name of the tower in the module; may be empty.
+        names: Map of mask name to parameter name, for every mask with the parameter's shape.
+        missing: Names of the masks for which the module has no parameter.
+        shapes: Map of mask name to (shape of the mask, shape of the parameter), if they differ.
     """
 
     removed: str
@@ -34,65 +34,65 @@ class Placement:
     shapes: Mapping[str, tuple[Shape, Shape]]
 
     def __str__(self) -> str:
-        """What matched, what did not, and the first few of those."""
-        place = f"at {self.added!r}" if self.added else "at the top"
-        parts = [f"{len(self.names)} masks have their parameter {place}"]
+        """Return the counts of matches and mismatches, with the first few mismatches."""
+        place = f"at {self.added!r}" if self.added else "at the top level"
+        parts = [f"{len(self.names)} masks have a parameter {place}"]
         if self.removed:
             parts[0] += f", without the prefix {self.removed!r}"
         if self.missing:
             parts.append(f"{len(self.missing)} have none ({_some(self.missing)})")
         if self.shapes:
-            faults = [f"{n}: mask {m}, parameter {p}" for n, (m, p) in self.shapes.items()]
-            parts.append(f"{len(self.shapes)} have one of another shape ({_some(faults)})")
+            differing = [f"{n}: mask {m}, parameter {p}" for n, (m, p) in self.shapes.items()]
+            parts.append(f"{len(self.shapes)} have one of another shape ({_some(differing)})")
         return "; ".join(parts)
 
 
 def match(module: nn.Module, masks: Mapping[str, Tensor], prefix: str | None = None) -> Placement:
     """Find the parameters that masks belong to, without changing anything.
 
-    The names are taken as they are, or behind a prefix that the module has (a tower inside a
-    framework), or without a prefix that they all share and the module lacks; the placement where
-    the most masks find a parameter of their shape is taken.
+    The names of the masks may lack a prefix of the module (a tower inside a framework), or have a
+    common prefix that the module lacks. Every combination is tried, and the one with the most
+    masks that have a parameter of their shape is returned.
 
     Args:
-        module: A tower, or a model that holds one.
-        masks: Name to bool of the weight's shape.
-        prefix: The tower's dotted name in ``module``, where several would do.
+        module: A tower, or a model that contains one.
+        masks: Map of name to bool of the weight's shape.
+        prefix: Dotted name of the tower in ``module``, if several towers match.
 
     Raises:
-        TargetError: There are no masks, nothing matches, or several places match equally well; the
+        TargetError: There are no masks, nothing matches, or several towers match equally well. The
             message names them.
     """
     if not masks:
         raise TargetError("there are no masks to place; read them with read_masks first")
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(remove_duplicate=False)}
-    ends = _ends(shapes)
+    prefixes = _prefixes_by_suffix(shapes)
     best: list[Placement] = []
-    for removed in _shared(masks):
-        found = [
+    for removed in _common_prefixes(masks):
+        candidates = [
             p
-            for added in _places(masks, removed, ends)
+            for added in _added_prefixes(masks, removed, prefixes)
             if (p := _place(masks, shapes, removed, added)) and prefix in (None, p.added)
         ]
-        # of equal placements, the one that takes the least off the names is meant
-        best = _best([*best, *found])
+        # Shorter removed prefixes come first, and win if placements are equal.
+        best = _best([*best, *candidates])
         if best and len(best[0].names) == len(masks):
             break
     if not best or not (best[0].names or best[0].shapes):
-        raise TargetError(_nothing(masks, shapes, prefix))
+        raise TargetError(_no_match_message(masks, shapes, prefix))
     least = [p for p in best if len(p.removed) == min(len(q.removed) for q in best)]
     exact = [p for p in least if not p.added and len(p.names) == len(masks)]
     if len(least) > 1 and not exact:
         raise TargetError(
             f"the masks fit {len(least)} places of {type(module).__name__} equally well: "
-            f"{', '.join(repr(p.added) for p in least)}; give the one that is meant "
-            "(prefix=...), or the tower itself instead of the model"
+            f"{', '.join(repr(p.added) for p in least)}; choose one with prefix=..., or give the "
+            "tower itself instead of the model"
         )
     return (exact or least)[0]
 
 
 def _best(placements: list[Placement]) -> list[Placement]:
-    """The placements with the most masks, each target of names once."""
+    """Return the placements with the most matches; equal assignments are listed once."""
     most = max(((len(p.names), len(p.shapes)) for p in placements), default=(0, 0))
     kept: dict[tuple[str, ...], Placement] = {}
     for placement in placements:
@@ -104,6 +104,7 @@ def _best(placements: list[Placement]) -> list[Placement]:
 def _place(
     masks: Mapping[str, Tensor], shapes: Mapping[str, Shape], removed: str, added: str
 ) -> Placement:
+    """Match masks by name, with one prefix removed and one added."""
     names: dict[str, str] = {}
     missing: list[str] = []
     differ: dict[str, tuple[Shape, Shape]] = {}
@@ -115,34 +116,39 @@ def _place(
             differ[name] = (tuple(mask.shape), shapes[target])
         else:
             names[name] = target
-    return Placement(removed, added, names, tuple(missing), differ)
+    return Placement(
+        removed=removed, added=added, names=names, missing=tuple(missing), shapes=differ
+    )
 
 
-def _ends(names: Iterable[str]) -> dict[str, list[str]]:
-    """Every end of a dotted name, with the prefixes before it."""
-    found: dict[str, list[str]] = defaultdict(list)
+def _prefixes_by_suffix(names: Iterable[str]) -> dict[str, list[str]]:
+    """Map every suffix of the dotted names to the prefixes in front of it."""
+    prefixes: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parts = name.split(".")
-        for at in range(len(parts)):
-            found[".".join(parts[at:])].append(".".join(parts[:at]))
-    return found
+        for i in range(len(parts)):
+            prefixes[".".join(parts[i:])].append(".".join(parts[:i]))
+    return prefixes
 
 
-def _shared(masks: Iterable[str]) -> list[str]:
-    """Prefixes that all names share, the empty one first; a name never loses its last part."""
+def _common_prefixes(masks: Iterable[str]) -> list[str]:
+    """Return the prefixes that all names share, shortest first; the last part is never included."""
     parts = [name.split(".")[:-1] for name in masks]
     count = 0
     while all(len(p) > count for p in parts) and len({p[count] for p in parts}) == 1:
         count += 1
-    return [".".join(parts[0][:at]) for at in range(count + 1)]
+    return [".".join(parts[0][:i]) for i in range(count + 1)]
 
 
-def _places(masks: Iterable[str], removed: str, ends: Mapping[str, list[str]]) -> dict[str, None]:
-    """Prefixes behind which at least one name is a parameter's, in order."""
-    return dict.fromkeys(p for name in masks for p in ends.get(_stem(name, removed), ()))
+def _added_prefixes(
+    masks: Iterable[str], removed: str, prefixes: Mapping[str, list[str]]
+) -> dict[str, None]:
+    """Return the prefixes with which at least one name is that of a parameter, in order."""
+    return dict.fromkeys(p for name in masks for p in prefixes.get(_stem(name, removed), ()))
 
 
 def _stem(name: str, removed: str) -> str:
+    """Remove a prefix and its dot."""
     return name[len(removed) + 1 :] if removed else name
 
 
@@ -150,20 +156,23 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _nothing(masks: Mapping[str, Tensor], shapes: Mapping[str, Shape], prefix: str | None) -> str:
-    where = "" if prefix is None else f" behind {prefix!r}"
-    said = (
-        f"none of the {len(masks)} masks has its parameter{where} in the module: the masks are "
-        f"called {_some(masks)}, the parameters {_some(shapes) or 'nothing at all'}"
+def _no_match_message(
+    masks: Mapping[str, Tensor], shapes: Mapping[str, Shape], prefix: str | None
+) -> str:
+    where = "" if prefix is None else f" under the prefix {prefix!r}"
+    message = (
+        f"none of the {len(masks)} masks has a parameter{where} in the module: the masks are named "
+        f"{_some(masks)}, the parameters {_some(shapes) or '(there are none)'}"
     )
     if any(name.endswith("_orig") for name in shapes):
-        said += (
-            "; the module is in the form of torch.nn.utils.prune already: call prune.remove on its "
-            "layers first"
+        message += (
+            "; torch.nn.utils.prune has already pruned the module: call prune.remove on its layers "
+            "first"
         )
-    return f"{said}. Give a model of the architecture that the masks were made for"
+    return f"{message}. Give a model of the architecture that the masks were made for"
 
 
-def _some(items: Iterable[str], count: int = 3) -> str:
-    listed = list(items)
+def _some(names: Iterable[str], count: int = 3) -> str:
+    """Join the first few names for a message."""
+    listed = list(names)
     return ", ".join(listed[:count]) + (", ..." if len(listed) > count else "")

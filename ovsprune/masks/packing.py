@@ -1,4 +1,4 @@
-"""Masks as bits: eight entries a byte, the first in the lowest bit, row-major."""
+"""Masks as packed bits: eight entries per byte, row-major, the first in the lowest bit."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _VERSION = 1
 
 
 def pack(mask: Tensor) -> Tensor:
-    """The bits of ``mask``, bool of any shape: uint8 [ceil(n / 8)]; bits past the end are 0.
+    """Pack a bool mask of any shape, n entries, into uint8 [ceil(n / 8)]; padding bits are 0.
 
     >>> pack(torch.tensor([True, False, True])).tolist()
     [5]
     """
     flat = mask.detach().cpu().reshape(-1).to(torch.uint8)
-    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)  # [bytes, 8]
     packed = torch.zeros(len(flat), dtype=torch.uint8)
     for bit in range(8):
         packed |= flat[:, bit] << bit
@@ -35,15 +35,15 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
-    """The mask of ``shape`` whose bits are ``packed``.
+    """Invert :func:`pack`.
 
     Args:
         packed: uint8 [ceil(n / 8)].
-        shape: Of the mask, n entries in all.
-        where: What ``packed`` is, for messages.
+        shape: Shape of the mask, n entries.
+        where: Description of ``packed``, for messages.
 
     Raises:
-        CheckpointError: It has another number of bytes or type, or bits past the end.
+        CheckpointError: ``packed`` has another length or dtype, or padding bits that are not 0.
     """
     count = 1
     for length in shape:
@@ -55,11 +55,12 @@ def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
             f"the bits of a mask of shape {tuple(shape)}; the file was edited or damaged: copy it "
             "again"
         )
-    bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1).reshape(-1).bool()
+    bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1)  # [bytes, 8]
+    bits = bits.reshape(-1).bool()
     if bits[count:].any():
         raise CheckpointError(
-            f"{where} has bits past the end of a mask of shape {tuple(shape)}; the file was edited "
-            "or damaged: copy it again"
+            f"{where} has bits beyond the end of a mask of shape {tuple(shape)}; the file was "
+            "edited or damaged: copy it again"
         )
     return bits[:count].reshape(tuple(shape))
 
@@ -68,7 +69,7 @@ def save_packed(masks: Mapping[str, Tensor], file: Path) -> None:
     """Write masks as packed bits; equal masks give equal bytes.
 
     Raises:
-        OSError: It could not be written; SafetensorError likewise.
+        OSError: The file could not be written; a SafetensorError has the same reason.
     """
     shapes = {name: list(masks[name].shape) for name in sorted(masks)}
     header = {"format_version": _VERSION, "shapes": shapes}
@@ -77,49 +78,54 @@ def save_packed(masks: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read_packed(file: Path) -> dict[str, Tensor]:
-    """Masks from a file of packed bits.
+    """Read masks from a file of packed bits.
 
     Raises:
-        CheckpointError: It is damaged, or of a version that is not known.
+        CheckpointError: The file is damaged or has an unknown version.
     """
     try:
         with safe_open(str(file), framework="pt") as content:
-            said = (content.metadata() or {}).get(_HEADER)
+            header = (content.metadata() or {}).get(_HEADER)
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{file} is no valid safetensors file ({error}); copy it again"
+            f"{file} is not a valid safetensors file ({error}); copy it again"
         ) from error
-    if said is None:
-        raise CheckpointError(f"{file} is no file of masks: its header has no {_HEADER!r}")
-    shapes = _shapes(said, f"{file}: {_HEADER}")
+    if header is None:
+        raise CheckpointError(f"{file} is not a file of masks: its header has no entry {_HEADER!r}")
+    shapes = _shapes(header, f"{file}: {_HEADER}")
     if set(shapes) != set(tensors):
-        odd = sorted(set(shapes) ^ set(tensors))[0]
-        raise CheckpointError(f"{file}: {odd} has bits or a shape and not both; copy it again")
+        unmatched = sorted(set(shapes) ^ set(tensors))[0]
+        raise CheckpointError(f"{file}: {unmatched} has no bits or no shape; copy it again")
     return {name: unpack(tensors[name], shapes[name], f"{file}: {name}") for name in shapes}
 
 
 def is_packed(path: Path) -> bool:
-    """Whether ``path`` is a file of packed bits, sound or not."""
+    """Return True if ``path`` is a file of packed bits, valid or damaged."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
         with safe_open(str(path), framework="pt") as content:
             return _HEADER in (content.metadata() or {})
     except (SafetensorError, OSError):
-        return False  # the reader of foreign files says what is wrong
+        return False  # read_foreign will raise an error that explains the problem
 
 
 def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
+    """Parse the shapes in the header; ``at`` names the header in messages.
+
+    Raises:
+        CheckpointError: The header is invalid or has an unknown version.
+    """
     data = fields.record(fields.parse(document, at), at, ("format_version", "shapes"))
     version = fields.whole(data["format_version"], f"{at}: format_version", 1)
     if version != _VERSION:
         raise CheckpointError(
-            f"{at}: format_version is {version}, this ovsprune reads {_VERSION}; install a newer "
-            "ovsprune"
+            f"{at}: format_version is {version}, but this version of ovsprune reads {_VERSION}; "
+            "install a newer version"
         )
     if not isinstance(data["shapes"], dict):
-        raise CheckpointError(f"{at}: shapes is no object; copy the file again")
+        raise CheckpointError(f"{at}: shapes is not an object; copy the file again")
     return {
         fields.text(name, f"{at}: a name", fields.DOTTED): tuple(
             fields.whole(n, f"{at}: shapes.{name}") for n in fields.array(shape, f"{at}: {name}")

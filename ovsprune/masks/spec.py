@@ -1,4 +1,4 @@
-"""What ``config.json`` of an unstructured result says; ``docs/masks.md`` says the same."""
+"""Content of the ``config.json`` of an unstructured checkpoint; see ``docs/masks.md``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTE = (
     "where the file is compressed, and no time: the tower is as slow as the dense one and takes "
     "as much memory. Non-zero parameters and FLOPs are counts, not costs."
 )
-"""What every unstructured result says of itself."""
+"""Note in the config of every unstructured checkpoint."""
 
 _FIELDS = (
     "format",
@@ -47,12 +47,12 @@ _FIELDS = (
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One weight under a mask.
+    """A weight under a mask.
 
     Attributes:
-        name: Its parameter's dotted name in the tower.
-        shape: Of the weight and of its mask.
-        zeros: How many entries the mask sets to zero.
+        name: Dotted name of the parameter in the tower.
+        shape: Shape of the weight and of its mask.
+        zeros: Number of entries that the mask sets to zero.
     """
 
     name: str
@@ -69,28 +69,28 @@ class WeightSpec:
 
     @property
     def sparsity(self) -> float:
-        """Share of the entries that is zero, in [0, 1]."""
+        """Fraction of the entries that are zero, in [0, 1]."""
         return self.zeros / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True)
 class MaskedSpec:
-    """All of ``config.json``.
+    """Content of ``config.json``.
 
     Attributes:
-        base: The dense model whose weights these were before pruning.
-        family: Who can build the tower, by our table's name.
-        library: The distribution that built it.
-        library_version: Its version then.
-        architecture: The family's own numbers (plain JSON).
-        activation: As in a slim checkpoint.
-        preprocess: How pictures become input.
+        base: The dense model.
+        family: Name of the family that builds the tower.
+        library: Distribution that built the tower.
+        library_version: Version of that distribution.
+        architecture: Numbers that the family builds the tower from (plain JSON).
+        activation: Activation function, as in a slim checkpoint.
+        preprocess: Preprocessing of images.
         weights: Every weight under a mask, in the order in which the tower uses them.
-        excluded: Weights that were kept out of the ranking: the first layer, and protected ones.
-        dense: Costs of the tower; those of the masked one are the same.
-        nonzero: Parameters and MACs without those of zero weights, as the paper counts.
-        files: File name to digest and size; filled in on writing.
-        provenance: How it was made (plain JSON).
+        excluded: Weights without a mask: the first layer and protected ones.
+        dense: Costs of the tower; masks do not change them.
+        nonzero: Parameters and MACs without zero weights, as OpenTrans counts them.
+        files: Map of file name to digest and size; filled in when written.
+        provenance: Record of the pruning (plain JSON).
     """
 
     base: BaseSpec
@@ -109,14 +109,14 @@ class MaskedSpec:
 
     @property
     def sparsity(self) -> float:
-        """Share of the weights under masks that is zero, in [0, 1]."""
+        """Fraction of the weights under masks that are zero, in [0, 1]."""
         return sum(w.zeros for w in self.weights) / sum(w.count for w in self.weights)
 
     def to_json(self) -> str:
-        """The text of ``config.json``; equal specs give equal text.
+        """Return the text of ``config.json``; equal specs give equal text.
 
         Raises:
-            CheckpointError: ``architecture`` or ``provenance`` hold what JSON cannot.
+            CheckpointError: ``architecture`` or ``provenance`` contain values that are not JSON.
         """
         weights = [
             {"name": w.name, "shape": list(w.shape), "zeros": w.zeros, "sparsity": w.sparsity}
@@ -145,32 +145,36 @@ class MaskedSpec:
 
     @classmethod
     def from_json(cls, document: str | bytes, at: str) -> MaskedSpec:
-        """The spec that ``document`` says, ``at`` being where it comes from.
+        """Parse and check ``config.json``.
+
+        Args:
+            document: The text.
+            at: Its origin, for messages.
 
         Raises:
-            CheckpointError: It is not a valid one, or of another format version.
+            CheckpointError: The text is not a valid spec, or has another format version.
         """
         data = fields.parse(document, at)
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise CheckpointError(
-                f'{at} does not say "format": "{FORMAT}", so this is no unstructured result; name '
-                "a directory that `ovsprune prune --method imp` wrote"
+                f'{at} has no entry "format": "{FORMAT}", so it is not an unstructured checkpoint; '
+                "give a directory that `ovsprune prune --method imp` wrote"
             )
         version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{at}: format_version is {version}, this ovsprune reads {FORMAT_VERSION}; install "
-                "a newer ovsprune, or prune again with this one"
+                f"{at}: format_version is {version}, but this version of ovsprune reads "
+                f"{FORMAT_VERSION}; install a newer version, or prune again with this one"
             )
         fields.record(data, at, _FIELDS)
         fields.choice(data["kind"], f"{at}: kind", ("unstructured",))
         for name in ("architecture", "provenance"):
             if not isinstance(data[name], dict):
-                raise CheckpointError(f"{at}: {name} is no object; copy the file again")
-        items = fields.array(data["weights"], f"{at}: weights")
-        weights = tuple(_weight(item, f"{at}: weights[{i}]") for i, item in enumerate(items))
+                raise CheckpointError(f"{at}: {name} is not an object; copy the file again")
+        entries = fields.array(data["weights"], f"{at}: weights")
+        weights = tuple(_weight(entry, f"{at}: weights[{i}]") for i, entry in enumerate(entries))
         if not weights or len({w.name for w in weights}) < len(weights):
-            raise CheckpointError(f"{at}: weights is empty, or has a name twice; copy it again")
+            raise CheckpointError(f"{at}: weights is empty or lists a name twice; copy it again")
         return cls(
             base=config.parse_base(data["base"], f"{at}: base"),
             family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
@@ -194,18 +198,19 @@ class MaskedSpec:
 
 
 def _weight(value: Any, at: str) -> WeightSpec:
+    """Parse and check one entry of ``weights``."""
     data = fields.record(value, at, ("name", "shape", "zeros", "sparsity"))
     fields.number(data["sparsity"], f"{at}.sparsity")
-    found = WeightSpec(
+    weight = WeightSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
         shape=tuple(
             fields.whole(n, f"{at}.shape", 1) for n in fields.array(data["shape"], f"{at}.shape")
         ),
         zeros=fields.whole(data["zeros"], f"{at}.zeros"),
     )
-    if found.zeros > found.count:
+    if weight.zeros > weight.count:
         raise CheckpointError(
-            f"{at}.zeros is {found.zeros}, expected at most {found.count}; the file was edited or "
-            "damaged: copy it again"
+            f"{at}.zeros is {weight.zeros}, expected at most {weight.count}; the file was edited "
+            "or damaged: copy it again"
         )
-    return found
+    return weight

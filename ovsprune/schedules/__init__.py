@@ -1,7 +1,8 @@
-"""Schedules: which layers train when. One policy a file; loops of frameworks are in ``loops``.
+"""Training schedules: policies that choose which layers train at which step.
 
-See :class:`ovsprune.core.protocols.Policy`. ``ovsprune.schedule(model, ...)`` makes a
-:class:`TrainPlan`.
+Each policy implements :class:`ovsprune.core.protocols.Policy` and registers itself in
+:data:`POLICIES`. ``ovsprune.schedule(model, ...)`` builds a :class:`TrainPlan` from one. Hooks for
+the training loops of other libraries are in :mod:`ovsprune.schedules.loops`.
 """
 
 from ovsprune.core.protocols import Policy

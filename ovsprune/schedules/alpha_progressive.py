@@ -1,32 +1,33 @@
-"""Largest alphas first, and more of them as the training goes on."""
+"""Policy that starts with the largest alphas and adds layers during the training."""
 
 from __future__ import annotations
 
 from ovsprune.core.protocols import ScheduleContext
 from ovsprune.schedules import POLICIES
-from ovsprune.schedules.choosing import highest, wanted
+from ovsprune.schedules.choosing import layers_to_train, top_layers
 
 __all__ = ["AlphaProgressive"]
 
 
 @POLICIES.register("alpha-progressive")
 class AlphaProgressive:
-    """As alpha, but the share that trains grows evenly over the run, towards all layers."""
+    """Like alpha, but the fraction that trains grows linearly up to all layers."""
 
     needs_spectra = True
     current = False
 
     def moments(self, total_steps: int, every: int) -> range:
-        """Every ``every`` steps."""
+        """Return every ``every``-th step."""
         return range(0, total_steps, every)
 
-    def choose(self, item: ScheduleContext) -> set[str]:
-        """The share ``f + (1 - f) t`` of the largest alphas of the start, t the part that is over.
+    def choose(self, ctx: ScheduleContext) -> set[str]:
+        """Return the fraction ``f + (1 - f) t`` of the layers with the largest alphas.
 
-        What trains once trains to the end, since the order stays.
+        ``f`` is ``ctx.fraction`` and ``t`` the elapsed part of the training, in [0, 1). The alphas
+        are those before training, so the ranking is fixed and a layer that trains stays in.
         """
-        alphas = item.alphas
+        alphas = ctx.alphas
         assert alphas is not None
-        start = wanted(item) / len(item.layers)
-        share = start + (1 - start) * item.step / item.total_steps
-        return highest(item, wanted(item, share), lambda layer: alphas[layer.name])
+        start = layers_to_train(ctx) / len(ctx.layers)
+        share = start + (1 - start) * ctx.step / ctx.total_steps
+        return top_layers(ctx, layers_to_train(ctx, share), lambda layer: alphas[layer.name])

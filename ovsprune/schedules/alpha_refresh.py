@@ -1,27 +1,27 @@
-"""The largest alphas, measured again as the weights change."""
+"""Policy that measures the alphas again during the training."""
 
 from __future__ import annotations
 
 from ovsprune.core.protocols import ScheduleContext
 from ovsprune.schedules import POLICIES
-from ovsprune.schedules.choosing import highest, wanted
+from ovsprune.schedules.choosing import layers_to_train, top_layers
 
 __all__ = ["AlphaRefresh"]
 
 
 @POLICIES.register("alpha-refresh")
 class AlphaRefresh:
-    """As alpha, but from the weights as they are, asked anew every so many steps."""
+    """Like alpha, but with the current weights: the choice is repeated every few steps."""
 
     needs_spectra = True
     current = True
 
     def moments(self, total_steps: int, every: int) -> range:
-        """Every ``every`` steps."""
+        """Return every ``every``-th step."""
         return range(0, total_steps, every)
 
-    def choose(self, item: ScheduleContext) -> set[str]:
-        """The share ``item.fraction`` of the layers with the largest alphas now."""
-        alphas = item.alphas
+    def choose(self, ctx: ScheduleContext) -> set[str]:
+        """Return the fraction ``ctx.fraction`` of the layers with the largest current alphas."""
+        alphas = ctx.alphas
         assert alphas is not None
-        return highest(item, wanted(item), lambda layer: alphas[layer.name])
+        return top_layers(ctx, layers_to_train(ctx), lambda layer: alphas[layer.name])

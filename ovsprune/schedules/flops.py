@@ -1,4 +1,4 @@
-"""What a training step costs, counted: forward, gradients to activations, gradients to weights."""
+"""FLOPs of a training step: forward pass, gradients of activations, gradients of weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["StepFlops", "TrainingFlops", "step_flops"]
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one training step: two for a multiply-accumulate, as torch counts them.
+    """FLOPs of one training step; a multiply-accumulate counts as two, as in torch.
 
     Attributes:
-        forward: Of the forward pass and the loss.
-        activations: Of the gradients that flow back.
-        weights: Of the gradients of weights.
+        forward: FLOPs of the forward pass and the loss.
+        activations: FLOPs of the gradients of activations.
+        weights: FLOPs of the gradients of weights.
     """
 
     forward: int
@@ -33,17 +33,17 @@ class StepFlops:
 
     @property
     def step(self) -> int:
-        """All three."""
+        """FLOPs of the whole step."""
         return self.forward + self.activations + self.weights
 
 
 @dataclass(frozen=True)
 class TrainingFlops(StepFlops):
-    """FLOPs of a training: of the step that comes now, and of all.
+    """FLOPs of a training: of the current step, and of all steps.
 
     Attributes:
-        steps: How many steps there are.
-        known: FLOPs of all steps where they differ; None where each costs as much as this one.
+        steps: Number of optimiser steps.
+        known: FLOPs of all steps if their costs differ; None if every step costs the same.
     """
 
     steps: int
@@ -55,38 +55,38 @@ class TrainingFlops(StepFlops):
         return self.step * self.steps if self.known is None else self.known
 
     def record(self) -> dict[str, int]:
-        """As plain JSON."""
+        """Return plain JSON data."""
         parts = {"forward": self.forward, "activations": self.activations, "weights": self.weights}
         return {**parts, "step": self.step, "total": self.total}
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
-    """Counts with torch's own formulas, and says for which parameters an operation reads them.
+    """Counts FLOPs with torch's formulas, in total and by the parameter that an operation reads.
 
-    A view of a parameter shares its storage, so a fused projection that is taken apart is known;
-    a copy in another type (autocast) is not.
+    Parameters are recognised by their storage. A view shares it, so the parts of a fused projection
+    count for the fused parameter. A copy in another dtype (autocast) is not recognised.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.total = 0
-        self.of: dict[str, int] = {}
+        self.by_parameter: dict[str, int] = {}
         self._names = {p.untyped_storage()._cdata: name for name, p in parameters.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        out = func(*args, **given)
+        named = kwargs or {}
+        out = func(*args, **named)
         formula = flop_registry.get(func._overloadpacket)
         if formula is None:
             return out
-        flops = int(formula(*args, **given, out_val=out))
+        flops = int(formula(*args, **named, out_val=out))
         self.total += flops
         if not torch.is_grad_enabled():
-            return out  # what reads it here asks for no gradient of it
-        for tensor in (*args, *given.values()):
+            return out  # no gradient of the weight will be computed for this product
+        for tensor in (*args, *named.values()):
             name = self._name(tensor)
             if name is not None:
-                self.of[name] = self.of.get(name, 0) + flops
+                self.by_parameter[name] = self.by_parameter.get(name, 0) + flops
         return out
 
     def _name(self, value: Any) -> str | None:
@@ -96,18 +96,19 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
 
 
 def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
-    """Count one forward and one backward pass with what wants gradients now.
+    """Count one forward and one backward pass with the current ``requires_grad`` flags.
 
-    The gradient of a weight costs as much as the product that reads it in the forward pass; what is
-    left of the backward pass is gradients of activations. Under autocast weights are copied before
-    they are read, and all of the backward pass is then told as ``activations``.
+    The gradient of a weight costs as much as the product that reads it in the forward pass
+    (``dW = dY^T X`` has the size of ``Y = X W^T``). The rest of the backward pass is counted as
+    gradients of activations. Under autocast, weights are copied before they are read, and the whole
+    backward pass is counted as ``activations``.
 
     Args:
-        model: The model; its gradients are as before afterwards.
-        loss: Runs the model, and gives a scalar.
+        model: The model. Its gradients are restored afterwards.
+        loss: Runs the model and returns a scalar.
 
     Raises:
-        ScheduleError: ``loss`` gives no scalar.
+        ScheduleError: ``loss`` does not return a scalar.
     """
     parameters = dict(model.named_parameters())
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
@@ -119,7 +120,7 @@ def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
                 value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise ScheduleError(
-                    f"the loss must be a tensor of one number to count a step, not {value!r:.80}"
+                    f"the loss must return a tensor of one number to count FLOPs, not {value!r:.70}"
                 )
             backward = _Counter(parameters)
             if value.requires_grad:
@@ -130,5 +131,7 @@ def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
             parameter.grad = gradients[name]
     weights = 0
     if value.requires_grad:
-        weights = sum(n for name, n in forward.of.items() if parameters[name].requires_grad)
+        weights = sum(
+            n for name, n in forward.by_parameter.items() if parameters[name].requires_grad
+        )
     return StepFlops(forward.total, backward.total - weights, weights)

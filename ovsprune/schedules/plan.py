@@ -1,12 +1,10 @@
-"""A plan: which parameters of one model train at which step of one training."""
+"""Training plan: which parameters of one model train at which step of one training."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,20 +13,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ovsprune.core.errors import ScheduleError
 from ovsprune.core.protocols import Layer, Policy, ScheduleContext
+from ovsprune.schedules import ddp, state
+from ovsprune.schedules.flags import ParameterFlags, parameter_groups
 from ovsprune.schedules.flops import TrainingFlops, step_flops
 
 __all__ = ["TrainPlan"]
 
 Alphas = Callable[[nn.Module, Sequence[str]], Mapping[str, float]]
-"""A model and names of layers, to the power-law exponents of their spectra."""
-
-_VERSION = 1
+"""Function of a model and layer names that returns the power-law exponents of their spectra."""
 
 
 class TrainPlan:
-    """Which parameters of a model train when; made by :func:`ovsprune.schedule`.
+    """Plan of which parameters train at which step; made by :func:`ovsprune.schedule`.
 
-    It sets ``requires_grad`` and nothing else of the model::
+    It sets ``requires_grad`` of the parameters and changes nothing else in the model::
 
         plan = ovsprune.schedule(model, policy="alpha", fraction=0.5, total_steps=10_000)
         optimizer = torch.optim.AdamW(plan.groups(lr=1e-4))
@@ -38,24 +36,25 @@ class TrainPlan:
             ...
 
     Args:
-        model: The model; one that DistributedDataParallel wraps is looked into.
-        layers: The pool.
-        others: Names of the parameters that always train (True) or never do (False), whatever the
-            policy says; what is named nowhere stays as it is.
+        model: The model. A DistributedDataParallel wrapper is unwrapped.
+        layers: The pool: the layers that the policy decides about.
+        others: Names of parameters that always train (True) or never train (False), independent of
+            the policy. A parameter that is named nowhere keeps its ``requires_grad``.
         name: Name of the policy.
         policy: The policy.
-        fraction: Share of the layers that train, in [0, 1].
-        count: How many train, instead of a share.
+        fraction: Fraction of the layers that train, in [0, 1].
+        count: Number of layers that train; replaces ``fraction``.
         total_steps: Optimiser steps of the whole training.
-        every: How often the policy may change its mind, in steps.
-        seed: For policies that draw.
-        alphas: Measures spectra, where the policy needs them.
+        every: Interval between two decisions of the policy, in optimiser steps.
+        seed: Seed of policies that draw at random.
+        alphas: Measures spectra, if the policy needs them.
 
     Raises:
         ScheduleError: DistributedDataParallel wraps the model in a way that cannot follow the plan.
 
     Attributes:
         chosen: Names of the layers that train now.
+        moments: Steps before which the policy decides, ascending, the first is 0.
     """
 
     def __init__(
@@ -78,81 +77,86 @@ class TrainPlan:
         self.fraction, self.count, self.total_steps = fraction, count, total_steps
         self.every, self.seed = every, seed
         self.moments = tuple(policy.moments(total_steps, every))
-        self._others, self._alphas = dict(others), alphas
-        self._undo: list[Callable[[], None]] = []
-        self._parameters = dict(self.model.named_parameters())
-        self._before = {n: p.requires_grad for n, p in self._parameters.items()}
-        self._first: Mapping[str, float] | None = None
-        self._moment: int | None = None
-        self._optimizers: tuple[Any, ...] = ()
-        self._openings, self._opened = 0, False
         self.chosen: tuple[str, ...] = ()
-        self._go(self.moments[0])
-        if isinstance(model, DistributedDataParallel):
-            self._check_wrapped(model)
 
-    # What trains
+        self._flags = ParameterFlags(self.model, self.layers, others)
+        self._measure_alphas = alphas
+        self._first_alphas: Mapping[str, float] | None = None  # measured at the first decision
+        self._undo: list[Callable[[], None]] = []
+        self._moment: int | None = None  # step of the decision that holds now
+        self._open_count = 0  # nesting depth of open() and hold()
+        self._was_opened = False
+
+        self._decide(self.moments[0])
+        if isinstance(model, DistributedDataParallel):
+            self.made_late()
+            try:
+                ddp.check_wrapped_before(model, self._was_opened)
+            except ScheduleError:
+                self.release()
+                raise
+
+    # Which parameters train
 
     @property
     def changes(self) -> bool:
-        """Whether what trains may change during the training."""
+        """True if the set of trainable layers may change during the training."""
         return len(self.moments) > 1
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """Names of all parameters of the model that train now, in its order."""
-        return tuple(n for n, p in self._parameters.items() if p.requires_grad)
+        """Names of all parameters of the model that train now, in the order of the model."""
+        return self._flags.trainable()
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of all parameters of the model that are frozen now, in its order."""
-        return tuple(n for n, p in self._parameters.items() if not p.requires_grad)
+        """Names of all parameters of the model that are frozen now, in the order of the model."""
+        return self._flags.trainable(False)
 
     @property
     def alphas(self) -> Mapping[str, float] | None:
-        """Name of a layer to its alpha at the start; None where the policy needs none."""
-        return self._first
+        """Alpha of each layer before training; None if the policy needs no spectra."""
+        return self._first_alphas
 
     def step(self, index: int) -> bool:
-        """Make ready for an optimiser step; call it before the step's first forward pass.
+        """Prepare an optimiser step; call it before the first forward pass of the step.
 
-        Where gradients are accumulated, that is once for all passes of a step: what is frozen loses
-        the gradients that it has.
+        With gradient accumulation, call it once per optimiser step, not once per pass: frozen
+        parameters lose the gradients that they hold.
 
         Args:
-            index: Which step comes, from 0; where a training goes on, the number of those done.
+            index: Index of the optimiser step, from 0. In a resumed training: the number of
+                completed steps.
 
         Returns:
-            Whether what trains has changed.
+            True if the set of trainable layers has changed.
 
         Raises:
-            ScheduleError: ``index`` is below 0, or several processes could not follow.
+            ScheduleError: ``index`` is negative, or several processes train and cannot follow.
         """
         if index < 0:
             raise ScheduleError(f"step {index}: steps are counted from 0")
-        self._check_processes()
+        if self.changes and not self._was_opened:
+            ddp.check_process_count(self.name, ddp.process_count())
         moment = self.moments[bisect_right(self.moments, index) - 1]
         if moment == self._moment:
-            self._forget()  # an optimiser may have been given a state of all by now
+            self._flags.clear_frozen()  # the optimiser may have loaded a state of all parameters
             return False
-        return self._go(moment)
+        return self._decide(moment)
 
-    def _go(self, moment: int) -> bool:
-        """Have the policy choose; whether what trains has changed."""
+    def _decide(self, moment: int) -> bool:
+        """Apply the choice of the policy at a step; return True if it differs from the last."""
         before, self._moment = self.chosen, moment
         chosen = set(self.policy.choose(self._context(moment)))
-        self._set(tuple(layer.name for layer in self.layers if layer.name in chosen))
+        self._apply(tuple(layer.name for layer in self.layers if layer.name in chosen))
         return self.chosen != before
 
     def _context(self, moment: int) -> ScheduleContext:
-        alphas: Mapping[str, float] | None = None
-        if self.policy.needs_spectra:
-            names = [layer.name for layer in self.layers]
-            if self._first is None:
-                self._first = dict(self._alphas(self.model, names))
-                alphas = self._first
-            else:
-                alphas = self._alphas(self.model, names) if self.policy.current else self._first
+        alphas = self._first_alphas
+        if self.policy.needs_spectra and (alphas is None or self.policy.current):
+            alphas = self._measure_alphas(self.model, [layer.name for layer in self.layers])
+            if self._first_alphas is None:
+                alphas = self._first_alphas = dict(alphas)
         return ScheduleContext(
             layers=self.layers,
             fraction=self.fraction,
@@ -163,88 +167,64 @@ class TrainPlan:
             alphas=alphas,
         )
 
-    def _set(self, chosen: tuple[str, ...]) -> None:
-        """Let these layers train and what follows them, the others not, once nothing is open."""
+    def _apply(self, chosen: tuple[str, ...]) -> None:
+        """Set ``requires_grad`` from the chosen layers; wait for the end while the plan is open."""
         self.chosen = chosen
-        if self._openings:
-            return
-        for name, train in self._wanted().items():
-            self._parameters[name].requires_grad_(train)
-        self._forget()
+        if not self._open_count:
+            self._flags.apply(chosen)
 
-    def _wanted(self) -> dict[str, bool]:
-        """Name of every parameter that the plan decides about to whether it trains."""
-        wanted, training = dict(self._others), set(self.chosen)
-        for layer in self.layers:
-            wanted[layer.name] = layer.name in training
-            for name in layer.followers:  # of several layers, where it follows several
-                wanted[name] = wanted.get(name, False) or wanted[layer.name]
-        return wanted
-
-    def _forget(self) -> None:
-        """Leave neither a gradient nor an optimiser's state behind for what the plan freezes."""
-        for name in self._wanted():
-            parameter = self._parameters[name]
-            if not parameter.requires_grad:
-                parameter.grad = None
-                for optimizer in self._optimizers:
-                    optimizer.state.pop(parameter, None)
-
-    # Optimisers
+    # Optimisers and wrappers
 
     def bind(self, *optimizers: Any) -> None:
-        """Have optimisers lose their state of what the plan freezes, now and later.
+        """Let optimisers drop their state of frozen parameters, now and at later decisions.
 
-        A framework's own optimiser keeps its groups, with its own rates: a frozen parameter has no
-        gradient and is passed over.
+        An optimiser that a framework made keeps its parameter groups and learning rates. It skips
+        frozen parameters because they have no gradient.
 
         Raises:
-            ScheduleError: A parameter that will train is in none of them.
+            ScheduleError: A parameter that will train is in none of the optimisers.
         """
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        missing = [n for n in self._ever() if id(self._parameters[n]) not in held]
+        missing = [n for n in self._ever_trainable() if id(self._flags.parameters[n]) not in held]
         if missing:
             raise ScheduleError(
                 f"the optimiser lacks {len(missing)} parameters that the policy {self.name} trains "
-                f"or may train later, {', '.join(missing[:3])} among them; make it with "
-                "plan.groups(...), or let a framework make it inside `with plan.open():`"
+                f"or may train later, for example {', '.join(missing[:3])}; make it with "
+                "plan.groups(...), or let the framework make it inside `with plan.open():`"
             )
-        self._optimizers = optimizers
-        self._forget()
+        self._flags.optimizers = optimizers
+        self._flags.clear_frozen()
 
-    def _ever(self) -> tuple[str, ...]:
-        """Names of the pool's parameters that train at some time."""
-        layers = [x for x in self.layers if self.changes or x.name in self.chosen]
-        names = [n for layer in layers for n in (layer.name, *layer.followers)]
-        always = [name for name, train in self._others.items() if train]
-        return tuple(dict.fromkeys(names + always))
+    def _ever_trainable(self) -> tuple[str, ...]:
+        """Return the names of the parameters that the plan trains at some step."""
+        pool = [layer.name for layer in self.layers]
+        return self._flags.governed(pool if self.changes else self.chosen)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Inside, all that the plan may ever train wants gradients.
+        """Set ``requires_grad`` of every parameter that may train at some step.
 
-        For what looks at ``requires_grad`` once: frameworks that make an optimiser, and
-        DistributedDataParallel. Openings may nest; the plan holds again behind the last.
+        Use it around code that reads ``requires_grad`` once: frameworks that make an optimiser, and
+        DistributedDataParallel. Contexts may be nested; the plan applies again after the outermost.
         """
         self.hold()
         try:
             yield
         finally:
-            if self._openings == 1:
+            if self._open_count == 1:
                 self.close()
-            self._openings = max(0, self._openings - 1)
+            self._open_count = max(0, self._open_count - 1)
 
     def hold(self) -> None:
-        """Open it until :meth:`close`."""
-        self._openings += 1
-        self._opened = True
-        for name in self._ever():
-            self._parameters[name].requires_grad_(True)
+        """Open the plan until :meth:`close`; see :meth:`open`."""
+        self._open_count += 1
+        self._was_opened = True
+        self._flags.enable(self._ever_trainable())
 
     def close(self) -> None:
-        """End every opening, as a training does that begins."""
-        self._openings = 0
-        self._set(self.chosen)
+        """End every open context and apply the plan; call it when the training begins."""
+        self._open_count = 0
+        self._apply(self.chosen)
 
     def groups(
         self,
@@ -253,201 +233,118 @@ class TrainPlan:
         weight_decay: float = 0.0,
         multipliers: Mapping[str, float] | None = None,
     ) -> list[dict[str, Any]]:
-        """Groups for an optimiser of ``torch.optim``: everything that trains, now or later.
+        """Return parameter groups for a ``torch.optim`` optimiser: all that trains, now or later.
 
         Args:
             lr: Learning rate.
-            weight_decay: Of weights; parameters of one axis (biases, norms) have none.
-            multipliers: ``fnmatch`` pattern of names to a factor of the rate (``{"*clip*": 0.1}``
-                for SAN); the first that matches holds.
+            weight_decay: Weight decay of weights; parameters with one axis (biases, norms) get 0.
+            multipliers: Map of an ``fnmatch`` pattern of names to a factor of the learning rate
+                (``{"*clip*": 0.1}`` for SAN). The first pattern that matches is used.
 
         Returns:
-            ``{"params", "lr", "weight_decay", "names"}`` of each group.
+            One dictionary ``{"params", "lr", "weight_decay", "names"}`` per group.
         """
-        factors = dict(multipliers or {})
-        ever = {*self._ever(), *self.trainable}
-        groups: dict[tuple[float, float], dict[str, Any]] = {}
-        for name, parameter in self._parameters.items():
-            if name not in ever:
-                continue
-            factor = next((f for p, f in factors.items() if fnmatchcase(name, p)), 1.0)
-            key = lr * factor, weight_decay if parameter.ndim > 1 else 0.0
-            empty = {"params": [], "lr": key[0], "weight_decay": key[1], "names": []}
-            group = groups.setdefault(key, empty)
-            group["params"].append(parameter)
-            group["names"].append(name)
-        return list(groups.values())
-
-    def _check_wrapped(self, wrapped: DistributedDataParallel) -> None:
-        """DistributedDataParallel waits for the gradients of all that trained when it wrapped."""
-        self.made_late()
-        if self._opened and _may_miss_some(wrapped):
-            return
-        self.release()
-        raise ScheduleError(
-            "DistributedDataParallel wrapped the model before the plan was made, and waits for the "
-            f"gradients of what it saw then. Make the plan first and wrap afterwards; {_REMEDY}"
-        )
+        trained = {*self._ever_trainable(), *self.trainable}
+        parameters = {n: p for n, p in self._flags.parameters.items() if n in trained}
+        return parameter_groups(parameters, lr, weight_decay, multipliers or {})
 
     def made_late(self) -> None:
-        """Say that whatever wraps the model did so before the plan was made, and saw all of it."""
-        self._opened = all(self._before[name] for name in self._ever())
+        """Record that the model may have been wrapped before the plan was made.
+
+        Such a wrapper registered every parameter that required gradients then.
+        """
+        self._was_opened = all(self._flags.original[name] for name in self._ever_trainable())
 
     def check_wrapper(self, wrapped: Any) -> None:
-        """Look at what wrapped the model, if it was DistributedDataParallel.
+        """Check the wrapper of the model, if it is DistributedDataParallel.
 
         Raises:
-            ScheduleError: The plan changes its mind, and it waits for the gradients of all, or
-                averages those only of what was not frozen when it wrapped.
+            ScheduleError: The plan changes during the training, and the wrapper waits for all
+                gradients or averages too few of them.
         """
-        if not (self.changes and isinstance(wrapped, DistributedDataParallel)):
-            return
-        if not _may_miss_some(wrapped):
-            raise ScheduleError(
-                f"DistributedDataParallel waits for the gradients of all that it saw; {_REMEDY}"
-            )
-        seen = int(wrapped._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
-        wanted = len({*self._ever(), *self.trainable})
-        if seen < wanted:
-            raise ScheduleError(
-                f"DistributedDataParallel wrapped the model while the plan froze it: it averages "
-                f"{seen} of the {wanted} parameters that will train; {_REMEDY}"
-            )
+        if self.changes and isinstance(wrapped, DistributedDataParallel):
+            ddp.check_averaged(wrapped, len({*self._ever_trainable(), *self.trainable}))
 
-    def _check_processes(self) -> None:
-        """What is frozen when a model is wrapped is averaged over no processes when it thaws."""
-        if self.changes and not self._opened and _processes() > 1:
-            raise ScheduleError(
-                f"{_processes()} processes train, and what the policy {self.name} lets train later "
-                f"would drift apart in them: {_REMEDY}"
-            )
-
-    # What it costs
+    # Cost
 
     def training_flops(self, loss: Callable[[], Tensor]) -> TrainingFlops:
-        """Count a step, and the whole training.
+        """Count the FLOPs of one step and of the whole training.
 
-        What trains at every moment of a training is counted on the way; of a policy that looks at
-        weights which are yet to come, what trains now stands for all of it.
+        Every set of layers that trains at some step is counted. The choices of a policy that looks
+        at later weights are unknown; for such a policy the current choice stands for all steps.
 
         Args:
-            loss: Runs the model on one batch, and gives a scalar.
+            loss: Runs the model on one batch and returns a scalar.
 
         Raises:
-            ScheduleError: ``loss`` gives no scalar.
+            ScheduleError: ``loss`` does not return a scalar.
         """
-        before, openings = (self.chosen, self._moment), self._openings
-        optimizers, self._optimizers = self._optimizers, ()  # counting loses no state,
-        gradients = {p: p.grad for p in self._parameters.values()}  # and no gradient
-        try:
-            self.close()
-            counted = {self.chosen: step_flops(self.model, loss)}
-            now, total = counted[self.chosen], None
-            if self.changes and not self.policy.current:
-                total = 0
-                ends = (*self.moments[1:], self.total_steps)
-                for moment, end in zip(self.moments, ends, strict=True):
-                    self._go(moment)
-                    if self.chosen not in counted:
-                        counted[self.chosen] = step_flops(self.model, loss)
-                    total += counted[self.chosen].step * (end - moment)
-        finally:
-            self._moment = before[1]
-            self._set(before[0])
-            for _ in range(openings):
-                self.hold()
-            self._optimizers = optimizers
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-        return TrainingFlops(now.forward, now.activations, now.weights, self.total_steps, total)
+        chosen, moment, open_count = self.chosen, self._moment, self._open_count
+        with self._flags.preserved():
+            try:
+                self.close()
+                flops_by_choice = {chosen: step_flops(self.model, loss)}
+                total = None
+                if self.changes and not self.policy.current:
+                    total = 0
+                    ends = (*self.moments[1:], self.total_steps)
+                    for start, end in zip(self.moments, ends, strict=True):
+                        self._decide(start)
+                        if self.chosen not in flops_by_choice:
+                            flops_by_choice[self.chosen] = step_flops(self.model, loss)
+                        total += flops_by_choice[self.chosen].step * (end - start)
+            finally:
+                self._moment = moment
+                self._apply(chosen)
+                for _ in range(open_count):
+                    self.hold()
+        now = flops_by_choice[chosen]
+        return TrainingFlops(**vars(now), steps=self.total_steps, known=total)
 
-    # Keeping and undoing
+    # Saving, resuming and undoing
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training needs to go on exactly: plain numbers, strings and lists."""
+        """Return the state that resumes a training exactly: plain numbers, strings and lists."""
         return {
-            "version": _VERSION,
+            "version": state.STATE_VERSION,
             **self._settings(),
             "moment": self._moment,
             "chosen": list(self.chosen),
-            "alphas": None if self._first is None else _plain(self._first),
+            "alphas": state.alphas_to_json(self._first_alphas),
         }
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "policy": self.name,
-            "fraction": self.fraction,
-            "count": self.count,
-            "total_steps": self.total_steps,
-            "every": self.every,
-            "seed": self.seed,
-            "layers": [layer.name for layer in self.layers],
-        }
+        names = ("fraction", "count", "total_steps", "every", "seed")
+        numbers = {name: getattr(self, name) for name in names}
+        return {"policy": self.name, **numbers, "layers": [layer.name for layer in self.layers]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a plan with the same settings was.
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Resume from the state of a plan with the same settings.
 
         Raises:
-            ScheduleError: The state is of other settings, or of another pool.
+            ScheduleError: The state has other settings or another pool.
         """
-        if state.get("version") != _VERSION:
-            raise ScheduleError(
-                f"the state of a plan has version {state.get('version')!r}, expected {_VERSION}"
-            )
-        for key, mine in self._settings().items():
-            theirs = list(state[key]) if key == "layers" else state[key]
-            if theirs != mine:
-                shown = (
-                    f"{len(theirs)} layers in its pool and not these {len(mine)}"
-                    if key == "layers"
-                    else f"{key} {theirs!r}, and this one {mine!r}"
-                )
-                raise ScheduleError(
-                    f"the plan that is resumed had {shown}; make the plan with the same settings"
-                )
-        alphas = state["alphas"]
-        self._first = alphas and {name: math.inf if a is None else a for name, a in alphas.items()}
-        self._moment = state["moment"]
-        self._set(tuple(state["chosen"]))
+        state.check_state(saved, self._settings())
+        self._first_alphas = state.alphas_from_json(saved["alphas"])
+        self._moment = saved["moment"]
+        self._apply(tuple(saved["chosen"]))
 
     def release(self) -> None:
-        """Let every parameter train or not as before the plan, and undo what was made for it."""
-        self._openings = 0
-        for name, train in self._before.items():
-            self._parameters[name].requires_grad_(train)
-        self._optimizers = ()
+        """Restore every ``requires_grad`` and undo the changes that were made for the plan."""
+        self._open_count = 0
+        self._flags.restore()
         while self._undo:
             self._undo.pop()()
 
     def on_release(self, undo: Callable[[], None]) -> None:
-        """Have ``undo`` called once, by :meth:`release`."""
+        """Register a function that :meth:`release` calls once."""
         self._undo.append(undo)
 
     def __repr__(self) -> str:
         numel = {True: 0, False: 0}
-        for parameter in self._parameters.values():
+        for parameter in self._flags.parameters.values():
             numel[parameter.requires_grad] += parameter.numel()
         return (
             f"TrainPlan({self.name}: {len(self.chosen)} of {len(self.layers)} layers train, "
             f"{numel[True]:,} of {sum(numel.values()):,} parameters of the model)"
         )
-
-
-_REMEDY = (
-    "for a policy that changes its mind wrap inside `with plan.open():` and with "
-    "find_unused_parameters=True (Lightning: strategy='ddp_find_unused_parameters_true')"
-)
-
-
-def _may_miss_some(wrapped: DistributedDataParallel) -> bool:
-    return wrapped.find_unused_parameters and not wrapped.static_graph
-
-
-def _processes() -> int:
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if there else 1
-
-
-def _plain(alphas: Mapping[str, float]) -> dict[str, float | None]:
-    """None for a layer that is too narrow for a fit: JSON has no infinity."""
-    return {name: alpha if math.isfinite(alpha) else None for name, alpha in alphas.items()}

@@ -1,11 +1,14 @@
-"""The pool: which weights of a model a schedule may train or freeze, and what goes with each.
+"""Pool of a schedule: the weights that it may train or freeze, and the parameters that follow them.
 
-Never in it: embedding tables, positions, class tokens, norms and biases, which are no matrices of a
-layer. They follow a layer (``rest="follow"``), so that frozen layers at the beginning of a model
-run without a graph: a parameter follows the weights of its own module; if there are none the next
-layer of the model after it, and behind the last layer the last one. Batch norms come after a
-convolution and follow it; a bare projection (CLIP's ``proj``) is registered first and used last,
-and follows the last layer of the module that holds it.
+Embedding tables, position embeddings, class tokens, norms and biases are never in the pool, because
+they are not weight matrices of a layer. By default (``rest="follow"``) they follow a layer, so that
+frozen layers at the beginning of a model run without an autograd graph. A parameter follows
+
+1. the weights of its own module;
+2. otherwise the next layer of the model, or the last layer if there is no next one.
+
+There are two exceptions. A batch norm follows the convolution before it. A bare projection (CLIP's
+``proj``) is registered first and used last, so it follows the last layer of its module.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from ovsprune.core.protocols import Layer
 __all__ = ["REST", "matching", "pool_of"]
 
 PROJECTIONS = ("proj", "image_projection", "text_projection", "visual_projection")
-"""Names of parameters that are matrices, and the last thing that their module does."""
+"""Names of bare projection matrices, which their module applies last."""
 REST = ("follow", "train", "freeze", "keep")
-"""What becomes of the rest of the pool's part of the model: norms, biases, positions."""
+"""Choices for the other parameters of the pool's part of the model: norms, biases, positions."""
 
 
 def pool_of(
@@ -32,47 +35,46 @@ def pool_of(
     tower: Callable[[str], bool],
     touched: Collection[str],
 ) -> tuple[Layer, ...]:
-    """The layers of a pool, in the order of the model.
+    """Build the layers of a pool, in the order of the model.
 
     Args:
         model: The model.
         matrices: Names of the parameters that are weights of layers.
-        tower: Whether a parameter, by its name, is part of the image tower.
-        touched: Names of the parameters that a schedule may touch; those that follow a layer are
-            among them, too.
+        tower: Returns True if the named parameter belongs to the image tower.
+        touched: Names of the parameters that the schedule may change, followers included.
 
     Raises:
-        ScheduleError: No layer is among them.
+        ScheduleError: ``touched`` contains no weight matrix.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    wanted, may = set(matrices), set(touched)
-    allowed = [name for name in sizes if name in may]
-    heads = [name for name in allowed if name in wanted]
-    if not heads:
+    matrix_names, touched_names = set(matrices), set(touched)
+    allowed = [name for name in sizes if name in touched_names]
+    weights = [name for name in allowed if name in matrix_names]
+    if not weights:
         raise ScheduleError(
-            f"no weight of a layer is in the pool: of {type(model).__name__}'s {len(sizes)} "
-            f"parameters a schedule may touch {len(allowed)}, none a matrix of a layer; name "
-            "patterns of parameters that hold some (pool=['backbone.*'])"
+            f"no weight of a layer is in the pool: the schedule may change {len(allowed)} of the "
+            f"{len(sizes)} parameters of {type(model).__name__}, and none of them is a weight "
+            "matrix of a layer; give patterns that match some (pool=['backbone.*'])"
         )
-    followers: dict[str, list[str]] = {name: [] for name in heads}
-    behind = {
+    followers: dict[str, list[str]] = {name: [] for name in weights}
+    batch_norms = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm)
         for name in module._parameters
     }
     for name in allowed:
-        if name not in wanted:
-            for head in _followed(name, allowed, heads, name in behind):
-                followers[head].append(name)
-    return tuple(Layer(n, sizes[n], tower(n), tuple(followers[n])) for n in heads)
+        if name not in matrix_names:
+            for weight in _followed(name, allowed, weights, after=name in batch_norms):
+                followers[weight].append(name)
+    return tuple(Layer(n, sizes[n], tower(n), tuple(followers[n])) for n in weights)
 
 
 def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of a model's parameters that match one of the ``fnmatch`` patterns.
+    """Return the names of the parameters that match one of the ``fnmatch`` patterns.
 
     Raises:
-        ScheduleError: A pattern matches none.
+        ScheduleError: A pattern matches no parameter.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -85,20 +87,27 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _followed(
-    name: str, allowed: Sequence[str], heads: Sequence[str], behind: bool
+    name: str, allowed: Sequence[str], weights: Sequence[str], *, after: bool
 ) -> Iterable[str]:
-    """The layers that a parameter follows; ``behind``: the one before it rather than after."""
+    """Return the weights that a parameter follows.
+
+    Args:
+        name: Name of the parameter.
+        allowed: Names of all parameters that the schedule may change, in the order of the model.
+        weights: Those of them that are weight matrices.
+        after: True if the parameter follows the weight before it instead of the one after it.
+    """
     module, _, last = name.rpartition(".")
-    own = [head for head in heads if head.rpartition(".")[0] == module]
-    if own:
-        return own
-    known = set(heads)
+    same_module = [weight for weight in weights if weight.rpartition(".")[0] == module]
+    if same_module:
+        return same_module
     if last in PROJECTIONS:
-        start = f"{module}." if module else ""
-        below = [head for head in heads if head.startswith(start)]
-        return (below[-1] if below else heads[-1],)
-    place = allowed.index(name)
-    before = next((other for other in reversed(allowed[:place]) if other in known), None)
-    after = next((other for other in allowed[place + 1 :] if other in known), None)
-    order = (before, after) if behind else (after, heads[-1])
-    return (next(other for other in order if other is not None),)
+        prefix = f"{module}." if module else ""
+        inside = [weight for weight in weights if weight.startswith(prefix)]
+        return (inside[-1] if inside else weights[-1],)
+    known = set(weights)
+    position = allowed.index(name)
+    previous = next((other for other in reversed(allowed[:position]) if other in known), None)
+    following = next((other for other in allowed[position + 1 :] if other in known), None)
+    candidates = (previous, following) if after else (following, weights[-1])
+    return (next(other for other in candidates if other is not None),)

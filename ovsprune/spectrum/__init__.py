@@ -1,4 +1,4 @@
-"""Spectral densities of weights, and power laws fitted to their tails."""
+"""Eigenvalue spectra of weight matrices, and power laws fitted to their tails."""
 
 from ovsprune.spectrum.alphas import group_alphas
 from ovsprune.spectrum.eigenvalues import eigenvalues

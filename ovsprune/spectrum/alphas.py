@@ -1,4 +1,4 @@
-"""Alphas of what can be cut: how heavy the tails of a group's layers are."""
+"""Power-law exponents (alphas) of pruning groups."""
 
 from __future__ import annotations
 
@@ -17,26 +17,30 @@ __all__ = ["group_alphas"]
 
 
 def group_alphas(tower: nn.Module, groups: Sequence[Group], progress: Progress) -> dict[str, float]:
-    """Group name to the mean alpha of the layers of its slices, by the Hill fit.
+    """Return the mean alpha of the layers in each group, with the Hill fit.
 
-    The mean over a block's matrices is AlphaPruning's (Lu et al. 2024); here it is over a group's.
-    Norms have no spectrum and are left out, as is a weight of rank below 2; a group of such
-    weights alone has an infinite alpha.
+    AlphaPruning (Lu et al. 2024) takes the mean over the matrices of a block; here it is the mean
+    over the matrices of a group. Norms and weights of rank below 2 are skipped. A group without any
+    other weight has an infinite alpha.
 
     Args:
-        tower: The tower in which the groups were found.
+        tower: The tower that contains the groups.
         groups: The groups.
-        progress: Shows the walk.
+        progress: Progress reporter.
+
+    Returns:
+        Map of group name to alpha.
     """
-    found = {}
+    mean_alphas = {}
     with progress.stage("spectra of the weights", len(groups)) as advance:
         for group in groups:
             alphas = []
+            # A module may have several slices in a group; its weight counts once.
             for name in dict.fromkeys(part.module for part in group.slices):
                 layer: Any = tower.get_submodule(name)
-                weight: Tensor = layer.weight  # of an index, no parameter
+                weight: Tensor = layer.weight  # [out, in, *kernel]; not always a parameter
                 if weight.ndim > 1 and len(values := eigenvalues(weight)) > 1:
                     alphas.append(hill(values).alpha)
-            found[group.name] = sum(alphas) / len(alphas) if alphas else math.inf
+            mean_alphas[group.name] = sum(alphas) / len(alphas) if alphas else math.inf
             advance(1)
-    return found
+    return mean_alphas

@@ -1,4 +1,4 @@
-"""The empirical spectral density of a weight: eigenvalues of its Gram matrix."""
+"""Empirical spectral density of a weight: the eigenvalues of its Gram matrix ``W^T W``."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ from torch import Tensor
 __all__ = ["CONVOLUTIONS", "eigenvalues", "spectra_of"]
 
 CONVOLUTIONS = ("slices", "unfolded")
-"""How a convolution is a matrix: one for each tap of its kernel, or one with all of them."""
+"""Ways to read a convolution as matrices: one per kernel position, or one for all positions."""
 
-_BATCH = 2**19
-"""Numbers of the weights that are decomposed at once."""
-_BLOCK = 192
-"""Rows of a Gram matrix that are taken at once."""
+_BATCH_NUMEL = 2**19
+"""Number of weight elements that are decomposed in one batch."""
+_BLOCK_ROWS = 192
+"""Number of rows of a Gram matrix that are computed in one product."""
 
 _CONV_SCALE = 0.5
-"""Of the eigenvalues of a convolution's slices: each slice is scaled by sqrt(0.5)."""
+"""Factor of the eigenvalues of a convolution's slices: WeightWatcher scales slices by sqrt(0.5)."""
 
 
 def eigenvalues(weight: Tensor, convolution: str = "slices") -> Tensor:
-    """Positive eigenvalues of ``W^T W``, from the smaller of the two Gram matrices.
+    """Return the positive eigenvalues of ``W^T W``.
+
+    They are computed from the smaller of the two Gram matrices, ``W^T W`` or ``W W^T``, which have
+    the same positive eigenvalues.
 
     Args:
         weight: [out, in] or [out, in, *kernel].
-        convolution: ``"slices"``: a convolution's kernel positions are a matrix [out, in] each,
-            scaled by sqrt(0.5), and their eigenvalues are taken together (Martin and Mahoney 2021;
-            OpenTrans, Xu et al. 2024). ``"unfolded"``: it is one matrix [out, in * taps].
+        convolution: ``"slices"`` reads each kernel position as a matrix [out, in], scaled by
+            sqrt(0.5), and pools the eigenvalues of all positions (Martin and Mahoney 2021;
+            OpenTrans, Xu et al. 2024). ``"unfolded"`` reads the convolution as one matrix
+            [out, in * positions].
 
     Returns:
-        float64 [k] on the CPU, ascending; those that are zero to rounding are left out, so that k
-        is the rank where the weight has none to spare.
+        float64 [k] on the CPU, ascending. Eigenvalues that are zero up to rounding are dropped, so
+        k is the numerical rank of a matrix.
 
     Raises:
         ValueError: ``weight`` has fewer than two axes, or ``convolution`` is unknown.
@@ -42,11 +46,11 @@ def eigenvalues(weight: Tensor, convolution: str = "slices") -> Tensor:
 
 @torch.no_grad()
 def spectra_of(weights: Sequence[Tensor], convolution: str = "slices") -> list[Tensor]:
-    """The eigenvalues of several weights; those of one shape are decomposed together.
+    """Return the eigenvalues of several weights; weights of one shape are decomposed together.
 
     Args:
         weights: Each [out, in] or [out, in, *kernel].
-        convolution: As of :func:`eigenvalues`, which this does for each.
+        convolution: See :func:`eigenvalues`.
 
     Raises:
         ValueError: A weight has fewer than two axes, or ``convolution`` is unknown.
@@ -55,54 +59,56 @@ def spectra_of(weights: Sequence[Tensor], convolution: str = "slices") -> list[T
         raise ValueError(f"convolution is {convolution!r}, expected {' or '.join(CONVOLUTIONS)}")
     for weight in weights:
         if weight.ndim < 2:
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix")
-    alike: dict[tuple[int, ...], list[int]] = {}
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} is not a matrix")
+    same_shape: dict[tuple[int, ...], list[int]] = {}
     for i, weight in enumerate(weights):
-        alike.setdefault((*weight.shape, weight.ndim), []).append(i)
-    found: dict[int, Tensor] = {}
-    for places in alike.values():
-        # A batch spares small ones the calls; of large ones it only moves more memory about.
-        many = max(1, _BATCH // max(1, weights[places[0]].numel()))
-        for at in range(0, len(places), many):
-            some = places[at : at + many]
-            found |= zip(some, _batch([weights[i] for i in some], convolution), strict=True)
-    return [found[i] for i in range(len(weights))]
+        same_shape.setdefault(tuple(weight.shape), []).append(i)
+    spectra: dict[int, Tensor] = {}
+    for indices in same_shape.values():
+        # Batches save call overhead for small matrices; for large ones they only cost memory.
+        batch_size = max(1, _BATCH_NUMEL // max(1, weights[indices[0]].numel()))
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            spectra |= zip(batch, _batch([weights[i] for i in batch], convolution), strict=True)
+    return [spectra[i] for i in range(len(weights))]
 
 
 def _batch(weights: Sequence[Tensor], convolution: str) -> list[Tensor]:
-    """The eigenvalues of weights of one shape."""
-    parts = [_matrices(weight, convolution) for weight in weights]
-    matrices = torch.stack(parts) if len(parts) > 1 else parts[0][None]  # a large one, not copied
-    values = torch.linalg.eigvalsh(_lower_grams(matrices)).flatten(1).cpu()
+    """Return the eigenvalues of weights of one shape, b of them."""
+    parts = [_matrices(weight, convolution) for weight in weights]  # b times [k, m, n], m >= n
+    matrices = torch.stack(parts) if len(parts) > 1 else parts[0][None]  # [b, k, m, n]
+    grams = _lower_grams(matrices)  # [b, k, n, n]; eigvalsh reads the lower triangle only
+    values = torch.linalg.eigvalsh(grams).flatten(1).cpu()  # [b, k * n]
     if weights[0].ndim > 2 and convolution == "slices":
         values = values * _CONV_SCALE
-    # Rounding of a Gram matrix leaves eigenvalues of zero at about n eps times the largest.
-    zero = max(matrices.shape[2:]) * torch.finfo(torch.float64).eps
+    # Rounding in the Gram matrix turns a zero eigenvalue into about n * eps * lambda_max.
+    tolerance = max(matrices.shape[2:]) * torch.finfo(torch.float64).eps
     return [
-        row[(row > (float(row.max()) if len(row) else 0.0) * zero) & (row > 0)].sort().values
+        row[(row > (float(row.max()) if len(row) else 0.0) * tolerance) & (row > 0)].sort().values
         for row in values
     ]
 
 
 def _lower_grams(matrices: Tensor) -> Tensor:
-    """``A^T A`` [b, k, n, n] of A [b, k, m, n]: the lower triangle, which is all that is read.
+    """Return the lower triangle of ``A^T A`` [b, k, n, n] for A [b, k, m, n].
 
-    By blocks of rows, which spares nearly half of the products.
+    It is computed in blocks of rows, which saves nearly half of the multiplications.
     """
-    flat = matrices.flatten(0, 1)
+    flat = matrices.flatten(0, 1)  # [b * k, m, n]
     size = flat.shape[2]
     grams = flat.new_zeros(len(flat), size, size)
-    for start in range(0, size, _BLOCK):
-        end = min(start + _BLOCK, size)
-        rows = flat[:, :, start:end].transpose(1, 2)
+    for start in range(0, size, _BLOCK_ROWS):
+        end = min(start + _BLOCK_ROWS, size)
+        rows = flat[:, :, start:end].transpose(1, 2)  # [b * k, rows, m]
         grams[:, start:end, :end] = torch.bmm(rows, flat[:, :, :end])
     return grams.view(*matrices.shape[:2], size, size)
 
 
 def _matrices(weight: Tensor, convolution: str) -> Tensor:
-    """The weight's matrices, whichever way round they are taller: float64 [matrices, m, n]."""
+    """Return the matrices of a weight as float64 [k, m, n], transposed if needed so that m >= n."""
     matrix = weight.detach().double()
     if convolution == "unfolded":
         matrix = matrix.flatten(1)
+    # [out, in, *kernel] -> [positions, out, in]
     slices = matrix.flatten(2).movedim(-1, 0) if matrix.ndim > 2 else matrix[None]
     return slices if slices.shape[1] >= slices.shape[2] else slices.transpose(1, 2)

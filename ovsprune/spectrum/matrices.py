@@ -1,4 +1,4 @@
-"""The weight matrices of a model: of which layers a spectrum is taken."""
+"""Lists the weight matrices of a model, of which spectra are computed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import Tensor, nn
 
 __all__ = ["Matrix", "matrices"]
 
-_FUSED, _APART = "in_proj_weight", ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_FUSED_QKV = "in_proj_weight"  # nn.MultiheadAttention with equal input widths
+_SEPARATE_QKV = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # with different ones
 _KINDS = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out",
     "query": "q", "key": "k", "value": "v",
 }  # fmt: skip
-_OUT = ("proj", "out_proj", "projection")
+_OUTPUT_NAMES = ("proj", "out_proj", "projection")
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One weight matrix.
+    """A weight matrix of a model.
 
     Attributes:
-        name: Dotted name, of the layer or of a part of one (``"resblocks.0.attn.q"``).
-        parameter: Dotted name of the parameter that holds it.
-        kind: ``"q"``, ``"k"``, ``"v"`` and ``"out"`` in attention, elsewhere the layer's own name
-            in its block (``"c_fc"``, ``"conv2"``; ``"downsample"`` of ``"downsample.0"``).
-        weight: [out, in], or [out, in, *kernel] of a convolution; a view of the parameter.
+        name: Dotted name of the layer or of a part of it (``"resblocks.0.attn.q"``).
+        parameter: Dotted name of the parameter that contains it.
+        kind: ``"q"``, ``"k"``, ``"v"`` or ``"out"`` in attention; elsewhere the name of the layer
+            in its block (``"c_fc"``, ``"conv2"``; ``"downsample"`` for ``"downsample.0"``).
+        weight: View of the parameter: [out, in], or [out, in, *kernel] for a convolution.
     """
 
     name: str
@@ -39,62 +40,66 @@ class Matrix:
 
 
 def matrices(model: nn.Module) -> list[Matrix]:
-    """Every weight matrix of a model, in the order of its modules.
+    """List every weight matrix of a model, in the order of its modules.
 
-    Linear layers and convolutions; queries, keys and values apart where one parameter holds them
-    (``nn.MultiheadAttention`` and its like, timm's ``qkv`` and ``kv``). Norms, biases, embedding
-    tables and positions are none, nor are bare projections, and depthwise convolutions have no
-    matrix: each of their channels is a vector. A parameter that two modules share is listed once.
+    These are the weights of linear layers and convolutions. Fused queries, keys and values are
+    split (``nn.MultiheadAttention`` and similar modules; timm's ``qkv`` and ``kv`` with equal
+    widths). Excluded are norms, biases, embedding tables, position embeddings, bare projections,
+    and depthwise convolutions, whose channels are vectors. A parameter that two modules share is
+    listed once.
     """
-    found: list[Matrix] = []
+    listed: list[Matrix] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
-        above = model.get_submodule(path.rpartition(".")[0])
-        # By the parameter: parts of a fused one are views, other objects at every module.
-        new = [m for m in _of(path, module, above) if id(_owner(model, m)) not in seen]
-        found += [matrix for matrix in new if matrix.weight.numel()]
+        parent = model.get_submodule(path.rpartition(".")[0])
+        # Compare parameters, not weights: the parts of a fused parameter are new views each time.
+        new = [
+            matrix
+            for matrix in _module_matrices(path, module, parent)
+            if id(model.get_parameter(matrix.parameter)) not in seen
+        ]
+        listed += [matrix for matrix in new if matrix.weight.numel()]
         seen.update(id(parameter) for parameter in module.parameters(recurse=False))
-    return found
+    return listed
 
 
-def _owner(model: nn.Module, matrix: Matrix) -> nn.Parameter:
-    return model.get_parameter(matrix.parameter)
-
-
-def _of(path: str, module: nn.Module, above: nn.Module) -> Iterator[Matrix]:
-    """The matrices that a module holds itself; ``above`` is the module that holds it."""
+def _module_matrices(path: str, module: nn.Module, parent: nn.Module) -> Iterator[Matrix]:
+    """Yield the matrices of a module's own parameters."""
     start = f"{path}." if path else ""
-    own = {name: p for name, p in module._parameters.items() if p is not None}
-    if _FUSED in own:
-        rows = len(own[_FUSED]) // 3
-        yield from _parts(start, f"{start}{_FUSED}", own[_FUSED], "qkv", [rows] * 3)
-    for name in _APART:
-        if name in own:
-            yield Matrix(f"{start}{name[0]}", f"{start}{name}", name[0], own[name])
-    if not isinstance(module, _LAYERS) or "weight" not in own:
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    if _FUSED_QKV in parameters:
+        rows = len(parameters[_FUSED_QKV]) // 3
+        yield from _parts(start, f"{start}{_FUSED_QKV}", parameters[_FUSED_QKV], "qkv", [rows] * 3)
+    for name in _SEPARATE_QKV:
+        if name in parameters:
+            yield Matrix(f"{start}{name[0]}", f"{start}{name}", name[0], parameters[name])
+    if not isinstance(module, _LAYERS) or "weight" not in parameters:
         return
-    weight, parameter = own["weight"], f"{start}weight"
+    weight, parameter = parameters["weight"], f"{start}weight"
     if getattr(module, "groups", 1) > 1 and weight.shape[1] == 1:
-        return
+        return  # depthwise
     names = path.split(".")
     kind = next((n for n in reversed(names) if n and not n.isdigit()), type(module).__name__)
-    if kind in ("qkv", "kv") and _in_equal_parts(weight, len(kind), above):
+    if kind in ("qkv", "kv") and _has_equal_parts(weight, len(kind), parent):
         start = path.removesuffix(kind)
         yield from _parts(start, parameter, weight, kind, [len(weight) // len(kind)] * len(kind))
         return
-    if kind == "proj" and any(hasattr(above, name) for name in ("qkv", "kv", "q_proj")):
+    if kind == "proj" and any(hasattr(parent, name) for name in ("qkv", "kv", "q_proj")):
         kind = "out"
     yield Matrix(path or kind, parameter, _KINDS.get(kind, kind), weight)
 
 
-def _in_equal_parts(weight: Tensor, count: int, above: Any) -> bool:
-    """Whether timm's fused map is so many maps of one width, one below the other.
+def _has_equal_parts(weight: Tensor, count: int, parent: Any) -> bool:
+    """Return True if timm's fused projection is ``count`` stacked projections of equal width.
 
-    Not where heads share keys, nor where each head has its queries, keys and values together.
+    It is not if heads share keys, or if the rows of q, k and v are interleaved head by head.
     """
-    if getattr(above, "head_first", False):
+    if getattr(parent, "head_first", False):
         return False
-    out = next((m for m in (getattr(above, n, None) for n in _OUT) if isinstance(m, _LAYERS)), None)
+    out = next(
+        (m for m in (getattr(parent, n, None) for n in _OUTPUT_NAMES) if isinstance(m, _LAYERS)),
+        None,
+    )
     width = len(weight) // count if out is None else out.weight.shape[1]
     return len(weight) == count * width
 
@@ -102,6 +107,6 @@ def _in_equal_parts(weight: Tensor, count: int, above: Any) -> bool:
 def _parts(
     start: str, parameter: str, weight: Tensor, kinds: str, rows: list[int]
 ) -> Iterator[Matrix]:
-    """The parts of a fused map, one below the other."""
+    """Yield the parts of a fused projection, stacked along its rows."""
     for kind, part in zip(kinds, torch.split(weight, rows), strict=True):
         yield Matrix(f"{start}{kind}", parameter, kind, part)

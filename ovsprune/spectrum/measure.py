@@ -1,4 +1,4 @@
-"""The spectra of a model's layers: how heavy their tails are, and what else they tell."""
+"""Spectral metrics of a model's layers: alpha, stable rank, spectral norm."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from ovsprune.spectrum.matrices import Matrix
 
 __all__ = ["Spectrum", "check_options", "spectra"]
 
-_TOGETHER = 16
-"""Matrices that are decomposed at a time, for the bar and the memory."""
+_STEP = 16
+"""Number of matrices between two progress updates; it also bounds the memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """What a layer's spectrum tells.
+    """Spectrum of a weight matrix and metrics of it.
 
     Attributes:
-        name: The matrix's name.
-        kind: Its kind (:class:`~ovsprune.spectrum.matrices.Matrix`).
-        shape: Its shape.
-        alpha: Exponent of the power law of the tail, > 1; infinite where fewer than two
-            eigenvalues are left to fit, or all are equal.
-        ks_distance: Kolmogorov-Smirnov distance of the tail from the fit, in [0, 1]; nan without a
-            fit.
+        name: Name of the matrix.
+        kind: Kind of the matrix (:class:`~ovsprune.spectrum.matrices.Matrix`).
+        shape: Shape of the weight.
+        alpha: Power-law exponent of the tail, > 1; infinite if there are fewer than two
+            eigenvalues, or all are equal.
+        ks_distance: Kolmogorov-Smirnov distance between tail and fit, in [0, 1]; nan without a fit.
         xmin: Eigenvalue at which the tail begins; nan without a fit.
-        n_tail: Eigenvalues in the tail.
-        n_eigenvalues: Eigenvalues above zero.
-        alpha_hat: ``alpha log10(lambda_max)`` (Martin and Mahoney 2021, weighted alpha).
+        n_tail: Number of eigenvalues in the tail.
+        n_eigenvalues: Number of positive eigenvalues.
+        alpha_hat: Weighted alpha, ``alpha * log10(lambda_max)`` (Martin and Mahoney 2021).
         stable_rank: ``sum(lambda) / lambda_max``, the squared Frobenius norm over the squared
-            spectral norm; 0 of a weight of zeros.
-        spectral_norm: ``sqrt(lambda_max)``; of a convolution's slices with their scale.
+            spectral norm; 0 for a zero weight.
+        spectral_norm: ``sqrt(lambda_max)``; for slices of a convolution, after their scaling.
         eigenvalues: float64 [n_eigenvalues], ascending.
     """
 
@@ -58,7 +57,7 @@ class Spectrum:
     eigenvalues: Tensor = field(repr=False)
 
     def record(self) -> dict[str, Any]:
-        """All but the eigenvalues, as plain JSON."""
+        """Return everything except the eigenvalues as plain JSON data."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in vars(self).items()
@@ -67,51 +66,54 @@ class Spectrum:
 
 
 def spectra(
-    found: Sequence[Matrix],
+    weight_matrices: Sequence[Matrix],
     *,
     fit: str = "peak",
     convolution: str = "slices",
     progress: Progress | None = None,
 ) -> list[Spectrum]:
-    """The spectrum of each matrix; those of one shape are decomposed together.
+    """Compute the spectrum of each matrix; matrices of one shape are decomposed together.
 
     Args:
-        found: From :func:`~ovsprune.spectrum.matrices.matrices`.
-        fit: Where the tail begins: ``"peak"`` (OpenTrans), ``"least-ks"`` (Clauset et al.) or
-            ``"hill"`` (the middle); a name of :data:`~ovsprune.spectrum.fits.FITS`.
-        convolution: ``"slices"`` or ``"unfolded"``, as of
+        weight_matrices: Result of :func:`~ovsprune.spectrum.matrices.matrices`.
+        fit: Method that chooses the start of the tail, a name in
+            :data:`~ovsprune.spectrum.fits.FITS`: ``"peak"`` (OpenTrans), ``"least-ks"``
+            (Clauset et al.) or ``"hill"`` (the median).
+        convolution: ``"slices"`` or ``"unfolded"``, see
             :func:`~ovsprune.spectrum.eigenvalues.eigenvalues`.
-        progress: Shows the walk.
+        progress: Progress reporter.
 
     Raises:
-        UnknownNameError: There is no such fit.
+        UnknownNameError: ``fit`` is unknown.
         OptionError: ``convolution`` is unknown.
         WeightsError: A weight has values that are not finite.
     """
     check_options(fit, convolution)
-    for matrix in found:
+    for matrix in weight_matrices:
         if not bool(torch.isfinite(matrix.weight).all()):
             raise WeightsError(
-                f"{matrix.parameter} has values that are not finite, and so no spectrum; load "
-                "weights that are whole"
+                f"{matrix.parameter} has values that are not finite, so its spectrum is undefined; "
+                "load undamaged weights"
             )
-    order = sorted(range(len(found)), key=lambda i: tuple(found[i].weight.shape))
+    # Sort by shape, so that matrices of one shape come in one step.
+    shapes = [tuple(matrix.weight.shape) for matrix in weight_matrices]
+    order = sorted(range(len(shapes)), key=lambda i: shapes[i])
     measured: dict[int, Spectrum] = {}
-    with (progress or Silent()).stage("spectra of the weights", len(found)) as advance:
-        for start in range(0, len(order), _TOGETHER):
-            places = order[start : start + _TOGETHER]
-            values = spectra_of([found[i].weight for i in places], convolution)
-            for i, row in zip(places, values, strict=True):
-                measured[i] = _spectrum(found[i], row, fit)
-            advance(len(places))
-    return [measured[i] for i in range(len(found))]
+    with (progress or Silent()).stage("spectra of the weights", len(weight_matrices)) as advance:
+        for start in range(0, len(order), _STEP):
+            indices = order[start : start + _STEP]
+            values = spectra_of([weight_matrices[i].weight for i in indices], convolution)
+            for i, row in zip(indices, values, strict=True):
+                measured[i] = _spectrum(weight_matrices[i], row, fit)
+            advance(len(indices))
+    return [measured[i] for i in range(len(weight_matrices))]
 
 
 def check_options(fit: str, convolution: str) -> None:
-    """Refuse unknown options.
+    """Check the options of :func:`spectra`.
 
     Raises:
-        UnknownNameError: There is no such fit.
+        UnknownNameError: ``fit`` is unknown.
         OptionError: ``convolution`` is unknown.
     """
     if fit not in FITS:
@@ -121,8 +123,12 @@ def check_options(fit: str, convolution: str) -> None:
 
 
 def _spectrum(matrix: Matrix, values: Tensor, fit: str) -> Spectrum:
-    law = FITS[fit](values) if len(values) > 1 else PowerLaw(math.inf, math.nan, math.nan, 0)
-    most = float(values[-1]) if len(values) else 0.0
+    """Fit the tail of ascending eigenvalues [k] and compute the metrics."""
+    if len(values) > 1:
+        law = FITS[fit](values)
+    else:
+        law = PowerLaw(alpha=math.inf, xmin=math.nan, ks_distance=math.nan, n_tail=0)
+    lambda_max = float(values[-1]) if len(values) else 0.0
     return Spectrum(
         name=matrix.name,
         kind=matrix.kind,
@@ -132,8 +138,8 @@ def _spectrum(matrix: Matrix, values: Tensor, fit: str) -> Spectrum:
         xmin=law.xmin,
         n_tail=law.n_tail,
         n_eigenvalues=len(values),
-        alpha_hat=law.alpha * math.log10(most) if most else math.nan,
-        stable_rank=float(values.sum()) / most if most else 0.0,
-        spectral_norm=math.sqrt(most),
+        alpha_hat=law.alpha * math.log10(lambda_max) if lambda_max else math.nan,
+        stable_rank=float(values.sum()) / lambda_max if lambda_max else 0.0,
+        spectral_norm=math.sqrt(lambda_max),
         eigenvalues=values,
     )

@@ -186,7 +186,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_bad_safetensors(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"12345678{}")
-    with pytest.raises(CheckpointError, match="no safetensors file"):
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         read_foreign(tmp_path / "x.safetensors")
 
 

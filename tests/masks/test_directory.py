@@ -118,12 +118,15 @@ def flip(path: Path) -> None:
         (without("masks.safetensors"), "has no file masks.safetensors"),
         (append, "masks.safetensors has .* bytes"),
         (flip, "masks.safetensors is not the file that was written"),
-        (change_config(format="ovsprune-slim"), "so this is no unstructured result"),
-        (change_config(format_version=2), "format_version is 2, this ovsprune reads 1"),
+        (change_config(format="ovsprune-slim"), "so it is not an unstructured checkpoint"),
+        (
+            change_config(format_version=2),
+            "format_version is 2, but this version of ovsprune reads 1",
+        ),
         (change_config(kind="structured"), "kind is 'structured'"),
         (change_config(weights=[]), "weights is empty"),
-        (change_config(weights=lambda w: [w[0], *w]), "weights is empty, or has a name twice"),
-        (change_config(weights=lambda w: w[1:]), "in the config or in the masks and not both"),
+        (change_config(weights=lambda w: [w[0], *w]), "weights is empty or lists a name twice"),
+        (change_config(weights=lambda w: w[1:]), "is missing in the config or in the masks"),
         (
             change_config(weights=lambda w: [{**w[0], "zeros": w[0]["zeros"] + 1}, *w[1:]]),
             r"the mask of stem.weight has shape \(4, 3, 2, 2\) and",
@@ -134,7 +137,7 @@ def flip(path: Path) -> None:
         ),
         (change_config(weights=lambda w: [{**w[0], "name": "../x"}, *w[1:]]), "name is '../x'"),
         (change_config(files=lambda f: {}), "files does not list model.safetensors"),
-        (change_config(architecture=[]), "architecture is no object"),
+        (change_config(architecture=[]), "architecture is not an object"),
         (change_config(excluded="x"), "excluded is 'x', expected an array"),
     ],
 )
@@ -154,7 +157,7 @@ def test_damage_is_named(written: Path, damage: Callable[[Path], None], said: st
         (lambda t, m: t.update({"visual.stem.weight": torch.zeros(3)}), r"has shape \(3,\)"),
         (lambda t, m: t.pop("visual.stem.weight"), "visual.stem.weight is missing"),
         (lambda t, m: t.pop("visual.stem.bias"), "visual.stem.bias is missing"),
-        (lambda t, m: m.pop("stem.weight"), "stem.weight is in the config or in the masks"),
+        (lambda t, m: m.pop("stem.weight"), "stem.weight is missing in the config or in the masks"),
     ],
 )
 def test_what_does_not_fit_is_not_written(tmp_path: Path, change: Any, said: str) -> None:

@@ -104,7 +104,7 @@ def test_other_masks_are_none(tmp_path: Path) -> None:
         ({"a.weight_mask": torch.tensor([float("nan")])}, "holds values other than 0 and 1"),
         (
             {"a.weight_mask": torch.ones(2), "a.weight_orig": torch.ones(3)},
-            r"a.weight_mask has shape \(2,\), a.weight_orig \(3,\)",
+            r"a.weight_mask has shape \(2,\), but a.weight_orig has \(3,\)",
         ),
         (Tower().state_dict(), "holds no masks"),
     ],
@@ -142,8 +142,8 @@ def test_files_that_are_none(tmp_path: Path, name: str) -> None:
 def test_bad_requests_to_write(tmp_path: Path) -> None:
     masks = random_masks(Tower())
     for wrong, said in (
-        ({"form": "numpy"}, "form 'numpy' is unknown; known: ovsprune, torch"),
-        ({}, "x.pth is no name for the form 'ovsprune': it ends in .safetensors"),
+        ({"form": "numpy"}, "form 'numpy' is unknown; known forms: ovsprune, torch"),
+        ({}, "x.pth has the wrong suffix: a file of the form 'ovsprune' ends in .safetensors"),
     ):
         with pytest.raises(OptionError, match=said):
             write_masks(tmp_path / "x.pth", masks, **wrong)
@@ -151,9 +151,9 @@ def test_bad_requests_to_write(tmp_path: Path) -> None:
         write_masks(tmp_path / "x.safetensors", masks, weights={})
     with pytest.raises(OptionError, match="no masks to write"):
         write_masks(tmp_path / "x.safetensors", {})
-    with pytest.raises(CheckpointError, match=r"stem.weight .* and there is no weight"):
+    with pytest.raises(CheckpointError, match=r"stem.weight .* weights is missing"):
         write_masks(tmp_path / "x.pth", masks, form="torch", weights={})
-    with pytest.raises(CheckpointError, match=r"stem.weight .* there is shape \(1,\)"):
+    with pytest.raises(CheckpointError, match=r"stem.weight .* weights has shape \(1,\)"):
         weights = {**Tower().state_dict(), "stem.weight": torch.ones(1)}
         write_masks(tmp_path / "x.pth", masks, form="torch", weights=weights)
     assert list(tmp_path.iterdir()) == []

@@ -36,7 +36,7 @@ def test_what_is_gone_stays_gone_whatever_its_size() -> None:
     masks = {"a": torch.tensor([False, True, True, True])}
     assert keep_largest(weights, masks, 2)["a"].tolist() == [False, False, True, True]
     assert masks["a"].tolist() == [False, True, True, True]
-    with pytest.raises(ValueError, match="4 weights cannot be kept of the 3 that are left"):
+    with pytest.raises(ValueError, match="4 weights cannot be kept of the 3 that remain"):
         keep_largest(weights, masks, 4)
 
 

@@ -46,7 +46,9 @@ def test_masks_of_one_block_go_to_that_block() -> None:
 def test_two_towers_are_ambiguous_until_one_is_named() -> None:
     masks = random_masks(Tower())
     model = nn.ModuleDict({"student": Tower(1), "teacher": Tower(2)})
-    with pytest.raises(TargetError, match=r"fit 2 places .*'student', 'teacher'; give the one"):
+    with pytest.raises(
+        TargetError, match=r"fit 2 places .*'student', 'teacher'; choose one with prefix"
+    ):
         match(model, masks)
     assert match(model, masks, prefix="teacher").added == "teacher"
     before = {k: v.clone() for k, v in model["student"].state_dict().items()}
@@ -80,9 +82,9 @@ def test_nothing_that_matches() -> None:
     masks = random_masks(Tower())
     with pytest.raises(TargetError, match=r"none of the 5 masks .*stem.weight.*, the parameters"):
         match(nn.Linear(2, 2), masks)
-    with pytest.raises(TargetError, match="the parameters nothing at all"):
+    with pytest.raises(TargetError, match=r"the parameters \(there are none\)"):
         match(nn.ReLU(), masks)
-    with pytest.raises(TargetError, match="behind 'elsewhere'"):
+    with pytest.raises(TargetError, match="under the prefix 'elsewhere'"):
         match(Tower(), masks, prefix="elsewhere")
     with pytest.raises(TargetError, match="there are no masks"):
         match(Tower(), {})

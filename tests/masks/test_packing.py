@@ -37,7 +37,7 @@ def test_a_view_is_packed_row_by_row() -> None:
     [
         (torch.zeros(3, dtype=torch.uint8), r"torch.uint8 \(3,\), expected torch.uint8 \(2,\)"),
         (torch.zeros(2), r"torch.float32 \(2,\), expected torch.uint8"),
-        (torch.tensor([0, 16], dtype=torch.uint8), "bits past the end"),
+        (torch.tensor([0, 16], dtype=torch.uint8), "bits beyond the end"),
     ],
 )
 def test_what_does_not_fit_is_named(packed: torch.Tensor, said: str) -> None:
@@ -69,14 +69,17 @@ BYTE = torch.zeros(1, dtype=torch.uint8)
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        ({"format_version": 2, "shapes": {"w": [3]}}, "format_version is 2, this ovsprune reads 1"),
+        (
+            {"format_version": 2, "shapes": {"w": [3]}},
+            "format_version is 2, but this version of ovsprune reads 1",
+        ),
         ({"format_version": 1}, "lacks 'shapes'"),
-        ({"format_version": 1, "shapes": [3]}, "shapes is no object"),
+        ({"format_version": 1, "shapes": [3]}, "shapes is not an object"),
         ({"format_version": 1, "shapes": {"w": [-1]}}, "is -1, expected a whole number"),
         ({"format_version": 1, "shapes": {"w": [2**62, 2**62]}}, r"w is torch.uint8 \(1,\)"),
         ({"format_version": 1, "shapes": {"../w": [3]}}, "a name is '../w'"),
-        ({"format_version": 1, "shapes": {"w": [3], "v": [3]}}, "v has bits or a shape"),
-        ({"format_version": 1, "shapes": {}}, "w has bits or a shape"),
+        ({"format_version": 1, "shapes": {"w": [3], "v": [3]}}, "v has no bits or no shape"),
+        ({"format_version": 1, "shapes": {}}, "w has no bits or no shape"),
     ],
 )
 def test_bad_headers_are_named(tmp_path: Path, header: object, said: str) -> None:
@@ -87,9 +90,9 @@ def test_bad_headers_are_named(tmp_path: Path, header: object, said: str) -> Non
 def test_other_files_are_none(tmp_path: Path) -> None:
     save_file({"w": BYTE}, tmp_path / "plain.safetensors")
     assert not is_packed(tmp_path / "plain.safetensors")
-    with pytest.raises(CheckpointError, match="is no file of masks"):
+    with pytest.raises(CheckpointError, match="is not a file of masks"):
         read_packed(tmp_path / "plain.safetensors")
     (tmp_path / "short.safetensors").write_bytes(b"\x00" * 5)
     assert not is_packed(tmp_path / "short.safetensors")
-    with pytest.raises(CheckpointError, match="no valid safetensors file"):
+    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
         read_packed(tmp_path / "short.safetensors")

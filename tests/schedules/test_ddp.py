@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ovsprune
 from ovsprune.core.errors import ScheduleError
-from ovsprune.schedules.loops import Following
+from ovsprune.schedules.loops import PlanFollower
 from tests.schedules.helpers import STEPS, loss, model, refresh
 
 
@@ -98,7 +98,7 @@ def test_a_model_that_was_wrapped_before_is_refused_unless_it_can_follow(group):
 
     net.head.weight.requires_grad_(False)
     closed: nn.Module = DistributedDataParallel(net, find_unused_parameters=True)
-    with pytest.raises(ScheduleError, match="waits for the gradients of what it saw then"):
+    with pytest.raises(ScheduleError, match="parameters that it registered then"):
         ovsprune.schedule(closed, "last-k", count=2)
     assert not net.head.weight.requires_grad
 
@@ -118,14 +118,14 @@ def test_a_wrapper_that_saw_the_frozen_model_is_refused(group):
     with pytest.raises(ScheduleError, match=r"it averages \d+ of the \d+ parameters"):
         plan.check_wrapper(closed)
     with pytest.raises(ScheduleError, match=r"it averages \d+ of the \d+ parameters"):
-        Following(plan).begin(closed, STEPS)
+        PlanFollower(plan).begin(closed, STEPS)
     with plan.open():
         able = DistributedDataParallel(net, find_unused_parameters=True)
     plan.check_wrapper(able)
 
 
 def test_several_processes_are_told_before_the_first_step(monkeypatch):
-    monkeypatch.setattr("ovsprune.schedules.plan._processes", lambda: 2)
+    monkeypatch.setattr("ovsprune.schedules.ddp.process_count", lambda: 2)
     net = model()
     plan = refresh(net)
     plan.bind(torch.optim.SGD(plan.groups(lr=0.1)))  # before the wrapping, as a plain loop does it
@@ -136,7 +136,7 @@ def test_several_processes_are_told_before_the_first_step(monkeypatch):
         pass
     plan.step(0)
     other = model()
-    late = Following(refresh)  # all of it wanted gradients, and whatever wraps it saw that
+    late = PlanFollower(refresh)  # all of it wanted gradients, and whatever wraps it saw that
     late.begin(other, STEPS, torch.optim.SGD(other.parameters(), lr=0.1))
     late.plan.step(0)
     ovsprune.schedule(model(), "alpha", fit="hill").step(0)  # it never changes

@@ -93,7 +93,7 @@ def test_the_whole_training_adds_up_what_trains_when():
 
 def test_a_loss_of_several_numbers_is_refused():
     net = model()
-    with pytest.raises(ScheduleError, match="must be a tensor of one number"):
+    with pytest.raises(ScheduleError, match="must return a tensor of one number"):
         step_flops(net, lambda: net(torch.zeros(2, 3, 16, 16)))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import ovsprune
 from ovsprune.core.errors import OptionError, ScheduleError, UnknownNameError
-from ovsprune.schedules.loops import Following
+from ovsprune.schedules.loops import PlanFollower
 from tests.schedules.helpers import STEPS, Block, expected, loss, model, refresh
 
 
@@ -193,9 +193,11 @@ def test_a_resumed_training_goes_on_exactly():
 
 def test_a_plan_of_other_settings_is_not_resumed():
     plan = refresh(model())
-    with pytest.raises(ScheduleError, match=r"had seed 1, and this one 0; make the plan with"):
+    with pytest.raises(ScheduleError, match=r"has seed 1, but this plan has 0; make the plan with"):
         plan.load_state_dict(refresh(model(), seed=1).state_dict())
-    with pytest.raises(ScheduleError, match=r"had 13 layers in its pool and not these 14"):
+    with pytest.raises(
+        ScheduleError, match=r"has 13 layers in its pool, which differ from these 14"
+    ):
         plan.load_state_dict(refresh(model(), pool=["blocks.*", "patch.*"]).state_dict())
     with pytest.raises(ScheduleError, match=r"version 2, expected 1"):
         plan.load_state_dict({**plan.state_dict(), "version": 2})
@@ -245,10 +247,10 @@ def test_openings_nest_and_the_plan_holds_when_a_training_begins():
     with plan.open():
         with plan.open():
             assert all(flags(net).values())
-        first = Following(plan)
+        first = PlanFollower(plan)
         assert all(flags(net).values())
     assert all(flags(net).values())  # the loop holds it open until it begins,
-    again = Following(plan)  # and so does another that is made of the same plan
+    again = PlanFollower(plan)  # and so does another that is made of the same plan
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
     again.begin(net, STEPS, optimizer)
     assert (plan.chosen, flags(net)) == (chosen, closed)

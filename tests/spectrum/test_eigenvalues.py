@@ -38,7 +38,7 @@ def test_convolutions_are_slices() -> None:
 
 
 def test_a_vector_has_no_spectrum() -> None:
-    with pytest.raises(ValueError, match=r"shape \(5,\) is no matrix"):
+    with pytest.raises(ValueError, match=r"shape \(5,\) is not a matrix"):
         eigenvalues(torch.ones(5))
 
 

@@ -1,10 +1,11 @@
-"""A plan in people's training loops, one library a file; none is imported until it is asked for.
+"""Hooks that run a plan in the training loops of other libraries, one library per file.
 
-``from ovsprune.schedules.loops.detectron2 import ScheduleHook`` and so on. Every one of them calls
-:meth:`~ovsprune.schedules.TrainPlan.step` before each optimiser step, has the optimiser lose its
-state of what is frozen, and keeps the plan's state in the library's own checkpoints. Instead of a
-plan each takes a function that makes one, for when the length of the training is known to the
-library only (``functools.partial(ovsprune.schedule, policy="alpha-refresh")``).
+A library is imported only when its file is imported, for example by
+``from ovsprune.schedules.loops.detectron2 import ScheduleHook``. Each hook calls
+:meth:`~ovsprune.schedules.TrainPlan.step` before every optimiser step, drops the optimiser state of
+frozen parameters, and saves the state of the plan in the library's checkpoints. If only the library
+knows the length of the training, give the hook a function that makes the plan
+(``functools.partial(ovsprune.schedule, policy="alpha-refresh")``).
 """
 
 from __future__ import annotations
@@ -14,51 +15,51 @@ from typing import Any
 
 from ovsprune.schedules.plan import TrainPlan
 
-__all__ = ["Following", "Made"]
+__all__ = ["PlanFollower", "PlanOrFactory"]
 
-Made = TrainPlan | Callable[..., TrainPlan]
-"""A plan, or a function of the model, positional, and ``total_steps=...``, by name."""
+PlanOrFactory = TrainPlan | Callable[..., TrainPlan]
+"""A plan, or a function that is called as ``make(model, total_steps=n)`` and returns one."""
 
 
-class Following:
-    """A plan through one training of a library's loop, and through its checkpoints.
+class PlanFollower:
+    """Runs a plan in one training of a library's loop, and in its checkpoints.
 
-    A plan that is given and may change its mind is held open until the training begins, so that
-    optimisers and wrappers which are made until then take in all that it will train.
+    A plan that may change during the training is held open until the training begins. Optimisers
+    and wrappers that are made before then register every parameter that will train.
 
     Args:
-        made: The plan, or what makes it when the training begins.
+        plan: The plan, or a function that makes it when the training begins.
 
     Attributes:
-        plan: The plan, once the training has begun.
+        plan: The plan; None before the training begins.
     """
 
-    def __init__(self, made: Made) -> None:
-        self._made = made
+    def __init__(self, plan: PlanOrFactory) -> None:
+        self._plan_or_factory = plan
         self._state: Mapping[str, Any] | None = None
         self.plan: Any = None
-        if isinstance(made, TrainPlan) and made.changes:
-            made.hold()
+        if isinstance(plan, TrainPlan) and plan.changes:
+            plan.hold()
 
     def begin(self, model: Any, total_steps: int, *optimizers: Any) -> None:
-        """Have the plan, go on where a resumed training was, and bind its optimisers.
+        """Make the plan if needed, load its saved state, and bind the optimisers.
 
-        In this order: the optimisers may have their states of before already, and lose only those
-        of what is frozen there.
+        The optimisers are bound last: they may hold restored states, and only the states of
+        parameters that are frozen at the resumed step are dropped.
 
         Args:
-            model: As the loop runs it, wrapped where it is.
-            total_steps: Optimiser steps.
-            optimizers: Of the loop.
+            model: The model as the loop runs it, with its wrapper if it has one.
+            total_steps: Optimiser steps of the whole training.
+            optimizers: The optimisers of the loop.
 
         Raises:
-            ScheduleError: A wrapper, or several processes, cannot follow the plan.
+            ScheduleError: The wrapper, or a training in several processes, cannot follow the plan.
         """
-        if isinstance(self._made, TrainPlan):
-            self.plan = self._made
+        if isinstance(self._plan_or_factory, TrainPlan):
+            self.plan = self._plan_or_factory
             self.plan.close()
         else:
-            self.plan = self._made(model, total_steps=total_steps)
+            self.plan = self._plan_or_factory(model, total_steps=total_steps)
             self.plan.made_late()
         self.plan.check_wrapper(model)
         if self._state:
@@ -66,11 +67,11 @@ class Following:
         self.plan.bind(*optimizers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into the library's checkpoint; nothing before the training."""
+        """Return the state for the library's checkpoint; empty before the training begins."""
         return {} if self.plan is None else dict(self.plan.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """What comes out of one, before or after the training has begun."""
+        """Load the state from a checkpoint, before or after the training has begun."""
         self._state = state
         if self.plan is not None and state:
             self.plan.load_state_dict(state)

@@ -45,5 +45,5 @@ def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
 
 
 def test_it_wants_an_accelerator():
-    with pytest.raises(ScheduleError, match="object is no accelerate.Accelerator"):
+    with pytest.raises(ScheduleError, match="expected accelerate.Accelerator"):
         ScheduledSteps(object(), refresh(model()))

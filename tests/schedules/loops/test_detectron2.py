@@ -47,7 +47,7 @@ class Watch(HookBase):
         self.hook, self.trained, self.left = hook, {}, 0
 
     def after_step(self) -> None:
-        plan = self.hook.following.plan
+        plan = self.hook.follower.plan
         self.trained[self.trainer.iter] = plan.trainable
         parameters = dict(plan.model.named_parameters())
         state = self.trainer.optimizer.state

@@ -29,7 +29,7 @@ class Watch(lightning.Callback):
         self.hook, self.trained, self.left = hook, {}, 0
 
     def on_train_batch_end(self, trainer, module, outputs, given, index):
-        plan = self.hook.following.plan
+        plan = self.hook.follower.plan
         self.trained[index] = plan.trainable
         parameters = dict(plan.model.named_parameters())
         state = trainer.optimizers[0].state
@@ -68,6 +68,6 @@ def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
 
 def test_accumulated_passes_are_one_step(tmp_path):
     _, watch = train(tmp_path, accumulate=2, steps=STEPS // 2)
-    assert watch.hook.following.plan.total_steps == STEPS // 2
+    assert watch.hook.follower.plan.total_steps == STEPS // 2
     changes = [i for i in range(1, STEPS) if watch.trained[i] != watch.trained[i - 1]]
-    assert changes in ([], [6]) and watch.hook.following.plan.moments == (0, 3)
+    assert changes in ([], [6]) and watch.hook.follower.plan.moments == (0, 3)

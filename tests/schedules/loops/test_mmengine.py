@@ -33,7 +33,7 @@ class Watch(Hook):
         self.hook, self.trained, self.left = hook, {}, 0
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        plan = self.hook.following.plan
+        plan = self.hook.follower.plan
         self.trained[runner.iter] = plan.trainable
         parameters = dict(plan.model.named_parameters())
         state = runner.optim_wrapper.optimizer.state
@@ -86,8 +86,8 @@ def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
 
 def test_accumulated_passes_are_one_step(tmp_path):
     _, watch = train(tmp_path, "pairs", accumulate=2)
-    assert watch.hook.following.plan.total_steps == STEPS // 2
-    assert watch.hook.following.plan.moments == (0, 3)
+    assert watch.hook.follower.plan.total_steps == STEPS // 2
+    assert watch.hook.follower.plan.moments == (0, 3)
     changes = [i for i in range(1, STEPS) if watch.trained[i] != watch.trained[i - 1]]
     assert changes in ([], [6])
 

@@ -32,7 +32,7 @@ class Watch(transformers.TrainerCallback):
         self.hook, self.trained, self.left = hook, {}, 0
 
     def on_step_end(self, args, state, control, optimizer=None, **given):
-        plan = self.hook.following.plan
+        plan = self.hook.follower.plan
         self.trained[state.global_step] = plan.trainable
         parameters = dict(plan.model.named_parameters())
         self.left += sum(parameters[name] in optimizer.state for name in plan.frozen)
@@ -79,5 +79,5 @@ def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
 
 def test_accumulated_passes_are_one_step(tmp_path):
     _, watch = train(tmp_path, accumulate=2)
-    assert watch.hook.following.plan.moments == (0, 3, 6, 9)
+    assert watch.hook.follower.plan.moments == (0, 3, 6, 9)
     assert sorted(watch.trained) == list(range(1, STEPS + 1)) and watch.left == 0
