@@ -19,21 +19,21 @@ from torch import Tensor
 from ovsprune import backbones
 from ovsprune._version import __version__
 from ovsprune.calibration.pictures import RENDERED, folder_fingerprint
+from ovsprune.comparison.import_results import KEY, Earlier, take_over
+from ovsprune.comparison.methods import DEFAULT, Method, parse_methods
+from ovsprune.comparison.results import Rows, check_place
+from ovsprune.comparison.runner import ComparisonRunner
+from ovsprune.comparison.scoring import Scorer
 from ovsprune.core.errors import MissingLibraryError, OptionError, UnknownNameError
 from ovsprune.core.files import write_text
 from ovsprune.core.options import options_of
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
-from ovsprune.graph.costs import measure
-from ovsprune.jobs.config import PruneConfig
-from ovsprune.jobs.contest import Contest
-from ovsprune.jobs.earlier import KEY, Earlier, take_over
+from ovsprune.graph.costs import count_costs
 from ovsprune.jobs.evaluate import class_embeddings
-from ovsprune.jobs.examine import Examiner
-from ovsprune.jobs.measure import device_and_dtype, thread_limit
-from ovsprune.jobs.methods import DEFAULT, Method, parse_methods
-from ovsprune.jobs.rows import Rows, check_place
+from ovsprune.profiling.timing import device_and_dtype, thread_limit
+from ovsprune.pruning.config import PruneConfig
 from ovsprune.report.comparison import differences, makers, page, summary
 from ovsprune.slim.hashing import tensor_hash
 
@@ -83,11 +83,12 @@ def compare(
     methods, ratios or seeds only add rows.
 
     Args:
-        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone.
+        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
         ratios: Fractions of the tower's cost to remove, each in (0, 1).
-        methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), lists with commas, or one.
-        seeds: Number of seeds: 0 to ``seeds - 1``. A seed selects the calibration images and the
-            random choices of a method.
+        methods: Names (see :func:`ovsprune.comparison.methods.parse_method`), or lists of names
+            with commas.
+        seeds: Number of seeds: 0 to ``seeds - 1``. A seed selects the calibration images and
+            the random choices of a method.
         data: Folder with ``images/``, ``labels/`` and ``classes.json``; None scores on procedural
             test scenes.
         text_embeddings: NPZ file with the embeddings of the classes, for a model without a text
@@ -142,8 +143,8 @@ def compare(
         settings = settings.for_model(backbone)
         pictures = opened(max(backbone.preprocess.size))
         embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
-        examiner = Examiner(backbone, embeddings, pictures, settings.batch_size, progress, centred)
-        contest = Contest(backbone, settings, examiner, progress)
+        examiner = Scorer(backbone, embeddings, pictures, settings.batch_size, progress, centred)
+        contest = ComparisonRunner(backbone, settings, examiner, progress)
         contest.check(asked)
         identity = _identity(backbone, settings, embeddings, data, list_file, pictures, device)
         identity |= _chosen(settings, centred)
@@ -253,7 +254,7 @@ def _load(
     """
     if isinstance(model, str):
         with progress.stage(f"loading {model}", 1) as advance:
-            model = backbones.load(
+            model = backbones.load_backbone(
                 model, pretrained=pretrained, activation=activation, device=device
             )
             advance(1)
@@ -312,11 +313,11 @@ def _chosen(settings: PruneConfig, centred: bool) -> dict[str, Any]:
     return {**changed, **({"centred": True} if centred else {})}
 
 
-def _dense(backbone: Backbone, examiner: Examiner, rows: Rows) -> dict[str, Any]:
+def _dense(backbone: Backbone, examiner: Scorer, rows: Rows) -> dict[str, Any]:
     """Costs and scores of the dense tower, from the file if they are there."""
     stored = rows.find({"method": "dense"})
     if stored is None:
-        costs = measure(backbone.tower, backbone.preprocess.size)
+        costs = count_costs(backbone.tower, backbone.preprocess.size)
         stored = {"method": "dense", "macs": costs.macs, "params": costs.params, **examiner.dense()}
         rows.add(stored)
     return {name: stored[name] for name in ("macs", "params", "miou", "pixel_accuracy")}
@@ -325,7 +326,7 @@ def _dense(backbone: Backbone, examiner: Examiner, rows: Rows) -> dict[str, Any]
 def _fill(
     grid: Sequence[tuple[int, float, Method]],
     rows: Rows,
-    contest: Contest,
+    contest: ComparisonRunner,
     dense: float,
     progress: Progress,
 ) -> dict[tuple[int, float, Method], dict[str, Any]]:

@@ -18,7 +18,7 @@ from ovsprune.evaluation.last_block import dense_with
 from ovsprune.evaluation.text import DEFAULT_TEMPLATES, read_embeddings
 from ovsprune.evaluation.zero_shot import DenseZeroShot
 from ovsprune.evaluation.zero_shot import evaluate as score
-from ovsprune.jobs.measure import device_and_dtype, thread_limit
+from ovsprune.profiling.timing import device_and_dtype, thread_limit
 
 __all__ = ["class_embeddings", "evaluate", "head", "score_backbone"]
 
@@ -74,7 +74,7 @@ def evaluate(
         DataError: The data set or the embeddings cannot be used.
         WeightsError: The model cannot be loaded, or has no text tower and no embeddings are given.
     """
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
     progress = progress or Silent()
     start = time.perf_counter()
@@ -83,7 +83,7 @@ def evaluate(
             raise OptionError(f"{option} {value} is out of range; give 1 or more")
     found, kind = device_and_dtype(device, dtype)
     with thread_limit(threads):
-        backbone = load(model, pretrained=pretrained, activation=activation, device=device)
+        backbone = load_backbone(model, pretrained=pretrained, activation=activation, device=device)
         for note in backbone.notes:
             progress.note(note)
         opened, label = _open(data, backbone, list_file, limit)

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from ovsprune import backbones
 from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.calibration.pictures import enough
+from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
-from ovsprune.jobs.again import check_again
-from ovsprune.jobs.clock import Clock
-from ovsprune.jobs.command_line import command_of
-from ovsprune.jobs.config import PruneConfig, config_of
-from ovsprune.jobs.measure import thread_limit
-from ovsprune.jobs.steps import Job
+from ovsprune.profiling.timing import thread_limit
+from ovsprune.pruning.command_line import command_of
+from ovsprune.pruning.config import PruneConfig, config_of
+from ovsprune.pruning.pipeline import Pipeline
+from ovsprune.pruning.reprune import check_again
 from ovsprune.report.card import card
 from ovsprune.slim import SlimCheckpoint, SlimSpec, write
 from ovsprune.slim.write import check_output
@@ -115,9 +115,9 @@ def prune(
     Only the recovery ``distill`` and the method ``imp`` take gradient steps.
 
     Args:
-        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone. A slim model is pruned
-            again: ratio, floors and recovery then refer to the slim model; mask, hashes and dense
-            costs of the result refer to its dense base model.
+        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone. A slim model
+            is pruned again: ratio, floors and recovery then refer to the slim model; mask, hashes
+            and dense costs of the result refer to its dense base model.
         ratio: Fraction of the tower's cost to remove, in (0, 1); by default that of ``config``.
         config: Configuration; by default ``PruneConfig(ratio=ratio)``.
         pretrained: Tag, file, or ``"none"``.
@@ -145,7 +145,7 @@ def prune(
     settings = config_of(ratio, config, options)
     if settings.method == "imp" and not settings.imp.structured:
         raise OptionError(
-            "method='imp' prunes single weights: call ovsprune.jobs.imp.imp, or give "
+            "method='imp' prunes single weights: call ovsprune.baselines.imp_weights.imp, or give "
             "imp_structured=True to remove units"
         )
     if dtype not in DTYPES:
@@ -164,7 +164,7 @@ def prune(
                 f"calibrating on {count} made pictures: {more}photographs of your own keep most "
                 "(--calibration DIR)"
             )
-        done = Job(model, settings, progress, clock).run()
+        done = Pipeline(model, settings, progress, clock).run()
     result = PruneResult(
         spec=done.spec,
         tower=done.tower,
@@ -228,7 +228,7 @@ def _open(
 ) -> Backbone:
     if isinstance(model, str):
         with progress.stage(f"loading {model}", 1) as advance:
-            model = backbones.load(
+            model = backbones.load_backbone(
                 model, pretrained=pretrained, activation=activation, device=device
             )
             advance(1)

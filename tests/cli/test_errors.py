@@ -28,7 +28,7 @@ def one_thread(monkeypatch):
 def place(tmp_path, monkeypatch, small_clip):
     """An empty working directory, where --model small is the small CLIP."""
     monkeypatch.chdir(tmp_path)
-    load = backbones.load
+    load = backbones.load_backbone
     monkeypatch.setattr(
         backbones,
         "load",

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from ovsprune.baselines.torch_pruning import STOCK
+from ovsprune.comparison import methods
+from ovsprune.comparison.runner import ComparisonRunner
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs import methods
 from ovsprune.jobs.compare import SCENE_SEED, _reference, compare
-from ovsprune.jobs.contest import Contest
 from ovsprune.jobs.evaluate import class_embeddings, score_backbone
 from ovsprune.jobs.prune import prune
-from ovsprune.jobs.stock import STOCK
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
 METHODS = ["default,random+closed-form,random", "torch-pruning,torch-pruning+closed-form"]
@@ -140,7 +140,7 @@ def test_differences_are_set_against_the_default(whole):
 
 def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
     """Stopped after three rows, and in the middle of writing the fourth."""
-    made, real = [], Contest.row
+    made, real = [], ComparisonRunner.row
 
     def counted(self, method, ratio, seed):
         if len(made) == 3:
@@ -150,7 +150,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
 
     run = {"methods": METHODS, "seeds": 2, "output": tmp_path / "cut", **QUICK}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Contest, "row", counted)
+        patch.setattr(ComparisonRunner, "row", counted)
         compare(small_clip, [0.2, 0.5], **run)
     with open(tmp_path / "cut" / "rows.jsonl", "ab") as file:
         file.write(b'{"method": "ran')
@@ -160,7 +160,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
         made.append((method.name, ratio, seed))
         return real(self, method, ratio, seed)
 
-    monkeypatch.setattr(Contest, "row", rest)
+    monkeypatch.setattr(ComparisonRunner, "row", rest)
     heard = Silent()
     record = compare(small_clip, [0.2, 0.5], progress=heard, **run)
     assert "3 of 20 rows are in" in heard.notes[-1]
@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
         whole["summary"][0]["miou"],
     )
 
-    monkeypatch.setattr(Contest, "row", counted)  # Would stop at once.
+    monkeypatch.setattr(ComparisonRunner, "row", counted)  # Would stop at once.
     made[:] = [None] * 3
     again = compare(small_clip, [0.5], **{**run, "methods": ["random"], "seeds": 1})
     assert [r["miou"] for r in again["rows"]] == [
@@ -295,13 +295,13 @@ def test_the_budget_is_one_of_parameters(small_clip, tmp_path):
 def test_what_is_protected_is_whole_in_every_row_and_widths_are_rounded(
     small_clip, tmp_path, monkeypatch
 ):
-    towers, real = {}, Contest._prune
+    towers, real = {}, ComparisonRunner._prune
 
     def kept(self, method, settings, clock):
         towers[method.name] = real(self, method, settings, clock)
         return towers[method.name]
 
-    monkeypatch.setattr(Contest, "_prune", kept)
+    monkeypatch.setattr(ComparisonRunner, "_prune", kept)
     record = compare(
         small_clip,
         [0.2],

@@ -33,7 +33,7 @@ class Heard(Silent):
 @pytest.fixture(autouse=True)
 def quick(small_clip, monkeypatch):
     """The small CLIP in place of tiny, few pictures, no framework."""
-    load = backbones.load
+    load = backbones.load_backbone
     monkeypatch.setattr(
         backbones, "load", lambda name, **rest: small_clip if name == "tiny" else load(name, **rest)
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
-from ovsprune.graph.costs import measure
+from ovsprune.graph.costs import count_costs
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
@@ -199,8 +199,8 @@ def learning_stays(case: Case, model: Any) -> set[str]:
 def loses_what_the_tower_loses(case: Case, model: Any) -> tuple[int, int, int, int]:
     """MACs and parameters of the whole model, before and after each."""
     every = {layer.name: list(range(layer.units)) for layer in case.slim.spec.layers}
-    whole = measure(tower_of(case.recut(every)).tower, case.counted)
-    small = measure(tower_of(case.slim).tower, case.counted)
+    whole = count_costs(tower_of(case.recut(every)).tower, case.counted)
+    small = count_costs(tower_of(case.slim).tower, case.counted)
     example = None if case.example is None else case.example(model)
     with torch.no_grad():
         times = case.times(model)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
-from ovsprune.graph.costs import macs, measure
+from ovsprune.graph.costs import count_costs, macs
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.load import tower_of
@@ -180,7 +180,7 @@ def test_the_framework_loses_what_the_tower_lost() -> None:
     model = clipseg(tower)
     every = {name: list(range(x.units)) for name, x in _layers(slim).items()}
     whole = tower_of(slim_by_hand(tower, every, heads=4, size=32)).tower
-    dense, small = measure(whole, (32, 32)), measure(tower_of(slim).tower, (32, 32))
+    dense, small = count_costs(whole, (32, 32)), count_costs(tower_of(slim).tower, (32, 32))
     with transfer(model, slim, "clipseg") as attached:
         assert attached.macs_before is not None and attached.macs_after is not None
         assert attached.macs_before - attached.macs_after == dense.macs - small.macs > 0

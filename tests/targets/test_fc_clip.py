@@ -33,7 +33,7 @@ def made(kind: str) -> tuple[MiniFcClip, SlimCheckpoint]:
 @KINDS
 def test_slim_equals_dense_masked(kind: str) -> None:
     model, slim = made(kind)
-    with TARGET.bridge(model):
+    with TARGET.apply_compat(model):
         whole = run(model)
         with masked(model, slim, TARGET.layout(model.state_dict(), 0)):
             wanted = run(model)
@@ -73,9 +73,9 @@ def test_the_text_side_is_bridged_as_long_as_something_is_attached() -> None:
 
 def test_a_bridge_of_ones_own_stays() -> None:
     model, slim = made("resnet")
-    bridged = TARGET.bridge(model)
+    bridged = TARGET.apply_compat(model)
     assert bridged.replaced == ("backbone.encode_text",)
-    assert TARGET.bridge(model).replaced == ()
+    assert TARGET.apply_compat(model).replaced == ()
     with TARGET.attach(model, slim) as attached:
         assert not attached.notes
     assert "encode_text" in vars(model.backbone)
