@@ -57,8 +57,8 @@ def launch(
         command: The program and its arguments, as on a command line.
         slim: Directory of the slim checkpoint; by default the newest under ``slim/``.
         target: Name of a target; ``"auto"`` uses the one that recognises the model.
-        weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; decided again whenever the
-            framework loads a dense checkpoint into its model.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; decided again whenever
+            the framework loads a dense checkpoint into its model.
         policy: Policy of :func:`ovsprune.schedule`, hooked into the training
             loop of detectron2, mmengine, Lightning or transformers; by default none.
             ``fraction``, ``count``, ``every``, ``pool``, ``rest`` and ``seed`` are its options.

@@ -17,8 +17,8 @@ def mask_tower(
 ) -> Applied:
     """Set weights of a framework's tower to zero, where a mask of the CLIP tower is False.
 
-    In place, as :func:`ovsprune.masks.apply_masks`, but for frameworks that rename layers, count blocks in
-    several stacks or keep queries, keys and values apart.
+    This works in place, as :func:`ovsprune.masks.apply_masks` does. It serves frameworks that
+    rename layers, count blocks in several stacks, or keep queries, keys and values apart.
 
     Args:
         model: The framework's live model, its tower dense.
