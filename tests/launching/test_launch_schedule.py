@@ -136,7 +136,7 @@ def test_only_what_the_policy_chose_has_moved(place: Path, library: str, text: s
 
 
 def test_a_script_without_a_known_loop_is_told(place: Path) -> None:
-    with pytest.raises(ScheduleError, match="no training loop took up the policy alpha"):
+    with pytest.raises(ScheduleError, match="no training loop used the policy alpha"):
         run(place, "from framework import clip\nclip.load('small')\n", policy="alpha")
 
 
