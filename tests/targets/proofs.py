@@ -18,7 +18,7 @@ from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.load import tower_of
 from ovsprune.slim.spec import LayerSpec
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.layout import Layout
 from tests.targets.by_hand import (
     error,
@@ -266,7 +266,7 @@ def round_trip_on_disk(
     assert all([*record["replaced"].values(), *record["kept"].values()])
     gone = {name for name in record["dropped"] if not name.startswith("slim: ")}
     assert "iteration" in gone and not gone & keys
-    assert load(fresh, path / "out") == []
+    assert load_into(fresh, path / "out") == []
     with case.target.attach(model, case.slim, weights=weights):
         wanted, state = model.state_dict(), fresh.state_dict()
         assert list(wanted) == list(state)

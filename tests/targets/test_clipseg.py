@@ -19,7 +19,7 @@ from ovsprune.jobs.transfer import transfer
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.load import tower_of
 from ovsprune.slim.spec import LayerSpec
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.output import write_output
 from tests.targets.by_hand import (
     error,
@@ -223,7 +223,7 @@ def test_attention_and_mlp_may_be_gone_as_a_whole(tmp_path: Path) -> None:
     result = TARGET.convert(model.state_dict(), slim)
     write_output(tmp_path / "out", result, {"target": "clipseg"}, "")
     fresh = clipseg(small_tower(seed=5))
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in state.items())
 
 
@@ -392,7 +392,7 @@ def test_load_leaves_a_model_that_does_not_fit_as_it_was(tmp_path: Path, folder:
     other.decoder.film_mul = nn.Linear(16, 9)
     before = snapshot(other)
     with pytest.raises(TargetError, match=r"decoder.film_mul.weight is \(16, 16\)"):
-        load(other, out)
+        load_into(other, out)
     assert unchanged(other, before)
     document = json.loads((out / "transfer.json").read_text())
     assert document["target"] == "clipseg" and document["depth"] == 4

@@ -21,7 +21,7 @@ from ovsprune.graph.costs import macs, on_meta
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
-from ovsprune.targets import TARGETS, Target, load
+from ovsprune.targets import TARGETS, Target, load_into
 from ovsprune.targets.layout import Layout
 from tests.targets.by_hand import (
     error,
@@ -275,7 +275,7 @@ def test_round_trip_on_disk(tmp_path: Path, given: Any) -> None:
     assert not record["replaced"].keys() & record["kept"].keys()
     assert record["dropped"]["iteration"]
     fresh = case.build(seed=9)
-    assert load(fresh, out) == []
+    assert load_into(fresh, out) == []
     wanted = run_attached(case, model, slim)
     state, expected = fresh.state_dict(), wanted[0]
     assert list(state) == list(expected)
@@ -285,7 +285,7 @@ def test_round_trip_on_disk(tmp_path: Path, given: Any) -> None:
     # a slim one of the training itself loads as usual, a dense one is refused
     DetectionCheckpointer(fresh, str(tmp_path)).save("slim-trained")
     again = case.build(seed=5)
-    load(again, out)
+    load_into(again, out)
     with torch.no_grad():
         again.sem_seg_head.predictor.query_feat.weight.zero_()
     DetectionCheckpointer(again).load(str(tmp_path / "slim-trained.pth"))
