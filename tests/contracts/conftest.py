@@ -621,8 +621,7 @@ def pairs(cases: Iterable[str], plugins: Iterable[str], everywhere: Collection[s
     """
     return [
         pytest.param(
-            case,
-            plugin,
+            (case, plugin),
             marks=() if plugin in everywhere or case in THOROUGH else pytest.mark.slow,
             id=f"{case}-{plugin}",
         )

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.jobs.test_launch import ALONE, place, run, script
 
 from ovsprune.core.errors import OptionError, ScheduleError, UnknownNameError
 from ovsprune.launching.command import launch
 from ovsprune.launching.training_loops import _Scheduled
+from tests.launching.test_launch import ALONE, place, run, script
 from tests.schedules.helpers import model
 
 __all__ = ["place"]  # a fixture

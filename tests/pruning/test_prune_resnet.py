@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.jobs.test_prune_convolutions import as_the_width
 
 import ovsprune
 from ovsprune import backbones
@@ -28,6 +27,7 @@ from ovsprune.jobs.prune import PruneResult, prune
 from ovsprune.profiling import latency
 from ovsprune.pruning.config import PruneConfig
 from tests.contracts.conftest import RESNET, open_clip_resnet
+from tests.pruning.test_prune_convolutions import as_the_width
 
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
 CHEAP: dict[str, Any] = {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"}

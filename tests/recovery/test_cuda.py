@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.jobs.test_prune_convolutions import as_the_width
 
 from ovsprune.backbones import load_backbone
 from ovsprune.baselines.imp_weights import imp
@@ -24,6 +23,7 @@ from tests.contracts.conftest import (
     open_clip_vit,
     prepared,
 )
+from tests.pruning.test_prune_convolutions import as_the_width
 
 pytestmark = [
     pytest.mark.gpu,
