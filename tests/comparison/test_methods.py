@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.baselines.torch_pruning import STOCK
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
 from ovsprune.comparison import methods as module
 from ovsprune.comparison.methods import parse_method, parse_methods
 from ovsprune.core.errors import OptionError, UnknownNameError
@@ -74,7 +74,7 @@ def test_a_name_of_several_rooms_goes_by_its_place(monkeypatch):
     assert parse_method("random+both").recovery == "none"
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
 def test_stock_methods(name):
     plain, repaired = parse_method(name), parse_method(f"{name}+closed-form")
     assert (plain.source, plain.recovery) == ("torch-pruning", None)
@@ -124,5 +124,5 @@ def test_no_method():
 
 
 def test_the_default_name_is_no_plug_in():
-    taken = {*CRITERIA.names(), *STOCK}
+    taken = {*CRITERIA.names(), *TORCH_PRUNING_METHODS}
     assert module.DEFAULT not in taken
