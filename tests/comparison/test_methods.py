@@ -34,7 +34,7 @@ def test_imp_stands_alone():
     settings = method.settings(PruneConfig(ratio=0.4, seed=2))
     assert (settings.method, settings.imp.structured, settings.seed) == ("imp", True, 2)
     settings.check()
-    with pytest.raises(OptionError, match="imp ranks, counts and repairs in its own way"):
+    with pytest.raises(OptionError, match="imp has its own ranking, budget and repair"):
         parse_method("imp+closed-form")
 
 
@@ -110,7 +110,7 @@ def test_unknown_parts_name_the_closest(name, message):
         ("random+uniform+sensitivity", "'sensitivity' is a second allocation"),
         ("random+none+closed-form", "'closed-form' is a second recovery"),
         ("torch-pruning+none+none", "torch-pruning takes one recovery"),
-        ("torch-pruning+uniform", "torch-pruning brings its own allocation"),
+        ("torch-pruning+uniform", "torch-pruning has its own allocation"),
     ],
 )
 def test_contradictions(name, message):

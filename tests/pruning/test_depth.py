@@ -236,7 +236,9 @@ def test_it_goes_with_other_options(options: dict[str, Any], allocation: str) ->
 
 @pytest.mark.parametrize("make", [REPRESENTATIVES["open_clip-resnet"], open_clip_convnext_conv])
 def test_convolutions_cannot_go(make: Callable[[], Backbone]) -> None:
-    with pytest.raises(OptionError, match="--prune-depth: no layer of this model .* can go"):
+    with pytest.raises(
+        OptionError, match="--prune-depth: no layer of this model .* can be removed entirely"
+    ):
         prune(make(), 0.3, prune_depth=True, recovery="none", **QUICK)
 
 
