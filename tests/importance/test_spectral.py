@@ -64,5 +64,5 @@ def test_a_consumer_that_reads_nothing_is_no_error() -> None:
 
 @pytest.mark.parametrize("energy", [0.0, 1.1, float("nan")])
 def test_energy_out_of_its_range(energy: float) -> None:
-    with pytest.raises(OptionError, match=r"energy .* is outside \(0, 1\]"):
+    with pytest.raises(OptionError, match=r"energy is .*, expected a fraction in \(0, 1\]"):
         Spectral(energy)
