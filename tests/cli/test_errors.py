@@ -80,7 +80,7 @@ PRUNE = ["prune", "--model", "small", "--ratio", "0.5", "--samples", "4", "--thr
         (["--floor", "nothing=2"], "--floor 'nothing=2' matches no group"),
         (["--latency-table", "x.json"], "--latency-table goes with --budget latency only"),
         (["--calibration", "nowhere"], "nowhere is not a folder"),
-        (["--ratio", "0.999"], "out of reach: what may be cut gives at most 0.6"),
+        (["--ratio", "0.999"], "out of reach: the layers that may be pruned allow at most 0.6"),
         (["--model", "ViT-B/32", "--pretrained", "no-such-tag"], "'no-such-tag' is neither"),
     ],
 )

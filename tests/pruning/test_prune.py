@@ -454,11 +454,11 @@ class _Misspelt(_Incomplete):
 @pytest.mark.parametrize(
     ("criterion", "said"),
     [
-        (Taylor, "Taylor.* is a class; make an instance"),
-        (3, "criterion 3 has no method score: give a name"),
+        (Taylor, "Taylor.* is a class, not an instance"),
+        (3, "criterion 3 has no method `score`. Give a name"),
         (_Misspelt(), "needs .*'moment'.*expected a frozenset of gradients, moments, norms"),
-        (_Incomplete(), "needs gradients and has no callable objective"),
-        (Taylor("mse"), "needs gradients and has no callable objective"),  # type: ignore[arg-type]
+        (_Incomplete(), "needs gradients but has no callable `objective`"),
+        (Taylor("mse"), "needs gradients but has no callable `objective`"),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_no_criterion_is_refused(small: Backbone, criterion: Any, said: str) -> None:
