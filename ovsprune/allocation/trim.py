@@ -69,7 +69,7 @@ def partners(ctx: AllocationContext) -> Partners:
     found: dict[str, list[tuple[Group, float]]] = {}
     for group in ctx.groups:
         for other in (groups[name] for name in group.shared if name in groups):
-            price = ctx.budget.together(group, other)
+            price = ctx.budget.shared_cost(group, other)
             found.setdefault(group.name, []).append((other, price))
             found.setdefault(other.name, []).append((group, price))
     return found

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["slow_path"]
+__all__ = ["unfused_attention"]
 
 
 @contextmanager
-def slow_path() -> Iterator[None]:
+def unfused_attention() -> Iterator[None]:
     """Disable fused attention kernels while FLOPs are counted.
 
     torch's counter has no formula for the fused transformer layer and for the flash kernel of some

@@ -39,7 +39,7 @@ class Budget:
             return float(table[width])
         return width * (group.params if self.kind == "params" else group.macs)
 
-    def together(self, group: Group, other: Group) -> float:
+    def shared_cost(self, group: Group, other: Group) -> float:
         """What one unit of each costs together, which :meth:`price` of either counts as its own.
 
         0 where ``group.shared`` does not name ``other``. Of a latency, which is measured of each

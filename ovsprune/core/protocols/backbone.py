@@ -57,7 +57,7 @@ class PrunableLayer:
         protected: Why it is not offered by default, or None.
         consumer: Dotted name of the layer whose columns are ranked and refitted, where several
             layers read the units; None where one does.
-        along: Slices that go along and that no graph sees: an index of the units, which is no part
+        extra_slices: Slices that go along and that no graph sees: an index of the units, which is no part
             of what is computed.
     """
 
@@ -69,7 +69,7 @@ class PrunableLayer:
     stream: StreamPoint | None
     protected: str | None = None
     consumer: str | None = None
-    along: tuple[Slice, ...] = ()
+    extra_slices: tuple[Slice, ...] = ()
 
 
 class Family(Protocol):

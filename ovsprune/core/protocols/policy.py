@@ -58,10 +58,10 @@ class Policy(Protocol):
 
     needs_spectra: bool
     """Whether it needs :attr:`ScheduleContext.alphas`."""
-    current: bool
+    needs_current_spectra: bool
     """Whether they are of the weights as they are when it is asked, not as they were at first."""
 
-    def moments(self, total_steps: int, every: int) -> Sequence[int]:
+    def decision_steps(self, total_steps: int, every: int) -> Sequence[int]:
         """Steps before which it is asked: ascending, the first 0, all below ``total_steps``.
 
         Args:
