@@ -1,4 +1,4 @@
-"""Seconds by step."""
+"""Stopwatch for the steps of a pruning run."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Seconds by step."""
+    """Stopwatch that adds up the seconds of named steps.
+
+    Attributes:
+        seconds: Name of a step to its total time in seconds.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """Count the time since the last lap for ``step``."""
+        """Add the time since the previous lap to ``step``, and start a new lap."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now
 
     def add(self, step: str, seconds: float) -> None:
-        """Count ``seconds``, whoever spent them, and start the next lap now."""
+        """Add ``seconds``, measured elsewhere, to ``step``, and start a new lap."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
         self._last = time.perf_counter()
