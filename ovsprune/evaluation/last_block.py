@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.protocols import Backbone
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.dense import is_batch_first, maps_of, refuse_extras
+from ovsprune.slim.dense import is_batch_first, projections_of, refuse_extras
 
 __all__ = ["VARIANTS", "Variant", "attend", "dense_with"]
 
@@ -68,7 +68,7 @@ def attend(attention: nn.Module, tokens: Tensor, pairs: tuple[str, ...]) -> Tens
     refuse_extras(attention)
     slim = isinstance(attention, SlimAttention)
     heads = len(attention.kept_heads) if slim else int(attention.num_heads)  # type: ignore[arg-type]
-    maps = maps_of(attention, heads)
+    maps = projections_of(attention, heads)
     part: dict[str, Tensor] = {}
     for name, weight, bias in zip("qkv", maps.weights, maps.biases, strict=True):
         shape = (*tokens.shape[:2], heads, len(weight) // max(heads, 1))
@@ -104,7 +104,7 @@ def dense_with(backbone: Backbone, name: str) -> Callable[[Tensor], Tensor]:
             f"block has no {' and no '.join(missing)}; leave the option out"
         )
     try:
-        maps_of(block.attn, 1)
+        projections_of(block.attn, 1)
         refuse_extras(block.attn)
     except TargetError as error:
         raise OptionError(f"--last-block {name}: {error}") from error

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.slim import SlimAttention
-from ovsprune.slim.dense import maps_of
+from ovsprune.slim.dense import projections_of
 from ovsprune.slim.linear import linear
 
 __all__ = ["SeparateAttention"]
@@ -45,7 +45,7 @@ class SeparateAttention(nn.Module):
         self.kept_heads = heads
         self.head_dim = attention.head_dim
         self.batch_first = attention.batch_first
-        maps = maps_of(attention, len(heads))
+        maps = projections_of(attention, len(heads))
         self.q_proj, self.k_proj, self.v_proj = (
             _linear(w, b) for w, b in zip(maps.weights, maps.biases, strict=True)
         )

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["copied"]
+__all__ = ["copy_model"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def copied(model: Module, memo: dict[int, Any] | None = None) -> Module:
+def copy_model(model: Module, memo: dict[int, Any] | None = None) -> Module:
     """A deep copy of ``model``.
 
     ``copy.deepcopy`` passes functions on as they are, so a hook that writes into a model of its

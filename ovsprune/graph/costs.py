@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ovsprune.core.flops import slow_path
+from ovsprune.core.flops import unfused_attention
 from ovsprune.core.records import Costs
-from ovsprune.graph.copies import copied
+from ovsprune.graph.copies import copy_model
 
 __all__ = ["count_costs", "macs", "on_meta"]
 
 
 def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
     """Multiply-accumulates of ``module(*inputs, **named)``."""
-    with slow_path(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with unfused_attention(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs, **named)
     return int(counter.get_total_flops()) // 2
 
@@ -40,4 +40,4 @@ def on_meta(tower: nn.Module) -> nn.Module:
         empty = torch.empty_like(tensor, device="meta", dtype=dtype)
         # Without gradients: the counter cannot follow a view of a parameter that wants one.
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return copied(tower, memo).eval()
+    return copy_model(tower, memo).eval()

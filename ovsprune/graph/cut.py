@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ovsprune.core.records import Axis, Group, Plan
 from ovsprune.graph.layers import bias_of, is_channelwise, weight_axis, weight_of
 
-__all__ = ["cut", "kept_rows", "mask", "removed"]
+__all__ = ["cut", "kept_rows", "mask", "removed_units"]
 
 
 def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
@@ -34,7 +34,7 @@ def kept_rows(
     """
     keep: dict[tuple[str, Axis], Tensor] = {}
     for group in groups:
-        gone = removed(group, plan)
+        gone = removed_units(group, plan)
         for part in group.slices:
             layer = tower.get_submodule(part.module)
             size = weight_of(layer).shape[weight_axis(part.axis)]
@@ -52,7 +52,7 @@ def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     give zero, too.
     """
     for group in groups:
-        gone = removed(group, plan)
+        gone = removed_units(group, plan)
         for part in group.readers:
             layer = tower.get_submodule(part.module)
             _clear(weight_of(layer), weight_axis("in"), part.rows[gone])
@@ -69,7 +69,7 @@ def _clear(tensor: Tensor, axis: int, rows: Tensor) -> None:
     tensor.index_fill_(axis, rows.flatten().to(tensor.device), 0.0)
 
 
-def removed(group: Group, plan: Plan) -> Tensor:
+def removed_units(group: Group, plan: Plan) -> Tensor:
     """int64: the units of ``group`` that ``plan`` does not keep, ascending."""
     gone = torch.ones(group.units, dtype=torch.bool)
     gone[plan.kept[group.name]] = False

@@ -22,7 +22,7 @@ from ovsprune.graph.cut import cut
 from ovsprune.graph.layers import is_channelwise, weight_of
 from ovsprune.graph.norms import FoldedNorm
 from ovsprune.graph.products import find_products
-from ovsprune.graph.rows import reads_everything
+from ovsprune.graph.rows import reads_all_channels
 
 __all__ = ["find_groups", "with_costs"]
 
@@ -87,7 +87,7 @@ def _grow(graph: Any, layer: nn.Module, seed: PrunableLayer, names: dict[nn.Modu
         name = names[module]
         is_input = graph.is_in_channel_pruning_fn(dependency.handler)
         passes = getattr(module, "weight", None) is not None and is_channelwise(module)
-        if not (passes or reads_everything(module)):
+        if not (passes or reads_all_channels(module)):
             raise ValueError(
                 f"{seed.layer}: its units go through {name}, whose groups are of several channels"
             )
@@ -108,7 +108,7 @@ def _grow(graph: Any, layer: nn.Module, seed: PrunableLayer, names: dict[nn.Modu
         name=seed.name,
         kind=seed.kind,
         units=channels // seed.unit_width,
-        slices=(*slices.values(), *seed.along),
+        slices=(*slices.values(), *seed.extra_slices),
         consumer=consumer,
         block=seed.block,
         stream=seed.stream,
@@ -152,7 +152,7 @@ def with_costs(tower: nn.Module, groups: Sequence[Group], size: tuple[int, int])
     for group in groups:
         alone = count.saved(group)
         shared = {
-            other.name: count.together(other, group) for other in result if _meet(other, group)
+            other.name: count.shared_cost(other, group) for other in result if _meet(other, group)
         }
         result.append(
             replace(group, macs=float(alone.macs), params=float(alone.params), shared=shared)
@@ -188,7 +188,7 @@ class _Count:
             self.known[key] = Costs(self.macs - macs(shell, self.image), self.params - fewer)
         return self.known[key]
 
-    def together(self, one: Group, other: Group) -> Costs:
+    def shared_cost(self, one: Group, other: Group) -> Costs:
         """What a unit of each costs together: either alone saves it, and both save it once."""
         first, second, both = self.saved(one), self.saved(other), self.saved(one, other)
         return Costs(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FoldedNorm", "fold", "unfold"]
+__all__ = ["FoldedNorm", "fold_norm", "unfold_norm"]
 
 _LEAST = 1e-6
 """A channel whose scale is below this share of the largest is as good as switched off."""
@@ -62,7 +62,7 @@ class FoldedNorm(nn.Module):
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]:
+def fold_norm(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]:
     """The layer with the norm in it, and what takes the norm's place.
 
     Args:
@@ -77,7 +77,7 @@ def fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]:
 
 
 @torch.no_grad()
-def unfold(
+def unfold_norm(
     layer: nn.Module,
     place: FoldedNorm,
     columns: Tensor | None = None,
@@ -87,7 +87,7 @@ def unfold(
 
     Args:
         layer: The layer with the norm in it, as it is now.
-        place: The other half of what :func:`fold` gave; its own tensors are cut as the layer is.
+        place: The other half of what :func:`fold_norm` gave; its own tensors are cut as the layer is.
         columns: int64, the input channels that were kept; None for all.
         rows: int64, the output channels that were kept; None for all.
 

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 
 from ovsprune.graph.layers import weight_of
 
-__all__ = ["flat_columns", "from_rows", "given_rows", "read_rows", "reads_everything"]
+__all__ = ["flat_columns", "input_rows", "output_from_rows", "output_rows", "reads_all_channels"]
 
 
-def read_rows(layer: nn.Module, read: Tensor) -> Tensor:
+def input_rows(layer: nn.Module, read: Tensor) -> Tensor:
     """What ``layer`` reads, as rows.
 
     Args:
         layer: A matrix [m, n], or a convolution [m, channels, ...] for which
-            :func:`reads_everything` holds.
+            :func:`reads_all_channels` holds.
         read: Its input, [b, ..., n] or [b, channels, ...].
 
     Returns:
-        [b, ..., n], so that ``rows @ weight.flatten(1).T + bias`` is what :func:`given_rows` makes
+        [b, ..., n], so that ``rows @ weight.flatten(1).T + bias`` is what :func:`output_rows` makes
         of the output. For a convolution n is channels times taps, channel by channel.
     """
     if weight_of(layer).ndim == 2:
@@ -35,13 +35,13 @@ def read_rows(layer: nn.Module, read: Tensor) -> Tensor:
     return (read if _pointwise(layer) else _patches(layer, read)).movedim(1, -1)
 
 
-def given_rows(layer: nn.Module, given: Tensor) -> Tensor:
+def output_rows(layer: nn.Module, given: Tensor) -> Tensor:
     """What ``layer`` gives, or anything of that layout, as rows [b, ..., m]."""
     return given if weight_of(layer).ndim == 2 else given.movedim(1, -1)
 
 
-def from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
-    """The inverse of :func:`given_rows`."""
+def output_from_rows(layer: nn.Module, rows: Tensor) -> Tensor:
+    """The inverse of :func:`output_rows`."""
     return rows if weight_of(layer).ndim == 2 else rows.movedim(-1, 1)
 
 
@@ -59,7 +59,7 @@ def flat_columns(layer: nn.Module, columns: Tensor) -> Tensor:
     return (columns[..., None] * taps + torch.arange(taps)).flatten(1)
 
 
-def reads_everything(layer: nn.Module) -> bool:
+def reads_all_channels(layer: nn.Module) -> bool:
     """Whether each output reads every input channel: not so in a grouped convolution."""
     return int(getattr(layer, "groups", 1)) == 1
 

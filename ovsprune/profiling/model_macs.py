@@ -29,7 +29,7 @@ def whole_macs(
         OptionError: The model cannot be run on it.
     """
     try:
-        from ovsprune.graph.copies import copied
+        from ovsprune.graph.copies import copy_model
         from ovsprune.graph.costs import on_meta
     except ImportError as error:
         raise OptionError(f"this torch has no FLOP counter ({error}); 2.1 or later has") from None
@@ -40,7 +40,7 @@ def whole_macs(
     except Exception:  # a framework may do anything with its input; the copy below is the test
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        same = copied(model).eval()
+        same = copy_model(model).eval()
         prepare(same)
         return _counted(same, example, lambda t: t.to(device))
     except Exception as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.cutting import places
+from ovsprune.slim.cutting import tensor_axes
 from ovsprune.slim.fields import DOTTED
 from ovsprune.slim.spec import MASK, MODEL, LayerSpec, SlimSpec
 
@@ -86,12 +86,12 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
     if not any(name.startswith(TOWER) for name in tensors):
         raise CheckpointError(f"{at} has no tensor of the tower ({TOWER}*); {_AGAIN}")
     for layer in spec.layers:
-        if layer.whole:
+        if layer.is_whole_attention:
             _check_heads(layer, tensors, at)
             continue
         for part in layer.slices:
             module = f"{TOWER}{part.module}"
-            found = places(module, part.axis, tensors) or {f"{module}.weight": 0}
+            found = tensor_axes(module, part.axis, tensors) or {f"{module}.weight": 0}
             for name, axis in found.items():
                 shape = tuple(_tensor(tensors, name, at).shape)
                 # other groups may share the axis, so it can be wider than this one

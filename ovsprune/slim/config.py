@@ -70,7 +70,7 @@ def dump(spec: SlimSpec) -> str:
         "family": spec.family,
         "library": spec.library,
         "library_version": spec.library_version,
-        "architecture": fields.free(spec.architecture, "architecture"),
+        "architecture": fields.json_value(spec.architecture, "architecture"),
         "activation": spec.activation,
         "preprocess": preprocess_document(spec.preprocess),
         "layers": [_layer_document(layer) for layer in spec.layers],
@@ -78,7 +78,7 @@ def dump(spec: SlimSpec) -> str:
         "dense": {"macs": spec.dense.macs, "params": spec.dense.params},
         "slim": {"macs": spec.slim.macs, "params": spec.slim.params},
         "files": files_document(spec.files),
-        "provenance": fields.free(spec.provenance, "provenance"),
+        "provenance": fields.json_value(spec.provenance, "provenance"),
     }
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -142,7 +142,7 @@ def _check_version(data: Any, at: str) -> None:
             f'{at} does not say "format": "{FORMAT}", so this is no slim checkpoint; name a '
             "directory that `ovsprune prune` wrote"
         )
-    version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
+    version = fields.integer(data.get("format_version"), f"{at}: format_version", 1)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{at}: format_version is {version}, this ovsprune reads {FORMAT_VERSION} only; prune "
@@ -210,8 +210,8 @@ def _layer_document(layer: LayerSpec) -> dict[str, Any]:
 def _layer(value: Any, at: str) -> LayerSpec:
     known = ("name", "kind", "block", "units", "kept", "unit_width", "slices")
     data = fields.record(value, at, known)
-    units = fields.whole(data["units"], f"{at}.units", 1)
-    kept = fields.whole(data["kept"], f"{at}.kept")
+    units = fields.integer(data["units"], f"{at}.units", 1)
+    kept = fields.integer(data["kept"], f"{at}.kept")
     kind = fields.choice(data["kind"], f"{at}.kind", KINDS)
     if kept > units:
         raise CheckpointError(
@@ -224,7 +224,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
         block=fields.text(data["block"], f"{at}.block", fields.DOTTED),
         units=units,
         kept=kept,
-        unit_width=fields.whole(data["unit_width"], f"{at}.unit_width", 1),
+        unit_width=fields.integer(data["unit_width"], f"{at}.unit_width", 1),
         slices=tuple(
             _slice(item, f"{at}.slices[{i}]")
             for i, item in enumerate(fields.array(data["slices"], f"{at}.slices"))
@@ -242,7 +242,7 @@ def _slice(value: Any, at: str) -> SliceSpec:
     data = fields.record(value, at, ("module", "axis", "offset"))
     axis: Any = fields.choice(data["axis"], f"{at}.axis", ("out", "in"))
     module = fields.text(data["module"], f"{at}.module", fields.DOTTED)
-    return SliceSpec(module, axis, fields.whole(data["offset"], f"{at}.offset"))
+    return SliceSpec(module, axis, fields.integer(data["offset"], f"{at}.offset"))
 
 
 def parse_base(value: Any, at: str) -> BaseSpec:
@@ -286,7 +286,7 @@ def parse_files(value: Any, at: str) -> dict[str, FileSpec]:
         fields.text(name, f"{at}: a file name", fields.FILE_NAME)
         data = fields.record(item, f"{at}.{name}", ("sha256", "bytes"))
         digest = fields.text(data["sha256"], f"{at}.{name}.sha256", fields.SHA256)
-        found[name] = FileSpec(digest, fields.whole(data["bytes"], f"{at}.{name}.bytes"))
+        found[name] = FileSpec(digest, fields.integer(data["bytes"], f"{at}.{name}.bytes"))
     return found
 
 
@@ -298,8 +298,8 @@ def parse_costs(value: Any, at: str) -> Costs:
     """
     data = fields.record(value, at, ("macs", "params"))
     return Costs(
-        macs=fields.whole(data["macs"], f"{at}.macs", 1),
-        params=fields.whole(data["params"], f"{at}.params", 1),
+        macs=fields.integer(data["macs"], f"{at}.macs", 1),
+        params=fields.integer(data["params"], f"{at}.params", 1),
     )
 
 
@@ -312,7 +312,7 @@ def parse_preprocess(value: Any, at: str) -> Preprocess:
     known = ("size", "mean", "std", "interpolation", "resize_mode")
     data = fields.record(value, at, known)
     height, width = (
-        fields.whole(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
+        fields.integer(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
     )
 
     def three(name: str) -> tuple[float, float, float]:

@@ -17,12 +17,12 @@ __all__ = [
     "array",
     "boolean",
     "choice",
-    "free",
+    "integer",
+    "json_value",
     "number",
     "parse",
     "record",
     "text",
-    "whole",
 ]
 
 # Layer and tensor names: what nn.Module names can be, and never a path.
@@ -128,7 +128,7 @@ def choice(value: Any, where: str, known: Sequence[str]) -> str:
     return value
 
 
-def whole(value: Any, where: str, least: int = 0) -> int:
+def integer(value: Any, where: str, least: int = 0) -> int:
     """A whole number of at least ``least``.
 
     Raises:
@@ -179,7 +179,7 @@ def number(value: Any, where: str) -> float:
     return as_float
 
 
-def free(value: Any, where: str) -> Any:
+def json_value(value: Any, where: str) -> Any:
     """Any JSON value: whatever its meaning, it is plain data.
 
     Raises:
@@ -194,7 +194,7 @@ def free(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise _wrong(where, value, "an object with strings as keys")
-        return {key: free(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: json_value(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [free(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [json_value(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise _wrong(where, value, "plain JSON data")

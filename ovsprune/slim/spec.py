@@ -82,7 +82,7 @@ class LayerSpec:
     slices: tuple[SliceSpec, ...] = ()
 
     @property
-    def whole(self) -> bool:
+    def is_whole_attention(self) -> bool:
         """Whether this is an attention that is cut as a whole, and not slice by slice."""
         return self.kind == "heads" and not self.slices
 

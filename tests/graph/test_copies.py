@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ovsprune.graph.copies import copied
+from ovsprune.graph.copies import copy_model
 
 
 class Listening(nn.Module):
@@ -37,7 +37,7 @@ class Listening(nn.Module):
 
 def test_hooks_of_a_copy_write_into_the_copy() -> None:
     model, x = Listening(), torch.ones(2, 3)
-    clone = copied(model)
+    clone = copy_model(model)
     wanted = model(x)
     mine = model.heard[0]
     assert torch.equal(clone(x), wanted)
@@ -50,7 +50,7 @@ def test_a_copy_is_made_after_a_pass_with_gradients() -> None:
     model = Listening()
     model(torch.ones(2, 3))
     assert not model.heard[0].is_leaf
-    clone = copied(model)
+    clone = copy_model(model)
     assert clone.heard[0].is_leaf and torch.equal(clone.heard[0], model.heard[0])
     clone(torch.zeros(2, 3))
     assert not torch.equal(clone.heard[0], model.heard[0])
@@ -59,4 +59,4 @@ def test_a_copy_is_made_after_a_pass_with_gradients() -> None:
 def test_parts_may_stand_in() -> None:
     model = nn.Linear(2, 2)
     weight = nn.Parameter(torch.empty(2, 2, device="meta"))
-    assert copied(model, {id(model.weight): weight}).weight is weight
+    assert copy_model(model, {id(model.weight): weight}).weight is weight

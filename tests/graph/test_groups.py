@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Plan
-from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.graph.groups import find_groups
 
 
@@ -47,11 +47,11 @@ def test_a_norm_between_goes_along() -> None:
     assert group.macs == 256 * 9 * (3 + 6)
     assert group.params == 9 * 3 + 1 + 2 + 9 * 6
     plan = Plan({"g": torch.tensor([0, 3, 5])})
-    assert removed(group, plan).tolist() == [1, 2, 4, 6, 7]
+    assert removed_units(group, plan).tolist() == [1, 2, 4, 6, 7]
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         masked = nn.functional.relu(tower.norm(tower.first(x)))
-        masked[:, removed(group, plan)] = 0
+        masked[:, removed_units(group, plan)] = 0
         expected = tower.second(masked)
         cut(tower, [group], plan)
         torch.testing.assert_close(tower(x), expected, atol=1e-5, rtol=1e-5)
