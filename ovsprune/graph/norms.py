@@ -87,7 +87,7 @@ def unfold_norm(
 
     Args:
         layer: The layer with the norm in it, as it is now.
-        place: The other half of what :func:`fold_norm` gave; its own tensors are cut as the layer is.
+        place: Second result of :func:`fold_norm`; its own tensors are cut like the layer's.
         columns: int64, the input channels that were kept; None for all.
         rows: int64, the output channels that were kept; None for all.
 
