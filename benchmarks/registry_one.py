@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES, timm_source, transformers_source
-from ovsprune.baselines.torch_pruning import STOCK, TorchPruning
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS, TorchPruning
 from ovsprune.core.errors import OvspruneError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
@@ -108,7 +108,9 @@ def masked_and_stock(
     seeds = [seed for seed in family.prunable_layers(dense) if seed.name in plan.kept]
     groups = find_groups(dense, seeds, size)
     try:
-        stock = TorchPruning("", STOCK["torch-pruning-uniform"], backbone.tower, groups, size)
+        stock = TorchPruning(
+            "", TORCH_PRUNING_METHODS["torch-pruning-uniform"], backbone.tower, groups, size
+        )
         share = stock.prune(RATIO, RATIO).achieved
     except Exception as error:  # whatever another library does
         print(f"Torch-Pruning: {error!r}", file=sys.stderr)

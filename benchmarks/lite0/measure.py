@@ -69,7 +69,7 @@ class FeatureExaminer:
         self._backbone, self._pictures, self._batch_size = backbone, pictures, batch_size
         self._wanted = list(self._outputs(backbone.tower))
 
-    def examine(self, tower: nn.Module, label: str) -> dict[str, float]:
+    def score(self, tower: nn.Module, label: str) -> dict[str, float]:
         """Figures of a tower: :data:`FIGURES`."""
         dense, pooled = Agreement(), Agreement()
         for wanted, found in zip(self._wanted, self._outputs(tower.eval()), strict=True):

@@ -1,8 +1,8 @@
-"""Iterative magnitude pruning of whole units: what ``--imp-structured`` ranks, removes and trains.
+"""Iterative magnitude pruning (IMP) of whole units: ``--method imp --imp-structured``.
 
-The paper's rounds (see :mod:`ovsprune.baselines.imp_weights`), with a unit of a group in the place
-of a single weight: a unit's size is the mean absolute value of the weights that go with it, so that
-a head and an MLP unit, which differ much in how many those are, can be ranked together.
+The rounds are those of the paper (see :mod:`ovsprune.baselines.imp_weights`), with units in place
+of single weights. The magnitude of a unit is the mean absolute value of its weights, so that heads
+and MLP units, which have different numbers of weights, can be ranked together.
 """
 
 from __future__ import annotations
@@ -14,16 +14,72 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.allocation.trim import cost, partners, spare, step_price
+from ovsprune.backbones import FAMILIES
 from ovsprune.baselines.imp_checkpoint import RoundsFile
 from ovsprune.baselines.masked_training import MaskedTraining
+from ovsprune.core.clock import Clock
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import AllocationContext, Budget, Pictures, Stages
+from ovsprune.core.protocols import AllocationContext, Backbone, Budget, Pictures, Stages
 from ovsprune.core.records import Group, Plan, Scores
 from ovsprune.graph.layers import bias_of, weight_of
 from ovsprune.masks.magnitude import RATE
 from ovsprune.pruning.config import PruneConfig
+from ovsprune.pruning.search_space import min_units_by_group
+from ovsprune.pruning.selection import Selection, SelectionContext
 
-__all__ = ["prune_units", "remove_smallest", "unit_sizes"]
+__all__ = ["ImpSelector", "imp_selector", "prune_units", "remove_smallest", "unit_sizes"]
+
+
+class ImpSelector:
+    """Selects units by iterative magnitude pruning, and trains the tower in between.
+
+    Args:
+        backbone: Model to prune.
+        config: Configuration with the method ``"imp"``.
+        progress: Progress reporter.
+        clock: Receives the seconds.
+    """
+
+    def __init__(
+        self, backbone: Backbone, config: PruneConfig, progress: Progress, clock: Clock
+    ) -> None:
+        self.backbone, self.config = backbone, config.for_model(backbone)
+        self.progress, self.clock = progress, clock
+
+    def select(self, ctx: SelectionContext) -> Selection:
+        """Select units, and return the trained tower with them.
+
+        Raises:
+            BudgetError: The minimum units of the groups cost more than the budget.
+            DataError: The file of rounds belongs to another training.
+        """
+        ranked = {
+            "groups": min_units_by_group(ctx.groups),
+            "budget": ctx.budget.kind,
+            "target": ctx.budget.target,
+        }
+        rounds = RoundsFile(self.config, self.backbone, ctx.pictures, ranked, self.progress)
+        plan, trained = prune_units(
+            ctx.tower,
+            ctx.groups,
+            ctx.budget,
+            ctx.pictures,
+            FAMILIES.get(self.backbone.family).stages,
+            self.config,
+            rounds,
+            self.progress,
+        )
+        self.clock.lap("imp")
+        return Selection(plan, trained)
+
+
+def imp_selector(
+    backbone: Backbone, config: PruneConfig, progress: Progress, clock: Clock
+) -> ImpSelector | None:
+    """Return the selector of the method ``"imp"``; None for another method."""
+    if config.method != "imp":
+        return None
+    return ImpSelector(backbone, config, progress, clock)
 
 
 def prune_units(

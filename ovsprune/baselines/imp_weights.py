@@ -1,17 +1,19 @@
-"""Iterative magnitude pruning, the method of OpenTrans (Xu et al., CVPR 2024), of single weights.
+"""Iterative magnitude pruning (IMP) of single weights, the method of OpenTrans (CVPR 2024).
 
-A round removes a tenth of the weights that remain, the smallest of all layers together (L1), and
-then trains what is left to have the dense tower's features: a loss that sees no class, so that the
-masks serve any task. The first layer is left out of the ranking. The result has zeros and no fewer
-numbers: it saves storage and not time; ``imp_structured=True`` in :func:`ovsprune.prune` removes
-whole units in the same rounds.
+Every round sets a tenth of the remaining weights to zero, those of smallest magnitude over all
+layers (L1), and then trains the remaining weights to reproduce the dense tower's features. This
+loss uses no class names, so the masks transfer to other tasks. The first layer is not ranked. The
+result has zeros in tensors of the dense shapes: it needs less storage and the same time.
+``imp_structured=True`` in :func:`ovsprune.prune` removes whole units in the same rounds.
+
+Source: Xu et al., Transferable and Principled Efficiency for Open-Vocabulary Segmentation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from ovsprune import backbones
 from ovsprune.baselines.imp_checkpoint import RoundsFile
+from ovsprune.baselines.imp_result import ImpResult, Round
 from ovsprune.baselines.masked_training import MaskedTraining
-from ovsprune.calibration.fidelity import Fidelity, fidelity
+from ovsprune.calibration.fidelity import fidelity
 from ovsprune.calibration.pictures import calibration_hash, open_pictures
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError
@@ -31,94 +34,18 @@ from ovsprune.core.protocols import Backbone, Pictures
 from ovsprune.core.records import Costs
 from ovsprune.graph.costs import count_costs
 from ovsprune.graph.products import Product, find_products
-from ovsprune.jobs.prune import DTYPES, cast, open_dense
 from ovsprune.masks.directory import check_place, write_unstructured
 from ovsprune.masks.magnitude import RATE, keep_largest, kept_by_round
-from ovsprune.masks.spec import NOTE, MaskedSpec, WeightSpec
+from ovsprune.masks.spec import MaskedSpec, WeightSpec
 from ovsprune.profiling.timing import thread_limit
 from ovsprune.pruning.command_line import command_of
 from ovsprune.pruning.config import PruneConfig, config_of
+from ovsprune.pruning.loading import cast, check_dtype, open_dense
 from ovsprune.pruning.pipeline import HELD_OUT
 from ovsprune.report.unstructured import unstructured_card
 from ovsprune.slim.hashing import base_spec
 
-__all__ = ["ImpResult", "Round", "imp"]
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round.
-
-    Attributes:
-        kept: Weights that are left after it.
-        sparsity: Share of the ranked weights that is zero after it.
-        loss: Feature loss before its first training step, and before its last; empty without
-            training.
-    """
-
-    kept: int
-    sparsity: float
-    loss: tuple[float, ...]
-
-
-@dataclass(eq=False)
-class ImpResult:
-    """Result of :func:`imp`.
-
-    Attributes:
-        spec: What ``config.json`` says.
-        tower: The masked tower, in the dense tower's own modules.
-        masks: Parameter's name to bool of its shape, True where the weight stays.
-        rounds: What every round did.
-        path: Where it was written, or None.
-        fidelity: On held-out calibration pictures.
-        seconds: Time by step.
-    """
-
-    spec: MaskedSpec
-    tower: nn.Module
-    masks: dict[str, Tensor]
-    rounds: list[Round]
-    path: Path | None
-    settings: PruneConfig
-    fidelity: Fidelity
-    seconds: dict[str, float]
-
-    def record(self) -> dict[str, Any]:
-        """Return the record that ``ovsprune prune --method imp --json`` prints."""
-        spec = self.spec
-        costs = {"macs": spec.dense.macs, "params": spec.dense.params}
-        nonzero = {"macs": spec.nonzero.macs, "params": spec.nonzero.params}
-        return {
-            "model": spec.base.model,
-            "pretrained": spec.base.pretrained,
-            "trained": spec.base.trained,
-            "kind": "unstructured",
-            "note": NOTE,
-            "ratio": self.settings.ratio,
-            "budget": "weights",
-            "achieved": spec.sparsity,
-            "dense": costs,
-            "slim": costs,
-            "nonzero": {**nonzero, "flops": 2 * spec.nonzero.macs},
-            "fidelity": {
-                "cosine": self.fidelity.cosine,
-                "relative_error": self.fidelity.relative_error,
-            },
-            "seed": self.settings.seed,
-            **self.settings.described(),
-            "rounds": [
-                {"kept": r.kept, "sparsity": r.sparsity, "loss": list(r.loss)} for r in self.rounds
-            ],
-            "weights": [
-                {"name": w.name, "count": w.count, "zeros": w.zeros, "sparsity": w.sparsity}
-                for w in spec.weights
-            ],
-            "excluded": list(spec.excluded),
-            "seconds": round(sum(self.seconds.values()), 3),
-            "timings": {step: round(value, 3) for step, value in self.seconds.items()},
-            "output": None if self.path is None else str(self.path),
-        }
+__all__ = ["imp"]
 
 
 def imp(
@@ -157,7 +84,7 @@ def imp(
         text: Save the unmodified text tower too.
         progress: Progress reporter.
         options: Options of :class:`ovsprune.PruneConfig`, which win over those of ``config``; those
-            of :class:`~ovsprune.baselines.imp_config.ImpConfig` begin with ``imp_``.
+            of :class:`~ovsprune.pruning.imp_config.ImpConfig` begin with ``imp_``.
 
     Raises:
         OptionError: A value is out of its range, or not for this method.
@@ -168,15 +95,14 @@ def imp(
     settings = config_of(ratio, config, {**options, "method": "imp"})
     if settings.imp.structured:
         raise OptionError("imp_structured=True prunes units: call ovsprune.prune")
-    if dtype not in DTYPES:
-        raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     progress = progress or Silent()
     target = _target(model, settings.ratio, output, overwrite, dry_run)
     clock = Clock()
     with thread_limit(threads):
         model = open_dense(model, pretrained, activation, device, progress, clock)
         settings = settings.for_model(model)
-        result = _Job(model, settings, progress, clock).run()
+        result = _WeightPruning(model, settings, progress, clock).run()
     if target is not None:
         command = command_of(model, settings, dtype, text)
         made = {**result.spec.provenance, "command": command}
@@ -194,15 +120,15 @@ def imp(
     return result
 
 
-class _Job:
-    """The rounds on one loaded backbone."""
+class _WeightPruning:
+    """Rounds of pruning and training on one loaded backbone."""
 
     def __init__(
         self, backbone: Backbone, settings: PruneConfig, progress: Progress, clock: Clock
     ) -> None:
         self.backbone, self.settings = backbone, settings
         self.progress, self.clock = progress, clock
-        # Half precision is for files: training needs float32.
+        # Training needs float32; half precision is for files only.
         self.dense = deepcopy(backbone.tower).float().eval().requires_grad_(False)
         self.student = deepcopy(self.dense)
 
@@ -283,7 +209,7 @@ class _Job:
     def _resumed(
         self, kept: RoundsFile, plan: Sequence[int]
     ) -> tuple[dict[str, Tensor], list[Round]]:
-        """Masks and rounds of the file, whose weights the student gets."""
+        """Return masks and rounds of the file, and load its weights into the student."""
 
         def check(told: list[dict[str, Any]]) -> None:
             if [r["kept"] for r in told] != list(plan[: len(told)]):
@@ -311,7 +237,7 @@ class _Job:
     ) -> MaskedSpec:
         backbone, settings = self.backbone, self.settings
         zeros = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}
-        # as the paper counts: a zero weight costs nothing, wherever it multiplies
+        # The paper's count: a zero weight costs no multiplication.
         unused = sum(p.macs * zeros[p.name] // masks[p.name].numel() for p in ranked)
         return MaskedSpec(
             base=base_spec(
@@ -339,7 +265,7 @@ class _Job:
 
 
 def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[Product], list[str]]:
-    """Weights that are ranked, and the names of the others: the first layer's, and protected ones.
+    """Return the ranked weights, and the names of the first layer's and the protected weights.
 
     Raises:
         OptionError: A pattern matches nothing, or nothing is left.
@@ -362,7 +288,7 @@ def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[P
 def _target(
     model: str | Backbone, ratio: float, output: str | Path | None, overwrite: bool, dry_run: bool
 ) -> Path | None:
-    """Where to write, checked before the work begins; not ``slim/``, where transfers look."""
+    """Return the output directory, checked before the work begins; ``slim/`` is for transfer."""
     if dry_run or (output is None and isinstance(model, Backbone)):
         return None
     name = model if isinstance(model, str) else model.name

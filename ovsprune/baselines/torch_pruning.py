@@ -28,11 +28,17 @@ from ovsprune.graph.costs import count_costs
 from ovsprune.pruning.config import TOLERANCE
 from ovsprune.report.numbers import budget_name
 
-__all__ = ["STOCK", "Selection", "StockMethod", "TorchPruning", "feature_gradients"]
+__all__ = [
+    "TORCH_PRUNING_METHODS",
+    "TorchPruning",
+    "TorchPruningMethod",
+    "TorchPruningResult",
+    "feature_gradients",
+]
 
 
 @dataclass(frozen=True)
-class StockMethod:
+class TorchPruningMethod:
     """Arguments of Torch-Pruning's ``BasePruner``.
 
     Attributes:
@@ -55,15 +61,15 @@ class StockMethod:
         return made
 
 
-STOCK: Mapping[str, StockMethod] = {
-    "torch-pruning": StockMethod("Torch-Pruning: group magnitude, ranked globally"),
-    "torch-pruning-uniform": StockMethod(
+TORCH_PRUNING_METHODS: Mapping[str, TorchPruningMethod] = {
+    "torch-pruning": TorchPruningMethod("Torch-Pruning: group magnitude, ranked globally"),
+    "torch-pruning-uniform": TorchPruningMethod(
         "Torch-Pruning: group magnitude, the same share of every layer", global_pruning=False
     ),
-    "torch-pruning-taylor": StockMethod(
+    "torch-pruning-taylor": TorchPruningMethod(
         "Torch-Pruning: group Taylor with a label-free feature loss, ranked globally", taylor=True
     ),
-    "torch-pruning-isomorphic": StockMethod(
+    "torch-pruning-isomorphic": TorchPruningMethod(
         "Torch-Pruning: group magnitude, ranked within isomorphic groups", isomorphic=True
     ),
 }
@@ -78,7 +84,7 @@ Pair = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class TorchPruningResult:
     """What Torch-Pruning did at one ratio of its own.
 
     Attributes:
@@ -109,7 +115,7 @@ class TorchPruning:
     def __init__(
         self,
         name: str,
-        method: StockMethod,
+        method: TorchPruningMethod,
         tower: nn.Module,
         groups: Sequence[Group],
         size: tuple[int, int],
@@ -126,7 +132,7 @@ class TorchPruning:
         self._dense = self._cost(tower)
         self._tried: dict[Pair, float] = {}
 
-    def reach(self, ratio: float) -> Selection:
+    def reach(self, ratio: float) -> TorchPruningResult:
         """Bisect the library's own ratio until the measured cost is what was asked for.
 
         One ratio serves widths and heads at first, as in the library's examples. Heads are coarse,
@@ -147,7 +153,7 @@ class TorchPruning:
             raise BudgetError(self._too_far(tried, ratio))
         return self.prune(*min(tried, key=lambda pair: self._off([pair], ratio)))
 
-    def prune(self, widths: float, heads: float) -> Selection:
+    def prune(self, widths: float, heads: float) -> TorchPruningResult:
         """Run ``BasePruner`` once on a copy, with these pruning ratios of its own."""
         tower = deepcopy(self.tower).requires_grad_(True)
         for name, parameter in tower.named_parameters():
@@ -168,7 +174,7 @@ class TorchPruning:
         for parameter in tower.parameters():
             parameter.grad = None
         achieved = 1 - self._cost(tower) / self._dense
-        return Selection(tower, self._plan(gone), achieved)
+        return TorchPruningResult(tower, self._plan(gone), achieved)
 
     def _cost(self, tower: nn.Module) -> int:
         return count_costs(tower, self.size).of(self.budget)

@@ -2,94 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ovsprune.backbones import FAMILIES
-from ovsprune.baselines.torch_pruning import STOCK, TorchPruning, feature_gradients
+from ovsprune.baselines.imp_units import imp_selector
+from ovsprune.baselines.torch_pruning_selector import TorchPruningRuns, TorchPruningSelector
 from ovsprune.calibration.pictures import open_pictures
 from ovsprune.comparison.methods import Method
 from ovsprune.comparison.scoring import Scorer
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import Backbone, Budget, Family, Pictures
-from ovsprune.core.records import Group, Plan
+from ovsprune.core.protocols import Backbone
+from ovsprune.core.records import Group
 from ovsprune.graph.costs import count_costs
-from ovsprune.graph.groups import find_groups
 from ovsprune.pruning.config import PruneConfig
-from ovsprune.pruning.pipeline import HELD_OUT, Pipeline, split_seeds
-from ovsprune.pruning.planning import Surveys
-from ovsprune.pruning.search_space import with_floors
+from ovsprune.pruning.criterion_selector import CriterionSelector, Surveys
+from ovsprune.pruning.pipeline import HELD_OUT, Pipeline
+from ovsprune.pruning.search_space import SearchSpace, raise_min_units
+from ovsprune.pruning.selection import UnitSelector
 
 __all__ = ["ComparisonRunner"]
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A stock method's tower: of which method, in which form, and with whose gradients."""
-
-    name: str
-    rewritten: bool
-    seed: int | None
-
-
 class ComparisonRunner:
-    """Makes rows for one dense model; what rows have in common is done once.
+    """Makes the rows of a comparison for one dense model.
 
-    Shared are the dense tower's features, the surveys (rankings and curves) of a criterion and
-    seed, and the towers, gradients and tried ratios of a stock method.
+    Rows share the dense tower's features, the surveys (rankings and error curves) of a criterion
+    and seed, and the runs of Torch-Pruning.
 
     Args:
-        backbone: The dense model.
-        settings: What holds for every row; ratio, seed and the parts of the method are replaced.
-        examiner: Scores the towers.
-        progress: Told of every step.
+        backbone: Dense model.
+        config: Options that hold for every row; ratio, seed and the method's options are replaced.
+        scorer: Scores the towers.
+        progress: Progress reporter.
     """
 
     def __init__(
-        self, backbone: Backbone, settings: PruneConfig, examiner: Scorer, progress: Progress
+        self, backbone: Backbone, config: PruneConfig, scorer: Scorer, progress: Progress
     ) -> None:
-        self.backbone, self.settings = backbone, settings.for_model(backbone)
-        self.examiner, self.progress = examiner, progress
-        self.family: Family = FAMILIES.get(backbone.family)
+        self.backbone, self.config = backbone, config.for_model(backbone)
+        self.scorer, self.progress = scorer, progress
         self._surveys: Surveys = {}
-        self._stock: dict[_Form, TorchPruning] = {}
+        self._torch_pruning = TorchPruningRuns(backbone)
         self._groups: list[Group] | None = None
 
     def check(self, methods: Sequence[Method] = ()) -> None:
-        """Refuse, before any row is made, what no row could be made with.
+        """Refuse patterns that match nothing, before any row is made.
 
         Raises:
-            OptionError: A pattern of ``settings.protect`` or of a method's floor matches nothing,
-                or the former leave nothing.
+            OptionError: A pattern of ``protect`` or of a method's ``floor`` matches nothing, or
+                ``protect`` leaves nothing to cut.
         """
-        if self.settings.protect:
-            self._found()
+        if self.config.protect:
+            self._shared_groups()
         for method in methods:
-            settings = method.settings(self.settings)
-            if settings.floor:
-                with_floors(self._found(), settings.floor)
+            config = method.settings(self.config)
+            if config.floor:
+                raise_min_units(self._shared_groups(), config.floor)
 
     def row(self, method: Method, ratio: float, seed: int) -> dict[str, Any]:
-        """Prune and score; where a method cannot do that to this model, the row says so.
+        """Prune and score once.
 
         Returns:
-            ``status`` ("done" or "unreachable": the budget is out of reach, or the method needs
-            what the model has not), ``reason`` (of an unreachable row, else None),
-            ``macs, params, achieved, miou, pixel_accuracy, relative_error`` (None where there is
-            no tower), and ``seconds`` of the pruning, a shared survey counted in full.
+            ``status``: ``"done"``, or ``"unreachable"`` if the method cannot reach the budget or
+            does not apply to this model; ``reason`` of an unreachable row, otherwise None;
+            ``macs, params, achieved, miou, pixel_accuracy, relative_error``, None without a tower;
+            and ``seconds`` of the pruning, in which a shared survey counts in full.
         """
         clock = Clock()
-        settings = method.settings(replace(self.settings, ratio=ratio, seed=seed))
+        config = method.settings(replace(self.config, ratio=ratio, seed=seed))
         title = f"{method.name}, ratio {ratio:g}, seed {seed}"
         try:
             with self.progress.stage(f"pruning: {title}", 1) as advance:
-                tower = self._prune(method, settings, clock)
+                tower = self._prune(method, config, clock)
                 advance(1)
         except (BudgetError, OptionError) as error:
             empty = dict.fromkeys(
@@ -103,80 +93,52 @@ class ComparisonRunner:
             "reason": None,
             "macs": slim.macs,
             "params": slim.params,
-            "achieved": 1 - slim.of(settings.budget) / dense.of(settings.budget),
-            **self.examiner.examine(tower, title),
+            "achieved": 1 - slim.of(config.budget) / dense.of(config.budget),
+            **self.scorer.score(tower, title),
             "seconds": round(sum(clock.seconds.values()), 3),
         }
 
-    def _prune(self, method: Method, settings: PruneConfig, clock: Clock) -> nn.Module:
-        if method.source != "torch-pruning":
-            job = Pipeline(self.backbone, settings, self.progress, clock, self._surveys)
-            return job.run().tower
-        if method.recovery is not None:
-            planner = self._planner(method, settings)
-            return (
-                Pipeline(self.backbone, settings, self.progress, clock, planner=planner).run().tower
-            )
+    def _prune(self, method: Method, config: PruneConfig, clock: Clock) -> nn.Module:
+        if method.source == "torch-pruning" and method.recovery is None:
+            return self._prune_original(method, config, clock)
+        selector = self._selector(method, config, clock)
+        return Pipeline(self.backbone, config, self.progress, clock, selector).run().tower
+
+    def _selector(self, method: Method, config: PruneConfig, clock: Clock) -> UnitSelector:
+        """Return the selector of a method."""
+        if method.source == "torch-pruning":
+            return TorchPruningSelector(self._torch_pruning, method.criterion, config)
+        imp = imp_selector(self.backbone, config, self.progress, clock)
+        if imp is not None:
+            return imp
+        return CriterionSelector(self.backbone, config, self.progress, clock, self._surveys)
+
+    def _prune_original(self, method: Method, config: PruneConfig, clock: Clock) -> nn.Module:
+        """Return the tower that Torch-Pruning makes of the original tower, without our graph."""
         pictures, _ = open_pictures(
-            settings.calibration,
+            config.calibration,
             self.backbone.preprocess,
-            settings.pictures,
+            config.pictures,
             HELD_OUT,
-            settings.seed,
+            config.seed,
             self.progress,
         )
-        tower = self.backbone.tower
-        stock = self._stock_of(method, settings, tower, self._found(), pictures, rewritten=False)
-        cut = stock.reach(settings.ratio).tower
+        run = self._torch_pruning.run(
+            method.criterion,
+            config,
+            self.backbone.tower,
+            self._shared_groups(),
+            pictures,
+            rewritten=False,
+        )
+        tower = run.reach(config.ratio).tower
         clock.lap("prune")
-        return cut
+        return tower
 
-    def _planner(
-        self, method: Method, settings: PruneConfig
-    ) -> Callable[[nn.Module, list[Group], Budget, Pictures], Plan]:
-        """Torch-Pruning's selection on our rewritten tower, as a plan."""
-
-        def plan(dense: nn.Module, groups: list[Group], budget: Budget, pictures: Pictures) -> Plan:
-            stock = self._stock_of(method, settings, dense, groups, pictures, rewritten=True)
-            return stock.reach(1 - budget.target / budget.dense).plan
-
-        return plan
-
-    def _stock_of(
-        self,
-        method: Method,
-        settings: PruneConfig,
-        tower: nn.Module,
-        groups: list[Group],
-        pictures: Pictures,
-        *,
-        rewritten: bool,
-    ) -> TorchPruning:
-        stock = STOCK[method.criterion]
-        form = _Form(method.criterion, rewritten, settings.seed if stock.taylor else None)
-        if form not in self._stock:
-            gradients = {}
-            if stock.taylor:
-                stages, batch_size = self.family.stages, settings.batch_size
-                gradients = feature_gradients(tower, stages, pictures, batch_size, settings.seed)
-            size = self.backbone.preprocess.size
-            self._stock[form] = TorchPruning(
-                form.name,
-                stock,
-                tower,
-                groups,
-                size,
-                gradients,
-                settings.budget,
-                settings.round_to,
-            )
-        return self._stock[form]
-
-    def _found(self) -> list[Group]:
-        """What our methods may cut, found on a rewritten copy."""
+    def _shared_groups(self) -> list[Group]:
+        """Return the groups that our methods may cut by default, found on a rewritten copy."""
         if self._groups is None:
             dense = deepcopy(self.backbone.tower).eval().requires_grad_(False)
-            self.family.rewrite(dense)
-            free, _ = split_seeds(self.family.prunable_layers(dense), self.settings.protect)
-            self._groups = find_groups(dense, free, self.backbone.preprocess.size)
+            space = SearchSpace.build(self.backbone, dense, protect=self.config.protect)
+            self._groups = space.groups
         return self._groups

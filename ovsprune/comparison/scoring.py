@@ -12,9 +12,9 @@ from ovsprune.calibration.activation_cache import allocate
 from ovsprune.calibration.fidelity import Agreement
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone
+from ovsprune.evaluation.backbone_scores import zero_shot_head
 from ovsprune.evaluation.datasets import Sample, SegmentationData
 from ovsprune.evaluation.zero_shot import evaluate
-from ovsprune.jobs.evaluate import head
 
 __all__ = ["KeptData", "Scorer"]
 
@@ -93,7 +93,7 @@ class Scorer:
 
         return self._pass(self._backbone.tower, "scoring the dense tower", keep)
 
-    def examine(self, tower: nn.Module, label: str) -> dict[str, float]:
+    def score(self, tower: nn.Module, label: str) -> dict[str, float]:
         """``miou``, ``pixel_accuracy`` and ``relative_error`` of a tower.
 
         Args:
@@ -117,7 +117,7 @@ class Scorer:
         self, tower: nn.Module, label: str, see: Callable[[Tensor], None]
     ) -> dict[str, float]:
         backbone = dataclasses.replace(self._backbone, tower=tower.eval())
-        plain = head(backbone, self._embeddings, self._centred)
+        plain = zero_shot_head(backbone, self._embeddings, self._centred)
 
         @torch.no_grad()
         def features(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Seconds by step."""
+"""Timing of the steps of a job."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Seconds by step."""
+    """Accumulates seconds per step.
+
+    Attributes:
+        seconds: Seconds by name of the step.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """Count the time since the last lap for ``step``."""
+        """Add the time since the last lap to ``step``."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now
 
     def add(self, step: str, seconds: float) -> None:
-        """Count ``seconds``, whoever spent them, and start the next lap now."""
+        """Add ``seconds`` to ``step``, and start the next lap now."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
         self._last = time.perf_counter()

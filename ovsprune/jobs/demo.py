@@ -146,7 +146,7 @@ class _Demo:
         self, place: Path, ratio: float, scenes: int, seed: int, progress: Progress
     ) -> None:
         from ovsprune.backbones import load_backbone
-        from ovsprune.jobs.evaluate import class_embeddings
+        from ovsprune.evaluation.backbone_scores import class_embeddings
 
         self.place, self.ratio, self.seed, self.progress = place, ratio, seed, progress
         dense = load_backbone(MODEL)
@@ -182,7 +182,7 @@ class _Demo:
 
     def score(self) -> None:
         """Zero-shot mIoU of every tower on the same test scenes."""
-        from ovsprune.jobs.evaluate import score_backbone
+        from ovsprune.evaluation.backbone_scores import score_backbone
 
         for method, backbone in self.towers.items():
             self.found[method] = score_backbone(
@@ -204,10 +204,12 @@ class _Demo:
 
     def draw(self) -> Path:
         """Scene, labels, dense and slim segmentation side by side."""
-        from ovsprune.jobs.evaluate import head
+        from ovsprune.evaluation.backbone_scores import zero_shot_head
         from ovsprune.report.pictures import side_by_side
 
-        heads = [head(self.towers[method], self.embeddings) for method in ("dense", "default")]
+        heads = [
+            zero_shot_head(self.towers[method], self.embeddings) for method in ("dense", "default")
+        ]
         rows = [
             (sample.image, [sample.label, *(one.segment(sample.image) for one in heads)])
             for sample in self.data.samples[:SHOWN]

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ovsprune import backbones
 from ovsprune._version import __version__
-from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import ExportError, OptionError, OutputError
 from ovsprune.core.files import flush, staged_file
 from ovsprune.core.progress import Progress, Silent
@@ -35,6 +34,7 @@ from ovsprune.exporting.onnx_graph import (
 from ovsprune.graph.costs import count_costs
 from ovsprune.profiling.timing import Pass, alternate, paired_speedup, thread_limit
 from ovsprune.pruning.provenance import make_spec
+from ovsprune.pruning.search_space import SearchSpace
 from ovsprune.slim import SlimCheckpoint, SlimTower
 from ovsprune.slim.load import tower_of
 
@@ -196,8 +196,8 @@ def _tower(backbone: Backbone) -> SlimTower:
     given = backbone.slim
     if not isinstance(given, SlimCheckpoint):
         costs = count_costs(backbone.tower, backbone.preprocess.size)
-        family = FAMILIES.get(backbone.family)
-        spec = make_spec(backbone, family, (), Plan({}), (), (costs, costs), {})
+        nothing = SearchSpace(tower=backbone.tower, layers=(), groups=[], protected={})
+        spec = make_spec(backbone, nothing, Plan({}), (costs, costs), {})
         tensors = {f"visual.{k}": v.cpu() for k, v in backbone.tower.state_dict().items()}
         given = SlimCheckpoint(Path(backbone.name), spec, {}, tensors)
     return tower_of(given).float().requires_grad_(False)

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from ovsprune.baselines.imp_config import ImpConfig
 from ovsprune.core.config import Config
 from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import OptionError
 from ovsprune.core.option_docs import documented
 from ovsprune.core.options import Requirement, option, section
 from ovsprune.pruning import registries
+from ovsprune.pruning.imp_config import ImpConfig
 
 if TYPE_CHECKING:
     from ovsprune.core.protocols import Backbone, Criterion, Recovery

@@ -1,46 +1,45 @@
-"""The steps of a prune, on a loaded backbone: group, plan, cut and recover, check."""
+"""The steps of a prune on a loaded backbone: search space, selection, cut, recovery, check."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.baselines.imp_checkpoint import RoundsFile
-from ovsprune.baselines.imp_units import prune_units
 from ovsprune.calibration.batch_norms import recalibrate_batchnorm
 from ovsprune.calibration.fidelity import Fidelity, fidelity
 from ovsprune.calibration.pictures import open_pictures, unseen_pictures
 from ovsprune.core.clock import Clock
-from ovsprune.core.errors import BudgetError, OptionError
+from ovsprune.core.errors import BudgetError
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import Backbone, Family, Pictures, PrunableLayer, RecoveryContext
+from ovsprune.core.protocols import Backbone, Budget, Family, Pictures, RecoveryContext
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.graph.costs import count_costs
 from ovsprune.graph.cut import cut, kept_rows
-from ovsprune.graph.groups import find_groups, with_costs
+from ovsprune.graph.groups import with_costs
 from ovsprune.profiling.latency import compare_latency
+from ovsprune.pruning.budgets import counted_budget, plan_cost, timed_budget
 from ovsprune.pruning.config import TOLERANCE, PruneConfig
-from ovsprune.pruning.planning import Planner, Planning, Surveys
+from ovsprune.pruning.criterion_selector import CriterionSelector
 from ovsprune.pruning.provenance import make_spec, provenance
-from ovsprune.pruning.reprune import in_base, marked
+from ovsprune.pruning.reprune import in_base
 from ovsprune.pruning.rounds import compose, keep_all, ratios, reindex_groups
-from ovsprune.pruning.search_space import with_floors, without_floors
+from ovsprune.pruning.search_space import SearchSpace
+from ovsprune.pruning.selection import Selection, SelectionContext, UnitSelector
 from ovsprune.slim import SlimSpec
 
-__all__ = ["HELD_OUT", "Pipeline", "Pruned", "split_seeds"]
+__all__ = ["HELD_OUT", "Pipeline", "Pruned"]
 
 HELD_OUT = 32
-"""Pictures that calibration never sees, on which the fidelity is measured."""
+"""Number of images on which the fidelity is measured; they are not used for calibration."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """What a job gave; see :class:`ovsprune.jobs.prune.PruneResult`."""
+    """Result of :meth:`Pipeline.run`; see :class:`ovsprune.jobs.prune.PruneResult`."""
 
     spec: SlimSpec
     tower: nn.Module
@@ -50,203 +49,209 @@ class Pruned:
     latency: dict[str, float] | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """Slim tower after the last round.
+
+    Attributes:
+        plan: Kept units in the coordinates of the search space.
+        tower: Slim tower, rewritten.
+        budget: Budget of the last round.
+        cost: Cost of the tower, in the budget's unit and by the budget's prices.
+    """
+
+    plan: Plan
+    tower: nn.Module
+    budget: Budget
+    cost: float
+
+
 class Pipeline:
     """One prune of one loaded backbone.
 
     Args:
-        backbone: What is pruned; it is not changed.
-        settings: What decides the prune.
-        progress: Is told how the work goes.
-        clock: Keeps the seconds.
-        surveys: Surveys that are there already; new ones are added.
-        planner: Chooses the units instead of the settings' criterion and allocation.
+        backbone: Model to prune; it is not changed.
+        config: Configuration of the prune.
+        progress: Progress reporter.
+        clock: Receives the seconds of every step.
+        selector: Selects the units; by default the criterion and allocation of ``config``.
+
+    Raises:
+        OptionError: The configuration is not valid.
+        UnknownNameError: A name in the configuration is unknown.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        settings: PruneConfig,
+        config: PruneConfig,
         progress: Progress,
         clock: Clock,
-        surveys: Surveys | None = None,
-        planner: Planner | None = None,
+        selector: UnitSelector | None = None,
     ) -> None:
-        settings = settings.for_model(backbone)
-        self.backbone, self.settings, self.progress = backbone, settings, progress
-        self.clock = clock
+        config = config.for_model(backbone)
+        config.check()
+        self.backbone, self.config = backbone, config
+        self.progress, self.clock = progress, clock
         self.family: Family = FAMILIES.get(backbone.family)
-        self.planning = Planning(
-            backbone, self.family, settings, progress, clock, {} if surveys is None else surveys
-        )
-        self.planner: Planner = planner or self.planning.plan
-        self.recoveries = settings.recoveries
+        self.selector = selector or CriterionSelector(backbone, config, progress, clock)
+        self.recoveries = config.recoveries
         self.unseen: Pictures | None = None
-        self.device = next(backbone.tower.parameters()).device
 
     def run(self) -> Pruned:
-        """The whole of it."""
-        size = self.backbone.preprocess.size
-        # Half precision is for files: second moments and repairs need float32.
-        dense = deepcopy(self.backbone.tower).float().eval().requires_grad_(False)
+        """Prune the backbone.
+
+        Raises:
+            BudgetError: The ratio cannot be reached.
+            OptionError: An option does not apply to this model.
+            DataError: The calibration images cannot be used.
+        """
+        size, config = self.backbone.preprocess.size, self.config
+        dense = self._copy()
         base = count_costs(dense, size)
-        self.family.rewrite(dense)
-        seeds = self.family.prunable_layers(dense)
-        if self.settings.uniform_heads:
-            seeds = self._all_heads(seeds)
-        free, protected = split_seeds(seeds, self.settings.protect)
-        groups = marked(self.backbone.slim, find_groups(dense, free, size))
-        if self.settings.prune_depth:
-            groups = without_floors(dense, groups)
-        groups = with_floors(groups, self.settings.floor)
-        self.clock.lap("graph")
-        pictures, held_out = open_pictures(
-            self.settings.calibration,
-            self.backbone.preprocess,
-            self.settings.pictures,
-            HELD_OUT,
-            self.settings.seed,
-            self.progress,
+        space = SearchSpace.build(
+            self.backbone,
+            dense,
+            protect=config.protect,
+            floor=config.floor,
+            uniform_heads=config.uniform_heads,
+            prune_depth=config.prune_depth,
         )
-        if any(recovery.trains for recovery in self.recoveries):
-            self.unseen = unseen_pictures(
-                self.settings.calibration,
-                self.backbone.preprocess,
-                self.settings.pictures,
-                HELD_OUT,
-                self.settings.seed,
-                HELD_OUT,
-            )
-            if self.unseen is None:
-                self.progress.note(
-                    f"{self.settings.calibration} has no pictures left to judge the training by: "
-                    "an eighth of calibration's serve, which the refits have seen. "
-                    f"{self.settings.pictures + 2 * HELD_OUT} pictures are enough, or fewer "
-                    "--samples"
-                )
-        work = self._trained if self.settings.method == "imp" else self._rounds
-        plan, slim, predicted = work(dense, groups, base, pictures)
-        self.family.finish(slim, groups, plan)
-        if self.settings.repairs:
+        self.clock.lap("graph")
+        pictures, held_out = self._open_pictures()
+        result = self._prune_in_rounds(space, base, pictures)
+        slim, plan = result.tower, result.plan
+        self.family.finish(slim, space.groups, plan)
+        if config.repairs:
+            # The rewritten dense tower has its norms folded: a fresh copy still has them.
             recalibrate_batchnorm(
-                deepcopy(self.backbone.tower).float().eval(),  # the dense one has its norms folded
+                self._copy(),
                 slim,
-                kept_rows(dense, groups, plan),
+                kept_rows(dense, space.groups, plan),
                 self.family.stages,
                 pictures,
-                self.settings.batch_size,
+                config.batch_size,
                 self.progress,
             )
         costs = count_costs(slim, size)
-        achieved = self._achieved(base, costs, predicted)
-        closeness = fidelity(
-            self._features(dense),
-            self._features(slim),
+        achieved = self._achieved(base, costs, result)
+        agreement = fidelity(
+            self._dense_features(dense),
+            self._dense_features(slim),
             held_out,
-            self.settings.batch_size,
-            self.device,
+            config.batch_size,
+            next(self.backbone.tower.parameters()).device,
         )
-        latency = self._latency(slim)
+        latency = self._latency(slim, result)
         self.clock.lap("check")
         spec = make_spec(
-            self.backbone,
-            self.family,
-            groups,
-            plan,
-            protected,
-            (base, costs),
-            provenance(self.settings, pictures),
-            seeds,
+            self.backbone, space, plan, (base, costs), provenance(self.config, pictures)
         )
-        plan = in_base(self.backbone.slim, plan)
-        return Pruned(spec, slim, plan, achieved, closeness, latency)
+        return Pruned(
+            spec=spec,
+            tower=slim,
+            plan=in_base(self.backbone.slim, plan),
+            achieved=achieved,
+            fidelity=agreement,
+            latency=latency,
+        )
 
-    def _all_heads(self, seeds: Sequence[PrunableLayer]) -> list[PrunableLayer]:
-        """The seeds, with the heads of every block offered: those of the last one count, too."""
-        if not any(seed.kind == "heads" for seed in seeds):
-            raise OptionError(
-                f"--uniform-heads: {self.backbone.name} has no heads to be cut; leave it out"
-            )
-        return [replace(s, protected=None) if s.kind == "heads" else s for s in seeds]
+    def _copy(self) -> nn.Module:
+        """Return a float32 copy of the tower: moments and repairs need that precision."""
+        return deepcopy(self.backbone.tower).float().eval().requires_grad_(False)
 
-    def _features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _open_pictures(self) -> tuple[Pictures, Pictures]:
+        """Return calibration images and held-out images; open the validation images of training."""
+        config = self.config
+        source = (config.calibration, self.backbone.preprocess, config.pictures, HELD_OUT)
+        pictures, held_out = open_pictures(*source, config.seed, self.progress)
+        if config.trains:
+            self.unseen = unseen_pictures(*source, config.seed, HELD_OUT)
+            if self.unseen is None:
+                self.progress.note(
+                    f"{config.calibration} has no images left to validate the training on: an "
+                    "eighth of the calibration images is used, which the refits have seen. "
+                    f"{config.pictures + 2 * HELD_OUT} images are enough, or fewer --samples"
+                )
+        return pictures, held_out
+
+    def _dense_features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
         stages = self.family.stages(tower)
         return lambda images: stages.outputs(images)[1]
 
-    def _rounds(
-        self, dense: nn.Module, groups: list[Group], base: Costs, pictures: Pictures
-    ) -> tuple[Plan, nn.Module, float]:
-        """Plan, cut and repair, once or in rounds; the teacher is the dense tower every time.
+    def _prune_in_rounds(self, space: SearchSpace, base: Costs, pictures: Pictures) -> _Cut:
+        """Select, cut and repair, once or in rounds.
 
-        Returns:
-            The plan in dense coordinates, the slim tower, and the share of the budget's cost that
-            the last round took by the budget's own prices.
+        The dense tower is the reference of the repair in every round.
         """
-        # The copy that is cut is made after the survey: two whole towers, and not three, beside it.
+        dense, groups = space.tower, space.groups
+        # The tower to be cut is copied after the survey, which then has one copy less in memory.
         slim: nn.Module | None = None
         plan = keep_all(groups)
-        steps = ratios(self.settings.ratio, self.settings.rounds)
-        taken = 0.0
+        steps = ratios(self.config.ratio, self.config.rounds)
+        cost = 0.0
         with self.progress.stage("pruning", len(steps)) as advance:
             for number, ratio in enumerate(steps, 1):
-                # A planner may keep the tower that it is given: the dense one is never changed.
-                tower, found, now = dense, reindex_groups(groups, plan), base
-                if slim is not None:
-                    tower = slim
-                    self.planning.dense_no_more()
-                    found = with_costs(slim, found, self.backbone.preprocess.size)
-                    now = self._left(base, dense, slim)
-                budget = self.planning.budget(tower, found, base, now, ratio)
-                try:
-                    chosen = self.planner(tower, found, budget, pictures)
-                except BudgetError as error:
-                    if len(steps) == 1:
-                        raise
-                    raise BudgetError(
-                        f"round {number} of {len(steps)}, in shares of what is left by then: "
-                        f"{error}"
-                    ) from error
-                taken = self.planning.account(found, budget, chosen)
+                ctx = self._context(space, slim, plan, base, ratio, pictures)
+                selection = self._select(ctx, number, len(steps))
+                budget = ctx.budget
+                cost = plan_cost(ctx.groups, budget, selection.plan)
                 if slim is None:
-                    slim = deepcopy(dense)
-                cut(slim, found, chosen)
-                plan = compose(plan, chosen)
+                    slim = selection.trained or deepcopy(dense)
+                cut(slim, ctx.groups, selection.plan)
+                plan = compose(plan, selection.plan)
                 self._recover(dense, slim, groups, plan, pictures)
                 self.clock.lap("recover")
                 advance(1)
         assert slim is not None
-        return plan, slim, taken
+        return _Cut(plan=plan, tower=slim, budget=budget, cost=cost)
 
-    def _trained(
-        self, dense: nn.Module, groups: list[Group], base: Costs, pictures: Pictures
-    ) -> tuple[Plan, nn.Module, float]:
-        """Iterative magnitude pruning of units; the same results as of :meth:`_rounds`."""
-        budget = self.planning.budget(dense, groups, base, base, self.settings.ratio)
-        ranked = {
-            "groups": {g.name: [g.units, g.min_units] for g in groups},
-            "budget": budget.kind,
-            "target": budget.target,
-        }
-        rounds = RoundsFile(self.settings, self.backbone, pictures, ranked, self.progress)
-        plan, slim = prune_units(
-            dense,
-            groups,
-            budget,
-            pictures,
-            self.family.stages,
-            self.settings,
-            rounds,
-            self.progress,
-        )
-        taken = self.planning.account(groups, budget, plan)
-        cut(slim, groups, plan)
-        self.clock.lap("imp")
-        return plan, slim, taken
-
-    def _left(self, base: Costs, dense: nn.Module, slim: nn.Module) -> Costs:
-        """Costs of the cut tower: those of the base less what the cuts took."""
+    def _context(
+        self,
+        space: SearchSpace,
+        slim: nn.Module | None,
+        plan: Plan,
+        base: Costs,
+        ratio: float,
+        pictures: Pictures,
+    ) -> SelectionContext:
+        """Return tower, groups and budget of the next round; ``slim`` is None in the first one."""
         size = self.backbone.preprocess.size
-        before, now = count_costs(dense, size), count_costs(slim, size)
-        return Costs(base.macs - before.macs + now.macs, base.params - before.params + now.params)
+        tower = space.tower if slim is None else slim
+        groups = reindex_groups(space.groups, plan)
+        current = base
+        if slim is not None:
+            groups = with_costs(slim, groups, size)
+            current = self._current_costs(base, space.tower, slim)
+        if self.config.budget == "latency":
+            budget = timed_budget(tower, groups, self.family, size, self.config, self.progress)
+            self.clock.lap("layer times")
+        else:
+            budget = counted_budget(self.config.budget, base, current, ratio)
+        return SelectionContext(
+            tower=tower, groups=groups, budget=budget, pictures=pictures, is_dense=slim is None
+        )
+
+    def _select(self, ctx: SelectionContext, number: int, rounds: int) -> Selection:
+        try:
+            return self.selector.select(ctx)
+        except BudgetError as error:
+            if rounds == 1:
+                raise
+            raise BudgetError(
+                f"round {number} of {rounds}, as fractions of the cost at its start: {error}"
+            ) from error
+
+    def _current_costs(self, base: Costs, dense: nn.Module, slim: nn.Module) -> Costs:
+        """Return the costs of the cut tower in its original form.
+
+        The rewritten towers are counted, and their difference is subtracted from the base.
+        """
+        size = self.backbone.preprocess.size
+        before, after = count_costs(dense, size), count_costs(slim, size)
+        return Costs(
+            base.macs - before.macs + after.macs, base.params - before.params + after.params
+        )
 
     def _recover(
         self,
@@ -257,69 +262,46 @@ class Pipeline:
         pictures: Pictures,
     ) -> None:
         ctx = RecoveryContext(
-            dense,
-            slim,
-            self.family.stages,
-            groups,
-            plan,
-            pictures,
-            self.settings.batch_size,
-            self.settings.ridge,
-            self.settings.seed,
-            self.progress,
-            self.settings.distill.shared(self.settings.rounds),
-            self.unseen,
+            dense=dense,
+            slim=slim,
+            stages=self.family.stages,
+            groups=groups,
+            plan=plan,
+            pictures=pictures,
+            batch_size=self.config.batch_size,
+            ridge=self.config.ridge,
+            seed=self.config.seed,
+            progress=self.progress,
+            distill=self.config.distill.shared(self.config.rounds),
+            unseen=self.unseen,
         )
         for recovery in self.recoveries:
             recovery.recover(ctx)
 
-    def _achieved(self, base: Costs, slim: Costs, predicted: float) -> float:
-        """Share of the budget's cost that is gone: counted, or for a latency, predicted."""
+    def _achieved(self, base: Costs, slim: Costs, result: _Cut) -> float:
+        """Return the removed fraction of the cost: counted, or predicted for a latency.
+
+        Raises:
+            BudgetError: It differs from the requested ratio by more than the tolerance.
+        """
         achieved = {
             "macs": 1 - slim.macs / base.macs,
             "params": 1 - slim.params / base.params,
-            "latency": predicted,
-        }[self.settings.budget]
-        if abs(achieved - self.settings.ratio) > TOLERANCE:
-            heads = ", --uniform-heads" if self.settings.uniform_heads else ""
+            "latency": 1 - result.cost / result.budget.dense,
+        }[self.config.budget]
+        if abs(achieved - self.config.ratio) > TOLERANCE:
+            heads = ", --uniform-heads" if self.config.uniform_heads else ""
             raise BudgetError(
-                f"a ratio of {self.settings.ratio:.3f} of the {self.settings.budget} cannot be met "
+                f"a ratio of {self.config.ratio:.3f} of the {self.config.budget} cannot be met "
                 f"within {TOLERANCE}: the nearest is {achieved:.3f} with --round-to "
-                f"{self.settings.round_to}{heads}"
+                f"{self.config.round_to}{heads}"
             )
         return achieved
 
-    def _latency(self, slim: nn.Module) -> dict[str, float] | None:
-        """What the slim tower really takes, beside what the table said."""
-        if self.settings.budget != "latency":
+    def _latency(self, slim: nn.Module, result: _Cut) -> dict[str, float] | None:
+        """Return measured and predicted latency; None unless the budget is a latency."""
+        if self.config.budget != "latency":
             return None
         dense = deepcopy(self.backbone.tower).float()
-        found = compare_latency(dense, slim, self.backbone.preprocess.size, self.progress)
-        return {**found, "predicted_ms": self.planning.spent}
-
-
-def split_seeds(
-    seeds: Sequence[PrunableLayer], patterns: Sequence[str]
-) -> tuple[list[PrunableLayer], dict[str, str]]:
-    """Seeds that may be cut, and the names of the others with the reason.
-
-    Raises:
-        OptionError: A pattern matches nothing, or everything is protected.
-    """
-    protected = {s.name: s.protected for s in seeds if s.protected}
-    for pattern in patterns:
-        hits = [s.name for s in seeds if _matches(s, pattern)]
-        if not hits:
-            raise OptionError(
-                f"--protect {pattern!r} matches no group; groups are named like "
-                f"{', '.join(s.name for s in seeds[:2])}, and * stands for anything"
-            )
-        protected |= dict.fromkeys(hits, f"--protect {pattern}")
-    free = [s for s in seeds if s.name not in protected]
-    if not free:
-        raise OptionError("everything is protected; there is nothing to cut")
-    return free, protected
-
-
-def _matches(seed: PrunableLayer, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in (seed.name, seed.block, seed.layer))
+        measured = compare_latency(dense, slim, self.backbone.preprocess.size, self.progress)
+        return {**measured, "predicted_ms": result.cost}

@@ -1,18 +1,20 @@
-"""What a slim checkpoint says of the job that made it: layers, costs, settings."""
+"""Spec and provenance of a slim checkpoint: layers, costs, configuration."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container
 from typing import Any
 
 import torch
 
+from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.pictures import calibration_hash
-from ovsprune.core.protocols import Backbone, Family, Pictures, PrunableLayer
+from ovsprune.core.protocols import Backbone, Pictures
 from ovsprune.core.records import Costs, Group, Plan
 from ovsprune.pruning.config import PruneConfig
 from ovsprune.pruning.reprune import layers_in_base, provenance_of
+from ovsprune.pruning.search_space import SearchSpace
 from ovsprune.slim import SlimSpec
 from ovsprune.slim.hashing import base_spec, state_hashes, tensors_hash
 from ovsprune.slim.spec import LayerSpec, SliceSpec
@@ -22,45 +24,39 @@ __all__ = ["make_spec", "origin_of", "provenance"]
 
 def make_spec(
     backbone: Backbone,
-    family: Family,
-    groups: Sequence[Group],
+    space: SearchSpace,
     plan: Plan,
-    protected: Iterable[str],
     costs: tuple[Costs, Costs],
     provenance: dict[str, Any],
-    seeds: Sequence[PrunableLayer] = (),
 ) -> SlimSpec:
-    """The spec of a slim tower.
+    """Return the spec of a slim tower.
 
     Args:
-        backbone: What was pruned.
-        family: Its family.
-        groups: What could be cut.
-        plan: What was kept.
-        protected: Names of the groups that could not.
-        costs: Of the tower that was pruned and of what came out.
-        provenance: :func:`provenance`.
-        seeds: Of all groups, those that could not be cut among them, in the order of the blocks.
+        backbone: Model that was pruned.
+        space: Search space of the prune.
+        plan: Kept units.
+        costs: Costs of the tower before and after the prune.
+        provenance: Result of :func:`provenance`.
     """
     state = backbone.tower.state_dict()
-    layers = tuple(_layer(g, plan, state) for g in groups)
+    layers = tuple(_layer_spec(g, plan, state) for g in space.groups)
     if backbone.slim is None:
         dense = costs[0]
         base = base_spec(backbone.name, backbone.pretrained, backbone.trained, state)
     else:
         base, dense = backbone.slim.spec.base, backbone.slim.spec.dense
-        layers = layers_in_base(backbone.slim, layers, [seed.name for seed in seeds])
+        layers = layers_in_base(backbone.slim, layers, [layer.name for layer in space.layers])
         provenance = {**provenance, "given": provenance_of(backbone.slim)}
     return SlimSpec(
         base=base,
         family=backbone.family,
-        library=family.library,
+        library=FAMILIES.get(backbone.family).library,
         library_version=backbone.library_version,
         architecture=backbone.architecture,
         activation=backbone.activation,
         preprocess=backbone.preprocess,
         layers=layers,
-        protected=tuple(protected),
+        protected=tuple(space.protected),
         dense=dense,
         slim=costs[1],
         provenance=provenance,
@@ -83,7 +79,12 @@ def provenance(config: PruneConfig, pictures: Pictures) -> dict[str, Any]:
 
 
 def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
-    """What anything depends on that is measured of a model on pictures, as JSON values."""
+    """Return everything that measurements of a model on images depend on, as JSON values.
+
+    Args:
+        backbone: Model that is measured.
+        pictures: Images on which it is measured.
+    """
     return {
         "model": backbone.name,
         "weights": tensors_hash(state_hashes(backbone.tower.state_dict())),
@@ -94,11 +95,14 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
     }
 
 
-def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
-    """What the spec says of a group; ``base`` has the names of the base tower's tensors.
+def _layer_spec(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
+    """Return the spec of a group.
 
-    Where rewriting took an attention apart, its parts are no layers of the base tower: it is cut
-    as a whole, and has no slices.
+    Args:
+        group: Group that may be cut.
+        plan: Kept units.
+        base: Names of the base tower's tensors. If rewriting split a fused attention, its parts are
+            not among them; the attention is then cut as a whole, and the spec lists no slices.
     """
     slices: dict[SliceSpec, None] = {}
     fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)
@@ -106,7 +110,9 @@ def _layer(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
         for part in group.slices:
             offset = int(part.rows[0, 0])
             if not torch.equal(part.rows.flatten(), torch.arange(part.rows.numel()) + offset):
-                raise AssertionError(f"{part.module}: the format has no units that are scattered")
+                raise AssertionError(
+                    f"{part.module}: the format needs the units of a layer to be contiguous"
+                )
             slices[SliceSpec(part.module, part.axis, offset)] = None
     return LayerSpec(
         name=group.name,

@@ -41,6 +41,6 @@ def check_criterion(criterion: object) -> None:
 
 def check_floor(floor: str) -> None:
     """Refuse a text that is not ``PATTERN=N``."""
-    from ovsprune.pruning.search_space import parse_floor
+    from ovsprune.pruning.floors import parse_floor
 
     parse_floor(floor)

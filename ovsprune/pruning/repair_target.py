@@ -14,9 +14,10 @@ from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import TargetError
 from ovsprune.core.progress import Progress
-from ovsprune.core.records import Group, Plan
+from ovsprune.core.records import Plan
 from ovsprune.pruning.config import PruneConfig
 from ovsprune.pruning.pipeline import Pipeline
+from ovsprune.pruning.selection import Selection, SelectionContext
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.check import TOWER
 from ovsprune.slim.vit import resize_positions
@@ -80,13 +81,20 @@ def refitted(
     )
     settings.check()
 
-    def plan(dense: object, groups: list[Group], *rest: object) -> Plan:
-        mask = checkpoint.mask
-        return Plan({g.name: mask.get(g.name, torch.arange(g.units)) for g in groups})
-
-    done = Pipeline(backbone, settings, progress, Clock(), planner=plan).run()
+    done = Pipeline(backbone, settings, progress, Clock(), _MaskSelector(checkpoint.mask)).run()
     tensors = {f"{TOWER}{name}": value for name, value in done.tower.state_dict().items()}
     return replace(checkpoint, tensors={**checkpoint.text(), **tensors}), done.fidelity
+
+
+class _MaskSelector:
+    """Selects the units that a slim checkpoint keeps."""
+
+    def __init__(self, mask: Mapping[str, Tensor]) -> None:
+        self.mask = mask
+
+    def select(self, ctx: SelectionContext) -> Selection:
+        kept = {g.name: self.mask.get(g.name, torch.arange(g.units)) for g in ctx.groups}
+        return Selection(Plan(kept))
 
 
 def _native(positions: Tensor, wanted: Tensor) -> Tensor:

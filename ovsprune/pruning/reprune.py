@@ -1,8 +1,8 @@
-"""Pruning a slim model again: what it lost before and what it loses now, as one cut of the base.
+"""Pruning a slim model again: composition of both cuts in the coordinates of the base model.
 
-The job works on the slim tower as on any other: the ratio is of that tower, and its features are
-what recovery comes close to. Only what is written counts from the base: the mask composes both
-cuts, and base, hashes and dense costs are those of the first dense model.
+The pipeline treats the slim tower like any other: the ratio refers to it, and recovery reconstructs
+its features. The written checkpoint refers to the base: its mask composes both cuts, and its base,
+hashes and dense costs are those of the first dense model.
 """
 
 from __future__ import annotations
@@ -16,96 +16,106 @@ from torch import Tensor
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Group, Plan
-from ovsprune.pruning.config import PruneConfig
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import keep_index, layer_runs
 from ovsprune.slim.spec import LayerSpec, SliceSpec
 
-__all__ = ["check_again", "in_base", "layers_in_base", "marked", "provenance_of"]
+__all__ = ["check_reprune", "in_base", "layers_in_base", "mark_cut_before", "provenance_of"]
 
 
-def check_again(model: Backbone, settings: PruneConfig) -> None:
-    """Refuse what cannot be cut again, or not in this way; a dense model is never refused.
+def check_reprune(model: Backbone, method: str) -> None:
+    """Refuse a slim model that cannot be pruned again; accept every dense model.
+
+    Args:
+        model: Model to prune.
+        method: Pruning method, ``"default"`` or ``"imp"``.
 
     Raises:
-        OptionError: ``model`` is an unstructured result, or the settings ask for iterative
-            magnitude pruning of a slim model.
+        OptionError: The model is an unstructured result, or a slim model is to be pruned by
+            iterative magnitude pruning.
     """
-    given = model.slim
-    if given is None:
+    checkpoint = model.slim
+    if checkpoint is None:
         return
-    if not isinstance(given, SlimCheckpoint):
+    if not isinstance(checkpoint, SlimCheckpoint):
         raise OptionError(
-            f"{given.path} is an unstructured result: weights of it are zero and no unit is gone, "
-            f"so there is no slim model to go on from; prune its dense model, {model.name}"
+            f"{checkpoint.path} is an unstructured result: single weights are zero and no unit is "
+            f"removed, so it cannot be pruned again; prune its dense model, {model.name}"
         )
-    if settings.method == "imp":
+    if method == "imp":
         raise OptionError(
-            f"{given.path} is slim already, and --method imp does not go with a slim model: its "
-            f"rounds start at the dense model; leave it out, or prune {model.name} again with a "
-            "higher ratio"
+            f"{checkpoint.path} is slim already, and --method imp starts at a dense model; omit "
+            f"the option, or prune {model.name} again with a higher ratio"
         )
 
 
-def marked(given: SlimCheckpoint | None, groups: Iterable[Group]) -> list[Group]:
-    """``groups``, of which those that ``given`` lost units of say so."""
-    before = {} if given is None else {x.name: x.kept < x.units for x in given.spec.layers}
-    return [replace(g, cut_before=before.get(g.name, False)) for g in groups]
+def mark_cut_before(checkpoint: SlimCheckpoint | None, groups: Iterable[Group]) -> list[Group]:
+    """Return the groups with ``cut_before`` set for those that the slim model lost units of."""
+    layers = () if checkpoint is None else checkpoint.spec.layers
+    cut = {layer.name for layer in layers if layer.kept < layer.units}
+    return [replace(g, cut_before=g.name in cut) for g in groups]
 
 
-def in_base(given: SlimCheckpoint | None, plan: Plan) -> Plan:
-    """``plan``, made for the slim model ``given``, in the coordinates of its base.
+def in_base(checkpoint: SlimCheckpoint | None, plan: Plan) -> Plan:
+    """Return a plan for a slim model in the coordinates of its base.
 
-    What ``given`` lost in layers that ``plan`` does not name stays lost. A plan for a dense model
-    (``given`` is None) is as it is.
+    Units that the slim model lost in groups that the plan does not name stay removed.
+
+    Args:
+        checkpoint: Slim model; None for a dense model, whose plan is returned unchanged.
+        plan: Units to keep, in the coordinates of the slim model.
     """
-    if given is None:
+    if checkpoint is None:
         return plan
-    kept = {n: given.mask[n][now] if n in given.mask else now for n, now in plan.kept.items()}
-    return Plan({**given.mask, **kept})
+    mask = checkpoint.mask
+    kept = {name: mask[name][i] if name in mask else i for name, i in plan.kept.items()}
+    return Plan({**mask, **kept})
 
 
 def layers_in_base(
-    given: SlimCheckpoint, layers: Iterable[LayerSpec], order: Sequence[str]
+    checkpoint: SlimCheckpoint, layers: Iterable[LayerSpec], order: Sequence[str]
 ) -> tuple[LayerSpec, ...]:
-    """Every layer that could be cut before or now, as the base has it.
+    """Return every layer that was cut before or now, in the coordinates of the base.
 
     Args:
-        given: The slim model.
-        layers: Of the cut now, in the coordinates of the slim model.
+        checkpoint: Slim model.
+        layers: Layers of the present cut, in the coordinates of the slim model.
         order: Names of all layers, in the order of the blocks.
     """
-    found = {layer.name: layer for layer in given.spec.layers}
+    merged = {layer.name: layer for layer in checkpoint.spec.layers}
     for layer in layers:
-        old = found.get(layer.name)
-        if old is None:
-            slices = tuple(_in_base(given, part) for part in layer.slices)
-            found[layer.name] = replace(layer, slices=slices)
+        before = merged.get(layer.name)
+        if before is None:
+            slices = tuple(_slice_in_base(checkpoint, part) for part in layer.slices)
+            merged[layer.name] = replace(layer, slices=slices)
         else:
-            found[layer.name] = replace(old, kept=layer.kept)
-    place = {name: i for i, name in enumerate(order)}
-    return tuple(sorted(found.values(), key=lambda layer: place.get(layer.name, len(place))))
+            merged[layer.name] = replace(before, kept=layer.kept)
+    rank = {name: i for i, name in enumerate(order)}
+    return tuple(sorted(merged.values(), key=lambda layer: rank.get(layer.name, len(rank))))
 
 
-def _in_base(given: SlimCheckpoint, part: SliceSpec) -> SliceSpec:
-    """The slice of a layer that was whole until now, beside which others may have been cut."""
-    runs = layer_runs(given.spec, given.mask).get(part.module, {}).get(part.axis, [])
+def _slice_in_base(checkpoint: SlimCheckpoint, part: SliceSpec) -> SliceSpec:
+    """Return the slice of a layer that was whole until now, in the coordinates of the base.
+
+    Other slices of the same weight may have been cut before; they shift the offset.
+    """
+    runs = layer_runs(checkpoint.spec, checkpoint.mask).get(part.module, {}).get(part.axis, [])
     if not runs:
         return part
-    size = _weight(given, part.module).shape[0 if part.axis == "out" else 1]
+    size = _weight(checkpoint, part.module).shape[0 if part.axis == "out" else 1]
     size += sum((run.units - run.kept.numel()) * run.unit_width for run in runs)
     return replace(part, offset=int(keep_index(size, runs)[part.offset]))
 
 
-def _weight(given: SlimCheckpoint, module: str) -> Tensor:
-    return given.tensors[f"visual.{module}.weight"]
+def _weight(checkpoint: SlimCheckpoint, module: str) -> Tensor:
+    return checkpoint.tensors[f"visual.{module}.weight"]
 
 
-def provenance_of(given: SlimCheckpoint) -> dict[str, Any]:
-    """What a checkpoint says of the slim model that it was cut from, as JSON values; no path."""
-    slim = given.spec.slim
+def provenance_of(checkpoint: SlimCheckpoint) -> dict[str, Any]:
+    """Return the costs and the provenance of a slim model as JSON values; no path."""
+    slim = checkpoint.spec.slim
     return {
         "macs": slim.macs,
         "params": slim.params,
-        "provenance": dict(given.spec.provenance),
+        "provenance": dict(checkpoint.spec.provenance),
     }

@@ -1,4 +1,4 @@
-"""Iterative pruning: the ratio of every round, and plans in the dense model's coordinates."""
+"""Iterative pruning: ratio of every round, and plans in the coordinates of the dense model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["compose", "keep_all", "ratios", "reindex_groups"]
 
 
 def ratios(ratio: float, rounds: int) -> list[float]:
-    """The ratio after every round: each removes the same share of what remains.
+    """Return the ratio after every round; each round removes the same fraction of what remains.
 
-    After round k of N, ``(1 - ratio)^(k/N)`` of the cost is left; the last entry is ``ratio``
-    itself (geometric, as iterative magnitude pruning: Frankle and Carbin, ICLR 2019).
+    After round k of N, ``(1 - ratio)^(k/N)`` of the cost remains; the last entry is ``ratio``
+    itself (geometric, as in iterative magnitude pruning: Frankle and Carbin, ICLR 2019).
 
     Example:
         >>> [round(r, 3) for r in ratios(0.75, 2)]
@@ -27,32 +27,32 @@ def ratios(ratio: float, rounds: int) -> list[float]:
 
 
 def keep_all(groups: Sequence[Group]) -> Plan:
-    """The plan that keeps every unit."""
+    """Return the plan that keeps every unit."""
     return Plan({g.name: torch.arange(g.units) for g in groups})
 
 
 def compose(first: Plan, then: Plan) -> Plan:
-    """Two plans as one, in the coordinates of the first.
+    """Return two successive plans as one, in the coordinates of the first.
 
     Args:
-        first: In dense coordinates.
-        then: In the coordinates of what ``first`` kept.
+        first: Plan in dense coordinates.
+        then: Plan in the coordinates of the units that ``first`` kept.
     """
     kept = {n: units[then.kept[n]] if n in then.kept else units for n, units in first.kept.items()}
     return Plan(kept)
 
 
 def reindex_groups(groups: Sequence[Group], plan: Plan) -> list[Group]:
-    """The groups as they are in the tower that ``plan`` was cut from, in its own coordinates.
+    """Return the groups of the tower that was cut by ``plan``, in its own coordinates.
 
-    A cut puts the rows of the kept units one after another, so they are counted through. Costs of
-    a unit stay as they were; :func:`ovsprune.graph.groups.with_costs` measures them anew. A group
-    that lost all its units is not among them.
+    A cut places the rows of the kept units next to each other, so they are numbered from 0. The
+    costs per unit are not updated (:func:`ovsprune.graph.groups.with_costs` counts them again).
+    A group that lost all its units is left out.
     """
-    return [_narrowed(g, plan.kept[g.name]) for g in groups if plan.width(g.name)]
+    return [_reindexed(g, plan.kept[g.name]) for g in groups if plan.width(g.name)]
 
 
-def _narrowed(group: Group, kept: Tensor) -> Group:
+def _reindexed(group: Group, kept: Tensor) -> Group:
     width = len(kept)
     if width == group.units:
         return group

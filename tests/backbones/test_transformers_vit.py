@@ -19,7 +19,7 @@ from ovsprune.core.errors import CheckpointError, MissingLibraryError, TargetErr
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import cut, mask
 from ovsprune.graph.groups import find_groups
-from ovsprune.pruning.pipeline import split_seeds
+from ovsprune.pruning.search_space import split_protected
 from ovsprune.slim.config import dump
 from ovsprune.slim.transformers_tower import TransformersTower
 from tests.backbones.hf_models import CONFIGS, SIZE, folder_of, make
@@ -158,7 +158,7 @@ def test_groups_of_a_siglip_tower() -> None:
     assert {(s.module.rpartition(".")[2], s.axis) for s in heads.slices} == {
         ("q_proj", "out"), ("k_proj", "out"), ("v_proj", "out"), ("out_proj", "in"),
     }  # fmt: skip
-    _, protected = split_seeds(FAMILY.prunable_layers(tower), ())
+    _, protected = split_protected(FAMILY.prunable_layers(tower), ())
     assert list(protected) == ["encoder.layers.1.self_attn"]
 
 

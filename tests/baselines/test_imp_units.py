@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import ovsprune
+from ovsprune.baselines import imp_units
 from ovsprune.baselines.imp_units import prune_units, remove_smallest, unit_sizes
 from ovsprune.core.errors import BudgetError, OptionError
 from ovsprune.core.protocols import AllocationContext, Backbone, Budget
 from ovsprune.core.records import Group, Scores, Slice
 from ovsprune.jobs.prune import prune
-from ovsprune.pruning import pipeline as job_steps
 from tests.contracts.conftest import open_clip_resnet, open_clip_timm_vit, open_clip_vit
 
 QUICK: dict[str, Any] = {
@@ -33,7 +33,7 @@ def small() -> Backbone:
 def group(name: str, units: int, width: int, macs: float, floor: int = 1) -> Group:
     rows = torch.arange(units * width).view(units, width)
     slices = (Slice(f"{name}.0", "out", rows), Slice(f"{name}.1", "in", rows))
-    return Group(name, "mlp", units, slices, f"{name}.1", name, macs=macs, floor=floor)
+    return Group(name, "mlp", units, slices, f"{name}.1", name, macs=macs, min_units=floor)
 
 
 def context(groups: list[Group], target: float) -> AllocationContext:
@@ -156,7 +156,7 @@ def test_what_is_trained_computes_what_is_cut(
         plan, student = made[0][0]
         return plan, deepcopy(student)
 
-    monkeypatch.setattr(job_steps, "prune_units", kept)
+    monkeypatch.setattr(imp_units, "prune_units", kept)
     slim = prune(make(), 0.4, **{**QUICK, "imp_steps": 2}).tower
     (_, masked), _, _, _, pictures, stages = made[0][:6]
     images = next(iter(pictures.batches(6)))

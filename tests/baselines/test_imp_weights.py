@@ -13,7 +13,8 @@ from torch import nn
 
 import ovsprune
 from ovsprune import backbones
-from ovsprune.baselines.imp_weights import ImpResult, imp
+from ovsprune.baselines.imp_result import ImpResult
+from ovsprune.baselines.imp_weights import imp
 from ovsprune.cli.main import main
 from ovsprune.core.errors import CheckpointError, OptionError, OutputError
 from ovsprune.core.protocols import Backbone

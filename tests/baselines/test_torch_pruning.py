@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.baselines.torch_pruning import STOCK, TorchPruning, feature_gradients
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS, TorchPruning, feature_gradients
 from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.errors import BudgetError
 from ovsprune.graph.costs import count_costs
@@ -38,11 +38,11 @@ def gradients(forms, form, seed=0):
 
 def stock(forms, name, form):
     towers, groups, _ = forms
-    found = gradients(forms, form) if STOCK[name].taylor else None
-    return TorchPruning(name, STOCK[name], towers[form], groups, SIZE, found)
+    found = gradients(forms, form) if TORCH_PRUNING_METHODS[name].taylor else None
+    return TorchPruning(name, TORCH_PRUNING_METHODS[name], towers[form], groups, SIZE, found)
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
 @pytest.mark.parametrize(("form", "ratio"), [("original", 0.25), ("rewritten", 0.5)])
 def test_the_measured_macs_are_reached_and_the_plan_says_how(forms, name, form, ratio):
     towers, groups, _ = forms

@@ -18,7 +18,7 @@ def settings_of(name: str) -> PruneConfig:
 
 def test_values_flags_and_repeated_options():
     found = settings_of("default : rounds = 3 : floor=*.mlp=0.25 : floor=*.attn=2")
-    assert (found.rounds, found.min_units) == (3, ("*.mlp=0.25", "*.attn=2"))
+    assert (found.rounds, found.floor) == (3, ("*.mlp=0.25", "*.attn=2"))
     assert settings_of("default:prune-depth").prune_depth
     assert settings_of("imp:imp-steps=7:imp-rewind").imp.steps == 7
     assert settings_of("imp").imp.steps == 100
@@ -43,8 +43,8 @@ def test_methods_that_differ_in_an_option_are_two():
         ("default:rounds=2:rounds=3", "rounds is given twice"),
         ("default:floor=*=2:floor=", "floor needs a value"),
         ("default:prune-depth=yes", "prune-depth takes no value; leave out '=yes'"),
-        ("torch-pruning:rounds=2", "torch-pruning chooses in its own way"),
-        ("torch-pruning+distill:floor=*=2", "torch-pruning chooses in its own way"),
+        ("torch-pruning:rounds=2", "torch-pruning has its own selection"),
+        ("torch-pruning+distill:floor=*=2", "torch-pruning has its own selection"),
     ],
 )
 def test_what_cannot_be_read_is_refused(name, said):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.baselines.torch_pruning import STOCK
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
 from ovsprune.comparison import methods as module
 from ovsprune.comparison.methods import parse_method, parse_methods
 from ovsprune.core.errors import OptionError, UnknownNameError
@@ -34,7 +34,7 @@ def test_imp_stands_alone():
     settings = method.settings(PruneConfig(ratio=0.4, seed=2))
     assert (settings.method, settings.imp.structured, settings.seed) == ("imp", True, 2)
     settings.check()
-    with pytest.raises(OptionError, match="imp ranks, counts and repairs in its own way"):
+    with pytest.raises(OptionError, match="imp has its own ranking, budget and repair"):
         parse_method("imp+closed-form")
 
 
@@ -74,7 +74,7 @@ def test_a_name_of_several_rooms_goes_by_its_place(monkeypatch):
     assert parse_method("random+both").recovery == "none"
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
 def test_stock_methods(name):
     plain, repaired = parse_method(name), parse_method(f"{name}+closed-form")
     assert (plain.source, plain.recovery) == ("torch-pruning", None)
@@ -110,7 +110,7 @@ def test_unknown_parts_name_the_closest(name, message):
         ("random+uniform+sensitivity", "'sensitivity' is a second allocation"),
         ("random+none+closed-form", "'closed-form' is a second recovery"),
         ("torch-pruning+none+none", "torch-pruning takes one recovery"),
-        ("torch-pruning+uniform", "torch-pruning brings its own allocation"),
+        ("torch-pruning+uniform", "torch-pruning has its own allocation"),
     ],
 )
 def test_contradictions(name, message):
@@ -124,5 +124,5 @@ def test_no_method():
 
 
 def test_the_default_name_is_no_plug_in():
-    taken = {*CRITERIA.names(), *STOCK}
+    taken = {*CRITERIA.names(), *TORCH_PRUNING_METHODS}
     assert module.DEFAULT not in taken

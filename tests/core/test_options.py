@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from ovsprune.cli.config_options import config_options, given_options
-from ovsprune.comparison.method_options import parse_options
+from ovsprune.comparison.methods import parse_options
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.option_docs import options_table
 from ovsprune.core.options import option, options_of

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ovsprune.baselines.torch_pruning import STOCK
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
 from ovsprune.comparison import methods
 from ovsprune.comparison.runner import ComparisonRunner
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
+from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import ScenesData
 from ovsprune.jobs.compare import SCENE_SEED, _reference, compare
-from ovsprune.jobs.evaluate import class_embeddings, score_backbone
 from ovsprune.jobs.prune import prune
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
@@ -336,7 +336,7 @@ def test_centred_embeddings_are_what_evaluate_scores_against(small_clip, tmp_pat
     assert given["dense"]["miou"] != centred["dense"]["miou"]
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
 def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
     small_clip, tmp_path, name
 ):

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ovsprune import backbones
 from ovsprune.core.errors import DataError, OptionError, WeightsError
+from ovsprune.evaluation.backbone_scores import class_embeddings
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs.evaluate import class_embeddings, evaluate
+from ovsprune.jobs.evaluate import evaluate
 
 COUNT = 6
 SIZE = 48

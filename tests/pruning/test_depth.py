@@ -25,7 +25,7 @@ from ovsprune.graph.groups import find_groups
 from ovsprune.jobs.export import export
 from ovsprune.jobs.inspect import inspect
 from ovsprune.jobs.prune import PruneResult, prune
-from ovsprune.pruning.pipeline import split_seeds
+from ovsprune.pruning.search_space import split_protected
 from ovsprune.slim.spec import schema
 from tests.contracts.conftest import (
     REPRESENTATIVES,
@@ -122,7 +122,7 @@ def test_slim_equals_masked(backbone: Backbone, result: PruneResult) -> None:
     of = FAMILIES.get(backbone.family)
     masked = deepcopy(backbone.tower).float().eval()
     of.rewrite(masked)
-    free, _ = split_seeds(of.prunable_layers(masked), ())
+    free, _ = split_protected(of.prunable_layers(masked), ())
     groups = find_groups(masked, free, backbone.preprocess.size)
     mask(masked, groups, Plan(result.plan.kept))
     images = pictures(backbone)
@@ -223,7 +223,9 @@ def test_it_goes_with_other_options(options: dict[str, Any], allocation: str) ->
 
 @pytest.mark.parametrize("make", [REPRESENTATIVES["open_clip-resnet"], open_clip_convnext_conv])
 def test_convolutions_cannot_go(make: Callable[[], Backbone]) -> None:
-    with pytest.raises(OptionError, match="--prune-depth: no layer of this model .* can go"):
+    with pytest.raises(
+        OptionError, match="--prune-depth: no layer of this model .* can be removed entirely"
+    ):
         prune(make(), 0.3, prune_depth=True, recovery="none", **QUICK)
 
 

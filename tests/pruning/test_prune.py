@@ -254,7 +254,7 @@ def test_few_made_pictures_are_noted(small: Backbone, made: str, said: bool) -> 
     trained = dataclasses.replace(small, trained=True)
     prune(trained, 0.5, calibration=made, criterion="random", recovery="none",
           allocation="uniform", dry_run=True, progress=progress, **QUICK)  # fmt: skip
-    assert any("8 made pictures: 1024 keep more" in note for note in progress.notes) == said
+    assert any("8 synthetic images: 1024 preserve more" in note for note in progress.notes) == said
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_steps_too_coarse_for_the_ratio(small: Backbone) -> None:
         ({"floor": ("*.mlp=0",)}, "--floor '\\*.mlp=0': give PATTERN=N"),
         ({"floor": ("=3",)}, "--floor '=3': give PATTERN=N"),
         ({"floor": ("nothing=3",)}, "--floor 'nothing=3' matches no group that may be cut"),
-        ({"floor": ("*.attn=5",)}, "0.attn has 4 heads only"),
+        ({"floor": ("*.attn=5",)}, "0.attn has only 4 heads"),
         ({"uniform_heads": 1}, "--uniform-heads 1: give true or false"),
         ({"recovery": None}, "--recovery None: give a text"),
         ({"distill_lr": "x"}, "--distill-lr 'x': give a number"),

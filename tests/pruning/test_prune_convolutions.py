@@ -214,7 +214,7 @@ def test_single_weights_by_the_papers_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning+closed-form"])
 def test_stock_methods_run_beside_ours(name: str) -> None:
     class Scorer:
-        def examine(self, tower: torch.nn.Module, label: str) -> dict[str, float]:
+        def score(self, tower: torch.nn.Module, label: str) -> dict[str, float]:
             with torch.no_grad():
                 return {"finite": float(tower(images()).isfinite().all())}
 

@@ -211,7 +211,8 @@ def test_the_default_output_is_named_after_the_directory(
 
 def test_iterative_magnitude_pruning_starts_at_a_dense_model(small: Path) -> None:
     with pytest.raises(
-        OptionError, match="small is slim already, and --method imp does not go.*higher ratio"
+        OptionError,
+        match="small is slim already, and --method imp starts at a dense model.*higher ratio",
     ):
         prune(str(small), 0.2, method="imp", imp_structured=True, recovery="none")
 

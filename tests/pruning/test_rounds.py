@@ -135,5 +135,5 @@ def test_later_rounds_measure_the_repaired_tower() -> None:
 
 
 def test_a_ratio_out_of_reach_names_the_round() -> None:
-    with pytest.raises(BudgetError, match=r"^round \d of 2, in shares .* is out of reach"):
+    with pytest.raises(BudgetError, match=r"^round \d of 2, as fractions .* is out of reach"):
         prune(open_clip_vit(), 0.97, rounds=2, **QUICK)
