@@ -1,4 +1,4 @@
-"""Norms folded into the layer before them, and taken out again."""
+"""Norms folded into the layer before them, and unfolded again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pair(bias: bool = False) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_folded_is_the_same(bias: bool) -> None:
+def test_the_folded_layer_equals_layer_and_norm(bias: bool) -> None:
     layer, norm = (module.double() for module in pair(bias))
     images = torch.randn(2, 6, 7, 7, dtype=torch.float64)
     folded, place = fold_norm(layer, norm)
@@ -35,7 +35,7 @@ def test_folded_is_the_same(bias: bool) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("columns", [None, torch.tensor([0, 2, 5])])
-def test_what_was_not_changed_comes_back_bit_for_bit(
+def test_unchanged_entries_are_restored_bit_for_bit(
     bias: bool, columns: torch.Tensor | None
 ) -> None:
     layer, norm = pair(bias)
@@ -51,7 +51,7 @@ def test_what_was_not_changed_comes_back_bit_for_bit(
     assert all(torch.equal(v, norm.state_dict()[k]) for k, v in after.state_dict().items())
 
 
-def test_rows_go_with_the_entries_of_the_norm() -> None:
+def test_cut_rows_are_cut_in_the_norm_too() -> None:
     layer, norm = pair(bias=True)
     folded, place = fold_norm(layer, norm)
     tower = nn.ModuleDict({"layer": folded, "norm": place})
@@ -78,18 +78,18 @@ def group(name: str, units: int, slices: tuple[Slice, ...]) -> Group:
     return Group(name, "channels", units, slices, "layer", "block")
 
 
-def test_a_folded_norm_counts_as_much_as_it_did() -> None:
+def test_folding_keeps_the_number_of_parameters() -> None:
     layer, norm = pair()
     before = [p.numel() for module in (layer, norm) for p in module.parameters()]
     folded, place = fold_norm(layer, norm)
     own = [p.numel() for p in place.parameters(recurse=False)]
     assert sum(own) + sum(p.numel() for p in folded.parameters()) == sum(before)
-    # What it gives may be written into.
+    # The output is a copy, so it may be modified in place.
     images = torch.randn(1, 5, 4, 4)
     assert place(images) is not images and torch.equal(place(images), images)
 
 
-def test_changes_go_to_the_weight_and_to_the_shift() -> None:
+def test_changes_go_to_the_weight_and_to_beta() -> None:
     layer, norm = pair()
     folded, place = fold_norm(layer, norm)
     folded.weight[1, 2] += 0.5
@@ -108,7 +108,7 @@ def test_changes_go_to_the_weight_and_to_the_shift() -> None:
     assert torch.equal(place.bias, norm.bias) and torch.equal(place.weight, norm.weight)
 
 
-def test_a_norm_that_multiplies_by_nothing_is_opened_for_a_change() -> None:
+def test_a_scale_of_zero_is_reset_when_its_row_changes() -> None:
     layer, norm = pair()
     norm.weight[[0, 4]] = 0.0
     folded, place = fold_norm(layer, norm)

@@ -191,7 +191,7 @@ def test_what_is_no_json_object_is_refused(document: str | bytes, message: str) 
 
 def test_a_layer_twice_is_refused() -> None:
     document = changed(lambda d: d["layers"].append(d["layers"][0]))
-    with pytest.raises(CheckpointError, match=r"layers has blocks\.0\.attn twice"):
+    with pytest.raises(CheckpointError, match=r"layers contains blocks\.0\.attn more than once"):
         parse(document)
 
 
