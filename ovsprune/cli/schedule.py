@@ -40,11 +40,12 @@ def command(screen: Screen, listed: bool, **options: Any) -> None:
     script, or ovsprune launch --policy NAME.
     """
     from ovsprune.jobs.schedule import list_policies, plan_tower
-    from ovsprune.report.schedules import policies_summary, schedule_summary
+    from ovsprune.report.schedules import schedule_summary
+    from ovsprune.report.tables import listing
 
     if listed:
         record = list_policies()
-        screen.finish(record, *policies_summary(record))
+        screen.finish(record, *listing(record))
         return
     record = plan_tower(**options, progress=screen.progress)
     screen.finish(record, *schedule_summary(record))
