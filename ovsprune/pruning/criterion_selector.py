@@ -115,7 +115,7 @@ class CriterionSelector:
             return self._measure(ctx, probe)
         path = Path(self.config.statistics)
         if not path.is_file():
-            statistics_file(path).check_place()
+            statistics_file(path).check_writable()
         origin = self._origin(ctx, probe)
         if path.exists():
             stored = read_statistics(path, origin)

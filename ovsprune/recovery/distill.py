@@ -134,7 +134,9 @@ class Student:
         ):
             student = self.slim.outputs(images.to(self.device))
             # The loss is a mean over images; the last batch may be smaller.
-            total += len(images) * float(feature_loss(student, teacher, self.scales, OUTPUT_WEIGHTS))
+            total += len(images) * float(
+                feature_loss(student, teacher, self.scales, OUTPUT_WEIGHTS)
+            )
         return total / len(self.validation)
 
     def train(self) -> Iterator[None]:

@@ -35,10 +35,12 @@ ROUNDS = 2
 PRODUCTS = 3
 """Number of conjugate gradient steps, that is of products with the normal matrix, per round."""
 CURVATURE_IMAGES = 128
-"""Approximate number of images for products with the normal matrix. The curvature needs fewer images
-than the residual (subsampled Newton, Byrd et al. 2011)."""
+"""Approximate number of images for products with the normal matrix.
+
+The curvature needs fewer images than the residual (subsampled Newton, Byrd et al. 2011).
+"""
 STEPS = (1.0, 0.5)
-"""Step lengths to try on held-out images, because the linearisation is only valid to first order."""
+"""Step lengths to try on held-out images: the linearisation only holds to first order."""
 
 
 @RECOVERIES.register("gauss-newton")

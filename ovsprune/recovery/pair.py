@@ -205,16 +205,12 @@ class BlockPair:
         if images is not None:
             references, cache = references.select(images), cache.select(images)
         hook_points = [target.hook_point, *((name, "input") for name in layers)]
-        for part, captured in run_block(
-            self.slim, cache, self.batch_size, hook_points, self.name
-        ):
+        for part, captured in run_block(self.slim, cache, self.batch_size, hook_points, self.name):
             current = target.hook_rows(layer, captured[target.hook_point])  # [b, ..., m]
             reference = references[part].to(current)  # [b, ..., m]
             yield part, row_weights(reference, median), reference - current, captured
 
-    def _references(
-        self, target: RefitTarget, layer: nn.Module
-    ) -> tuple[ActivationCache, float]:
+    def _references(self, target: RefitTarget, layer: nn.Module) -> tuple[ActivationCache, float]:
         """Return the dense rows at the hook point and the median of their squared norms.
 
         They are computed once per consumer, even if it is refitted several times.

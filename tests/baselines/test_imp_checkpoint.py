@@ -131,7 +131,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     small: Backbone, tmp_path: Path, trained: Any
 ) -> None:
     done = trained(None)
-    with pytest.raises(OutputError, match="--imp-rounds names a file"):
+    with pytest.raises(OutputError, match="pass a file to --imp-rounds"):
         imp(small, RATIO, imp_rounds=str(tmp_path), **QUICK)
     assert not done
 

@@ -10,8 +10,13 @@ import torch
 from torch import nn
 
 from ovsprune.calibration import activation_cache as streams
-from ovsprune.calibration.activation_cache import Stream, allocate, spread_over, walk
-from ovsprune.calibration.refit import held_out
+from ovsprune.calibration.activation_cache import (
+    ActivationCache,
+    allocate,
+    evenly_spaced,
+    run_block,
+)
+from ovsprune.calibration.refit import held_out_mask
 from ovsprune.recovery import RECOVERIES, gauss_newton, pair
 from tests.contracts.conftest import open_clip_vit, prepared
 
@@ -62,13 +67,13 @@ def test_what_is_held_out_is_read_from_disk_and_kept_there(
     plan = case.random_plan(0)
     context = case.context(case.cut(plan), plan)
     RECOVERIES.get("gauss-newton").recover(context)
-    held = int(held_out(len(context.pictures)).sum())
+    held = int(held_out_mask(len(context.pictures)).sum())
     # For every trial of a refit: the goals and the stream of the pictures that are held out.
     assert [shape[0] for shape in mapped].count(held) >= 2 * len(case.groups)
 
 
 def test_some_pictures_of_a_stream() -> None:
-    stream = Stream(torch.randn(6, 2, 3))
+    stream = ActivationCache(torch.randn(6, 2, 3))
     some = stream.only(torch.tensor([1, 4]))
     assert torch.equal(some[:], stream[:][[1, 4]])
     some[slice(0, 1)] = torch.zeros(1, 2, 3)
@@ -78,12 +83,12 @@ def test_some_pictures_of_a_stream() -> None:
 def test_a_walk_sees_every_batch_once_and_advances_only_if_told() -> None:
     block = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     before = torch.randn(5, 2, 3)
-    stream = Stream(before.clone())
+    stream = ActivationCache(before.clone())
     with torch.no_grad():
         inner, after = block[0](before), block(before)
     for advance in (False, True):
         parts = []
-        for part, seen in walk(block, stream, 2, [("top.0", "output")], "top", advance):
+        for part, seen in run_block(block, stream, 2, [("top.0", "output")], "top", advance):
             parts.append(part)
             torch.testing.assert_close(seen["top.0", "output"], inner[part])
         assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]
@@ -94,9 +99,9 @@ def test_a_walk_sees_every_batch_once_and_advances_only_if_told() -> None:
 def test_a_block_may_change_the_shape_of_the_stream(size: int) -> None:
     block = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2))
     before = torch.randn(5, 2, 9, 7)
-    stream, other = Stream(before.clone()), Stream(before.clone())
-    for part, _ in walk(block, stream, size, advance=True):
-        # What is not read yet is as it was, also in the middle of the walk.
+    stream, other = ActivationCache(before.clone()), ActivationCache(before.clone())
+    for part, _ in run_block(block, stream, size, advance=True):
+        # What is not read yet is as it was, also in the middle of the run_block.
         if part.stop < 5:
             assert torch.equal(stream[part.stop :], before[part.stop :])
     with torch.no_grad():
@@ -108,5 +113,5 @@ def test_a_block_may_change_the_shape_of_the_stream(size: int) -> None:
 
 
 def test_samples_are_spread_over_the_pictures() -> None:
-    assert spread_over(100, 5).tolist() == [0, 25, 50, 74, 99]
-    assert spread_over(3, 32).tolist() == [0, 1, 2]
+    assert evenly_spaced(100, 5).tolist() == [0, 25, 50, 74, 99]
+    assert evenly_spaced(3, 32).tolist() == [0, 1, 2]

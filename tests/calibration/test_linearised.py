@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from ovsprune.calibration.linearised import Metric, Segment, Tensors, conjugate_gradients
+from ovsprune.calibration.linearised import (
+    InputPreconditioner,
+    Segment,
+    Tensors,
+    conjugate_gradients,
+)
 from ovsprune.graph.attention import SeparateAttention
 
 
@@ -117,7 +122,7 @@ def test_the_metric_solves_a_linear_layer_in_one_product() -> None:
     x = torch.randn(400, 5) @ torch.randn(5, 5)
     wanted = torch.randn(3, 5, dtype=torch.float64)
     square = x.double().T @ x.double()
-    metric = Metric(1e-9)
+    metric = InputPreconditioner(1e-9)
     for rows in x.split(100):
         metric.update({"layer": rows[:, None]}, torch.ones(len(rows)))
     found = conjugate_gradients(
@@ -130,7 +135,7 @@ def test_the_metric_solves_a_linear_layer_in_one_product() -> None:
 
 
 def test_layers_that_read_the_same_share_a_moment() -> None:
-    metric, rows, other = Metric(1e-2), torch.randn(10, 4), torch.randn(10, 4)
+    metric, rows, other = InputPreconditioner(1e-2), torch.randn(10, 4), torch.randn(10, 4)
     metric.update({"q": rows, "k": rows, "v": other}, torch.ones(10))
     values = {f"{n}.weight": torch.ones(2, 4, dtype=torch.float64) for n in "qkv"}
     found = metric.precondition(values)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.moments import CrossMoments
-from ovsprune.calibration.refit import Refit, held_out, median_of, row_weights
+from ovsprune.calibration.refit import Refit, held_out_mask, positive_median, row_weights
 from ovsprune.calibration.ridge import correction, regularised
 
 RIDGE = 1e-2
@@ -29,7 +29,7 @@ def refit(
     layer: nn.Linear, x: Tensor, wanted: Tensor, weight: Tensor | None = None, size: int = 3
 ) -> None:
     """Refit ``layer`` to ``wanted`` [pictures, rows, m] from ``x`` [pictures, rows, n]."""
-    found = Refit(layer, held_out(len(x)), RIDGE)
+    found = Refit(layer, held_out_mask(len(x)), RIDGE)
     weight = torch.ones(x.shape[:-1]) if weight is None else weight
     for start in range(0, len(x), size):
         part = slice(start, start + size)
@@ -131,7 +131,7 @@ def test_two_pictures_and_many_units(ridge: float) -> None:
     basis = normal(20, 300, seed=2)
     x = normal(2, 10, 20, seed=3) @ basis  # Pictures live in few directions, as activations do.
     layer = linear(torch.zeros(6, 300), bias)
-    found = Refit(layer, held_out(2), ridge)
+    found = Refit(layer, held_out_mask(2), ridge)
     wanted = x @ weight.T + bias
     found.update(slice(0, 2), x, wanted - layer(x), torch.ones(2, 10))
     found.apply()
@@ -191,7 +191,7 @@ def test_a_row_in_n_has_at_most_two_nths_of_the_weight() -> None:
 
 @pytest.mark.parametrize(("pictures", "held"), [(1, 0), (2, 1), (7, 1), (8, 1), (16, 2), (256, 32)])
 def test_how_many_are_held_out(pictures: int, held: int) -> None:
-    assert int(held_out(pictures).sum()) == held
+    assert int(held_out_mask(pictures).sum()) == held
 
 
 def test_a_single_picture_is_fitted_to() -> None:
@@ -212,6 +212,6 @@ def test_outputs_that_fit_already_do_not_stop_the_others() -> None:
 
 def test_rows_of_zeros_do_not_take_the_weight_from_the_others() -> None:
     rows = torch.cat([torch.zeros(6, 3), normal(4, 3)])
-    median = float(median_of(rows.square().sum(-1)))
+    median = float(positive_median(rows.square().sum(-1)))
     assert median > 0 and (row_weights(rows, median) > 0.05).all()
-    assert float(median_of(torch.zeros(3))) == 0.0
+    assert float(positive_median(torch.zeros(3))) == 0.0

@@ -53,9 +53,9 @@ def test_it_is_judged_by_pictures_that_no_refit_has_seen(case: Case) -> None:
         RECOVERIES.get(name).recover(item)
     unseen = RenderedPictures(8, case.backbone.preprocess, 9, start=1000)
     pupil, without = Student(replace(item, unseen=unseen)), Student(item)
-    assert torch.equal(pupil.exam, torch.cat(list(unseen.batches(8))))
-    assert len(pupil.lessons) == len(case.pictures)
-    assert len(without.lessons) + len(without.exam) == len(case.pictures)
+    assert torch.equal(pupil.validation, torch.cat(list(unseen.batches(8))))
+    assert len(pupil.train_indices) == len(case.pictures)
+    assert len(without.train_indices) + len(without.validation) == len(case.pictures)
     assert without.error() < 0.9 * pupil.error()  # of the same tower
 
 
@@ -70,7 +70,7 @@ def test_a_job_that_trains_has_unseen_pictures_and_others_draw_none(
 
     def spy(self: Student, item: Any) -> None:
         original(self, item)
-        judged.append(self.exam)
+        judged.append(self.validation)
 
     monkeypatch.setattr(Student, "__init__", spy)
     quick = {"samples": 8, "batch_size": 4, "criterion": "random", "allocation": "uniform"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import Stream, run_stem
+from ovsprune.calibration.activation_cache import ActivationCache, run_stem
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import level
 from ovsprune.recovery.whitened import Whitened, whiten
@@ -145,5 +145,5 @@ def test_a_layer_that_is_never_run_is_left_out() -> None:
             return self.used(stream)
 
     block = Block()
-    found = whiten({"only": block}, Stream(torch.randn(9, 4, 6)), 4)
+    found = whiten({"only": block}, ActivationCache(torch.randn(9, 4, 6)), 4)
     assert [white.weight for white in found] == [block.used.weight]
