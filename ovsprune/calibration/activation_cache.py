@@ -36,7 +36,7 @@ MEMORY_LIMIT = 1 << 30
 
 def allocate(shape: tuple[int, ...], limit: int = MEMORY_LIMIT) -> Tensor:
     """Return uninitialised float32 storage, in memory or, above ``limit`` bytes, on disk."""
-    if 4 * int(np.prod(shape)) <= limit:
+    if 4 * int(np.prod(shape)) <= limit:  # 4 bytes per float32
         return torch.empty(shape)
     # The file is deleted once it is mapped; the system frees its space with the tensor.
     with tempfile.TemporaryFile(prefix="ovsprune-stream-") as file:
@@ -68,6 +68,7 @@ class ActivationCache:
         if out.shape[1:] == self._current.shape[1:]:
             self._current[part] = out
             return
+        # The old tensor stays readable, because the remaining batches are still needed.
         if self._next is None:
             self._next = allocate((len(self), *out.shape[1:]))
         self._next[part] = out
@@ -192,9 +193,11 @@ def run_block(
     with capture(block, hook_points, prefix, stop=not advance) as captured:
         for start in range(0, len(cache), batch_size):
             part = slice(start, start + batch_size)
+            # Stale entries would end the next forward pass too early.
             captured.clear()
             with suppress(StopForward):
                 out = block(cache[part].to(device))
+            # The caller sees the batch before its cached input is overwritten.
             yield part, captured
             if advance:
                 cache[part] = out.float().cpu()

@@ -51,6 +51,7 @@ class Segment:
 
     def __init__(self, block: nn.Module, layers: Sequence[str], consumer: str) -> None:
         self.block, self.consumer = block, consumer
+        # Copies: the block's own parameters are overwritten by set_parameters().
         self.parameters: Tensors = {
             f"{layer}.{name}": parameter.detach().clone()
             for layer in layers
@@ -98,6 +99,7 @@ class Segment:
     def set_parameters(self, change: Tensors, step: float) -> None:
         """Set the parameters of the block, in place, to the initial ones plus ``step * change``."""
         for name, initial in self.parameters.items():
+            # float64, so that rounding to the parameter's type happens once.
             new = initial.double() + step * change[name].to(initial.device)
             # A step of 0 restores the initial values bit for bit, also if D is not finite.
             self.block.get_parameter(name).copy_(new.to(initial) if step else initial)
@@ -149,7 +151,7 @@ class InputPreconditioner:
             inputs: Layer to rows [b, ..., n]. A tensor that several layers share is added once.
             weight: Weight of each image, [b].
         """
-        self._factors.clear()
+        self._factors.clear()  # they depend on all rows
         for name, rows in inputs.items():
             # Query, key and value projections read the same tensor and share one matrix.
             first = next(layer for layer, others in inputs.items() if others is rows)
@@ -218,7 +220,7 @@ def conjugate_gradients(
         pAp = _inner(p, Ap)
         if not (rz > 0 and pAp > 0):  # solved, or no curvature is left; also false for nan
             break
-        alpha = rz / pAp
+        alpha = rz / pAp  # exact minimiser along p
         D = add_scaled(D, p, alpha)
         r = add_scaled(r, Ap, -alpha)
         z = precondition(r)

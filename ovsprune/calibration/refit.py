@@ -44,7 +44,7 @@ def held_out_mask(images: int) -> Tensor:
         >>> held_out_mask(3).tolist()
         [False, False, True]
     """
-    mask = torch.zeros(images, dtype=torch.bool)
+    mask = torch.zeros(images, dtype=torch.bool)  # deterministic: no random draw
     mask[HELD_OUT - 1 :: HELD_OUT] = True
     if 1 < images < HELD_OUT:
         mask[-1] = True
@@ -115,6 +115,7 @@ class Refit:
     def __init__(self, layer: nn.Module, held_out: Tensor, ridge: float) -> None:
         self.layer, self.held_out, self.ridge = layer, held_out, ridge
         m, n = weight_of(layer).flatten(1).shape
+        # Weights of convolutions are flattened; rows are image patches then.
         self._fit_moments, self._held_out_moments = CrossMoments(n, m), CrossMoments(n, m)
 
     def update(self, part: slice, x: Tensor, e: Tensor, weight: Tensor) -> None:
@@ -126,6 +127,7 @@ class Refit:
             e: Residuals [b, ..., m]: the reference minus the present output.
             weight: Row weights [b, ...].
         """
+        # Whole images are held out: rows of one image are correlated.
         held_out = self.held_out[part].to(x.device)  # [b]
         for moments, chosen in (
             (self._fit_moments, ~held_out),
@@ -147,6 +149,7 @@ class Refit:
 
     def _best_change(self) -> Change:
         fit = self._fit_moments.result()
+        # A single image is not validated.
         if not self._held_out_moments.count:
             return self._ridge(fit)
         held_out = self._held_out_moments.result()
@@ -158,6 +161,7 @@ class Refit:
             self._bias_only,
             *(partial(self._ridge, multiple=k) for k in RIDGE_MULTIPLES),
         ]
+        # Summed over outputs, weighted by share: one candidate for the whole layer.
         errors = [float((share * held_out.error(*solve(fit))).sum()) for solve in candidates]
         # index() returns the first minimum, so a residual of zero leads to no change.
         return candidates[errors.index(min(errors))](fit + held_out)
@@ -169,6 +173,7 @@ class Refit:
         # Without a bias the means are part of what the weight must explain.
         solved = joint if self._has_bias else joint.about_zero()
         weight = ridge_correction(solved.inputs, solved.cross, multiple * self.ridge)  # [m, n]
+        # The bias takes over what is left at the mean input: b = mu_e - W mu_x, [m].
         return weight, solved.mean - weight @ solved.inputs.mean
 
     @property

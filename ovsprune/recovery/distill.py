@@ -134,9 +134,8 @@ class Student:
         ):
             student = self.slim.outputs(images.to(self.device))
             # The loss is a mean over images; the last batch may be smaller.
-            total += len(images) * float(
-                feature_loss(student, teacher, self.scales, OUTPUT_WEIGHTS)
-            )
+            loss = feature_loss(student, teacher, self.scales, OUTPUT_WEIGHTS)
+            total += len(images) * float(loss)
         return total / len(self.validation)
 
     def train(self) -> Iterator[None]:
@@ -148,7 +147,7 @@ class Student:
         schedule = _Schedule(self.options)
         checks = 0
         with self.ctx.progress.stage("distillation", schedule.total) as advance:
-            for images in self._batches():
+            for images in self._batches():  # [b, 3, H, W]
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate * schedule.rate_factor()
                 if not self._step(optimizers, images):
@@ -159,6 +158,7 @@ class Student:
                     return
                 fraction = schedule.count_step()
                 advance(schedule.progress_since_last(fraction))
+                # Slow steps may pass several checkpoints at once; they are validated once.
                 if fraction * _CHECKS >= checks + 1:
                     checks = int(fraction * _CHECKS)
                     self._write_weights()
@@ -199,7 +199,7 @@ class Student:
             self.ctx.slim.zero_grad()
             loss = feature_loss(self.slim.outputs(images), teacher, self.scales, OUTPUT_WEIGHTS)
             losses.append(float(loss.detach()))
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss)  # gradients of W, then of V
             for layer in self.whitened:
                 layer.read_gradient()
             return loss
@@ -217,7 +217,7 @@ class Student:
     def _whiten(self) -> list[Whitened]:
         with torch.no_grad():
             parts = [self.slim.stem(images.to(self.device)) for images in self._split(self.sample)]
-        cache = ActivationCache(torch.cat(parts).float().cpu())
+        cache = ActivationCache(torch.cat(parts).float().cpu())  # [images, ...], before block 0
         return whiten(self.slim.blocks, cache, self.ctx.batch_size)
 
     def _write_weights(self) -> None:
@@ -250,10 +250,11 @@ class Student:
         height, width = image.shape[1:]
         # One draw of four numbers per image: area, top, left, mirror.
         draw = torch.rand(4, generator=self.generator).tolist()
+        # The area is uniform in [1/2, 1], so the side is the square root of that.
         side = math.sqrt(0.5 + 0.5 * draw[0])
         h, w = max(1, round(side * height)), max(1, round(side * width))
         top, left = round(draw[1] * (height - h)), round(draw[2] * (width - w))
-        crop = image[None, :, top : top + h, left : left + w]
+        crop = image[None, :, top : top + h, left : left + w]  # [1, 3, h, w]
         crop = F.interpolate(crop, (height, width), mode="bilinear", antialias=True)[0]
         return crop.flip(2) if draw[3] < 0.5 else crop
 
@@ -282,6 +283,7 @@ class _Schedule:
         self.limit, self.seconds = options.limit, options.seconds
         self.steps = 0
         self.start = time.monotonic()
+        # Length of the progress bar; a training limited by time has no known number of steps.
         self.total = self.limit if self.limit is not None else 1000
         self.shown = 0
 

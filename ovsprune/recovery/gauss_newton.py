@@ -161,6 +161,7 @@ class _ProducerStep:
         Args:
             every: Use every n-th batch only.
         """
+        # Batches have the size of those in _collect(), to which self.weights belong.
         device, size = weight_of(self.layer).device, self.pair.batch_size
         for number in range(0, len(self.weights), every):
             weight = self.weights[number]
@@ -179,6 +180,7 @@ class _ProducerStep:
 
     def _line_search(self, change: Tensors) -> bool:
         """Set the step length with the least held-out error; return True if it is not zero."""
+        # A step of 0 is the first candidate, so the error cannot increase.
         best, least = 0.0, self._held_out_error()
         for step in STEPS:
             self.segment.set_parameters(change, step)

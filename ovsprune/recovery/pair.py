@@ -47,10 +47,12 @@ def block_pairs(ctx: RecoveryContext, description: str) -> Iterator[BlockPair]:
         description: Name of the stage in the progress display.
     """
     dense, slim = ctx.stages(ctx.dense), ctx.stages(ctx.slim)
+    # One step of progress for the stem, and one per block.
     with ctx.progress.stage(description, len(dense.blocks) + 1) as advance:
         dense_cache = run_stem(dense, ctx.pictures, ctx.batch_size)
         differs = False
-        slim_cache = dense_cache.copy()
+        # Nothing is cut before the first block, so both towers have the same stem.
+        slim_cache = dense_cache.copy()  # [images, ...]
         advance(1)
         for name, block in dense.blocks.items():
             # Compare tensors too: a training between rounds also changes blocks without a cut.
@@ -132,6 +134,7 @@ class BlockPair:
 
     def _refit_layers(self, target: RefitTarget, names: Sequence[str]) -> None:
         """Refit producers in one pass over both blocks."""
+        # Layout and width are those of the slim layers, in both towers.
         layers = {name: self.ctx.slim.get_submodule(name) for name in names}
         if not layers:
             return
@@ -182,6 +185,7 @@ class BlockPair:
             x = input_rows(layer, captured[target.consumer, "input"])  # [b, ..., n]
             refit.update(part, x, e, w)
         refit.apply()
+        # refit_producers() of a later group can skip the layer.
         if target.uses_own_output:
             self._fitted_to_own_output.add(target.consumer)
 
@@ -202,6 +206,7 @@ class BlockPair:
         layer = self.ctx.slim.get_submodule(target.consumer)
         references, median = self._references(target, layer)
         cache = self.slim_cache
+        # Copies, because cached tensors are read in contiguous batches.
         if images is not None:
             references, cache = references.select(images), cache.select(images)
         hook_points = [target.hook_point, *((name, "input") for name in layers)]
