@@ -1,4 +1,4 @@
-"""At how many widths a group's curve is measured."""
+"""Number of widths at which a group is measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_deep_towers_are_measured_at_fewer_widths(blocks: int, points: int) -> N
 
 
 @pytest.mark.parametrize(("blocks", "points"), [(2, 8), (26, 4)])
-def test_a_survey_measures_as_many_widths_as_the_depth_allows(blocks: int, points: int) -> None:
+def test_the_survey_uses_the_number_of_widths_for_the_depth(blocks: int, points: int) -> None:
     tower = NormedTower()
     tower.blocks = nn.ModuleList(Sublayer(24, 40) for _ in range(blocks))
     groups = find_groups(tower.eval(), tower.prunable_layers(), (32, 32))[:2]
