@@ -22,7 +22,7 @@ import torch
 
 from ovsprune import backbones
 from ovsprune.calibration import sensitivity
-from ovsprune.calibration.linearised import Metric
+from ovsprune.calibration.linearised import InputPreconditioner
 from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.calibration.refit import Refit
@@ -39,7 +39,7 @@ PASSED: Mapping[str, Sequence[Callable[..., Any]]] = {
     "curves": [sensitivity.measure_curve],
     "elimination": [prune_columns],
     "refit": [Pipeline._recover],
-    "ridge": [Refit.apply, Metric.precondition],
+    "ridge": [Refit.apply, InputPreconditioner.precondition],
     "write": [job.write],
 }
 """Functions whose seconds are taken, what they call included."""

@@ -1,4 +1,4 @@
-"""Allocations: how many units each group keeps. One file each.
+"""Allocators that choose the number of units each group keeps, one file each.
 
 See :class:`ovsprune.core.protocols.Allocator`.
 """

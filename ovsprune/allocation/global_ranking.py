@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.ranking import ladder, spend
+from ovsprune.allocation.ranking import select_steps, width_steps
 from ovsprune.core.protocols import AllocationContext
 
 __all__ = ["Global"]
@@ -11,28 +11,27 @@ __all__ = ["Global"]
 
 @ALLOCATIONS.register("global")
 class Global:
-    """One ranking over all groups, by removal cost for what keeping a unit costs."""
+    """One ranking over the units of all groups, by importance per MAC (or other cost)."""
 
     needs_curves = False
     needs_spectra = False
 
     def widths(self, ctx: AllocationContext) -> dict[str, int]:
-        """Keep the units whose removal costs most for their price, whatever group they are in.
+        """Keep the units of highest importance per price, over all groups.
 
-        Costs that mean the same everywhere (``ctx.comparable``: an estimated change of one loss)
-        are taken as they are, as in Molchanov et al. 2019. Others (a norm of weights, an error of
-        one layer's output) have scales of their own: a group's costs per price are divided by
-        their mean, so that the tower's MACs are worth the same in every group on average. This is
-        the ``mean`` normaliser of DepGraph's code (Fang et al. 2023), per price; the norm by which
-        Molchanov et al. 2017 (eq. 8) divide would make the dozen units of a group of heads look
-        larger than thousands of MLP units only because they are few.
+        Comparable scores (``ctx.comparable``: an estimated change of one loss) are used unchanged,
+        as in Molchanov et al. 2019. Other scores (a norm of weights, an error of one layer's
+        output) have a different scale in each group. They are divided by the group's mean score
+        per price, the ``mean`` normaliser of DepGraph's code (Fang et al. 2023) applied per price.
+        The L2 norm of Molchanov et al. 2017 (eq. 8) would favour groups of few units (heads) over
+        groups of thousands (MLPs).
 
         Raises:
-            BudgetError: The floors cost more than the budget.
+            BudgetError: The minimum widths cost more than the budget.
         """
-        ladders = {g.name: ladder(ctx, g) for g in ctx.groups}
+        steps = {g.name: width_steps(ctx, g) for g in ctx.groups}
         worths = {
             name: found.worths / (1.0 if ctx.comparable or found.mean <= 0 else found.mean)
-            for name, found in ladders.items()
+            for name, found in steps.items()
         }
-        return spend(ctx, ladders, worths)
+        return select_steps(ctx, steps, worths)

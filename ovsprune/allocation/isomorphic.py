@@ -1,4 +1,4 @@
-"""Isomorphic: ranking among groups of equal structure only."""
+"""Isomorphic: ranking among groups of equal structure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Hashable
 import numpy as np
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.ranking import Array, Ladder, ladder, spend
+from ovsprune.allocation.ranking import Array, WidthSteps, select_steps, width_steps
 from ovsprune.core.protocols import AllocationContext
 from ovsprune.core.records import Group
 
@@ -16,50 +16,54 @@ __all__ = ["Isomorphic"]
 
 @ALLOCATIONS.register("isomorphic")
 class Isomorphic:
-    """Ranking within classes of groups of equal structure; every class loses the same share."""
+    """Ranking within classes of groups of equal structure; all classes lose the same fraction."""
 
     needs_curves = False
     needs_spectra = False
 
     def widths(self, ctx: AllocationContext) -> dict[str, int]:
-        """Rank units inside each class; take the same share of each class's cost.
+        """Rank units within each class; remove the same fraction of each class's cost.
 
-        Isomorphic Pruning (Fang et al., ECCV 2024): costs of different structures follow
-        different distributions and are not compared; those of equal structures are, as they are.
+        Isomorphic Pruning (Fang et al., ECCV 2024): scores of different structures follow
+        different distributions and are not compared. Scores of equal structures are compared
+        without normalisation.
 
         Raises:
-            BudgetError: The floors cost more than the budget.
+            BudgetError: The minimum widths cost more than the budget.
         """
-        classes: dict[Hashable, dict[str, Ladder]] = {}
+        classes: dict[Hashable, dict[str, WidthSteps]] = {}
         for group in ctx.groups:
-            classes.setdefault(_structure(group), {})[group.name] = ladder(ctx, group)
-        ladders = {name: found for members in classes.values() for name, found in members.items()}
+            classes.setdefault(_structure(group), {})[group.name] = width_steps(ctx, group)
+        steps = {name: steps for members in classes.values() for name, steps in members.items()}
         worths = {
-            name: place for members in classes.values() for name, place in _places(members).items()
+            name: values
+            for members in classes.values()
+            for name, values in _quantiles(members).items()
         }
-        return spend(ctx, ladders, worths)
+        return select_steps(ctx, steps, worths)
 
 
 def _structure(group: Group) -> Hashable:
-    """What groups of one class share: the unit kind, the slices' shapes, a unit's parameters.
+    """Return the class of a group: unit kind, shapes of slices, parameters per unit.
 
-    A unit's parameters stand for the width of the layers across the cut.
+    The parameters per unit represent the other dimension of the sliced weights.
     """
     slices = tuple((part.axis, tuple(part.rows.shape)) for part in group.slices)
     return group.kind, group.units, slices, len(group.norms), group.params
 
 
-def _places(members: dict[str, Ladder]) -> dict[str, Array]:
-    """Place of every step in its class, by worth: 1 for the best, falling with the share before it.
+def _quantiles(members: dict[str, WidthSteps]) -> dict[str, Array]:
+    """Map each step's worth to 1 - (fraction of the class's cost ranked before it).
 
-    The same threshold in every class then takes the same share of each class's cost.
+    One threshold for all classes then keeps the same fraction of each class's cost.
     """
-    prices = np.concatenate([found.prices for found in members.values()])
-    worths = np.concatenate([found.worths for found in members.values()])
-    floors = sum(found.floor for found in members.values())
+    prices = np.concatenate([steps.prices for steps in members.values()])
+    worths = np.concatenate([steps.worths for steps in members.values()])
+    floors = sum(steps.floor for steps in members.values())
     ranked = np.argsort(-worths, kind="stable")
     before = np.cumsum(prices[ranked]) - prices[ranked] / 2
-    places = np.empty_like(prices)
-    places[ranked] = 1 - (floors + before) / max(floors + float(prices.sum()), 1e-30)
-    ends = np.cumsum([len(found.prices) for found in members.values()])
-    return dict(zip(members, np.split(places, ends[:-1]), strict=True))
+    # A step counts from its middle, so that no class is favoured by coarse steps.
+    quantiles = np.empty_like(prices)
+    quantiles[ranked] = 1 - (floors + before) / max(floors + float(prices.sum()), 1e-30)
+    ends = np.cumsum([len(steps.prices) for steps in members.values()])
+    return dict(zip(members, np.split(quantiles, ends[:-1]), strict=True))

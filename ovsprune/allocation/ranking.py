@@ -1,7 +1,8 @@
-"""Ranking the units of many groups against each other, each group's in its own order of removal.
+"""Ranking of units across groups, each group in its fixed order of removal.
 
-A group is a ladder from its floor to its dense width. Going up a step keeps the units that are
-removed last; what that is worth is what removing them would cost, for what keeping them costs.
+Each group has a list of steps from its minimum width to its dense width. A step keeps the units
+that would be removed last. Its price is the MACs (or other cost) that these units add; its worth is
+the sum of their importance scores divided by the price.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ovsprune.allocation.trim import spare, trim, widths_of
+from ovsprune.allocation.trim import spare_budget, trim, widths_of
 from ovsprune.core.protocols import AllocationContext
 from ovsprune.core.records import Group
 
-__all__ = ["Ladder", "ladder", "spend"]
+__all__ = ["WidthSteps", "select_steps", "width_steps"]
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Ladder:
-    """One group's steps.
+class WidthSteps:
+    """Steps of one group from its minimum to its maximum width.
 
     Attributes:
-        widths: int64 [k + 1], ascending: the floor, ..., the widest that it may have.
-        prices: [k]: what each step costs, > 0, in the budget's currency.
-        worths: [k]: removal cost per price of the units that the step keeps; never rises.
-        floor: What the floor costs.
-        mean: Removal cost per price of the whole group.
+        widths: int64 [k + 1], ascending: the allowed widths.
+        prices: float64 [k], > 0: cost added by each step, in the unit of the budget.
+        worths: float64 [k], non-increasing: importance per price of the units that a step adds.
+        floor: Cost of the minimum width.
+        mean: Importance per price of the whole group.
     """
 
     widths: NDArray[np.int64]
@@ -40,65 +41,66 @@ class Ladder:
     mean: float
 
 
-def ladder(ctx: AllocationContext, group: Group) -> Ladder:
-    """The steps of ``group``.
+def width_steps(ctx: AllocationContext, group: Group) -> WidthSteps:
+    """Build the steps of ``group``.
 
-    Costs are made monotone along the order of removal (their running maximum): a unit that is
-    removed later is worth no less than those before it. Where prices are no multiple of the units
-    and a step is worth more than the one below it, the two are taken as one (the concave hull of
-    the worth over the price), so that going by worth never asks for a step before the one below.
+    Scores are made monotone along the order of removal (running maximum): a unit that is removed
+    later is worth no less than those before it. Steps whose worth per price exceeds that of a
+    narrower step are merged with it (concave hull of score over price), so that sorting by worth
+    never selects a step before the narrower ones.
     """
     order = ctx.scores.orders[group.name].cpu().numpy()
     costs = ctx.scores.costs[group.name].double().cpu().numpy()[order]
-    gone = np.concatenate([[0.0], np.cumsum(np.maximum.accumulate(costs))])
+    # removed[k]: total score of the k units that are removed first
+    removed = np.concatenate([[0.0], np.cumsum(np.maximum.accumulate(costs))])
     widths = np.array(widths_of(group, ctx.round_to))
     price = np.array([ctx.budget.price(group, int(w)) for w in widths])
     prices = np.maximum(np.diff(price), 1e-15 * ctx.budget.dense)
-    values = -np.diff(gone[group.units - widths])
-    whole = ctx.budget.price(group, group.units) - ctx.budget.price(group, 0)
-    return Ladder(
-        widths,
-        prices,
-        _falling(values, prices),
-        float(price[0]) - ctx.budget.price(group, 0),
-        float(gone[-1]) / max(whole, 1e-15 * ctx.budget.dense),
+    values = -np.diff(removed[group.units - widths])
+    total = ctx.budget.price(group, group.units) - ctx.budget.price(group, 0)
+    return WidthSteps(
+        widths=widths,
+        prices=prices,
+        worths=_isotonic(values, prices),
+        floor=float(price[0]) - ctx.budget.price(group, 0),
+        mean=float(removed[-1]) / max(total, 1e-15 * ctx.budget.dense),
     )
 
 
-def spend(
-    ctx: AllocationContext, ladders: Mapping[str, Ladder], worths: Mapping[str, Array]
+def select_steps(
+    ctx: AllocationContext, steps: Mapping[str, WidthSteps], worths: Mapping[str, Array]
 ) -> dict[str, int]:
-    """Widths that go up the ladders, the worthiest step first, until nothing more fits.
+    """Take the steps of highest worth over all groups until no more fits the budget.
 
     Args:
-        ctx: The allocation.
-        ladders: Of every group.
-        worths: [k] of every group, never rising: what its steps are worth against all others.
+        ctx: Allocation context.
+        steps: Steps of every group.
+        worths: float64 [k] per group, non-increasing: worth of its steps, comparable across groups.
 
     Raises:
-        BudgetError: The floors cost more than the budget.
+        BudgetError: The minimum widths cost more than the budget.
     """
-    left = spare(ctx)
+    left = spare_budget(ctx)
     names = [g.name for g in ctx.groups]
     lengths = [len(worths[n]) for n in names]
     if not sum(lengths):
-        return {n: int(ladders[n].widths[-1]) for n in names}
+        return {n: int(steps[n].widths[-1]) for n in names}
     owner = np.repeat(np.arange(len(names)), lengths)
-    # Stable: steps of one group that are worth the same stay in the order of the ladder.
+    # Stable sort: steps of one group with equal worth stay in ascending order of width.
     ranked = np.argsort(-np.concatenate([worths[n] for n in names]), kind="stable")
-    spent = np.cumsum(np.concatenate([ladders[n].prices for n in names])[ranked])
+    spent = np.cumsum(np.concatenate([steps[n].prices for n in names])[ranked])
     taken = ranked[: int(np.searchsorted(spent, left + 1e-9 * ctx.budget.dense, side="right"))]
-    steps = np.bincount(owner[taken], minlength=len(names))
-    widths = {n: int(ladders[n].widths[k]) for n, k in zip(names, steps, strict=True)}
+    counts = np.bincount(owner[taken], minlength=len(names))
+    widths = {n: int(steps[n].widths[k]) for n, k in zip(names, counts, strict=True)}
 
     def worth(group: Group, now: int, wider: int) -> float:
-        return float(worths[group.name][int(np.searchsorted(ladders[group.name].widths, now))])
+        return float(worths[group.name][int(np.searchsorted(steps[group.name].widths, now))])
 
     return trim(ctx, widths, worth)
 
 
-def _falling(values: Array, prices: Array) -> Array:
-    """Values per price, neighbours pooled until none is above the one before (isotonic)."""
+def _isotonic(values: Array, prices: Array) -> Array:
+    """Return values per price, made non-increasing by pooling adjacent violators."""
     pools: list[tuple[float, float, int]] = []
     for value, price in zip(values.tolist(), prices.tolist(), strict=True):
         pool = (value, price, 1)

@@ -1,4 +1,4 @@
-"""Sensitivity: widths of least total measured change, by dynamic programming."""
+"""Sensitivity: widths of least total measured error, by dynamic programming."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.curves import curve
-from ovsprune.allocation.trim import floor_of, spare, trim, widths_of
+from ovsprune.allocation.curves import error_curve
+from ovsprune.allocation.trim import floor_of, spare_budget, trim, widths_of
 from ovsprune.core.protocols import AllocationContext
 from ovsprune.core.records import Group
 
 __all__ = ["Sensitivity"]
 
 _BINS = 4000
-"""Steps into which the budget is divided; single units make up for what rounding leaves."""
+"""Number of bins of the budget. Rounding errors are corrected unit by unit afterwards."""
 _OPTIONS = 96
-"""Most widths of one group that the dynamic programme looks at."""
+"""Maximum number of candidate widths per group."""
 
 Array = NDArray[np.float64]
 
@@ -29,16 +29,16 @@ class Sensitivity:
     needs_spectra = False
 
     def widths(self, ctx: AllocationContext) -> dict[str, int]:
-        """Solve the multiple-choice knapsack over the measured curves, then trim by single units.
+        """Solve the multiple-choice knapsack over the measured curves, then add single units.
 
-        The change of all groups together is taken as the sum of each one's change alone, as in
-        ZipLM (Kurtic et al. 2023) and the additive models before it.
+        The error of pruning all groups is approximated by the sum of the errors of pruning each
+        group alone, as in ZipLM (Kurtic et al. 2023).
 
         Raises:
-            BudgetError: The floors cost more than the budget.
+            BudgetError: The minimum widths cost more than the budget.
         """
-        left = spare(ctx)
-        curves = {g.name: curve(ctx, g) for g in ctx.groups}
+        left = spare_budget(ctx)
+        curves = {g.name: error_curve(ctx, g) for g in ctx.groups}
         options = {g.name: _thin(widths_of(g, ctx.round_to)) for g in ctx.groups}
         bin_size = max(left / _BINS, 1e-9)
         best = np.zeros(_BINS + 1)
@@ -46,10 +46,11 @@ class Sensitivity:
         for group in ctx.groups:
             best, choice = _add(ctx, group, options[group.name], curves[group.name], best, bin_size)
             choices.append(choice)
-        widths, at = {}, _BINS
+        # Walk the choices back from the full budget.
+        widths, position = {}, _BINS
         for group, choice in zip(reversed(ctx.groups), reversed(choices), strict=True):
-            widths[group.name] = options[group.name][int(choice[at])]
-            at -= _bins(ctx, group, widths[group.name], bin_size)
+            widths[group.name] = options[group.name][int(choice[position])]
+            position -= _bins(ctx, group, widths[group.name], bin_size)
 
         def worth(group: Group, now: int, wider: int) -> float:
             price = ctx.budget.price(group, wider) - ctx.budget.price(group, now)
@@ -59,14 +60,15 @@ class Sensitivity:
 
 
 def _thin(widths: list[int]) -> list[int]:
+    """Return at most ``_OPTIONS`` of the widths, evenly spaced, with both ends."""
     if len(widths) <= _OPTIONS:
         return widths
-    places = np.unique(np.linspace(0, len(widths) - 1, _OPTIONS).round().astype(int))
-    return [widths[p] for p in places]
+    indices = np.unique(np.linspace(0, len(widths) - 1, _OPTIONS).round().astype(int))
+    return [widths[i] for i in indices]
 
 
 def _bins(ctx: AllocationContext, group: Group, width: int, bin_size: float) -> int:
-    """Bins that a width costs above the group's floor, rounded up: never over the budget."""
+    """Return the cost of a width above the group's minimum, in bins rounded up."""
     price = ctx.budget.price
     above = price(group, width) - price(group, floor_of(group, ctx.round_to))
     return int(np.ceil(above / bin_size - 1e-9))
@@ -80,7 +82,20 @@ def _add(
     best: Array,
     bin_size: float,
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Least error for every budget once this group is there too, and the option that gives it."""
+    """Add one group to the dynamic program.
+
+    Args:
+        ctx: Allocation context.
+        group: Group to add.
+        options: Its candidate widths.
+        errors: [units + 1], its error at every width.
+        best: [bins + 1], least total error of the groups so far for every budget.
+        bin_size: Cost per bin.
+
+    Returns:
+        Least total error with this group, [bins + 1], and the index of the option chosen for every
+        budget, int64 [bins + 1].
+    """
     table = np.full((len(options), len(best)), np.inf)
     for row, width in enumerate(options):
         used = _bins(ctx, group, width, bin_size)

@@ -1,12 +1,12 @@
-"""Groups whose costs multiply, around any allocator.
+"""Wrapper that lets any allocator handle groups whose costs multiply.
 
-Of a bottleneck's convolution that reads one group's units and makes another's, the cost is the
-product of both widths. An allocator's prices are a sum. So it is given the prices that hold near a
-point, where a unit costs what it costs with the other group as narrow as it is there (sequential
-linear programming, Nocedal and Wright, Numerical Optimization, 2006, section 18.1), and its answer
-moves the point. With costs ``sum_g p_g w_g`` less what is counted twice, ``sum b d_g d_h`` over the
-pairs that share, d being the units that are gone, the prices at ``d*`` are ``p_g - sum_h b d*_h``.
-At the end the true cost decides: the target that the allocator is shown is bisected.
+A convolution between two groups of a bottleneck costs the product of both widths, whereas
+allocators assume that prices add up. The wrapper linearises the cost around a point and calls the
+allocator repeatedly; each answer moves the point (sequential linear programming, Nocedal and
+Wright, Numerical Optimization, 2006, section 18.1). Let ``d_g`` be the number of units removed from
+group g. Removing them saves ``sum_g p_g d_g - sum b_gh d_g d_h`` over the pairs (g, h) that share a
+cost, so the price of a unit at ``d*`` is ``p_g - sum_h b_gh d*_h``. Finally the target given to the
+allocator is bisected until the exact cost meets the budget.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from dataclasses import replace
 
 import numpy as np
 
-from ovsprune.allocation.trim import cost, fill, floor_of, partners, spare, trim
+from ovsprune.allocation.trim import cost, floor_of, largest_fit, shared_costs, spare_budget, trim
 from ovsprune.core.protocols import AllocationContext, Allocator
 from ovsprune.core.records import Group
 
-__all__ = ["Shared"]
+__all__ = ["SharedCostAllocator"]
 
 ROUNDS = 6
-"""How often the point moves, each time half of the way to the allocator's answer."""
+"""Number of linearisations; each moves the point halfway to the allocator's answer."""
 BISECTIONS = 12
+"""Bisections of the target given to the allocator."""
 
 Widths = dict[str, int]
 
 
-class Shared:
-    """An allocator that knows what groups cost together; itself where they share nothing.
+class SharedCostAllocator:
+    """Allocator for groups that share costs; without shared costs, the given allocator.
 
     Args:
-        allocator: Whose prices are a sum.
+        allocator: Allocator that assumes additive prices.
     """
 
     def __init__(self, allocator: Allocator) -> None:
@@ -41,40 +42,40 @@ class Shared:
         self.needs_curves, self.needs_spectra = allocator.needs_curves, allocator.needs_spectra
 
     def widths(self, ctx: AllocationContext) -> Widths:
-        """Units to keep in each group, at most the budget and within one unit of it.
+        """Return the units to keep in each group, below the budget by less than one unit.
 
         Raises:
-            BudgetError: The floors cost more than the budget.
+            BudgetError: The minimum widths cost more than the budget.
         """
-        if not partners(ctx):
+        if not shared_costs(ctx):
             return self.allocator.widths(ctx)
-        spare(ctx)
-        point: Mapping[str, float] = fill(
+        spare_budget(ctx)
+        point: Mapping[str, float] = largest_fit(
             ctx,
             lambda part: {
                 g.name: max(floor_of(g, ctx.round_to), round(part * g.units)) for g in ctx.groups
             },
         )[1]
         for _ in range(ROUNDS):
-            found = self.allocator.widths(_linear(ctx, point))
-            point = {name: (at + found[name]) / 2 for name, at in point.items()}
-        return self._exact(ctx, point)
+            answer = self.allocator.widths(_linearised(ctx, point))
+            point = {name: (width + answer[name]) / 2 for name, width in point.items()}
+        return self._bisect_target(ctx, point)
 
-    def _exact(self, ctx: AllocationContext, point: Mapping[str, float]) -> Widths:
-        """The allocator's widths for the highest target that truly keeps the budget."""
-        shown = _linear(ctx, point)
+    def _bisect_target(self, ctx: AllocationContext, point: Mapping[str, float]) -> Widths:
+        """Return the allocator's widths for the highest target whose exact cost fits."""
+        linear = _linearised(ctx, point)
         floors = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
-        least, most = cost(shown, floors), shown.budget.dense
+        least, most = cost(linear, floors), linear.budget.dense
         fits, beyond = floors, {g.name: g.units for g in ctx.groups}
         target = min(max(ctx.budget.target, least), most)
         for _ in range(BISECTIONS):
-            found = self.allocator.widths(
-                replace(shown, budget=replace(shown.budget, target=target))
+            widths = self.allocator.widths(
+                replace(linear, budget=replace(linear.budget, target=target))
             )
-            if cost(ctx, found) <= ctx.budget.target:
-                least, fits = target, found
+            if cost(ctx, widths) <= ctx.budget.target:
+                least, fits = target, widths
             else:
-                most, beyond = target, found
+                most, beyond = target, widths
             target = (least + most) / 2
 
         def missing(group: Group, now: int, wider: int) -> float:
@@ -83,22 +84,24 @@ class Shared:
         return trim(ctx, fits, missing)
 
 
-def _linear(ctx: AllocationContext, point: Mapping[str, float]) -> AllocationContext:
-    """The same, with prices that are a sum, and true at the widths ``point``."""
-    shared, budget = partners(ctx), ctx.budget
-    gone = {g.name: g.units - point[g.name] for g in ctx.groups}
-    away = {
-        name: sum(gone[other.name] * price for other, price in found)
-        for name, found in shared.items()
+def _linearised(ctx: AllocationContext, point: Mapping[str, float]) -> AllocationContext:
+    """Return the context with additive prices that are exact at the widths ``point``."""
+    shared, budget = shared_costs(ctx), ctx.budget
+    removed = {g.name: g.units - point[g.name] for g in ctx.groups}  # d*
+    discount = {  # sum_h b_gh d*_h
+        name: sum(removed[other.name] * price for other, price in pairs)
+        for name, pairs in shared.items()
     }
     tables = {}
     for group in ctx.groups:
         widths = np.arange(group.units + 1)
         prices = np.array([budget.price(group, int(width)) for width in widths])
-        # Measured prices may fall with the width then; a price never does.
-        now = prices - away.get(group.name, 0.0) * widths
-        tables[group.name] = np.maximum.accumulate(now).tolist()
-    twice = sum(gone[name] * part for name, part in away.items()) / 2
+        # The discount can make measured prices decrease with the width; allocators need monotone
+        # prices.
+        discounted = prices - discount.get(group.name, 0.0) * widths
+        tables[group.name] = np.maximum.accumulate(discounted).tolist()
+    # Every pair occurs in the discounts of both of its groups.
+    twice = sum(removed[name] * part for name, part in discount.items()) / 2
     return replace(
         ctx,
         groups=[replace(group, shared={}) for group in ctx.groups],

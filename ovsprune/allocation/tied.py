@@ -1,12 +1,12 @@
-"""Heads kept equal in all layers, around any allocator."""
+"""Equal numbers of heads in all layers, for any allocator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ovsprune.allocation.curves import curve
-from ovsprune.allocation.trim import cost, floor_of, spare
+from ovsprune.allocation.curves import error_curve
+from ovsprune.allocation.trim import cost, floor_of, spare_budget
 from ovsprune.core.protocols import AllocationContext, Allocator, Budget
 from ovsprune.core.records import Group
 
@@ -17,7 +17,14 @@ Widths = dict[str, int]
 
 @dataclass(frozen=True, eq=False)
 class _Tie:
-    """Groups that get one width: ``mean`` when they were free, within ``lowest`` ... ``units``."""
+    """Groups that get one common width.
+
+    Attributes:
+        names: Names of the groups.
+        lowest: Minimum common width.
+        units: Maximum common width.
+        mean: Mean width that the allocator chose without the constraint.
+    """
 
     names: tuple[str, ...]
     lowest: int
@@ -26,18 +33,18 @@ class _Tie:
 
 
 def tied_widths(allocator: Allocator, ctx: AllocationContext) -> Widths:
-    """Widths by ``allocator``, with as many heads in each group of heads as in all others.
+    """Return widths chosen by ``allocator`` with equal head counts in all groups of heads.
 
-    The allocator runs free first. The mean head count that it gave, and its neighbours, are fixed
-    in turn, and it runs again on the other groups with what is left of the budget. Of the counts
-    with which the budget is used up, the one of least total measured error is taken, or without
-    curves the nearest to the mean. Where layers have lost heads before, the one with the fewest
-    decides how many all can have. Groups of heads with different unit costs are tied apart;
-    protected ones are in no list and stay as they are.
+    The allocator first runs without the constraint. The head counts nearest to the mean of its
+    answer are then fixed in turn, and the allocator runs on the other groups with the remaining
+    budget. Among the counts that use up the budget, the one of least total measured error is
+    chosen, or without error curves the one nearest to the mean. If layers have lost heads before,
+    the layer with the fewest limits the count. Groups of heads with different unit costs are tied
+    separately; protected groups do not take part.
 
     Raises:
-        BudgetError: The floors, the highest of all tied groups being that of each, cost more than
-            the budget; names the nearest ratio.
+        BudgetError: The minimum widths cost more than the budget. The highest minimum of the tied
+            groups applies to all of them.
     """
     classes: dict[tuple[float, float], list[Group]] = {}
     for group in ctx.groups:
@@ -49,53 +56,53 @@ def tied_widths(allocator: Allocator, ctx: AllocationContext) -> Widths:
     ctx = replace(
         ctx, groups=[replace(g, min_units=lowest.get(g.name, g.min_units)) for g in ctx.groups]
     )
-    spare(ctx)
+    spare_budget(ctx)
     free = allocator.widths(ctx)
     ties = []
     for members in classes.values():
         names, most = tuple(g.name for g in members), min(g.units for g in members)
         mean = sum(free[name] for name in names) / len(names)
         ties.append(_Tie(names, min(lowest[names[0]], most), most, mean))
-    found = [_fixed(allocator, ctx, heads) for heads in _candidates(ctx, ties)]
-    # Candidates come nearest first, and min() keeps the first of equals.
-    return min(found, key=lambda widths: (_missing(ctx, widths), _error(ctx, widths)))
+    results = [_with_heads(allocator, ctx, heads) for heads in _candidates(ctx, ties)]
+    # Candidates are sorted by distance to the mean, and min() keeps the first of equals.
+    return min(results, key=lambda widths: (_missing(ctx, widths), _error(ctx, widths)))
 
 
 def _candidates(ctx: AllocationContext, ties: Iterable[_Tie]) -> list[Widths]:
-    """The three head counts nearest to the means that leave room for the other groups' floors."""
+    """Return the three affordable head counts nearest to the means, nearest first."""
     ties = list(ties)
     least = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
-    found: dict[tuple[int, ...], Widths] = {}
+    candidates: dict[tuple[int, ...], Widths] = {}
     offsets = sorted(range(-max((t.units for t in ties), default=0), 2), key=lambda o: (abs(o), o))
     for offset in offsets:
         counts = tuple(min(t.units, max(t.lowest, round(t.mean) + offset)) for t in ties)
         heads = {name: n for tie, n in zip(ties, counts, strict=True) for name in tie.names}
         if cost(ctx, {**least, **heads}) <= ctx.budget.target:
-            found.setdefault(counts, heads)
-        if len(found) == 3:
+            candidates.setdefault(counts, heads)
+        if len(candidates) == 3:
             break
-    return list(found.values())
+    return list(candidates.values())
 
 
-def _fixed(allocator: Allocator, ctx: AllocationContext, heads: Mapping[str, int]) -> Widths:
-    """Widths with these heads, the other groups by the allocator."""
+def _with_heads(allocator: Allocator, ctx: AllocationContext, heads: Mapping[str, int]) -> Widths:
+    """Fix the head counts and allocate the other groups with the remaining budget."""
     rest = [g for g in ctx.groups if g.name not in heads]
     if not rest:
         return dict(heads)
     price = ctx.budget.price
-    gone = sum(price(g, g.units) - price(g, heads[g.name]) for g in ctx.groups if g.name in heads)
-    budget: Budget = replace(ctx.budget, dense=ctx.budget.dense - gone)
+    saved = sum(price(g, g.units) - price(g, heads[g.name]) for g in ctx.groups if g.name in heads)
+    budget: Budget = replace(ctx.budget, dense=ctx.budget.dense - saved)
     return {**heads, **allocator.widths(replace(ctx, groups=rest, budget=budget))}
 
 
 def _missing(ctx: AllocationContext, widths: Mapping[str, int]) -> float:
-    """Share of the cost, above half a percent, that the other groups could not take up."""
+    """Return the unused fraction of the dense cost above a tolerance of 0.5%, in steps of 0.1%."""
     left = (ctx.budget.target - cost(ctx, widths)) / ctx.budget.dense
     return max(0.0, round(left - 0.005, 3))
 
 
 def _error(ctx: AllocationContext, widths: Mapping[str, int]) -> float:
-    """Total measured error; 0 where nothing was measured."""
+    """Return the total measured error, 0 without error curves."""
     if ctx.curves is None:
         return 0.0
-    return sum(float(curve(ctx, g)[widths[g.name]]) for g in ctx.groups)
+    return sum(float(error_curve(ctx, g)[widths[g.name]]) for g in ctx.groups)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.calibration.kept import KeptFile
+from ovsprune.calibration.result_file import ResultFile
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone, Pictures
 from ovsprune.masks.magnitude import RATE
@@ -46,12 +46,12 @@ class RoundsFile:
         progress: Progress,
     ) -> None:
         self._progress, self._origin = progress, {}
-        self._file: KeptFile | None = None
+        self._file: ResultFile | None = None
         if settings.imp.rounds is None:
             return
         path = Path(settings.imp.rounds)
-        self._file = KeptFile(path, "ovsprune.imp-rounds/1", "--imp-rounds", "trained")
-        self._file.check_place()
+        self._file = ResultFile(path, "ovsprune.imp-rounds/1", "--imp-rounds", "trained")
+        self._file.check_writable()
         self._origin = {
             **origin_of(backbone, pictures),
             **ranked,

@@ -13,7 +13,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from ovsprune.allocation.trim import cost, partners, spare, step_price
+from ovsprune.allocation.trim import cost, shared_costs, spare_budget, step_cost
 from ovsprune.backbones import FAMILIES
 from ovsprune.baselines.imp_checkpoint import RoundsFile
 from ovsprune.baselines.masked_training import MaskedTraining
@@ -111,7 +111,7 @@ def prune_units(
         BudgetError: The floors cost more than the budget.
     """
     ctx = AllocationContext(groups, Scores({}, {}), budget, None)
-    spare(ctx)
+    spare_budget(ctx)
     student = deepcopy(dense)
     resumed, done = rounds.resume(student)
     training = MaskedTraining(
@@ -186,12 +186,12 @@ def remove_smallest(
     kept = {name: mask.clone() for name, mask in kept.items()}
     widths = {name: int(mask.sum()) for name, mask in kept.items()}
     quota = max(1, round(RATE * sum(widths.values())))
-    now, target, shared = cost(ctx, widths), ctx.budget.target, partners(ctx)
+    now, target, shared = cost(ctx, widths), ctx.budget.target, shared_costs(ctx)
     left = [(float(sizes[n][u]), n, int(u)) for n in kept for u in kept[n].nonzero().flatten()]
     left.sort(key=lambda entry: entry[0])
 
     def unit_price(name: str) -> float:
-        return -step_price(ctx.budget, groups[name], widths[name] - 1, widths, shared)
+        return -step_cost(ctx.budget, groups[name], widths[name] - 1, widths, shared)
 
     def remove(within: Callable[[float], bool], most: int) -> int:
         nonlocal now

@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import stored
+from ovsprune.calibration.activation_cache import collect_images
 from ovsprune.calibration.feature_loss import feature_loss
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Pictures, Stages
@@ -51,7 +51,7 @@ class MaskedTraining:
         self.teacher = teacher
         self._student, self._teacher = stages(student), stages(teacher)
         self._device = next(student.parameters()).device
-        self._images = stored(pictures, batch_size)
+        self._images = collect_images(pictures, batch_size)
         self._batches = islice(_endless(len(self._images), batch_size, seed), done, None)
 
     @torch.no_grad()

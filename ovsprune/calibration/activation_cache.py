@@ -1,4 +1,9 @@
-"""Residual streams of many pictures, walked block by block; never all activations at once."""
+"""Cache of the activations between two blocks, for sequential calibration.
+
+The residual stream of all calibration images is stored between blocks, as in the sequential
+pipelines of GPTQ and SparseGPT (llm-compressor calls this the intermediates cache). Activations
+inside a block exist for one batch at a time, so memory does not grow with the depth.
+"""
 
 from __future__ import annotations
 
@@ -14,131 +19,139 @@ from ovsprune.core.protocols import Pictures, Stages
 
 __all__ = [
     "MEMORY_LIMIT",
+    "ActivationCache",
     "Capture",
-    "Enough",
-    "Stream",
+    "StopForward",
     "allocate",
     "capture",
+    "collect_images",
+    "evenly_spaced",
+    "run_block",
     "run_stem",
-    "spread_over",
-    "stored",
-    "walk",
 ]
 
 MEMORY_LIMIT = 1 << 30
-"""Streams larger than this many bytes are memory-mapped to a temporary file."""
+"""Tensors of more bytes than this are memory-mapped to a temporary file."""
 
 
 def allocate(shape: tuple[int, ...], limit: int = MEMORY_LIMIT) -> Tensor:
-    """Uninitialised float32 storage of ``shape``, in memory or, above ``limit`` bytes, on disk."""
-    if 4 * int(np.prod(shape)) <= limit:
+    """Return uninitialised float32 storage, in memory or, above ``limit`` bytes, on disk."""
+    if 4 * int(np.prod(shape)) <= limit:  # 4 bytes per float32
         return torch.empty(shape)
-    # The file has no name any more once it is mapped: the system frees it with the tensor.
+    # The file is deleted once it is mapped; the system frees its space with the tensor.
     with tempfile.TemporaryFile(prefix="ovsprune-stream-") as file:
         return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
 
 
-class Stream:
-    """What all pictures are between two blocks: float32 on the CPU, [pictures, ...].
+class ActivationCache:
+    """Activations of all images at one point of the tower, float32 on the CPU, [images, ...].
 
-    It is read and written a batch at a time, in the order of the pictures. A batch of the same
-    shape takes the place of the old one; where a block changes the shape, what comes behind it
-    is gathered beside, and takes over with the last batch.
+    It is read and written in batches, in the order of the images. A batch of the same shape
+    overwrites the old one. If a block changes the shape, the new batches are collected in separate
+    storage, which replaces the old one after the last batch.
 
     Args:
-        tensor: [pictures, ...]; it is written to.
+        tensor: [images, ...]; it is written to.
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._now = tensor
+        self._current = tensor
         self._next: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self._now)
+        return len(self._current)
 
-    def __getitem__(self, which: slice | Tensor) -> Tensor:
-        return self._now[which]
+    def __getitem__(self, indices: slice | Tensor) -> Tensor:
+        return self._current[indices]
 
     def __setitem__(self, part: slice, out: Tensor) -> None:
-        if out.shape[1:] == self._now.shape[1:]:
-            self._now[part] = out
+        if out.shape[1:] == self._current.shape[1:]:
+            self._current[part] = out
             return
+        # The old tensor stays readable, because the remaining batches are still needed.
         if self._next is None:
             self._next = allocate((len(self), *out.shape[1:]))
         self._next[part] = out
         if part.start + len(out) == len(self):
-            self._now, self._next = self._next, None
+            self._current, self._next = self._next, None
 
-    def copy(self) -> Stream:
-        """The same values in storage of their own."""
-        return Stream(allocate(tuple(self._now.shape)).copy_(self._now))
+    def copy(self) -> ActivationCache:
+        """Return a copy with separate storage."""
+        return ActivationCache(allocate(tuple(self._current.shape)).copy_(self._current))
 
-    def only(self, which: Tensor) -> Stream:
-        """Some of the pictures, int64 [n], in storage of their own."""
-        found = allocate((len(which), *self._now.shape[1:]))
-        return Stream(torch.index_select(self._now, 0, which, out=found))
+    def select(self, indices: Tensor) -> ActivationCache:
+        """Return a copy of some of the images, int64 [n], with separate storage."""
+        selected = allocate((len(indices), *self._current.shape[1:]))
+        return ActivationCache(torch.index_select(self._current, 0, indices, out=selected))
 
-    def copy_(self, other: Stream) -> None:
-        """Take the values, and the shape, of ``other``."""
-        if self._now.shape != other._now.shape:
-            self._now = allocate(tuple(other._now.shape))
-        self._now.copy_(other._now)
+    def copy_(self, other: ActivationCache) -> None:
+        """Copy the values and the shape of ``other`` into this cache."""
+        if self._current.shape != other._current.shape:
+            self._current = allocate(tuple(other._current.shape))
+        self._current.copy_(other._current)
 
 
 @torch.no_grad()
-def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> Stream:
-    """The stream before the first block."""
+def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> ActivationCache:
+    """Return the input of the first block for all images."""
     device = next(next(iter(stages.blocks.values())).parameters()).device
     batches = pictures.batches(batch_size)
-    return Stream(_gathered((stages.stem(images.to(device)) for images in batches), len(pictures)))
+    parts = (stages.stem(images.to(device)) for images in batches)
+    return ActivationCache(_concatenated(parts, len(pictures)))
 
 
-def stored(pictures: Pictures, batch_size: int) -> Tensor:
-    """All pictures, float32 [pictures, 3, H, W], to be drawn from at random."""
-    return _gathered(pictures.batches(batch_size), len(pictures))
+def collect_images(pictures: Pictures, batch_size: int) -> Tensor:
+    """Return all images as one tensor, float32 [images, 3, H, W], for random access."""
+    return _concatenated(pictures.batches(batch_size), len(pictures))
 
 
-def _gathered(parts: Iterable[Tensor], count: int) -> Tensor:
-    """Parts [b, ...] one after another, float32 [count, ...] on the CPU."""
-    whole: Tensor | None = None
+def _concatenated(parts: Iterable[Tensor], count: int) -> Tensor:
+    """Return the parts [b, ...] as one tensor, float32 [count, ...] on the CPU.
+
+    Unlike ``torch.cat``, this allocates the result first and may place it on disk.
+    """
+    result: Tensor | None = None
     done = 0
     for part in parts:
-        if whole is None:
-            whole = allocate((count, *part.shape[1:]))
-        whole[done : done + len(part)] = part.float().cpu()
+        if result is None:
+            result = allocate((count, *part.shape[1:]))
+        result[done : done + len(part)] = part.float().cpu()
         done += len(part)
-    assert whole is not None and done == count
-    return whole
+    assert result is not None and done == count
+    return result
 
 
 class Capture(dict[tuple[str, str], Tensor]):
-    """What passed the tapped layers in the last forward: (module, "input"|"output") -> tensor."""
+    """Tensors recorded in the last forward pass: (layer, ``"input"`` or ``"output"``) to tensor."""
 
 
-class Enough(Exception):
-    """All that was wanted has passed; what comes after it need not run."""
+class StopForward(Exception):
+    """Ends a forward pass as soon as all requested tensors are recorded."""
 
 
 @contextmanager
 def capture(
-    root: nn.Module, taps: Iterable[tuple[str, str]], prefix: str = "", stop: bool = False
+    root: nn.Module, hook_points: Iterable[tuple[str, str]], prefix: str = "", stop: bool = False
 ) -> Iterator[Capture]:
-    """Record the inputs or outputs of layers while the context is open.
+    """Record inputs or outputs of layers while the context is open.
 
     Args:
-        root: Module that holds the layers.
-        taps: (dotted name, ``"input"`` or ``"output"``).
-        prefix: Dotted name of ``root`` itself inside the tower, which taps' names begin with.
-        stop: End every forward, with an exception, as soon as all taps have been passed.
+        root: Module that contains the layers.
+        hook_points: Pairs of a dotted name and ``"input"`` or ``"output"``.
+        prefix: Dotted name of ``root`` in the tower, if the names are relative to the tower.
+        stop: Raise :class:`StopForward` in each forward pass as soon as all tensors are recorded.
+
+    Yields:
+        The recorded tensors; updated by each forward pass.
     """
-    seen, wanted = Capture(), set(taps)
+    captured, wanted = Capture(), set(hook_points)
 
     def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            # what comes next may work in place
-            seen[key] = args[0] if key[1] == "input" else out.clone()
-            if stop and len(seen) == len(wanted):
-                raise Enough
+            # The output is cloned because the next layer may change it in place.
+            captured[key] = args[0] if key[1] == "input" else out.clone()
+            if stop and len(captured) == len(wanted):
+                raise StopForward
 
         return hook
 
@@ -147,46 +160,52 @@ def capture(
         layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
         handles.append(layer.register_forward_hook(hook_for((name, side))))
     try:
-        yield seen
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
 @torch.no_grad()
-def walk(
+def run_block(
     block: nn.Module,
-    stream: Stream,
+    cache: ActivationCache,
     batch_size: int,
-    taps: Iterable[tuple[str, str]] = (),
+    hook_points: Iterable[tuple[str, str]] = (),
     prefix: str = "",
     advance: bool = False,
 ) -> Iterator[tuple[slice, Capture]]:
-    """Run one block over a stream, a batch at a time, no further than is wanted.
+    """Run one block over the cached activations, in batches.
 
     Args:
-        block: Maps stream -> stream.
-        stream: Before the block.
-        batch_size: Pictures at a time.
-        taps: What to record, as for :func:`capture`.
-        prefix: Dotted name of the block, which taps' names begin with.
-        advance: Put the block's output in the stream's place.
+        block: Maps the stream to the stream.
+        cache: Input of the block.
+        batch_size: Images per batch.
+        hook_points: Tensors to record, as for :func:`capture`.
+        prefix: Dotted name of the block, with which the names of the hook points begin.
+        advance: Replace the cached input with the block's output. Otherwise each forward pass ends
+            at the last hook point.
 
     Yields:
-        The pictures of the batch, and what passed the taps; the same object every time.
+        Indices of the images in the batch, and the recorded tensors (the same object every time).
     """
     device = next(block.parameters()).device
-    with capture(block, taps, prefix, stop=not advance) as seen:
-        for start in range(0, len(stream), batch_size):
+    with capture(block, hook_points, prefix, stop=not advance) as captured:
+        for start in range(0, len(cache), batch_size):
             part = slice(start, start + batch_size)
-            seen.clear()
-            with suppress(Enough):
-                out = block(stream[part].to(device))
-            yield part, seen
+            # Stale entries would end the next forward pass too early.
+            captured.clear()
+            with suppress(StopForward):
+                out = block(cache[part].to(device))
+            # The caller sees the batch before its cached input is overwritten.
+            yield part, captured
             if advance:
-                stream[part] = out.float().cpu()
+                cache[part] = out.float().cpu()
 
 
-def spread_over(count: int, wanted: int) -> Tensor:
-    """int64: at most ``wanted`` of ``count`` indices, evenly spread: a folder may be sorted."""
+def evenly_spaced(count: int, wanted: int) -> Tensor:
+    """Return at most ``wanted`` of ``count`` indices, evenly spaced, int64.
+
+    The first indices would be a biased sample, because a folder may be sorted.
+    """
     return torch.linspace(0, count - 1, min(wanted, count)).round().long()

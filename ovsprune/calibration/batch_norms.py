@@ -1,10 +1,12 @@
-"""Running statistics of batch norms, moved by what a cut has moved; outputs stay as they are.
+"""Recalibration of batch norms: update running statistics after a cut, without changing outputs.
 
-A repair puts the mean of what was cut into a norm's bias and leaves its running statistics. In
-evaluation that is all the same. A framework that trains the norms takes the statistics of its own
-batches instead, so what the bias makes up for would be made up for twice. Stated anew, the slim
-norm's statistics are those of what it reads now, and scale and bias give what they gave:
-``s (x - m) + b = s (x - m') + b'`` with ``s = w / sqrt(v + eps) = w' / sqrt(v' + eps)``.
+Pruning changes the distribution of a batch norm's input. A repair compensates in the bias and
+leaves the running statistics, which is correct in evaluation mode. In training mode, however, a
+framework normalises by batch statistics, so the change would be compensated twice. Therefore the
+running mean m and variance v are replaced by those of the slim tower, m' and v', and weight w and
+bias b are changed to w' and b' such that the output stays the same:
+
+    s (x - m) + b = s (x - m') + b'    with    s = w / sqrt(v + eps) = w' / sqrt(v' + eps)
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ovsprune.core.records import Axis
 
 __all__ = ["recalibrate_batchnorm"]
 
-_FARTHEST = 100.0
-"""Most by which a variance is multiplied or divided: a channel may be silent on few pictures."""
+_MAX_RATIO = 100.0
+"""Largest factor or divisor of a variance. On few images a channel may be constant by chance."""
 
 
 @torch.no_grad()
@@ -35,50 +37,59 @@ def recalibrate_batchnorm(
     batch_size: int,
     progress: Progress,
 ) -> None:
-    """Move the running statistics of the slim tower's batch norms, in place.
+    """Update the running statistics of the slim tower's batch norms, in place.
 
-    Means move by the difference of slim and dense on the pictures, variances by their ratio, so
-    that a norm that reads what it read before stays bit for bit as it was, whatever the pictures.
+    Means change by the difference between slim and dense tower on the calibration images, variances
+    by the ratio. Therefore a norm whose input did not change stays identical bit for bit, even if
+    the statistics of the calibration images differ from those of the training data.
 
     Args:
-        dense: The tower before the cut, in evaluation mode.
-        slim: The tower after it, in its final form and in evaluation mode.
-        rows: (layer, axis) to the channels that stayed, int64; the others lost none.
-        stages: A tower's blocks and head.
-        pictures: Calibration pictures.
-        batch_size: Pictures at a time.
-        progress: Shows the two passes.
+        dense: Tower before the cut, in evaluation mode.
+        slim: Tower after the cut, in its final form and in evaluation mode.
+        rows: (layer, axis) to the kept channels, int64; layers that lost none may be absent.
+        stages: Returns a tower as a sequence of blocks.
+        pictures: Calibration images.
+        batch_size: Images per batch.
+        progress: Progress reporter, for two passes.
     """
-    there = dict(dense.named_modules())
+    dense_modules = dict(dense.named_modules())
     norms = {
         name: module
         for name, module in slim.named_modules()
         if isinstance(module, _BatchNorm) and module.affine and module.running_mean is not None
-        if isinstance(there.get(name), _BatchNorm)
+        if isinstance(dense_modules.get(name), _BatchNorm)
     }
     if not norms:
         return
     with progress.stage("batch norms", 2) as advance:
-        found = []
+        moments = []
         for tower in (dense, slim):
-            found.append(_moments(tower, norms, stages(tower), pictures, batch_size))
+            moments.append(_input_moments(tower, norms, stages(tower), pictures, batch_size))
             advance(1)
-    for name in found[0].keys() & found[1].keys():
+    # Norms that did not run in both towers are skipped.
+    for name in moments[0].keys() & moments[1].keys():
         kept = rows.get((name, "out"))
-        before, after = found[0][name], found[1][name]
+        before, after = moments[0][name], moments[1][name]  # [2, channels], [2, kept channels]
         before = before if kept is None else before[:, kept]
         if not torch.equal(before, after):
-            _move(norms[name], before, after)
+            _update(norms[name], before, after)
 
 
-def _move(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
-    """Means and variances, float64 [2, channels], of what the norm read and reads."""
+def _update(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
+    """Update one norm.
+
+    Args:
+        norm: Norm of the slim tower.
+        before: Mean and variance of its input in the dense tower, float64 [2, channels].
+        after: Mean and variance of its input in the slim tower, float64 [2, channels].
+    """
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
     old_mean, old_var = mean.cpu().double(), var.cpu().double() + norm.eps
     ratio = (after[1] + norm.eps) / (before[1] + norm.eps)
     new_mean = old_mean + after[0] - before[0]
-    new_var = old_var * ratio.clamp(1 / _FARTHEST, _FARTHEST)
+    new_var = old_var * ratio.clamp(1 / _MAX_RATIO, _MAX_RATIO)
+    # s = w / sqrt(v + eps) stays the same; so w' = s sqrt(v' + eps) and b' = b + s (m' - m).
     scale = norm.weight.cpu().double() / old_var.sqrt()
     norm.bias.copy_(norm.bias.cpu().double() + scale * (new_mean - old_mean))
     norm.weight.copy_(scale * new_var.sqrt())
@@ -86,21 +97,22 @@ def _move(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
     var.copy_((new_var - norm.eps).clamp_min(0))
 
 
-def _moments(
+def _input_moments(
     tower: nn.Module,
     names: Iterable[str],
     stages: Stages,
     pictures: Pictures,
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """Mean and variance, float64 [2, channels], of what each norm that ran has read."""
+    """Return mean and variance of each norm's input, float64 [2, channels], if the norm ran."""
     sums: dict[str, Tensor] = {}
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].double().transpose(0, 1).flatten(1)
-            now = torch.stack([x.new_full((len(x),), x.shape[1]), x.sum(1), x.square().sum(1)])
-            sums[name] = sums.get(name, 0) + now.cpu()
+            x = args[0].double().transpose(0, 1).flatten(1)  # [channels, b * positions]
+            # Count, sum and sum of squares of each channel, [3, channels].
+            batch = torch.stack([x.new_full((len(x),), x.shape[1]), x.sum(1), x.square().sum(1)])
+            sums[name] = sums.get(name, 0) + batch.cpu()
 
         return hook
 

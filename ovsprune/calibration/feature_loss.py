@@ -1,4 +1,4 @@
-"""The loss that knows no class: how far a tower's features are from the dense tower's."""
+"""Class-agnostic loss: distance between the features of two towers."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SHARES", "Features", "feature_loss", "spread"]
+__all__ = ["OUTPUT_WEIGHTS", "Features", "feature_loss", "total_variance"]
 
 Features = tuple[Tensor, Tensor]
 """Pooled [B, C] and dense [B, C, h, w] outputs of a tower."""
 
-SHARES = (0.1, 0.9)
-"""What pooled output and dense tokens count: what is made for segmentation is read from tokens."""
+OUTPUT_WEIGHTS = (0.1, 0.9)
+"""Weights of the pooled output and of the dense tokens. Segmentation models read the tokens."""
 
 
 def feature_loss(
-    found: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    spreads: Sequence[float] = (1.0, 1.0),
-    shares: Sequence[float] = (0.5, 0.5),
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    scales: Sequence[float] = (1.0, 1.0),
+    weights: Sequence[float] = (0.5, 0.5),
 ) -> Tensor:
-    """Squared distance of L2-normalised features, to be differentiated.
+    """Return the squared distance of L2-normalised features, differentiable.
 
-    The mean over dense tokens of ``|t / |t| - t* / |t*||^2``, and the same of the pooled output:
-    what a zero-shot head reads is the direction of a feature, so its length does not count.
-    Distilling features instead of predictions is FitNets' (Romero et al. 2015); without any class,
-    it is the semantic-agnostic loss of OpenTrans (Xu et al., CVPR 2024).
+    This is the mean over dense tokens of ``|t / |t| - t* / |t*||^2``, plus the same term of the
+    pooled output. Features are normalised because a zero-shot head only uses their direction.
+    Distillation of features instead of predictions is due to FitNets (Romero et al. 2015). Without
+    classes, it is the semantic-agnostic loss of OpenTrans (Xu et al., CVPR 2024).
 
     Args:
-        found: Pooled [B, C] and dense [B, C, h, w] features of the tower that is trained.
-        wanted: Of the dense tower, for the same pictures.
-        spreads: What each kind's distance is divided by, see :func:`spread`.
-        shares: What each kind counts; their sum is 1. OpenTrans has no pooled output to weigh; half
-            and half is ours.
+        student: Pooled [B, C] and dense [B, C, h, w] features of the tower in training.
+        teacher: The same features of the dense tower, for the same images.
+        scales: Divisor of each term, see :func:`total_variance`.
+        weights: Weight of each term; their sum is 1. OpenTrans has no pooled output; the default of
+            one half is our choice.
 
     Returns:
-        Scalar; with spreads of 1 in [0, 4]: 0 for equal directions, 2 for orthogonal ones.
+        Scalar. With scales of 1 it is in [0, 4]: 0 for equal directions, 2 for orthogonal ones.
     """
-    parts = [
+    terms = [
         (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean() / scale
-        for a, b, scale in zip(found, wanted, spreads, strict=True)
+        for a, b, scale in zip(student, teacher, scales, strict=True)
     ]
-    return torch.stack([s * part for s, part in zip(shares, parts, strict=True)]).sum()
+    return torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum()
 
 
-def spread(features: Tensor) -> float:
-    """Mean squared distance of features [B, C, ...] from their mean, at least 1e-12."""
-    flat = features.transpose(0, 1).flatten(1)
+def total_variance(features: Tensor) -> float:
+    """Return the mean squared distance of features [B, C, ...] from their mean, at least 1e-12."""
+    flat = features.transpose(0, 1).flatten(1)  # [C, B * positions]
     return max(float((flat - flat.mean(1, keepdim=True)).square().sum(0).mean()), 1e-12)

@@ -1,4 +1,4 @@
-"""Derivatives of an objective with respect to unit masks, picture by picture, in one pass."""
+"""Gradients of an objective with respect to unit masks, for every image, in one pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ovsprune.graph.layers import input_axis, weight_of
 
 __all__ = ["mask_gradients"]
 
-_SHARE = 4
-"""The graph of a whole tower is held for a batch: it is this many times smaller than others."""
+_BATCH_DIVISOR = 4
+"""Divisor of the batch size, because the autograd graph of the whole tower is kept in memory."""
 
 
 def mask_gradients(
@@ -32,46 +32,47 @@ def mask_gradients(
     seed: int,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """Gradient of ``objective`` with respect to every unit's mask, for every picture.
+    """Return the gradient of ``objective`` with respect to every unit's mask, for every image.
 
-    A mask is a factor of 1 on the unit's columns of whatever reads it, one for each picture, so
-    that one backward pass gives the gradients of all pictures of a batch, and of all groups.
-    Weights get no gradient. Memory does not grow with the number of pictures, apart from the
-    result; that is mapped to a temporary file above
+    A mask is a factor of 1 on the unit's columns of every layer that reads it. Each image has masks
+    of its own, so one backward pass yields the gradients of all images of a batch and of all
+    groups. Weights get no gradient. Memory does not grow with the number of images, except for the
+    result, which is memory-mapped to a temporary file above
     :data:`ovsprune.calibration.activation_cache.MEMORY_LIMIT`.
 
     Args:
-        tower: The dense, rewritten tower, in evaluation mode.
-        stages: Its blocks.
-        groups: Whose units get masks.
-        objective: [b] or [b, r] values of b pictures.
-        pictures: Calibration pictures.
-        batch_size: Pictures at a time elsewhere; here a quarter of them, for the graph's sake.
-        seed: Of what the objective draws.
-        progress: Shows the pass.
+        tower: Dense tower in rewritten form, in evaluation mode.
+        stages: The tower as a sequence of blocks.
+        groups: Groups whose units get masks.
+        objective: Returns [b] or [b, r] values for b images.
+        pictures: Calibration images.
+        batch_size: Images per batch of forward passes. A quarter of it is used here.
+        seed: Seed of the objective's random generator.
+        progress: Progress reporter.
 
     Returns:
-        Group name to float32 [samples, units]; samples is the number of pictures times r, the
-        values of one picture one after another.
+        Group name to float32 [samples, units]. The number of samples is the number of images times
+        r; the r values of one image are consecutive.
 
     Raises:
-        OptionError: What the objective gives is of a wrong shape, cannot be differentiated, or has
-            gradients that are not finite or all zero.
+        OptionError: The objective returns a wrong shape, is not differentiable, or has gradients
+            that are not finite or all zero.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: Tensor | None = None
+    gradients: Tensor | None = None  # [samples, units of all groups]
     done = 0
     with progress.stage("mask gradients", len(pictures)) as advance, _frozen(tower):
-        for images in pictures.batches(max(1, batch_size // _SHARE)):
+        for images in pictures.batches(max(1, batch_size // _BATCH_DIVISOR)):
             part = _batch(tower, stages, groups, objective, images, generator)
-            if found is None:
-                found = allocate((len(pictures) * (len(part) // len(images)), part.shape[1]))
-            found[done : done + len(part)] = part
+            if gradients is None:
+                samples = len(pictures) * (len(part) // len(images))
+                gradients = allocate((samples, part.shape[1]))
+            gradients[done : done + len(part)] = part
             done += len(part)
             advance(len(images))
-    assert found is not None
-    _check_finite(objective, found)
-    parts = torch.split(found, [g.units for g in groups], dim=1)
+    assert gradients is not None
+    _check_finite(objective, gradients)
+    parts = torch.split(gradients, [g.units for g in groups], dim=1)
     return {g.name: part for g, part in zip(groups, parts, strict=True)}
 
 
@@ -84,8 +85,9 @@ def _batch(
     images: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Gradients of one batch, float32 [b * r, units of all groups] on the CPU."""
+    """Return the gradients of one batch, float32 [b * r, units of all groups] on the CPU."""
     parameter = next(tower.parameters())
+    # Masks of towers in half precision are float32: their gradients are small.
     precision = torch.promote_types(parameter.dtype, torch.float32)
     masks = {
         g.name: torch.ones(
@@ -95,27 +97,29 @@ def _batch(
     }
     with _masked(tower, groups, masks):
         values = objective(_forward(stages, len(images)), images.to(parameter.device), generator)
-    columns = _columns(objective, values, len(images))
-    rows = []
+    columns = _columns(objective, values, len(images))  # r tensors [b]
+    results = []
     for i, column in enumerate(columns):
-        # Pictures do not mix, so the gradient of the sum holds each picture's own.
+        # Images do not interact, so the gradient of the sum contains the gradient of each image.
         gradients = torch.autograd.grad(
             column.sum(),
             list(masks.values()),
             retain_graph=i + 1 < len(columns),
             materialize_grads=True,
         )
-        rows.append(torch.cat(gradients, 1).float().cpu())
-    return torch.stack(rows, 1).flatten(0, 1)
+        results.append(torch.cat(gradients, 1).float().cpu())  # [b, units of all groups]
+    return torch.stack(results, 1).flatten(0, 1)
 
 
 def _forward(stages: Stages, count: int) -> Forward:
+    """Return a forward function that accepts exactly ``count`` images."""
+
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         if len(images) != count:
             raise OptionError(
-                f"the objective was given {count} pictures and asks for the outputs of "
-                f"{len(images)}: every picture has masks of its own, so call forward once for each "
-                f"view, with {count} pictures"
+                f"the objective received {count} images and called forward with {len(images)}. "
+                f"Every image has its own masks, so call forward once per view, with {count} "
+                f"images each"
             )
         return stages.outputs(images)
 
@@ -124,7 +128,7 @@ def _forward(stages: Stages, count: int) -> Forward:
 
 @contextmanager
 def _frozen(tower: nn.Module) -> Iterator[None]:
-    """No gradient for weights: the graph would keep what every layer reads."""
+    """Disable gradients of weights; otherwise the graph would keep the input of every layer."""
     wanted = [p for p in tower.parameters() if p.requires_grad]
     try:
         for parameter in wanted:
@@ -139,13 +143,13 @@ def _frozen(tower: nn.Module) -> Iterator[None]:
 def _masked(
     tower: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Multiply what each group's readers read by the units' masks [b, units]."""
+    """Multiply the inputs of each group's readers by the units' masks [b, units]."""
     handles = []
     try:
         for group in groups:
             for part in group.readers:
                 layer = tower.get_submodule(part.module)
-                hook = _hook(part.rows, layer, masks[group.name])
+                hook = _mask_hook(part.rows, layer, masks[group.name])
                 handles.append(layer.register_forward_pre_hook(hook))
         yield
     finally:
@@ -153,12 +157,19 @@ def _masked(
             handle.remove()
 
 
-def _hook(
+def _mask_hook(
     columns: Tensor, layer: nn.Module, mask: Tensor
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """Return a pre-forward hook that applies masks to a layer's input.
+
+    Args:
+        columns: int64 [units, width], input channels of each unit.
+        layer: Layer that reads the units.
+        mask: [b, units].
+    """
     axis = input_axis(layer)
     units, width = columns.shape
-    # Unit of each input column; columns of no unit come last, and have a factor that stays 1.
+    # Unit of each input channel. Channels of no unit get the index ``units``, whose factor is 1.
     unit = torch.full((weight_of(layer).shape[1],), units, device=mask.device)
     unit[columns.flatten().to(mask.device)] = torch.arange(
         units, device=mask.device
@@ -166,7 +177,7 @@ def _hook(
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         read, *rest = args
-        factor = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)[:, unit]
+        factor = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)[:, unit]  # [b, channels]
         shape = [1] * read.ndim
         shape[0], shape[axis] = factor.shape
         return (read * factor.view(shape).to(read), *rest)
@@ -175,32 +186,32 @@ def _hook(
 
 
 def _columns(objective: Objective, values: Tensor, count: int) -> Sequence[Tensor]:
-    """The objective's values, as r tensors [b]."""
+    """Return the objective's values as r tensors [b], after checking them."""
     if not isinstance(values, Tensor) or values.ndim not in (1, 2) or len(values) != count:
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise OptionError(
-            f"{_name(objective)} gave {given} for {count} pictures, expected a tensor [{count}] or "
-            f"[{count}, r]: one value, or r values, for each picture, not their mean"
+            f"{_name(objective)} returned {given} for {count} images, expected a tensor [{count}] "
+            f"or [{count}, r]. Return one value, or r values, per image, and not their mean"
         )
     if not values.requires_grad:
         raise OptionError(
-            f"{_name(objective)} gave values without a gradient: compute them from what forward "
-            "returns, outside torch.no_grad() and without detach()"
+            f"{_name(objective)} returned values without a gradient. Compute them from the output "
+            "of forward, outside of torch.no_grad() and without detach()"
         )
     return values.reshape(count, -1).unbind(1)
 
 
-def _check_finite(objective: Objective, found: Tensor) -> None:
-    total = sum(float(row.abs().sum()) for row in found)
+def _check_finite(objective: Objective, gradients: Tensor) -> None:
+    total = sum(float(row.abs().sum()) for row in gradients)
     if total == 0:
         raise OptionError(
-            f"the gradient of {_name(objective)} is zero for every unit and picture: is it a "
-            "distance to the dense tower's own output, which has its minimum there?"
+            f"the gradient of {_name(objective)} is zero for every unit and image. A distance to "
+            "the dense tower's own output has its minimum there, so use another objective"
         )
     if not total < float("inf"):
         raise OptionError(
-            f"{_name(objective)} has gradients that are not finite; look for a square root or a "
-            "logarithm of zero in it"
+            f"{_name(objective)} has gradients that are not finite. Check it for a square root or "
+            "a logarithm of zero"
         )
 
 

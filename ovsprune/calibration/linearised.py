@@ -1,13 +1,18 @@
-"""Layers refitted through what reads them: least squares, linearised.
+"""Linearised least squares for layers that act on a consumer through a nonlinearity.
 
-The layers that make a group's units act on the consumer's output through a nonlinearity or through
-attention. To first order a change D of their parameters changes that output by ``J D``, and the D
-that explains a residual e best, row r with weight w_r, solves ``J^T w J D = J^T w e``: one
-Gauss-Newton step (Nocedal and Wright, Numerical Optimization, 2006, section 10.3). J is never
-formed. Conjugate gradients (Hestenes and Stiefel 1952) need its products only, and the second
-moment of what the layers read as preconditioner, one factor of K-FAC's (Martens and Grosse 2015),
-makes a few of them enough. What is taken is a solution of linear equations inside one block: no
-loss goes through the tower, and there is no learning rate.
+The producers of a group's units act on the consumer's output through an activation function or
+through attention. To first order, a change D of their parameters changes that output by ``J D``,
+where J is the Jacobian. The D that best explains the residual r, with row weights w, solves
+
+    (J^T w J) D = J^T w r
+
+which is one Gauss-Newton step (Nocedal and Wright, Numerical Optimization, 2006, section 10.3).
+
+J is never formed. Conjugate gradients (Hestenes and Stiefel 1952) need only products with
+``J^T w J``: a forward-mode product J D, then a reverse-mode product with J^T. The second moment of
+the layers' inputs, one of the two Kronecker factors of K-FAC (Martens and Grosse 2015), serves as
+the preconditioner, so that few products suffice. The whole computation solves linear equations
+inside one block: no loss is propagated through the tower, and there is no learning rate.
 """
 
 from __future__ import annotations
@@ -21,149 +26,168 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ovsprune.calibration.activation_cache import Enough, capture
+from ovsprune.calibration.activation_cache import StopForward, capture
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
 
-__all__ = ["Metric", "Segment", "Tensors", "added", "conjugate_gradients"]
+__all__ = ["InputPreconditioner", "Segment", "Tensors", "add_scaled", "conjugate_gradients"]
 
 Tensors = dict[str, Tensor]
-"""Parameters, or a change of them, by dotted name."""
+"""Parameters, or a change D of parameters, by dotted name."""
 
 
 class Segment:
-    """A block up to the output of one layer, as a function of the parameters of others.
+    """A block up to the output of a consumer, as a function of the producers' parameters.
 
     Args:
-        block: Maps stream -> stream.
-        layers: Dotted names inside ``block``: whose parameters change. None comes after another.
-        consumer: Dotted name inside ``block``.
+        block: Maps the stream to the stream.
+        layers: Dotted names in ``block`` of the producers, whose parameters change. None of them
+            may depend on the output of another.
+        consumer: Dotted name of the consumer in ``block``.
 
     Attributes:
-        parameters: Weights and biases of ``layers`` as they were at first, by dotted name.
+        parameters: Initial weights and biases of ``layers``, by dotted name.
     """
 
     def __init__(self, block: nn.Module, layers: Sequence[str], consumer: str) -> None:
         self.block, self.consumer = block, consumer
+        # Copies: the block's own parameters are overwritten by set_parameters().
         self.parameters: Tensors = {
             f"{layer}.{name}": parameter.detach().clone()
             for layer in layers
             for name, parameter in block.get_submodule(layer).named_parameters()
         }
 
-    def transposed(self, stream: Tensor, rows: Tensor) -> Tensors:
-        """``J^T rows``.
+    def transposed_product(self, stream: Tensor, residual: Tensor) -> Tensors:
+        """Return ``J^T r``.
 
         Args:
-            stream: Before the block, [b, ...].
-            rows: Of the shape of the consumer's output.
+            stream: Input of the block, [b, ...].
+            residual: r, in the shape of the consumer's output.
 
         Returns:
-            float64, on the CPU, a tensor of each parameter's shape.
+            One tensor of each parameter's shape, float64 on the CPU.
         """
-        with _derivatives(self.parameters) as leaves:
-            return _pulled(self._output(leaves, stream), leaves, rows)
+        with _differentiable(self.parameters) as leaves:
+            return _vjp(self._output(leaves, stream), leaves, residual)
 
-    def normal(self, stream: Tensor, weight: Tensor, change: Tensors) -> Tensors:
-        """``J^T w J D``, in one run forward and one back.
+    def normal_product(self, stream: Tensor, weight: Tensor, change: Tensors) -> Tensors:
+        """Return ``J^T w J D``, with one forward and one backward pass.
 
         Args:
-            stream: Before the block, [b, ...].
-            weight: w, to be multiplied with the consumer's output.
-            change: D, a tensor of each parameter's shape.
+            stream: Input of the block, [b, ...].
+            weight: w, broadcastable to the consumer's output.
+            change: D, one tensor of each parameter's shape.
 
         Returns:
-            As :meth:`transposed`.
+            One tensor of each parameter's shape, float64 on the CPU.
         """
-        with _derivatives(self.parameters) as leaves:
+        with _differentiable(self.parameters) as leaves:
             with forward_ad.dual_level():
                 duals = {
                     name: forward_ad.make_dual(leaf, change[name].to(leaf))  # type: ignore[no-untyped-call]
                     for name, leaf in leaves.items()
                 }
-                out, tangent = forward_ad.unpack_dual(self._output(duals, stream))  # type: ignore[no-untyped-call]
-                assert tangent is not None
-                tangent = tangent.detach()
-            # Outside, where the run back has no tangents: not every function has such derivatives.
-            return _pulled(out, leaves, weight * tangent)
+                # J D is the tangent of the same forward pass that records the graph for J^T.
+                out, JD = forward_ad.unpack_dual(self._output(duals, stream))  # type: ignore[no-untyped-call]
+                assert JD is not None
+                JD = JD.detach()
+            # The backward pass must run without tangents: some functions have no mixed derivatives.
+            return _vjp(out, leaves, weight * JD)
 
     @torch.no_grad()
-    def put(self, change: Tensors, step: float) -> None:
-        """Set the parameters, in place, to what they were at first plus a part of a change."""
-        for name, first in self.parameters.items():
-            new = first.double() + step * change[name].to(first.device)
-            self.block.get_parameter(name).copy_(new.to(first) if step else first)
+    def set_parameters(self, change: Tensors, step: float) -> None:
+        """Set the parameters of the block, in place, to the initial ones plus ``step * change``."""
+        for name, initial in self.parameters.items():
+            # float64, so that rounding to the parameter's type happens once.
+            new = initial.double() + step * change[name].to(initial.device)
+            # A step of 0 restores the initial values bit for bit, also if D is not finite.
+            self.block.get_parameter(name).copy_(new.to(initial) if step else initial)
 
     def _output(self, parameters: Tensors, stream: Tensor) -> Tensor:
-        """The consumer's output; the rest of the block does not run."""
-        tap = self.consumer, "output"
-        with capture(self.block, [tap], stop=True) as seen, suppress(Enough):
+        """Return the consumer's output; the layers after it do not run."""
+        hook_point = self.consumer, "output"
+        with capture(self.block, [hook_point], stop=True) as captured, suppress(StopForward):
             functional_call(self.block, parameters, (stream,))
-        return seen[tap]
+        return captured[hook_point]
 
 
 @contextmanager
-def _derivatives(parameters: Tensors) -> Iterator[Tensors]:
-    """The parameters as leaves of a graph, and kernels that have both kinds of derivatives."""
+def _differentiable(parameters: Tensors) -> Iterator[Tensors]:
+    """Yield the parameters as leaves of a graph.
+
+    Fused attention kernels have no forward-mode derivative, so the plain one is selected.
+    """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield {name: p.clone().requires_grad_() for name, p in parameters.items()}
 
 
-def _pulled(out: Tensor, leaves: Tensors, rows: Tensor) -> Tensors:
-    found = torch.autograd.grad(out, list(leaves.values()), rows)
-    return {name: part.double().cpu() for name, part in zip(leaves, found, strict=True)}
+def _vjp(out: Tensor, leaves: Tensors, residual: Tensor) -> Tensors:
+    gradients = torch.autograd.grad(out, list(leaves.values()), residual)
+    return {name: part.double().cpu() for name, part in zip(leaves, gradients, strict=True)}
 
 
-class Metric:
-    """Second moments of what layers read: the preconditioner of :func:`conjugate_gradients`.
+class InputPreconditioner:
+    """Preconditioner of :func:`conjugate_gradients`: second moments of the layers' inputs.
+
+    For one linear layer ``y = W x`` without a nonlinearity after it, ``J^T w J`` maps a change D
+    of W to ``D E[x x^T]`` times the sum of weights. Its inverse is exact in that case and a good
+    approximation otherwise.
 
     Args:
-        ridge: Relative to the mean variance.
+        ridge: Relative to the mean variance of the input.
     """
 
     def __init__(self, ridge: float) -> None:
         self.ridge = ridge
         self._moments: dict[str, SecondMoments] = {}
-        self._same: dict[str, str] = {}
+        self._first_reader: dict[str, str] = {}  # layer -> the layer that has its moments
         self._factors: dict[str, Tensor] = {}
 
-    def update(self, read: Mapping[str, Tensor], weight: Tensor) -> None:
-        """Add what layers read.
+    def update(self, inputs: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add inputs of the layers.
 
         Args:
-            read: Rows [b, ..., n] by layer; what several layers read counts once.
-            weight: Of each picture, [b].
+            inputs: Layer to rows [b, ..., n]. A tensor that several layers share is added once.
+            weight: Weight of each image, [b].
         """
-        self._factors.clear()
-        for name, rows in read.items():
-            first = next(other for other, theirs in read.items() if theirs is rows)
-            self._same[name] = first
+        self._factors.clear()  # they depend on all rows
+        for name, rows in inputs.items():
+            # Query, key and value projections read the same tensor and share one matrix.
+            first = next(layer for layer, others in inputs.items() if others is rows)
+            self._first_reader[name] = first
             if first == name:
-                each = weight.view(-1, *[1] * (rows.ndim - 2)).expand(rows.shape[:-1])
-                self._moments.setdefault(name, SecondMoments(rows.shape[-1])).update(rows, each)
+                w = weight.view(-1, *[1] * (rows.ndim - 2)).expand(rows.shape[:-1])  # [b, ...]
+                self._moments.setdefault(name, SecondMoments(rows.shape[-1])).update(rows, w)
 
     def precondition(self, values: Tensors) -> Tensors:
-        """Weights times the inverse of their layer's second moment, biases over the whole weight.
+        """Multiply by the inverse of the approximate normal matrix.
+
+        A weight is multiplied by the inverse second moment of its layer's input. A bias, whose
+        input is the constant 1, is divided by the sum of the weights.
 
         Args:
-            values: ``layer.weight`` [m, n] or [m, channels, ...] and ``layer.bias`` [m].
+            values: ``layer.weight`` [m, n] or [m, channels, ...], and ``layer.bias`` [m].
         """
         result = {}
         for name, value in values.items():
-            layer = self._same[name.rpartition(".")[0]]
+            layer = self._first_reader[name.rpartition(".")[0]]
             if value.ndim == 1:
                 result[name] = value / self._moments[layer].total
             else:
-                solved = torch.cholesky_solve(value.flatten(1).T, self._factor(layer))
+                L = self._factor(layer)  # [n, n]
+                solved = torch.cholesky_solve(value.flatten(1).T, L)  # [n, m]
                 result[name] = solved.T.reshape(value.shape)
         return result
 
     def _factor(self, layer: str) -> Tensor:
+        """Return the Cholesky factor L [n, n] of the summed second moment of a layer's input."""
         if layer not in self._factors:
-            found = self._moments[layer].result()
-            square = found.covariance + torch.outer(found.mean, found.mean)
-            whole = regularised(square, self.ridge) * self._moments[layer].total
-            self._factors[layer] = torch.linalg.cholesky(whole)
+            moments = self._moments[layer].result()
+            # E[x x^T] = Sigma + mu mu^T: unlike in the ridge refit, the mean is not removed.
+            second_moment = moments.covariance + torch.outer(moments.mean, moments.mean)
+            summed = regularised(second_moment, self.ridge) * self._moments[layer].total
+            self._factors[layer] = torch.linalg.cholesky(summed)
         return self._factors[layer]
 
 
@@ -173,38 +197,42 @@ def conjugate_gradients(
     precondition: Callable[[Tensors], Tensors],
     steps: int,
 ) -> Tensors:
-    """Solves ``normal(D) = target`` approximately, from zero.
+    """Solve ``A D = b`` approximately by preconditioned conjugate gradients, starting from zero.
 
-    Stopped early it is a regularised solution: what the rows say least about is not touched yet
-    (Hansen 1998, section 6.3).
+    Early stopping regularises: directions that the data hardly determine are reached last (Hansen
+    1998, section 6.3).
 
     Args:
-        normal: A symmetric, positive semidefinite linear map.
-        target: float64.
-        precondition: Approximately its inverse; symmetric and positive definite.
-        steps: Products with ``normal``; fewer are taken if nothing is left to explain.
+        normal: Product with A, a symmetric, positive semidefinite linear map.
+        target: b, float64.
+        precondition: Product with M^-1, an approximation of A^-1; symmetric and positive definite.
+        steps: Maximum number of products with A; fewer if the residual becomes zero.
+
+    Returns:
+        D, float64.
     """
-    change = {name: torch.zeros_like(part) for name, part in target.items()}
-    left, ahead = target, precondition(target)
-    direction, power = ahead, _inner(target, ahead)
+    # Letters of the standard algorithm: residual r = b - A D, z = M^-1 r, search direction p.
+    D = {name: torch.zeros_like(part) for name, part in target.items()}
+    r, z = target, precondition(target)
+    p, rz = z, _inner(target, z)
     for _ in range(steps):
-        product = normal(direction)
-        curvature = _inner(direction, product)
-        if not (power > 0 and curvature > 0):
+        Ap = normal(p)
+        pAp = _inner(p, Ap)
+        if not (rz > 0 and pAp > 0):  # solved, or no curvature is left; also false for nan
             break
-        step = power / curvature
-        change = added(change, direction, step)
-        left = added(left, product, -step)
-        ahead = precondition(left)
-        before, power = power, _inner(left, ahead)
-        direction = added(ahead, direction, power / before)
-    return change
+        alpha = rz / pAp  # exact minimiser along p
+        D = add_scaled(D, p, alpha)
+        r = add_scaled(r, Ap, -alpha)
+        z = precondition(r)
+        previous, rz = rz, _inner(r, z)
+        p = add_scaled(z, p, rz / previous)
+    return D
 
 
 def _inner(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return float(sum((a[name] * b[name]).sum() for name in a))
 
 
-def added(a: Tensors, b: Tensors, factor: float = 1.0) -> Tensors:
-    """``a + factor * b``."""
+def add_scaled(a: Tensors, b: Tensors, factor: float = 1.0) -> Tensors:
+    """Return ``a + factor * b``."""
     return {name: part + factor * b[name] for name, part in a.items()}

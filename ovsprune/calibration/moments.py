@@ -1,4 +1,7 @@
-"""Streaming first and second moments in float64."""
+"""Streaming first and second moments in float64.
+
+Letters: inputs x [n] and residuals e [m], each row with a weight w; means mu, covariance Sigma.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +12,40 @@ from torch import Tensor
 
 from ovsprune.core.protocols import Moments
 
-__all__ = ["CrossMoments", "Joint", "SecondMoments"]
+__all__ = ["CrossMoments", "JointMoments", "SecondMoments"]
 
 
 class SecondMoments:
-    """Mean and centred covariance of rows that arrive in chunks.
+    """Weighted mean and centred covariance of rows that arrive in batches.
 
-    Products of a chunk are taken in the chunk's own precision about a shift near the mean (the
-    first chunk's mean), and summed in float64: the sums do not cancel, and float64 matrix products,
-    at half the speed, are not needed.
+    The products of a batch are computed in the precision of the batch, after subtracting a shift
+    near the mean (the mean of the first batch), and are summed in float64. The shift avoids
+    cancellation, so float64 matrix products, which are half as fast, are not needed.
 
     Args:
-        width: Length of a row.
+        width: Length n of a row.
     """
 
     def __init__(self, width: int) -> None:
         self.count = 0
         self.total = 0.0
         self._shift: Tensor | None = None
-        self._sum = torch.zeros(width, dtype=torch.float64)
-        self._square = torch.zeros(width, width, dtype=torch.float64)
+        self._sum = torch.zeros(width, dtype=torch.float64)  # sum of w (x - shift)
+        self._square = torch.zeros(width, width, dtype=torch.float64)  # of w (x-shift) (x-shift)^T
 
     def update(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Add rows [..., width], each with a weight [...] if they do not all count the same.
+        """Add rows.
+
+        Args:
+            rows: [..., n].
+            weight: [...], weight of each row; 1 by default.
 
         Returns:
-            The rows less the shift, times their weight, [rows, width].
+            The rows minus the shift, times their weights, [rows, n].
         """
-        rows = rows.flatten(0, -2)
+        rows = rows.flatten(0, -2)  # [rows, n]
         if self._shift is None:
-            self._shift = rows.mean(0)
+            self._shift = rows.mean(0)  # [n]
         rows = rows - self._shift
         self.count += len(rows)
         if weight is None:
@@ -46,33 +53,34 @@ class SecondMoments:
             weighted = rows
         else:
             self.total += float(weight.sum(dtype=torch.float64))
-            weighted = rows * weight.reshape(-1, 1)
+            weighted = rows * weight.reshape(-1, 1)  # [rows, n]
         self._sum += weighted.sum(0, dtype=torch.float64).cpu()
-        self._square += (rows.T @ weighted).cpu().double()
+        self._square += (rows.T @ weighted).cpu().double()  # [n, n]
         return weighted
 
     def result(self) -> Moments:
-        """Moments of everything seen."""
-        mean = self.shifted_mean()
-        covariance = self._square / self.total - torch.outer(mean, mean)
+        """Return the moments of all rows so far."""
+        mean = self.shifted_mean()  # [n]
+        # Sigma does not depend on the shift: E[z z^T] - E[z] E[z]^T for z = x - shift.
+        covariance = self._square / self.total - torch.outer(mean, mean)  # [n, n]
         assert self._shift is not None
         return Moments(self.count, mean + self._shift.cpu().double(), covariance)
 
     def shifted_mean(self) -> Tensor:
-        """Mean of everything seen, less the shift, float64 [width]."""
+        """Return the mean of all rows so far, minus the shift, float64 [n]."""
         return self._sum / self.total
 
 
 @dataclass(frozen=True, eq=False)
-class Joint:
-    """Moments of inputs x [n] together with residuals e [m], each row with its weight.
+class JointMoments:
+    """Joint weighted moments of inputs x [n] and residuals e [m].
 
     Attributes:
         total: Sum of the weights.
-        inputs: Moments of x.
-        mean: float64 [m], of e.
-        cross: float64 [n, m], E[(x - mx)(e - me)^T].
-        power: float64 [m], the variance of e.
+        inputs: Moments of x: mean mu_x [n] and covariance Sigma [n, n].
+        mean: mu_e, float64 [m].
+        cross: Centred cross moment E[(x - mu_x)(e - mu_e)^T], float64 [n, m].
+        power: Variance of each entry of e, float64 [m].
     """
 
     total: float
@@ -81,58 +89,66 @@ class Joint:
     cross: Tensor
     power: Tensor
 
-    def __add__(self, other: Joint) -> Joint:
-        """Moments of both sets of rows (Chan, Golub and LeVeque 1983, pairwise updates)."""
+    def __add__(self, other: JointMoments) -> JointMoments:
+        """Return the moments of the union of both sets of rows.
+
+        Source: Chan, Golub and LeVeque 1983, pairwise updates.
+        """
         total = self.total + other.total
         a, b = self.total / total, other.total / total
+        # Differences of the means, [n] and [m].
         x, e = other.inputs.mean - self.inputs.mean, other.mean - self.mean
 
-        def spread(mine: Tensor, theirs: Tensor, between: Tensor) -> Tensor:
+        def merged(mine: Tensor, theirs: Tensor, between: Tensor) -> Tensor:
+            # Second moments within the sets, plus the part between the two means.
             return a * mine + b * theirs + a * b * between
 
-        return Joint(
-            total,
-            Moments(
+        return JointMoments(
+            total=total,
+            inputs=Moments(
                 self.inputs.count + other.inputs.count,
                 self.inputs.mean + b * x,
-                spread(self.inputs.covariance, other.inputs.covariance, torch.outer(x, x)),
+                merged(self.inputs.covariance, other.inputs.covariance, torch.outer(x, x)),
             ),
-            self.mean + b * e,
-            spread(self.cross, other.cross, torch.outer(x, e)),
-            spread(self.power, other.power, e.square()),
+            mean=self.mean + b * e,
+            cross=merged(self.cross, other.cross, torch.outer(x, e)),
+            power=merged(self.power, other.power, e.square()),
         )
 
-    def about_zero(self) -> Joint:
-        """The same as second moments about zero: for layers that have no bias."""
+    def about_zero(self) -> JointMoments:
+        """Return second moments about zero instead of the mean, for layers without a bias."""
         x, e = self.inputs.mean, self.mean
-        return Joint(
-            self.total,
-            Moments(
+        return JointMoments(
+            total=self.total,
+            inputs=Moments(
                 self.inputs.count, torch.zeros_like(x), self.inputs.covariance + torch.outer(x, x)
             ),
-            torch.zeros_like(e),
-            self.cross + torch.outer(x, e),
-            self.power + e.square(),
+            mean=torch.zeros_like(e),
+            cross=self.cross + torch.outer(x, e),
+            power=self.power + e.square(),
         )
 
     def error(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """``E[(e - weight x - bias)^2]`` by output, a quadratic form of the moments.
+        """Return ``E[(e - W x - b)^2]`` for each output, a quadratic form of the moments.
+
+        No activations are needed, so many candidates can be compared cheaply.
 
         Args:
-            weight: float64 [m, n].
-            bias: float64 [m].
+            weight: W, float64 [m, n].
+            bias: b, float64 [m].
 
         Returns:
             float64 [m].
         """
-        explained = 2 * (weight * self.cross.T).sum(1)
-        spent = ((weight @ self.inputs.covariance) * weight).sum(1)
-        offset = self.mean - weight @ self.inputs.mean - bias
-        return (self.power - explained + spent).clamp_min(0.0) + offset.square()
+        linear = 2 * (weight * self.cross.T).sum(1)  # [m], 2 w_i^T E[x e_i]
+        quadratic = ((weight @ self.inputs.covariance) * weight).sum(1)  # [m], w_i^T Sigma w_i
+        offset = self.mean - weight @ self.inputs.mean - bias  # [m], error of the means
+        # The variance part cannot be negative except by rounding.
+        return (self.power - linear + quadratic).clamp_min(0.0) + offset.square()
 
 
 class CrossMoments:
-    """Moments of inputs x [n] together with residuals e [m], for a ridge refit.
+    """Accumulator of :class:`JointMoments` over batches.
 
     Args:
         inputs: Length n of x.
@@ -147,25 +163,32 @@ class CrossMoments:
 
     @property
     def count(self) -> int:
-        """Rows seen."""
+        """Number of rows so far."""
         return self._x.count
 
     def update(self, x: Tensor, e: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows x [..., n] with residuals e [..., m] and, if given, weights [...]."""
-        e = e.flatten(0, -2)
-        self._cross += (self._x.update(x, weight).T @ e).cpu().double()
+        """Add rows.
+
+        Args:
+            x: Inputs [..., n].
+            e: Residuals [..., m].
+            weight: [...], weight of each row; 1 by default.
+        """
+        e = e.flatten(0, -2)  # [rows, m]
+        self._cross += (self._x.update(x, weight).T @ e).cpu().double()  # [n, m]
         weighted = e if weight is None else e * weight.reshape(-1, 1)
         self._e += weighted.sum(0, dtype=torch.float64).cpu()
         self._square += (weighted * e).sum(0, dtype=torch.float64).cpu()
 
-    def result(self) -> Joint:
-        """Moments of everything seen."""
+    def result(self) -> JointMoments:
+        """Return the moments of all rows so far."""
+        # x is shifted (see SecondMoments); e is a residual, near zero already, and is not.
         total, mean_x = self._x.total, self._x.shifted_mean()
-        mean = self._e / total
-        return Joint(
-            total,
-            self._x.result(),
-            mean,
-            self._cross / total - torch.outer(mean_x, mean),
-            self._square / total - mean.square(),
+        mean = self._e / total  # [m]
+        return JointMoments(
+            total=total,
+            inputs=self._x.result(),
+            mean=mean,
+            cross=self._cross / total - torch.outer(mean_x, mean),
+            power=self._square / total - mean.square(),
         )

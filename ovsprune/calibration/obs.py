@@ -1,11 +1,22 @@
-"""The optimal brain surgeon over units of columns: one order that serves every width.
+"""Optimal brain surgeon for structured pruning: one greedy removal order for every width.
 
-For a consumer ``y = W a`` whose input has the (regularised) covariance C, the least increase of
-``E|W a - W' a|^2`` when the columns g are removed and all others re-fitted is
-``tr(W_g ([C^-1]_gg)^-1 W_g^T)``, reached by ``W <- W - W_g ([C^-1]_gg)^-1 [C^-1]_g:``
-(Hassibi and Stork 1993; in blocks of columns, Frantar and Alistarh 2022, Kurtic et al. 2023).
-Removing the cheapest unit, updating W and C^-1, and going on gives the order. The weight at any
-width on the way is the exact least-squares refit for what stays.
+A consumer computes ``y = W x`` for inputs x with the regularised second moment H (in the literature
+``H = X^T X``, the Hessian of the squared error up to a factor; here the covariance, because the
+bias absorbs the mean). Removing the columns p of a unit, with the best update of all other columns,
+increases ``E|W x - W' x|^2`` by
+
+    loss = tr(W_p ([Hinv]_pp)^-1 W_p^T)
+
+and the update is
+
+    W    <- W    - W_p     ([Hinv]_pp)^-1 Hinv_p:
+    Hinv <- Hinv - Hinv_:p ([Hinv]_pp)^-1 Hinv_p:
+
+Sources: Hassibi and Stork, NeurIPS 1993 (single weights); Frantar and Alistarh, NeurIPS 2022, and
+Kurtic et al., NeurIPS 2023 (blocks of columns). After each step, W is the exact least-squares
+solution for the remaining columns, so one pass yields the refitted weight of every width.
+
+The names are those of SparseGPT and ZipLM: W, H, Hinv, losses.
 """
 
 from __future__ import annotations
@@ -19,19 +30,19 @@ from torch import Tensor
 __all__ = ["Elimination", "prune_columns"]
 
 _LAZY = 64
-"""Rank-one updates that are gathered before they are applied as one matrix product."""
+"""Number of rank-one updates that are collected and then applied as one matrix product."""
 
 
 @dataclass(frozen=True, eq=False)
 class Elimination:
-    """What :func:`prune_columns` found.
+    """Result of :func:`prune_columns`.
 
     Attributes:
-        order: int64 [units]: in the order of removal.
-        costs: float64 [units]: increase of the squared error, summed over outputs, when the unit
-            was removed.
-        weights: Width -> float64 [m, n]: the refitted weight when that many units are left, zero
-            in the columns that are gone.
+        order: int64 [units], units in the order of removal.
+        costs: float64 [units], the loss of each unit: the increase of the squared error, summed
+            over outputs, at the time of its removal.
+        weights: Width to float64 [m, n]: the refitted weight with that number of units left. The
+            columns of removed units are zero.
     """
 
     order: Tensor
@@ -47,123 +58,154 @@ def prune_columns(
     order: Tensor | None = None,
     snapshots: Collection[int] = (),
 ) -> Elimination:
-    """Remove units one after another, the cheapest first, re-fitting what is left.
+    """Remove units one by one, always the one with the least loss, and update the other columns.
 
     Args:
         weight: W [m, n].
-        covariance: C [n, n], positive definite: :func:`ovsprune.calibration.ridge.regularised`.
-        columns: int64 [units, width], the columns of each unit, disjoint.
-        order: Remove in this order instead; int64 [units].
-        snapshots: Widths (numbers of units left) whose refitted weight is wanted.
+        covariance: H [n, n], positive definite, see :func:`ovsprune.calibration.ridge.regularised`.
+        columns: int64 [units, width], the columns of each unit; units are disjoint.
+        order: int64 [units], a fixed order of removal that replaces the greedy order.
+        snapshots: Widths (numbers of remaining units) for which to return the refitted weight.
+
+    Returns:
+        The order of removal, the loss of each unit, and the weights at ``snapshots``.
 
     Raises:
         torch.linalg.LinAlgError: ``covariance`` is not positive definite.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance.double()))
-    steps = _single if columns.shape[1] == 1 else _blocks
+    H = covariance.double()  # [n, n]
+    Hinv = torch.cholesky_inverse(torch.linalg.cholesky(H))  # [n, n]
+    steps = _remove_single_columns if columns.shape[1] == 1 else _remove_blocks
     units = columns.shape[0]
-    removed, costs = [], torch.zeros(units, dtype=torch.float64)
+    removed, losses = [], torch.zeros(units, dtype=torch.float64)
     wanted = set(snapshots)
-    kept: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}
     if units in wanted:
-        kept[units] = weight.double().clone()
-    for unit, cost, current in steps(weight.double(), inverse, columns, order, wanted):
+        weights[units] = weight.double().clone()
+    for unit, loss, snapshot in steps(weight.double(), Hinv, columns, order, wanted):
         removed.append(unit)
-        costs[unit] = cost
+        losses[unit] = loss
         if units - len(removed) in wanted:
-            assert current is not None
-            kept[units - len(removed)] = current
-    return Elimination(torch.tensor(removed), costs, kept)
+            assert snapshot is not None
+            weights[units - len(removed)] = snapshot
+    return Elimination(torch.tensor(removed), losses, weights)
 
 
 Step = tuple[int, float, Tensor | None]
-"""Unit, its cost, and a copy of the weight if this width is wanted."""
+"""Removed unit, its loss, and a copy of W [m, n] if this width is among the snapshots."""
 
 
-def _blocks(
-    weight: Tensor, inverse: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
+def _remove_blocks(
+    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
 ) -> Iterator[Step]:
-    """Units of several columns: heads, channels that a k x k convolution reads.
+    """Remove units of several columns: attention heads, input channels of k x k convolutions.
 
-    As in :func:`_single`, updates of C^-1 are applied lazily. W, and the blocks of C^-1 on its
-    diagonal, which every unit's cost is made of, are brought up to date at once.
+    As in :func:`_remove_single_columns`, Hinv is updated lazily. W and the diagonal blocks of Hinv,
+    from which the losses of all units are computed, are updated at every step.
+
+    Args:
+        W: float64 [m, n].
+        Hinv: float64 [n, n].
+        columns: int64 [units, width].
+        order: int64 [units], or None for the greedy order.
+        wanted: Widths for which to yield W.
     """
-    (m, n), width = weight.shape, columns.shape[1]
-    alive = torch.arange(len(columns))
-    flat = columns.flatten()
-    parts = weight[:, flat].view(m, -1, width).permute(1, 2, 0).contiguous()  # [units, width, m]
-    inverse = inverse[flat][:, flat]
-    one = torch.eye(width, dtype=weight.dtype)
+    (m, n), width = W.shape, columns.shape[1]
+    alive = torch.arange(len(columns))  # [units], indices of the remaining units
+    flat = columns.flatten()  # [units * width], their columns in W
+    # W_p^T of each unit p, contiguous for the batched solve.
+    Wt = W[:, flat].view(m, -1, width).permute(1, 2, 0).contiguous()  # [units, width, m]
+    Hinv = Hinv[flat][:, flat]  # [units * width, units * width]
+    identity = torch.eye(width, dtype=W.dtype)
     step = 0
     while len(alive):
         lazy = min(max(1, _LAZY // width), len(alive))
-        blocks = inverse.view(len(alive), width, len(alive), width).diagonal(dim1=0, dim2=2)
-        inner = blocks.permute(2, 0, 1).clone()  # [units, width, width]
-        u = weight.new_zeros(len(flat), lazy * width)
-        here = torch.ones(len(alive), dtype=torch.bool)
+        blocks = Hinv.view(len(alive), width, len(alive), width).diagonal(dim1=0, dim2=2)
+        Hinv_pp = blocks.permute(2, 0, 1).clone()  # [units, width, width]
+        # Until the next flush, the current inverse is Hinv - U U^T.
+        U = W.new_zeros(len(flat), lazy * width)
+        remaining = torch.ones(len(alive), dtype=torch.bool)  # [units]
         for t in range(0, lazy * width, width):
-            cost = (torch.linalg.solve(inner, parts) * parts).sum((1, 2))
-            cost = torch.where(here, cost, torch.inf)
-            at = int(cost.argmin() if order is None else (alive == order[step]).nonzero())
-            rows = slice(at * width, (at + 1) * width)
-            root = torch.linalg.cholesky(inner[at])
-            column = inverse[:, rows] - u[:, :t] @ u[rows, :t].T
-            column = torch.linalg.solve_triangular(root, column.T, upper=False).T
-            gone = torch.linalg.solve_triangular(root, parts[at], upper=False)
-            u[:, t : t + width], here[at] = column, False
-            beside = column.reshape(-1, width, width)
-            inner -= beside @ beside.transpose(1, 2)
-            parts -= beside @ gone
-            # What is gone stays so: rounding would leave traces of it.
-            inner[~here], parts[~here] = one, 0.0
+            # tr(W_p Hinv_pp^-1 W_p^T) of all units in one batched solve.
+            losses = (torch.linalg.solve(Hinv_pp, Wt) * Wt).sum((1, 2))  # [units]
+            losses = torch.where(remaining, losses, torch.inf)
+            p = int(losses.argmin() if order is None else (alive == order[step]).nonzero())
+            rows = slice(p * width, (p + 1) * width)
+            # With Hinv_pp = L L^T: Hinv loses C C^T, where C = Hinv_:p L^-T, and W^T loses C G.
+            L = torch.linalg.cholesky(Hinv_pp[p])  # [width, width]
+            C = Hinv[:, rows] - U[:, :t] @ U[rows, :t].T  # [units * width, width]
+            C = torch.linalg.solve_triangular(L, C.T, upper=False).T
+            G = torch.linalg.solve_triangular(L, Wt[p], upper=False)  # [width, m], L^-1 W_p^T
+            U[:, t : t + width], remaining[p] = C, False
+            C_blocks = C.reshape(-1, width, width)  # [units, width, width]
+            Hinv_pp -= C_blocks @ C_blocks.transpose(1, 2)
+            Wt -= C_blocks @ G
+            # Rounding leaves small values in removed columns; reset them so that they stay zero.
+            # The identity keeps the batched solve of the next step regular.
+            Hinv_pp[~remaining], Wt[~remaining] = identity, 0.0
             step += 1
-            current = None
-            if int(here.sum()) in wanted:
-                current = weight.new_zeros(m, n)
-                current[:, flat] = parts.flatten(0, 1).T
-            yield int(alive[at]), float(cost[at]), current
-        kept = here.repeat_interleave(width)
-        inverse = (inverse - u @ u.T)[kept][:, kept]
-        alive, parts, flat = alive[here], parts[here], flat[kept]
+            snapshot = None
+            if int(remaining.sum()) in wanted:
+                snapshot = W.new_zeros(m, n)
+                snapshot[:, flat] = Wt.flatten(0, 1).T
+            yield int(alive[p]), float(losses[p]), snapshot
+        kept = remaining.repeat_interleave(width)  # [units * width]
+        Hinv = (Hinv - U @ U.T)[kept][:, kept]
+        alive, Wt, flat = alive[remaining], Wt[remaining], flat[kept]
 
 
-def _single(
-    weight: Tensor, inverse: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
+def _remove_single_columns(
+    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
 ) -> Iterator[Step]:
-    """Units of one column (MLP): thousands, so rank-one updates are applied lazily.
+    """Remove units of one column each: the thousands of hidden units of an MLP.
 
-    Between two flushes the true C^-1 is ``inverse - u u^T`` and the true W is ``weight - v u^T``
-    with one column of u and v for each unit removed since. Only the diagonal of C^-1, the squared
-    norms of W's columns, and the two columns of the unit that goes are ever brought up to date.
+    A rank-one update of Hinv [n, n] at each step would be limited by memory bandwidth. Therefore
+    the updates are lazy: between two flushes the current inverse is ``Hinv - U U^T`` and the
+    current weight is ``W - V U^T``, with one column of U and V per removed unit. Only the diagonal
+    of Hinv, the squared column norms of W, and the two columns of the removed unit are updated at
+    every step.
+
+    Args:
+        W: float64 [m, n].
+        Hinv: float64 [n, n].
+        columns: int64 [units, 1].
+        order: int64 [units], or None for the greedy order.
+        wanted: Widths for which to yield W.
     """
-    m, n = weight.shape
-    alive = columns.flatten()  # Column of each position.
-    of_unit = torch.arange(len(alive))
-    weight, inverse = weight[:, alive], inverse[alive][:, alive]
+    m, n = W.shape
+    alive = columns.flatten()  # [units], column in the full W at each position
+    of_unit = torch.arange(len(alive))  # [units], unit at each position
+    W, Hinv = W[:, alive], Hinv[alive][:, alive]  # [m, units], [units, units]
     step = 0
     while len(alive):
         lazy = min(_LAZY, len(alive))
-        diagonal, norms = inverse.diagonal().clone(), weight.square().sum(0)
-        u, v = weight.new_zeros(len(alive), lazy), weight.new_zeros(m, lazy)
-        here = torch.ones(len(alive), dtype=torch.bool)
+        diagonal, norms = Hinv.diagonal().clone(), W.square().sum(0)  # [units], [units]
+        U, V = W.new_zeros(len(alive), lazy), W.new_zeros(m, lazy)
+        remaining = torch.ones(len(alive), dtype=torch.bool)  # [units]
         for t in range(lazy):
-            cost = torch.where(here, norms / diagonal, torch.inf)
-            at = int(cost.argmin() if order is None else (of_unit == order[step]).nonzero())
-            root = diagonal[at].sqrt()
-            column = (inverse[:, at] - u[:, :t] @ u[at, :t]) / root
-            gone = (weight[:, at] - v[:, :t] @ u[at, :t]) / root
-            overlap = weight.T @ gone - u[:, :t] @ (v[:, :t].T @ gone)
-            price = float(norms[at] / diagonal[at])
-            diagonal = (diagonal - column.square()).clamp_min(torch.finfo(diagonal.dtype).tiny)
-            norms = norms - 2 * column * overlap + column.square() * gone.square().sum()
-            u[:, t], v[:, t], here[at] = column, gone, False
+            losses = torch.where(remaining, norms / diagonal, torch.inf)  # |W_p|^2 / [Hinv]_pp
+            p = int(losses.argmin() if order is None else (of_unit == order[step]).nonzero())
+            root = diagonal[p].sqrt()
+            # u = Hinv_:p / sqrt([Hinv]_pp) and v = W_p / sqrt([Hinv]_pp), both at current values,
+            # so that the update of this step is Hinv -= u u^T, W -= v u^T.
+            u = (Hinv[:, p] - U[:, :t] @ U[p, :t]) / root  # [units]
+            v = (W[:, p] - V[:, :t] @ U[p, :t]) / root  # [m]
+            Wv = W.T @ v - U[:, :t] @ (V[:, :t].T @ v)  # [units], current W^T v
+            loss = float(norms[p] / diagonal[p])
+            # Rounding must not make the diagonal of a positive definite matrix negative.
+            diagonal = (diagonal - u.square()).clamp_min(torch.finfo(diagonal.dtype).tiny)
+            # |W_j - v u_j|^2 = |W_j|^2 - 2 u_j W_j^T v + u_j^2 |v|^2, without forming W.
+            norms = norms - 2 * u * Wv + u.square() * v.square().sum()
+            U[:, t], V[:, t], remaining[p] = u, v, False
             step += 1
-            left = int(here.sum())
-            current = None
+            left = int(remaining.sum())
+            snapshot = None
             if left in wanted:
-                current = weight.new_zeros(m, n)
-                current[:, alive[here]] = (weight - v[:, : t + 1] @ u[:, : t + 1].T)[:, here]
-            yield int(of_unit[at]), price, current
-        weight = (weight - v @ u.T)[:, here]
-        inverse = (inverse - u @ u.T)[here][:, here]
-        alive, of_unit = alive[here], of_unit[here]
+                current = W - V[:, : t + 1] @ U[:, : t + 1].T  # [m, units]
+                snapshot = W.new_zeros(m, n)
+                snapshot[:, alive[remaining]] = current[:, remaining]
+            yield int(of_unit[p]), loss, snapshot
+        # Flush: apply the collected updates and drop the removed positions.
+        W = (W - V @ U.T)[:, remaining]
+        Hinv = (Hinv - U @ U.T)[remaining][:, remaining]
+        alive, of_unit = alive[remaining], of_unit[remaining]

@@ -1,4 +1,8 @@
-"""A layer refitted from rows that arrive in chunks: weighted, checked on held-out pictures."""
+"""Weighted ridge refit of one layer from streamed rows, validated on held-out images.
+
+Letters: inputs x [n], residuals e [m] = reference minus current output, weight W [m, n], bias
+b [m], row weights w.
+"""
 
 from __future__ import annotations
 
@@ -8,131 +12,168 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.moments import CrossMoments, Joint
-from ovsprune.calibration.ridge import correction
+from ovsprune.calibration.moments import CrossMoments, JointMoments
+from ovsprune.calibration.ridge import ridge_correction
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["Refit", "capped", "held_out", "median_of", "row_weights", "squared_norms"]
+__all__ = [
+    "Refit",
+    "capped_weights",
+    "held_out_mask",
+    "positive_median",
+    "row_weights",
+    "squared_norms",
+]
 
 HELD_OUT = 8
-"""One calibration picture in this many is not fitted to, but checked against."""
+"""One calibration image in this number is not fitted, but used for validation."""
 
 
-def held_out(pictures: int) -> Tensor:
-    """Every eighth of the pictures, the last of fewer than eight, none of a single one.
+def held_out_mask(images: int) -> Tensor:
+    """Return a mask of the held-out images.
+
+    Every eighth image is held out; of fewer than eight images the last one; of a single image none.
+
+    Args:
+        images: Number of images.
 
     Returns:
-        bool [pictures].
+        bool [images].
 
     Example:
-        >>> held_out(3).tolist()
+        >>> held_out_mask(3).tolist()
         [False, False, True]
     """
-    mask = torch.zeros(pictures, dtype=torch.bool)
+    mask = torch.zeros(images, dtype=torch.bool)  # deterministic: no random draw
     mask[HELD_OUT - 1 :: HELD_OUT] = True
-    if 1 < pictures < HELD_OUT:
+    if 1 < images < HELD_OUT:
         mask[-1] = True
     return mask
 
 
 def squared_norms(rows: Tensor) -> Tensor:
-    """Squared norms [...] of rows [..., n]."""
+    """Return the squared norms [...] of rows [..., n]."""
     return rows.square().sum(-1)
 
 
-def capped(values: Tensor, reference: float | Tensor) -> Tensor:
-    """``min(1, reference / values)``, for values >= 0; 1 where a value is 0."""
+def capped_weights(values: Tensor, reference: float | Tensor) -> Tensor:
+    """Return ``min(1, reference / values)`` for values >= 0; 1 where a value is 0."""
     return torch.where(values > reference, reference / values, torch.ones_like(values))
 
 
-def median_of(values: Tensor) -> Tensor:
-    """The median of those of ``values`` [n] (>= 0) that are not 0; 0 if none is.
+def positive_median(values: Tensor) -> Tensor:
+    """Return the median of the nonzero entries of ``values`` [n] (>= 0), or 0 if there are none.
 
-    What is fitted exactly already is no measure of what is massive.
+    Zeros are excluded: rows or outputs that are fitted exactly do not tell which others are
+    massive.
     """
     positive = values[values > 0]
     return positive.median() if len(positive) else values.new_zeros(())
 
 
 def row_weights(rows: Tensor, median: float) -> Tensor:
-    """Weights ``min(1, median / |row|^2)`` [...] of rows [..., n]: a massive row counts as one.
+    """Return the weights ``w = min(1, median / |row|^2)`` that limit the influence of massive rows.
 
-    Every consumer behind a norm reads a row relative to its length, so an error in a long row does
-    less than the same error in a short one; and in CLIP's towers a few tokens are a hundred times
-    as long as the others (Darcet et al. 2024, Sun et al. 2024) and would decide the whole fit.
-    Half of the rows have weight 1, so what one row in N has (a class token among N - 1 patches) is
-    at most 2/N of the whole weight.
+    A layer after a norm depends on the direction of a row, so an error in a long row matters less
+    than the same error in a short row. In CLIP's towers a few tokens have norms a hundred times
+    larger than the others (Darcet et al. 2024, Sun et al. 2024). Without weights they would
+    determine the whole fit. Half of the rows have weight 1, so a share 1/N of the rows (such as one
+    class token per N - 1 patch tokens) has at most 2/N of the total weight.
 
     Args:
-        rows: What the layer is fitted to, in the dense tower.
-        median: Of the rows' squared norms.
+        rows: [..., n], the reference of the fit, from the dense tower.
+        median: Median of the squared norms of the rows.
+
+    Returns:
+        [...].
     """
-    return capped(squared_norms(rows), median)
+    return capped_weights(squared_norms(rows), median)
 
 
-STRENGTHS = (1, 10, 100)
-"""Ridges that are tried, as multiples of the one asked for."""
+RIDGE_MULTIPLES = (1, 10, 100)
+"""Candidate ridges, as multiples of the requested ridge."""
 
 Change = tuple[Tensor, Tensor]
-"""What is added to a weight [m, n] and to a bias [m], float64."""
+"""Additive changes of a weight [m, n] and of a bias [m], float64."""
 
 
 class Refit:
-    """Ridge regression of a layer's weight and bias towards a residual, prior: what they are.
+    """Ridge regression of a layer's residual, with the present weight and bias as the prior mean.
 
-    Moments of the held-out pictures are kept apart, so the held-out error of any change is a
-    quadratic form of them and takes no further pass. It decides between no change, a change of the
-    bias alone, and ridges of rising strength; so the old weights stay where a refit would do
-    harm, and fewer pictures mean a stronger ridge. What is chosen is solved again from all
-    pictures.
+    The moments of the held-out images are kept separately. The held-out error of any change is a
+    quadratic form of them (:meth:`JointMoments.error`), so candidates are compared without another
+    forward pass. The candidates are: no change, a change of the bias only, and full refits with
+    increasing ridge. Therefore the old weights remain if a refit would increase the held-out error,
+    and fewer images lead to a stronger ridge. The best candidate is solved again with all images.
 
     Args:
-        layer: What is corrected, in place, by :meth:`apply`.
-        held: bool [pictures], see :func:`held_out`.
+        layer: Layer to refit, in place, by :meth:`apply`.
+        held_out: bool [images], see :func:`held_out_mask`.
         ridge: Relative to the mean variance of the layer's input.
     """
 
-    def __init__(self, layer: nn.Module, held: Tensor, ridge: float) -> None:
-        self.layer, self.held, self.ridge = layer, held, ridge
-        outputs, inputs = weight_of(layer).flatten(1).shape
-        self._fit, self._check = CrossMoments(inputs, outputs), CrossMoments(inputs, outputs)
+    def __init__(self, layer: nn.Module, held_out: Tensor, ridge: float) -> None:
+        self.layer, self.held_out, self.ridge = layer, held_out, ridge
+        m, n = weight_of(layer).flatten(1).shape
+        # Weights of convolutions are flattened; rows are image patches then.
+        self._fit_moments, self._held_out_moments = CrossMoments(n, m), CrossMoments(n, m)
 
     def update(self, part: slice, x: Tensor, e: Tensor, weight: Tensor) -> None:
-        """Add the pictures ``part``: inputs x [b, ..., n], residuals e [b, ..., m], weights."""
-        checked = self.held[part].to(x.device)
-        for sums, mine in ((self._fit, ~checked), (self._check, checked)):
-            if mine.any():
-                sums.update(x[mine], e[mine], weight[mine])
+        """Add a batch of images.
+
+        Args:
+            part: Indices of the images.
+            x: Inputs of the layer as rows [b, ..., n].
+            e: Residuals [b, ..., m]: the reference minus the present output.
+            weight: Row weights [b, ...].
+        """
+        # Whole images are held out: rows of one image are correlated.
+        held_out = self.held_out[part].to(x.device)  # [b]
+        for moments, chosen in (
+            (self._fit_moments, ~held_out),
+            (self._held_out_moments, held_out),
+        ):
+            if chosen.any():
+                moments.update(x[chosen], e[chosen], weight[chosen])
 
     @torch.no_grad()
     def apply(self) -> None:
         """Change the layer in place."""
-        more_weight, more_bias = self._best()
+        weight_change, bias_change = self._best_change()
         weight, bias = weight_of(self.layer), bias_of(self.layer)
-        new = weight.detach().double().cpu().flatten(1) + more_weight
+        # Added in float64 and rounded once: a change of zero leaves every bit as it was.
+        new = weight.detach().double().cpu().flatten(1) + weight_change  # [m, n]
         weight.copy_(new.view_as(weight).to(weight))
         if bias is not None:
-            bias.copy_((bias.detach().double().cpu() + more_bias).to(bias))
+            bias.copy_((bias.detach().double().cpu() + bias_change).to(bias))
 
-    def _best(self) -> Change:
-        fit = self._fit.result()
-        if not self._check.count:
-            return self._full(fit)
-        check = self._check.result()
-        before = check.error(*_nothing(fit))
-        share = capped(before, median_of(before))  # A massive output counts as one, too.
-        steps: list[Callable[[Joint], Change]]
-        steps = [_nothing, self._shift, *(partial(self._full, strength=k) for k in STRENGTHS)]
-        errors = [float((share * check.error(*step(fit))).sum()) for step in steps]
-        # The first of equals: with a residual of zero, nothing is changed.
-        return steps[errors.index(min(errors))](fit + check)
+    def _best_change(self) -> Change:
+        fit = self._fit_moments.result()
+        # A single image is not validated.
+        if not self._held_out_moments.count:
+            return self._ridge(fit)
+        held_out = self._held_out_moments.result()
+        before = held_out.error(*_no_change(fit))  # [m]
+        # Like massive rows, massive output channels must not decide alone.
+        share = capped_weights(before, positive_median(before))  # [m]
+        candidates: list[Callable[[JointMoments], Change]] = [
+            _no_change,
+            self._bias_only,
+            *(partial(self._ridge, multiple=k) for k in RIDGE_MULTIPLES),
+        ]
+        # Summed over outputs, weighted by share: one candidate for the whole layer.
+        errors = [float((share * held_out.error(*solve(fit))).sum()) for solve in candidates]
+        # index() returns the first minimum, so a residual of zero leads to no change.
+        return candidates[errors.index(min(errors))](fit + held_out)
 
-    def _shift(self, joint: Joint) -> Change:
+    def _bias_only(self, joint: JointMoments) -> Change:
         return torch.zeros_like(joint.cross.T), joint.mean * self._has_bias
 
-    def _full(self, joint: Joint, strength: float = 1.0) -> Change:
+    def _ridge(self, joint: JointMoments, multiple: float = 1.0) -> Change:
+        # Without a bias the means are part of what the weight must explain.
         solved = joint if self._has_bias else joint.about_zero()
-        weight = correction(solved.inputs, solved.cross, strength * self.ridge)
+        weight = ridge_correction(solved.inputs, solved.cross, multiple * self.ridge)  # [m, n]
+        # The bias takes over what is left at the mean input: b = mu_e - W mu_x, [m].
         return weight, solved.mean - weight @ solved.inputs.mean
 
     @property
@@ -140,5 +181,5 @@ class Refit:
         return bias_of(self.layer) is not None
 
 
-def _nothing(joint: Joint) -> Change:
+def _no_change(joint: JointMoments) -> Change:
     return torch.zeros_like(joint.cross.T), torch.zeros_like(joint.mean)

@@ -1,4 +1,8 @@
-"""Ridge regression of a consumer's weight, shrunk towards the weight it has."""
+"""Ridge regression of a consumer's weight with its present weight as the prior mean.
+
+Letters: inputs x [n], residuals e [m], covariance Sigma [n, n] of x, correction D [n, m], and the
+ridge lambda, which is given relative to the mean variance of x.
+"""
 
 from __future__ import annotations
 
@@ -7,67 +11,75 @@ from torch import Tensor
 
 from ovsprune.core.protocols import Moments
 
-__all__ = ["correction", "level", "regularised"]
+__all__ = ["mean_variance", "regularised", "ridge_correction"]
 
 _MASSIVE = 10.0
-"""Variances above this many times the median count as this many in the mean variance."""
+"""Variances are capped at this multiple of the median before they are averaged."""
 _FLOOR = 1e-5
-"""Least that is added to a variance, relative to itself.
+"""Least value added to a variance, relative to the variance.
 
-Products are summed in float32 first, which leaves rounding of about 1e-7 of the geometric mean of
-two variances in every entry, and up to sqrt(n) times that in an eigenvalue of the correlations.
+Products are first summed in float32. This leaves a rounding error of about 1e-7 of the geometric
+mean of two variances in each entry, and of up to sqrt(n) times that in an eigenvalue of the
+correlation matrix.
 """
 
 
 def regularised(covariance: Tensor, ridge: float) -> Tensor:
-    """``C + diag(max(ridge * level, 1e-5 diag C))`` in float64, positive definite.
+    """Return ``Sigma + diag(max(ridge * mean_variance, 1e-5 diag Sigma))``, positive definite.
 
-    :func:`level` is a mean variance: a few channels of massive norm must not flatten all the
-    others. For them, and for a ridge near zero, the second term is a floor under the eigenvalues of
-    the correlations, so that a covariance of fewer rows than columns, or one rounded, can be
-    factored. One without entries stays so.
+    The first term is the ridge. It is relative to a capped mean (:func:`mean_variance`), because
+    otherwise a few channels of massive norm would shrink all other channels to zero. The second
+    term bounds the eigenvalues of the correlation matrix from below, for massive channels and for
+    ridges near zero. With it, the Cholesky decomposition succeeds for a rank-deficient or rounded
+    covariance.
 
     Args:
-        covariance: [n, n].
+        covariance: Sigma [n, n]; n may be 0.
         ridge: Relative to the mean variance.
-    """
-    out = covariance.double().clone()
-    if not out.numel():
-        return out
-    variance = out.diagonal().clone().clamp_min(0.0)
-    out.diagonal().add_((_FLOOR * variance).clamp_min(ridge * level(covariance)))
-    return out
-
-
-def level(covariance: Tensor) -> Tensor:
-    """The mean variance, one counting as at most 10 times the median; 1 where all are zero.
-
-    Args:
-        covariance: [n, n], n at least 1.
 
     Returns:
-        float64 scalar, above 0.
+        float64 [n, n].
     """
-    variance = covariance.diagonal().double().clamp_min(0.0)
+    Sigma = covariance.double().clone()  # [n, n]
+    if not Sigma.numel():
+        return Sigma
+    variance = Sigma.diagonal().clone().clamp_min(0.0)  # [n]; rounding may make a zero negative
+    Sigma.diagonal().add_((_FLOOR * variance).clamp_min(ridge * mean_variance(covariance)))
+    return Sigma
+
+
+def mean_variance(covariance: Tensor) -> Tensor:
+    """Return the mean variance, with each variance capped at 10 times the median.
+
+    Args:
+        covariance: Sigma [n, n], n at least 1.
+
+    Returns:
+        float64 scalar, above 0; 1 if all variances are zero.
+    """
+    variance = covariance.diagonal().double().clamp_min(0.0)  # [n]
     cap = _MASSIVE * variance.median()
+    # The median is 0 if more than half of the channels are constant: then there is no cap.
     mean = variance.clamp_max(cap).mean() if cap > 0 else variance.mean()
     return mean if mean > 0 else torch.ones_like(mean)
 
 
-def correction(moments: Moments, cross: Tensor, ridge: float) -> Tensor:
-    """What to add to a weight so that it explains the residual as well.
+def ridge_correction(moments: Moments, cross: Tensor, ridge: float) -> Tensor:
+    """Return the change of a weight that best explains a residual.
 
-    Minimises ``E|e - x D|^2 + sum_j lambda_j |D_j|^2`` for centred x and e, lambda being what
-    :func:`regularised` adds, ``ridge`` times the mean variance of x: ridge regression whose prior
-    is the present weight (Hoerl and Kennard 1970). A residual of zero gives a correction of zero.
+    Solves ``min_D E|e - D^T x|^2 + sum_j lambda_j |D_j|^2`` for centred x and e, with the solution
+    ``D = (Sigma + diag(lambda))^-1 E[x e^T]``. The values lambda_j are those that
+    :func:`regularised` adds. This is ridge regression whose prior mean is the present weight (Hoerl
+    and Kennard 1970), so a residual of zero gives a correction of zero.
 
     Args:
-        moments: Of x [n].
-        cross: Centred cross moment of x and e, float64 [n, m].
-        ridge: Relative to the mean variance of x; > 0.
+        moments: Moments of x [n].
+        cross: Centred cross moment E[x e^T], float64 [n, m].
+        ridge: Relative to the mean variance of x, above 0.
 
     Returns:
-        D transposed, float64 [m, n]: the weight's form in ``nn.Linear``.
+        D^T, float64 [m, n], in the layout of ``nn.Linear.weight``.
     """
-    factor = torch.linalg.cholesky(regularised(moments.covariance, ridge))
-    return torch.cholesky_solve(cross.double(), factor).T
+    L = torch.linalg.cholesky(regularised(moments.covariance, ridge))  # [n, n]
+    D = torch.cholesky_solve(cross.double(), L)  # [n, m]
+    return D.T

@@ -1,4 +1,4 @@
-"""How much the tower's final features change when one group alone is narrowed and refitted."""
+"""Sensitivity curves: change of the final features if one group alone is narrowed and refitted."""
 
 from __future__ import annotations
 
@@ -9,51 +9,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.calibration.feature_loss import SHARES, spread
+from ovsprune.calibration.feature_loss import OUTPUT_WEIGHTS, total_variance
 from ovsprune.core.protocols import Moments
 from ovsprune.core.records import Group
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["FeatureError", "grid", "measure_curve", "points_for"]
+__all__ = ["FeatureError", "measure_curve", "points_for_depth", "width_grid"]
 
 POINTS = (4, 8)
-"""Fewest and most widths at which a group of many units is measured."""
+"""Minimum and maximum number of measured widths per group of many units."""
 
 
-def points_for(blocks: int) -> int:
-    """Widths to measure of each group in a tower of so many blocks.
+def points_for_depth(blocks: int) -> int:
+    """Return the number of widths to measure per group in a tower of ``blocks`` blocks.
 
-    Every measurement runs the rest of the tower, so the time of all of them grows with the square
-    of the depth. Deep towers have more groups, of which each matters less, and are measured at
-    fewer widths: about 128 for all groups of a kind together.
+    Each measurement runs the rest of the tower, so the total time would grow with the square of the
+    depth. Deep towers have more groups, each of which matters less, and are measured at fewer
+    widths: about 128 for all groups of a kind together.
 
-    >>> [points_for(blocks) for blocks in (12, 24, 32)]
+    >>> [points_for_depth(blocks) for blocks in (12, 24, 32)]
     [8, 5, 4]
     """
     fewest, most = POINTS
     return max(fewest, min(most, 128 // blocks))
 
 
-def grid(units: int, floor: int = 1, points: int = POINTS[1]) -> tuple[int, ...]:
-    """Widths at which a group of ``units`` units is measured, ascending, the dense width last.
+def width_grid(units: int, min_units: int = 1, points: int = POINTS[1]) -> tuple[int, ...]:
+    """Return the widths at which to measure a group, ascending; the last is ``units``.
 
-    Every width for small groups; otherwise ``points`` fractions, closer together where a group is
-    narrow, because that is where the error bends.
+    Small groups are measured at every width. Otherwise ``points`` widths are used, denser at small
+    widths, where the curve bends.
+
+    Args:
+        units: Number of units of the group.
+        min_units: Smallest width.
+        points: Number of intervals.
     """
-    if units - floor < points:
-        return tuple(range(floor, units + 1))
+    if units - min_units < points:
+        return tuple(range(min_units, units + 1))
     fractions = torch.linspace(0, 1, points + 1) ** 1.5
-    widths = {floor + round(float(f) * (units - floor)) for f in fractions}
+    widths = {min_units + round(float(f) * (units - min_units)) for f in fractions}
     return tuple(sorted(widths))
 
 
 class FeatureError:
     """Relative squared change of the normalised dense tokens and the pooled output.
 
-    Zero-shot heads compare directions, so tokens are L2-normalised first; the change is relative
-    to the spread of the dense model's own tokens, so that it does not depend on how anisotropic
-    the embedding is. The pooled output counts a tenth: what is pruned for segmentation is read
-    token by token, and an allocation for both in equal parts keeps less of the tokens.
+    Zero-shot heads compare directions, so tokens are L2-normalised first. The change is relative to
+    the total variance of the dense model's tokens, so that it does not depend on the anisotropy of
+    the embedding. The pooled output has a weight of one tenth: models pruned for segmentation are
+    read token by token, and equal weights would lead to allocations that preserve the tokens less.
 
     Args:
         pooled: [B, C] of the dense tower.
@@ -62,16 +67,16 @@ class FeatureError:
 
     def __init__(self, pooled: Tensor, dense: Tensor) -> None:
         self._reference = (F.normalize(pooled, dim=1), F.normalize(dense, dim=1))
-        self._spread = tuple(spread(part) for part in self._reference)
+        self._scales = tuple(total_variance(part) for part in self._reference)
 
     def __call__(self, pooled: Tensor, dense: Tensor) -> float:
-        """The change, 0 for the same outputs, about 2 for unrelated ones."""
+        """Return the change: 0 for equal outputs, about 2 for unrelated outputs."""
         total = 0.0
-        for part, before, scale, share in zip(
-            (pooled, dense), self._reference, self._spread, SHARES, strict=True
+        for part, reference, scale, weight in zip(
+            (pooled, dense), self._reference, self._scales, OUTPUT_WEIGHTS, strict=True
         ):
-            error = (F.normalize(part, dim=1) - before).square().sum(1).mean()
-            total += share * float(error) / scale
+            error = (F.normalize(part, dim=1) - reference).square().sum(1).mean()
+            total += weight * float(error) / scale
         return total
 
 
@@ -83,13 +88,13 @@ def measure_curve(
     weights: Mapping[int, Tensor],
     run: Callable[[], float],
 ) -> dict[int, float]:
-    """Error by width of one group.
+    """Return the error by width of one group.
 
     Args:
         group: The group.
-        consumer: Its consumer in the dense tower; changed while measuring, restored after.
-        moments: Of the consumer's input, for the bias that goes with a refitted weight.
-        weights: Width -> refitted weight [m, n], zero in the columns that are gone.
+        consumer: Its consumer in the dense tower. Changed during the measurement, then restored.
+        moments: Moments of the consumer's input, from which the new bias is computed.
+        weights: Width to refitted weight [m, n], zero in the columns of removed units.
         run: Runs the rest of the tower and returns the error of its output.
     """
     errors = {}
@@ -104,11 +109,11 @@ def measure_curve(
 
 @contextmanager
 def _patched(layer: nn.Module, weight: Tensor, mean: Tensor) -> Iterator[None]:
-    """The layer with another weight, and the bias that keeps its mean output."""
+    """Replace the weight, and change the bias so that the mean output stays the same."""
     old_weight, old_bias = weight_of(layer), bias_of(layer)
-    change = old_weight.detach().cpu().double().flatten(1) - weight
-    # A masked column reads zero and not its mean: the mean that is lost goes to the bias.
-    shift = (change @ mean).to(old_weight)
+    change = old_weight.detach().cpu().double().flatten(1) - weight  # [m, n]
+    # The output at the mean input changes by (W - W') mu; the bias compensates.
+    shift = (change @ mean).to(old_weight)  # [m]
     layer.weight = nn.Parameter(weight.to(old_weight).view_as(old_weight), requires_grad=False)
     if old_bias is not None:
         layer.bias = nn.Parameter(old_bias.detach() + shift, requires_grad=False)

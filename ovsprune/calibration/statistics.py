@@ -1,4 +1,4 @@
-"""What a survey has measured, kept: another ratio then costs only the plan and the refit."""
+"""File of measured statistics, with which a second prune only needs the plan and the refit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ovsprune.calibration.kept import KeptFile
+from ovsprune.calibration.result_file import ResultFile
 from ovsprune.core.records import Curves, Scores
 
 __all__ = ["Statistics", "read_statistics", "statistics_file", "write_statistics"]
@@ -17,13 +17,13 @@ __all__ = ["Statistics", "read_statistics", "statistics_file", "write_statistics
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a survey gave, and what it depended on.
+    """Result of a survey, with everything that it depends on.
 
     Attributes:
         scores: Costs and orders of removal.
-        curves: Error by width, or None where no allocation asked for them.
-        origin: Everything that the numbers depend on, as JSON values: the base's hash, the
-            calibration's, the groups, the criterion, the seed.
+        curves: Error by width; None if the allocation did not need curves.
+        origin: Everything that the numbers depend on, as JSON values: hashes of the base model and
+            of the calibration images, groups, criterion, seed.
     """
 
     scores: Scores
@@ -31,48 +31,49 @@ class Statistics:
     origin: Mapping[str, Any]
 
 
-def statistics_file(path: Path) -> KeptFile:
-    """The file at ``path``, which need not be there yet."""
-    return KeptFile(path, "ovsprune.statistics/1", "--statistics", "measured")
+def statistics_file(path: Path) -> ResultFile:
+    """Return the file at ``path``, which need not exist yet."""
+    return ResultFile(path, "ovsprune.statistics/1", "--statistics", "measured")
 
 
-def write_statistics(path: Path, found: Statistics) -> None:
-    """Write ``found`` to a safetensors file, whole or not at all.
+def write_statistics(path: Path, statistics: Statistics) -> None:
+    """Write ``statistics`` to a safetensors file, atomically.
 
     Raises:
         OutputError: ``path`` is a directory, or cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for name, costs in found.scores.costs.items():
+    for name, costs in statistics.scores.costs.items():
         tensors[f"costs/{name}"] = costs
-        tensors[f"order/{name}"] = found.scores.orders[name]
-    if found.curves is not None:
-        for name, widths in found.curves.widths.items():
+        tensors[f"order/{name}"] = statistics.scores.orders[name]
+    if statistics.curves is not None:
+        for name, widths in statistics.curves.widths.items():
             tensors[f"widths/{name}"] = widths
-            tensors[f"errors/{name}"] = found.curves.errors[name]
-    statistics_file(path).write(tensors, found.origin)
+            tensors[f"errors/{name}"] = statistics.curves.errors[name]
+    statistics_file(path).write(tensors, statistics.origin)
 
 
 def read_statistics(path: Path, origin: Mapping[str, Any]) -> Statistics:
-    """Read what :func:`write_statistics` wrote, if it was measured on the same things.
+    """Read a file of :func:`write_statistics`, if its origin is the same.
 
     Args:
         path: The file.
-        origin: What the numbers must depend on; ``probe`` pictures of 0 ask for no curves.
+        origin: Required origin. If ``probe`` is 0, curves are not needed and may be present.
 
     Raises:
-        DataError: The file is damaged or no such file, or was measured on something else; says
-            on what.
+        DataError: The file cannot be read, or has another origin; the message names the
+            differences.
     """
-    unasked = () if origin.get("probe") else ("probe",)
-    tensors, stored = statistics_file(path).read(origin, unasked)
+    ignored = () if origin.get("probe") else ("probe",)
+    tensors, stored = statistics_file(path).read(origin, ignored)
 
-    def part(kind: str) -> dict[str, Tensor]:
+    def by_group(kind: str) -> dict[str, Tensor]:
         return {
             name.removeprefix(f"{kind}/"): tensor
             for name, tensor in tensors.items()
             if name.startswith(f"{kind}/")
         }
 
-    curves = Curves(part("widths"), part("errors")) if part("widths") else None
-    return Statistics(Scores(part("costs"), part("order")), curves, stored)
+    widths = by_group("widths")
+    curves = Curves(widths, by_group("errors")) if widths else None
+    return Statistics(Scores(by_group("costs"), by_group("order")), curves, stored)

@@ -1,4 +1,8 @@
-"""One walk through the dense tower: every group's ranking, and its error by width if wanted."""
+"""Survey of the dense tower: scores of every group and, if needed, its error by width.
+
+The blocks are processed in sequence (llm-compressor: "sequential" pipeline). For each block, the
+second moments of the consumers' inputs are computed, and the criterion scores the units.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import Stream, run_stem, walk
+from ovsprune.calibration.activation_cache import (
+    ActivationCache,
+    evenly_spaced,
+    run_block,
+    run_stem,
+)
 from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.sensitivity import (
     FeatureError,
-    grid,
     measure_curve,
-    points_for,
+    points_for_depth,
+    width_grid,
 )
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
@@ -33,28 +42,28 @@ from ovsprune.core.protocols import (
 )
 from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.graph.layers import weight_of
-from ovsprune.graph.rows import flat_columns, read_rows
+from ovsprune.graph.rows import flat_columns, input_rows
 
 __all__ = ["Survey"]
 
 
 class Survey:
-    """Ranks groups, and measures their curves, block after block.
+    """Scores of the groups' units and sensitivity curves, computed block by block.
 
-    The residual stream of all pictures is kept; activations inside a block are seen a batch at a
-    time, and one block's moments are dropped before the next block's are gathered.
+    The residual stream of all images is cached. Activations inside a block exist for one batch at a
+    time, and the moments of one block are freed before those of the next are computed.
 
     Args:
-        tower: The dense, rewritten tower.
-        stages: Its blocks.
-        groups: What may be cut.
-        criterion: Ranks the units.
-        pictures: Calibration pictures.
-        batch_size: Pictures at a time.
+        tower: Dense tower in rewritten form.
+        stages: The tower as a sequence of blocks.
+        groups: Groups that may be cut.
+        criterion: Importance criterion.
+        pictures: Calibration images.
+        batch_size: Images per batch.
         ridge: Relative ridge on second moments.
-        seed: For criteria that draw.
-        probe: Pictures on which curves are measured; 0 measures none.
-        progress: Shows the walk.
+        seed: Seed of criteria that draw random numbers.
+        probe: Number of images for curves; 0 for no curves.
+        progress: Progress reporter.
     """
 
     def __init__(
@@ -84,11 +93,16 @@ class Survey:
 
     @torch.no_grad()
     def run(self) -> tuple[Scores, Curves | None]:
-        """Walk the tower once, after one pass with gradients where the criterion needs them.
+        """Run the survey.
+
+        If the criterion needs gradients, one pass with gradients precedes the forward pass.
+
+        Returns:
+            Scores, and curves if ``probe`` is above 0.
 
         Raises:
-            OptionError: The criterion needs norms, and a group has none; or its objective cannot be
-                used (:func:`ovsprune.calibration.gradients.mask_gradients`).
+            OptionError: The criterion needs norms and a group has none, or its objective cannot be
+                differentiated (:func:`ovsprune.calibration.gradients.mask_gradients`).
         """
         needs = self.criterion.needs
         self._check_norms()
@@ -96,19 +110,19 @@ class Survey:
             self._gradients = self._differentiate()
         if not ("moments" in needs or self.probe):
             for group in self.groups:
-                self._keep(group, self._rank(group, None))
+                self._record_ranking(group, self._rank(group, None))
             return Scores(self._costs, self._orders), None
         with self.progress.stage("calibration pictures", 1) as advance:
-            stream = run_stem(self.stages, self.pictures, self.batch_size)
+            cache = run_stem(self.stages, self.pictures, self.batch_size)
             advance(1)
-        # Spread over the pictures: a folder may be sorted.
-        probe = torch.linspace(0, len(stream) - 1, min(self.probe, len(stream))).round().long()
-        error = self._final_error(stream[probe]) if self.probe else None
+        probe = evenly_spaced(len(cache), self.probe)  # int64 [probe]
+        error = self._final_error(cache[probe]) if self.probe else None
         with self.progress.stage("measuring groups", len(self.groups)) as advance:
             for name, block in self.stages.blocks.items():
                 groups = [g for g in self.groups if g.block == name]
-                before = stream[probe].clone()
-                moments = self._advance(name, block, groups, stream)
+                # Curves need the input of the block, which the cache overwrites with its output.
+                before = cache[probe].clone()
+                moments = self._advance(name, block, groups, cache)
                 for group in groups:
                     self._measure(group, moments[group.consumer], before, error)
                     advance(1)
@@ -119,22 +133,24 @@ class Survey:
         self, group: Group, moments: Moments, before: Tensor, error: FeatureError | None
     ) -> None:
         ranking = self._rank(group, moments)
-        self._keep(group, ranking)
+        self._record_ranking(group, ranking)
         if error is None:
             return
-        rest = list(self.stages.blocks)[list(self.stages.blocks).index(group.block) :]
-        run = self._runner(before, [self.stages.blocks[name] for name in rest], error)
+        names = list(self.stages.blocks)
+        remaining = [self.stages.blocks[name] for name in names[names.index(group.block) :]]
+        run = self._runner(before, remaining, error)
         consumer = self.tower.get_submodule(group.consumer)
         weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
         errors = measure_curve(group, consumer, moments, weights, run)
-        self._note(group, errors)
+        self._record_curve(group, errors)
 
-    def _note(self, group: Group, errors: Mapping[int, float]) -> None:
-        found = dict(sorted(errors.items()))
-        self._widths[group.name] = torch.tensor(list(found))
-        self._errors[group.name] = torch.tensor(list(found.values()), dtype=torch.float64)
+    def _record_curve(self, group: Group, errors: Mapping[int, float]) -> None:
+        curve = dict(sorted(errors.items()))
+        self._widths[group.name] = torch.tensor(list(curve))
+        self._errors[group.name] = torch.tensor(list(curve.values()), dtype=torch.float64)
 
     def _rank(self, group: Group, moments: Moments | None) -> Ranking:
+        # A generator per group: random scores do not depend on the other groups or their order.
         generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
         layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
         widths = self._grid(group) if self.probe else ()
@@ -142,17 +158,27 @@ class Survey:
         if gradients is not None:
             gradients = gradients.double()
         return self.criterion.score(
-            GroupContext(group, layers, moments, self.ridge, generator, widths, gradients)
+            GroupContext(
+                group=group,
+                layers=layers,
+                moments=moments,
+                ridge=self.ridge,
+                generator=generator,
+                snapshots=widths,
+                gradients=gradients,
+            )
         )
 
     def _check_norms(self) -> None:
-        bare = [g for g in self.groups if not g.norms] if "norms" in self.criterion.needs else []
-        if bare:
+        if "norms" not in self.criterion.needs:
+            return
+        lacking = [g for g in self.groups if not g.norms]
+        if lacking:
             raise OptionError(
-                f"{type(self.criterion).__name__} ranks units by the scale of a norm behind them, "
-                f"and {bare[0].name} ({len(bare)} of {len(self.groups)} groups) has none before "
-                f"{bare[0].consumer}; take --criterion reconstruction or magnitude, which rank any "
-                f"group, or leave such groups whole with --protect {bare[0].name!r}"
+                f"{type(self.criterion).__name__} scores units by the scale of a norm after them, "
+                f"but {lacking[0].name} ({len(lacking)} of {len(self.groups)} groups) has no norm "
+                f"before {lacking[0].consumer}. Use --criterion reconstruction or magnitude, which "
+                f"work for any group, or exclude the group with --protect {lacking[0].name!r}"
             )
 
     def _differentiate(self) -> dict[str, Tensor]:
@@ -167,7 +193,7 @@ class Survey:
             progress=self.progress,
         )
 
-    def _keep(self, group: Group, ranking: Ranking) -> None:
+    def _record_ranking(self, group: Group, ranking: Ranking) -> None:
         self._costs[group.name], self._orders[group.name] = ranking.costs, ranking.order
 
     def _refits(
@@ -182,22 +208,24 @@ class Survey:
         ).weights
 
     def _grid(self, group: Group) -> tuple[int, ...]:
-        """Widths at which the group's curve is measured."""
-        return grid(group.units, group.min_units, points_for(len(self.stages.blocks)))
+        """Return the widths at which the group's curve is measured."""
+        points = points_for_depth(len(self.stages.blocks))
+        return width_grid(group.units, group.min_units, points)
 
     def _advance(
-        self, name: str, block: nn.Module, groups: Sequence[Group], stream: Stream
+        self, name: str, block: nn.Module, groups: Sequence[Group], cache: ActivationCache
     ) -> dict[str, Moments]:
-        """Run one block over the whole stream, in place; moments of what each consumer reads."""
+        """Advance the cache by one block; return the moments of each consumer's input."""
         layers = {g.consumer: self.tower.get_submodule(g.consumer) for g in groups}
-        sums = {
+        moments = {
             n: SecondMoments(weight_of(layer).flatten(1).shape[1]) for n, layer in layers.items()
         }
-        taps = [(consumer, "input") for consumer in layers]
-        for _, seen in walk(block, stream, self.batch_size, taps, name, advance=True):
-            for consumer, found in sums.items():
-                found.update(read_rows(layers[consumer], seen[consumer, "input"]))
-        return {consumer: found.result() for consumer, found in sums.items()}
+        points = [(consumer, "input") for consumer in layers]
+        for _, captured in run_block(block, cache, self.batch_size, points, name, advance=True):
+            for consumer, sums in moments.items():
+                x = input_rows(layers[consumer], captured[consumer, "input"])  # [b, ..., n]
+                sums.update(x)
+        return {consumer: sums.result() for consumer, sums in moments.items()}
 
     def _final_error(self, stream: Tensor) -> FeatureError:
         return FeatureError(*self._finish(stream, list(self.stages.blocks.values())))

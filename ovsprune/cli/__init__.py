@@ -1,1 +1,1 @@
-"""The command line: one small file a command, no logic; nothing heavy is imported until it runs."""
+"""Command line: one file per command, without logic and without heavy imports."""

@@ -9,12 +9,12 @@ import click
 from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
-@click.command("benchmark", short_help="Latency, throughput and memory against dense.")
-@click.option("--model", required=True, help="A model name or a slim directory.")
+@click.command("benchmark", short_help="Measure latency, throughput and memory.")
+@click.option("--model", required=True, help="Model name or slim directory.")
 @click.option(
     "--against",
     metavar="NAME",
-    help="What to compare with; a slim directory's own base by default.",
+    help="Reference model; by default the dense base of a slim directory.",
 )
 @click.option(
     "--batch-size",
@@ -23,7 +23,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     multiple=True,
     default=(1, 8),
     show_default=True,
-    help="Pictures at a time; may be repeated.",
+    help="Batch size; may be repeated.",
 )
 @click.option(
     "--pairs", type=int, default=20, show_default=True, help="Alternating pairs of passes."

@@ -10,7 +10,7 @@ import click
 from ovsprune.cli.screen import Screen, output_options
 
 
-@click.command("demo", short_help="The whole of it on the embedded model, in minutes.")
+@click.command("demo", short_help="Run all steps on the embedded model, in minutes.")
 @click.option(
     "--output",
     "-o",
@@ -18,22 +18,22 @@ from ovsprune.cli.screen import Screen, output_options
     default=Path("demo"),
     show_default=True,
     metavar="DIR",
-    help="Where the checkpoint, the picture and the record go.",
+    help="Output directory for checkpoint, image and record.",
 )
 @click.option(
-    "--ratio", type=float, default=0.5, show_default=True, help="Part of the MACs to remove."
+    "--ratio", type=float, default=0.5, show_default=True, help="Fraction of the MACs to remove."
 )
 @click.option(
-    "--scenes", type=int, default=200, show_default=True, help="Test scenes for the mIoU."
+    "--scenes", type=int, default=200, show_default=True, help="Number of test scenes for the mIoU."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all that is drawn.")
-@click.option("--threads", type=int, help="CPU threads; by default PyTorch decides.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random draws.")
+@click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
 @output_options
 def command(screen: Screen, **options: Any) -> None:
-    """Show the whole of it on the embedded model, in under three minutes.
+    """Run all steps on the embedded model, in under three minutes.
 
-    Prunes `tiny` to half of its MACs, measures it against simpler ways to do that, saves the slim
-    checkpoint and a picture, and puts the slim tower into a small SAN where mmsegmentation is
+    Prune `tiny` to half of its MACs, compare with simpler methods, save the slim checkpoint and an
+    image of segmentations, and transfer the slim tower into a small SAN if mmsegmentation is
     installed.
     """
     from ovsprune.jobs.demo import demo

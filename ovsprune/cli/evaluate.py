@@ -10,27 +10,27 @@ from ovsprune.cli.options import scoring_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
 
 
-@click.command("evaluate", short_help="Zero-shot dense segmentation, mIoU.")
-@click.option("--model", required=True, help="A model name or a slim directory.")
+@click.command("evaluate", short_help="Measure zero-shot segmentation (mIoU).")
+@click.option("--model", required=True, help="Model name or slim directory.")
 @click.option(
     "--data",
     metavar="DIR",
-    help="A folder with images/, labels/ and classes.json, or 'scenes' (the default for tiny).",
+    help="Folder with images/, labels/ and classes.json, or 'scenes' (the default for tiny).",
 )
 @click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
 @scoring_options
 @click.option(
     "--last-block",
     metavar="NAME",
-    help="Training-free: what tokens of a ViT's last block attend to: maskclip, sclip, clearclip, "
-    "qq, kk, vv or qk (as trained).",
+    help="Training-free attention in the last block of a ViT: maskclip, sclip, clearclip, qq, kk, "
+    "vv or qk (as trained).",
 )
-@click.option("--limit", type=int, help="Use only the first so many pictures.")
+@click.option("--limit", type=int, help="Use only the first N images.")
 @compute_options()
 @output_options
 def command(screen: Screen, **options: Any) -> None:
-    """Measure zero-shot dense segmentation: mIoU over a folder of labelled pictures."""
+    """Measure zero-shot dense segmentation: mIoU on a folder of labelled images."""
     from ovsprune.jobs.evaluate import evaluate
     from ovsprune.report.tables import evaluate_summary
 

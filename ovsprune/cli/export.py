@@ -10,14 +10,14 @@ import click
 from ovsprune.cli.screen import Screen, output_options
 
 
-@click.command("export", short_help="A tower as an ONNX file, checked in onnxruntime.")
+@click.command("export", short_help="Write a tower as a verified ONNX file.")
 @click.argument("model", metavar="DIR")
 @click.option("--format", default="onnx", show_default=True, help="onnx.")
 @click.option(
     "--size", metavar="HxW", help="Height and width in pixels; by default the native ones."
 )
-@click.option("--dynamic", is_flag=True, help="Leave height and width free, too.")
-@click.option("--opset", type=int, help="Opset of ONNX; by default torch's exporter decides.")
+@click.option("--dynamic", is_flag=True, help="Make height and width dynamic, too.")
+@click.option("--opset", type=int, help="ONNX opset; by default the choice of torch's exporter.")
 @click.option(
     "--batch-size",
     "batch_sizes",
@@ -25,32 +25,32 @@ from ovsprune.cli.screen import Screen, output_options
     multiple=True,
     default=(1, 2),
     show_default=True,
-    help="Pictures at a time, in the check and for the latency; may be repeated.",
+    help="Batch size for the checks and the latency; may be repeated.",
 )
 @click.option(
     "--pairs",
     type=int,
     default=10,
     show_default=True,
-    help="Alternating passes of torch and onnxruntime; 0 measures no latency.",
+    help="Alternating passes of torch and onnxruntime; 0 skips the latency.",
 )
 @click.option("--pretrained", help="For a model name: a tag of open_clip, a file, or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
-@click.option("--threads", type=int, help="CPU threads; by default PyTorch decides.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
+@click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The file; by default export/MODEL.onnx.",
+    help="File to write; by default export/MODEL.onnx.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @output_options
 def command(screen: Screen, size: str | None, **options: Any) -> None:
-    """Write the image tower of DIR, a slim directory or a model name, for deployment.
+    """Export the image tower of DIR, a slim directory or a model name, to ONNX.
 
-    The graph goes from `images` (preprocessed) to `pooled` and `dense`, with any batch size. It is
-    compared with the checkpoint in onnxruntime before the file is put in its place.
+    The graph maps `images` (preprocessed) to `pooled` and `dense`, for any batch size. Its outputs
+    are compared with the tower's in onnxruntime before the file is written.
     """
     from ovsprune.jobs.export import export
     from ovsprune.report.tables import export_summary
@@ -60,7 +60,7 @@ def command(screen: Screen, size: str | None, **options: Any) -> None:
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    """``"320x384"`` as height and width, ``"320"`` as a square."""
+    """Parse ``"320x384"`` as height and width, ``"320"`` as a square."""
     from ovsprune.core.errors import OptionError
 
     if text is None:

@@ -9,7 +9,7 @@ import click
 from ovsprune.cli.screen import Screen, output_options
 
 
-@click.command("inspect", short_help="What a slim checkpoint holds.")
+@click.command("inspect", short_help="Show the contents of a slim checkpoint.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
     "--recipe",
@@ -19,7 +19,7 @@ from ovsprune.cli.screen import Screen, output_options
 )
 @output_options
 def command(screen: Screen, directory: Path, recipe: str | None) -> None:
-    """Show what a slim checkpoint holds, layer by layer."""
+    """Show the contents of a slim checkpoint, layer by layer."""
     from ovsprune.jobs.inspect import inspect
     from ovsprune.report.tables import inspect_summary
 

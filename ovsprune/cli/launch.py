@@ -17,35 +17,35 @@ from ovsprune.cli.silence import users_environment
     "--slim",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The slim checkpoint; by default the newest under slim/.",
+    help="Slim checkpoint; by default the newest under slim/.",
 )
 @click.option(
     "--target",
     default="auto",
     show_default=True,
-    help="A framework that `ovsprune targets` lists; auto asks each of them.",
+    help="Framework from `ovsprune targets`; auto detects it.",
 )
 @click.option(
     "--weights",
     default="auto",
     show_default=True,
-    help="slim (the framework uses the frozen base CLIP), target (it finetuned its CLIP), or auto.",
+    help="slim (the framework uses the frozen base CLIP), target (it finetuned CLIP), or auto.",
 )
 @click.option(
     "--policy",
-    help="Which layers train, hooked into the framework's loop: a policy that `ovsprune schedule "
-    "--list` shows; by default as the framework has it.",
+    help="Policy from `ovsprune schedule --list` that selects the layers to train; by default the "
+    "framework decides.",
 )
 @schedule_options
-@click.option("--force", is_flag=True, help="Take a checkpoint whose base model is untrained, too.")
+@click.option("--force", is_flag=True, help="Accept a checkpoint whose base model is untrained.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @output_options
 def command(screen: Screen, **options: Any) -> int:
-    """Run a framework's own COMMAND with the towers that it builds replaced as they are built.
+    """Run a framework's COMMAND and replace the image towers that it builds by slim ones.
 
-    Write it after --, as it would be typed: ovsprune launch --slim DIR -- python train_net.py ...
-    Nothing of the framework's code is touched. A dense checkpoint that the framework loads is cut
-    as it is loaded. The exit status is the command's; 2 if nothing was replaced.
+    Write the command after --: ovsprune launch --slim DIR -- python train_net.py ... The
+    framework's code is not modified. Dense checkpoints are pruned while they are loaded. The exit
+    status is that of the command, or 2 if nothing was replaced.
     """
     from ovsprune.launching.command import launch
     from ovsprune.report.tables import launch_summary

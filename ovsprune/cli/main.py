@@ -1,4 +1,4 @@
-"""``ovsprune``: the group of commands, and what happens when one of them fails."""
+"""``ovsprune``: group of commands and error handling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovsprune.core.errors import OvspruneError, UnknownNameError
 
 __all__ = ["main"]
 
-# In the order of the help page: what a newcomer needs first stands first.
+# Order of the help page: commands for newcomers first.
 COMMANDS = (
     "demo",
     "prune",
@@ -38,17 +38,14 @@ INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for.
-
-    A command's file imports nothing heavy either: its job is imported when it runs.
-    """
+    """Group of commands that are imported on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the commands, in the order of :data:`COMMANDS`."""
+        """Return the names of the commands, in the order of :data:`COMMANDS`."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported now."""
+        """Import and return a command."""
         if cmd_name not in COMMANDS:
             return None
         command = importlib.import_module(f"ovsprune.cli.{cmd_name}").command
@@ -58,7 +55,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As in click, but an unknown command is answered with the closest ones."""
+        """Resolve a command as click does; an error for an unknown one names the closest."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             raise UnknownNameError("command", args[0], COMMANDS)
         return super().resolve_command(ctx, args)
@@ -71,12 +68,12 @@ class LazyGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command; an error of the user's is one message and exit status 2."""
-        given = list(args) if args is not None else sys.argv[1:]
-        debug = verbose(given)
+        """Run a command; report a user error as one message with exit status 2."""
+        arguments = list(args) if args is not None else sys.argv[1:]
+        debug = verbose(arguments)
         silence_libraries(debug)
         try:
-            result = super().main(given, prog_name or "ovsprune", complete_var, False, **extra)
+            result = super().main(arguments, prog_name or "ovsprune", complete_var, False, **extra)
         except OvspruneError as error:
             _fail(str(error), error if debug else None)
         except click.ClickException as error:
@@ -95,14 +92,14 @@ def _fail(message: str, error: BaseException | None) -> NoReturn:
     sys.exit(USER_ERROR)
 
 
-HELP = """Prune CLIP-like image towers, and put them into open-vocabulary segmentation frameworks.
+HELP = """Prune CLIP-like image towers for open-vocabulary segmentation frameworks.
 
 \b
 Start here:
-  ovsprune demo                                   the whole of it, in minutes
-  ovsprune prune --model ViT-B/16 --ratio 0.5     a tower with half of the MACs
-  ovsprune transfer --target san                  the framework's checkpoint with it
-  ovsprune launch -- python train_net.py ...      or its own script, with it
+  ovsprune demo                                   run all steps, in minutes
+  ovsprune prune --model ViT-B/16 --ratio 0.5     remove half of the MACs
+  ovsprune transfer --target san                  put the tower into a framework
+  ovsprune launch -- python train_net.py ...      or run the framework's script with it
 """
 
 
@@ -113,4 +110,4 @@ Start here:
 )
 @click.version_option(package_name="ovsprune")
 def main() -> None:
-    """The command line; see :data:`HELP`."""
+    """Run the command line; see :data:`HELP`."""

@@ -7,10 +7,10 @@ import click
 from ovsprune.cli.screen import Screen, output_options
 
 
-@click.command("models", short_help="The models that --model takes.")
+@click.command("models", short_help="List the models for --model.")
 @output_options
 def command(screen: Screen) -> None:
-    """List the models that --model takes."""
+    """List the model names for --model."""
     from ovsprune.jobs.listing import models
     from ovsprune.report.tables import listing
 

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -14,56 +14,58 @@ Callback = Callable[..., Any]
 
 
 def schedule_options(function: Callback) -> Callback:
-    """Add what a policy goes by: ``--fraction, --count, --every, --pool, --rest, --seed``."""
+    """Add the options of a policy: ``--fraction, --count, --every, --pool, --rest, --seed``."""
     return _adding(
         click.option(
             "--fraction",
             default=0.5,
             show_default=True,
-            help="Share of the layers that train, 0 to 1.",
+            help="Fraction of the layers that train, 0 to 1.",
         ),
-        click.option("--count", type=int, help="How many layers train, instead of a share."),
+        click.option(
+            "--count", type=int, help="Number of layers that train, instead of a fraction."
+        ),
         click.option(
             "--every",
             type=int,
-            help="How often a policy may change its mind, in steps; a tenth of all by default.",
+            help="Steps between two choices of a policy; by default a tenth of all steps.",
         ),
         click.option(
             "--pool",
             multiple=True,
             metavar="PATTERN",
-            help="Only parameters of such names (may be repeated); by default the image tower.",
+            help="Only parameters with matching names (repeatable); by default the image tower.",
         ),
         click.option(
             "--rest",
             default="follow",
             show_default=True,
-            help="Norms, biases, positions: follow (their layer), train, freeze or keep.",
+            help="Norms, biases and positions: follow (their layer), train, freeze or keep.",
         ),
-        click.option("--seed", default=0, show_default=True, help="For policies that draw."),
+        click.option("--seed", default=0, show_default=True, help="Seed of random policies."),
     )(function)
 
 
 def scoring_options(function: Callback) -> Callback:
-    """Add ``--list``, ``--text-embeddings`` and ``--centred``: on what, and against what."""
+    """Add the options of an evaluation: ``--list``, ``--text-embeddings`` and ``--centred``."""
     return _adding(
         click.option(
             "--list",
             "list_file",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="A file that names the pictures of --data to use, one stem a line.",
+            help="File with the names of the images of --data to use, one stem per line.",
         ),
         click.option(
             "--text-embeddings",
             type=click.Path(path_type=Path),
             metavar="FILE.npz",
-            help="Embeddings of the classes, for a model without a text tower.",
+            help="Class embeddings, for a model without a text tower.",
         ),
         click.option(
             "--centred",
             is_flag=True,
-            help="Take the mean of the classes' embeddings off each of them before scoring.",
+            help="Subtract the mean of the class embeddings before scoring.",
         ),
     )(function)
 

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: a moving bar in a terminal, one line for each long stage elsewhere."""
+"""Progress on stderr: bars in a terminal, otherwise one line per long stage."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ovsprune.report.numbers import duration
 
 __all__ = ["Bars"]
 
-# A stage shorter than this leaves no line behind.
 LONG = 1.0
+"""Seconds; shorter stages leave no line."""
 
 
 class Bars:
-    """The :class:`ovsprune.core.progress.Progress` of the command line.
+    """Progress reporter of the command line (:class:`ovsprune.core.progress.Progress`).
 
     Args:
-        console: Where to draw; one that writes to stderr.
+        console: Console that writes to stderr.
     """
 
     def __init__(self, console: Console) -> None:
@@ -78,7 +78,7 @@ class Bars:
                 TimeRemainingColumn(),
                 console=self.console,
                 transient=True,
-                # Nothing moves outside a terminal; the lines of finished stages are enough there.
+                # Without a terminal only the lines of finished stages are printed.
                 disable=not self.console.is_terminal,
             )
             self._bars.start()

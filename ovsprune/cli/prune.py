@@ -15,7 +15,7 @@ from ovsprune.core.options import options_of
 from ovsprune.pruning.config import PruneConfig
 
 
-@click.command("prune", short_help="Cut an image tower to a budget, and repair it.")
+@click.command("prune", short_help="Prune an image tower to a budget, and repair it.")
 @click.option(
     "--model",
     help="tiny, a name of open_clip (ViT-B/16), timm:NAME, hf:NAME, hf-hub:ORG/REPOSITORY, a "
@@ -26,10 +26,10 @@ from ovsprune.pruning.config import PruneConfig
     "recipe",
     metavar="FILE",
     help="Recipe: a TOML file of options, as `ovsprune inspect DIR --recipe FILE` writes it. "
-    "Options on the command line win.",
+    "Options on the command line take precedence.",
 )
 @click.option("--pretrained", help="Weights: a tag of the name, a file, hf-hub:..., or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not say.")
+@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
 @config_options(PruneConfig)
 @click.option("--text/--no-text", default=True, show_default=True, help="Save the text tower too.")
 @click.option(
@@ -37,21 +37,21 @@ from ovsprune.pruning.config import PruneConfig
     "-o",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where the slim checkpoint goes; by default slim/MODEL-rRATIO (imp: unstructured/...).",
+    help="Output directory; by default slim/MODEL-rRATIO (imp: unstructured/...).",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
-@click.option("--dry-run", is_flag=True, help="Show what would be cut, and write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Show the result without writing it.")
 @compute_options(batch_size=None)
 @output_options
 def command(screen: Screen, recipe: str | None, **options: Any) -> None:
-    """Cut heads and MLP units out of an image tower, and repair what is left.
+    """Remove heads and MLP units from an image tower, and repair the remaining weights.
 
-    Needs no labels, and no gradient steps unless `--recovery distill` is asked for. `ovsprune
-    criteria` lists the criteria, allocations and recoveries; the defaults are the best of them that
-    take no gradient step.
+    No labels are needed, and no gradient steps except for `--recovery distill`. `ovsprune criteria`
+    lists the criteria, allocations and recoveries; the defaults are the best combination without
+    gradient steps.
 
-    With `--method imp` single weights become zero instead, `--ratio` of them: that saves storage
-    and not time. `--imp-structured` removes whole units in the same rounds.
+    `--method imp` sets the fraction `--ratio` of single weights to zero instead, which saves
+    storage but no time. `--imp-structured` removes whole units in the same rounds.
     """
     declared = {option.name for option in options_of(PruneConfig)}
     others = {name: value for name, value in options.items() if name not in declared}
@@ -74,7 +74,7 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
 
 
 def _config(recipe: str | None) -> PruneConfig:
-    """Return the configuration: the recipe, if there is one, and the given options over it."""
+    """Return the configuration: the recipe, if any, overridden by the given options."""
     given = given_options(PruneConfig)
     if recipe is None:
         return PruneConfig.from_options(given)
@@ -82,7 +82,7 @@ def _config(recipe: str | None) -> PruneConfig:
 
 
 def _with_base(recipe: str | None, others: dict[str, Any]) -> dict[str, Any]:
-    """Return the other options, with the recipe's table ``[base]`` where none was given."""
+    """Return the other options; the recipe's table ``[base]`` sets those not given."""
     if recipe is None:
         return others
     from ovsprune.pruning.recipes import read_base

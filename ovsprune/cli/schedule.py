@@ -10,10 +10,10 @@ from ovsprune.cli.options import schedule_options
 from ovsprune.cli.screen import Screen, output_options
 
 
-@click.command("schedule", short_help="Which layers train, and what a step costs.")
-@click.option("--model", help="A model name or a slim directory.")
+@click.command("schedule", short_help="Plan which layers train, and count the cost.")
+@click.option("--model", help="Model name or slim directory.")
 @click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
-@click.option("--policy", default="alpha", show_default=True, help="A policy that --list shows.")
+@click.option("--policy", default="alpha", show_default=True, help="Policy from --list.")
 @schedule_options
 @click.option("--total-steps", type=int, help="Optimiser steps of the training.")
 @click.option(
@@ -23,28 +23,29 @@ from ovsprune.cli.screen import Screen, output_options
     "--convolution",
     default="slices",
     show_default=True,
-    help="Spectra of convolutions: slices (of each tap) or unfolded.",
+    help="Spectra of convolutions: slices (per kernel position) or unfolded.",
 )
-@click.option("--batch-size", default=1, show_default=True, help="Pictures of a step.")
+@click.option("--batch-size", default=1, show_default=True, help="Images per step.")
 @click.option(
     "--measure",
     is_flag=True,
-    help="Also time a step, and take its peak memory, against training all layers.",
+    help="Also measure time and peak memory of a step, against training all layers.",
 )
-@click.option("--list", "listed", is_flag=True, help="List the policies and end.")
+@click.option("--list", "listed", is_flag=True, help="List the policies and exit.")
 @output_options
 def command(screen: Screen, listed: bool, **options: Any) -> None:
-    """Plan which layers of an image tower train when, and count what a training step costs.
+    """Plan which layers of an image tower train when, and count the FLOPs of a training step.
 
-    The plan for a framework's model is made where it trains: ovsprune.schedule(model, ...) in its
-    script, or ovsprune launch --policy NAME.
+    To plan for a framework's model, call ovsprune.schedule(model, ...) in the training script, or
+    use ovsprune launch --policy NAME.
     """
     from ovsprune.jobs.schedule import list_policies, plan_tower
-    from ovsprune.report.schedules import policies_summary, schedule_summary
+    from ovsprune.report.schedules import schedule_summary
+    from ovsprune.report.tables import listing
 
     if listed:
         record = list_policies()
-        screen.finish(record, *policies_summary(record))
+        screen.finish(record, *listing(record))
         return
     record = plan_tower(**options, progress=screen.progress)
     screen.finish(record, *schedule_summary(record))

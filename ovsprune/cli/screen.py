@@ -1,4 +1,4 @@
-"""Where output goes: tables, notes and bars for people, one JSON record for machines."""
+"""Output of commands: tables, notes and progress bars, and a JSON record."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ovsprune.core.progress import Progress, Silent
 
 __all__ = ["Screen", "compute_options", "output_options"]
 
-# Outside a terminal nothing says how wide a table may be; 80 columns break most of them.
 PLAIN_WIDTH = 120
+"""Columns without a terminal; most tables do not fit 80."""
 
 Callback = Callable[..., Any]
 
 
 class Screen:
-    """What one command shows.
+    """Output of one command.
 
     Args:
-        json_to: None, a file, or ``"-"``: then stdout carries the record and nothing else.
-        quiet: Show errors only (the record is written all the same).
+        json_to: File for the record; None for none, ``"-"`` to print only the record on stdout.
+        quiet: Show errors only. The record is still written.
 
     Raises:
-        OutputError: ``json_to`` cannot be written; found out before the work starts.
+        OutputError: ``json_to`` cannot be written; checked before the computation starts.
     """
 
     def __init__(self, json_to: str | None = None, quiet: bool = False) -> None:
@@ -50,7 +50,7 @@ class Screen:
             _check_json(Path(str(json_to)))
 
     def finish(self, record: Mapping[str, Any], *parts: RenderableType) -> None:
-        """Show ``parts`` to people and give ``record`` to machines."""
+        """Print ``parts`` and write ``record`` as JSON."""
         if not self.quiet:
             for part in parts:
                 self.tables.print(part)
@@ -65,7 +65,7 @@ class Screen:
                 Path(self.json_to),
                 text,
                 what=f"--json {self.json_to}",
-                remedy="name a file that you may write to",
+                remedy="name a writable file",
             )
 
 
@@ -76,10 +76,10 @@ def output_options(function: Callback) -> Callback:
         "json_to",
         "--json",
         metavar="FILE",
-        help="Write the record of this run as JSON to FILE; '-' prints it, and only it, on stdout.",
+        help="Write the record of this run as JSON to FILE; '-' prints only the record on stdout.",
     )
     @click.option("--quiet", "-q", is_flag=True, help="Show errors only.")
-    @click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+    @click.option("--debug", is_flag=True, help="Show tracebacks and messages of libraries.")
     @functools.wraps(function)
     def wrapped(*args: Any, json_to: str | None, quiet: bool, debug: bool, **kwargs: Any) -> Any:
         screen = Screen(json_to, quiet)
@@ -116,11 +116,11 @@ def compute_options(*, batch_size: int | None = 16, dtype: bool = True) -> Calla
                     type=int,
                     default=batch_size,
                     show_default=True,
-                    help="Pictures at a time.",
+                    help="Batch size.",
                 )
             )
         options.append(
-            click.option("--threads", type=int, help="CPU threads; by default PyTorch decides.")
+            click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
         )
         for option in reversed(options):
             function = option(function)
@@ -141,12 +141,12 @@ def _check_json(path: Path) -> None:
         raise OutputError(f"--json {path} is a directory; give a file, or '-' for stdout")
     if not path.absolute().parent.is_dir():
         raise OutputError(
-            f"--json {path}: there is no directory {path.absolute().parent}; make it first"
+            f"--json {path}: directory {path.absolute().parent} does not exist; create it first"
         )
 
 
 def _plain(value: Any) -> Any:
-    """``value`` in JSON's own types; a number that JSON has no word for becomes null."""
+    """Convert ``value`` to JSON types; NaN and infinity become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""Keeps the logs and warnings of libraries off the screen; our own messages say what matters."""
+"""Suppression of logs and warnings of libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["silence_libraries", "users_environment", "verbose"]
 
 DEBUG_VARIABLE = "OVSPRUNE_DEBUG"
 
-# Read by the libraries when they are imported, which happens later.
+# Environment variables that the libraries read when they are imported, later.
 _QUIET = {
     "HF_HUB_VERBOSITY": "critical",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -21,26 +21,23 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-_set_here: set[str] = set()
+_added: set[str] = set()
 
 
 def verbose(arguments: Sequence[str]) -> bool:
-    """Whether tracebacks, logs and warnings were asked for."""
+    """Return True if tracebacks, logs and warnings are requested."""
     return "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def silence_libraries(debug: bool) -> None:
-    """Keep logs and warnings off the screen, unless ``debug``.
-
-    Raises nothing and changes no variable that the user has set.
-    """
+    """Suppress logs and warnings unless ``debug``; keep variables that the user has set."""
     if debug:
         return
     for name, value in _QUIET.items():
         if name not in os.environ:
-            _set_here.add(name)
+            _added.add(name)
             os.environ[name] = value
-    # open_clip logs on the root logger, which would set up printing on its first message.
+    # open_clip logs on the root logger, whose first message would install a handler that prints.
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(logging.NullHandler())
@@ -48,5 +45,5 @@ def silence_libraries(debug: bool) -> None:
 
 
 def users_environment() -> dict[str, str]:
-    """The environment as the user gave it, for commands of the user's own."""
-    return {name: value for name, value in os.environ.items() if name not in _set_here}
+    """Return the environment without the variables set here, for commands of the user."""
+    return {name: value for name, value in os.environ.items() if name not in _added}

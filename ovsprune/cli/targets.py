@@ -7,10 +7,10 @@ import click
 from ovsprune.cli.screen import Screen, output_options
 
 
-@click.command("targets", short_help="The frameworks that --target takes.")
+@click.command("targets", short_help="List the frameworks for --target.")
 @output_options
 def command(screen: Screen) -> None:
-    """List the frameworks that --target takes."""
+    """List the frameworks for --target."""
     from ovsprune.jobs.listing import targets
     from ovsprune.report.tables import listing
 

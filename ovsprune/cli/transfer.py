@@ -11,56 +11,62 @@ from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("transfer", short_help="Put a slim tower into a framework.")
-@click.option("--target", required=True, help="A framework that `ovsprune targets` lists.")
+@click.option("--target", required=True, help="Framework from `ovsprune targets`.")
 @click.option(
     "--slim",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="The slim checkpoint; by default the newest under slim/.",
+    help="Slim checkpoint; by default the newest under slim/.",
 )
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The framework's own checkpoint, to carry the slim tower.",
+    help="Checkpoint of the framework to put the slim tower into.",
 )
 @click.option(
     "--weights",
     default="auto",
     show_default=True,
-    help="slim (the framework uses the frozen base CLIP), target (it finetuned its CLIP), or auto.",
+    help="slim (the framework uses the frozen base CLIP), target (it finetuned CLIP), or auto.",
 )
 @click.option(
     "--calibration",
     metavar="DIR",
-    help="Pictures to repair the framework's own weights on, once they are cut (weights target): a "
-    "folder, procedural, leaves or mixed.",
+    help="Images for the repair of the pruned weights of the framework (weights target): a folder, "
+    "procedural, leaves or mixed.",
 )
 @click.option(
     "--samples",
     type=int,
     show_default="256; of leaves or mixed 1024",
-    help="Calibration pictures.",
-)
-@click.option("--recovery", default="closed-form", show_default=True, help="As of prune.")
-@click.option(
-    "--policy", metavar="NAME", help="Put a schedule into the lines to add, as of `schedule`."
+    help="Number of calibration images.",
 )
 @click.option(
-    "--fraction", type=float, default=0.5, show_default=True, help="Share of layers that it trains."
+    "--recovery", default="closed-form", show_default=True, help="Recovery, as for prune."
 )
 @click.option(
-    "--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Where the result goes."
+    "--policy", metavar="NAME", help="Add a training schedule with this policy to the lines to add."
 )
-@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
-@click.option("--force", is_flag=True, help="Take a checkpoint whose base model is untrained, too.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option(
+    "--fraction",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Fraction of layers that the policy trains.",
+)
+@click.option(
+    "--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Output directory."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Accept a checkpoint whose base model is untrained.")
+@click.option("--dry-run", is_flag=True, help="Show the result without writing it.")
 @output_options
 def command(screen: Screen, **options: Any) -> None:
-    """Put a slim tower into a segmentation framework's checkpoint.
+    """Put a slim tower into a checkpoint of a segmentation framework.
 
-    Accounts for every key (replaced, kept, dropped, and why) and prints the lines to add to the
-    framework's training script.
+    Report every key as replaced, kept or dropped, with the reason, and print the lines to add to
+    the training script.
     """
     from ovsprune.jobs.transfer import transfer
     from ovsprune.report.tables import transfer_summary

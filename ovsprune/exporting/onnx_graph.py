@@ -1,7 +1,4 @@
-"""A tower as an ONNX graph: made by torch's exporter, written, and run in onnxruntime.
-
-What the libraries are asked for stands here alone; :mod:`ovsprune.jobs.export` is the job.
-"""
+"""ONNX graph of a tower: export by torch, and inference in onnxruntime."""
 
 from __future__ import annotations
 
@@ -36,19 +33,19 @@ OUTPUTS = ("pooled", "dense")
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 ONE_FILE = 1536 * 2**20
-"""Bytes of weights up to which the graph is one file: a protocol buffer has at most 2 GiB."""
+"""Maximum bytes of weights for a single file; protocol buffers are limited to 2 GiB."""
 
 _SMALLEST = 32
-"""Least height and width that the exporter may count on: a patch of the coarsest CLIP ViT."""
+"""Minimum dynamic height and width: one patch of the coarsest CLIP ViT."""
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def require_libraries() -> None:
-    """Import what an export needs.
+    """Check that the libraries for an export can be imported.
 
     Raises:
-        MissingLibraryError: Something is not installed, or its version does not import.
+        MissingLibraryError: A library is not installed, or its import fails.
     """
     for name in LIBRARIES:
         try:
@@ -61,7 +58,7 @@ def require_libraries() -> None:
 
 
 class _Outputs(nn.Module):
-    """Both outputs of a tower, as a forward."""
+    """Module whose forward returns both outputs of a tower."""
 
     def __init__(self, tower: SlimTower) -> None:
         super().__init__()
@@ -82,27 +79,27 @@ def make_graph(
 ) -> int:
     """Write ``tower`` as an ONNX graph from ``images`` to ``pooled`` and ``dense``.
 
-    The batch is free. Weights of more than 1.5 GiB go into a second file, ``file`` with ``.data``
-    behind its name.
+    The batch dimension is dynamic. Weights of more than 1.5 GiB go into a second file with the
+    suffix ``.data``.
 
     Args:
-        tower: In evaluation mode, float32, on the CPU.
-        size: Height and width in pixels; where they are free, the ones to trace with.
-        file: Where to.
-        dynamic: Whether height and width are free.
-        opset: Of ONNX; None for the exporter's own choice.
-        metadata: What the file says of itself, plain strings.
+        tower: Tower in evaluation mode, float32, on the CPU.
+        size: Height and width in pixels; for dynamic sizes, the example to trace with.
+        file: File to write.
+        dynamic: Make height and width dynamic.
+        opset: ONNX opset; None for the exporter's default.
+        metadata: Metadata of the file.
 
     Returns:
-        The opset.
+        Opset of the graph.
 
     Raises:
-        ExportError: Torch cannot export the tower, or not with free sizes, or not to that opset.
+        ExportError: Torch cannot export the tower with these options.
     """
-    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    dynamic_axes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
     if dynamic:
-        free[2] = torch.export.Dim("height", min=_SMALLEST)
-        free[3] = torch.export.Dim("width", min=_SMALLEST)
+        dynamic_axes[2] = torch.export.Dim("height", min=_SMALLEST)
+        dynamic_axes[3] = torch.export.Dim("width", min=_SMALLEST)
     try:
         with _silence(), torch.no_grad():
             program: Any = torch.onnx.export(
@@ -111,25 +108,25 @@ def make_graph(
                 dynamo=True,
                 input_names=[INPUT],
                 output_names=list(OUTPUTS),
-                dynamic_shapes=(free,),
+                dynamic_shapes=(dynamic_axes,),
                 opset_version=opset,
                 verbose=False,
             )
-    except Exception as error:  # the exporter's own, torch.export's, and whatever a tower raises
+    except Exception as error:  # the exporter has many exception classes
         raise ExportError(_refusal(tower, size, dynamic, opset, error)) from error
     model = program.model
-    found = int(model.opset_imports[""])
-    if opset not in (None, found):
-        raise ExportError(f"--opset {opset}: the exporter gave {found}; leave --opset out")
+    written = int(model.opset_imports[""])
+    if opset not in (None, written):
+        raise ExportError(f"--opset {opset}: the exporter wrote {written}; omit --opset")
     _strip(model)
     model.metadata_props.update(metadata)
     weights = sum(p.numel() * p.element_size() for p in tower.parameters())
     program.save(str(file), external_data=weights > ONE_FILE)
-    return found
+    return written
 
 
 def _strip(model: Any) -> None:
-    """Take out what the exporter notes of the source: modules, and files of this machine."""
+    """Remove the exporter's notes on the source, which contain paths of this machine."""
     for graph in (model.graph, *model.functions.values()):
         graph.metadata_props.clear()
         for node in graph:
@@ -142,12 +139,13 @@ def _strip(model: Any) -> None:
 def _refusal(
     tower: SlimTower, size: tuple[int, int], dynamic: bool, opset: int | None, error: Exception
 ) -> str:
-    # the exporter's message ends with a summary of what was raised inside
+    """Return the message for a tower that torch cannot export."""
+    # The exporter wraps the original error, whose first line is the most useful.
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     reason = lines[0][:300] if lines else type(error).__name__
-    how = "with free height and width" if dynamic else f"at {size[0]}x{size[1]}"
-    ways = ["leave --dynamic out and name a --size"] if dynamic else []
-    ways += ["leave --opset out"] if opset is not None else []
+    how = "with dynamic height and width" if dynamic else f"at {size[0]}x{size[1]}"
+    ways = ["omit --dynamic and give a --size"] if dynamic else []
+    ways += ["omit --opset"] if opset is not None else []
     return (
         f"torch {torch.__version__} cannot export this tower of {tower.spec.family} {how} "
         f"({reason}); {', or '.join([*ways, 'try another version of torch'])}"
@@ -155,10 +153,10 @@ def _refusal(
 
 
 def open_session(file: Path, threads: int) -> Run:
-    """The graph in ``file``, run by onnxruntime on the CPU with ``threads`` threads.
+    """Open the graph in ``file`` in onnxruntime on the CPU with ``threads`` threads.
 
     Raises:
-        ExportError: onnxruntime does not take it.
+        ExportError: onnxruntime cannot load the graph.
     """
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
@@ -168,11 +166,11 @@ def open_session(file: Path, threads: int) -> Run:
         session = runtime.InferenceSession(
             os.fspath(file), options, providers=["CPUExecutionProvider"]
         )
-    except Exception as error:  # its classes are of its own, below Exception
+    except Exception as error:  # onnxruntime's classes derive directly from Exception
         lines = str(error).splitlines() or [type(error).__name__]
         raise ExportError(
-            f"onnxruntime {runtime.__version__} does not take the graph ({lines[0][:300]}); try a "
-            "newer one, or another --opset"
+            f"onnxruntime {runtime.__version__} cannot load the graph ({lines[0][:300]}); try a "
+            "newer version, or another --opset"
         ) from error
 
     def run(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,21 +181,21 @@ def open_session(file: Path, threads: int) -> Run:
 
 
 def check_opset(opset: int | None) -> None:
-    """Refuse an opset without what the graphs use.
+    """Check that the opset is supported.
 
     Raises:
-        OptionError: It is below 18, or the installed onnx does not know it.
+        OptionError: The opset is below 18 or unknown to the installed onnx.
     """
     if opset is None:
         return
     newest = int(importlib.import_module("onnx").defs.onnx_opset_version())
     if not 18 <= opset <= newest:
-        raise OptionError(f"--opset {opset}: give 18 to {newest}, what torch and onnx here can do")
+        raise OptionError(f"--opset {opset}: give a value from 18 to {newest}")
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """The exporter's remarks are for those who write exporters."""
+    """Suppress warnings and log messages of the exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,7 @@
-"""Criteria: which units matter. One file each; see :class:`ovsprune.core.protocols.Criterion`."""
+"""Criteria that score the importance of units, one file each.
+
+See :class:`ovsprune.core.protocols.Criterion`.
+"""
 
 from typing import cast
 
@@ -11,35 +14,35 @@ __all__ = ["CRITERIA", "criterion_name", "find_criterion"]
 CRITERIA: Registry[Criterion] = Registry("criterion", "ovsprune.importance")
 
 
-def find_criterion(given: object) -> Criterion:
-    """The criterion that a setting means: a registered name, or a criterion itself.
+def find_criterion(criterion: object) -> Criterion:
+    """Return the criterion with a registered name, or check and return a criterion object.
 
     Raises:
         UnknownNameError: No criterion has this name.
-        OptionError: ``given`` is neither a name nor a criterion.
+        OptionError: ``criterion`` is neither a name nor a valid criterion object.
     """
-    if isinstance(given, str):
-        return CRITERIA.get(given)
-    needs = getattr(given, "needs", None)
-    wrong = (
-        "is a class; make an instance of it"
-        if isinstance(given, type)
-        else "has no method score"
-        if not callable(getattr(given, "score", None))
-        else f"needs {needs!r}, expected a frozenset of {', '.join(sorted(NEEDS))}"
+    if isinstance(criterion, str):
+        return CRITERIA.get(criterion)
+    needs = getattr(criterion, "needs", None)
+    problem = (
+        "is a class, not an instance"
+        if isinstance(criterion, type)
+        else "has no method `score`"
+        if not callable(getattr(criterion, "score", None))
+        else f"has needs={needs!r}, expected a frozenset of {', '.join(sorted(NEEDS))}"
         if not isinstance(needs, frozenset) or not needs <= NEEDS
-        else "needs gradients and has no callable objective"
-        if "gradients" in needs and not callable(getattr(given, "objective", None))
+        else "needs gradients but has no callable `objective`"
+        if "gradients" in needs and not callable(getattr(criterion, "objective", None))
         else None
     )
-    if wrong is not None:
+    if problem is not None:
         raise OptionError(
-            f"criterion {given!r} {wrong}: give a name (`ovsprune criteria` lists them) or an "
-            "object with `needs` and `score`, as ovsprune.core.protocols.Criterion says"
+            f"criterion {criterion!r} {problem}. Give a name (`ovsprune criteria` lists them) or "
+            "an object with `needs` and `score` (see ovsprune.core.protocols.Criterion)"
         )
-    return cast(Criterion, given)
+    return cast(Criterion, criterion)
 
 
-def criterion_name(given: str | Criterion) -> str:
-    """What a record calls a criterion: its name, or the class of an object."""
-    return given if isinstance(given, str) else type(given).__name__
+def criterion_name(criterion: str | Criterion) -> str:
+    """Return the registered name, or the class name of a criterion object."""
+    return criterion if isinstance(criterion, str) else type(criterion).__name__

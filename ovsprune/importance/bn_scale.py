@@ -1,4 +1,4 @@
-"""Network slimming: the scale of the norm behind a unit."""
+"""Network slimming: scale of the norm layer that follows a unit."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class BnScale:
     comparable = True
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """``sum of |gamma|`` over the unit's channels in every norm between units and consumer.
+        """Sum ``|gamma|`` over the unit's channels in every norm between units and consumer.
 
-        Liu, Li, Shen, Huang, Yan and Zhang, ICCV 2017, section 3. Costs are comparable across
-        groups (the paper ranks all scales of a network together), as far as a tower was trained to
-        have sparse scales.
+        Liu, Li, Shen, Huang, Yan and Zhang, ICCV 2017, section 3. The paper ranks all scales of a
+        network together, so costs are comparable across groups. It trains with a sparsity penalty
+        on the scales; a tower trained without it has less informative scales.
         """
         costs = torch.zeros(ctx.group.units, dtype=torch.float64)
         for part in ctx.group.slices:

@@ -1,4 +1,4 @@
-"""Group magnitude: the norm of everything that goes with a unit."""
+"""Group magnitude: L2 norm of all weights of a unit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["Magnitude"]
 
 @CRITERIA.register("magnitude")
 class Magnitude:
-    """L2 norm of all slices of a unit, as group magnitude in DepGraph."""
+    """L2 norm of all slices of a unit (group magnitude in DepGraph)."""
 
     needs: frozenset[str] = frozenset()
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """Root of the squares over every weight of the unit (Fang et al., CVPR 2023, eq. 4)."""
+        """Compute the L2 norm of every weight of the unit (Fang et al., CVPR 2023, eq. 4)."""
         costs = square_norms(ctx).sqrt()
         return Ranking(costs, torch.argsort(costs, stable=True))

@@ -6,7 +6,7 @@ import torch
 
 from ovsprune.core.protocols import GroupContext, Ranking
 from ovsprune.importance import CRITERIA
-from ovsprune.importance.slices import weights
+from ovsprune.importance.slices import unit_weights
 
 __all__ = ["MagnitudeL1"]
 
@@ -18,12 +18,12 @@ class MagnitudeL1:
     needs: frozenset[str] = frozenset()
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """Sum of ``|w|`` over every weight of the unit.
+        """Sum ``|w|`` over every weight of the unit.
 
-        Li, Kadav, Durdanovic, Samet and Graf, ICLR 2017, section 3.1, take it over a filter; here
-        it is over all that goes with the unit, as :class:`Magnitude` does.
+        Li, Kadav, Durdanovic, Samet and Graf, ICLR 2017, section 3.1, sum over one filter. Here the
+        sum covers all slices of the unit, as in the criterion ``magnitude``.
         """
         costs = torch.zeros(ctx.group.units, dtype=torch.float64)
-        for rows in weights(ctx):
+        for rows in unit_weights(ctx):
             costs += rows.abs().sum(1)
         return Ranking(costs, torch.argsort(costs, stable=True))

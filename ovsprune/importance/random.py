@@ -1,4 +1,4 @@
-"""Random order: the baseline that every table needs."""
+"""Random order (baseline)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ class Random:
     needs: frozenset[str] = frozenset()
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """A random permutation; a unit's cost is its place in it."""
+        """Draw a random permutation; a unit's cost is its position."""
         order = torch.randperm(ctx.group.units, generator=ctx.generator)
         return Ranking(torch.argsort(order).double(), order)

@@ -1,4 +1,4 @@
-"""Reconstruction: the optimal brain surgeon's order on the consumer's input."""
+"""Reconstruction: order of removal by the optimal brain surgeon on the consumer's input."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.ridge import regularised
 from ovsprune.core.protocols import GroupContext, Ranking
 from ovsprune.importance import CRITERIA
-from ovsprune.importance.slices import consumer
+from ovsprune.importance.slices import consumer_weight
 
 __all__ = ["Reconstruction"]
 
 
 @CRITERIA.register("reconstruction")
 class Reconstruction:
-    """What the consumer's output loses when the unit goes and all others are re-fitted."""
+    """Increase of the consumer's output error when a unit is removed and the others refitted."""
 
     needs = frozenset({"moments"})
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """Order of :func:`ovsprune.calibration.obs.prune_columns`; costs as it found them."""
+        """Run :func:`ovsprune.calibration.obs.prune_columns` and return its order and costs."""
         assert ctx.moments is not None
-        weight, columns = consumer(ctx)
-        found = prune_columns(
+        weight, columns = consumer_weight(ctx)
+        result = prune_columns(
             weight,
             regularised(ctx.moments.covariance, ctx.ridge),
             columns,
             snapshots=ctx.snapshots,
         )
-        return Ranking(found.costs, found.order, found.weights)
+        return Ranking(result.costs, result.order, result.weights)

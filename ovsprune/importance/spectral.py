@@ -1,4 +1,4 @@
-"""Leverage of a unit in the leading directions of what its consumer computes."""
+"""Leverage scores of units in the leading directions of their consumer's output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import GroupContext, Ranking
 from ovsprune.importance import CRITERIA
-from ovsprune.importance.slices import consumer
+from ovsprune.importance.slices import consumer_weight
 
 __all__ = ["Spectral"]
 
@@ -17,43 +17,44 @@ class Spectral:
     """Leverage of a unit's columns in the leading singular directions of W C^(1/2).
 
     Args:
-        energy: Share of the squared singular values that the leading directions hold, in (0, 1].
+        energy: Fraction of the squared singular values in the leading directions, in (0, 1].
 
     Raises:
-        OptionError: ``energy`` is out of its range.
+        OptionError: ``energy`` is outside (0, 1].
     """
 
     needs = frozenset({"moments"})
 
     def __init__(self, energy: float = 0.9) -> None:
         if not 0 < energy <= 1:
-            raise OptionError(f"energy {energy:g} is outside (0, 1]: it is a share, 0.9 by default")
+            raise OptionError(f"energy is {energy:g}, expected a fraction in (0, 1]")
         self.energy = energy
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """``sum of V_ji^2`` over the unit's columns j and the k leading directions i, over k.
+        """Compute ``1/k sum of V_ji^2`` over the unit's columns j and the k leading directions i.
 
-        ``W C^(1/2) = U S V^T``, W being the consumer's weight, C the covariance of what it reads,
-        and the root the symmetric one, whose columns stay nearest to the units. k is the least
-        number of directions that hold :attr:`energy` of the variance of the consumer's output.
-        Statistical leverage as the measure of a column: Mahoney and Drineas, CUR matrix
-        decompositions for improved data analysis, PNAS 2009, eq. 3. Costs sum to 1 in each group;
-        what they say is a unit's share of its own group.
+        ``W C^(1/2) = U S V^T``, with the consumer's weight W, the covariance C of its input, and
+        the symmetric root, whose columns stay closest to the units. k is the least number of
+        directions that hold :attr:`energy` of the variance of the consumer's output. Statistical
+        leverage: Mahoney and Drineas, CUR matrix decompositions for improved data analysis, PNAS
+        2009, eq. 3. Costs sum to 1 in each group, so they are not comparable across groups.
         """
         assert ctx.moments is not None
-        weight, columns = consumer(ctx)
-        values, vectors = torch.linalg.eigh(ctx.moments.covariance)
-        # W C^(1/2) on the eigenvectors of C; the singular values are those of the output's spread.
-        scaled = (weight @ vectors) * values.clamp_min(0).sqrt()
-        spread, basis = torch.linalg.eigh(scaled @ scaled.T)
-        spread, basis = spread.flip(0).clamp_min(0), basis.flip(1)
-        total = spread.sum()
+        W, columns = consumer_weight(ctx)  # [m, n], [units, k]
+        values, Q = torch.linalg.eigh(ctx.moments.covariance)  # C = Q diag(values) Q^T
+        # W C^(1/2) in the eigenbasis of C. U and S^2 come from its Gram matrix, which is smaller
+        # than the factor itself where m < n.
+        WC = (W @ Q) * values.clamp_min(0).sqrt()  # [m, n]
+        s2, U = torch.linalg.eigh(WC @ WC.T)  # [m], [m, m], ascending
+        s2, U = s2.flip(0).clamp_min(0), U.flip(1)
+        total = s2.sum()
         if not total > 0:
             costs = torch.zeros(ctx.group.units, dtype=torch.float64)
             return Ranking(costs, torch.arange(ctx.group.units))
-        numeric = spread > spread[0] * len(spread) * torch.finfo(spread.dtype).eps
-        enough = int((spread.cumsum(0) < self.energy * total).sum()) + 1
+        # Directions below the numerical rank have no defined V.
+        numeric = s2 > s2[0] * len(s2) * torch.finfo(s2.dtype).eps
+        enough = int((s2.cumsum(0) < self.energy * total).sum()) + 1
         k = min(enough, int(numeric.sum()))
-        right = vectors @ (scaled.T @ basis[:, :k] / spread[:k].sqrt())  # V [n, k]
-        costs = right.square().sum(1)[columns].sum(1) / k
+        V = Q @ (WC.T @ U[:, :k] / s2[:k].sqrt())  # [n, k]
+        costs = V.square().sum(1)[columns].sum(1) / k
         return Ranking(costs, torch.argsort(costs, stable=True))

@@ -16,20 +16,20 @@ NOISE = 0.1
 
 
 def consistency(forward: Forward, images: Tensor, generator: torch.Generator) -> Tensor:
-    """How far the dense tokens [b] of a mildly changed picture are from those of the clean one.
+    """Compute the distance between dense tokens of an augmented image and of the clean one.
 
-    The distance to the dense tower's own output has its minimum, and no gradient, at the dense
-    tower. So the picture is changed: noise of standard deviation :data:`NOISE`, and a horizontal
-    flip of every second picture on average, which is taken back in the tokens. The clean tokens are
-    held fixed.
+    The distance to the dense tower's own output is zero, with zero gradient, at the dense tower.
+    The image is therefore augmented: noise of standard deviation :data:`NOISE`, and a horizontal
+    flip with probability 1/2, which is undone in the tokens. No gradient flows through the clean
+    tokens.
 
     Args:
         forward: The masked tower.
         images: [b, 3, H, W].
-        generator: Draws a flip and the noise, picture by picture.
+        generator: Source of the flip and the noise, drawn image by image.
 
     Returns:
-        Mean over tokens of the squared distance of the L2-normalised tokens, [b].
+        [b]: mean over token positions of the squared distance of the L2-normalised tokens.
     """
     flips, noises = [], []
     for image in images:
@@ -38,24 +38,23 @@ def consistency(forward: Forward, images: Tensor, generator: torch.Generator) ->
     flipped = torch.tensor(flips, device=images.device)
     changed = _flip(images, flipped) + NOISE * torch.stack(noises).to(images)
     with torch.no_grad():
-        clean = F.normalize(forward(images)[1], dim=1)
+        clean = F.normalize(forward(images)[1], dim=1)  # [b, c, h, w]
     tokens = F.normalize(_flip(forward(changed)[1], flipped), dim=1)
     return (tokens - clean).square().sum(1).mean((1, 2))
 
 
 def _flip(x: Tensor, which: Tensor) -> Tensor:
-    """Mirror the last axis of those of x [b, ...] that ``which`` [b] says."""
+    """Mirror the last axis of the entries of x [b, ...] selected by the mask ``which`` [b]."""
     return torch.where(which.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
 @CRITERIA.register("taylor")
 class Taylor:
-    """First-order change of a loss when the unit goes (Taylor expansion).
+    """First-order change of a loss when the unit is removed (Taylor expansion).
 
     Args:
-        loss: What the tower is wanted for, a value a picture: a
-            :class:`~ovsprune.core.protocols.Objective`. By default :func:`consistency`, which needs
-            no labels.
+        loss: Loss with one value per image, a :class:`~ovsprune.core.protocols.Objective`. By
+            default :func:`consistency`, which needs no labels.
     """
 
     needs = frozenset({"gradients"})
@@ -65,14 +64,14 @@ class Taylor:
         self.objective: Objective = consistency if loss is None else loss
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """Mean over pictures of ``|d loss / d mask|``.
+        """Average ``|dL/dm|`` over images, m being the unit's mask.
 
         The mask's gradient is ``sum of a dL/da`` over the unit's activations a: the first-order
-        change of the loss if they were zero. Absolute values are taken picture by picture and then
-        averaged, as in Molchanov, Tyree, Karras, Aila and Kautz, ICLR 2017; the mask is the gate of
-        Molchanov, Mallya, Tyree, Frosio and Kautz, CVPR 2019, which needs no scaling between
-        layers: costs are comparable across groups.
+        change of the loss if they were zero. Absolute values are averaged over images, as in
+        Molchanov, Tyree, Karras, Aila and Kautz, ICLR 2017. The mask is the gate of Molchanov,
+        Mallya, Tyree, Frosio and Kautz, CVPR 2019, which needs no scaling between layers, so costs
+        are comparable across groups.
         """
         assert ctx.gradients is not None
-        costs = ctx.gradients.abs().mean(0)
+        costs = ctx.gradients.abs().mean(0)  # [images, units] -> [units]
         return Ranking(costs, torch.argsort(costs, stable=True))

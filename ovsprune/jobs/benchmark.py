@@ -1,4 +1,4 @@
-"""Latency, throughput and peak memory of a tower, against another one in the same run."""
+"""Latency, throughput and peak memory of a tower, relative to another one in the same run."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure ``model`` and ``against`` in alternating passes over the same input.
 
-    Weights do not change speed: a dense model is measured with random ones, and needs no hub.
+    Dense models are measured with random weights, which do not affect speed.
 
     Args:
-        model: A model name or a slim directory.
-        against: What to compare with; for a slim directory its dense base by default, and nothing
-            for a dense model.
-        batch_sizes: Pictures at a time.
-        pairs: Alternating pairs of passes; the latency is the median.
-        device: Where to run.
+        model: Model name or slim directory.
+        against: Reference model; by default the dense base of a slim directory, and none for a
+            dense model.
+        batch_sizes: Batch sizes.
+        pairs: Alternating pairs of passes, whose median is the latency.
+        device: Torch device.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        threads: CPU threads; None leaves PyTorch's choice.
-        memory: Also measure the peak memory, each in a fresh process (seconds each).
-        progress: Told of every stage.
+        threads: CPU threads; None for PyTorch's default.
+        memory: Also measure the peak memory, in a new process per row (some seconds each).
+        progress: Progress reporter.
 
     Returns:
         ``model, against, rows[{name, role (model or against), batch, latency (s), throughput
-        (pictures/s), peak_memory (bytes or None), macs, params, speedup}], pairs, device, dtype,
+        (images/s), peak_memory (bytes or None), macs, params, speedup}], pairs, device, dtype,
         threads, seconds``; ``speedup`` is the median over the pairs of dense time / slim time.
 
     Raises:
@@ -72,12 +72,12 @@ def benchmark(
         )
     progress = progress or Silent()
     start = time.perf_counter()
-    found, kind = device_and_dtype(device, dtype)
+    torch_device, torch_dtype = device_and_dtype(device, dtype)
     with thread_limit(threads) as used:
         towers = _towers(model, against)
         rows = []
         for batch in batch_sizes:
-            rows += _rows(towers, batch, pairs, found, kind, progress)
+            rows += _rows(towers, batch, pairs, torch_device, torch_dtype, progress)
         if memory:
             _add_memory(rows, towers, device, dtype, used, progress)
     return {
@@ -94,7 +94,7 @@ def benchmark(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tower:
-    """One of the towers: what it is called, how a fresh process loads it, and itself."""
+    """Tower to measure, and the arguments with which another process loads it."""
 
     label: str
     role: str
@@ -113,11 +113,17 @@ def _towers(model: str, against: str | None) -> list[_Tower]:
 def _tower(source: str, role: str) -> _Tower:
     from ovsprune.backbones import load_backbone
 
-    # Weights do not change speed, so a dense model needs no file and no hub.
+    # Random weights: speed does not depend on them, and nothing needs to be downloaded.
     pretrained = None if Path(source).is_dir() else "none"
     backbone = load_backbone(source, pretrained=pretrained)
     kind = "dense" if backbone.slim is None else "slim"
-    return _Tower(f"{backbone.name} {kind}", role, source, pretrained, backbone)
+    return _Tower(
+        label=f"{backbone.name} {kind}",
+        role=role,
+        source=source,
+        pretrained=pretrained,
+        backbone=backbone,
+    )
 
 
 def _rows(
@@ -134,8 +140,8 @@ def _rows(
     for other in towers[1:]:
         if other.backbone.preprocess.size != size:
             raise OptionError(
-                f"{other.source} takes pictures of {other.backbone.preprocess.size} pixels, "
-                f"{towers[0].source} of {size}; name an --against of the same input size"
+                f"{other.source} takes images of {other.backbone.preprocess.size} pixels, "
+                f"{towers[0].source} of {size}; choose an --against of the same input size"
             )
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, *size, generator=generator).to(device, dtype)
@@ -179,7 +185,7 @@ def _add_memory(
     progress: Progress,
 ) -> None:
     by_role = {tower.role: tower for tower in towers}
-    with progress.stage("peak memory, a fresh process each", len(rows)) as advance:
+    with progress.stage("peak memory, one process each", len(rows)) as advance:
         for row in rows:
             tower = by_role[row["role"]]
             row["peak_memory"] = peak_memory(

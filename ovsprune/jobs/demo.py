@@ -1,4 +1,4 @@
-"""The whole of it on the embedded model: prune, measure, compare, draw, transfer."""
+"""Demo on the embedded model: prune, evaluate, measure, draw, transfer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SLIM = "slim"
 PICTURE = "picture.png"
 RECORD = "record.json"
 SHOWN = 4
-"""Scenes on the picture."""
+"""Number of scenes in the image."""
 BATCHES = (1, 8)
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"},
     "random": {"criterion": "random", "allocation": "uniform", "recovery": "none"},
 }
-"""What is compared at the same budget: name to the options of ``prune``."""
+"""Methods compared at the same budget: name to options of ``prune``."""
 
 
 def demo(
@@ -56,72 +56,72 @@ def demo(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Prune ``tiny``, compare it with simpler ways, draw a picture, transfer it into a small SAN.
+    """Prune ``tiny``, compare with simpler methods, draw segmentations, transfer into a small SAN.
 
     Args:
         output: Directory for ``slim/``, ``picture.png`` and ``record.json``; those of an earlier
             demo are replaced.
-        ratio: Share of the MACs to remove, in (0, 1).
-        scenes: Procedural test scenes for the mIoU.
-        seed: Of everything that is drawn.
-        threads: CPU threads; None leaves PyTorch's choice.
-        progress: Told of every step.
+        ratio: Fraction of the MACs to remove, in (0, 1).
+        scenes: Number of procedural test scenes for the mIoU.
+        seed: Seed of all random draws.
+        threads: CPU threads; None for PyTorch's default.
+        progress: Progress reporter.
 
     Returns:
         ``model, ratio, scenes, seed, rows[{method, macs, params, file_size (bytes),
         latency{batch: s}, speedup{batch}, miou, retention}]`` (dense first), ``prune, inspect,
-        evaluate, benchmark`` (as those commands give them, of the default), ``transfer`` (how the
-        small SAN changed, or ``skipped`` and why), ``picture, output, seconds``.
+        evaluate, benchmark`` (records of these commands for the default method), ``transfer``
+        (record of the small SAN, or ``skipped`` with the reason), ``picture, output, seconds``.
 
     Raises:
         OptionError: ``ratio`` or ``scenes`` is out of range.
-        OutputError: The directory holds something else, or cannot be written.
+        OutputError: The directory has other contents, or cannot be written.
     """
     progress = progress or Silent()
     start = time.perf_counter()
     if scenes < SHOWN:
         raise OptionError(f"--scenes {scenes} is too few; give {SHOWN} or more")
     PruneConfig(ratio=ratio, seed=seed).check()
-    place = Path(output)
-    _check_place(place)
+    directory = Path(output)
+    _check_output(directory)
     with (
         thread_limit(threads),
         progress.stage("ovsprune demo", len(METHODS) + 4) as advance,
     ):
-        show = _Demo(place, ratio, scenes, seed, progress)
-        _make(place)
+        run = _Demo(directory, ratio, scenes, seed, progress)
+        _make(directory)
         for method in METHODS:
-            show.prune(method)
+            run.prune(method)
             advance(1)
-        show.score()
+        run.score()
         advance(1)
-        show.time()
+        run.time()
         advance(1)
-        picture = show.draw()
+        picture = run.draw()
         advance(1)
-        transfer = show.transfer()
+        transfer = run.transfer()
         advance(1)
     record = {
         "model": MODEL,
         "ratio": ratio,
         "scenes": scenes,
         "seed": seed,
-        "rows": show.rows(),
-        "prune": show.record,
-        "inspect": inspect(place / SLIM),
-        "evaluate": show.found["default"],
-        "benchmark": {"rows": show.benchmark()},
+        "rows": run.rows(),
+        "prune": run.record,
+        "inspect": inspect(directory / SLIM),
+        "evaluate": run.scores["default"],
+        "benchmark": {"rows": run.benchmark()},
         "transfer": transfer,
         "picture": str(picture),
-        "output": str(place),
+        "output": str(directory),
         "seconds": time.perf_counter() - start,
     }
-    write_text(place / RECORD, json.dumps(record, indent=2) + "\n")
+    write_text(directory / RECORD, json.dumps(record, indent=2) + "\n")
     return record
 
 
-class _Drawn:
-    """Scenes that are drawn once and looked at by every tower."""
+class _CachedScenes:
+    """Scenes that are generated once and used for every tower."""
 
     def __init__(self, scenes: ScenesData, progress: Progress) -> None:
         self.class_names, self.prompts = scenes.class_names, scenes.prompts
@@ -140,29 +140,29 @@ class _Drawn:
 
 
 class _Demo:
-    """The steps of the demo, and what they have found so far."""
+    """Steps of the demo and their results."""
 
     def __init__(
-        self, place: Path, ratio: float, scenes: int, seed: int, progress: Progress
+        self, directory: Path, ratio: float, scenes: int, seed: int, progress: Progress
     ) -> None:
         from ovsprune.backbones import load_backbone
         from ovsprune.evaluation.backbone_scores import class_embeddings
 
-        self.place, self.ratio, self.seed, self.progress = place, ratio, seed, progress
+        self.directory, self.ratio, self.seed, self.progress = directory, ratio, seed, progress
         dense = load_backbone(MODEL)
         self.towers: dict[str, Backbone] = {"dense": dense}
-        self.data = _Drawn(ScenesData(scenes, size=max(dense.preprocess.size)), progress)
+        self.data = _CachedScenes(ScenesData(scenes, size=max(dense.preprocess.size)), progress)
         self.embeddings: Tensor = class_embeddings(dense, self.data.prompts)
         self.record: dict[str, Any] = {}
-        self.found: dict[str, dict[str, Any]] = {}
+        self.scores: dict[str, dict[str, Any]] = {}
         self.times: dict[int, dict[str, list[float]]] = {}
 
     def prune(self, method: str) -> None:
-        """Prune by one method; the default's checkpoint is saved and read back."""
+        """Prune with one method; the checkpoint of the default is saved and loaded again."""
         from ovsprune.backbones import load_backbone
 
         dense = self.towers["dense"]
-        saved = self.place / SLIM if method == "default" else None
+        saved = self.directory / SLIM if method == "default" else None
         with self.progress.stage(f"pruning {MODEL}: {method}", 1) as advance:
             result = prune(
                 dense,
@@ -181,29 +181,29 @@ class _Demo:
             self.towers[method] = load_backbone(str(saved))
 
     def score(self) -> None:
-        """Zero-shot mIoU of every tower on the same test scenes."""
+        """Evaluate the zero-shot mIoU of every tower on the same test scenes."""
         from ovsprune.evaluation.backbone_scores import score_backbone
 
         for method, backbone in self.towers.items():
-            self.found[method] = score_backbone(
+            self.scores[method] = score_backbone(
                 backbone, self.embeddings, self.data, 16, self.progress, f"mIoU of {method}"
             )
 
     def time(self) -> None:
-        """Latency of every tower, in turn."""
+        """Measure the latency of all towers in alternation."""
         size = self.towers["dense"].preprocess.size
         for batch in BATCHES:
             images = torch.randn(
                 batch, 3, *size, generator=torch.Generator().manual_seed(self.seed)
             )
             self.times[batch] = alternate(
-                {method: _forward(one, images) for method, one in self.towers.items()},
+                {method: _forward(tower, images) for method, tower in self.towers.items()},
                 progress=self.progress,
                 label=f"latency at batch {batch}",
             )
 
     def draw(self) -> Path:
-        """Scene, labels, dense and slim segmentation side by side."""
+        """Draw scene, labels, dense and slim segmentation side by side."""
         from ovsprune.evaluation.backbone_scores import zero_shot_head
         from ovsprune.report.pictures import side_by_side
 
@@ -211,7 +211,7 @@ class _Demo:
             zero_shot_head(self.towers[method], self.embeddings) for method in ("dense", "default")
         ]
         rows = [
-            (sample.image, [sample.label, *(one.segment(sample.image) for one in heads)])
+            (sample.image, [sample.label, *(head.segment(sample.image) for head in heads)])
             for sample in self.data.samples[:SHOWN]
         ]
         removed = f"slim, {self.ratio:.0%} fewer MACs"
@@ -221,28 +221,28 @@ class _Demo:
             f"dense (mIoU {self._miou('dense'):.1%})",
             f"{removed} (mIoU {self._miou('default'):.1%})",
         ]
-        path = self.place / PICTURE
+        path = self.directory / PICTURE
         side_by_side(rows, titles, self.data.class_names).save(path)
         return path
 
     def transfer(self) -> dict[str, Any]:
-        """Put the slim tower into a small SAN, where mmsegmentation is installed."""
+        """Transfer the slim tower into a small SAN, if mmsegmentation is installed."""
         from ovsprune.jobs.small_san import transfer_into_small_san
 
-        with self.progress.stage("a small SAN of mmsegmentation, slimmed", 1) as advance:
-            found = transfer_into_small_san(
+        with self.progress.stage("transfer into a small SAN of mmsegmentation", 1) as advance:
+            record = transfer_into_small_san(
                 self.towers["dense"],
-                self.place / SLIM,
+                self.directory / SLIM,
                 self.embeddings,
                 self.data.class_names,
                 self.data.samples[:SHOWN],
                 self.seed,
             )
             advance(1)
-        return found
+        return record
 
     def benchmark(self) -> list[dict[str, Any]]:
-        """Latency and throughput of the dense and the slim tower, as ``ovsprune benchmark``."""
+        """Return latency and throughput of dense and slim tower, as in ``ovsprune benchmark``."""
         rows = []
         for row in self.rows():
             if row["method"] not in ("dense", "default"):
@@ -262,17 +262,17 @@ class _Demo:
         return rows
 
     def _miou(self, method: str) -> float:
-        return float(self.found[method]["miou"])
+        return float(self.scores[method]["miou"])
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a method, dense first."""
+        """Return one row per method, dense first."""
         from ovsprune.graph.costs import count_costs
 
         rows = []
         for method, backbone in self.towers.items():
             costs = count_costs(backbone.tower, backbone.preprocess.size)
-            times = {batch: found[method] for batch, found in self.times.items()}
-            dense = {batch: found["dense"] for batch, found in self.times.items()}
+            times = {batch: seconds[method] for batch, seconds in self.times.items()}
+            dense = {batch: seconds["dense"] for batch, seconds in self.times.items()}
             rows.append(
                 {
                     "method": method,
@@ -292,11 +292,11 @@ def _forward(backbone: Backbone, images: Tensor) -> Pass:
     return lambda: backbone.tower(images)
 
 
-def _check_place(output: Path) -> None:
-    """Make sure that nothing but an earlier demo's files is lost.
+def _check_output(output: Path) -> None:
+    """Check that only files of an earlier demo would be replaced.
 
     Raises:
-        OutputError: It is a file, or has a ``slim/`` that is no slim checkpoint.
+        OutputError: ``output`` is a file, or has a ``slim/`` that is no slim checkpoint.
     """
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output} is a file; name a directory with -o")
@@ -313,5 +313,6 @@ def _make(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{output} cannot be made ({error.strerror or error}); name another directory with -o"
+            f"{output} cannot be created ({error.strerror or error}); name another directory "
+            "with -o"
         ) from error

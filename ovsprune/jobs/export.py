@@ -1,4 +1,4 @@
-"""Export for deployment: an ONNX graph, checked in onnxruntime before it takes its place."""
+"""Export of a tower as an ONNX file that is verified in onnxruntime."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ __all__ = ["FORMATS", "TOLERANCE", "export"]
 
 FORMATS = ("onnx",)
 TOLERANCE = 1e-4
-"""Largest error of the graph, relative to the standard deviation of the tower's output."""
+"""Maximum error of the graph, in standard deviations of the tower's output."""
 
 _STEP = 32
-"""The second size of a dynamic graph is a multiple of this, in pixels."""
+"""The second size for checking a dynamic graph is a multiple of this, in pixels."""
 
 Size = tuple[int, int]
 
@@ -66,92 +66,100 @@ def export(
     activation: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Export an image tower, slim or dense, in float32, and check the file against it.
+    """Export an image tower, slim or dense, in float32, and verify the file.
 
-    The graph goes from ``images`` [B, 3, H, W], preprocessed, to ``pooled`` [B, C] and ``dense``
-    [B, C, h, w]; B is free. Before the file takes its place it is run in onnxruntime on random
-    pictures, of every batch size and of the size or, if sizes are free, of two; the largest error
-    must be at most 1e-4 of the standard deviation of the tower's output.
+    The graph maps preprocessed ``images`` [B, 3, H, W] to ``pooled`` [B, C] and ``dense``
+    [B, C, h, w] for any B. It is compared with the tower in onnxruntime on random images, for every
+    batch size and (if height and width are dynamic) for two sizes. The file is written only if the
+    maximum error is at most 1e-4 standard deviations of the tower's output.
 
     Args:
-        model: A slim directory, a model name, or a loaded backbone.
+        model: Slim directory, model name, or loaded backbone.
         format: ``"onnx"``.
-        size: Height and width in pixels; the native ones by default.
-        dynamic: Leave height and width free. ``size`` is then one of the two that are checked.
-        output: The file, ``export/<model>.onnx`` by default.
-        overwrite: Replace a file that is there.
-        opset: Of ONNX; by default torch's exporter decides.
-        batch_sizes: Pictures at a time, in the check and for the latency.
-        pairs: Alternating passes of torch and onnxruntime; the latency is the median. 0 measures
-            none.
-        threads: CPU threads of both; None leaves PyTorch's choice.
-        pretrained: For a model name: tag, file, or ``"none"``.
-        activation: For a bare file.
-        progress: Told of every stage.
+        size: Height and width in pixels; by default the native size.
+        dynamic: Make height and width dynamic. ``size`` is then the first of the sizes checked.
+        output: File to write, by default ``export/<model>.onnx``.
+        overwrite: Replace an existing file.
+        opset: ONNX opset; by default the choice of torch's exporter.
+        batch_sizes: Batch sizes for the checks and the latency.
+        pairs: Alternating passes of torch and onnxruntime, whose median is the latency; 0 skips the
+            measurement.
+        threads: CPU threads; None for PyTorch's default.
+        pretrained: Weights for a model name: tag, file, or ``"none"``.
+        activation: Activation function, for a weights file that does not name it.
+        progress: Progress reporter.
 
     Returns:
-        ``model, output, bytes, format, opset, size, dynamic, max_error`` (largest absolute error),
-        ``relative_error`` (largest, in standard deviations of the output), ``checks[{output,
+        ``model, output, bytes, format, opset, size, dynamic, max_error`` (absolute),
+        ``relative_error`` (in standard deviations of the output), ``checks[{output,
         batch, size, max_error, relative_error}], latency[{runtime, batch, size, latency (s),
         throughput (pictures/s), speedup (of onnxruntime over torch)}], metadata, threads,
         seconds``.
 
     Raises:
-        OptionError: A value is out of its range, or the model's directory cannot take an option.
-        MissingLibraryError: What the extra ``export`` names is not installed, or the family is not
-            one that this version builds.
-        ExportError: The tower cannot be exported like this, or the graph does not give what the
-            tower gives. Nothing was written.
+        OptionError: A value is out of its range, or an option does not apply to a directory.
+        MissingLibraryError: A library of the extra ``export`` is not installed, or this version
+            does not build the family.
+        ExportError: The exporter failed, or the outputs differ; nothing was written.
         OutputError: The output exists, or cannot be written.
         UnknownNameError: A name is unknown.
-        WeightsError: The weights cannot be had.
-        CheckpointError: The directory is no sound checkpoint.
+        WeightsError: The weights cannot be loaded.
+        CheckpointError: The directory is no valid slim checkpoint.
     """
     start = time.perf_counter()
     _check_numbers(format, size, batch_sizes, pairs)
     name = model.name if isinstance(model, Backbone) else str(model)
-    place = _place(output or Path("export") / f"{backbones.canonical(name)}.onnx", overwrite)
+    path = _output_path(output or Path("export") / f"{backbones.canonical(name)}.onnx", overwrite)
     require_libraries()
     check_opset(opset)
     progress = progress or Silent()
     with thread_limit(threads) as used:
         backbone = _loaded(model, pretrained, activation, progress)
-        tower = _tower(backbone)
-        first = size or tower.spec.preprocess.size
-        metadata = _metadata(tower, first, dynamic)
-        with staged_file(place) as file:
-            with progress.stage("export", 1) as advance:
-                found = make_graph(
-                    _fixed(backbone, None if dynamic else first),
-                    first,
-                    file,
-                    dynamic=dynamic,
-                    opset=opset,
-                    metadata=metadata,
-                )
-                advance(1)
-            session = open_session(file, used)
-            sizes = [first, _second(first)] if dynamic else [first]
+        size = size or backbone.preprocess.size
+        with staged_file(path) as file:
+            graph = _write_graph(backbone, file, size, dynamic, opset, progress)
+            tower, session = _tower(backbone), open_session(file, used)
+            sizes = [size, _second_size(size)] if dynamic else [size]
             checks = _checks(tower, session, sizes, batch_sizes, progress)
-            _refuse_errors(checks)
-            latency = _latency(tower, session, first, batch_sizes, pairs, progress)
-            total = _move_weights(file, place)
+            _require_accuracy(checks)
+            latency = _latency(tower, session, size, batch_sizes, pairs, progress)
+            total = _move_weights(file, path)
     return {
         "model": name,
-        "output": str(place),
+        "output": str(path),
         "bytes": total,
         "format": format,
-        "opset": found,
-        "size": list(first),
+        **graph,
+        "size": list(size),
         "dynamic": dynamic,
         "max_error": max(row["max_error"] for row in checks),
         "relative_error": max(row["relative_error"] for row in checks),
         "checks": checks,
         "latency": latency,
-        "metadata": metadata,
         "threads": used,
         "seconds": time.perf_counter() - start,
     }
+
+
+def _write_graph(
+    backbone: Backbone,
+    file: Path,
+    size: Size,
+    dynamic: bool,
+    opset: int | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write the graph to ``file``; return its ``opset`` and ``metadata``."""
+    with progress.stage("export", 1) as advance:
+        tower = _tower(backbone)
+        if not dynamic:
+            # Interpolate the position embeddings once, not in every forward pass. The checks use
+            # another tower, which interpolates in its forward pass.
+            tower.set_size(size)
+        metadata = _metadata(tower, size, dynamic)
+        written = make_graph(tower, size, file, dynamic=dynamic, opset=opset, metadata=metadata)
+        advance(1)
+    return {"opset": written, "metadata": metadata}
 
 
 def _check_numbers(format: str, size: Size | None, batch_sizes: Sequence[int], pairs: int) -> None:
@@ -165,16 +173,16 @@ def _check_numbers(format: str, size: Size | None, batch_sizes: Sequence[int], p
         raise OptionError(f"size {size}: give height and width in pixels, each 1 or more")
 
 
-def _place(output: str | Path, overwrite: bool) -> Path:
-    """The file that ``output`` means, if it may be written."""
-    place = Path(os.path.realpath(output))
-    if place.is_dir():
-        raise OutputError(f"{place} is a directory; name a file, as in -o {place.name}/tower.onnx")
-    if place.exists() and not overwrite:
+def _output_path(output: str | Path, overwrite: bool) -> Path:
+    """Resolve ``output``, and check that it may be written."""
+    path = Path(os.path.realpath(output))
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; name a file, as in -o {path.name}/tower.onnx")
+    if path.exists() and not overwrite:
         raise OutputError(
-            f"{place} exists already; choose another output, or pass --overwrite (overwrite=True)"
+            f"{path} exists already; choose another output, or pass --overwrite (overwrite=True)"
         )
-    return place
+    return path
 
 
 def _loaded(
@@ -192,36 +200,25 @@ def _loaded(
 
 
 def _tower(backbone: Backbone) -> SlimTower:
-    """The backbone's tower in our own modules, float32 on the CPU; a dense one keeps everything."""
-    given = backbone.slim
-    if not isinstance(given, SlimCheckpoint):
+    """Return the tower as a SlimTower in float32 on the CPU; a dense tower keeps all units."""
+    checkpoint = backbone.slim
+    if not isinstance(checkpoint, SlimCheckpoint):
         costs = count_costs(backbone.tower, backbone.preprocess.size)
-        nothing = SearchSpace(tower=backbone.tower, layers=(), groups=[], protected={})
-        spec = make_spec(backbone, nothing, Plan({}), (costs, costs), {})
+        space = SearchSpace(tower=backbone.tower, layers=(), groups=[], protected={})
+        spec = make_spec(backbone, space, Plan({}), (costs, costs), {})
         tensors = {f"visual.{k}": v.cpu() for k, v in backbone.tower.state_dict().items()}
-        given = SlimCheckpoint(Path(backbone.name), spec, {}, tensors)
-    return tower_of(given).float().requires_grad_(False)
+        checkpoint = SlimCheckpoint(Path(backbone.name), spec, {}, tensors)
+    return tower_of(checkpoint).float().requires_grad_(False)
 
 
-def _fixed(backbone: Backbone, size: Size | None) -> SlimTower:
-    """A tower of its own to be exported: with its positions interpolated, where the size is fixed.
-
-    The one that it is checked against interpolates in its forward.
-    """
-    tower = _tower(backbone)
-    if size is not None:
-        tower.set_size(size)
-    return tower
-
-
-def _second(size: Size) -> Size:
-    """Another size for the check, of another shape."""
+def _second_size(size: Size) -> Size:
+    """Return a second size with another aspect ratio, for checking a dynamic graph."""
     height, width = size[0] * 1.5, size[1] * 1.25
     return math.ceil(height / _STEP) * _STEP, math.ceil(width / _STEP) * _STEP
 
 
 def _metadata(tower: SlimTower, size: Size, dynamic: bool) -> dict[str, str]:
-    """What the file says of itself, in ONNX's own form: strings by name."""
+    """Return the metadata of the file; ONNX allows strings only."""
     spec = tower.spec
     preprocess = {**asdict(spec.preprocess), "size": list(size)}
     return {
@@ -243,38 +240,38 @@ def _checks(
     batch_sizes: Sequence[int],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Errors of the graph: absolute, and in standard deviations of the tower's output."""
+    """Compare the graph with the tower, for every size, batch size and output."""
     rows = []
     with progress.stage("check", len(sizes) * len(batch_sizes)) as advance:
         for size in sizes:
             for batch in batch_sizes:
-                images = _pictures(batch, size)
+                images = _random_images(batch, size)
                 with torch.inference_mode():
                     expected = tower.outputs(images)
-                for name, wanted, given in zip(OUTPUTS, expected, session(images), strict=True):
-                    rows.append(_row(name, batch, size, wanted, given))
+                for name, want, got in zip(OUTPUTS, expected, session(images), strict=True):
+                    rows.append(_row(name, batch, size, want, got))
                 advance(1)
     return rows
 
 
-def _row(name: str, batch: int, size: Size, wanted: Tensor, given: Tensor) -> dict[str, Any]:
-    if given.shape != wanted.shape:
+def _row(name: str, batch: int, size: Size, want: Tensor, got: Tensor) -> dict[str, Any]:
+    if got.shape != want.shape:
         raise ExportError(
-            f"the graph gives {name} of shape {tuple(given.shape)} at {size[0]}x{size[1]}, the "
-            f"tower {tuple(wanted.shape)}; nothing was written"
+            f"{name} of the graph has shape {tuple(got.shape)} at {size[0]}x{size[1]}, that of the "
+            f"tower {tuple(want.shape)}; nothing was written"
         )
-    error = (given - wanted).abs().max()
+    error = (got - want).abs().max()
     return {
         "output": name,
         "batch": batch,
         "size": list(size),
         "max_error": float(error),
-        "relative_error": float(error / wanted.std()),
+        "relative_error": float(error / want.std()),
     }
 
 
-def _refuse_errors(checks: Sequence[Mapping[str, Any]]) -> None:
-    # not the other way round: an error that is no number is too large as well
+def _require_accuracy(checks: Sequence[Mapping[str, Any]]) -> None:
+    # `not <=` instead of `>`, so that NaN is refused, too.
     wrong = [row for row in checks if not row["relative_error"] <= TOLERANCE]
     if wrong:
         worst = max(wrong, key=lambda row: row["relative_error"])
@@ -283,7 +280,7 @@ def _refuse_errors(checks: Sequence[Mapping[str, Any]]) -> None:
             f"the graph's {worst['output']} is off by {worst['relative_error']:.2g} standard "
             f"deviations at batch {worst['batch']}, {height}x{width} (at most {TOLERANCE:g} is "
             "accepted); nothing was written. Try other versions of torch or onnxruntime, and "
-            "report it"
+            "report the problem"
         )
 
 
@@ -297,7 +294,7 @@ def _latency(
 ) -> list[dict[str, Any]]:
     rows = []
     for batch in batch_sizes if pairs else ():
-        images = _pictures(batch, size)
+        images = _random_images(batch, size)
         passes: dict[str, Pass] = {
             "torch": partial(tower.outputs, images),
             "onnxruntime": partial(session, images),
@@ -305,8 +302,8 @@ def _latency(
         times = alternate(
             passes, rounds=pairs, progress=progress, label=f"latency at batch {batch}"
         )
-        for runtime, found in times.items():
-            latency = statistics.median(found)
+        for runtime, seconds in times.items():
+            latency = statistics.median(seconds)
             rows.append(
                 {
                     "runtime": runtime,
@@ -314,22 +311,22 @@ def _latency(
                     "size": list(size),
                     "latency": latency,
                     "throughput": batch / latency,
-                    "speedup": paired_speedup(times["torch"], found),
+                    "speedup": paired_speedup(times["torch"], seconds),
                 }
             )
     return rows
 
 
-def _pictures(batch: int, size: Size) -> Tensor:
+def _random_images(batch: int, size: Size) -> Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def _move_weights(file: Path, place: Path) -> int:
-    """Put weights that lie in a file of their own beside where the graph goes; bytes of both."""
+def _move_weights(file: Path, path: Path) -> int:
+    """Move external weights, if any, next to the final path; return the bytes of all files."""
     total = file.stat().st_size
     weights = file.with_name(f"{file.name}.data")
     if weights.exists():
         total += weights.stat().st_size
         flush(weights)
-        os.replace(weights, place.with_name(weights.name))
+        os.replace(weights, path.with_name(weights.name))
     return total

@@ -1,4 +1,4 @@
-"""What a slim checkpoint holds."""
+"""Contents of a slim checkpoint."""
 
 from __future__ import annotations
 

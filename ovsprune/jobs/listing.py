@@ -1,4 +1,4 @@
-"""What is there: models, targets, and the parts of a pruning."""
+"""Lists of models, targets, criteria, allocations and recoveries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ EMBEDDED = "ships with ovsprune: trained on procedural scenes"
 
 
 def models() -> Listing:
-    """Names that ``--model`` takes, beside slim directories: ``models[{name, summary, weights}]``.
+    """List the model names for ``--model``: ``models[{name, summary, weights}]``.
 
-    ``weights`` are the tags that ``--pretrained`` takes for the name.
+    ``weights`` are the tags that ``--pretrained`` accepts for the name.
     """
     import open_clip
 
@@ -31,14 +31,14 @@ def models() -> Listing:
 
 
 def targets() -> Listing:
-    """Frameworks that ``--target`` takes: ``targets[{name, summary}]``."""
+    """List the frameworks for ``--target``: ``targets[{name, summary}]``."""
     from ovsprune.targets import TARGETS
 
     return {"targets": entries(TARGETS)}
 
 
 def criteria() -> Listing:
-    """``criteria``, ``allocations`` and ``recoveries``, each a list of ``{name, summary}``."""
+    """List ``criteria``, ``allocations`` and ``recoveries``, each as ``[{name, summary}]``."""
     from ovsprune.allocation import ALLOCATIONS
     from ovsprune.importance import CRITERIA
     from ovsprune.recovery import RECOVERIES
@@ -51,5 +51,5 @@ def criteria() -> Listing:
 
 
 def entries(registry: Registry[Any]) -> list[dict[str, str]]:
-    """Names and summaries of what is registered: ``[{name, summary}]``."""
+    """List the names and summaries of a registry: ``[{name, summary}]``."""
     return [{"name": name, "summary": registry.summary(name)} for name in registry.names()]

@@ -35,8 +35,8 @@ from ovsprune.targets.recognise import recognise
 
 __all__ = ["checked", "find_pool", "layer_alphas", "list_policies", "plan_tower", "schedule"]
 
-_ROUNDS = 5  # how often a step is timed
-_ALL = "all"  # the policy that others are compared with
+_ROUNDS = 5  # timed steps per policy
+_ALL = "all"  # reference policy
 
 
 def schedule(
@@ -67,7 +67,8 @@ def schedule(
     Args:
         model: The framework's model or a plain tower, slim or dense.
         policy: A name that ``ovsprune schedule --list`` shows.
-        total_steps: Optimiser steps of the whole training; needed by policies that choose again.
+        total_steps: Optimiser steps of the whole training; required by policies that change their
+            choice.
         fraction: Fraction of the pool's layers that train, in [0, 1].
         count: Number of layers that train, instead of a fraction.
         every: Steps between two choices of a policy; by default a tenth of all steps.
@@ -94,15 +95,15 @@ def schedule(
     """
     chosen = POLICIES.get(policy)
     if total_steps is None:
-        if len(chosen.moments(2, 1)) > 1:
+        if len(chosen.decision_steps(2, 1)) > 1:
             raise OptionError(
-                f"the policy {policy} chooses again during a training, so it needs the number of "
+                f"the policy {policy} changes its choice during training; give the number of "
                 "steps: total_steps=..."
             )
         total_steps = 1
     every = checked(total_steps, fraction, count, every, rest)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    layers, knowing = find_pool(inner, target, pool)
+    layers, recognised = find_pool(inner, target, pool)
     followers = [name for layer in layers for name in layer.followers]
     others = dict.fromkeys(followers, rest == "train") if rest in ("train", "freeze") else {}
     if rest != "follow":
@@ -122,8 +123,8 @@ def schedule(
             weights or model, names, fit=fit, convolution=convolution, progress=progress
         ),
     )
-    if knowing is not None:
-        plan.on_release(knowing.enable_tower_grad(inner).detach)
+    if recognised is not None:
+        plan.on_release(recognised.enable_tower_grad(inner).detach)
     return plan
 
 
@@ -159,11 +160,11 @@ def find_pool(
     name = recognise(model, target)
     if name is None and target != "auto":
         raise TargetError(
-            f"{type(model).__name__} is no model of {TARGETS.get(target).framework}; name its own "
-            'target, or leave it to "auto"'
+            f"{type(model).__name__} is no model of {TARGETS.get(target).framework}; name another "
+            'target, or use "auto"'
         )
-    knowing = None if name is None else TARGETS.get(name)
-    known = None if knowing is None else knowing.tower_names(model)
+    recognised = None if name is None else TARGETS.get(name)
+    known = None if recognised is None else recognised.tower_names(model)
 
     def tower(name: str) -> bool:
         return known is None or name in known
@@ -171,13 +172,13 @@ def find_pool(
     if pool is not None:
         touched = matching(model, pool)
     else:
-        allowed = ("*",) if knowing is None else knowing.trainable
+        allowed = ("*",) if recognised is None else recognised.trainable
         touched = [
             name
             for name, _ in model.named_parameters()
             if tower(name) and any(fnmatchcase(name, pattern) for pattern in allowed)
         ]
-    return pool_of(model, {m.parameter for m in matrices(model)}, tower, touched), knowing
+    return pool_of(model, {m.parameter for m in matrices(model)}, tower, touched), recognised
 
 
 def layer_alphas(
@@ -238,13 +239,13 @@ def plan_tower(
     Raises:
         OptionError: There is no model, or a number is out of range.
         UnknownNameError: A name is unknown.
-        WeightsError: The weights cannot be had or do not fit.
+        WeightsError: The weights cannot be loaded or do not fit.
         ScheduleError: A pattern of the pool matches nothing.
     """
     from ovsprune.backbones import load_backbone
 
     if not model:
-        raise OptionError("--model is missing: name a model or a slim directory (or ask --list)")
+        raise OptionError("--model is missing: name a model or a slim directory (or use --list)")
     if batch_size < 1:
         raise OptionError(f"--batch-size {batch_size} must be 1 or more")
     start = time.perf_counter()
@@ -321,7 +322,7 @@ def _measured(
     passes = {name: training_step(tower, images, names) for name, names in trained.items()}
     times = alternate(passes, rounds=_ROUNDS, progress=progress, label="steps")
     rows = []
-    with progress.stage("peak memory, a fresh process each", len(trained)) as advance:
+    with progress.stage("peak memory, one process each", len(trained)) as advance:
         for name, names in trained.items():
             peak = peak_memory(model, shape[0], pretrained=pretrained, trained=names)
             rows.append(

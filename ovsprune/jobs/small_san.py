@@ -1,4 +1,4 @@
-"""The demo's last step: the slim tower in a small SAN, built from mmsegmentation's own config."""
+"""Last step of the demo: transfer into a small SAN built from mmsegmentation's config."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ def transfer_into_small_san(
     samples: Sequence[Sample],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Attach a slim tower to a SAN that carries its dense base, and compare their outputs.
+    """Attach a slim tower to a SAN with its dense base, and compare the outputs.
 
-    The SAN's side adapter is untrained, so its masks mean nothing; what counts is how little they
-    move. Its attention bias is scaled to a standard deviation of 1, or heads would not matter.
+    The SAN's side adapter is untrained, so only the change of its masks is meaningful. Its
+    attention bias is scaled to a standard deviation of 1; otherwise it would hardly affect the
+    outputs.
 
     Args:
-        dense: The base of ``slim``, a ViT.
-        slim: A slim checkpoint.
+        dense: Dense base of ``slim``, a ViT.
+        slim: Slim checkpoint.
         embeddings: Class embeddings [K, C].
         names: Names of the K classes.
-        samples: Pictures to compare on.
-        seed: Of the adapter's weights.
+        samples: Images to compare on.
+        seed: Seed of the adapter's weights.
 
     Returns:
         ``target, modules`` (replaced), ``params{before, after}``, ``cosine{masks, logits}`` and
-        ``agreement`` (share of pixels with the same class) of slim against dense SAN, ``detached``
-        (whether detaching gave the dense outputs back, bit for bit), ``seconds``; or ``skipped``,
-        with the reason, where mmsegmentation is not installed.
+        ``agreement`` (fraction of pixels with the same class) of slim against dense SAN,
+        ``detached`` (True if detaching restored the dense outputs bit for bit), ``seconds``; or
+        ``skipped`` with the reason if mmsegmentation is not installed.
     """
     from ovsprune.jobs.transfer import transfer
     from ovsprune.targets.mmseg_build import class_texts, put_tower, run_san, scale_bias
@@ -64,7 +65,7 @@ def transfer_into_small_san(
     attached = transfer(model, slim, "mmseg-san")
     after = run_san(model, images)
     attached.detach()
-    again = run_san(model, images)
+    restored = run_san(model, images)
     return {
         "target": attached.target,
         "weights": attached.weights,
@@ -72,7 +73,7 @@ def transfer_into_small_san(
         "params": {"before": attached.params_before, "after": attached.params_after},
         "cosine": {key: _cosine(before[key], after[key]) for key in ("masks", "logits")},
         "agreement": _agreement(before["segmentation"], after["segmentation"]),
-        "detached": all(torch.equal(before[key], again[key]) for key in before),
+        "detached": all(torch.equal(before[key], restored[key]) for key in before),
         "seconds": time.perf_counter() - start,
     }
 
@@ -91,7 +92,7 @@ def _build(dense: Backbone, names: Sequence[str], seed: int) -> Any:
 
 
 def _images(dense: Backbone, samples: Sequence[Sample]) -> Tensor:
-    """Pictures at twice the tower's size, because SAN halves them for CLIP."""
+    """Return images [B, 3, H, W] at twice the tower's size, because SAN halves them for CLIP."""
     images = torch.stack([prepare_image(sample.image, dense.preprocess) for sample in samples])
     return F.interpolate(images, scale_factor=2, mode="bilinear")
 

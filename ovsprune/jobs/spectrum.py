@@ -1,4 +1,4 @@
-"""spectrum: how heavy the tails of a tower's layers are."""
+"""Power-law fits of the spectra of a tower's layers."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def spectrum(
     """Measure the spectra of an image tower's layers, dense or slim.
 
     Args:
-        model: A model name or a slim directory.
-        pretrained: As of ``ovsprune prune``.
-        fit: Where the tail begins: ``"peak"``, ``"least-ks"`` or ``"hill"``.
+        model: Model name or slim directory.
+        pretrained: Weights, as for ``ovsprune prune``.
+        fit: Choice of the start of the tail: ``"peak"``, ``"least-ks"`` or ``"hill"``.
         convolution: ``"slices"`` or ``"unfolded"``.
-        layers: ``fnmatch`` patterns of the layers' names; all by default.
-        plot: A PNG to draw the spectra and the alphas into.
-        progress: Who hears about it.
+        layers: ``fnmatch`` patterns of layer names; by default all layers.
+        plot: PNG file for a plot of the spectra and alphas.
+        progress: Progress reporter.
 
     Returns:
         ``model, trained, fit, convolution, layers[{name, kind, shape, alpha, ks_distance, xmin,
@@ -46,11 +46,11 @@ def spectrum(
 
     Raises:
         UnknownNameError: A name is unknown.
-        WeightsError: The weights cannot be had or do not fit.
+        WeightsError: The weights cannot be loaded or do not fit.
         CheckpointError: A slim directory is damaged.
         OptionError: ``convolution`` is unknown, or a pattern matches no layer.
-        OutputError: The plot cannot be written there.
-        MissingLibraryError: A plot is asked and matplotlib is not installed.
+        OutputError: The plot cannot be written.
+        MissingLibraryError: A plot is requested and matplotlib is not installed.
     """
     from ovsprune.backbones import load_backbone
 
@@ -58,19 +58,19 @@ def spectrum(
     progress = progress or Silent()
     check_options(fit, convolution)
     if plot is not None:
-        check_picture(plot)
+        check_plot(plot)
     backbone = load_backbone(model, pretrained=pretrained)
-    found = matrices(backbone.tower)
+    selected = matrices(backbone.tower)
     for pattern in layers:
-        if not any(fnmatchcase(matrix.name, pattern) for matrix in found):
-            names = ", ".join(matrix.name for matrix in found[:3])
+        if not any(fnmatchcase(matrix.name, pattern) for matrix in selected):
+            names = ", ".join(matrix.name for matrix in selected[:3])
             raise OptionError(
-                f"--layer {pattern!r} matches none of the {len(found)} layers of {model}; the "
+                f"--layer {pattern!r} matches none of the {len(selected)} layers of {model}; the "
                 f"first are {names}"
             )
     if layers:
-        found = [m for m in found if any(fnmatchcase(m.name, pattern) for pattern in layers)]
-    measured = spectra(found, fit=fit, convolution=convolution, progress=progress)
+        selected = [m for m in selected if any(fnmatchcase(m.name, pattern) for pattern in layers)]
+    measured = spectra(selected, fit=fit, convolution=convolution, progress=progress)
     if plot is not None:
         from ovsprune.report.spectra import draw
 
@@ -80,29 +80,29 @@ def spectrum(
         "trained": backbone.trained,
         "fit": fit,
         "convolution": convolution,
-        "layers": [one.record() for one in measured],
-        "median_alpha": _median([one.alpha for one in measured]),
-        "kinds": _by_kind([(one.kind, one.alpha) for one in measured]),
+        "layers": [layer.record() for layer in measured],
+        "median_alpha": _median([layer.alpha for layer in measured]),
+        "kinds": _by_kind([(layer.kind, layer.alpha) for layer in measured]),
         "plot": None if plot is None else str(plot),
         "seconds": time.perf_counter() - start,
     }
 
 
-def check_picture(path: Path) -> None:
-    """Make sure that a picture can be drawn there; asked before the work.
+def check_plot(path: Path) -> None:
+    """Check that a plot can be written to ``path``, before the computation starts.
 
     Raises:
-        OutputError: It is no PNG's name, or there is no such directory.
+        OutputError: The name does not end in .png, or its directory does not exist.
         MissingLibraryError: matplotlib is not installed.
     """
     from ovsprune.report.figures import need_matplotlib
 
     need_matplotlib()
     if path.suffix.lower() != ".png":
-        raise OutputError(f"--plot {path}: the picture is a PNG; give a name that ends with .png")
+        raise OutputError(f"--plot {path}: plots are PNG files; give a name that ends in .png")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise OutputError(
-            f"--plot {path} is a directory, or its directory is not there; make it first"
+            f"--plot {path} is a directory, or its directory does not exist; create it first"
         )
 
 

@@ -1,8 +1,8 @@
-"""Latency as a budget: layer times by width, the prices made of them, and what it really takes.
+"""Latency budgets: measured layer times by width, and verification of the result.
 
-The time of a tower is taken as the sum of its parts: the stem and the head, and every block. What
-a group saves at a width is what its own block saves when that group alone is narrowed to it; what
-several groups of one block save is taken as the sum.
+The time of a tower is modelled as the sum of the times of stem, blocks and head. The time saved by
+narrowing a group is measured by narrowing this group alone in its block; the savings of several
+groups of a block are added.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from ovsprune.profiling.timing import Pass, alternate
 __all__ = ["LatencyModel", "compare_latency", "latency_budget"]
 
 BATCH = 1
-"""Pictures at a time: latency is what one picture waits."""
+"""Batch size: latency is the time for one image."""
 POINTS = 6
-"""Widths of a group at which its block is timed, beside the narrowest and the dense one."""
+"""Timed widths per group, besides the narrowest and the dense one."""
 ROUNDS = 20
-"""Alternating rounds of which the median is taken."""
+"""Alternating rounds; the median counts."""
 
-WHOLE = 1
-"""The width under which a piece without a width (the dense block, the rest) is listed."""
+FULL = 1
+"""Width key of pieces without a width (dense blocks, stem and head)."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatencyModel:
-    """The pieces of one tower, and how each is run.
+    """Timed pieces of one tower.
 
     Attributes:
-        rest: Piece of the stem and the head.
-        blocks: Block to its dense piece.
-        groups: Group to its piece, and the widths at which it is timed.
-        passes: (piece, width) to what builds the thing that is timed.
+        rest: Name of the piece of stem and head.
+        blocks: Block name to the name of its dense piece.
+        groups: Group name to the name of its piece, and the widths to time.
+        passes: (piece, width) to a function that builds the pass to time.
     """
 
     rest: str
@@ -60,48 +60,50 @@ class LatencyModel:
     def of(
         cls, tower: nn.Module, groups: Sequence[Group], family: Family, images: Tensor
     ) -> LatencyModel:
-        """The pieces of a rewritten tower, for ``images`` [B, 3, H, W]."""
+        """Collect the pieces of a rewritten tower, for ``images`` [B, 3, H, W]."""
         stages = family.stages(tower)
-        stream = stages.stem(images)
+        x = stages.stem(images)  # input of the next block
         passes: dict[tuple[str, int], Callable[[], Pass]] = {}
         blocks: dict[str, str] = {}
-        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        pieces: dict[str, tuple[str, tuple[int, ...]]] = {}
 
-        def narrowed(name: str, read: Tensor, widths: Mapping[str, int]) -> Callable[[], Pass]:
+        def narrowed(name: str, x: Tensor, widths: Mapping[str, int]) -> Callable[[], Pass]:
             def build() -> Pass:
                 block = _narrowed(tower, groups, family, widths).get_submodule(name)
-                return lambda: block(read)
+                return lambda: block(x)
 
             return build
 
         for name, block in stages.blocks.items():
-            shape = digest(f"{_described(block)} on {tuple(stream.shape)}")
+            shape = digest(f"{_described(block)} on {tuple(x.shape)}")
+            # Equal blocks share a piece, which is timed once.
             blocks[name] = f"block {shape}"
-            passes.setdefault((blocks[name], WHOLE), narrowed(name, stream, {}))
+            passes.setdefault((blocks[name], FULL), narrowed(name, x, {}))
             for group in (g for g in groups if g.block == name):
                 consumer = group.consumer.removeprefix(f"{name}.")
                 width = group.columns.shape[1]
                 piece = f"{group.kind} {group.units}x{width} before {consumer} in {shape}"
-                found[group.name] = piece, _grid(group)
-                for at in _grid(group):
-                    passes.setdefault((piece, at), narrowed(name, stream, {group.name: at}))
-            stream = block(stream)
+                pieces[group.name] = piece, _grid(group)
+                for units in _grid(group):
+                    passes.setdefault((piece, units), narrowed(name, x, {group.name: units}))
+            x = block(x)
         rest = f"rest {digest(f'{_described(tower)} on {tuple(images.shape)}')}"
-        last = stream
-        passes[rest, WHOLE] = lambda: lambda: (stages.stem(images), stages.head(last))
-        return cls(rest, blocks, found, passes)
+        last = x
+        passes[rest, FULL] = lambda: lambda: (stages.stem(images), stages.head(last))
+        return cls(rest=rest, blocks=blocks, groups=pieces, passes=passes)
 
     def budget(self, table: LatencyTable, groups: Sequence[Group], ratio: float) -> Budget:
-        """A budget in milliseconds whose prices are interpolated from ``table``."""
+        """Return a budget in milliseconds with prices interpolated from ``table``."""
         times = table.times
-        dense = times[self.rest][WHOLE] + sum(times[b][WHOLE] for b in self.blocks.values())
+        dense = times[self.rest][FULL] + sum(times[b][FULL] for b in self.blocks.values())
         tables = {}
         for group in groups:
             piece, widths = self.groups[group.name]
             known = {w: times[piece][w] for w in widths}
-            known[group.units] = times[self.blocks[group.block]][WHOLE]
+            known[group.units] = times[self.blocks[group.block]][FULL]
             values = np.interp(np.arange(group.units + 1), list(known), list(known.values()))
-            # A narrower block that is slower saves nothing. The dense time is left as it is.
+            # A narrower block that measures slower saves nothing: take the running minimum from the
+            # dense width down, which keeps the dense time.
             values = np.minimum.accumulate(values[::-1])[::-1]
             tables[group.name] = tuple(float(v) for v in values - values[0])
         return Budget("latency", dense, dense * (1 - ratio), tables)
@@ -116,20 +118,20 @@ def latency_budget(
     file: str | Path | None,
     progress: Progress,
 ) -> Budget:
-    """The budget for a share of the predicted time, measuring what no table has yet.
+    """Return the budget for a ratio of the predicted time; measure missing layer times.
 
     Args:
-        tower: The rewritten dense tower.
-        groups: What may be cut.
-        family: Its family.
+        tower: Rewritten dense tower.
+        groups: Prunable groups.
+        family: Family of the tower.
         size: Input height and width in pixels.
-        ratio: Share of the time that goes.
-        file: The table; None for this machine's in the user's cache directory. A file that was
-            measured on another machine is read and never added to.
-        progress: Is told of the measuring.
+        ratio: Fraction of the time to remove.
+        file: Table of layer times; None for this machine's table in the user's cache directory. A
+            table of another machine is read, but never extended.
+        progress: Progress reporter.
 
     Raises:
-        DataError: ``file`` is no table, or is another machine's and lacks a piece of this tower.
+        DataError: ``file`` is no table, or is from another machine and lacks a piece.
         OutputError: ``file`` cannot be written.
     """
     weight = next(tower.parameters())
@@ -144,8 +146,8 @@ def latency_budget(
         if table.machine != here:
             raise DataError(
                 f"{path} has no time for {missing[0][0]!r} at width {missing[0][1]} and was "
-                f"measured elsewhere ({_unlike(table.machine, here)}): add it there, by the same "
-                "command, or name another file"
+                f"measured on another machine ({_differences(table.machine, here)}). Run the same "
+                "command there to add it, or name another file"
             )
         measured = _measured({k: model.passes[k] for k in missing}, weight.device, progress)
         table = LatencyTable(here, _merged(table.times, measured))
@@ -161,10 +163,10 @@ def latency_budget(
 def compare_latency(
     dense: nn.Module, slim: nn.Module, size: tuple[int, int], progress: Progress
 ) -> dict[str, float]:
-    """Milliseconds that one picture takes, dense and slim in alternation, and the share saved.
+    """Measure the latency of one image, dense and slim in alternation.
 
     Returns:
-        ``dense_ms``, ``slim_ms`` (medians), and ``measured_ratio``: 1 less the median of slim /
+        ``dense_ms``, ``slim_ms`` (medians), and ``measured_ratio``: 1 minus the median of slim /
         dense over the rounds.
     """
     weight = next(slim.parameters())
@@ -186,27 +188,27 @@ def compare_latency(
 
 
 def _grid(group: Group) -> tuple[int, ...]:
-    """1, 0 if all may go, and :data:`POINTS` widths at most, evenly spaced and ascending."""
+    """Return the widths to time: 1, 0 if allowed, and up to :data:`POINTS` evenly spaced."""
     widths = {1, *(round(group.units * k / POINTS) for k in range(POINTS))}
     return tuple(sorted(w for w in widths if min(1, group.min_units) <= w < group.units))
 
 
 def _described(module: nn.Module) -> str:
-    """What decides how long a module takes; its representation does not say how many heads."""
-    found = [
+    """Describe what determines the time of a module: its repr and its numbers of heads."""
+    attributes = [
         (name, key, value)
         for name, part in module.named_modules()
         for key, value in sorted(vars(part).items())
         if isinstance(value, int | tuple) and ("head" in key or "dim" in key)
     ]
-    return f"{module!r} {found}"
+    return f"{module!r} {attributes}"
 
 
 def _narrowed(
     tower: nn.Module, groups: Sequence[Group], family: Family, widths: Mapping[str, int]
 ) -> nn.Module:
-    """The tower in its final form with some groups narrowed; weights are shared where they can."""
-    # Weights are never changed in place by a cut: the copy has the structure only.
+    """Return the finished tower with some groups narrowed; unchanged weights are shared."""
+    # The memo makes deepcopy reuse the tensors; `cut` replaces weights and never modifies them.
     memo: dict[int, Any] = {id(t): t for t in (*tower.parameters(), *tower.buffers())}
     shell = deepcopy(tower, memo)
     plan = Plan({g.name: torch.arange(widths.get(g.name, g.units)) for g in groups})
@@ -218,7 +220,7 @@ def _narrowed(
 def _measured(
     passes: Mapping[tuple[str, int], Callable[[], Pass]], device: torch.device, progress: Progress
 ) -> dict[tuple[str, int], float]:
-    """Median milliseconds of every piece at every width, all of them in alternation."""
+    """Measure the median milliseconds of every piece at every width, in alternation."""
     names = {f"{piece} at {width}": (piece, width) for piece, width in passes}
     times = alternate(
         {name: passes[key]() for name, key in names.items()},
@@ -227,20 +229,20 @@ def _measured(
         progress=progress,
         label="layer times",
     )
-    return {names[name]: round(1e3 * statistics.median(found), 6) for name, found in times.items()}
+    return {names[name]: round(1e3 * statistics.median(s), 6) for name, s in times.items()}
 
 
 def _merged(
     times: Mapping[str, Mapping[int, float]], more: Mapping[tuple[str, int], float]
 ) -> dict[str, Mapping[int, float]]:
-    merged = {piece: dict(found) for piece, found in times.items()}
+    merged = {piece: dict(by_width) for piece, by_width in times.items()}
     for (piece, width), value in more.items():
         merged.setdefault(piece, {})[width] = value
-    return {piece: dict(sorted(found.items())) for piece, found in merged.items()}
+    return {piece: dict(sorted(by_width.items())) for piece, by_width in merged.items()}
 
 
 def _read(path: Path, here: Mapping[str, Any], *, named: bool, progress: Progress) -> LatencyTable:
-    """The table in ``path``, or an empty one; a cached one that is damaged is measured again."""
+    """Read the table, or return an empty one; a damaged cached table is measured again."""
     if not path.exists():
         return LatencyTable(here)
     try:
@@ -251,10 +253,13 @@ def _read(path: Path, here: Mapping[str, Any], *, named: bool, progress: Progres
         progress.note(f"measured again: {error}")
         return LatencyTable(here)
     if table.machine != here:
-        progress.note(f"{path} was measured elsewhere: {_unlike(table.machine, here)}")
+        progress.note(
+            f"{path} was measured on another machine: {_differences(table.machine, here)}"
+        )
     return table
 
 
-def _unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """List the properties in which two machines differ."""
     keys = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
     return ", ".join(f"{k} {there.get(k)!r}, here {here.get(k)!r}" for k in keys)

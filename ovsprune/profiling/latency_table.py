@@ -1,4 +1,4 @@
-"""Layer times of one machine, in a JSON file."""
+"""Table of layer times of one machine, stored as JSON."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Times = Mapping[int, float]
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Times of pieces of towers.
+    """Times of the pieces of towers.
 
     Attributes:
-        machine: On what, and how, they were measured; see :func:`this_machine`.
+        machine: Conditions of the measurement; see :func:`this_machine`.
         times: Piece (its kind, and a digest of its shapes) to milliseconds by width.
     """
 
@@ -38,25 +38,25 @@ class LatencyTable:
 
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
-        """The table in ``path``.
+        """Read the table in ``path``.
 
         Raises:
-            DataError: It cannot be read, or is no table of layer times.
+            DataError: The file cannot be read, or is no table of layer times.
         """
         try:
             data = json.loads(path.read_text("utf-8"))
             if data["format"] != FORMAT:
-                raise ValueError(f"its format is {data['format']!r}, not {FORMAT}")
+                raise ValueError(f"format is {data['format']!r}, expected {FORMAT}")
             times = {piece: _times(entry) for piece, entry in data["times"].items()}
             return cls(dict(data["machine"]), times)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} is no table of layer times ({type(error).__name__}: {error}); delete it, "
-                "or name another file with --latency-table: it is measured where it is missing"
+                f"{path} is no table of layer times ({type(error).__name__}: {error}); delete it "
+                "to measure again, or name another file with --latency-table"
             ) from error
 
     def write(self, path: Path) -> None:
-        """Write the table to ``path``, complete or not at all.
+        """Write the table to ``path`` atomically.
 
         Raises:
             OutputError: The file cannot be written.
@@ -80,7 +80,7 @@ class LatencyTable:
 def this_machine(
     device: torch.device, dtype: torch.dtype, batch: int, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """What layer times depend on, apart from the layers' shapes."""
+    """Return the conditions that layer times depend on, besides the layers' shapes."""
     return {
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -93,14 +93,14 @@ def this_machine(
 
 
 def cache_path(machine: Mapping[str, Any]) -> Path:
-    """Where the user's cache directory has the table of ``machine``."""
+    """Return the path of the table of ``machine`` in the user's cache directory."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = digest(json.dumps(machine, sort_keys=True))
     return Path(root) / "ovsprune" / "latency" / f"{name}.json"
 
 
 def digest(text: str) -> str:
-    """The first 12 hexadecimal digits of the text's SHA-256."""
+    """Return the first 12 hexadecimal digits of the text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -110,7 +110,7 @@ def _times(entry: Mapping[str, Any]) -> dict[int, float]:
         for width, value in zip(entry["widths"], entry["milliseconds"], strict=True)
     }
     if not times or not all(0 < value < float("inf") for value in times.values()):
-        raise ValueError("times are milliseconds above 0")
+        raise ValueError("times must be finite milliseconds above 0")
     return dict(sorted(times.items()))
 
 

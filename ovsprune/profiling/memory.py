@@ -1,9 +1,9 @@
-"""Run as a fresh process: the peak memory of one tower in one forward pass, as JSON on stdout.
+"""Peak memory of one tower, measured as the main module of a new process; prints JSON.
 
-It is the size of the tower's weights plus what the pass adds to the process. On Linux the kernel
-keeps a process's high-water mark of resident memory (``VmHWM``), which is set back just before the
-pass. Elsewhere the mark of ``resource`` is used, which also saw the loading and may hide part of
-the pass; without either there is no figure. On CUDA, PyTorch's allocator counts both.
+The result is the size of the weights plus the memory that the pass adds. On Linux the kernel's
+high-water mark of resident memory (``VmHWM``) is reset just before the pass. Elsewhere the mark of
+``resource`` is used, which includes loading and may hide part of the pass. On CUDA, PyTorch's
+allocator counts both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 def peak_memory(task: dict[str, Any]) -> int | None:
-    """Peak bytes of the model, batch size, device and dtype that ``task`` names."""
+    """Return the peak bytes for the model, batch size, device and dtype in ``task``."""
     import torch
 
     from ovsprune.backbones import load_backbone
@@ -35,11 +35,11 @@ def peak_memory(task: dict[str, Any]) -> int | None:
     )
     tower = backbone.tower.to(device, dtype).eval()
     size = backbone.preprocess.size
-    # Only the tower counts: the text side goes.
+    # Free the text tower, which does not count.
     del backbone
     gc.collect()
     images = torch.zeros(task["batch"], 3, *size, device=device, dtype=dtype)
-    # Weights may be mapped from their file: a page counts once it was read.
+    # Memory-mapped weights are not resident before they are read once.
     tensors = [*tower.parameters(), *tower.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     for tensor in tensors:
@@ -55,7 +55,7 @@ def peak_memory(task: dict[str, Any]) -> int | None:
     else:
         step = training_step(tower.train(), images, task["trained"])
         step()
-        step()  # with the optimiser's state, which the first one makes
+        step()  # the first step creates the optimiser's state
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     mark = high_water()
@@ -66,17 +66,17 @@ def _reset_mark() -> None:
     try:
         CLEAR.write_text("5")
     except OSError:
-        # Not permitted here; the mark then also holds what loading took.
+        # Not permitted: the mark then includes the memory used for loading.
         return
 
 
 def high_water() -> int | None:
-    """High-water mark of this process's resident memory in bytes; None where nothing tells it."""
+    """Return the high-water mark of resident memory in bytes, or None if unavailable."""
     return _status("VmHWM") or _rusage()
 
 
 def _resident() -> int | None:
-    """Resident memory in bytes, now; where that cannot be told, the high-water mark."""
+    """Return the resident memory in bytes, or the high-water mark if unavailable."""
     return _status("VmRSS") or _rusage()
 
 

@@ -1,4 +1,4 @@
-"""MACs of a framework's whole model, on inputs that its target or the user gives."""
+"""MACs of a framework's complete model on a given example input."""
 
 from __future__ import annotations
 
@@ -16,37 +16,39 @@ __all__ = ["describe", "whole_macs"]
 def whole_macs(
     model: nn.Module, example: Any, prepare: Callable[[nn.Module], None] = lambda copied: None
 ) -> int:
-    """MACs of ``model`` on ``example``, in evaluation mode; the model itself is never run.
+    """Count the MACs of ``model`` on ``example`` in evaluation mode, without running it.
 
-    Counted on meta tensors; where the framework reads values on its way, on a copy of the model.
+    A copy on meta tensors is run; if that fails (the framework reads values), a normal copy.
 
     Args:
-        model: The framework's model.
-        example: Its argument, a tuple of them, or a mapping of them by name.
-        prepare: Done to the copy, in place, before it is run.
+        model: Model of a framework.
+        example: Argument of the model, a tuple of arguments, or a mapping by name.
+        prepare: Modifies the copy in place before it is run.
 
     Raises:
-        OptionError: The model cannot be run on it.
+        OptionError: The model cannot be run on the example.
     """
     try:
-        from ovsprune.graph.copies import copied
+        from ovsprune.graph.copies import copy_model
         from ovsprune.graph.costs import on_meta
     except ImportError as error:
-        raise OptionError(f"this torch has no FLOP counter ({error}); 2.1 or later has") from None
+        raise OptionError(
+            f"torch has no FLOP counter ({error}); install torch 2.1 or later"
+        ) from None
     try:
         shell = on_meta(model)
         prepare(shell)
         return _counted(shell, example, lambda t: t.to("meta"))
-    except Exception:  # a framework may do anything with its input; the copy below is the test
+    except Exception:  # frameworks fail on meta tensors in many ways; try a real copy
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        same = copied(model).eval()
-        prepare(same)
-        return _counted(same, example, lambda t: t.to(device))
+        copy = copy_model(model).eval()
+        prepare(copy)
+        return _counted(copy, example, lambda t: t.to(device))
     except Exception as error:
         raise OptionError(
             f"{type(model).__name__} cannot be run on the example ({describe(example)}): "
-            f"{type(error).__name__}: {error}; give what its forward takes (example=...)"
+            f"{type(error).__name__}: {error}; give the arguments of its forward (example=...)"
         ) from error
 
 
@@ -63,14 +65,14 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return move(value)
     if isinstance(value, Mapping):
-        return {key: _moved(item, move) for key, item in value.items()}
+        return {key: _moved(inner, move) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, move) for item in value)
+        return type(value)(_moved(inner, move) for inner in value)
     return value
 
 
 def describe(example: Any) -> str:
-    """Shapes of the tensors in an example, for people.
+    """Describe the shapes of the tensors in an example.
 
     Example:
         >>> describe({"images": torch.zeros(1, 3, 8, 8), "mode": "tensor"})

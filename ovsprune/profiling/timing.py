@@ -1,4 +1,4 @@
-"""Measuring on this machine: latency in alternating passes, peak memory in a fresh process."""
+"""Latency in alternating passes, and peak memory in a new process."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ Pass = Callable[[], Any]
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and the dtype of those names.
+    """Return the device and the dtype with these names.
 
     Raises:
-        OptionError: There is no such dtype, or no such device on this machine.
+        OptionError: The dtype is unknown, or the device is not available.
     """
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        torch_device = torch.device(device)
+        torch.empty(1, device=torch_device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise OptionError(
-            f"--device {device!r} cannot be used here ({reason}); 'cpu' always can"
+            f"--device {device!r} cannot be used here ({reason}); 'cpu' is always available"
         ) from error
-    return found, DTYPES[dtype]
+    return torch_device, DTYPES[dtype]
 
 
 @contextmanager
 def thread_limit(threads: int | None) -> Iterator[int]:
-    """Use ``threads`` CPU threads in the block (None: as it is); yields how many are used.
+    """Use ``threads`` CPU threads in the block (None: unchanged); yield the number in use.
 
     Raises:
         OptionError: ``threads`` is less than 1.
@@ -79,24 +79,24 @@ def alternate(
     progress: Progress | None = None,
     label: str = "latency",
 ) -> dict[str, list[float]]:
-    """Time several things in turn, so that a busy machine is busy for all of them.
+    """Time several passes in alternation, so that load on the machine affects all equally.
 
     Args:
-        passes: Name to what is timed.
-        rounds: How often each is timed; one round times each once.
-        warmup: Rounds that are not counted.
-        device: Synchronised before a clock is read, where it is asynchronous.
-        progress: Told of each round.
+        passes: Name to the function to time.
+        rounds: Rounds; each round times each pass once.
+        warmup: Rounds that do not count.
+        device: Device to synchronise before the clock is read.
+        progress: Progress reporter.
         label: Name of the stage.
 
     Returns:
-        Name to ``rounds`` times in seconds; the entries of one place belong to one round.
+        Name to ``rounds`` times in seconds; entries of equal index belong to one round.
     """
     times: dict[str, list[float]] = {name: [] for name in passes}
     names = list(passes)
     with (progress or Silent()).stage(label, rounds + warmup) as advance, torch.inference_mode():
         for number in range(rounds + warmup):
-            # Each goes first as often as any other: what a pass leaves in the caches is shared.
+            # Rotate the order, because a pass is affected by the caches that the last one left.
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 _synchronise(device)
@@ -110,7 +110,7 @@ def alternate(
 
 
 def paired_speedup(dense: Sequence[float], slim: Sequence[float]) -> float:
-    """Median over the rounds of dense time / slim time."""
+    """Return the median over the rounds of dense time / slim time."""
     return statistics.median(a / b for a, b in zip(dense, slim, strict=True))
 
 
@@ -130,16 +130,14 @@ def peak_memory(
     threads: int | None = None,
     trained: Sequence[str] | None = None,
 ) -> int | None:
-    """Most memory in bytes that a tower holds in one forward pass: weights and activations.
+    """Measure the peak memory in bytes of a forward pass: weights and activations.
 
-    With ``trained``, names of parameters, it is that of training steps of AdamW which train those:
-    gradients and the optimiser's state count, too.
-
-    Measured by :mod:`ovsprune.profiling.memory` in a fresh process, so that nothing that ran before
-    counts. On a CUDA device it is the most that PyTorch's allocator held.
+    With ``trained`` (names of parameters), training steps of AdamW on these parameters are measured
+    instead, including gradients and the optimiser's state. The measurement runs in a new process
+    (:mod:`ovsprune.profiling.memory`). On CUDA it is the peak of PyTorch's allocator.
 
     Returns:
-        Bytes, or None where the system does not tell.
+        Bytes, or None if the system does not report them.
 
     Raises:
         WeightsError: The process failed, although the model loaded here.
@@ -149,7 +147,7 @@ def peak_memory(
         "device": device, "dtype": dtype, "threads": threads,
         "trained": None if trained is None else list(trained),
     }  # fmt: skip
-    # glibc keeps what is freed below a threshold that it moves; a fixed one gives memory back.
+    # glibc raises its mmap threshold and then keeps freed memory; a fixed one returns it.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "ovsprune.profiling.memory"]
     done = subprocess.run(

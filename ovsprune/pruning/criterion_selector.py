@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.shared import Shared
+from ovsprune.allocation.shared import SharedCostAllocator
 from ovsprune.allocation.tied import tied_widths
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.statistics import (
@@ -82,7 +82,7 @@ class CriterionSelector:
             spectra=spectra,
             comparable=getattr(self.criterion, "comparable", False),
         )
-        allocator = Shared(self.allocator)
+        allocator = SharedCostAllocator(self.allocator)
         tied = self.config.uniform_heads
         widths = tied_widths(allocator, allocation) if tied else allocator.widths(allocation)
         # orders lists the units from the least to the most important: the last `width` stay.
@@ -115,7 +115,7 @@ class CriterionSelector:
             return self._measure(ctx, probe)
         path = Path(self.config.statistics)
         if not path.is_file():
-            statistics_file(path).check_place()
+            statistics_file(path).check_writable()
         origin = self._origin(ctx, probe)
         if path.exists():
             stored = read_statistics(path, origin)

@@ -1,4 +1,4 @@
-"""Recoveries: how a cut tower is repaired. One file each.
+"""Recoveries: repair a cut tower in place. One file per recovery.
 
 See :class:`ovsprune.core.protocols.Recovery`.
 """

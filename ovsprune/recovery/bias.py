@@ -1,4 +1,4 @@
-"""Bias: the mean of what the cut units gave goes into the consumer's bias."""
+"""Bias compensation: add the mean contribution of the cut units to the consumer's bias."""
 
 from __future__ import annotations
 
@@ -8,42 +8,43 @@ from torch import Tensor
 from ovsprune.calibration.refit import row_weights
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import bias_of
-from ovsprune.graph.rows import given_rows
+from ovsprune.graph.rows import output_rows
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.dense import consumers_of
+from ovsprune.recovery.dense import consumer_batches
 
 __all__ = ["Bias"]
 
 
 @RECOVERIES.register("bias")
 class Bias:
-    """The mean of what the cut units gave goes into the consumer's bias, as in FLAP."""
+    """Add the mean contribution of the cut units to the consumer's bias, as in FLAP."""
 
     trains = False
     after: str | None = None
 
     @torch.no_grad()
     def recover(self, ctx: RecoveryContext) -> None:
-        """Add ``W_cut E[a_cut]`` to each bias (An et al., FLAP, AAAI 2024).
+        """Add ``W_cut E[x_cut]`` to each bias (An et al., FLAP, AAAI 2024).
 
-        The mean is that of the dense consumer's output less the slim consumer's on the dense kept
-        activations, which is the same for a tower that was only cut, and what is still missing for
-        one that was repaired before. Rows are weighted as in ``closed-form``. A consumer without a
-        bias is left as it is, and the progress is told.
+        The mean is computed as the output of the dense consumer minus the output of the slim
+        consumer on the kept dense activations. For a tower that was only cut, both definitions are
+        equal. For a tower that was repaired before, the difference is the part that is still
+        missing. Rows are weighted as in ``closed-form``. A consumer without a bias is not changed,
+        and a note reports it.
         """
         sums: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
-        for seen in consumers_of(ctx, "bias compensation"):
-            name = seen.site.consumer
+        for batch in consumer_batches(ctx, "bias compensation"):
+            name = batch.target.consumer
             layer = ctx.slim.get_submodule(name)
-            residual = seen.output - given_rows(layer, layer(seen.kept))
-            weight = row_weights(seen.target, seen.median)
-            total = (residual * weight[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
+            e = batch.output - output_rows(layer, layer(batch.kept_input))  # [b, ..., m]
+            w = row_weights(batch.reference, batch.median)  # [b, ...]
+            total = (e * w[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)  # [m]
             sums[name] = sums[name] + total if name in sums else total
-            weights[name] = weights.get(name, 0.0) + float(weight.sum(dtype=torch.float64))
+            weights[name] = weights.get(name, 0.0) + float(w.sum(dtype=torch.float64))
         for name, total in sums.items():
             bias = bias_of(ctx.slim.get_submodule(name))
             if bias is None:
-                ctx.progress.note(f"{name} has no bias: nothing makes up for what was cut there")
+                ctx.progress.note(f"{name} has no bias, so the cut units are not compensated there")
             else:
                 bias.copy_((bias.double() + total / weights[name]).to(bias))

@@ -1,4 +1,4 @@
-"""Closed form: every consumer re-fitted by ridge regression, block after block, no gradient."""
+"""Closed form: refit producers and consumers by ridge regression, block by block, no gradient."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.pair import pairs
-from ovsprune.recovery.refit_targets import sites
+from ovsprune.recovery.pair import block_pairs
+from ovsprune.recovery.refit_targets import find_refit_targets
 
 __all__ = ["ClosedForm"]
 
@@ -21,17 +21,16 @@ class ClosedForm:
 
     @torch.no_grad()
     def recover(self, ctx: RecoveryContext) -> None:
-        """Refit in the order of the blocks, the consumers of a block in the order of its groups.
+        """Refit in the order of the blocks, and in a block in the order of its groups.
 
-        First the layers that make a group's units are refitted, from what they read in the slim
-        tower to what the kept units are in the dense tower; then the layer that reads the units,
-        towards the dense residual stream (:class:`ovsprune.recovery.pair.Pair`). Each time the
-        residual is regressed on the slim activations with the present weight as the prior, rows
-        weighted and the result checked on held-out pictures
-        (:class:`ovsprune.calibration.refit.Refit`); if nothing was cut it is zero, and so is the
-        correction.
+        For each group, first the producers are refitted, from their inputs in the slim tower to the
+        kept units of the dense tower. Then the consumer is refitted towards the dense residual
+        stream (:class:`ovsprune.recovery.pair.BlockPair`). Each refit regresses the residual on the
+        slim activations, with the present weight as the prior mean, weighted rows, and validation
+        on held-out images (:class:`ovsprune.calibration.refit.Refit`). If nothing was cut, the
+        residual is zero, and so is the correction.
         """
-        for pair in pairs(ctx, "closed-form refit"):
-            for site in sites(ctx, pair.name):
-                pair.refit_producers(site)
-                pair.refit_consumer(site)
+        for pair in block_pairs(ctx, "closed-form refit"):
+            for target in find_refit_targets(ctx, pair.name):
+                pair.refit_producers(target)
+                pair.refit_consumer(target)

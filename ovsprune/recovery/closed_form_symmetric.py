@@ -1,46 +1,46 @@
-"""Closed form, symmetric: every consumer refitted to itself, inside the dense tower."""
+"""Symmetric closed form: refit every consumer to its own dense output, inside the dense tower."""
 
 from __future__ import annotations
 
 import torch
 
-from ovsprune.calibration.refit import Refit, held_out, row_weights
+from ovsprune.calibration.refit import Refit, held_out_mask, row_weights
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.graph.rows import given_rows, read_rows
+from ovsprune.graph.rows import input_rows, output_rows
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.dense import consumers_of
+from ovsprune.recovery.dense import consumer_batches
 
 __all__ = ["ClosedFormSymmetric"]
 
 
 @RECOVERIES.register("closed-form-symmetric")
 class ClosedFormSymmetric:
-    """Ridge refit from the dense model's kept activations to the dense consumer's own output."""
+    """Ridge refit from the kept dense activations to the dense consumer's own output."""
 
     trains = False
     after: str | None = None
 
     @torch.no_grad()
     def recover(self, ctx: RecoveryContext) -> None:
-        """Refit every consumer on its own: ``min E|W a + b - (W' a_kept + b')|^2``.
+        """Refit every consumer separately: ``min E|W x + b - (W' x_kept + b')|^2``.
 
-        ``a`` is what the dense consumer reads and ``a_kept`` its kept columns, so inputs and goal
-        come from one tower, as in He, Zhang and Sun (ICCV 2017). The prior is
-        the slim consumer's present weight; rows are weighted and the result is checked on held-out
-        pictures as in ``closed-form``. What the blocks before do wrong is not seen.
+        x is the input of the dense consumer and x_kept its kept columns, so inputs and reference
+        come from the same tower, as in He, Zhang and Sun (ICCV 2017). The prior mean is the slim
+        consumer's present weight. Rows are weighted and the result is validated on held-out images
+        as in ``closed-form``. Errors of the blocks before are not corrected.
         """
         refits: dict[str, Refit] = {}
         block = None
-        held = held_out(len(ctx.pictures))
-        for seen in consumers_of(ctx, "symmetric closed-form refit"):
-            if seen.block != block:
-                _apply(refits)  # The moments of one block at a time are held.
-                block = seen.block
-            layer = ctx.slim.get_submodule(seen.site.consumer)
-            refit = refits.setdefault(seen.site.consumer, Refit(layer, held, ctx.ridge))
-            residual = seen.output - given_rows(layer, layer(seen.kept))
-            read = read_rows(layer, seen.kept)
-            refit.update(seen.part, read, residual, row_weights(seen.target, seen.median))
+        held_out = held_out_mask(len(ctx.pictures))
+        for batch in consumer_batches(ctx, "symmetric closed-form refit"):
+            if batch.block != block:
+                _apply(refits)  # Only the moments of one block are in memory at a time.
+                block = batch.block
+            layer = ctx.slim.get_submodule(batch.target.consumer)
+            refit = refits.setdefault(batch.target.consumer, Refit(layer, held_out, ctx.ridge))
+            e = batch.output - output_rows(layer, layer(batch.kept_input))  # [b, ..., m]
+            x = input_rows(layer, batch.kept_input)  # [b, ..., n]
+            refit.update(batch.part, x, e, row_weights(batch.reference, batch.median))
         _apply(refits)
 
 

@@ -1,4 +1,8 @@
-"""Gauss-Newton: closed form, and what makes the units refitted through what reads them."""
+"""Gauss-Newton recovery: closed form, and linearised least squares for the producers.
+
+Letters: Jacobian J of the consumer's output with respect to the producers' parameters, change D of
+these parameters, residual r [images, ..., m], row weights w [images, ...].
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,35 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from ovsprune.calibration.activation_cache import Stream, allocate
+from ovsprune.calibration.activation_cache import ActivationCache, allocate
 from ovsprune.calibration.linearised import (
-    Metric,
+    InputPreconditioner,
     Segment,
     Tensors,
-    added,
+    add_scaled,
     conjugate_gradients,
 )
-from ovsprune.calibration.refit import capped, median_of
+from ovsprune.calibration.refit import capped_weights, positive_median
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import weight_of
-from ovsprune.graph.rows import from_rows, read_rows
+from ovsprune.graph.rows import input_rows, output_from_rows
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.pair import Pair, pairs
-from ovsprune.recovery.refit_targets import RefitTarget, sites
+from ovsprune.recovery.pair import BlockPair, block_pairs
+from ovsprune.recovery.refit_targets import RefitTarget, find_refit_targets
 
 __all__ = ["GaussNewton"]
 
 ROUNDS = 2
-"""How often, for each layer that reads units, what makes them and then it is refitted."""
+"""Maximum number of alternations between producers and consumer, per consumer."""
 PRODUCTS = 3
-"""Products with the normal matrix, each time."""
-PICTURES = 128
-"""Products are taken over about as many pictures: the curvature needs fewer than the residual does
-(subsampled Newton, Byrd et al. 2011)."""
+"""Number of conjugate gradient steps, that is of products with the normal matrix, per round."""
+CURVATURE_IMAGES = 128
+"""Approximate number of images for products with the normal matrix.
+
+The curvature needs fewer images than the residual (subsampled Newton, Byrd et al. 2011).
+"""
 STEPS = (1.0, 0.5)
-"""Shares of the solution that are tried on held-out pictures: it holds to first order only."""
+"""Step lengths to try on held-out images: the linearisation only holds to first order."""
 
 
 @RECOVERIES.register("gauss-newton")
@@ -46,130 +52,153 @@ class GaussNewton:
 
     @torch.no_grad()
     def recover(self, ctx: RecoveryContext) -> None:
-        """Refit as ``closed-form`` does; then what makes the units, and again what reads them.
+        """Refit as ``closed-form`` does, then alternate between producers and consumer.
 
-        ``closed-form`` makes the kept units what they were in the dense tower. But what the cut
-        units did can be done in part by the kept ones, if they change: what the consumer could not
-        explain of the residual is explained by a change of the producers, linearised
-        (:mod:`ovsprune.calibration.linearised`). How much of it is taken is decided on held-out
-        pictures: nothing, if it does harm.
+        ``closed-form`` restores the kept units of the dense tower. However, the kept units can take
+        over part of the function of the removed ones if the producers change. Therefore the
+        residual that the consumer could not explain is explained by a change of the producers, by
+        linearised least squares (:mod:`ovsprune.calibration.linearised`). The step length is
+        selected on held-out images; it is zero if the change increases the error.
         """
-        for pair in pairs(ctx, "Gauss-Newton refit"):
-            for site in sites(ctx, pair.name):
-                pair.refit_producers(site)
-                pair.refit_consumer(site)
-                for _ in range(ROUNDS if site.makers else 0):
-                    if not _Refinement(pair, site).run():
+        for pair in block_pairs(ctx, "Gauss-Newton refit"):
+            for target in find_refit_targets(ctx, pair.name):
+                pair.refit_producers(target)
+                pair.refit_consumer(target)
+                for _ in range(ROUNDS if target.direct_producers else 0):
+                    if not _ProducerStep(pair, target).run():
                         break
-                    pair.refit_consumer(site)
+                    pair.refit_consumer(target)
 
 
-class _Refinement:
-    """A change of the layers that make units, towards what their consumer lacks.
+class _ProducerStep:
+    """One Gauss-Newton step of the producers towards the residual of their consumer.
 
-    Gates stay: they act at all positions of a picture at once, so that they and what makes the
-    units at each position are of other scales, which the few products do not bring together.
+    Gating layers stay fixed. A gate acts on all positions of an image at once, so its curvature has
+    a different scale from that of the other producers, and three steps of conjugate gradients are
+    too few to resolve both.
 
     Args:
-        pair: The block.
-        site: The layer that reads the units.
+        pair: Pair of blocks.
+        target: Refit target of the consumer.
     """
 
-    def __init__(self, pair: Pair, site: RefitTarget) -> None:
-        self.pair, self.site = pair, site
-        self.layer = pair.item.slim.get_submodule(site.consumer)
+    def __init__(self, pair: BlockPair, target: RefitTarget) -> None:
+        self.pair, self.target = pair, target
+        self.layer = pair.ctx.slim.get_submodule(target.consumer)
         self.segment = Segment(
-            pair.slim, [pair.inside(name) for name in site.makers], pair.inside(site.consumer)
+            pair.slim,
+            [pair.local_name(name) for name in target.direct_producers],
+            pair.local_name(target.consumer),
         )
-        self.weights: list[Tensor] = []
-        self.share = torch.ones(())
+        self.weights: list[Tensor] = []  # w [b, ...] of each batch, 0 for held-out images
+        self.channel_weights = torch.ones(())  # [m], limits massive output channels
 
     def run(self) -> bool:
-        """Change the layers in place; whether anything was changed."""
-        residuals, metric = self._look()
+        """Change the producers in place; return True if anything was changed."""
+        residuals, preconditioner = self._collect()
         change = conjugate_gradients(
-            self._normal, self._target(residuals), metric.precondition, PRODUCTS
+            self._normal_product, self._right_side(residuals), preconditioner.precondition, PRODUCTS
         )
-        return self._take(change)
+        return self._line_search(change)
 
-    def _look(self) -> tuple[Stream, Metric]:
-        """The residuals, rows [pictures, ..., m], and the metric of what the producers read."""
-        find, makers = self.pair.item.slim.get_submodule, tuple(self.site.makers)
-        metric = Metric(self.pair.item.ridge)
-        found: Stream | None = None
+    def _collect(self) -> tuple[ActivationCache, InputPreconditioner]:
+        """Return the residuals [images, ..., m] and the preconditioner, in one pass.
+
+        Also stores the row weights and the channel weights.
+        """
+        layer_of, producers = self.pair.ctx.slim.get_submodule, tuple(self.target.direct_producers)
+        preconditioner = InputPreconditioner(self.pair.ctx.ridge)
+        residuals: ActivationCache | None = None
         power = torch.zeros((), dtype=torch.float64)
-        for part, weight, residual, seen in self.pair.compared(self.site, makers):
-            if found is None:
-                found = Stream(allocate((len(self.pair.held), *residual.shape[1:])))
-            found[part] = residual.cpu()
-            power = power + _power(weight, residual)
-            # What is held out has no weight.
-            fitted = (~self.pair.held[part]).to(weight)
-            weight = weight * fitted.view(-1, *[1] * (weight.ndim - 1))
+        for part, weight, residual, captured in self.pair.residuals(self.target, producers):
+            if residuals is None:
+                shape = (len(self.pair.held_out), *residual.shape[1:])  # [images, ..., m]
+                residuals = ActivationCache(allocate(shape))
+            residuals[part] = residual.cpu()
+            power = power + _power(weight, residual)  # [m]
+            # Held-out images get weight 0: they are not fitted.
+            fitted = (~self.pair.held_out[part]).to(weight)  # [b]
+            weight = weight * fitted.view(-1, *[1] * (weight.ndim - 1))  # [b, ...]
             self.weights.append(weight.cpu())
-            metric.update(
+            preconditioner.update(
                 {
-                    self.pair.inside(name): read_rows(find(name), seen[name, "input"])
-                    for name in makers
+                    self.pair.local_name(name): input_rows(layer_of(name), captured[name, "input"])
+                    for name in producers
                 },
-                # There may be other positions in between: a picture's mean stands for them all.
-                weight.flatten(1).mean(1),
+                # The producers may have other positions than the consumer (strides, pooling), so
+                # each image gets the mean weight of its rows.
+                weight.flatten(1).mean(1),  # [b]
             )
-        assert found is not None
-        self.share = capped(power, median_of(power))  # A massive output counts as one, too.
-        return found, metric
+        assert residuals is not None
+        self.channel_weights = capped_weights(power, positive_median(power))  # [m]
+        return residuals, preconditioner
 
-    def _target(self, residuals: Stream) -> Tensors:
-        """What the residuals say of each parameter."""
+    def _right_side(self, residuals: ActivationCache) -> Tensors:
+        """Return ``J^T w r``, summed over batches."""
         parts = (
-            self.segment.transposed(stream, self._weighted(weight, residuals[part].to(stream)))
+            self.segment.transposed_product(
+                stream, self._weighted(weight, residuals[part].to(stream))
+            )
             for part, stream, weight in self._batches()
         )
-        return reduce(added, parts)
+        return reduce(add_scaled, parts)
 
-    def _normal(self, change: Tensors) -> Tensors:
-        """What a change explains of itself."""
-        every = max(1, len(self.pair.held) // PICTURES)
+    def _normal_product(self, change: Tensors) -> Tensors:
+        """Return ``J^T w J D``, estimated from a subset of the batches."""
+        every = max(1, len(self.pair.held_out) // CURVATURE_IMAGES)
         totals = [float(weight.sum()) for weight in self.weights]
+        # Scale the sum over the subset up to the total weight of all batches.
         scale = sum(totals) / sum(totals[::every])
         parts = (
-            self.segment.normal(stream, self._weighted(scale * weight), change)
+            self.segment.normal_product(stream, self._weighted(scale * weight), change)
             for _, stream, weight in self._batches(every)
         )
-        return reduce(added, parts)
+        return reduce(add_scaled, parts)
 
     def _batches(self, every: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which pictures, the stream before the block, and the weights of the rows behind it."""
-        device, size = weight_of(self.layer).device, self.pair.size
+        """Yield indices of images, the input of the slim block [b, ...], and the weights [b, ...].
+
+        Args:
+            every: Use every n-th batch only.
+        """
+        # Batches have the size of those in _collect(), to which self.weights belong.
+        device, size = weight_of(self.layer).device, self.pair.batch_size
         for number in range(0, len(self.weights), every):
             weight = self.weights[number]
             part = slice(number * size, number * size + len(weight))
-            yield part, self.pair.slim_stream[part].to(device), weight.to(device)
+            yield part, self.pair.slim_cache[part].to(device), weight.to(device)
 
     def _weighted(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Weights [b, ...], times rows [b, ..., m] if given, laid out as what the layer gives."""
-        scale = weight.unsqueeze(-1) * self.share.to(weight)
-        return from_rows(self.layer, scale if rows is None else scale * rows)
+        """Return weights, or weights times rows, in the layout of the consumer's output.
 
-    def _take(self, change: Tensors) -> bool:
-        """Take the share of a change that is best on held-out pictures; whether it is any."""
-        best, least = 0.0, self._error()
+        Args:
+            weight: w [b, ...].
+            rows: [b, ..., m]; ones by default.
+        """
+        scale = weight.unsqueeze(-1) * self.channel_weights.to(weight)  # [b, ..., m]
+        return output_from_rows(self.layer, scale if rows is None else scale * rows)
+
+    def _line_search(self, change: Tensors) -> bool:
+        """Set the step length with the least held-out error; return True if it is not zero."""
+        # A step of 0 is the first candidate, so the error cannot increase.
+        best, least = 0.0, self._held_out_error()
         for step in STEPS:
-            self.segment.put(change, step)
-            error = self._error()
+            self.segment.set_parameters(change, step)
+            error = self._held_out_error()
             if error < least:
                 best, least = step, error
-        self.segment.put(change, best)
+        self.segment.set_parameters(change, best)
         return best > 0
 
-    def _error(self) -> float:
-        held = self.pair.held
-        which = (held if held.any() else ~held).nonzero().flatten()
-        found = self.pair.compared(self.site, which=which)
-        return float(sum((_power(w, e) * self.share).sum() for _, w, e, _ in found))
+    def _held_out_error(self) -> float:
+        # A single image is both fitted and used for validation.
+        held_out = self.pair.held_out
+        images = (held_out if held_out.any() else ~held_out).nonzero().flatten()
+        batches = self.pair.residuals(self.target, images=images)
+        return float(sum((_power(w, r) * self.channel_weights).sum() for _, w, r, _ in batches))
 
 
 def _power(weight: Tensor, residual: Tensor) -> Tensor:
-    """Weighted sum of squares of rows [b, ..., m], float64 [m]."""
+    """Return the weighted sum of squares of rows [b, ..., m], float64 [m]."""
     squares = weight.unsqueeze(-1) * residual.square()
     return squares.flatten(0, -2).sum(0, dtype=torch.float64).cpu()

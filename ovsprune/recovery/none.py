@@ -1,4 +1,4 @@
-"""No recovery: the cut tower as it is."""
+"""No recovery: leave the cut tower unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Nothing"]
 
 @RECOVERIES.register("none")
 class Nothing:
-    """Leave the cut tower as it is."""
+    """Leave the cut tower unchanged."""
 
     trains = False
     after: str | None = None

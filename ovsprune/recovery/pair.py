@@ -1,4 +1,11 @@
-"""One block of both towers, over the streams of both: what block-wise refits work on."""
+"""Corresponding blocks of the dense and the slim tower, and the refits of their layers.
+
+Both towers run in parallel, block by block, each with an activation cache of its own. The slim
+cache contains the error of all blocks before (llm-compressor: "propagate error"), so each refit
+also compensates for the blocks before it.
+
+Letters: inputs x [b, ..., n] of a layer, residuals e [b, ..., m], row weights w [b, ...].
+"""
 
 from __future__ import annotations
 
@@ -8,68 +15,83 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import Capture, Stream, allocate, run_stem, walk
-from ovsprune.calibration.refit import Refit, held_out, row_weights
+from ovsprune.calibration.activation_cache import (
+    ActivationCache,
+    Capture,
+    allocate,
+    run_block,
+    run_stem,
+)
+from ovsprune.calibration.refit import Refit, held_out_mask, row_weights
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.graph.rows import given_rows, read_rows
-from ovsprune.recovery.refit_targets import RefitTarget, median_norm, median_norms, sites
+from ovsprune.graph.rows import input_rows, output_rows
+from ovsprune.recovery.refit_targets import (
+    RefitTarget,
+    find_refit_targets,
+    median_norm,
+    median_norms,
+)
 
-__all__ = ["Pair", "pairs"]
+__all__ = ["BlockPair", "block_pairs"]
 
 
 @torch.no_grad()
-def pairs(ctx: RecoveryContext, description: str) -> Iterator[Pair]:
-    """Every block from the first that differs, in order; the streams advance as blocks are taken.
+def block_pairs(ctx: RecoveryContext, description: str) -> Iterator[BlockPair]:
+    """Yield the pairs of blocks in order, from the first block that differs.
 
-    Two streams go through the towers side by side, the dense one and the slim one.
+    The consumer of the iterator may change the slim block. The slim cache then advances with the
+    changed block.
 
     Args:
-        ctx: The recovery's context.
-        description: Of the stage that the progress shows.
+        ctx: Context of the recovery.
+        description: Name of the stage in the progress display.
     """
     dense, slim = ctx.stages(ctx.dense), ctx.stages(ctx.slim)
+    # One step of progress for the stem, and one per block.
     with ctx.progress.stage(description, len(dense.blocks) + 1) as advance:
-        dense_stream = run_stem(dense, ctx.pictures, ctx.batch_size)
-        drifted = False
-        slim_stream = dense_stream.copy()
+        dense_cache = run_stem(dense, ctx.pictures, ctx.batch_size)
+        differs = False
+        # Nothing is cut before the first block, so both towers have the same stem.
+        slim_cache = dense_cache.copy()  # [images, ...]
         advance(1)
         for name, block in dense.blocks.items():
-            # A training between rounds changes blocks that nothing was cut from, too.
-            drifted = (
-                drifted
-                or any(site.cut for site in sites(ctx, name))
-                or _changed(block, slim.blocks[name])
+            # Compare tensors too: a training between rounds also changes blocks without a cut.
+            differs = (
+                differs
+                or any(target.is_cut for target in find_refit_targets(ctx, name))
+                or _has_other_tensors(block, slim.blocks[name])
             )
-            if drifted:
-                yield Pair(ctx, name, block, slim.blocks[name], dense_stream, slim_stream)
-                _run(slim.blocks[name], slim_stream, ctx.batch_size)
-            _run(block, dense_stream, ctx.batch_size)
-            if not drifted:
-                slim_stream.copy_(dense_stream)
+            if differs:
+                yield BlockPair(ctx, name, block, slim.blocks[name], dense_cache, slim_cache)
+                _advance(slim.blocks[name], slim_cache, ctx.batch_size)
+            _advance(block, dense_cache, ctx.batch_size)
+            if not differs:
+                # Equal blocks have equal outputs; copying saves a forward pass.
+                slim_cache.copy_(dense_cache)
             advance(1)
 
 
-def _changed(dense: nn.Module, slim: nn.Module) -> bool:
-    """Whether two blocks of the same shapes have different tensors."""
+def _has_other_tensors(dense: nn.Module, slim: nn.Module) -> bool:
+    """Return True if two blocks of the same shapes have different tensors."""
     other = slim.state_dict()
     return any(not torch.equal(t, other[name]) for name, t in dense.state_dict().items())
 
 
-def _run(block: nn.Module, stream: Stream, batch_size: int) -> None:
-    for _ in walk(block, stream, batch_size, advance=True):
+def _advance(block: nn.Module, cache: ActivationCache, batch_size: int) -> None:
+    for _ in run_block(block, cache, batch_size, advance=True):
         pass
 
 
-class Pair:
-    """One block of the dense and of the slim tower, and the streams before it.
+class BlockPair:
+    """One block of the dense and of the slim tower, with the inputs of both.
 
     Args:
-        ctx: The recovery's context.
+        ctx: Context of the recovery.
         name: Dotted name of the block.
-        dense: The block in the dense tower.
-        slim: The block in the slim tower.
-        dense_stream: Before the dense block.
-        slim_stream: Before the slim block.
+        dense: Block of the dense tower.
+        slim: Block of the slim tower.
+        dense_cache: Input of the dense block.
+        slim_cache: Input of the slim block.
     """
 
     def __init__(
@@ -78,119 +100,135 @@ class Pair:
         name: str,
         dense: nn.Module,
         slim: nn.Module,
-        dense_stream: Stream,
-        slim_stream: Stream,
+        dense_cache: ActivationCache,
+        slim_cache: ActivationCache,
     ) -> None:
-        self.item, self.name, self.size = ctx, name, ctx.batch_size
+        self.ctx, self.name, self.batch_size = ctx, name, ctx.batch_size
         self.dense, self.slim = dense, slim
-        self.dense_stream, self.slim_stream = dense_stream, slim_stream
-        self.held = held_out(len(dense_stream))
-        self._goal: tuple[str, Stream, float] | None = None
-        self._fitted: set[str] = set()
+        self.dense_cache, self.slim_cache = dense_cache, slim_cache
+        self.held_out = held_out_mask(len(dense_cache))  # bool [images]
+        # References of one consumer at a time: (consumer, rows [images, ..., m], median norm).
+        self._references_of: tuple[str, ActivationCache, float] | None = None
+        self._fitted_to_own_output: set[str] = set()
 
-    def inside(self, name: str) -> str:
-        """The dotted name of a layer inside the block."""
+    def local_name(self, name: str) -> str:
+        """Return the dotted name of a layer relative to the block."""
         return name.removeprefix(self.name).removeprefix(".")
 
-    def refit_producers(self, site: RefitTarget) -> None:
-        """Refit what makes the units: from what it reads in the slim tower to the dense units.
+    def refit_producers(self, target: RefitTarget) -> None:
+        """Refit the producers from their slim inputs to the kept units of the dense tower.
 
-        A gate on the units comes last, behind the layers that read them for it, which are refitted
-        to what they gave. What reads units of another group, too, was fitted to just that as their
-        consumer.
+        The order follows the data flow: producers, other consumers of the units, gating layers that
+        read the output of these consumers. A producer that was refitted as the consumer of another
+        group, with its own output as the reference, is skipped: the fit would be the same.
         """
-        self._refit_makers(site, [name for name in site.makers if name not in self._fitted])
-        for other in site.others:
+        self._refit_layers(
+            target,
+            [name for name in target.direct_producers if name not in self._fitted_to_own_output],
+        )
+        for other in target.other_consumers:
             self.refit_consumer(other)
-        self._refit_makers(site, [name for name in site.producers if name in site.gates])
+        self._refit_layers(
+            target, [name for name in target.producers if name in target.gating_layers]
+        )
 
-    def _refit_makers(self, site: RefitTarget, names: Sequence[str]) -> None:
-        layers = {name: self.item.slim.get_submodule(name) for name in names}
+    def _refit_layers(self, target: RefitTarget, names: Sequence[str]) -> None:
+        """Refit producers in one pass over both blocks."""
+        # Layout and width are those of the slim layers, in both towers.
+        layers = {name: self.ctx.slim.get_submodule(name) for name in names}
         if not layers:
             return
 
-        def units(name: str, given: Tensor) -> Tensor:
-            return given_rows(layers[name], given)[..., site.producers[name].to(given.device)]
+        def kept_units(name: str, output: Tensor) -> Tensor:
+            # The dense output [b, ..., units], restricted to the units that the slim layer has.
+            rows = output_rows(layers[name], output)
+            return rows[..., target.producers[name].to(output.device)]  # [b, ..., m]
 
         outputs = {name: (name, "output") for name in layers}
         medians = median_norms(
             self.dense,
-            self.dense_stream,
-            self.size,
+            self.dense_cache,
+            self.batch_size,
             self.name,
-            [(tap, partial(units, name)) for name, tap in outputs.items()],
+            [(hook_point, partial(kept_units, name)) for name, hook_point in outputs.items()],
         )
-        refits = {name: Refit(layer, self.held, self.item.ridge) for name, layer in layers.items()}
+        refits = {
+            name: Refit(layer, self.held_out, self.ctx.ridge) for name, layer in layers.items()
+        }
         both = [(name, side) for name in layers for side in ("input", "output")]
-        for (part, wanted), (_, seen) in zip(
-            walk(self.dense, self.dense_stream, self.size, outputs.values(), self.name),
-            walk(self.slim, self.slim_stream, self.size, both, self.name),
-            strict=True,
-        ):
+        dense = run_block(
+            self.dense, self.dense_cache, self.batch_size, outputs.values(), self.name
+        )
+        slim = run_block(self.slim, self.slim_cache, self.batch_size, both, self.name)
+        for (part, wanted), (_, captured) in zip(dense, slim, strict=True):
             for (name, layer), median in zip(layers.items(), medians, strict=True):
-                goal = units(name, wanted[outputs[name]])
-                residual = goal - given_rows(layer, seen[outputs[name]])
-                read = read_rows(layer, seen[name, "input"])
-                refits[name].update(part, read, residual, row_weights(goal, median))
+                reference = kept_units(name, wanted[outputs[name]])  # [b, ..., m]
+                e = reference - output_rows(layer, captured[outputs[name]])  # [b, ..., m]
+                x = input_rows(layer, captured[name, "input"])  # [b, ..., n]
+                refits[name].update(part, x, e, row_weights(reference, median))
+        # All layers are fitted before any is changed: each residual was measured before.
         for refit in refits.values():
             refit.apply()
 
-    def refit_consumer(self, site: RefitTarget) -> None:
-        """Refit what reads the units.
+    def refit_consumer(self, target: RefitTarget) -> None:
+        """Refit the layer that reads the units.
 
-        Its target is what takes the slim stream to where the dense stream is at that point:
-        ``y* = y + (r_dense - r_slim)``, y being the slim consumer's present output and r the
-        streams after it. So what earlier cuts have done is repaired too, and errors do not pile
-        up. Without a residual (``stream`` is None) the target is the dense consumer's own output,
-        of which the slim one may have lost a part as units of another group.
+        The reference output is ``y* = y + (r_dense - r_slim)``, where y is the present output of
+        the slim consumer and r is the residual stream after it. Therefore the refit also corrects
+        errors of earlier cuts, which would otherwise accumulate. Without a residual connection
+        (``Group.stream`` is None), the reference is the output of the dense consumer, restricted to
+        the rows that the slim consumer has.
         """
-        layer = self.item.slim.get_submodule(site.consumer)
-        refit = Refit(layer, self.held, self.item.ridge)
-        for part, weight, residual, seen in self.compared(site, [site.consumer]):
-            refit.update(part, read_rows(layer, seen[site.consumer, "input"]), residual, weight)
+        layer = self.ctx.slim.get_submodule(target.consumer)
+        refit = Refit(layer, self.held_out, self.ctx.ridge)
+        for part, w, e, captured in self.residuals(target, [target.consumer]):
+            x = input_rows(layer, captured[target.consumer, "input"])  # [b, ..., n]
+            refit.update(part, x, e, w)
         refit.apply()
-        if site.is_own:
-            self._fitted.add(site.consumer)
+        # refit_producers() of a later group can skip the layer.
+        if target.uses_own_output:
+            self._fitted_to_own_output.add(target.consumer)
 
-    def compared(
-        self, site: RefitTarget, layers: Sequence[str] = (), which: Tensor | None = None
+    def residuals(
+        self, target: RefitTarget, layers: Sequence[str] = (), images: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor, Capture]]:
-        """Batches of pictures, and how far the slim tower is from the dense one behind a consumer.
+        """Yield the residuals between both towers at the hook point of a consumer, in batches.
 
         Args:
-            site: The consumer.
-            layers: Whose inputs are wanted.
-            which: int64, the pictures; all by default.
+            target: Refit target of the consumer.
+            layers: Layers whose inputs to record as well.
+            images: int64, indices of the images; all images by default.
 
         Yields:
-            Their slice of ``which``; weights [b, ...] and residuals [b, ..., m] of the rows behind
-            the consumer; and what ``layers`` read.
+            Slice of ``images``; row weights w [b, ...]; residuals e [b, ..., m], dense minus slim;
+            and the recorded inputs of ``layers``.
         """
-        layer = self.item.slim.get_submodule(site.consumer)
-        goals, median = self._goals(site, layer)
-        stream = self.slim_stream
-        if which is not None:
-            goals, stream = goals.only(which), stream.only(which)
-        taps = [site.target, *((name, "input") for name in layers)]
-        for part, seen in walk(self.slim, stream, self.size, taps, self.name):
-            now = site.rows(layer, seen[site.target])
-            goal = goals[part].to(now)
-            yield part, row_weights(goal, median), goal - now, seen
+        layer = self.ctx.slim.get_submodule(target.consumer)
+        references, median = self._references(target, layer)
+        cache = self.slim_cache
+        # Copies, because cached tensors are read in contiguous batches.
+        if images is not None:
+            references, cache = references.select(images), cache.select(images)
+        hook_points = [target.hook_point, *((name, "input") for name in layers)]
+        for part, captured in run_block(self.slim, cache, self.batch_size, hook_points, self.name):
+            current = target.hook_rows(layer, captured[target.hook_point])  # [b, ..., m]
+            reference = references[part].to(current)  # [b, ..., m]
+            yield part, row_weights(reference, median), reference - current, captured
 
-    def _goals(self, site: RefitTarget, layer: nn.Module) -> tuple[Stream, float]:
-        """Rows behind a consumer in the dense tower, and the median of their squared norms.
+    def _references(self, target: RefitTarget, layer: nn.Module) -> tuple[ActivationCache, float]:
+        """Return the dense rows at the hook point and the median of their squared norms.
 
-        They are gathered once for a consumer, however often it is refitted.
+        They are computed once per consumer, even if it is refitted several times.
         """
-        if self._goal is None or self._goal[0] != site.consumer:
-            found: Stream | None = None
-            for part, seen in walk(
-                self.dense, self.dense_stream, self.size, [site.target], self.name
+        if self._references_of is None or self._references_of[0] != target.consumer:
+            references: ActivationCache | None = None
+            for part, captured in run_block(
+                self.dense, self.dense_cache, self.batch_size, [target.hook_point], self.name
             ):
-                rows = site.goal(layer, seen[site.target]).float().cpu()
-                if found is None:
-                    found = Stream(allocate((len(self.held), *rows.shape[1:])))
-                found[part] = rows
-            assert found is not None
-            self._goal = site.consumer, found, median_norm(found)
-        return self._goal[1:]
+                rows = target.reference(layer, captured[target.hook_point]).float().cpu()
+                if references is None:
+                    references = ActivationCache(allocate((len(self.held_out), *rows.shape[1:])))
+                references[part] = rows
+            assert references is not None
+            self._references_of = target.consumer, references, median_norm(references)
+        return self._references_of[1:]

@@ -1,4 +1,4 @@
-"""What the recoveries without gradients share: what was cut where, and how long its rows are."""
+"""Layers to refit in a block, and the points at which their effect is measured."""
 
 from __future__ import annotations
 
@@ -8,141 +8,171 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import Stream, spread_over, walk
-from ovsprune.calibration.refit import median_of, squared_norms
+from ovsprune.calibration.activation_cache import ActivationCache, evenly_spaced, run_block
+from ovsprune.calibration.refit import positive_median, squared_norms
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
 from ovsprune.graph.cut import kept_rows
 from ovsprune.graph.layers import is_channelwise
-from ovsprune.graph.rows import given_rows
+from ovsprune.graph.rows import output_rows
 
-__all__ = ["HookPoint", "RefitTarget", "median_norm", "median_norms", "sites"]
+__all__ = ["HookPoint", "RefitTarget", "find_refit_targets", "median_norm", "median_norms"]
 
 HookPoint = tuple[str, str]
-"""Dotted name of a layer, and its ``"input"`` or ``"output"``."""
+"""Dotted name of a layer, and ``"input"`` or ``"output"``."""
 
 _SAMPLED = 16
-"""Pictures on which a median is taken."""
+"""Maximum number of images from which a median is computed."""
 
 
 @dataclass(frozen=True, eq=False)
 class RefitTarget:
-    """A layer that reads units, and the layers that make what it reads.
+    """A consumer that reads units, and the producers that compute them.
 
-    Where more than one layer reads the units, the site is the consumer's, and the others have sites
-    of their own inside it.
+    If several layers read the units, one of them is the consumer, and the others have refit targets
+    of their own in ``other_consumers``.
 
     Attributes:
-        consumer: Dotted name of the layer that reads.
-        target: Where its effect is read: the residual stream after it, or its own output.
-        columns: int64, its columns that are kept.
-        producers: Dotted name of each layer that makes units, to its kept rows, int64. What makes a
-            unit from that unit alone, a norm or a depthwise convolution, is not among them.
-        cut: Whether anything is gone.
-        axis: Where the channels lie at the target; None where they do in the consumer's output.
-        others: Sites of the other layers that read the units, without producers.
-        gates: Those of the producers that work on what ``others`` give.
-        given: int64, its rows that are kept, or None for all: in other groups it may make units.
+        consumer: Dotted name of the layer that reads the units.
+        hook_point: Point at which the effect of the consumer is measured: the residual stream after
+            it, or its own output.
+        kept_columns: int64, the kept columns of the consumer (its input channels).
+        producers: Dotted name of each producer to its kept rows (output channels), int64. Layers
+            that act on each unit separately (norms, depthwise convolutions) are not included.
+        is_cut: True if the plan removes units.
+        stream_axis: Channel axis at the hook point; None if it is that of the consumer's output.
+        other_consumers: Refit targets of the other layers that read the units, without producers.
+        gating_layers: Producers that compute a factor of each unit from the output of
+            ``other_consumers`` (squeeze-and-excitation).
+        kept_rows: int64, the kept rows of the consumer, or None for all. Rows are removed if the
+            consumer is a producer of another group.
     """
 
     consumer: str
-    target: HookPoint
-    columns: Tensor
+    hook_point: HookPoint
+    kept_columns: Tensor
     producers: Mapping[str, Tensor]
-    cut: bool
-    axis: int | None = None
-    others: tuple[RefitTarget, ...] = ()
-    gates: frozenset[str] = frozenset()
-    given: Tensor | None = None
+    is_cut: bool
+    stream_axis: int | None = None
+    other_consumers: tuple[RefitTarget, ...] = ()
+    gating_layers: frozenset[str] = frozenset()
+    kept_rows: Tensor | None = None
 
     @property
-    def makers(self) -> list[str]:
-        """The producers that are no gates."""
-        return [name for name in self.producers if name not in self.gates]
-
-    def rows(self, layer: nn.Module, given: Tensor) -> Tensor:
-        """What lies at the target, as rows [b, ..., m] in the order of the consumer's."""
-        return given_rows(layer, given) if self.axis is None else given.movedim(self.axis, -1)
+    def direct_producers(self) -> list[str]:
+        """Names of the producers that are not gating layers."""
+        return [name for name in self.producers if name not in self.gating_layers]
 
     @property
-    def is_own(self) -> bool:
-        """Whether the target is its own output, since nothing is added to it."""
-        return self.target == (self.consumer, "output")
+    def uses_own_output(self) -> bool:
+        """True if the hook point is the consumer's own output, because no residual is added."""
+        return self.hook_point == (self.consumer, "output")
 
-    def output(self, layer: nn.Module, given: Tensor) -> Tensor:
-        """What the slim consumer could give of what the dense one gives, as rows [b, ..., m]."""
-        return self._left(given_rows(layer, given))
+    def hook_rows(self, layer: nn.Module, captured: Tensor) -> Tensor:
+        """Return the tensor at the hook point as rows [b, ..., m], in the order of the output."""
+        if self.stream_axis is None:
+            return output_rows(layer, captured)
+        return captured.movedim(self.stream_axis, -1)
 
-    def goal(self, layer: nn.Module, read: Tensor) -> Tensor:
-        """What was read at the target in the dense tower, of what the slim one has there too.
+    def kept_output(self, layer: nn.Module, output: Tensor) -> Tensor:
+        """Return the kept channels of the dense consumer's output as rows [b, ..., m]."""
+        return self._keep_rows(output_rows(layer, output))
 
-        As rows [b, ..., m].
+    def reference(self, layer: nn.Module, captured: Tensor) -> Tensor:
+        """Return the reference of the fit, as rows [b, ..., m].
+
+        Args:
+            layer: Consumer in the dense tower.
+            captured: Tensor at the hook point in the dense tower.
+
+        Returns:
+            The channels at the hook point that also exist in the slim tower.
         """
-        return self.output(layer, read) if self.is_own else self._left(self.rows(layer, read))
+        if self.uses_own_output:
+            return self.kept_output(layer, captured)
+        return self._keep_rows(self.hook_rows(layer, captured))
 
-    def _left(self, rows: Tensor) -> Tensor:
-        return rows if self.given is None else rows[..., self.given.to(rows.device)]
+    def _keep_rows(self, rows: Tensor) -> Tensor:
+        return rows if self.kept_rows is None else rows[..., self.kept_rows.to(rows.device)]
 
 
-def sites(ctx: RecoveryContext, block: str) -> list[RefitTarget]:
-    """The consumers of ``block``, in the order of its groups."""
+def find_refit_targets(ctx: RecoveryContext, block: str) -> list[RefitTarget]:
+    """Return the refit targets of a block, in the order of its groups.
+
+    Args:
+        ctx: Context of the recovery.
+        block: Dotted name of the block.
+    """
     groups = [g for g in ctx.groups if g.block == block]
-    rows, find = kept_rows(ctx.dense, groups, ctx.plan), ctx.dense.get_submodule
-    found = []
+    rows, layer_of = kept_rows(ctx.dense, groups, ctx.plan), ctx.dense.get_submodule
+    targets = []
     for consumer in dict.fromkeys(g.consumer for g in groups):
-        mine = [g for g in groups if g.consumer == consumer]
-        makers = [s.module for g in mine for s in g.slices if s.axis == "out"]
-        # what makes units, and is left to make any
-        makers = [n for n in makers if len(rows[n, "out"]) and not is_channelwise(find(n))]
-        cut = any(ctx.plan.width(g.name) < g.units for g in mine)
-        others = dict.fromkeys(s.module for g in mine for s in g.readers if s.module != consumer)
-        stream = mine[0].stream
-        found.append(
+        read = [g for g in groups if g.consumer == consumer]  # groups that the consumer reads
+        producers = [s.module for g in read for s in g.slices if s.axis == "out"]
+        # Skip producers without remaining rows, and layers that only scale each unit.
+        producers = [
+            n for n in producers if len(rows[n, "out"]) and not is_channelwise(layer_of(n))
+        ]
+        is_cut = any(ctx.plan.width(g.name) < g.units for g in read)
+        others = dict.fromkeys(s.module for g in read for s in g.readers if s.module != consumer)
+        stream = read[0].stream
+        targets.append(
             RefitTarget(
-                consumer,
-                _target_of(mine[0]),
-                rows[consumer, "in"],
-                {name: rows[name, "out"] for name in makers},
-                cut,
-                None if stream is None else stream.axis,
-                tuple(RefitTarget(n, (n, "output"), rows[n, "in"], {}, cut) for n in others),
-                frozenset(name for g in mine for name in g.gating_layers),
-                rows.get((consumer, "out")),
+                consumer=consumer,
+                hook_point=_hook_point_of(read[0]),
+                kept_columns=rows[consumer, "in"],
+                producers={name: rows[name, "out"] for name in producers},
+                is_cut=is_cut,
+                stream_axis=None if stream is None else stream.axis,
+                other_consumers=tuple(
+                    RefitTarget(
+                        consumer=name,
+                        hook_point=(name, "output"),
+                        kept_columns=rows[name, "in"],
+                        producers={},
+                        is_cut=is_cut,
+                    )
+                    for name in others
+                ),
+                gating_layers=frozenset(name for g in read for name in g.gating_layers),
+                kept_rows=rows.get((consumer, "out")),
             )
         )
-    return found
+    return targets
 
 
-def _target_of(group: Group) -> HookPoint:
+def _hook_point_of(group: Group) -> HookPoint:
     if group.stream is None:
         return group.consumer, "output"
     return group.stream.module, group.stream.side
 
 
-def median_norm(rows: Stream) -> float:
-    """Median of the squared norms of rows [pictures, ..., k], on at most 16 pictures."""
-    return float(median_of(squared_norms(rows[spread_over(len(rows), _SAMPLED)])))
+def median_norm(rows: ActivationCache) -> float:
+    """Return the median squared norm of rows [images, ..., k], from at most 16 images."""
+    return float(positive_median(squared_norms(rows[evenly_spaced(len(rows), _SAMPLED)])))
 
 
 def median_norms(
     block: nn.Module,
-    stream: Stream,
+    cache: ActivationCache,
     batch_size: int,
     name: str,
     points: Sequence[tuple[HookPoint, Callable[[Tensor], Tensor]]],
 ) -> list[float]:
-    """Medians of the rows' squared norms at some points of a block, on at most 16 pictures.
+    """Return the median squared norms of rows at points of a block, from at most 16 images.
 
     Args:
-        block: Of the dense tower.
-        stream: Before it.
-        batch_size: Pictures at a time.
-        name: The block's dotted name.
-        points: Taps, and the rows of the tensor there that are meant, [b, ..., k].
+        block: Block of the dense tower.
+        cache: Input of the block.
+        batch_size: Images per batch.
+        name: Dotted name of the block.
+        points: Hook points, each with a function that converts the tensor there to rows
+            [b, ..., k].
     """
-    sample = Stream(stream[spread_over(len(stream), _SAMPLED)])
+    sample = ActivationCache(cache[evenly_spaced(len(cache), _SAMPLED)])
     norms: list[list[Tensor]] = [[] for _ in points]
-    for _, seen in walk(block, sample, batch_size, [tap for tap, _ in points], name):
-        for found, (tap, chosen) in zip(norms, points, strict=True):
-            found.append(squared_norms(chosen(seen[tap])).flatten().cpu())
-    return [float(median_of(torch.cat(found))) for found in norms]
+    hook_points = [hook_point for hook_point, _ in points]
+    for _, captured in run_block(block, sample, batch_size, hook_points, name):
+        for parts, (hook_point, rows_of) in zip(norms, points, strict=True):
+            parts.append(squared_norms(rows_of(captured[hook_point])).flatten().cpu())
+    return [float(positive_median(torch.cat(parts))) for parts in norms]

@@ -1,4 +1,8 @@
-"""Linear layers, trained in coordinates in which what they read varies alike in every direction."""
+"""Whitened parametrisation of linear layers, for training.
+
+Letters: weight W [m, n], input covariance Sigma [n, n], whitening factor S [n, n], trained
+parameter V [m, n] with W = V S.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +11,81 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import Stream, walk
+from ovsprune.calibration.activation_cache import ActivationCache, run_block
 from ovsprune.calibration.moments import SecondMoments
-from ovsprune.calibration.ridge import level, regularised
+from ovsprune.calibration.ridge import mean_variance, regularised
 
 __all__ = ["Whitened", "whiten"]
 
 _RIDGE = 0.01
-"""Least variance of a direction, in the mean variance: what hardly varies is not blown up."""
+"""Ridge relative to the mean variance; bounds the amplification of directions of low variance."""
 
 
 class Whitened:
-    """The weight W [m, n] of a linear layer as V S, of which V is trained.
+    """The weight of a linear layer as the product W = V S, of which V is trained.
 
-    ``S = (C / level)^(-1/2)``, C being the regularised covariance of what the layer reads and level
-    its mean variance (:mod:`ovsprune.calibration.ridge`). A step of V, in whatever direction,
-    moves what the layer gives by as much; a step of W moves it mostly along the few directions in
-    which the input is strong. It is the right factor of KFAC (Martens and Grosse 2015), taken once
-    and from the pictures.
+    ``S = (Sigma / mean_variance)^(-1/2)``, where Sigma is the regularised covariance of the layer's
+    input (:mod:`ovsprune.calibration.ridge`). A step of V in any direction changes the output by
+    the same amount. A step of W would change it mostly along the few input directions of high
+    variance. S is the right factor of K-FAC (Martens and Grosse 2015), computed once from the
+    calibration images.
 
     Attributes:
-        weight: W, float32; written by :meth:`write`.
-        free: V, float32 [m, n]; what an optimiser is given.
+        weight: W, float32 [m, n]; updated by :meth:`write_weight`.
+        free: V, float32 [m, n]; the parameter for the optimiser.
 
     Args:
-        weight: Of a linear layer.
-        covariance: [n, n], of what it reads.
+        weight: Weight of a linear layer, [m, n].
+        covariance: Covariance of its input, [n, n].
     """
 
     def __init__(self, weight: Tensor, covariance: Tensor) -> None:
-        regular = regularised(covariance, _RIDGE)
-        values, vectors = torch.linalg.eigh(regular / level(regular))
-        scales = values.sqrt()
+        Sigma = regularised(covariance, _RIDGE)  # [n, n]
+        # Division by the mean variance keeps V on the scale of W, so learning rates carry over.
+        eigenvalues, Q = torch.linalg.eigh(Sigma / mean_variance(Sigma))  # [n], [n, n]
+        roots = eigenvalues.sqrt()
         self.weight = weight
-        self._factor = ((vectors / scales) @ vectors.T).to(weight)
-        inverse = ((vectors * scales) @ vectors.T).to(weight)
-        self.free = nn.Parameter(weight.detach() @ inverse)
+        self._S = ((Q / roots) @ Q.T).to(weight)  # [n, n]
+        S_inverse = ((Q * roots) @ Q.T).to(weight)  # [n, n]
+        self.free = nn.Parameter(weight.detach() @ S_inverse)  # V = W S^-1
 
-    def write(self) -> None:
-        """Make W what V says."""
+    def write_weight(self) -> None:
+        """Set W to V S."""
         with torch.no_grad():
-            self.weight.copy_(self.free @ self._factor)
+            self.weight.copy_(self.free @ self._S)
 
-    def read(self) -> None:
-        """Make V's gradient what W's says."""
+    def read_gradient(self) -> None:
+        """Set the gradient of V from the gradient of W, by the chain rule ``dV = dW S^T``."""
         grad = self.weight.grad
-        self.free.grad = None if grad is None else grad @ self._factor
+        # S is symmetric, so S^T = S.
+        self.free.grad = None if grad is None else grad @ self._S
 
 
-def whiten(blocks: Mapping[str, nn.Module], stream: Stream, batch_size: int) -> list[Whitened]:
-    """The linear layers of the blocks, whitened by what they read in one walk.
+def whiten(
+    blocks: Mapping[str, nn.Module], cache: ActivationCache, batch_size: int
+) -> list[Whitened]:
+    """Whiten the linear layers of the blocks by the covariances of their inputs, in one pass.
 
     Args:
-        blocks: Of a tower, by dotted name.
-        stream: What some pictures are before the first block; it ends up behind the last one.
-        batch_size: Pictures at a time.
+        blocks: Blocks of a tower, by dotted name.
+        cache: Input of the first block for some images. Contains the output of the last block
+            afterwards.
+        batch_size: Images per batch.
     """
-    found = []
+    whitened = []
     for name, block in blocks.items():
         layers = {
             (f"{name}.{inner}", "input"): layer
             for inner, layer in block.named_modules()
             if isinstance(layer, nn.Linear) and layer.in_features
         }
-        sums = {tap: SecondMoments(layer.in_features) for tap, layer in layers.items()}
-        for _, seen in walk(block, stream, batch_size, list(layers), name, advance=True):
-            for tap, read in seen.items():
-                sums[tap].update(read)
-        found += [
-            Whitened(layers[tap].weight, moments.result().covariance)
-            for tap, moments in sums.items()
-            if moments.count
+        moments = {point: SecondMoments(layer.in_features) for point, layer in layers.items()}
+        for _, captured in run_block(block, cache, batch_size, list(layers), name, advance=True):
+            for point, x in captured.items():
+                moments[point].update(x)
+        whitened += [
+            Whitened(layers[point].weight, sums.result().covariance)
+            for point, sums in moments.items()
+            if sums.count  # layers that never ran have no moments
         ]
-    return found
+    return whitened

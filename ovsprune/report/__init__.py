@@ -1,1 +1,1 @@
-"""What people look at: numbers in words, tables, model cards, pictures. Decides nothing."""
+"""Output for people: formatted numbers, tables, model cards and plots."""

@@ -1,4 +1,4 @@
-"""The model card of a slim checkpoint: what it is, what it costs, how it was made and is used."""
+"""Model card of a slim checkpoint."""
 
 from __future__ import annotations
 
@@ -14,49 +14,52 @@ if TYPE_CHECKING:
 
 __all__ = ["card", "is_protected"]
 
+FRONT_MATTER = """\
+---
+library_name: ovsprune
+pipeline_tag: image-feature-extraction
+tags:
+- ovsprune
+- pruning
+- clip
+- open-vocabulary-segmentation
+---"""
+
+LIMITS = """\
+## Limitations
+
+- The licence and the terms of use of the base model apply to this checkpoint, too.
+- Biases of the base model remain. Pruning can increase the error on content that is rare in the
+  calibration images.
+- Nothing in this directory is pickled or names code to import."""
+
 
 def is_protected(spec: SlimSpec, layer: LayerSpec) -> bool:
-    """Whether one of the spec's patterns protects ``layer`` or its block."""
+    """Return True if a pattern of the spec protects ``layer`` or its block."""
     return any(fnmatchcase(name, p) for p in spec.protected for name in (layer.name, layer.block))
 
 
 def card(spec: SlimSpec, record: Mapping[str, Any]) -> str:
-    """The text of a slim checkpoint's ``README.md``.
+    """Return the text of a slim checkpoint's ``README.md``.
 
     Args:
-        spec: The checkpoint's spec; ``files`` need not be filled in yet.
-        record: The pruning job's record (the keys of ``ovsprune prune --json``). Every key is
-            optional: what is missing is left out of the card.
+        spec: Spec of the checkpoint; ``files`` may still be empty.
+        record: Record of the prune (the keys of ``ovsprune prune --json``), each key optional.
 
     Returns:
-        Markdown with a YAML front matter as model hubs read it.
+        Markdown with the YAML front matter of model hubs.
     """
     parts = [
-        _front_matter(),
+        FRONT_MATTER,
         _summary(spec, record),
         _costs(spec),
         _quality(record),
         _usage(spec),
         _layers(spec),
         _provenance(spec, record),
-        _limits(),
+        LIMITS,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _front_matter() -> str:
-    lines = [
-        "---",
-        "library_name: ovsprune",
-        "pipeline_tag: image-feature-extraction",
-        "tags:",
-        "- ovsprune",
-        "- pruning",
-        "- clip",
-        "- open-vocabulary-segmentation",
-        "---",
-    ]
-    return "\n".join(lines)
 
 
 def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
@@ -65,30 +68,26 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     if asked is not None:
         budget = budget_name(str(record.get("budget", "macs")))
         given = record.get("given")
-        of = f" that {Path(given['slim']).name}, slim before, had" if given else ""
-        removed += f" (asked for: {percent(float(asked))} of the {budget}{of})"
+        of = f" of {Path(given['slim']).name}, which was pruned before" if given else ""
+        removed += f" (requested: {percent(float(asked))} of the {budget}{of})"
     text = (
         f"# {spec.base.model}, slim\n\n"
         f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "
-        f"{_what(spec)} were cut out whole, without a label "
-        f"{_training(spec)}, so the tower is really smaller and faster on any machine."
+        "Whole attention heads and MLP units were removed without labels "
+        f"{_training(spec)}, so the tower is smaller and faster on any hardware."
     )
     if not spec.base.trained:
         text += (
-            "\n\n> **Untrained.** The base model's weights are random initial values: this "
-            "checkpoint shows shapes and speed, and its predictions mean nothing."
+            "\n\n> **Untrained.** The base model's weights are random initial values. This "
+            "checkpoint shows shapes and speed; its predictions are meaningless."
         )
     return text
 
 
-def _what(spec: SlimSpec) -> str:
-    return "Heads of attention and units of MLPs"
-
-
 def _training(spec: SlimSpec) -> str:
     if "distill_lr" in spec.provenance or spec.provenance.get("imp_steps"):
-        return "(what is left was trained to give the dense tower's features)"
-    return "and without a gradient step"
+        return "(the remaining weights were trained to reproduce the dense tower's features)"
+    return "and without gradient steps"
 
 
 def _weights(spec: SlimSpec) -> str:
@@ -99,7 +98,7 @@ def _weights(spec: SlimSpec) -> str:
 def _costs(spec: SlimSpec) -> str:
     size = " x ".join(str(side) for side in spec.preprocess.size)
     rows = [
-        f"| one picture of {size} | dense | slim | change |",
+        f"| one image of {size} | dense | slim | change |",
         "| --- | ---: | ---: | ---: |",
     ]
     for name, dense, slim in (
@@ -119,13 +118,13 @@ def _quality(record: Mapping[str, Any]) -> str:
         lines.append(f"- relative error of the dense features: {fidelity['relative_error']:.4f}")
     if not lines:
         return ""
-    whom = "the slim tower that it was cut from" if record.get("given") else "the dense tower"
+    reference = "the slim tower before" if record.get("given") else "the dense tower"
     return (
-        f"## How close it stays to {whom}\n\n"
-        f"Measured on held-out calibration pictures, against {whom}:\n\n"
+        f"## Agreement with {reference}\n\n"
+        f"Measured on held-out calibration images, against {reference}:\n\n"
         + "\n".join(lines)
-        + "\n\nThis says how well features are kept, not how good the segmentation is. "
-        "`ovsprune evaluate --model <this directory> --data <your data>` measures that."
+        + "\n\nThese figures measure features, not segmentation quality. "
+        "`ovsprune evaluate --model <this directory> --data <your data>` measures the latter."
     )
 
 
@@ -140,15 +139,15 @@ def _usage(spec: SlimSpec) -> str:
     ]
     if spec.library.startswith("open_clip"):
         blocks.append(
-            "The whole model, as `open_clip` returns it:\n\n"
+            "The full model, as `open_clip` returns it:\n\n"
             "```python\n"
             'model, _, preprocess = ovsprune.load_open_clip("path/to/this/directory")\n'
             "```"
         )
     blocks.append(
-        "Into a segmentation framework: `ovsprune transfer --target NAME --slim <this directory>`"
+        "In a segmentation framework: `ovsprune transfer --target NAME --slim <this directory>`"
         " (`ovsprune targets` lists the names). The activation function is "
-        f"`{spec.activation}`; a tower built with another one is refused."
+        f"`{spec.activation}`; towers with another one are refused."
     )
     return "\n\n".join(blocks)
 
@@ -161,12 +160,13 @@ def _layers(spec: SlimSpec) -> str:
     if len(rows) == 2:
         return ""
     table = "\n".join(rows)
-    whole = [f"`{name}`" for name in spec.protected if name not in {x.name for x in spec.layers}]
-    if whole:
-        table += f"\n\nKept whole: {', '.join(whole)}."
+    listed = {layer.name for layer in spec.layers}
+    unpruned = [f"`{name}`" for name in spec.protected if name not in listed]
+    if unpruned:
+        table += f"\n\nNot pruned: {', '.join(unpruned)}."
     return (
-        f"## Layer by layer\n\n{table}\n\n`mask.safetensors` holds the indices of "
-        "the kept units in the base model's coordinates, for any weights of that architecture."
+        f"## Layers\n\n{table}\n\n`mask.safetensors` holds the indices of "
+        "the kept units in the base model; they apply to any weights of that architecture."
     )
 
 
@@ -174,7 +174,7 @@ def _provenance(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     rows = [f"- {key.replace('_', ' ')}: {_value(value)}" for key, value in _facts(spec)]
     if isinstance(record.get("seconds"), int | float):
         rows.append(f"- time to prune: {duration(float(record['seconds']))}")
-    return "## How it was made\n\n" + "\n".join(rows)
+    return "## Provenance\n\n" + "\n".join(rows)
 
 
 def _facts(spec: SlimSpec) -> list[tuple[str, Any]]:
@@ -190,13 +190,3 @@ def _value(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(_value(inner) for inner in value)
     return f"`{value}`" if isinstance(value, str) else str(value)
-
-
-def _limits() -> str:
-    return (
-        "## What to keep in mind\n\n"
-        "- The licence and the terms of use of the base model apply to this checkpoint too.\n"
-        "- Biases and blind spots of the base model stay; cutting can deepen them for what is "
-        "rare in the calibration pictures.\n"
-        "- Nothing in this directory is pickled, and nothing in it names code to import."
-    )

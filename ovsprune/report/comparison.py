@@ -1,4 +1,4 @@
-"""A comparison's summary, its tables for the terminal, and its page."""
+"""Summary of a comparison: terminal tables and Markdown page."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FIGURES = ("retention", "miou", "pixel_accuracy", "relative_error")
 
 
 def summary(record: Record) -> list[dict[str, Any]]:
-    """Means over seeds, one entry a ratio and method, in the order of the record.
+    """Return means over seeds, one entry per ratio and method, in the order of the record.
 
     Returns:
-        ``method, ratio, seeds`` (rows that are done), ``macs`` and ``params`` (means), for each of
-        ``retention, miou, pixel_accuracy, relative_error`` a ``{mean, sd, half}`` (half-width of
-        the 95% interval of the mean; None where there is no or only one value), ``seconds`` (mean)
-        and ``reason`` (why rows are missing, or None).
+        ``method, ratio, seeds`` (number of finished rows), ``macs`` and ``params`` (means), for
+        each of ``retention, miou, pixel_accuracy, relative_error`` a ``{mean, sd, half}`` (half is
+        the half-width of the 95% interval of the mean; None without enough values), ``seconds``
+        (mean) and ``reason`` (of missing rows, or None).
     """
     entries = []
     for ratio in record["ratios"]:
@@ -45,14 +45,14 @@ def summary(record: Record) -> list[dict[str, Any]]:
 
 
 def differences(record: Record, reference: str) -> list[dict[str, Any]]:
-    """How far ``reference`` is ahead of every other method, with the pooled 95% interval.
+    """Return the difference of ``reference`` to every other method, with pooled 95% intervals.
 
     Returns:
         ``ratio, reference, method``, and for ``retention`` and ``relative_error`` a ``{mean, half,
-        clear}``: reference less method; ``clear`` says that the interval leaves zero out. Methods
-        without rows are left out.
+        clear}`` of reference minus method; ``clear`` is True if the interval excludes zero.
+        Methods without rows are omitted.
     """
-    found = []
+    entries = []
     for ratio in record["ratios"]:
         for method in record["methods"]:
             entry: dict[str, Any] = {"ratio": ratio, "reference": reference, "method": method}
@@ -63,12 +63,12 @@ def differences(record: Record, reference: str) -> list[dict[str, Any]]:
                     gap = pooled_difference(ours, theirs)
                     entry[figure] = {"mean": gap.mean, "half": gap.half, "clear": gap.clear}
             if "retention" in entry:
-                found.append(entry)
-    return found
+                entries.append(entry)
+    return entries
 
 
 def compare_summary(record: Record) -> Sequence[RenderableType]:
-    """One table a ratio, the gaps, and where the files are."""
+    """Return one table per ratio, the differences, and the paths of the files."""
     columns = ["", *_columns(record)]
     parts: list[RenderableType] = []
     for ratio in record["ratios"]:
@@ -86,12 +86,12 @@ def compare_summary(record: Record) -> Sequence[RenderableType]:
 
 
 def page(record: Record) -> str:
-    """The tables as a page in Markdown."""
+    """Return the tables as a Markdown page."""
     lines = [f"# {record['model']}: methods compared", "", _dense_line(record), ""]
     if not record["trained"]:
-        lines += ["**The weights are random: the quality figures on this page mean nothing.**", ""]
+        lines += ["**The weights are random: the quality figures are meaningless.**", ""]
     lines += [
-        f"{record['samples']} calibration pictures ({record['calibration']}), {record['seeds']} "
+        f"{record['samples']} calibration images ({record['calibration']}), {record['seeds']} "
         f"{'seed' if record['seeds'] == 1 else 'seeds'}; mean ± standard deviation over seeds. "
         f"{NOTE}{_options(record)}",
         "",
@@ -109,23 +109,23 @@ def page(record: Record) -> str:
     reasons = _reasons(record)
     if reasons:
         lines += ["## Not reached", "", *(f"- `{name}`: {reason}" for name, reason in reasons), ""]
-    found = [
+    versions = [
         f"{name} ({number} {'row' if number == 1 else 'rows'})"
         for name, number in makers(record["rows"]).items()
     ]
-    return "\n".join([*lines, f"Made by {'; '.join(found)}.", ""])
+    return "\n".join([*lines, f"Made by {'; '.join(versions)}.", ""])
 
 
 def makers(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
-    """How many of the rows were made by which versions, most first."""
-    found = Counter(row.get("made_by", "versions that were not written down") for row in rows)
-    return Counter(dict(found.most_common()))
+    """Count the rows by the version that made them, most frequent first."""
+    counts = Counter(row.get("made_by", "an unknown version") for row in rows)
+    return Counter(dict(counts.most_common()))
 
 
 GAP_COLUMNS = ["against", "removed", "kept, points", "error"]
 NOTE = (
-    "kept: share of the dense mIoU; error: relative error of the dense features on the same "
-    "pictures, 0 is equal."
+    "kept: fraction of the dense mIoU; error: relative error of the dense features on the same "
+    "images, 0 is equal."
 )
 
 
@@ -138,15 +138,15 @@ def _removed(record: Record, ratio: float) -> str:
 
 
 def _options(record: Record) -> str:
-    """What was asked for beside the defaults, as a sentence; empty for none."""
-    said = [f"--protect {pattern}" for pattern in record["protect"]]
-    said += [f"--round-to {record['round_to']}"] if record["round_to"] > 1 else []
-    said += ["--centred"] if record["centred"] else []
-    return f" Options: `{' '.join(said)}`." if said else ""
+    """Return the options that differ from the defaults as a sentence, or an empty string."""
+    options = [f"--protect {pattern}" for pattern in record["protect"]]
+    options += [f"--round-to {record['round_to']}"] if record["round_to"] > 1 else []
+    options += ["--centred"] if record["centred"] else []
+    return f" Options: `{' '.join(options)}`." if options else ""
 
 
 def _cells(record: Record, ratio: float) -> list[list[str]]:
-    """One line a method, the best kept share first; those out of reach last."""
+    """Return one row per method, sorted by mIoU, with unreached budgets last."""
     entries = [e for e in record["summary"] if e["ratio"] == ratio]
     entries.sort(key=lambda e: -1.0 if e["miou"]["mean"] is None else -e["miou"]["mean"] - 2.0)
     cells = []
@@ -184,7 +184,7 @@ def _gaps(record: Record) -> list[list[str]]:
 
 
 def _gap_title(record: Record) -> str:
-    return f"{record['differences'][0]['reference']} less the others, with 95% intervals"
+    return f"{record['differences'][0]['reference']} minus the other methods, with 95% intervals"
 
 
 def _signed(mean: float, half: float | None, form: str) -> str:
@@ -205,10 +205,10 @@ def _error(figure: Record) -> str:
 
 def _dense_line(record: Record) -> str:
     dense, scenes = record["dense"], record["data"] == "scenes"
-    where = "procedural test scenes" if scenes else f"pictures of {record['data']}"
+    images = "procedural test scenes" if scenes else f"images of {record['data']}"
     return (
         f"Dense: {count(dense['macs'])} MACs, {count(dense['params'])} parameters, mIoU "
-        f"{percent(dense['miou'])} on {record['images']} {where}."
+        f"{percent(dense['miou'])} on {record['images']} {images}."
     )
 
 
@@ -221,7 +221,7 @@ def _reasons(record: Record) -> list[tuple[str, str]]:
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table; the stars of a floor's pattern are no emphasis."""
+    """Return a Markdown table; asterisks in patterns are escaped."""
     lines = ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
     return lines + ["| " + " | ".join(row).replace("*", "\\*") + " |" for row in rows]
 
@@ -242,5 +242,5 @@ def _mean(values: Sequence[float]) -> float | None:
 def _figure(values: Sequence[float]) -> dict[str, float | None]:
     if not values:
         return {"mean": None, "sd": None, "half": None}
-    found = spread(values)
-    return {"mean": found.mean, "sd": found.sd, "half": found.half}
+    figure = spread(values)
+    return {"mean": figure.mean, "sd": figure.sd, "half": figure.half}

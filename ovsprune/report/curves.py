@@ -1,4 +1,4 @@
-"""Quality against MACs: one curve a method, a band over seeds, names at the curves' ends."""
+"""Plot of quality against cost: one labelled curve per method with a band over seeds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["draw", "spread_out"]
 
 Record = Mapping[str, Any]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, with grey and Tol's wine for the
-# yellow that white paper swallows; styles and markers go round at other lengths, so that no two
-# methods agree in all three.
+# Okabe and Ito's colour-blind safe palette; grey and Tol's wine replace its yellow, which is hard
+# to see on white. The cycles of colours, styles and markers have different lengths, so that no two
+# methods share all three.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7A7A7A",
     "#882255",
@@ -24,20 +24,20 @@ STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 DARKER = {"#E69F00": "#9A6A00", "#56B4E9": "#1F78AE"}
-"""Colours of names, where a line's own is too light to read."""
+"""Text colours for lines whose colour is too light for text."""
 
 PANEL = (7.6, 3.9)
-"""Inches of one panel, with its names."""
+"""Size of one panel with its labels, in inches."""
 LINE = 0.062
-"""Height of a name, as a share of a panel's."""
+"""Height of a label, as a fraction of the panel height."""
 
 
 def draw(record: Record, path: Path) -> None:
-    """Draw the share of the dense mIoU and the relative error against the cost removed.
+    """Plot the fraction of the dense mIoU and the relative error against the cost removed.
 
     Args:
-        record: Of a comparison, with its summary.
-        path: The PNG to write.
+        record: Record of a comparison, with its summary.
+        path: PNG file to write.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
@@ -54,7 +54,7 @@ def draw(record: Record, path: Path) -> None:
     _panel(kept, {m: _curve(record, m, "retention", 100.0, [(0.0, 100.0, 0.0)]) for m in methods})
     kept.set_ylim(bottom=0)
     kept.set_ylabel("mIoU kept (% of dense)")
-    # Logarithmic: errors of good methods are far smaller, and are what tells them apart.
+    # A logarithmic axis separates the small errors of good methods.
     wrong.set_yscale("log")
     _panel(wrong, {m: _curve(record, m, "relative_error", 1.0, []) for m in methods})
     wrong.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -69,22 +69,22 @@ def draw(record: Record, path: Path) -> None:
 
 
 Curve = list[tuple[float, float, float]]
-"""Cost removed in percent, mean, standard deviation; ascending."""
+"""Points (cost removed in percent, mean, standard deviation), ascending."""
 
 
 def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Heights near ``wanted``, at least ``gap`` apart, within [low, high] if they fit there.
+    """Return heights near ``wanted``, at least ``gap`` apart, within [low, high] if they fit.
 
     >>> spread_out([0.5, 0.5, 0.9], 0.2, 0.0, 1.0)
     [0.4, 0.6, 0.9]
 
     Args:
-        wanted: Where names would like to stand, in any order.
-        gap: Least distance.
-        low: Least height.
-        high: Greatest height.
+        wanted: Preferred heights, in any order.
+        gap: Minimum distance.
+        low: Minimum height.
+        high: Maximum height.
     """
-    # Names that collide become one block about the mean of what they want.
+    # Overlapping labels form one block around the mean of their preferred heights.
     blocks: list[list[int]] = []
 
     def centre(block: Sequence[int]) -> float:
@@ -100,21 +100,21 @@ def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> 
             if centre(above) - centre(below) >= reach - 1e-12:
                 break
             blocks[-2:] = [below + above]
-    places = [0.0] * len(wanted)
+    heights = [0.0] * len(wanted)
     for block in blocks:
         bottom = centre(block) - gap * (len(block) - 1) / 2
         for step, index in enumerate(block):
-            places[index] = round(bottom + gap * step, 9)
-    return places
+            heights[index] = round(bottom + gap * step, 9)
+    return heights
 
 
 def _most(record: Record) -> float:
-    """Where the axis of costs ends: a little past the greatest ratio."""
+    """Return the end of the cost axis, 5% past the largest ratio."""
     return min(1.0, 1.05 * float(max(record["ratios"])))
 
 
 def _curve(record: Record, method: str, figure: str, scale: float, start: Curve) -> Curve:
-    """``start`` and every ratio that was reached; empty if none was."""
+    """Return ``start`` and a point per ratio that was reached; empty if none was."""
     budget = record["budget"]
     dense = record["dense"][budget]
     points = [
@@ -130,14 +130,14 @@ def _curve(record: Record, method: str, figure: str, scale: float, start: Curve)
 
 
 def _panel(axes: Any, curves: Mapping[str, Curve]) -> None:
-    for place, (name, curve) in enumerate(curves.items()):
+    for index, (name, curve) in enumerate(curves.items()):
         if not curve:
             continue
         x, y, band = zip(*curve, strict=True)
-        colour = COLOURS[place % len(COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         axes.plot(
-            x, y, label=name, color=colour, linestyle=STYLES[place % len(STYLES)], linewidth=1.6,
-            marker=MARKERS[place % len(MARKERS)], markersize=5,
+            x, y, label=name, color=colour, linestyle=STYLES[index % len(STYLES)], linewidth=1.6,
+            marker=MARKERS[index % len(MARKERS)], markersize=5,
         )  # fmt: skip
         lower = [max(a - b, 0.2 * a) for a, b in zip(y, band, strict=True)]
         upper = [a + b for a, b in zip(y, band, strict=True)]
@@ -147,7 +147,7 @@ def _panel(axes: Any, curves: Mapping[str, Curve]) -> None:
 
 
 def _names(axes: Any) -> None:
-    """Every method's name right of the panel, near the height of its curve's end, with a leader."""
+    """Label every curve at the right of the panel, with a line from its last point."""
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axes.get_lines()]
     if not ends:
         return
@@ -164,7 +164,7 @@ def _names(axes: Any) -> None:
             fontsize=8,
             color=DARKER.get(line.get_color(), line.get_color()),
             arrowprops={
-                # Dotted from a curve that ends early, so that it is not taken for its course.
+                # Dotted if the curve ends early, so that it does not look like part of the curve.
                 "linestyle": "-" if end[0] > furthest - 2 else (0, (1, 4)),
                 "arrowstyle": "-", "color": line.get_color(), "lw": 0.6, "alpha": 0.7,
                 "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3,
@@ -174,8 +174,8 @@ def _names(axes: Any) -> None:
 
 def _title(record: Record) -> str:
     seeds = record["seeds"]
-    what = "procedural scenes" if record["data"] == "scenes" else Path(record["data"]).name
+    data = "procedural scenes" if record["data"] == "scenes" else Path(record["data"]).name
     band = "band: ± one standard deviation over" if seeds > 1 else "no band:"
-    said = f"{record['model']}: {record['images']} pictures ({what}); {band} {seeds} seed"
-    said += "s" if seeds > 1 else ""
-    return said if record["trained"] else said + "\nUNTRAINED WEIGHTS: these figures mean nothing"
+    title = f"{record['model']}: {record['images']} images ({data}); {band} {seeds} seed"
+    title += "s" if seeds > 1 else ""
+    return title if record["trained"] else f"{title}\nUNTRAINED WEIGHTS: figures are meaningless"

@@ -1,4 +1,4 @@
-"""Figures of matplotlib, which is an extra, and PNGs of them."""
+"""Figures of matplotlib (an optional dependency), saved as PNG."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["need_matplotlib", "new_figure", "save"]
 
 
 def need_matplotlib() -> None:
-    """Refuse to draw without it.
+    """Check that matplotlib is installed.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
@@ -21,12 +21,12 @@ def need_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise MissingLibraryError(
-            "matplotlib is not installed, and plots need it: pip install 'ovsprune[plots]'"
+            "plots need matplotlib, which is not installed: pip install 'ovsprune[plots]'"
         ) from error
 
 
 def new_figure(width: float, height: float, dpi: int = 150) -> Any:
-    """An empty figure of so many inches that no window shows.
+    """Return an empty off-screen figure of the given size in inches.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
@@ -41,6 +41,6 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a PNG, complete or not at all; the same figure gives the same bytes."""
+    """Write a PNG atomically; equal figures give equal bytes."""
     with staged_file(path) as new:
         figure.savefig(new, format="png", metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Means over seeds, and 95% intervals of means and of differences."""
+"""Means over seeds, and 95% intervals of means and differences."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over seeds.
+    """Statistics of one figure over seeds.
 
     Attributes:
-        count: Seeds.
+        count: Number of seeds.
         mean: Mean.
-        sd: Sample standard deviation (n - 1); None of one value.
-        half: Half-width of the 95% interval of the mean; None of one value.
+        sd: Sample standard deviation (n - 1); None for one value.
+        half: Half-width of the 95% interval of the mean; None for one value.
     """
 
     count: int
@@ -31,11 +31,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of one sample less the mean of another.
+    """Difference of the means of two samples.
 
     Attributes:
         mean: The difference.
-        half: Half-width of its 95% interval; None where neither sample says how much it varies.
+        half: Half-width of its 95% interval; None if both samples have one value.
     """
 
     mean: float
@@ -43,12 +43,12 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves zero out; False where there is none."""
+        """True if there is an interval and it excludes zero."""
         return self.half is not None and abs(self.mean) > self.half
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation s, and the interval ``mean ± t(0.975, n - 1) s / sqrt(n)``.
+    """Return mean, standard deviation s, and the interval ``mean ± t(0.975, n - 1) s / sqrt(n)``.
 
     >>> spread([1.0, 3.0]).mean
     2.0
@@ -57,21 +57,21 @@ def spread(values: Sequence[float]) -> Spread:
         ValueError: ``values`` is empty.
     """
     if not values:
-        raise ValueError("no value to average")
+        raise ValueError("values is empty, expected at least one value")
     count, mean = len(values), statistics.fmean(values)
     if count == 1:
         return Spread(1, mean, None, None)
     sd = statistics.stdev(values)
-    return Spread(count, mean, sd, _quantile(count - 1) * sd / math.sqrt(count))
+    half = _quantile(count - 1) * sd / math.sqrt(count)
+    return Spread(count=count, mean=mean, sd=sd, half=half)
 
 
 def pooled_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """``mean(a) - mean(b)`` with the interval of Student's two-sample t with pooled variance.
+    """Return ``mean(a) - mean(b)`` with the interval of the pooled two-sample t-test.
 
     ``s² = ((n_a - 1) s_a² + (n_b - 1) s_b²) / (n_a + n_b - 2)`` and
-    ``half = t(0.975, n_a + n_b - 2) · s · sqrt(1/n_a + 1/n_b)``: the samples are taken as
-    independent and of one variance. Seeds that both share would make the difference of pairs less
-    spread; that they do is not assumed.
+    ``half = t(0.975, n_a + n_b - 2) · s · sqrt(1/n_a + 1/n_b)``: the samples are assumed
+    independent with equal variance. Shared seeds are not treated as pairs.
 
     Raises:
         ValueError: A sample is empty.
@@ -87,7 +87,7 @@ def pooled_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def _quantile(freedom: int) -> float:
-    """The two-sided 95% quantile of Student's t."""
+    """Return the two-sided 95% quantile of Student's t."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, (1 + LEVEL) / 2))

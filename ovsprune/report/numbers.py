@@ -1,8 +1,8 @@
-"""Costs, sizes and times in the words that people use; decimal prefixes throughout."""
+"""Formatting of costs, sizes and times, with decimal prefixes."""
 
 from __future__ import annotations
 
-__all__ = ["budget_name", "change", "count", "duration", "file_size", "percent", "speedup"]
+__all__ = ["budget_name", "change", "count", "duration", "file_size", "percent"]
 
 _COUNTS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 _SIZES = ((1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
@@ -12,7 +12,7 @@ _BUDGETS = {"macs": "MACs", "params": "parameters"}
 
 
 def budget_name(kind: str) -> str:
-    """What a budget counts, in words.
+    """Return the name of a budget for messages.
 
     >>> budget_name("params"), budget_name("latency")
     ('parameters', 'latency')
@@ -21,7 +21,7 @@ def budget_name(kind: str) -> str:
 
 
 def count(value: float) -> str:
-    """A number of MACs or parameters with three significant digits.
+    """Format a number of MACs or parameters with three significant digits.
 
     >>> count(17_563_000_000), count(86_192_640), count(640)
     ('17.6 G', '86.2 M', '640')
@@ -30,7 +30,7 @@ def count(value: float) -> str:
 
 
 def file_size(value: float) -> str:
-    """A number of bytes with three significant digits.
+    """Format a number of bytes with three significant digits.
 
     >>> file_size(12_345_678), file_size(96)
     ('12.3 MB', '96 B')
@@ -39,7 +39,7 @@ def file_size(value: float) -> str:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction in [0, 1] as a percentage.
+    """Format a fraction in [0, 1] as a percentage.
 
     >>> percent(0.4987)
     '49.9%'
@@ -48,7 +48,7 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """What of ``before`` is gone in ``after``, with its sign.
+    """Format the relative change from ``before`` to ``after``.
 
     >>> change(200, 100), change(100, 110), change(100, 100)
     ('-50.0%', '+10.0%', '0.0%')
@@ -59,17 +59,8 @@ def change(before: float, after: float) -> str:
     return f"{100 * relative:+.1f}%" if abs(relative) >= 5e-4 else "0.0%"
 
 
-def speedup(before: float, after: float) -> str:
-    """How many times faster ``after`` seconds are than ``before`` seconds.
-
-    >>> speedup(0.2, 0.1)
-    '2.00x'
-    """
-    return f"{before / after:.2f}x" if after > 0 else "n/a"
-
-
 def duration(seconds: float) -> str:
-    """Seconds in the unit in which they are easiest to read.
+    """Format seconds in ms, s or min.
 
     >>> duration(0.0123), duration(4.56), duration(125)
     ('12.3 ms', '4.6 s', '2 min 05 s')
@@ -84,14 +75,14 @@ def duration(seconds: float) -> str:
 
 def _prefixed(value: float, scales: tuple[tuple[float, str], ...], unit: str) -> str:
     for scale, suffix in scales:
-        # 999.6 of the smaller unit would round to 1000 of it.
+        # 999.6 k would be printed as 1000 k; use the next prefix from 999.5 on.
         if abs(value) >= 0.9995 * scale:
             return _digits(value / scale) + suffix
     return f"{value:.0f}{unit}"
 
 
 def _digits(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Format with three significant digits, without an exponent."""
     size = abs(value)
     if size >= 99.95:
         return f"{value:.0f}"

@@ -1,4 +1,4 @@
-"""Pictures of segmentations: scene, labels, dense and slim side by side, with a class legend."""
+"""Images of segmentations side by side, with a class legend."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ INK: Colour = (32, 32, 36)
 PAPER: Colour = (255, 255, 255)
 VOID: Colour = (200, 200, 200)
 
-# Three lightnesses in turn: neighbours on the wheel of hues stay apart in print, too.
+# (saturation, value). Neighbouring hues get different lightness, to be distinct in print, too.
 _SHADES = ((0.85, 0.95), (0.55, 0.70), (0.95, 0.55))
 
 
 def palette(classes: Sequence[int]) -> dict[int, Colour]:
-    """A colour for each class id, as far apart as their number allows.
+    """Return a colour for each class id, spread evenly over the hues.
 
     >>> palette([3, 7])
     {3: (242, 36, 36), 7: (80, 178, 80)}
     """
     colours = {}
     shades = len(_SHADES)
-    # A whole number of turns through the shades, so that the ends of the wheel differ, too.
+    # A multiple of the number of shades, so that the first and last hues differ in shade, too.
     hues = shades * -(-len(classes) // shades)
-    for place, identifier in enumerate(classes):
-        saturation, value = _SHADES[place % shades]
-        red, green, blue = colorsys.hsv_to_rgb(place / hues, saturation, value)
+    for index, identifier in enumerate(classes):
+        saturation, value = _SHADES[index % shades]
+        red, green, blue = colorsys.hsv_to_rgb(index / hues, saturation, value)
         colours[int(identifier)] = (round(255 * red), round(255 * green), round(255 * blue))
     return colours
 
 
 def paint(labels: Labels, colours: Mapping[int, Colour]) -> Pixels:
-    """Class ids [H, W] in colours, uint8 [H, W, 3]; ids without a colour are grey."""
+    """Colour class ids [H, W] as uint8 [H, W, 3]; ids without a colour are grey."""
     painted = np.empty((*labels.shape, 3), dtype=np.uint8)
     painted[:] = VOID
     for identifier, colour in colours.items():
@@ -58,24 +58,23 @@ def side_by_side(
     titles: Sequence[str],
     names: Sequence[str],
 ) -> Image.Image:
-    """One row a picture: the picture, then each of its label maps, under ``titles``.
+    """Draw one row per image: the image, then each of its label maps, below ``titles``.
 
     Args:
-        rows: For each row the picture, uint8 [H, W, 3], and its label maps, each [H, W], of
-            indices into ``names``.
-        titles: One for the picture and one for each label map.
+        rows: Image, uint8 [H, W, 3], and label maps, each [H, W], of indices into ``names``.
+        titles: Titles of the image and of each label map.
         names: Names of all classes; the legend shows those that occur.
 
     Returns:
         An RGB image.
 
     Raises:
-        ValueError: A row has not one label map for each title but the first.
+        ValueError: A row does not have one label map per title after the first.
     """
     for _, maps in rows:
         if len(maps) != len(titles) - 1:
-            raise ValueError(f"{len(maps)} label maps for the titles {titles[1:]}")
-    shown = sorted({int(i) for _, maps in rows for one in maps for i in np.unique(one)})
+            raise ValueError(f"{len(maps)} label maps in a row, expected {len(titles) - 1}")
+    shown = sorted({int(i) for _, maps in rows for labels in maps for i in np.unique(labels)})
     shown = [i for i in shown if 0 <= i < len(names)]
     colours = palette(shown)
     font = _font(TEXT)
@@ -88,9 +87,9 @@ def side_by_side(
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
         draw.text((GAP + column * (PANEL + GAP), GAP), title, fill=INK, font=font)
-    for number, (picture, maps) in enumerate(rows):
-        panels = [_panel(picture, Image.Resampling.BICUBIC)]
-        panels += [_panel(paint(one, colours), Image.Resampling.NEAREST) for one in maps]
+    for number, (image, maps) in enumerate(rows):
+        panels = [_panel(image, Image.Resampling.BICUBIC)]
+        panels += [_panel(paint(labels, colours), Image.Resampling.NEAREST) for labels in maps]
         for column, panel in enumerate(panels):
             canvas.paste(panel, (GAP + column * (PANEL + GAP), top + number * (PANEL + GAP)))
     y = top + len(rows) * (PANEL + GAP) + GAP // 2
@@ -103,7 +102,7 @@ def side_by_side(
 
 
 def _panel(pixels: Pixels, resampling: Image.Resampling) -> Image.Image:
-    """The picture in a square of PANEL pixels, at its own aspect."""
+    """Fit the image into a square of PANEL pixels, keeping its aspect ratio."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     scale = PANEL / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -115,7 +114,7 @@ def _panel(pixels: Pixels, resampling: Image.Resampling) -> Image.Image:
 def _legend_rows(
     shown: Sequence[int], names: Sequence[str], font: Any, width: int
 ) -> list[list[tuple[int, int]]]:
-    """Legend entries (x, class id), broken into lines that fit ``width``."""
+    """Break legend entries (x, class id) into lines that fit ``width``."""
     lines: list[list[tuple[int, int]]] = [[]]
     x = GAP
     for identifier in shown:

@@ -1,4 +1,4 @@
-"""Summaries of plans for the terminal."""
+"""Terminal summary of a training schedule."""
 
 from __future__ import annotations
 
@@ -10,21 +10,16 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ovsprune.report.numbers import change, count, duration, file_size
-from ovsprune.report.tables import listing, table
+from ovsprune.report.tables import table
 
-__all__ = ["policies_summary", "schedule_summary"]
+__all__ = ["schedule_summary"]
 
 Record = Mapping[str, Any]
 Parts = Sequence[RenderableType]
 
 
-def policies_summary(record: Record) -> Parts:
-    """The policies, with a line each."""
-    return listing(record)
-
-
 def schedule_summary(record: Record) -> Parts:
-    """Layer by layer who trains; what a step costs; what was measured."""
+    """Return tables of the trained layers, the cost of a step, and the measurements."""
     layers = record["layers"]
     parts = [_layers(record["policy"], layers), _flops(record)]
     if record["measured"]:
@@ -37,13 +32,13 @@ def schedule_summary(record: Record) -> Parts:
             ]
             for row in record["measured"]
         ]
-        columns = ["a step, measured", "time", "against all", "peak memory"]
+        columns = ["measured step", "time", "against all", "peak memory"]
         parts.append(table("", columns, rows))
     chosen = sum(layer["trains"] for layer in layers)
     parts.append(
         Text(
-            f"{chosen} of {len(layers)} layers train; {len(record['trainable'])} parameters with "
-            f"what follows them, and {len(record['frozen'])} are frozen."
+            f"{chosen} of {len(layers)} layers train: {len(record['trainable'])} parameters "
+            f"with their followers; {len(record['frozen'])} parameters are frozen."
         )
     )
     return parts
@@ -69,16 +64,16 @@ def _alpha(value: float | None) -> str:
 
 
 def _flops(record: Record) -> RenderableType:
-    flops, pictures = record["training_flops"], record["batch_size"]
+    flops, batch = record["training_flops"], record["batch_size"]
     names = (
         ("forward", "forward pass"),
         ("activations", "gradients of activations"),
         ("weights", "gradients of weights"),
-        ("step", "a step"),
+        ("step", "one step"),
         ("total", f"all {record['total_steps']:,} steps"),
     )
     rows = [[label, count(flops[key])] for key, label in names]
     rows.append(["training all layers", count(flops["all"])])
     rows.append(["saved", change(flops["all"], flops["total"])])
-    many = "a picture" if pictures == 1 else f"{pictures} pictures"
-    return table(f"FLOPs, {many} a step", ["", "FLOPs"], rows)
+    images = "1 image" if batch == 1 else f"{batch} images"
+    return table(f"FLOPs, {images} per step", ["", "FLOPs"], rows)

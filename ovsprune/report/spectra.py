@@ -1,4 +1,4 @@
-"""Spectra to look at: a table, and a picture of the tails and of alpha by depth."""
+"""Table of spectra, and plot of their tails and of alpha by depth."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["draw", "spectrum_summary"]
 
 Record = Mapping[str, Any]
 SHOWN = 9
-"""Layers whose spectra are drawn: evenly from the smallest alpha to the largest."""
+"""Number of layers whose spectra are drawn, evenly spread over alpha."""
 BINS = 40
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?:\.(?:\w+\.)?\d+)?(?=\.)")
-"""Up to the number of a block, and of its stage before it where there are stages."""
+"""Prefix of a layer's name up to the number of its block (and stage)."""
 
 
 def spectrum_summary(record: Record) -> Sequence[RenderableType]:
-    """Every layer's fit, and the medians."""
+    """Return a table with the fit of every layer, and the medians."""
     rows = [
         [
             str(layer["name"]),
@@ -51,9 +51,9 @@ def spectrum_summary(record: Record) -> Sequence[RenderableType]:
     kinds = ", ".join(f"{kind} {_number(alpha, 2)}" for kind, alpha in record["kinds"].items())
     lines = [f"Median alpha {_number(record['median_alpha'], 2)} ({kinds})."]
     if not record["trained"]:
-        lines.append("note: the weights are random; their spectra say nothing about training")
+        lines.append("note: the weights are random; their spectra do not reflect training")
     if record["plot"]:
-        lines.append(f"Picture: {record['plot']}")
+        lines.append(f"Plot: {record['plot']}")
     lines.append(f"Took {duration(record['seconds'])}.")
     title = f"Spectra of {record['model']}, fit {record['fit']}"
     return [table(title, columns, rows), Text("\n".join(lines))]
@@ -66,12 +66,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
-    """Draw log-log densities with their fitted tails, and below them alpha by depth and kind.
+    """Plot log-log densities with their fitted tails, and alpha by depth and kind.
 
     Args:
         measured: :class:`ovsprune.spectrum.Spectrum` of each layer, in the order of the model.
-        path: The PNG to write.
-        title: Above it.
+        path: PNG file to write.
+        title: Title of the figure.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
@@ -83,8 +83,8 @@ def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
     above, below = parts
     figure.suptitle(title, fontsize=11)
     panels = above.subplots(rows, 3, squeeze=False).flatten()
-    for axes, one in zip(panels, shown, strict=False):
-        _density(axes, one)
+    for axes, spectrum in zip(panels, shown, strict=False):
+        _density(axes, spectrum)
     for axes in panels[len(shown) :]:
         axes.axis("off")
     above.supxlabel("eigenvalue", fontsize=9)
@@ -94,21 +94,21 @@ def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
 
 
 def _shown(measured: Sequence[Any]) -> list[Any]:
-    """Some of them, evenly spread by alpha, with at least a few eigenvalues."""
-    able = sorted(
-        (one for one in measured if math.isfinite(one.alpha) and one.n_eigenvalues > 9),
-        key=lambda one: one.alpha,
+    """Select spectra with at least 10 eigenvalues, evenly spread by alpha."""
+    usable = sorted(
+        (s for s in measured if math.isfinite(s.alpha) and s.n_eigenvalues > 9),
+        key=lambda s: s.alpha,
     )
-    if len(able) <= SHOWN:
-        return able
-    return [able[round(i * (len(able) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
+    if len(usable) <= SHOWN:
+        return usable
+    return [usable[round(i * (len(usable) - 1) / (SHOWN - 1))] for i in range(SHOWN)]
 
 
-def _density(axes: Any, one: Any) -> None:
-    """The empirical density in log-spaced bins, with the power law from xmin on."""
-    values = one.eigenvalues.numpy()
+def _density(axes: Any, spectrum: Any) -> None:
+    """Plot the empirical density in log-spaced bins, and the fitted power law above xmin."""
+    values = spectrum.eigenvalues.numpy()
     low, high = math.log10(values[0]), math.log10(values[-1])
-    low = max(low, high - 8)  # the rest is rounding, and takes the picture's width
+    low = max(low, high - 8)  # eigenvalues below are rounding errors
     edges = [10 ** (low + (high - low) * i / BINS) for i in range(BINS + 1)]
     edges[-1] = values[-1] * (1 + 1e-9)
     counts = _counts(values, edges)
@@ -117,18 +117,19 @@ def _density(axes: Any, one: Any) -> None:
     middles = [math.sqrt(a * b) for a, b in bins]
     points = [(x, y) for x, y in zip(middles, density, strict=True) if y > 0]
     axes.loglog(*zip(*points, strict=True), ".", ms=4, color="#7A7A7A")
-    share = one.n_tail / len(values)
-    xs = [one.xmin * (values[-1] / one.xmin) ** (i / 30) for i in range(31)]
-    scale = share * (one.alpha - 1) / one.xmin
-    axes.loglog(xs, [scale * (x / one.xmin) ** -one.alpha for x in xs], color="#D55E00", lw=1.6)
-    axes.axvline(one.xmin, color="#0072B2", lw=0.8, ls=":")
+    alpha, xmin = spectrum.alpha, spectrum.xmin
+    xs = [xmin * (values[-1] / xmin) ** (i / 30) for i in range(31)]
+    # density of the tail: p(x) = (alpha - 1) / xmin (x / xmin)^-alpha, times its share of values
+    scale = spectrum.n_tail / len(values) * (alpha - 1) / xmin
+    axes.loglog(xs, [scale * (x / xmin) ** -alpha for x in xs], color="#D55E00", lw=1.6)
+    axes.axvline(xmin, color="#0072B2", lw=0.8, ls=":")
     lowest, most = min(y for _, y in points), max(y for _, y in points)
     axes.set_ylim(lowest / 3, 3 * most)
     _few_ticks(axes.xaxis, 10**low, 10**high)
     _few_ticks(axes.yaxis, lowest / 3, 3 * most)
-    axes.set_title(one.name, fontsize=7.5)
+    axes.set_title(spectrum.name, fontsize=7.5)
     axes.text(
-        0.04, 0.06, f"$\\alpha$ = {one.alpha:.2f}\nKS {one.ks_distance:.3f}",
+        0.04, 0.06, f"$\\alpha$ = {alpha:.2f}\nKS {spectrum.ks_distance:.3f}",
         transform=axes.transAxes, fontsize=8, va="bottom",
     )  # fmt: skip
     axes.tick_params(labelsize=7)
@@ -139,7 +140,7 @@ def _counts(values: Any, edges: Sequence[float]) -> list[int]:
 
 
 def _by_depth(axes: Any, measured: Sequence[Any]) -> None:
-    """Alpha by block: a line for each kind of layer that comes again, crosses for the others."""
+    """Plot alpha by block: a line per kind of layer that repeats, crosses for the others."""
     kinds = list(dict.fromkeys(one.kind for one in measured))
     many = [k for k in kinds if sum(one.kind == k for one in measured) > 1]
     depths = _depths(measured)
@@ -176,23 +177,24 @@ def _by_depth(axes: Any, measured: Sequence[Any]) -> None:
 
 
 def _depths(measured: Sequence[Any]) -> list[float]:
-    """The number of each layer's block, counted on over stages; what stands before the first block
-    is at -1, and what comes after the last one past it.
+    """Return the block number of each layer, counted over all stages.
+
+    Layers before the first block get -1, layers after the last block the number of blocks.
     """
     blocks: dict[str, float] = {}
-    found: list[float | None] = []
-    for one in measured:
-        place = _BLOCK.match(one.name)
-        found.append(None if place is None else blocks.setdefault(place[0], float(len(blocks))))
+    depths: list[float | None] = []
+    for spectrum in measured:
+        block = _BLOCK.match(spectrum.name)
+        depths.append(None if block is None else blocks.setdefault(block[0], float(len(blocks))))
     if not blocks:
         return [float(i) for i in range(len(measured))]
-    last = max(i for i, depth in enumerate(found) if depth is not None)
+    last = max(i for i, depth in enumerate(depths) if depth is not None)
     after = float(len(blocks))
-    return [(-1.0 if i < last else after) if d is None else d for i, d in enumerate(found)]
+    return [(-1.0 if i < last else after) if d is None else d for i, d in enumerate(depths)]
 
 
 def _few_ticks(axis: Any, low: float, high: float, plain: float = 30.0) -> None:
-    """Few numbers on a logarithmic axis; as people write them below a span of ``plain``."""
+    """Limit the tick labels of a log axis; plain numbers if high / low is at most ``plain``."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, NullLocator
 
     if high / low > plain:

@@ -1,4 +1,4 @@
-"""Summaries of the jobs' records for the terminal; each function returns what is to be printed."""
+"""Terminal summaries of records: each function returns renderables for the console."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ Parts = Sequence[RenderableType]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table whose first column is left-aligned and whose others are right-aligned.
+    """Build a table with the first column left-aligned and the others right-aligned.
 
     Args:
-        title: Printed above it; may be empty.
-        columns: Headings. One that starts with ``"<"`` (not printed) aligns its column left.
-        rows: Cells, as many a row as there are columns.
+        title: Title, may be empty.
+        columns: Headings. A leading ``"<"`` (not printed) aligns the column left.
+        rows: Cells, one per column.
     """
-    made = Table(
+    result = Table(
         title=Text(title) if title else None, title_justify="left", title_style="bold",
         box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     for index, column in enumerate(columns):
         left = index == 0 or column.startswith("<")
-        made.add_column(
+        result.add_column(
             Text(column.removeprefix("<")),
             justify="left" if left else "right",
             overflow="fold",
         )
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+        result.add_row(*(Text(cell) for cell in row))
+    return result
 
 
 def costs_table(title: str, dense: Record, slim: Record) -> Table:
-    """MACs and parameters before and after."""
+    """Build a table of MACs and parameters before and after."""
     rows = [
         [label, count(dense[key]), count(slim[key]), change(dense[key], slim[key])]
         for key, label in (("macs", "MACs"), ("params", "parameters"))
@@ -64,7 +64,7 @@ def costs_table(title: str, dense: Record, slim: Record) -> Table:
 
 
 def prune_summary(record: Record) -> Parts:
-    """What ``prune`` cut, how close the slim tower stays, and where it is."""
+    """Summarise ``prune``: costs, agreement with the dense tower, output."""
     parts: list[RenderableType] = [
         costs_table(f"{record['model']}: image tower", record["dense"], record["slim"])
     ]
@@ -73,25 +73,25 @@ def prune_summary(record: Record) -> Parts:
     given = record.get("given")
     if given:
         lines.append(
-            f"{given['slim']} was slim before, with {count(given['macs'])} MACs: ratio, features "
-            "and times below are against it, the table is against the dense base."
+            f"{given['slim']} was pruned before, to {count(given['macs'])} MACs. Ratio, features "
+            "and times below are relative to it; the table is relative to the dense base."
         )
     if fidelity:
-        reference = "what was given" if given else "dense"
+        reference = "the tower before" if given else "dense"
         lines.append(
-            f"Dense features on held-out pictures, slim against {reference}: cosine "
+            f"Dense features on held-out images, slim against {reference}: cosine "
             f"{fidelity['cosine']:.4f}, relative error {fidelity['relative_error']:.4f}."
         )
     lines.append(
-        f"Asked to remove {percent(record['ratio'])} of the {record['budget']}, removed "
-        f"{percent(record['achieved'], 2)}, in {duration(record['seconds'])}."
+        f"Removed {percent(record['achieved'], 2)} of the {record['budget']} (requested: "
+        f"{percent(record['ratio'])}) in {duration(record['seconds'])}."
     )
     latency = record.get("latency")
     if latency:
         lines.append(
-            f"One picture takes {duration(latency['slim_ms'] / 1e3)}, dense "
-            f"{duration(latency['dense_ms'] / 1e3)}: {percent(latency['measured_ratio'])} less, "
-            f"where the table of layer times said {percent(record['achieved'])}."
+            f"One image takes {duration(latency['slim_ms'] / 1e3)}, dense "
+            f"{duration(latency['dense_ms'] / 1e3)}: {percent(latency['measured_ratio'])} less; "
+            f"the table of layer times predicted {percent(record['achieved'])}."
         )
     output = record.get("output")
     if output:
@@ -111,8 +111,8 @@ def _next_steps(output: str) -> str:
 
 
 def transfer_summary(record: Record) -> Parts:
-    """How many keys were replaced, kept and dropped, and the lines to add."""
-    rows = [[part, str(_how_many(record.get(part)))] for part in ("replaced", "kept", "dropped")]
+    """Summarise ``transfer``: numbers of replaced, kept and dropped keys, and lines to add."""
+    rows = [[part, str(_number(record.get(part)))] for part in ("replaced", "kept", "dropped")]
     title = f"{record['target']}: keys of the checkpoint"
     lines = [f"Slim tower: {record['slim']} (weights: {record['weights']})"]
     lines += [f"note: {note}" for note in record.get("notes", ())]
@@ -123,12 +123,12 @@ def transfer_summary(record: Record) -> Parts:
     if record.get("lines"):
         added = record["lines"]
         text = added if isinstance(added, str) else "\n".join(added)
-        lines += ["", "Add to the training script:", "", text]
+        lines += ["", "Add these lines to the training script:", "", text]
     return [table(title, ["", "keys"], rows), Text("\n".join(lines))]
 
 
 def launch_summary(record: Record) -> Parts:
-    """Which models were made slim, and how the command ended."""
+    """Summarise ``launch``: replaced models, notes and exit status."""
     rows = [
         [
             str(model["model"]),
@@ -142,27 +142,28 @@ def launch_summary(record: Record) -> Parts:
     lines = [f"Slim tower: {record['slim']}"]
     lines += [f"note: {event}" for event in record["events"]]
     lines += [
-        f"Schedule {s['policy']}: {len(s['trainable'])} parameters trained at first, "
-        f"{len(s['frozen'])} were frozen; {s['total_steps']:,} steps"
+        f"Schedule {s['policy']}: {len(s['trainable'])} parameters trained at the start, "
+        f"{len(s['frozen'])} frozen; {s['total_steps']:,} steps"
         for s in record["schedules"]
     ]
-    lines.append(f"The command ended with status {record['returncode']}.")
-    columns = ["model", "target", "replaced", "parameters", "now"]
-    return [table("Replaced as they were built", columns, rows), Text("\n".join(lines))]
+    lines.append(f"The command exited with status {record['returncode']}.")
+    columns = ["model", "target", "replaced", "parameters", "slim"]
+    return [table("Models replaced during construction", columns, rows), Text("\n".join(lines))]
 
 
-def _how_many(value: Any) -> int:
+def _number(value: Any) -> int:
+    """Return an int unchanged, the length of a collection, and 0 for None."""
     if isinstance(value, int):
         return value
     return len(value) if value is not None else 0
 
 
 def inspect_summary(record: Record) -> Parts:
-    """What a slim checkpoint holds."""
+    """Summarise ``inspect``: contents of a slim checkpoint."""
     base = record["base"]
     head = [
         f"{base['model']}, weights {base['pretrained'] or 'none'}"
-        + ("" if base["trained"] else " (UNTRAINED: predictions mean nothing)"),
+        + ("" if base["trained"] else " (UNTRAINED: predictions are meaningless)"),
         f"built by {record['family']} ({record['library']} {record['library_version']}), "
         f"activation {record['activation']}, "
         f"input {' x '.join(str(side) for side in record['preprocess']['size'])}",
@@ -172,31 +173,31 @@ def inspect_summary(record: Record) -> Parts:
     for layer in record["layers"]:
         share = percent(layer["kept"] / layer["units"], 0)
         kind = layer["kind"]
-        what = kind if kind == "heads" else f"{kind} units"
+        units = kind if kind == "heads" else f"{kind} units"
         mark = "protected" if layer["protected"] else ""
-        rows.append([layer["name"], what, str(layer["kept"]), str(layer["units"]), share, mark])
+        rows.append([layer["name"], units, str(layer["kept"]), str(layer["units"]), share, mark])
     listed = {layer["name"] for layer in record["layers"]}
-    whole = [name for name in record["protected"] if name not in listed]
-    kept = [f"Kept whole: {', '.join(whole)}", ""] if whole else []
-    made = [f"  {key}: {value}" for key, value in record["provenance"].items()]
+    unpruned = [name for name in record["protected"] if name not in listed]
+    notes = [f"Not pruned: {', '.join(unpruned)}", ""] if unpruned else []
+    provenance = [f"  {key}: {value}" for key, value in record["provenance"].items()]
     return [
         Text("\n".join(head)),
         costs_table("Image tower", record["dense"], record["slim"]),
         table("Layers", ["layer", "<units", "kept", "of", "share", "<"], rows),
-        Text("\n".join([*kept, "How it was made", *made])),
+        Text("\n".join([*notes, "Provenance", *provenance])),
     ]
 
 
 def evaluate_summary(record: Record) -> Parts:
-    """Scores of the classes, best first, and the means."""
-    ranked = sorted(record["per_class"].items(), key=lambda item: -(item[1] or 0.0))
+    """Summarise ``evaluate``: IoU of the classes, best first, and the means."""
+    ranked = sorted(record["per_class"].items(), key=lambda entry: -(entry[1] or 0.0))
     rows = [[name, percent(value) if value is not None else "-"] for name, value in ranked]
     half = (len(rows) + 1) // 2
     blank = ["", ""]
     paired = [[*rows[i], *(rows[half + i] if half + i < len(rows) else blank)] for i in range(half)]
     summary = (
         f"mIoU {percent(record['miou'])}, pixel accuracy {percent(record['pixel_accuracy'])}, "
-        f"{record['images']} pictures in {duration(record['seconds'])}"
+        f"{record['images']} images in {duration(record['seconds'])}"
     )
     return [
         table("IoU by class", ["class", "IoU", "<class", "IoU"], paired),
@@ -205,7 +206,7 @@ def evaluate_summary(record: Record) -> Parts:
 
 
 def benchmark_summary(record: Record) -> Parts:
-    """Latency, throughput and peak memory, one row a tower and batch size."""
+    """Summarise ``benchmark``: one row per tower and batch size."""
     rows = []
     for row in record["rows"]:
         memory = row["peak_memory"]
@@ -220,16 +221,16 @@ def benchmark_summary(record: Record) -> Parts:
                 f"{row['speedup']:.2f}x" if row.get("speedup") else "",
             ]
         )
-    columns = ["tower", "batch", "latency", "pictures", "peak memory", "MACs", "speed-up"]
+    columns = ["tower", "batch", "latency", "images", "peak memory", "MACs", "speed-up"]
     note = (
         f"Median of {record['pairs']} alternating pairs on {record['device']}, "
-        f"{record['dtype']}, {record['threads']} threads; memory in a fresh process each."
+        f"{record['dtype']}, {record['threads']} threads; each memory measured in a new process."
     )
     return [table("", columns, rows), Text(note, style="dim")]
 
 
 def export_summary(record: Record) -> Parts:
-    """Where the exported file is, how far it is from the tower, and what it takes."""
+    """Summarise ``export``: file, errors against the tower, latency."""
     height, width = record["size"]
     sides = "any size" if record["dynamic"] else f"{height} x {width}"
     lines = [
@@ -250,38 +251,28 @@ def export_summary(record: Record) -> Parts:
     ]
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if rows:
-        parts.insert(0, table("", ["runtime", "batch", "latency", "pictures", "speed-up"], rows))
+        parts.insert(0, table("", ["runtime", "batch", "latency", "images", "speed-up"], rows))
     return parts
 
 
 def listing(record: Record) -> Parts:
-    """Lists of names with a line about each."""
+    """Return one table of names and summaries per list."""
     parts = []
     for kind, entries in record.items():
         rows = [[entry["name"], entry.get("summary", "")] for entry in entries]
-        about = "<weights" if kind == "models" else "<what it is"
-        parts.append(table(kind, ["name", about], rows))
+        heading = "<weights" if kind == "models" else "<summary"
+        parts.append(table(kind, ["name", heading], rows))
     return parts
 
 
-# What the methods of the demo are, in words.
-METHODS = {
-    "dense": "dense",
-    "default": "default",
-    "random+closed-form": "random + closed-form",
-    "magnitude": "magnitude",
-    "random": "random",
-}
-
-
 def demo_summary(record: Record) -> Parts:
-    """The demo's table, and where its files are."""
+    """Summarise ``demo``: one row per method, files, and next commands."""
     rows = []
     for row in record["rows"]:
         (small, large) = row["latency"]
         rows.append(
             [
-                METHODS.get(row["method"], row["method"]),
+                row["method"].replace("+", " + "),
                 count(row["macs"]),
                 count(row["params"]),
                 file_size(row["file_size"]),
@@ -296,21 +287,21 @@ def demo_summary(record: Record) -> Parts:
     title = f"{record['model']}, {percent(record['ratio'], 0)} of the MACs removed"
     slim = f"{record['output']}/slim"
     lines = [
-        f"mIoU: zero-shot, on {record['scenes']} procedural test scenes; kept: its share of dense.",
-        "file: the image tower. One seed: a point or two between methods says little.",
+        f"mIoU: zero-shot, on {record['scenes']} procedural scenes; kept: its fraction of dense.",
+        "file: the image tower. One seed only: differences of 1 or 2 points are not significant.",
         "",
         f"slim checkpoint  {slim}",
-        f"picture          {record['picture']}",
+        f"image            {record['picture']}",
     ]
     transfer = record["transfer"]
     if "skipped" in transfer:
-        lines += ["", f"Left out: the transfer into a small SAN. {transfer['skipped']}"]
+        lines += ["", f"Skipped the transfer into a small SAN. {transfer['skipped']}"]
     else:
         cosine, params = transfer["cosine"], transfer["params"]
         lines += [
             "",
-            f"Put into a small SAN of mmsegmentation: {transfer['modules']} modules replaced, "
-            f"{count(params['before'])} -> {count(params['after'])} parameters.",
+            f"Transferred into a small SAN of mmsegmentation: {transfer['modules']} modules "
+            f"replaced, {count(params['before'])} -> {count(params['after'])} parameters.",
             f"Slim against dense SAN (its side adapter is untrained): cosine of the masks "
             f"{cosine['masks']:.4f}, of the class logits {cosine['logits']:.4f}.",
         ]

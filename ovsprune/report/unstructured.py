@@ -1,4 +1,4 @@
-"""What is said of an unstructured result: in the terminal, and on its card."""
+"""Terminal summary and model card of an unstructured result."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["unstructured_card", "unstructured_summary"]
 
 
 def unstructured_summary(record: Mapping[str, Any]) -> Sequence[RenderableType]:
-    """What ``prune --method imp`` set to zero, and what that is not."""
+    """Summarise ``prune --method imp``: costs, fidelity and output."""
     dense, nonzero = record["dense"], record["nonzero"]
     rows = [
         ["parameters", count(dense["params"]), count(dense["params"]), count(nonzero["params"])],
         ["MACs", count(dense["macs"]), count(dense["macs"]), count(nonzero["macs"])],
     ]
-    made = table(
+    costs = table(
         f"{record['model']}: image tower", ["", "dense", "masked", "masked, non-zero"], rows
     )
     fidelity = record["fidelity"]
     lines = [
         record["note"],
         "",
-        "Dense features on held-out pictures, masked against dense: cosine "
+        "Dense features on held-out images, masked against dense: cosine "
         f"{fidelity['cosine']:.4f}, relative error {fidelity['relative_error']:.4f}.",
         f"{percent(record['achieved'], 2)} of the ranked weights are zero, after "
         f"{len(record['rounds'])} rounds of {record['imp_steps']} steps, in "
@@ -41,25 +41,27 @@ def unstructured_summary(record: Mapping[str, Any]) -> Sequence[RenderableType]:
         lines.append(f"Saved to {record['output']}")
     else:
         lines.append("Dry run: nothing was written.")
-    return [made, Text("\n".join(lines))]
+    return [costs, Text("\n".join(lines))]
 
 
 def unstructured_card(spec: MaskedSpec, record: Mapping[str, Any]) -> str:
-    """The text of an unstructured result's ``README.md``.
+    """Return the text of an unstructured result's ``README.md``.
 
     Args:
-        spec: What its config says; ``files`` need not be filled in yet.
-        record: The job's record.
+        spec: Spec of the result; ``files`` may still be empty.
+        record: Record of the prune.
 
     Returns:
         Markdown.
     """
     fidelity = record["fidelity"]
     untrained = (
-        "\n> **Untrained.** The base model's weights were random: this shows shapes, and its "
-        "predictions mean nothing.\n"
+        "\n> **Untrained.** The base model's weights were random: this result shows shapes, and "
+        "its predictions are meaningless.\n"
     )
-    made = "\n".join(f"- {key.replace('_', ' ')}: `{v}`" for key, v in spec.provenance.items())
+    provenance = "\n".join(
+        f"- {key.replace('_', ' ')}: `{v}`" for key, v in spec.provenance.items()
+    )
     rows = "\n".join(
         f"| `{w.name}` | {w.count} | {w.zeros} | {percent(w.sparsity)} |" for w in spec.weights
     )
@@ -79,13 +81,13 @@ feature distillation.
 | parameters | {params} | {params} | {count(spec.nonzero.params)} |
 | MACs | {macs} | {macs} | {count(spec.nonzero.macs)} |
 
-Dense features on held-out calibration pictures, masked against dense: cosine
+Dense features on held-out calibration images, masked against dense: cosine
 {fidelity["cosine"]:.4f}, relative error {fidelity["relative_error"]:.4f}.
 
 ## Use
 
-`model.safetensors` has the base model's own names and shapes: whatever loads the base model loads
-it. `masks.safetensors` fits any weights of the architecture:
+`model.safetensors` has the names and shapes of the base model and is loaded in the same way.
+`masks.safetensors` applies to any weights of the architecture:
 
 ```python
 from ovsprune.masks import apply_masks, read_masks
@@ -93,7 +95,7 @@ from ovsprune.masks import apply_masks, read_masks
 apply_masks(model, read_masks("path/to/this/directory"))
 ```
 
-## Weight by weight
+## Weights
 
 | weight | entries | zero | share |
 | --- | ---: | ---: | ---: |
@@ -101,9 +103,9 @@ apply_masks(model, read_masks("path/to/this/directory"))
 
 Not ranked: {kept}.
 
-## How it was made
+## Provenance
 
-{made}
+{provenance}
 
-The licence and the terms of use of the base model apply to this directory too.
+The licence and the terms of use of the base model apply to this directory, too.
 """

@@ -1,4 +1,4 @@
-"""Allocations by ranking, on cases small enough to be done by hand."""
+"""Allocators that rank units, on cases small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.ranking import ladder
+from ovsprune.allocation.ranking import width_steps
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Group, Scores, Slice
 
@@ -28,35 +28,35 @@ def ctx(
     return replace(context, **rest)  # type: ignore[arg-type]
 
 
-def test_global_keeps_the_dearest_per_price_wherever_they_are() -> None:
+def test_global_keeps_the_highest_score_per_price_over_all_groups() -> None:
     # Per MAC: a is 1, 2, 3, 4; b, at 2 MACs a unit, 0.5, 1.5, 2.5, 5.
     groups = [group("a", 4, 1.0), group("b", 4, 2.0)]
     context = ctx(groups, {"a": [1, 2, 3, 4], "b": [1, 3, 5, 10]}, 6.0, comparable=True)
-    # The floors cost 3 (4 of a, 5 of b), then 3 of a for 1 MAC and 2.5 of b for 2: full.
+    # The minimum widths cost 3. Then one more of a (1 MAC) and one more of b (2 MACs) fit.
     assert ALLOCATIONS.get("global").widths(context) == {"a": 2, "b": 2}
 
 
-def test_global_sets_scales_aside_unless_they_mean_the_same() -> None:
+def test_global_normalises_scores_that_are_not_comparable() -> None:
     groups = [group("a", 4, 1.0), group("b", 4, 1.0)]
     costs = {"a": [1.0, 1.0, 1.0, 1.0], "b": [100.0, 100.0, 100.0, 500.0]}
-    # By their means: a is 1, 1, 1, 1; b is 0.5, 0.5, 0.5, 2.5.
+    # Divided by their means, a is 1, 1, 1, 1 and b is 0.5, 0.5, 0.5, 2.5.
     assert ALLOCATIONS.get("global").widths(ctx(groups, costs, 5.0)) == {"a": 4, "b": 1}
     comparable = ctx(groups, costs, 5.0, comparable=True)
     assert ALLOCATIONS.get("global").widths(comparable) == {"a": 1, "b": 4}
 
 
-def test_units_go_in_the_order_of_removal_whatever_their_costs_say() -> None:
-    """The running maximum: a cheap unit behind a dear one cannot go before it."""
+def test_scores_are_made_monotone_along_the_order_of_removal() -> None:
+    """A unit of low score that is removed late has the running maximum of the scores before."""
     groups = [group("a", 4, 1.0), group("b", 4, 1.0)]
     costs = {"a": torch.tensor([9.0, 1.0, 1.0, 9.0]), "b": torch.tensor([2.0, 3.0, 4.0, 5.0])}
     orders = {"a": torch.tensor([0, 1, 2, 3]), "b": torch.tensor([0, 1, 2, 3])}
     context = replace(ctx(groups, {}, 6.0, comparable=True), scores=Scores(costs, orders))
-    assert ladder(context, groups[0]).worths.tolist() == [9.0, 9.0, 9.0]
+    assert width_steps(context, groups[0]).worths.tolist() == [9.0, 9.0, 9.0]
     assert ALLOCATIONS.get("global").widths(context) == {"a": 4, "b": 2}
 
 
-def test_isomorphic_takes_the_same_share_of_every_class_and_ranks_inside_it() -> None:
-    # Two MLPs of one structure; two groups of heads whose costs are on another scale altogether.
+def test_isomorphic_keeps_the_same_fraction_of_every_class() -> None:
+    # Two MLPs of one structure; two groups of heads whose scores have another scale.
     groups = [
         group("a.mlp", 4, 1.0), group("b.mlp", 4, 1.0),
         group("a.attn", 4, 3.0, "heads"), group("b.attn", 4, 3.0, "heads"),
@@ -66,11 +66,11 @@ def test_isomorphic_takes_the_same_share_of_every_class_and_ranks_inside_it() ->
         "a.attn": [8e6, 7e6, 6e6, 5e6], "b.attn": [1e6, 2e6, 3e6, 4e6],
     }  # fmt: skip
     context = ctx(groups, costs, 20.0)
-    # 5 of 8 units of either class: the floors (one each), then the dearest four.
+    # 5 of 8 units of each class: the minimum (1 each), then the four of highest score.
     assert ALLOCATIONS.get("isomorphic").widths(context) == {
         "a.mlp": 1, "b.mlp": 4, "a.attn": 4, "b.attn": 1
     }  # fmt: skip
-    # Where all are one class, the heads' scale takes all.
+    # In one common class the larger scores of the heads win.
     one = [replace(g, kind="x", macs=1.0, params=1.0) for g in groups]
     same = replace(context, groups=one, budget=Budget("macs", 16.0, 10.0))
     assert ALLOCATIONS.get("isomorphic").widths(same) == {
@@ -78,10 +78,10 @@ def test_isomorphic_takes_the_same_share_of_every_class_and_ranks_inside_it() ->
     }  # fmt: skip
 
 
-def test_spectral_removes_a_share_that_is_linear_in_alpha() -> None:
+def test_spectral_removes_a_fraction_linear_in_alpha() -> None:
     groups = [group(name, 1000, 1.0) for name in "abc"]
     context = ctx(groups, {}, 1500.0, spectra={"a": 2.0, "b": 3.0, "c": 4.0})
-    # Shares removed 0.7, 1.0, 1.3 times one half.
+    # Fractions removed: 0.7, 1.0 and 1.3 times one half.
     widths = ALLOCATIONS.get("spectral").widths(context)
     assert widths == {"a": 650, "b": 500, "c": 350}
     # A group of twice the cost: eta (0.7 + 1.0 + 2 x 1.3) = 2, eta = 2 / 4.3.
@@ -94,13 +94,13 @@ def test_spectral_removes_a_share_that_is_linear_in_alpha() -> None:
     assert gone == {name: pytest.approx(value, abs=2e-3) for name, value in expected.items()}
 
 
-def test_spectral_is_uniform_where_all_alphas_are_the_same() -> None:
+def test_spectral_equals_uniform_for_equal_alphas() -> None:
     groups = [group("a", 50, 1.0), group("b", 80, 2.0)]
     context = ctx(groups, {}, 100.0, spectra={"a": 2.5, "b": 2.5})
     assert ALLOCATIONS.get("spectral").widths(context) == ALLOCATIONS.get("uniform").widths(context)
 
 
-def test_spectral_takes_a_group_without_a_power_law_for_the_lightest_tail() -> None:
+def test_spectral_treats_infinite_alpha_as_the_largest() -> None:
     groups = [group(name, 100, 1.0) for name in "abc"]
     spectra = {"a": 2.0, "b": 4.0, "c": float("inf")}
     widths = ALLOCATIONS.get("spectral").widths(ctx(groups, {}, 150.0, spectra=spectra))
@@ -108,11 +108,11 @@ def test_spectral_takes_a_group_without_a_power_law_for_the_lightest_tail() -> N
     assert abs(widths["b"] - widths["c"]) <= 1
 
 
-def test_a_plateau_of_the_price_is_taken_whole() -> None:
-    """Going to 4 units alone is dear; 5 and 6 then cost nothing: the three are one step."""
+def test_steps_on_a_price_plateau_are_merged() -> None:
+    """The fourth unit costs 3, the fifth and sixth nothing: all three are worth the same."""
     only = group("a", 6, 1.0)
     context = ctx([only, group("b", 6, 1.0)], {n: [1.0, 1, 1, 1, 1, 1] for n in "ab"}, 0.0)
     table = [0.0, 1.0, 2.0, 3.0, 6.0, 6.0, 6.0]
     budget = Budget("latency", 12.0, 8.0, {"a": table})
-    found = ladder(replace(context, budget=budget), only)
+    found = width_steps(replace(context, budget=budget), only)
     assert found.worths.tolist() == pytest.approx([1.0] * 5)

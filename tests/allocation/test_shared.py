@@ -1,4 +1,4 @@
-"""Groups whose costs multiply: the true cost is met, and no choice of widths is much better."""
+"""Groups whose costs multiply: the exact cost meets the budget with near-optimal widths."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.curves import curve
-from ovsprune.allocation.shared import Shared
+from ovsprune.allocation.curves import error_curve
+from ovsprune.allocation.shared import SharedCostAllocator
 from ovsprune.allocation.tied import tied_widths
-from ovsprune.allocation.trim import cost, partners, step_price, widths_of
+from ovsprune.allocation.trim import cost, shared_costs, step_cost, widths_of
 from ovsprune.core.errors import BudgetError
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Costs, Curves, Group, Scores, Slice
 
 BLOCKS = [(64, 9, 64, 256), (64, 9, 256, 256), (96, 4, 128, 128)]
-"""Units of both groups, and what a pair of units, one of the first and one of the second cost."""
+"""Per block: units of both groups, cost per pair of units, cost per unit of either group."""
 
 
 def groups(blocks: list[tuple[int, int, int, int]]) -> list[Group]:
@@ -66,7 +66,7 @@ def ctx(
     )  # fmt: skip
 
 
-def test_the_cost_is_the_product() -> None:
+def test_cost_multiplies_the_widths_of_both_groups() -> None:
     context = ctx(0.5)
     generator = np.random.default_rng(0)
     for _ in range(5):
@@ -74,34 +74,34 @@ def test_the_cost_is_the_product() -> None:
         assert cost(context, widths) == true_cost(BLOCKS, widths) + 1000
         group = context.groups[3]
         wider = {**widths, group.name: group.units}
-        step = step_price(context.budget, group, group.units, widths, partners(context))
+        step = step_cost(context.budget, group, group.units, widths, shared_costs(context))
         assert step == cost(context, wider) - cost(context, widths)
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("round_to", [1, 8])
-def test_the_budget_is_met_within_one_unit(name: str, share: float, round_to: int) -> None:
+def test_budget_is_met_within_one_unit(name: str, share: float, round_to: int) -> None:
     context = ctx(share, round_to=round_to)
-    widths = Shared(ALLOCATIONS.get(name)).widths(context)
-    spent, found = cost(context, widths), partners(context)
+    widths = SharedCostAllocator(ALLOCATIONS.get(name)).widths(context)
+    spent, found = cost(context, widths), shared_costs(context)
     assert spent <= context.budget.target
     for group in context.groups:
         assert group.min_units <= widths[group.name] <= group.units
         wider = next((w for w in widths_of(group, round_to) if w > widths[group.name]), None)
         if wider is not None:
-            step = step_price(context.budget, group, wider, widths, found)
+            step = step_cost(context.budget, group, wider, widths, found)
             assert spent + step > context.budget.target
     assert all(width % round_to == 0 for width in widths.values())
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("share", [0.35, 0.5, 0.8])
-def test_no_choice_of_widths_is_much_better(seed: int, share: float) -> None:
+def test_widths_are_near_the_exhaustive_optimum(seed: int, share: float) -> None:
     blocks = [(10, 9, 30, 40), (9, 12, 60, 40)]
     context = ctx(share, seed, blocks)
-    found = Shared(ALLOCATIONS.get("sensitivity")).widths(context)
-    curves = {g.name: curve(context, g) for g in context.groups}
+    found = SharedCostAllocator(ALLOCATIONS.get("sensitivity")).widths(context)
+    curves = {g.name: error_curve(context, g) for g in context.groups}
     best = min(
         sum(float(curves[n][w]) for n, w in widths.items())
         for choice in product(*(range(1, g.units + 1) for g in context.groups))
@@ -111,41 +111,41 @@ def test_no_choice_of_widths_is_much_better(seed: int, share: float) -> None:
     assert best <= ours + 1e-12 <= 1.02 * best + 1e-9
 
 
-def test_uniform_takes_the_same_share_of_all() -> None:
-    widths = Shared(ALLOCATIONS.get("uniform")).widths(ctx(0.5))
+def test_uniform_keeps_the_same_fraction_of_all_groups() -> None:
+    widths = SharedCostAllocator(ALLOCATIONS.get("uniform")).widths(ctx(0.5))
     shares = [widths[g.name] / g.units for g in ctx(0.5).groups]
     assert max(shares) - min(shares) < 2 / 64
-    # Half of the product is left with seven tenths of each width; a sum would keep half.
+    # 0.7 of both widths leaves half of a product; an additive cost would need 0.5.
     assert 0.5 < min(shares) < 0.7
 
 
-def test_without_products_the_allocator_alone_decides() -> None:
+def test_without_shared_costs_the_allocator_decides() -> None:
     context = ctx(0.6)
     context = replace(context, groups=[replace(g, shared={}) for g in context.groups])
     for name in ALLOCATIONS.names():
         allocator = ALLOCATIONS.get(name)
-        assert Shared(allocator).widths(context) == allocator.widths(context)
-        assert Shared(allocator).needs_curves == allocator.needs_curves
-        assert Shared(allocator).needs_spectra == allocator.needs_spectra
+        assert SharedCostAllocator(allocator).widths(context) == allocator.widths(context)
+        assert SharedCostAllocator(allocator).needs_curves == allocator.needs_curves
+        assert SharedCostAllocator(allocator).needs_spectra == allocator.needs_spectra
 
 
-def test_groups_that_are_not_there_share_nothing() -> None:
-    """The first of each pair is protected."""
+def test_protected_groups_share_no_costs() -> None:
+    """The first group of each pair is protected and not in the list."""
     context = ctx(0.6)
     context = replace(context, groups=[g for g in context.groups if g.shared])
-    assert not partners(context)
-    widths = Shared(ALLOCATIONS.get("uniform")).widths(context)
+    assert not shared_costs(context)
+    widths = SharedCostAllocator(ALLOCATIONS.get("uniform")).widths(context)
     assert cost(context, widths) <= context.budget.target
 
 
-def test_tied_heads_take_it_too() -> None:
+def test_tied_heads_support_shared_costs() -> None:
     context = ctx(0.5)
-    widths = tied_widths(Shared(ALLOCATIONS.get("uniform")), context)
+    widths = tied_widths(SharedCostAllocator(ALLOCATIONS.get("uniform")), context)
     assert 0.99 * context.budget.target < cost(context, widths) <= context.budget.target
 
 
-def test_measured_times_overlap_by_their_share_of_macs() -> None:
-    """A table says what a group saves alone; together they save what they share once."""
+def test_shared_part_of_measured_times_is_saved_once() -> None:
+    """A table holds what a group saves alone; the shared part follows the ratio of MACs."""
     context = ctx(0.7)
     tables = {g.name: [2e-3 * g.macs * w for w in range(g.units + 1)] for g in context.groups}
     budget = Budget("latency", 2e-3 * context.budget.dense, 1.4e-3 * context.budget.dense, tables)
@@ -153,10 +153,10 @@ def test_measured_times_overlap_by_their_share_of_macs() -> None:
     widths = {g.name: g.units // 2 for g in context.groups}
     assert cost(timed, widths) == pytest.approx(2e-3 * cost(context, widths))
     for name in ALLOCATIONS.names():
-        found = Shared(ALLOCATIONS.get(name)).widths(timed)
+        found = SharedCostAllocator(ALLOCATIONS.get(name)).widths(timed)
         assert 0.99 * budget.target < cost(timed, found) <= budget.target
 
 
-def test_what_is_out_of_reach_is_refused() -> None:
+def test_unreachable_ratio_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"a ratio of 0\.990 .* at most 0\.9"):
-        Shared(ALLOCATIONS.get("uniform")).widths(ctx(0.01))
+        SharedCostAllocator(ALLOCATIONS.get("uniform")).widths(ctx(0.01))

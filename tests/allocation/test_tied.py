@@ -1,4 +1,4 @@
-"""Tied heads: which count is taken."""
+"""Tied heads: choice of the common count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovsprune.allocation.tied import tied_widths
-from ovsprune.allocation.trim import cost, spare
+from ovsprune.allocation.trim import cost, spare_budget
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Curves, Group, Scores, Slice
 
@@ -19,7 +19,7 @@ def group(name: str, kind: str, units: int, macs: float) -> Group:
 
 
 class Fixed:
-    """An allocator that wants 2 and 6 heads, and fills the MLPs evenly."""
+    """Allocator that keeps 2 and 6 heads and widens all MLPs equally."""
 
     needs_curves = False
     needs_spectra = False
@@ -28,7 +28,7 @@ class Fixed:
         self.calls: list[AllocationContext] = []
 
     def widths(self, ctx: AllocationContext) -> dict[str, int]:
-        spare(ctx)
+        spare_budget(ctx)
         self.calls.append(ctx)
         wanted = {"a.attn": 2, "b.attn": 6}
         heads = {g.name: wanted[g.name] for g in ctx.groups if g.kind == "heads"}
@@ -52,20 +52,18 @@ def ctx(target: float = 200.0) -> AllocationContext:
     return AllocationContext(GROUPS, Scores({}, {}), Budget("macs", 360.0, target), None)
 
 
-def test_the_mean_count_is_fixed_and_the_rest_gets_what_is_left() -> None:
+def test_mean_count_is_fixed_and_mlps_get_the_remaining_budget() -> None:
     allocator = Fixed()
     widths = tied_widths(allocator, ctx())
     assert widths == {"a.attn": 4, "b.attn": 4, "a.mlp": 60, "b.mlp": 60}
     rest = [[g.name for g in call.groups] for call in allocator.calls[1:]]
     assert rest == [["a.mlp", "b.mlp"]] * 3
-    # Four heads of eight gone in both: 80 of 360 MACs are no longer there to be cut.
+    # Four of eight heads are removed in both layers, which saves 80 of 360 MACs.
     assert allocator.calls[1].budget.dense == 280.0
 
 
 @pytest.mark.parametrize(("heads", "mlp", "best"), [(1.0, 0.01, 5), (0.01, 1.0, 3), (0.0, 0.0, 4)])
-def test_with_curves_the_neighbour_of_least_error_is_taken(
-    heads: float, mlp: float, best: int
-) -> None:
+def test_error_curves_choose_among_neighbouring_counts(heads: float, mlp: float, best: int) -> None:
     widths = {g.name: torch.arange(1, g.units + 1) for g in GROUPS}
     weight = {"heads": heads, "mlp": mlp}
     errors = {g.name: weight[g.kind] * (1 - widths[g.name] / g.units).double() for g in GROUPS}
@@ -73,14 +71,14 @@ def test_with_curves_the_neighbour_of_least_error_is_taken(
     assert found["a.attn"] == found["b.attn"] == best
 
 
-def test_a_count_with_which_the_budget_cannot_be_used_up_is_passed_over() -> None:
-    # With 4 heads all MLPs whole cost 280: 20 short of the target; 5 heads make up for it.
+def test_count_that_leaves_budget_unused_is_skipped() -> None:
+    # 4 heads and full MLPs cost 280, 20 below the target; 5 heads reach it.
     widths = tied_widths(Fixed(), ctx(300.0))
     assert widths["a.attn"] == 5
     assert cost(ctx(300.0), widths) == 300.0
 
 
-def test_heads_of_other_costs_are_tied_apart() -> None:
+def test_heads_of_different_cost_are_tied_separately() -> None:
     groups = [*GROUPS, replace(group("c.attn", "heads", 8, 20.0))]
 
     class More(Fixed):
@@ -94,7 +92,7 @@ def test_heads_of_other_costs_are_tied_apart() -> None:
     assert (widths["a.attn"], widths["b.attn"], widths["c.attn"]) == (4, 4, 7)
 
 
-def test_heads_alone_come_as_close_as_they_can() -> None:
+def test_heads_only_come_as_close_as_possible() -> None:
     context = replace(ctx(), groups=[g for g in GROUPS if g.kind == "heads"])
     # 200 of the 360 MACs are MLPs that stay: 5 heads each leave 300.
     widths = tied_widths(FourAndFive(), replace(context, budget=Budget("macs", 360.0, 310.0)))
@@ -102,7 +100,7 @@ def test_heads_alone_come_as_close_as_they_can() -> None:
 
 
 class FourAndFive:
-    """Heads as 4 and 5."""
+    """Allocator that keeps 4 and 5 heads."""
 
     needs_curves = False
     needs_spectra = False

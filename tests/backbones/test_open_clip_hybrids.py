@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
-from ovsprune.calibration.activation_cache import Stream, run_stem, walk
+from ovsprune.calibration.activation_cache import ActivationCache, run_block, run_stem
 from ovsprune.core.errors import TargetError
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
@@ -115,7 +115,7 @@ def test_swins_maps_see_a_picture_at_once() -> None:
     stream = run_stem(stages, case.pictures, 5)
     name = next(iter(stages.blocks))
     layers = [(f"{name}.{layer}", "input") for layer in ("attn.q_proj", "attn.proj", "mlp.fc2")]
-    for part, seen in walk(stages.blocks[name], Stream(stream[:7]), 5, layers, name):
+    for part, seen in run_block(stages.blocks[name], ActivationCache(stream[:7]), 5, layers, name):
         count = min(5, 7 - part.start)
         assert [seen[tap].shape[0] for tap in layers] == [count] * 3
         # windows of 5 x 5 in a grid of 16 x 16, which is padded for them; then the stream's grid

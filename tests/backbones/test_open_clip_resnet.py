@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ovsprune import backbones
 from ovsprune.allocation import ALLOCATIONS
-from ovsprune.allocation.shared import Shared
+from ovsprune.allocation.shared import SharedCostAllocator
 from ovsprune.allocation.trim import cost
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_model import build_clip
@@ -24,7 +24,7 @@ from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import DenseModel, Plan, Preprocess, Scores
 from ovsprune.graph.costs import count_costs
-from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.graph.cut import cut, mask, removed_units
 from tests.contracts.conftest import RESNET, open_clip_resnet, prepared
 
 FAMILY = FAMILIES.get("open_clip-resnet")
@@ -200,7 +200,7 @@ def test_names_with_two_blocks_a_stage(name: str) -> None:
     case = prepared(backbone, pictures=1)
     dense = float(count_costs(case.dense, size).macs)
     ctx = AllocationContext(case.groups, Scores({}, {}), Budget("macs", dense, 0.5 * dense), None)
-    widths = Shared(ALLOCATIONS.get("uniform")).widths(ctx)
+    widths = SharedCostAllocator(ALLOCATIONS.get("uniform")).widths(ctx)
     plan = Plan({g.name: torch.randperm(g.units, generator=generator)[: widths[g.name]]
                  .sort().values for g in case.groups})  # fmt: skip
     slim, masked = deepcopy(case.dense), deepcopy(case.dense)
@@ -216,5 +216,5 @@ def test_names_with_two_blocks_a_stage(name: str) -> None:
     group = case.groups[-1]
     with torch.no_grad():  # The control: one unit more is masked.
         mask(masked, [group], Plan({group.name: plan.kept[group.name][1:]}))
-        assert removed(group, plan).numel()
+        assert removed_units(group, plan).numel()
         assert (found - case.outputs(masked, picture)).abs().max() / wanted.std() > 1e-4

@@ -1,4 +1,4 @@
-"""Gradients of unit masks: against finite differences, in any batches, and what is refused."""
+"""Gradients of unit masks: finite differences, batch sizes, refused objectives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ovsprune.graph.layers import weight_of
 
 @dataclass(frozen=True)
 class Noise:
-    """Pictures of noise."""
+    """Images of noise."""
 
     count: int
     dtype: torch.dtype = torch.float64
@@ -35,7 +35,7 @@ class Noise:
 
 
 class Tower(nn.Module):
-    """A convolution on units that a convolution makes, then an MLP on tokens."""
+    """Two convolutions with units between them, then an MLP on tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def values(tower: Tower, objective: Objective, count: int = 7) -> Tensor:
 
 
 @pytest.mark.parametrize("objective", [energy, two_values])
-def test_they_are_finite_differences(tower: Tower, objective: Objective) -> None:
+def test_gradients_equal_finite_differences(tower: Tower, objective: Objective) -> None:
     found = run(tower, objective)
     step = 1e-5
     for g in GROUPS:
@@ -123,7 +123,7 @@ def test_they_are_finite_differences(tower: Tower, objective: Objective) -> None
 
 
 @pytest.mark.parametrize("batch_size", [1, 12, 100])
-def test_batches_do_not_matter(tower: Tower, batch_size: int) -> None:
+def test_the_batch_size_does_not_matter(tower: Tower, batch_size: int) -> None:
     expected, found = run(tower, two_values), run(tower, two_values, batch_size)
     assert {name: tuple(part.shape) for name, part in found.items()} == {
         "kernels": (14, 3),
@@ -133,7 +133,7 @@ def test_batches_do_not_matter(tower: Tower, batch_size: int) -> None:
         torch.testing.assert_close(found[name], expected[name])
 
 
-def test_a_unit_that_the_consumer_ignores_has_none(tower: Tower) -> None:
+def test_a_unit_with_zero_columns_has_a_zero_gradient(tower: Tower) -> None:
     with torch.no_grad():
         tower.read.weight[:, [1, 4]] = 0
         tower.second.weight[:, 7] = 0
@@ -143,7 +143,7 @@ def test_a_unit_that_the_consumer_ignores_has_none(tower: Tower) -> None:
         assert dead.nonzero().flatten().tolist() == [unit]
 
 
-def test_a_group_that_the_objective_does_not_see_has_none(tower: Tower) -> None:
+def test_a_group_outside_of_the_objective_has_a_zero_gradient(tower: Tower) -> None:
     stages = tower.stages()
 
     def early(forward: Forward, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,17 +153,17 @@ def test_a_group_that_the_objective_does_not_see_has_none(tower: Tower) -> None:
     assert not found["mlp"].any() and bool(found["kernels"].any())
 
 
-def test_other_columns_of_the_consumer_stay_as_they_are(tower: Tower) -> None:
-    """A group need not cover all that its consumer reads."""
+def test_columns_of_no_unit_are_not_masked(tower: Tower) -> None:
+    """A group may cover only a part of the channels that its consumer reads."""
     part = group("part", "first", "second", torch.tensor([[8], [2]]))
-    whole = run(tower)["mlp"]
+    all_units = run(tower)["mlp"]
     found = mask_gradients(
         tower, tower.stages(), [part], energy, Noise(7), batch_size=8, seed=3, progress=Silent()
     )
-    torch.testing.assert_close(found["part"], whole[:, [8, 2]])
+    torch.testing.assert_close(found["part"], all_units[:, [8, 2]])
 
 
-def test_the_tower_is_left_alone(tower: Tower) -> None:
+def test_the_tower_is_not_changed(tower: Tower) -> None:
     tower.first.requires_grad_(False)
     before = [p.requires_grad for p in tower.parameters()]
     run(tower)
@@ -172,7 +172,7 @@ def test_the_tower_is_left_alone(tower: Tower) -> None:
     assert all(p.grad is None for p in tower.parameters())
 
 
-def test_hooks_are_gone_after_an_error(tower: Tower) -> None:
+def test_hooks_are_removed_after_an_error(tower: Tower) -> None:
     def broken(forward: Forward, images: Tensor, generator: torch.Generator) -> Tensor:
         raise KeyError("mine")
 
@@ -182,9 +182,7 @@ def test_hooks_are_gone_after_an_error(tower: Tower) -> None:
     assert all(p.requires_grad for p in tower.parameters())
 
 
-def test_large_results_are_stored_as_streams_are(
-    tower: Tower, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_results_may_be_stored_on_disk(tower: Tower, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def allocate(shape: tuple[int, ...]) -> Tensor:
@@ -218,17 +216,15 @@ def both_views_at_once(forward: Forward, images: Tensor, generator: torch.Genera
 
 
 @pytest.mark.parametrize(
-    ("objective", "said"),
+    ("objective", "message"),
     [
-        (mean, r"objective mean gave \(\) for 4 pictures, expected a tensor \[4\] or \[4, r\]"),
-        (detached, "detached gave values without a gradient"),
+        (mean, r"objective mean returned \(\) for 4 images, expected a tensor \[4\] or \[4, r\]"),
+        (detached, "detached returned values without a gradient"),
         (at_the_minimum, "at_the_minimum is zero for every unit.*dense tower's own output"),
         (root_of_zero, "root_of_zero has gradients that are not finite"),
-        (both_views_at_once, "was given 4 pictures and asks for the outputs of 8.*for each view"),
+        (both_views_at_once, "received 4 images and called forward with 8.*once per view"),
     ],
 )
-def test_objectives_that_cannot_be_used_are_refused(
-    tower: Tower, objective: Objective, said: str
-) -> None:
-    with pytest.raises(OptionError, match=said):
+def test_unusable_objectives_are_refused(tower: Tower, objective: Objective, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         run(tower, objective)

@@ -1,4 +1,4 @@
-"""Products with a block's Jacobian, and the equations that are solved with them."""
+"""Products with the Jacobian of a block, preconditioner, and conjugate gradients."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from ovsprune.calibration.linearised import Metric, Segment, Tensors, conjugate_gradients
+from ovsprune.calibration.linearised import (
+    InputPreconditioner,
+    Segment,
+    Tensors,
+    conjugate_gradients,
+)
 from ovsprune.graph.attention import SeparateAttention
 
 
 class Block(nn.Module):
-    """Attention and MLP with residuals; what comes last says so if it runs."""
+    """Attention and MLP with residuals, and a last layer that must not run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +43,7 @@ def segment(request: pytest.FixtureRequest) -> Segment:
 
 
 def jacobian(segment: Segment, x: Tensor) -> Tensor:
-    """[outputs, parameters], by differentiating the whole."""
+    """Return J, [outputs, parameters], computed by reverse-mode differentiation."""
     found: list[Tensor] = []
     layer = segment.block.get_submodule(segment.consumer)
     handle = layer.register_forward_hook(lambda *args: found.append(args[2]))
@@ -56,41 +61,44 @@ def flat(values: Tensors) -> Tensor:
     return torch.cat([part.flatten() for part in values.values()])
 
 
-def test_products_are_those_of_the_jacobian(segment: Segment) -> None:
+def test_products_equal_those_with_the_explicit_jacobian(segment: Segment) -> None:
     x, weight = torch.randn(3, 5, 8), torch.rand(3, 5, 1).expand(3, 5, 8)
     change = {n: torch.randn(p.shape, dtype=torch.float64) for n, p in segment.parameters.items()}
-    whole = jacobian(segment, x)
+    J = jacobian(segment, x)
     rows = torch.randn(3, 5, 8)
     torch.testing.assert_close(
-        flat(segment.transposed(x, rows)), whole.T @ rows.flatten().double(), atol=1e-4, rtol=1e-4
+        flat(segment.transposed_product(x, rows)),
+        J.T @ rows.flatten().double(),
+        atol=1e-4,
+        rtol=1e-4,
     )
-    wanted = whole.T @ (weight.flatten() * (whole @ flat(change)))
+    wanted = J.T @ (weight.flatten() * (J @ flat(change)))
     torch.testing.assert_close(
-        flat(segment.normal(x, weight, change)), wanted, atol=1e-3, rtol=1e-3
+        flat(segment.normal_product(x, weight, change)), wanted, atol=1e-3, rtol=1e-3
     )
 
 
-def test_what_comes_behind_the_consumer_does_not_run(segment: Segment) -> None:
+def test_layers_after_the_consumer_do_not_run(segment: Segment) -> None:
     ran = []
     segment.block.get_submodule("last").register_forward_hook(lambda *_: ran.append(1))
-    segment.transposed(torch.randn(1, 5, 8), torch.randn(1, 5, 8))
+    segment.transposed_product(torch.randn(1, 5, 8), torch.randn(1, 5, 8))
     assert not ran
     assert not segment.block.get_submodule(segment.consumer)._forward_hooks
 
 
-def test_a_change_is_put_in_place_and_taken_back_bit_for_bit(segment: Segment) -> None:
+def test_parameters_are_set_and_restored_bit_for_bit(segment: Segment) -> None:
     before = {n: p.clone() for n, p in segment.block.state_dict().items()}
     change = {n: torch.ones(p.shape, dtype=torch.float64) for n, p in segment.parameters.items()}
-    segment.put(change, 0.5)
+    segment.set_parameters(change, 0.5)
     after = segment.block.state_dict()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed == set(segment.parameters)
     assert all(torch.allclose(after[n], before[n] + 0.5) for n in changed)
-    segment.put(change, 0.0)
+    segment.set_parameters(change, 0.0)
     assert all(torch.equal(p, before[n]) for n, p in segment.block.state_dict().items())
 
 
-def test_conjugate_gradients_solve_and_stop() -> None:
+def test_conjugate_gradients_solve_and_stop_early() -> None:
     torch.manual_seed(0)
     half = torch.randn(20, 6, dtype=torch.float64)
     matrix = half.T @ half
@@ -111,28 +119,28 @@ def test_conjugate_gradients_solve_and_stop() -> None:
     assert len(calls) <= 1
 
 
-def test_the_metric_solves_a_linear_layer_in_one_product() -> None:
-    """Where J D = D x, the second moment of x is the normal matrix itself."""
+def test_the_preconditioner_solves_a_linear_layer_in_one_step() -> None:
+    """For J D = D x, the second moment of x is the normal matrix."""
     torch.manual_seed(0)
     x = torch.randn(400, 5) @ torch.randn(5, 5)
     wanted = torch.randn(3, 5, dtype=torch.float64)
     square = x.double().T @ x.double()
-    metric = Metric(1e-9)
+    preconditioner = InputPreconditioner(1e-9)
     for rows in x.split(100):
-        metric.update({"layer": rows[:, None]}, torch.ones(len(rows)))
+        preconditioner.update({"layer": rows[:, None]}, torch.ones(len(rows)))
     found = conjugate_gradients(
         lambda d: {"layer.weight": d["layer.weight"] @ square},
         {"layer.weight": wanted @ square},
-        metric.precondition,
+        preconditioner.precondition,
         1,
     )
     torch.testing.assert_close(found["layer.weight"], wanted, atol=1e-3, rtol=1e-3)
 
 
-def test_layers_that_read_the_same_share_a_moment() -> None:
-    metric, rows, other = Metric(1e-2), torch.randn(10, 4), torch.randn(10, 4)
-    metric.update({"q": rows, "k": rows, "v": other}, torch.ones(10))
+def test_layers_with_the_same_input_share_the_second_moment() -> None:
+    preconditioner, rows, other = InputPreconditioner(1e-2), torch.randn(10, 4), torch.randn(10, 4)
+    preconditioner.update({"q": rows, "k": rows, "v": other}, torch.ones(10))
     values = {f"{n}.weight": torch.ones(2, 4, dtype=torch.float64) for n in "qkv"}
-    found = metric.precondition(values)
+    found = preconditioner.precondition(values)
     assert torch.equal(found["q.weight"], found["k.weight"])
     assert not torch.equal(found["q.weight"], found["v.weight"])

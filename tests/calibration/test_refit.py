@@ -1,4 +1,4 @@
-"""The refit of one layer: against least squares, with outliers, with few rows, held out."""
+"""Refit of one layer: least squares, outliers, few rows, validation on held-out images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.moments import CrossMoments
-from ovsprune.calibration.refit import Refit, held_out, median_of, row_weights
-from ovsprune.calibration.ridge import correction, regularised
+from ovsprune.calibration.refit import Refit, held_out_mask, positive_median, row_weights
+from ovsprune.calibration.ridge import regularised, ridge_correction
 
 RIDGE = 1e-2
 
@@ -29,15 +29,15 @@ def refit(
     layer: nn.Linear, x: Tensor, wanted: Tensor, weight: Tensor | None = None, size: int = 3
 ) -> None:
     """Refit ``layer`` to ``wanted`` [pictures, rows, m] from ``x`` [pictures, rows, n]."""
-    found = Refit(layer, held_out(len(x)), RIDGE)
+    fit = Refit(layer, held_out_mask(len(x)), RIDGE)
     weight = torch.ones(x.shape[:-1]) if weight is None else weight
     for start in range(0, len(x), size):
         part = slice(start, start + size)
-        found.update(part, x[part], wanted[part] - layer(x[part]), weight[part])
-    found.apply()
+        fit.update(part, x[part], wanted[part] - layer(x[part]), weight[part])
+    fit.apply()
 
 
-def test_the_correction_is_ridge_regression_about_the_present_weight() -> None:
+def test_correction_equals_ridge_regression_with_the_present_weight_as_prior() -> None:
     x = normal(400, 6, dtype=torch.float64) + 3
     e = normal(400, 2, seed=1, dtype=torch.float64) + x[:, :2]
     sums = CrossMoments(6, 2)
@@ -50,10 +50,10 @@ def test_the_correction_is_ridge_regression_about_the_present_weight() -> None:
     level = 0.1 * centred.square().mean(0).mean()
     inner = centred.T @ centred / 400 + level * torch.eye(6, dtype=torch.float64)
     expected = torch.linalg.solve(inner, centred.T @ (e - e.mean(0)) / 400).T
-    torch.testing.assert_close(correction(joint.inputs, joint.cross, 0.1), expected)
+    torch.testing.assert_close(ridge_correction(joint.inputs, joint.cross, 0.1), expected)
 
 
-def test_a_weight_of_two_is_a_row_seen_twice() -> None:
+def test_a_row_of_weight_two_counts_as_two_rows() -> None:
     x, e = normal(20, 4, dtype=torch.float64), normal(20, 3, seed=1, dtype=torch.float64)
     twice, weighted = CrossMoments(4, 3), CrossMoments(4, 3)
     twice.update(torch.cat([x, x[:5]]), torch.cat([e, e[:5]]))
@@ -65,21 +65,21 @@ def test_a_weight_of_two_is_a_row_seen_twice() -> None:
         torch.testing.assert_close(getattr(one, name), getattr(two, name))
 
 
-def test_moments_of_two_parts_add_up() -> None:
+def test_sum_of_moments_equals_moments_of_the_union() -> None:
     x, e = normal(50, 4, dtype=torch.float64) + 5, normal(50, 3, seed=1, dtype=torch.float64) - 2
     parts = []
     for chosen in (slice(0, 17), slice(17, 50), slice(0, 50)):
         sums = CrossMoments(4, 3)
         sums.update(x[chosen], e[chosen])
         parts.append(sums.result())
-    both, whole = parts[0] + parts[1], parts[2]
-    torch.testing.assert_close(both.inputs.mean, whole.inputs.mean)
-    torch.testing.assert_close(both.inputs.covariance, whole.inputs.covariance)
+    summed, union = parts[0] + parts[1], parts[2]
+    torch.testing.assert_close(summed.inputs.mean, union.inputs.mean)
+    torch.testing.assert_close(summed.inputs.covariance, union.inputs.covariance)
     for name in ("mean", "cross", "power"):
-        torch.testing.assert_close(getattr(both, name), getattr(whole, name))
+        torch.testing.assert_close(getattr(summed, name), getattr(union, name))
 
 
-def test_the_error_is_a_quadratic_form_of_the_moments() -> None:
+def test_error_from_moments_equals_error_from_rows() -> None:
     x, e = normal(50, 4, dtype=torch.float64) + 5, normal(50, 3, seed=1, dtype=torch.float64)
     weight, bias = normal(3, 4, seed=2, dtype=torch.float64), normal(3, seed=3).double()
     sums = CrossMoments(4, 3)
@@ -89,7 +89,7 @@ def test_the_error_is_a_quadratic_form_of_the_moments() -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_no_residual_no_change(biased: bool) -> None:
+def test_a_zero_residual_changes_nothing(biased: bool) -> None:
     weight, bias = normal(3, 8), normal(3, seed=1)
     layer = linear(weight, bias if biased else None)
     x = normal(16, 5, 8, seed=2)
@@ -99,7 +99,7 @@ def test_no_residual_no_change(biased: bool) -> None:
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_known_layer_is_found_again(biased: bool) -> None:
+def test_a_known_layer_is_recovered(biased: bool) -> None:
     weight, bias = normal(3, 8), normal(3, seed=1) * biased
     x = normal(64, 20, 8, seed=2) + 1
     layer = linear(torch.zeros(3, 8), torch.zeros(3) if biased else None)
@@ -108,7 +108,7 @@ def test_a_known_layer_is_found_again(biased: bool) -> None:
     assert layer.bias is None or (layer.bias - bias).abs().max() < 0.1
 
 
-def test_the_same_in_other_batches() -> None:
+def test_the_batch_size_does_not_matter() -> None:
     x, wanted = normal(20, 6, 8), normal(20, 6, 3, seed=1)
     layers = [linear(torch.zeros(3, 8), torch.zeros(3)) for _ in range(2)]
     for layer, size in zip(layers, (3, 20), strict=True):
@@ -116,8 +116,8 @@ def test_the_same_in_other_batches() -> None:
     torch.testing.assert_close(layers[0].weight, layers[1].weight)
 
 
-def test_what_harms_on_held_out_pictures_is_not_done() -> None:
-    """Noise that fits by chance: more columns than rows, and nothing to be learnt."""
+def test_a_refit_that_increases_the_held_out_error_is_rejected() -> None:
+    """The residual is noise, and there are more columns than rows."""
     weight, bias = normal(3, 64), normal(3, seed=1)
     layer = linear(weight, bias)
     x = normal(8, 5, 64, seed=2)
@@ -126,22 +126,22 @@ def test_what_harms_on_held_out_pictures_is_not_done() -> None:
 
 
 @pytest.mark.parametrize("ridge", [1e-2, 1e-12])
-def test_two_pictures_and_many_units(ridge: float) -> None:
+def test_two_images_and_many_units_give_a_finite_refit(ridge: float) -> None:
     weight, bias = normal(6, 300), normal(6, seed=1)
     basis = normal(20, 300, seed=2)
-    x = normal(2, 10, 20, seed=3) @ basis  # Pictures live in few directions, as activations do.
+    x = normal(2, 10, 20, seed=3) @ basis  # Low rank, as activations are.
     layer = linear(torch.zeros(6, 300), bias)
-    found = Refit(layer, held_out(2), ridge)
+    fit = Refit(layer, held_out_mask(2), ridge)
     wanted = x @ weight.T + bias
-    found.update(slice(0, 2), x, wanted - layer(x), torch.ones(2, 10))
-    found.apply()
+    fit.update(slice(0, 2), x, wanted - layer(x), torch.ones(2, 10))
+    fit.apply()
     assert layer.weight.isfinite().all() and layer.bias.isfinite().all()
     others = normal(50, 20, seed=4) @ basis
     goal = others @ weight.T + bias
     assert (layer(others) - goal).norm() < (bias - goal).norm()
 
 
-def test_the_floor_holds_under_massive_channels_and_little_ridge() -> None:
+def test_regularised_is_positive_definite_with_massive_channels_and_a_small_ridge() -> None:
     rows = normal(40, 200)  # Of rank 40, and in float32.
     rows[:, :3] *= 1e4
     covariance = rows.T @ rows / 40
@@ -152,7 +152,7 @@ def test_the_floor_holds_under_massive_channels_and_little_ridge() -> None:
     assert torch.linalg.eigvalsh(scale[:, None] * found * scale).min() > 5e-6
 
 
-def test_massive_channels_do_not_set_the_ridge() -> None:
+def test_massive_channels_do_not_raise_the_ridge() -> None:
     rows = normal(4000, 50, dtype=torch.float64)
     plain = regularised(rows.T @ rows / 4000, RIDGE) - rows.T @ rows / 4000
     rows[:, 0] *= 100
@@ -161,7 +161,7 @@ def test_massive_channels_do_not_set_the_ridge() -> None:
 
 
 def outliers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ordinary rows that follow one rule, and a few massive ones that follow another."""
+    """Return rows with one linear relation and a few massive rows with another one."""
     rule, other = normal(4, 16), normal(4, 16, seed=1)
     x = normal(32, 50, 16, seed=2)
     x[:, 0] *= 100
@@ -170,7 +170,7 @@ def outliers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rule, x, wanted, row_weights(wanted, float(wanted.square().sum(-1).median()))
 
 
-def test_massive_rows_do_not_swallow_the_refit() -> None:
+def test_massive_rows_do_not_dominate_the_refit() -> None:
     rule, x, wanted, weight = outliers()
     errors = []
     for given in (weight, None):
@@ -181,7 +181,7 @@ def test_massive_rows_do_not_swallow_the_refit() -> None:
     assert errors[1] > 0.9
 
 
-def test_a_row_in_n_has_at_most_two_nths_of_the_weight() -> None:
+def test_a_share_of_one_nth_of_the_rows_has_at_most_two_nths_of_the_weight() -> None:
     _, x, _, weight = outliers()
     share = weight[:, 0].sum() / weight.sum()
     assert weight.max() == 1.0
@@ -190,19 +190,19 @@ def test_a_row_in_n_has_at_most_two_nths_of_the_weight() -> None:
 
 
 @pytest.mark.parametrize(("pictures", "held"), [(1, 0), (2, 1), (7, 1), (8, 1), (16, 2), (256, 32)])
-def test_how_many_are_held_out(pictures: int, held: int) -> None:
-    assert int(held_out(pictures).sum()) == held
+def test_number_of_held_out_images(pictures: int, held: int) -> None:
+    assert int(held_out_mask(pictures).sum()) == held
 
 
-def test_a_single_picture_is_fitted_to() -> None:
+def test_a_single_image_is_fitted() -> None:
     rule, x = normal(3, 8), normal(1, 400, 8, seed=1)
     layer = linear(torch.zeros(3, 8), torch.zeros(3))
     refit(layer, x, x @ rule.T)
     torch.testing.assert_close(layer.weight, rule, rtol=0, atol=0.1)
 
 
-def test_outputs_that_fit_already_do_not_stop_the_others() -> None:
-    """Five of eight outputs lack nothing: the median of all would be 0, and nothing would count."""
+def test_outputs_without_a_residual_do_not_prevent_the_refit_of_others() -> None:
+    """With zeros included, the median error would be 0 and all outputs would have weight 0."""
     x = normal(16, 5, 4, dtype=torch.float32)
     layer, true = linear(torch.zeros(8, 4)), normal(8, 4, seed=1)
     true[:5] = 0.0
@@ -210,8 +210,8 @@ def test_outputs_that_fit_already_do_not_stop_the_others() -> None:
     assert (layer.weight - true).norm() < 0.05 * true.norm()
 
 
-def test_rows_of_zeros_do_not_take_the_weight_from_the_others() -> None:
+def test_zero_rows_do_not_reduce_the_weights_of_others() -> None:
     rows = torch.cat([torch.zeros(6, 3), normal(4, 3)])
-    median = float(median_of(rows.square().sum(-1)))
+    median = float(positive_median(rows.square().sum(-1)))
     assert median > 0 and (row_weights(rows, median) > 0.05).all()
-    assert float(median_of(torch.zeros(3))) == 0.0
+    assert float(positive_median(torch.zeros(3))) == 0.0

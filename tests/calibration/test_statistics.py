@@ -1,3 +1,5 @@
+"""Files of measured statistics: contents, refusal of another origin, damaged files."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,7 +14,7 @@ from ovsprune.core.records import Curves, Scores
 ORIGIN = {"base": "abc", "criterion": "reconstruction", "seed": 0, "probe": 8}
 
 
-def found(curves: bool = True) -> Statistics:
+def statistics(curves: bool = True) -> Statistics:
     costs = {"a.mlp": torch.tensor([3.0, 1.0, 2.0], dtype=torch.float64)}
     measured = Curves(
         {"a.mlp": torch.tensor([1, 3])}, {"a.mlp": torch.tensor([0.5, 0.0], dtype=torch.float64)}
@@ -20,53 +22,53 @@ def found(curves: bool = True) -> Statistics:
     return Statistics(Scores.from_costs(costs), measured if curves else None, ORIGIN)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_statistics_are_read_as_written(tmp_path: Path) -> None:
     file = tmp_path / "new" / "statistics.safetensors"
-    write_statistics(file, found())
-    back = read_statistics(file, ORIGIN)
-    assert torch.equal(back.scores.costs["a.mlp"], found().scores.costs["a.mlp"])
-    assert back.scores.orders["a.mlp"].tolist() == [1, 2, 0]
-    assert back.curves is not None
-    assert back.curves.widths["a.mlp"].tolist() == [1, 3]
-    assert back.curves.errors["a.mlp"].tolist() == [0.5, 0.0]
-    assert [p.name for p in file.parent.iterdir()] == [file.name]  # nothing half-written beside
+    write_statistics(file, statistics())
+    loaded = read_statistics(file, ORIGIN)
+    assert torch.equal(loaded.scores.costs["a.mlp"], statistics().scores.costs["a.mlp"])
+    assert loaded.scores.orders["a.mlp"].tolist() == [1, 2, 0]
+    assert loaded.curves is not None
+    assert loaded.curves.widths["a.mlp"].tolist() == [1, 3]
+    assert loaded.curves.errors["a.mlp"].tolist() == [0.5, 0.0]
+    assert [p.name for p in file.parent.iterdir()] == [file.name]  # no temporary files
 
 
-def test_no_curves_stay_no_curves(tmp_path: Path) -> None:
+def test_missing_curves_are_read_as_none(tmp_path: Path) -> None:
     file = tmp_path / "s.safetensors"
-    write_statistics(file, found(curves=False))
+    write_statistics(file, statistics(curves=False))
     assert read_statistics(file, ORIGIN).curves is None
 
 
-def test_curves_serve_an_allocation_that_wants_none(tmp_path: Path) -> None:
+def test_extra_curves_are_accepted_if_no_curves_are_needed(tmp_path: Path) -> None:
     file = tmp_path / "s.safetensors"
-    write_statistics(file, found())
+    write_statistics(file, statistics())
     assert read_statistics(file, {**ORIGIN, "probe": 0}).curves is not None
 
 
-def test_other_origins_are_refused_and_named(tmp_path: Path) -> None:
+def test_another_origin_is_refused_and_the_difference_is_named(tmp_path: Path) -> None:
     file = tmp_path / "s.safetensors"
-    write_statistics(file, found())
-    with pytest.raises(DataError, match="seed is 0 there and 1 here"):
+    write_statistics(file, statistics())
+    with pytest.raises(DataError, match="seed is 0 in the file and 1 now"):
         read_statistics(file, {**ORIGIN, "seed": 1})
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 20, b'{"a": 1}'])
-def test_damaged_files(tmp_path: Path, content: bytes) -> None:
+def test_damaged_files_are_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "s.safetensors"
     file.write_bytes(content)
     with pytest.raises(DataError, match="cannot be read for --statistics"):
         read_statistics(file, ORIGIN)
 
 
-def test_another_kind_of_file(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "s.safetensors")
-    with pytest.raises(DataError, match="holds no ovsprune.statistics"):
+    with pytest.raises(DataError, match="does not contain ovsprune.statistics"):
         read_statistics(tmp_path / "s.safetensors", ORIGIN)
 
 
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
+def test_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a directory"):
-        write_statistics(tmp_path, found())
+        write_statistics(tmp_path, statistics())

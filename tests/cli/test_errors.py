@@ -80,7 +80,7 @@ PRUNE = ["prune", "--model", "small", "--ratio", "0.5", "--samples", "4", "--thr
         (["--floor", "nothing=2"], "--floor 'nothing=2' matches no group"),
         (["--latency-table", "x.json"], "--latency-table goes with --budget latency only"),
         (["--calibration", "nowhere"], "nowhere is not a folder"),
-        (["--ratio", "0.999"], "out of reach: what may be cut gives at most 0.6"),
+        (["--ratio", "0.999"], "out of reach: the layers that may be pruned allow at most 0.6"),
         (["--model", "ViT-B/32", "--pretrained", "no-such-tag"], "'no-such-tag' is neither"),
     ],
 )
@@ -136,12 +136,10 @@ def test_prune_into_an_output_that_exists(place):
 def test_prune_with_a_folder_of_broken_pictures(place):
     pictures = place / "pictures"
     pictures.mkdir()
-    assert "no picture that can be read (0 picture files" in refused(
-        *PRUNE, "--calibration", pictures
-    )
+    assert "no image can be read (0 image files" in refused(*PRUNE, "--calibration", pictures)
     for name in ("a.jpg", "b.png"):
         (pictures / name).write_bytes(b"no picture")
-    assert "no picture that can be read (2 picture files, 2 of them broken)" in refused(
+    assert "no image can be read (2 image files, 2 of them damaged)" in refused(
         *PRUNE, "--calibration", pictures
     )
     assert not (place / "slim").exists()

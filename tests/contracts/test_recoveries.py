@@ -1,4 +1,4 @@
-"""What every recovery must keep, and what a repair must bring."""
+"""Contract of recoveries: invariants of the towers, and reduction of the error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def pair(request: pytest.FixtureRequest) -> Recovery:
 
 
 @recoveries(RECOVERIES.names())
-def test_the_dense_tower_is_left_alone(pair: Recovery) -> None:
+def test_the_dense_tower_is_not_changed(pair: Recovery) -> None:
     """Compared with a copy from before every recovery, those of earlier tests included."""
     case = pair.case
     pair.recovered(0)
@@ -68,7 +68,7 @@ def test_the_dense_tower_is_left_alone(pair: Recovery) -> None:
 
 
 @recoveries(RECOVERIES.names())
-def test_only_values_change(pair: Recovery) -> None:
+def test_shapes_types_and_modules_do_not_change(pair: Recovery) -> None:
     before = pair.case.cut(pair.case.random_plan(0))
     after = pair.recovered(0)
     assert [(n, type(m)) for n, m in after.named_modules()] == [
@@ -85,8 +85,8 @@ def test_only_values_change(pair: Recovery) -> None:
 
 
 @recoveries(RECOVERIES.names())
-def test_a_plan_that_keeps_everything_changes_no_bit(pair: Recovery) -> None:
-    """The tower that is written, after the family has finished it, is the original, too."""
+def test_a_plan_that_keeps_all_units_changes_no_bit(pair: Recovery) -> None:
+    """After ``Family.finish``, the tower equals the original too."""
     case = pair.case
     slim = recovered(case, case.full_plan(), pair.name)
     after, before = slim.state_dict(), case.dense.state_dict()
@@ -99,8 +99,8 @@ def test_a_plan_that_keeps_everything_changes_no_bit(pair: Recovery) -> None:
 
 
 @recoveries([n for n in REPAIRS if not RECOVERIES.get(n).trains])
-def test_only_consumers_and_producers_of_cut_groups_change_up_to_the_cut(pair: Recovery) -> None:
-    """Only the last group is cut, so every other layer is as it was."""
+def test_only_consumers_and_producers_of_cut_groups_change(pair: Recovery) -> None:
+    """Only the last group is cut, so all layers of other groups stay the same."""
     case = pair.case
     plan = case.full_plan()
     last = case.groups[-1]
@@ -116,26 +116,26 @@ def test_only_consumers_and_producers_of_cut_groups_change_up_to_the_cut(pair: R
 
 
 @recoveries(RECOVERIES.names())
-def test_the_same_again(pair: Recovery) -> None:
+def test_recoveries_are_deterministic(pair: Recovery) -> None:
     one = pair.recovered(0).state_dict()
     two = recovered(pair.case, pair.case.random_plan(0), pair.name).state_dict()
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 @recoveries(REPAIRS)
-def test_a_repaired_tower_is_closer_on_pictures_it_never_saw(pair: Recovery) -> None:
+def test_a_recovery_reduces_the_error_on_unseen_images(pair: Recovery) -> None:
     case = pair.case
     plan = case.random_plan(0)
     images = case.images(8)
     wanted = case.outputs(case.dense, images)
     before = (case.outputs(case.cut(plan), images) - wanted).norm()
     after = (case.outputs(pair.recovered(0), images) - wanted).norm()
-    # What one vector a layer can bring on random weights is little; on constant units it is all.
+    # With random weights a bias alone compensates little.
     assert after < (1.0 if pair.name == "bias" else 0.8) * before
 
 
 @recoveries([n for n in REPAIRS if not RECOVERIES.get(n).trains])
-def test_batches_do_not_matter_without_training(pair: Recovery) -> None:
+def test_the_batch_size_does_not_matter_without_training(pair: Recovery) -> None:
     case = pair.case
     plan = case.random_plan(2)
     one, two = (
@@ -145,7 +145,7 @@ def test_batches_do_not_matter_without_training(pair: Recovery) -> None:
 
 
 @pytest.mark.parametrize("name", RECOVERIES.names())
-def test_a_chain_ends_with_the_recovery_that_was_asked_for(name: str) -> None:
+def test_a_chain_ends_with_the_requested_recovery(name: str) -> None:
     chain = recovery_chain(name)
     assert chain[-1] is RECOVERIES.get(name)
     assert chain[0].after is None
@@ -154,8 +154,8 @@ def test_a_chain_ends_with_the_recovery_that_was_asked_for(name: str) -> None:
 
 
 @recoveries(RECOVERIES.names())
-def test_two_pictures_are_enough_to_stay_finite_and_no_worse(pair: Recovery) -> None:
-    """2 pictures, more units than rows can tell apart."""
+def test_two_images_give_a_finite_recovery_that_is_not_worse(pair: Recovery) -> None:
+    """With 2 images there are fewer rows than units."""
     case = pair.case
     few = case.with_pictures(2)
     plan = case.random_plan(1)

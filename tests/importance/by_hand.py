@@ -1,4 +1,4 @@
-"""Groups made by hand: one layer that makes units, one that reads them."""
+"""Minimal groups: one layer that computes the units, one that reads them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def context(
     mean: Tensor | None = None,
     gradients: Tensor | None = None,
 ) -> GroupContext:
-    """Units of ``width`` channels.
+    """Build a group of units of ``width`` channels.
 
     Args:
-        make: Weight [n, d] of the layer that makes the n channels.
+        make: Weight [n, d] of the layer that computes the n channels.
         read: Weight [m, n] of the consumer.
-        width: Channels of a unit.
-        scale: Scales [n] of a norm in between.
-        covariance: Of the consumer's input, [n, n].
-        mean: Of the consumer's input, [n].
+        width: Channels per unit.
+        scale: Scales [n] of a norm between the two layers.
+        covariance: Covariance of the consumer's input, [n, n].
+        mean: Mean of the consumer's input, [n].
         gradients: [samples, units].
     """
     n = len(make)

@@ -1,4 +1,4 @@
-"""Fluctuation by hand."""
+"""FLAP scores computed by hand."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ READ = torch.tensor([[1.0, 0.0, 9.0, 1.0], [1.0, 1.0, 9.0, -2.0]])
 
 def score(variance: torch.Tensor, read: torch.Tensor, width: int = 1, mean: float = 0) -> Ranking:
     n = len(variance)
-    item = context(
+    ctx = context(
         normal(n, 3), read, width=width, covariance=variance.diag(), mean=torch.full((n,), mean)
     )
-    return CRITERIA.get("activation").score(item)
+    return CRITERIA.get("activation").score(ctx)
 
 
 def test_costs_are_standardised_fluctuation_times_weight() -> None:
@@ -26,7 +26,7 @@ def test_costs_are_standardised_fluctuation_times_weight() -> None:
     torch.testing.assert_close(score(VARIANCE, READ).costs, z.exp())
 
 
-def test_a_constant_unit_goes_first_however_large_its_mean_and_weight() -> None:
+def test_constant_unit_has_the_lowest_cost() -> None:
     ranking = score(VARIANCE, READ, mean=100.0)
     assert ranking.order.tolist() == [2, 0, 1, 3]
     assert torch.equal(ranking.costs, score(VARIANCE, READ).costs)
@@ -37,12 +37,12 @@ def test_costs_do_not_depend_on_the_scale_of_a_layer() -> None:
     torch.testing.assert_close(large, score(VARIANCE, READ).costs)
 
 
-def test_a_head_has_the_mean_of_its_columns() -> None:
+def test_head_score_is_the_mean_over_its_columns() -> None:
     columns, heads = score(VARIANCE, READ).costs, score(VARIANCE, READ, width=2).costs
     torch.testing.assert_close(heads, columns.log().view(2, 2).mean(1).exp())
 
 
-def test_units_that_are_all_equal_are_no_error() -> None:
+def test_equal_units_get_equal_costs() -> None:
     ranking = score(torch.ones(4), torch.ones(2, 4))
     assert ranking.costs.tolist() == [1.0] * 4
     assert ranking.order.tolist() == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""Taylor and Fisher by hand, and what their objectives are."""
+"""Taylor and Fisher on hand-computed gradients, and their objectives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def test_taylor_averages_absolute_values_picture_by_picture() -> None:
+def test_taylor_averages_absolute_values_over_images() -> None:
     ranking = CRITERIA.get("taylor").score(context(normal(3, 2), normal(2, 3), gradients=GRADIENTS))
     assert ranking.costs.tolist() == [1.0, 1.5, 0.0]
     assert ranking.order.tolist() == [2, 0, 1]
@@ -35,7 +35,7 @@ def test_fisher_averages_squares() -> None:
 
 
 def tower(mask: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Three channels in, five out, a token a pixel; ``mask`` is on the channels."""
+    """Build a tower of 3 input and 5 output channels, one token per pixel, masked on the input."""
     mix = normal(5, 3, seed=1)
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def tower(mask: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return forward
 
 
-def test_fishers_squares_are_those_of_the_jacobian_on_average() -> None:
+def test_fisher_estimates_the_squared_jacobian() -> None:
     images = normal(1, 3, 4, 4)
     mask = torch.ones(1, 3, requires_grad=True)
     values = Fisher(2000).objective(tower(mask), images, generator())
@@ -59,7 +59,7 @@ def test_fishers_squares_are_those_of_the_jacobian_on_average() -> None:
     torch.testing.assert_close(squares.mean((0, 1)), expected, rtol=0.1, atol=0)
 
 
-def test_the_consistency_loss_has_a_gradient_and_the_clean_tokens_are_held_fixed() -> None:
+def test_consistency_loss_has_a_nonzero_gradient_for_every_image() -> None:
     images = normal(6, 3, 4, 4)
     mask = torch.ones(6, 3, requires_grad=True)
     values = consistency(tower(mask), images, generator())
@@ -68,8 +68,8 @@ def test_the_consistency_loss_has_a_gradient_and_the_clean_tokens_are_held_fixed
     assert bool((gradient.abs().sum(1) > 1e-4).all())
 
 
-def test_a_flip_is_taken_back() -> None:
-    """A tower that looks at single pixels gives flipped tokens for a flipped picture."""
+def test_flip_is_undone_in_the_tokens() -> None:
+    """A tower of 1x1 convolutions maps a flipped image to flipped tokens."""
     images = normal(64, 3, 4, 4)
     values = consistency(tower(torch.ones(64, 3)), images, generator())
     assert float(values.mean()) < 0.1
@@ -78,7 +78,7 @@ def test_a_flip_is_taken_back() -> None:
 
 
 @pytest.mark.parametrize("objective", [consistency, Fisher().objective])
-def test_what_is_drawn_does_not_depend_on_the_batch(objective: Callable[..., Tensor]) -> None:
+def test_random_draws_do_not_depend_on_the_batch_size(objective: Callable[..., Tensor]) -> None:
     images = normal(6, 3, 4, 4)
     whole = objective(tower(torch.ones(6, 3)), images, generator())
     draws = generator()
@@ -86,7 +86,7 @@ def test_what_is_drawn_does_not_depend_on_the_batch(objective: Callable[..., Ten
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
-def test_a_loss_of_ones_own_is_the_objective() -> None:
+def test_custom_loss_is_the_objective() -> None:
     def loss(forward: object, images: Tensor, generator: torch.Generator) -> Tensor:
         return images.sum((1, 2, 3))
 
@@ -94,6 +94,6 @@ def test_a_loss_of_ones_own_is_the_objective() -> None:
     assert Taylor().objective is consistency
 
 
-def test_fisher_needs_a_projection() -> None:
-    with pytest.raises(OptionError, match="projections 0: give at least 1"):
+def test_fisher_refuses_zero_projections() -> None:
+    with pytest.raises(OptionError, match="projections is 0, expected at least 1"):
         Fisher(0)

@@ -1,4 +1,4 @@
-"""Magnitude by hand, in both norms."""
+"""Group magnitude computed by hand, in both norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.importance.by_hand import context, normal
 
 
 def pair() -> GroupContext:
-    """Two heads of two scattered channels each."""
+    """Build two heads of two interleaved channels each."""
     first, second = nn.Linear(3, 4, bias=True), nn.Linear(4, 2)
     rows = torch.tensor([[0, 2], [1, 3]])
     group = Group("g", "heads", 2, (Slice("a", "out", rows), Slice("b", "in", rows)), "b", "block")
@@ -39,7 +39,7 @@ def test_l1_sums_absolute_values() -> None:
     assert ranking.order.tolist() == ranking.costs.argsort().tolist()
 
 
-def test_the_norms_differ_about_one_large_weight_and_many_small_ones() -> None:
+def test_l1_and_l2_order_units_differently() -> None:
     make = torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     ctx = context(make, torch.zeros(2, 2))
     assert CRITERIA.get("magnitude").score(ctx).order.tolist() == [1, 0]
@@ -54,7 +54,7 @@ def test_scales_of_norms_do_not_count() -> None:
         assert torch.equal(plain.costs, scaled.costs)
 
 
-def test_kernels_count_whole() -> None:
+def test_all_kernel_positions_count() -> None:
     first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
     rows = torch.arange(4).view(4, 1)
     group = Group("g", "channels", 4, (Slice("a", "out", rows), Slice("b", "in", rows)), "b", "")

@@ -39,7 +39,7 @@ def test_costs_are_leverage_in_the_leading_directions(outputs: int, width: int) 
     assert torch.equal(found.order, found.costs.argsort(stable=True))
 
 
-def test_dead_and_constant_units_have_none() -> None:
+def test_zero_and_constant_units_have_no_leverage() -> None:
     read, variance = normal(3, 5), torch.ones(5)
     read[:, 1], variance[3] = 0, 0
     found = score(read, variance.diag(), energy=1.0)
@@ -47,7 +47,7 @@ def test_dead_and_constant_units_have_none() -> None:
     assert found.costs[[1, 3]].max() < 1e-12 < found.costs[[0, 2, 4]].min()
 
 
-def test_duplicates_share_and_a_weak_direction_is_left_out() -> None:
+def test_duplicates_share_leverage_and_weak_directions_do_not_count() -> None:
     # Units 0 and 1 always agree; unit 2 alone drives a weak output.
     covariance = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     read = torch.tensor([[3.0, 0.0, 0.0], [0.0, 0.0, 0.1]])
@@ -56,13 +56,13 @@ def test_duplicates_share_and_a_weak_direction_is_left_out() -> None:
     assert score(read, covariance, energy=1.0).costs.tolist() == pytest.approx([0.25, 0.25, 0.5])
 
 
-def test_a_consumer_that_reads_nothing_is_no_error() -> None:
+def test_zero_consumer_weight_gives_zero_costs() -> None:
     found = score(torch.zeros(3, 4), torch.eye(4))
     assert found.costs.tolist() == [0.0] * 4
     assert found.order.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.1, float("nan")])
-def test_energy_out_of_its_range(energy: float) -> None:
-    with pytest.raises(OptionError, match=r"energy .* is outside \(0, 1\]"):
+def test_energy_outside_its_range_is_refused(energy: float) -> None:
+    with pytest.raises(OptionError, match=r"energy is .*, expected a fraction in \(0, 1\]"):
         Spectral(energy)

@@ -78,7 +78,7 @@ def test_statistics_of_another_activation_are_refused(small: Backbone, tmp_path:
     """The weights are the same, and what they compute is not."""
     file = str(tmp_path / "statistics.safetensors")
     prune(small, 0.5, statistics=file, **OPTIONS)
-    with pytest.raises(DataError, match="activation is 'quick_gelu' there and 'gelu' here"):
+    with pytest.raises(DataError, match="activation is 'quick_gelu' in the file and 'gelu' now"):
         prune(replace(small, activation="gelu"), 0.5, statistics=file, **OPTIONS)
 
 
@@ -86,7 +86,7 @@ def test_statistics_of_another_activation_are_refused(small: Backbone, tmp_path:
 def test_a_file_that_does_not_say_of_what(small: Backbone, tmp_path: Path, header: str) -> None:
     file = tmp_path / "statistics.safetensors"
     save_file({"costs/a": torch.zeros(1)}, file, {"ovsprune.statistics/1": header})
-    with pytest.raises(DataError, match="does not say what it was measured on"):
+    with pytest.raises(DataError, match="does not record what it was measured on"):
         prune(small, 0.5, statistics=str(file), **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""Recoveries on a tower whose consumers are 3x3 convolutions, two of them on a residual stream."""
+"""Recoveries on a tower with 3x3 convolutions as consumers, with and without a residual."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def error(case: Case, slim: nn.Module, images: Tensor) -> float:
     return float((case.outputs(slim, images) - wanted).norm() / (wanted - wanted.mean()).norm())
 
 
-def plan_without(case: Case, at: int, gone: list[int]) -> Plan:
+def plan_without(case: Case, at: int, removed: list[int]) -> Plan:
     group = case.groups[at]
     kept = dict(case.full_plan().kept)
-    kept[group.name] = torch.tensor([u for u in range(group.units) if u not in gone])
+    kept[group.name] = torch.tensor([u for u in range(group.units) if u not in removed])
     return Plan(kept)
 
 
@@ -39,14 +39,14 @@ def test_cut_equals_masked(patches: Case) -> None:
 
 
 @pytest.mark.parametrize("name", RECOVERIES.names())
-def test_a_plan_that_keeps_everything_changes_no_bit(patches: Case, name: str) -> None:
+def test_a_plan_that_keeps_all_units_changes_no_bit(patches: Case, name: str) -> None:
     after = recovered(patches, patches.full_plan(), name).state_dict()
     before = patches.dense.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
 @pytest.mark.parametrize("name", REPAIRS)
-def test_a_repaired_tower_is_closer_on_pictures_it_never_saw(patches: Case, name: str) -> None:
+def test_a_recovery_reduces_the_error_on_unseen_images(patches: Case, name: str) -> None:
     plan = patches.random_plan(0)
     images = patches.images(8)
     before = error(patches, patches.cut(plan), images)
@@ -56,7 +56,7 @@ def test_a_repaired_tower_is_closer_on_pictures_it_never_saw(patches: Case, name
 
 @pytest.mark.parametrize("at", [0, 1])  # with a residual, and without
 @pytest.mark.parametrize("name", ["closed-form", "closed-form-symmetric"])
-def test_a_duplicated_channel_is_made_up_for(patches: Case, name: str, at: int) -> None:
+def test_a_removed_duplicate_channel_is_compensated(patches: Case, name: str, at: int) -> None:
     case = deepcopy(patches)
     block = case.dense.get_submodule(case.groups[at].block)
     block.first.weight[1] = block.first.weight[0]
@@ -68,8 +68,8 @@ def test_a_duplicated_channel_is_made_up_for(patches: Case, name: str, at: int) 
     assert error(case, recovered(case, plan, name), images) < 0.05 * before
 
 
-def test_patches_of_constant_channels_are_made_up_for_but_for_the_border(patches: Case) -> None:
-    """Where a patch lies over the border, a constant channel is not constant."""
+def test_removed_constant_channels_are_compensated_except_at_the_border(patches: Case) -> None:
+    """Zero padding makes a constant channel vary at the border."""
     case = deepcopy(patches)
     block = case.dense.get_submodule(case.groups[0].block)
     block.norm.weight[[0, 3]], block.norm.bias[[0, 3]] = 0.0, 2.0
@@ -80,7 +80,7 @@ def test_patches_of_constant_channels_are_made_up_for_but_for_the_border(patches
         assert error(case, recovered(case, plan, name), images) < 0.5 * before
 
 
-def test_what_makes_a_channel_alone_is_left_as_it_is(patches: Case) -> None:
+def test_channelwise_layers_are_not_refitted(patches: Case) -> None:
     plan = patches.random_plan(1)
     before, after = patches.cut(plan), recovered(patches, plan, "closed-form")
     for group in patches.groups:
@@ -90,7 +90,7 @@ def test_what_makes_a_channel_alone_is_left_as_it_is(patches: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric"])
-def test_batches_do_not_matter(patches: Case, name: str) -> None:
+def test_the_batch_size_does_not_matter(patches: Case, name: str) -> None:
     plan = patches.random_plan(2)
     one, two = (
         patches.outputs(recovered(patches, plan, name, size), patches.images()) for size in (3, 12)
@@ -98,8 +98,8 @@ def test_batches_do_not_matter(patches: Case, name: str) -> None:
     torch.testing.assert_close(one, two, atol=1e-3, rtol=1e-3)
 
 
-def test_a_cut_twice_is_repaired_towards_the_first_dense_tower(patches: Case) -> None:
-    """Rounds: what was cut and repaired before is cut again."""
+def test_a_tower_cut_twice_is_repaired_towards_the_dense_tower(patches: Case) -> None:
+    """Iterative pruning cuts a tower that was cut and repaired before."""
     first, last = patches.random_plan(0, 0.8), patches.random_plan(0, 0.5)
     slim = recovered(patches, first, "closed-form")
     inner = {name: torch.searchsorted(first.kept[name], kept) for name, kept in last.kept.items()}

@@ -1,4 +1,4 @@
-"""The same repairs on an accelerator."""
+"""Recoveries and prunes on an accelerator."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("name", [n for n in RECOVERIES.names() if not RECOVERIES.get(n).trains])
-def test_repairs_agree_with_those_on_the_cpu(name: str) -> None:
+def test_recoveries_agree_with_those_on_the_cpu(name: str) -> None:
     case = prepared(open_clip_vit())
     plan = case.random_plan(0)
     towers = []
     for device in ("cpu", "cuda"):
-        here = deepcopy(case)
-        here.dense.to(device)
-        slim = here.cut(plan)
+        on_device = deepcopy(case)
+        on_device.dense.to(device)
+        slim = on_device.cut(plan)
         for recovery in recovery_chain(name):
-            recovery.recover(here.context(slim, plan))
+            recovery.recover(on_device.context(slim, plan))
         towers.append(slim.cpu())
     one, two = (case.outputs(tower, case.images()) for tower in towers)
     assert (one - two).norm() < 1e-2 * one.norm()
@@ -73,20 +73,22 @@ def test_a_prune_on_the_accelerator(recovery: str) -> None:
     ],
     ids=lambda options: "-".join(str(part) for pair in options.items() for part in pair),
 )
-def test_every_way_on_the_accelerator(
+def test_options_on_the_accelerator(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(latency, "_measured", as_the_width)  # so small a tower has but overhead
+    monkeypatch.setattr(
+        latency, "_measured", as_the_width
+    )  # the measured latency of a small tower is overhead
     small = open_clip_vit()
     small.tower.cuda()
     result = prune(small, 0.3, samples=8, output=tmp_path / "slim", **options)
     assert abs(result.achieved - 0.3) <= 0.01
-    there = load_backbone(str(tmp_path / "slim"))
+    loaded = load_backbone(str(tmp_path / "slim"))
     images = torch.randn(2, 3, *small.preprocess.size)
     with torch.no_grad():
-        found, again = result.tower(images.cuda()).cpu(), there.tower(images)
-    assert (found - again).norm() < 1e-3 * again.norm()
+        outputs, reloaded = result.tower(images.cuda()).cpu(), loaded.tower(images)
+    assert (outputs - reloaded).norm() < 1e-3 * reloaded.norm()
 
 
 @pytest.mark.parametrize("build", [open_clip_resnet, open_clip_convnext])

@@ -1,4 +1,4 @@
-"""Distillation: what it learns, what it never loses, and how it is stopped."""
+"""Distillation: reduction of the loss, validation, optimisers, limits."""
 
 from __future__ import annotations
 
@@ -28,64 +28,64 @@ def case() -> Case:
 
 
 def distilled(case: Case, options: Distillation, **others: Any) -> tuple[nn.Module, float, float]:
-    """A cut tower after distillation, and its held-out error before and after."""
+    """Return a cut tower after distillation, and its validation loss before and after."""
     plan = case.random_plan(0)
     slim = case.cut(plan)
-    item = case.context(slim, plan, distill=options, **others)
-    before = Student(item).error()
-    RECOVERIES.get("distill").recover(item)
-    return slim, before, Student(item).error()
+    ctx = case.context(slim, plan, distill=options, **others)
+    before = Student(ctx).error()
+    RECOVERIES.get("distill").recover(ctx)
+    return slim, before, Student(ctx).error()
 
 
-def test_it_learns_on_held_out_pictures(case: Case) -> None:
+def test_training_reduces_the_validation_loss(case: Case) -> None:
     slim, before, after = distilled(case, Distillation(steps=30))
     assert after < 0.7 * before
     changed = case.cut(case.random_plan(0)).state_dict()
     assert all(not torch.equal(v, changed[k]) for k, v in slim.state_dict().items())
 
 
-def test_it_is_judged_by_pictures_that_no_refit_has_seen(case: Case) -> None:
-    """Those of calibration were fitted before, so that a training would seem to lose by them."""
+def test_validation_images_are_unseen_by_the_refits(case: Case) -> None:
+    """The error on calibration images is too low, because the refits were fitted to them."""
     plan = case.random_plan(0)
     slim = case.cut(plan)
-    item = case.context(slim, plan)
+    ctx = case.context(slim, plan)
     for name in ("closed-form", "gauss-newton"):
-        RECOVERIES.get(name).recover(item)
+        RECOVERIES.get(name).recover(ctx)
     unseen = RenderedPictures(8, case.backbone.preprocess, 9, start=1000)
-    pupil, without = Student(replace(item, unseen=unseen)), Student(item)
-    assert torch.equal(pupil.exam, torch.cat(list(unseen.batches(8))))
-    assert len(pupil.lessons) == len(case.pictures)
-    assert len(without.lessons) + len(without.exam) == len(case.pictures)
-    assert without.error() < 0.9 * pupil.error()  # of the same tower
+    student, without = Student(replace(ctx, unseen=unseen)), Student(ctx)
+    assert torch.equal(student.validation, torch.cat(list(unseen.batches(8))))
+    assert len(student.train_indices) == len(case.pictures)
+    assert len(without.train_indices) + len(without.validation) == len(case.pictures)
+    assert without.error() < 0.9 * student.error()  # same tower
 
 
-def test_a_job_that_trains_has_unseen_pictures_and_others_draw_none(
+def test_only_a_prune_with_training_draws_validation_images(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ovsprune.jobs.prune import prune
     from ovsprune.pruning import pipeline as steps
 
-    judged: list[Tensor] = []
+    validations: list[Tensor] = []
     original = Student.__init__
 
-    def spy(self: Student, item: Any) -> None:
-        original(self, item)
-        judged.append(self.exam)
+    def spy(self: Student, ctx: Any) -> None:
+        original(self, ctx)
+        validations.append(self.validation)
 
     monkeypatch.setattr(Student, "__init__", spy)
     quick = {"samples": 8, "batch_size": 4, "criterion": "random", "allocation": "uniform"}
     prune(case.backbone, 0.3, recovery="distill", distill=Distillation(2), **quick)
-    assert [len(exam) for exam in judged] == [steps.HELD_OUT]
+    assert [len(images) for images in validations] == [steps.HELD_OUT]
     monkeypatch.setattr(steps, "unseen_pictures", None)
     prune(case.backbone, 0.3, recovery="closed-form", **quick)
 
 
-def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> None:
+def test_rendered_images_are_new_at_every_step_and_others_augmented(case: Case) -> None:
     plan = case.random_plan(0)
     slim = case.cut(plan)
 
     class Files:
-        """The same pictures, but no more of their kind."""
+        """The same images, without a source of further ones."""
 
         def __init__(self, pictures: Pictures) -> None:
             self.pictures = pictures
@@ -97,15 +97,15 @@ def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> N
             return self.pictures.batches(size)
 
     size = tuple(next(iter(case.pictures.batches(1))).shape[-2:])
-    made = RenderedPictures(4, Preprocess(size), source="leaves")
-    first = torch.cat(list(made.batches(4)))
+    rendered = RenderedPictures(4, Preprocess(size), source="leaves")
+    first = torch.cat(list(rendered.batches(4)))
     seen = []
-    for pictures in (made, made, Files(made)):
-        pupil = Student(replace(case.context(slim, plan), pictures=pictures))
-        batches = pupil._batches()
+    for pictures in (rendered, rendered, Files(rendered)):
+        student = Student(replace(case.context(slim, plan), pictures=pictures))
+        batches = student._batches()
         seen.append(torch.cat([next(batches) for _ in range(3)]))
-    assert torch.equal(seen[0], seen[1])  # and the same ones the next time
-    assert len({picture.sum().item() for picture in seen[0]}) == len(seen[0]) > len(made)
+    assert torch.equal(seen[0], seen[1])  # reproducible
+    assert len({picture.sum().ctx() for picture in seen[0]}) == len(seen[0]) > len(rendered)
     assert not any(torch.equal(new, old) for new in seen[0] for old in first)
     means = first.mean((2, 3))
     near = torch.cdist(seen[2].mean((2, 3)), means).min(1).values
@@ -113,7 +113,7 @@ def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> N
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon", "SGD", "RMSprop", "LBFGS", "Rprop", "Adafactor"])
-def test_optimisers_of_torch(case: Case, name: str) -> None:
+def test_optimisers_of_torch_reduce_the_loss(case: Case, name: str) -> None:
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
     lr = {"SGD": 0.05, "LBFGS": 0.1}.get(name, 1e-3)
@@ -121,51 +121,51 @@ def test_optimisers_of_torch(case: Case, name: str) -> None:
     assert after < before
 
 
-def test_an_optimiser_that_cannot_train_a_tower_is_refused(case: Case) -> None:
+def test_an_incompatible_optimiser_is_refused(case: Case) -> None:
     with pytest.raises(OptionError, match="--distill-optimizer SparseAdam cannot train this tower"):
         distilled(case, Distillation(steps=4, optimizer="SparseAdam"))
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_has_the_matrices_and_adamw_the_rest(case: Case) -> None:
+def test_muon_trains_matrices_and_adamw_the_rest(case: Case) -> None:
     plan = case.random_plan(0)
     slim = case.cut(plan)
     options = Distillation(optimizer="Muon", lr=2e-4)
-    pupil = Student(replace(case.context(slim, plan), distill=options))
-    pupil.whitened = pupil._whiten()
-    rest, matrices = pupil._optimizers()
+    student = Student(replace(case.context(slim, plan), distill=options))
+    student.whitened = student._whiten()
+    rest, matrices = student._optimizers()
     assert type(rest).__name__ == "AdamW" and type(matrices).__name__ == "Muon"
     found = [p for optimizer in (rest, matrices) for p in optimizer.param_groups[0]["params"]]
     assert len(found) == len(set(found)) == len(list(slim.parameters()))
     linear = {m.weight for m in slim.modules() if isinstance(m, torch.nn.Linear)}
-    free = {layer.weight: layer.free for layer in pupil.whitened}
+    free = {layer.weight: layer.free for layer in student.whitened}
     assert free and set(matrices.param_groups[0]["params"]) == {free.get(p, p) for p in linear}
     assert matrices.param_groups[0]["lr"] == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Muon"])
-def test_where_a_whole_mlp_is_gone(case: Case, name: str) -> None:
+def test_a_tower_without_one_mlp_can_be_trained(case: Case, name: str) -> None:
     if not hasattr(torch.optim, name):
         pytest.skip(f"this torch has no {name}")
     kept = dict(case.random_plan(0).kept)
-    gone = next(group.name for group in case.groups if group.kind == "mlp")
-    plan = Plan({**kept, gone: kept[gone][:0]})
+    removed = next(group.name for group in case.groups if group.kind == "mlp")
+    plan = Plan({**kept, removed: kept[removed][:0]})
     slim = case.cut(plan)
     assert any(p.numel() == 0 for p in slim.parameters())
-    item = case.context(slim, plan, distill=Distillation(steps=4, optimizer=name, lr=1e-3))
-    before = Student(item).error()
-    RECOVERIES.get("distill").recover(item)
-    assert Student(item).error() < before
+    ctx = case.context(slim, plan, distill=Distillation(steps=4, optimizer=name, lr=1e-3))
+    before = Student(ctx).error()
+    RECOVERIES.get("distill").recover(ctx)
+    assert Student(ctx).error() < before
 
 
 @pytest.mark.parametrize("name", ["adamw", "Optimizer", "lr_scheduler"])
-def test_unknown_optimisers(name: str) -> None:
+def test_unknown_optimisers_are_refused(name: str) -> None:
     with pytest.raises(UnknownNameError, match=f"unknown optimizer '{name}'.*Known: .*AdamW"):
         optimizer_class(name)
 
 
 @pytest.mark.parametrize("lr", [1e3, 1e30])
-def test_it_never_ends_worse_than_it_began(case: Case, lr: float) -> None:
+def test_the_validation_loss_never_increases(case: Case, lr: float) -> None:
     progress = Silent()
     options = Distillation(steps=8, optimizer="SGD", lr=lr)
     slim, before, after = distilled(case, options, progress=progress)
@@ -175,33 +175,33 @@ def test_it_never_ends_worse_than_it_began(case: Case, lr: float) -> None:
         assert any("distillation diverged at step" in note for note in progress.notes)
 
 
-def test_a_time_limit_ends_it(case: Case) -> None:
+def test_a_time_limit_ends_the_training(case: Case) -> None:
     start = time.monotonic()
     _, before, after = distilled(case, Distillation(seconds=1.5))
     assert 1.5 <= time.monotonic() - start < 30
     assert after < before
 
 
-def test_the_first_limit_counts(case: Case) -> None:
+def test_the_first_limit_that_is_reached_ends_the_training(case: Case) -> None:
     start = time.monotonic()
     distilled(case, Distillation(steps=2, seconds=300.0))
     assert time.monotonic() - start < 100
 
 
-def test_limits_are_shared_by_the_rounds() -> None:
+def test_limits_are_divided_among_rounds() -> None:
     assert Distillation().limit == 1000
     assert Distillation(seconds=9.0).limit is None
     assert Distillation(steps=10, seconds=9.0).shared(3) == Distillation(4, 3.0)
     assert Distillation().shared(1).limit == 1000
 
 
-def test_a_single_picture(case: Case) -> None:
+def test_a_single_image_can_be_trained_on(case: Case) -> None:
     one = prepared(open_clip_vit(), pictures=1)
     _, before, after = distilled(one, Distillation(steps=4))
     assert after <= before
 
 
-def test_the_bar_is_filled_to_its_end(case: Case) -> None:
+def test_the_progress_bar_reaches_its_end(case: Case) -> None:
     class Counting(Silent):
         done: dict[str, list[int]]
 

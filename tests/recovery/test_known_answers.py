@@ -1,4 +1,4 @@
-"""Recoveries where the right answer is known, and on towers with massive tokens and channels."""
+"""Recoveries with a known solution, and towers with massive tokens and channels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def case() -> Case:
     return prepared(open_clip_vit())
 
 
-def mlp(case: Case, at: int = 0) -> Group:
-    return [g for g in case.groups if g.kind == "mlp"][at]
+def mlp(case: Case, index: int = 0) -> Group:
+    return [g for g in case.groups if g.kind == "mlp"][index]
 
 
-def plan_without(case: Case, group: Group, gone: list[int]) -> Plan:
+def plan_without(case: Case, group: Group, removed: list[int]) -> Plan:
     kept = dict(case.full_plan().kept)
-    kept[group.name] = torch.tensor([u for u in range(group.units) if u not in gone])
+    kept[group.name] = torch.tensor([u for u in range(group.units) if u not in removed])
     return Plan(kept)
 
 
@@ -50,7 +50,7 @@ def producer(case: Case, group: Group) -> nn.Linear:
 
 
 @pytest.mark.parametrize("name", ["closed-form", "closed-form-symmetric", "gauss-newton"])
-def test_a_duplicated_unit_is_made_up_for(case: Case, name: str) -> None:
+def test_a_removed_duplicate_is_compensated(case: Case, name: str) -> None:
     group = mlp(case)
     first = producer(case, group)
     first.weight[1] = first.weight[0] = first.weight[0] * 20  # Its variance is far above the ridge.
@@ -62,19 +62,19 @@ def test_a_duplicated_unit_is_made_up_for(case: Case, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric", "gauss-newton"])
-def test_units_that_are_constant_are_made_up_for_exactly(case: Case, name: str) -> None:
+def test_removed_constant_units_are_compensated_exactly(case: Case, name: str) -> None:
     group = mlp(case)
     first = producer(case, group)
-    gone = [0, 3, 7]
-    first.weight[gone] = 0.0
-    first.bias[gone] = torch.tensor([2.0, 3.0, 4.0])
-    plan = plan_without(case, group, gone)
+    removed = [0, 3, 7]
+    first.weight[removed] = 0.0
+    first.bias[removed] = torch.tensor([2.0, 3.0, 4.0])
+    plan = plan_without(case, group, removed)
     images = case.images()
     assert error(case, case.cut(plan), images) > 1e-2
     assert error(case, repaired(case, plan, name), images) < 1e-5
 
 
-def test_bias_changes_biases_alone(case: Case) -> None:
+def test_bias_changes_only_biases(case: Case) -> None:
     plan = case.random_plan(0)
     before, after = case.cut(plan).state_dict(), repaired(case, plan, "bias").state_dict()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
@@ -82,8 +82,8 @@ def test_bias_changes_biases_alone(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["bias", "closed-form", "closed-form-symmetric", "gauss-newton"])
-def test_a_consumer_without_a_bias(case: Case, name: str) -> None:
-    """Left as it is by ``bias``, and said so; refitted about zero by the closed forms."""
+def test_consumers_without_a_bias(case: Case, name: str) -> None:
+    """``bias`` leaves them unchanged and adds a note; the closed forms refit the weight only."""
     group = mlp(case)
     case.dense.get_submodule(group.consumer).bias = None
     plan = plan_without(case, group, list(range(0, group.units, 2)))
@@ -93,7 +93,7 @@ def test_a_consumer_without_a_bias(case: Case, name: str) -> None:
     assert slim.get_submodule(group.consumer).bias is None
     if name == "bias":
         assert progress.notes == [
-            f"{group.consumer} has no bias: nothing makes up for what was cut there"
+            f"{group.consumer} has no bias, so the cut units are not compensated there"
         ]
         assert error(case, slim, images) == before
     else:
@@ -101,9 +101,10 @@ def test_a_consumer_without_a_bias(case: Case, name: str) -> None:
 
 
 def with_outliers() -> Case:
-    """A tower as CLIP's are: the class token and two patches a hundred times as long, in a channel.
+    """Return a tower with massive tokens in one channel, as CLIP's towers have them.
 
-    The channel is written by the first MLP, so that it is there in every block behind it.
+    The class token and two patch tokens are a hundred times longer than the others. The first MLP
+    writes to the channel too, so every later block reads it.
     """
     case = prepared(open_clip_vit(), pictures=24)
     tower = case.backbone.tower
@@ -117,7 +118,7 @@ def with_outliers() -> Case:
 
 @torch.no_grad()
 def ordinary_error(case: Case, slim: nn.Module) -> float:
-    """Relative error of the dense tokens that are no outliers."""
+    """Return the relative error of the dense tokens without the massive ones."""
     images = case.images(16)
     found = []
     for tower in (slim, case.dense):
@@ -131,12 +132,12 @@ def ordinary_error(case: Case, slim: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    # The symmetric form reads behind norms only, where a massive token is as long as the others;
-    # Gauss-Newton finds its way with and without weights.
+    # The symmetric form reads after norms, where massive tokens have the usual length.
+    # Gauss-Newton reaches the same error with and without weights.
     ("name", "of_plain"),
     [("closed-form", 0.97), ("closed-form-symmetric", 1.01), ("gauss-newton", 1.01)],
 )
-def test_massive_tokens_do_not_swallow_the_refit(
+def test_massive_tokens_do_not_dominate_the_refit(
     name: str, of_plain: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = with_outliers()
@@ -150,8 +151,8 @@ def test_massive_tokens_do_not_swallow_the_refit(
     assert weighted < of_plain * plain
 
 
-def test_massive_tokens_do_not_swallow_the_choice() -> None:
-    """A whole prune of such a tower: the default against a random choice with its own recovery."""
+def test_massive_tokens_do_not_dominate_the_selection() -> None:
+    """A default prune of such a tower is better than a random selection with recovery."""
     case = with_outliers()
 
     def errors(**parts: str) -> list[float]:
@@ -164,15 +165,15 @@ def test_massive_tokens_do_not_swallow_the_choice() -> None:
     assert max(errors()) < min(errors(criterion="random", allocation="uniform"))
 
 
-def test_kept_units_take_over_what_cut_ones_did(case: Case) -> None:
-    """Units that are read alike can be one, their sum; the consumer cannot bring that about."""
+def test_kept_units_take_over_the_function_of_cut_units(case: Case) -> None:
+    """Units with equal columns can be replaced by their sum, which only the producer can compute."""
     group = mlp(case)
     first = producer(case, group)
     consumer = case.dense.get_submodule(group.consumer)
     assert isinstance(consumer, nn.Linear)
-    first.bias[:] = 8.0  # Far to the right, where the activation is a straight line.
+    first.bias[:] = 8.0  # Large inputs, for which the activation is linear.
     plan = plan_without(case, group, list(range(16, group.units)))
-    # What the consumer is given lies in 16 directions, as many as there are kept units.
+    # The columns of the consumer have rank 16, the number of kept units.
     consumer.weight[:, 16:] = consumer.weight[:, :16].repeat(1, group.units // 16 - 1)
     images = case.images()
     linear, both = (
@@ -181,8 +182,8 @@ def test_kept_units_take_over_what_cut_ones_did(case: Case) -> None:
     assert both < 0.6 * linear
 
 
-def test_a_recovery_repeated_finds_nothing_more_to_do_in_the_mean(case: Case) -> None:
-    """Between rounds a recovery meets a tower that was repaired before."""
+def test_a_second_bias_compensation_changes_nothing(case: Case) -> None:
+    """In iterative pruning, a recovery gets a tower that was repaired before."""
     plan = case.random_plan(0)
     slim = repaired(case, plan, "bias")
     once = deepcopy(slim.state_dict())
@@ -191,13 +192,13 @@ def test_a_recovery_repeated_finds_nothing_more_to_do_in_the_mean(case: Case) ->
         torch.testing.assert_close(tensor, once[name], atol=1e-5, rtol=1e-4)
 
 
-def test_blocks_that_a_training_changed_before_the_first_cut_are_seen(case: Case) -> None:
+def test_changes_before_the_first_cut_block_are_corrected(case: Case) -> None:
     group = mlp(case, -1)
     plan = plan_without(case, group, [0])
     slim = case.cut(plan)
     first = slim.get_submodule(mlp(case).consumer)
     with torch.no_grad():
-        first.bias[::2] += 0.5  # No unit of this block is gone.
+        first.bias[::2] += 0.5  # This block was not cut.
     images = case.images()
     before = error(case, slim, images)
     RECOVERIES.get("closed-form").recover(case.context(slim, plan))

@@ -31,7 +31,7 @@ def spec() -> SlimSpec:
     )
 
 
-def test_card_states_costs_fidelity_layers_and_how_it_was_made(spec):
+def test_card_states_costs_fidelity_layers_and_provenance(spec):
     record = {
         "ratio": 0.5,
         "budget": "params",
@@ -40,7 +40,7 @@ def test_card_states_costs_fidelity_layers_and_how_it_was_made(spec):
     }
     text = card(spec, record)
     assert text.startswith("---\nlibrary_name: ovsprune\n")
-    assert "50.0% of its MACs removed (asked for: 50.0% of the parameters)" in text
+    assert "50.0% of its MACs removed (requested: 50.0% of the parameters)" in text
     assert "| MACs | 17.6 G | 8.78 G | -50.0% |" in text
     assert "cosine similarity of the dense features: 0.9877" in text
     assert "relative error of the dense features: 0.1234" in text
@@ -56,20 +56,20 @@ def test_card_states_costs_fidelity_layers_and_how_it_was_made(spec):
 
 def test_card_of_a_bare_record_has_no_empty_sections(spec):
     text = card(replace(spec, layers=(), library="timm"), {})
-    assert "How close it stays" not in text
-    assert "Layer by layer" not in text
+    assert "Agreement with" not in text
+    assert "## Layers" not in text
     assert "load_open_clip" not in text
-    assert "asked for" not in text
+    assert "requested" not in text
 
 
-def test_card_of_an_untrained_base_says_so(spec):
+def test_card_of_an_untrained_base_has_a_warning(spec):
     untrained = replace(spec, base=BaseSpec("ViT-B-16", None, False, {}))
     assert "**Untrained.**" in card(untrained, {})
     assert "**Untrained.**" not in card(spec, {})
 
 
-def test_protection_is_by_pattern_of_the_layer_or_its_block(spec):
+def test_protection_matches_the_layer_or_its_block(spec):
     assert [is_protected(spec, layer) for layer in spec.layers] == [False, False, True]
     by_block = replace(spec, protected=("blocks.0",))
-    assert "Kept whole: `blocks.0`" in card(by_block, {})
+    assert "Not pruned: `blocks.0`" in card(by_block, {})
     assert [is_protected(by_block, layer) for layer in spec.layers] == [True, False, False]

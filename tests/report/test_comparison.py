@@ -66,7 +66,7 @@ def test_summary_is_means_over_seeds(record):
     assert entry["retention"]["half"] == pytest.approx(4.302653 * 0.01 / 3**0.5, rel=1e-5)
 
 
-def test_differences_leave_out_what_has_no_rows(record):
+def test_differences_omit_methods_without_rows(record):
     pairs = [(gap["method"], gap["ratio"]) for gap in record["differences"]]
     assert ("torch-pruning", 0.3) in pairs and ("torch-pruning", 0.7) not in pairs
     assert not any(method == "default" for method, _ in pairs)
@@ -84,7 +84,7 @@ def test_tables_are_grouped_by_ratio_best_first(record):
     assert part.index("method-7") < part.index("not reached")
     assert "94.0% ± 1.0" in part
     assert "torch-pruning at 0.7: took at most 0.441" in part
-    assert "default less the others" in part
+    assert "default minus the other methods" in part
 
 
 def test_page(record):
@@ -98,9 +98,9 @@ def test_page(record):
     assert "weights are random" in page({**record, "trained": False})
 
 
-def test_page_says_which_versions_made_the_rows(record):
+def test_page_names_the_versions_that_made_the_rows(record):
     rows = record["rows"]
-    assert f"Made by versions that were not written down ({len(rows)} rows)." in page(record)
+    assert f"Made by an unknown version ({len(rows)} rows)." in page(record)
     made = [{**row, "made_by": "ovsprune 2" if i else "ovsprune 1"} for i, row in enumerate(rows)]
     text = page({**record, "rows": made})
     assert text.endswith(f"Made by ovsprune 2 ({len(rows) - 1} rows); ovsprune 1 (1 row).\n")
@@ -116,7 +116,7 @@ def test_one_seed_has_no_spread(record):
     assert not any(gap["retention"]["clear"] for gap in alone["differences"])
 
 
-def test_plot_is_drawn_in_a_colour_for_each_method(record, tmp_path):
+def test_plot_has_a_colour_per_method(record, tmp_path):
     pytest.importorskip("matplotlib")
     draw(record, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
@@ -135,7 +135,7 @@ def test_plot_is_the_same_for_the_same_record(record, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_nothing_reached_gives_an_empty_plot(record, tmp_path):
+def test_plot_of_unreached_budgets_is_empty(record, tmp_path):
     pytest.importorskip("matplotlib")
     only = {**record, "ratios": [0.7], "methods": ["torch-pruning"]}
     only["rows"] = [
@@ -149,7 +149,7 @@ def test_nothing_reached_gives_an_empty_plot(record, tmp_path):
 @pytest.mark.parametrize(
     "wanted", [[0.5] * 5, [0.0, 0.01, 0.02], [1.0, 0.99, 0.5, 0.51], [0.3, 0.9, 0.1]]
 )
-def test_names_do_not_overlap_and_keep_their_order(wanted):
+def test_labels_do_not_overlap_and_keep_their_order(wanted):
     gap = 0.1
     places = spread_out(wanted, gap, 0.0, 1.0)
     ranked = sorted(places)
@@ -160,6 +160,6 @@ def test_names_do_not_overlap_and_keep_their_order(wanted):
     assert places[0] == wanted[0] or min(abs(wanted[0] - w) for w in wanted[1:]) < gap
 
 
-def test_stars_in_a_methods_name_are_no_emphasis(record):
+def test_asterisks_in_method_names_are_escaped(record):
     text = json.dumps(record).replace('"method-1"', '"random:floor=*.a=2:floor=*.b=3"')
     assert "| random:floor=\\*.a=2:floor=\\*.b=3 |" in page(json.loads(text))

@@ -6,7 +6,7 @@ from scipy import stats
 from ovsprune.report.intervals import pooled_difference, spread
 
 
-def test_spread_of_numbers_worked_by_hand():
+def test_spread_computed_by_hand():
     found = spread([0.90, 0.92, 0.94, 0.96, 0.98])
     assert found.mean == pytest.approx(0.94)
     assert found.sd == pytest.approx(0.0316228, abs=1e-6)
@@ -18,7 +18,7 @@ def test_spread_of_numbers_worked_by_hand():
     ("a", "b"),
     [([3.0, 4.0, 5.5], [1.0, 1.5, 2.5, 2.0]), ([1.0, 2.0], [1.5]), ([1.0, 1.0], [0.0, 0.0])],
 )
-def test_pooled_difference_is_students(a, b):
+def test_pooled_difference_equals_scipys_t_test(a, b):
     found = pooled_difference(a, b)
     assert found.mean == pytest.approx(sum(a) / len(a) - sum(b) / len(b))
     if min(len(a), len(b)) > 1 and len(set(a)) > 1:
@@ -27,20 +27,20 @@ def test_pooled_difference_is_students(a, b):
         assert found.mean + found.half == pytest.approx(interval.high)
 
 
-def test_clear_means_that_zero_is_outside():
+def test_clear_difference_excludes_zero():
     assert pooled_difference([1.0, 1.1, 0.9], [0.1, 0.0, 0.2]).clear
     assert not pooled_difference([1.0, 0.0, 0.5], [0.4, 0.6, 0.1]).clear
     single = pooled_difference([1.0], [0.0])
     assert (single.mean, single.half, single.clear) == (1.0, None, False)
 
 
-def test_nothing_to_average():
-    with pytest.raises(ValueError, match="no value"):
+def test_empty_sample_is_refused():
+    with pytest.raises(ValueError, match="values is empty"):
         spread([])
 
 
-def test_the_interval_covers_what_it_says():
-    """95 of 100 intervals hold the true difference, zero here."""
+def test_interval_has_its_nominal_coverage():
+    """95% of the intervals contain the true difference, which is zero."""
     import numpy as np
 
     draws = np.random.default_rng(0).normal(size=(400, 2, 5))

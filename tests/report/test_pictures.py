@@ -9,7 +9,7 @@ TOP = GAP + 2 * TEXT
 NAMES = ["ball", "star", "grass"]
 
 
-def test_palette_colours_are_distinct_for_as_many_classes_as_a_picture_may_show():
+def test_palette_colours_are_distinct_for_40_classes():
     colours = palette(range(40))
     assert len(set(colours.values())) == 40
 
@@ -27,7 +27,7 @@ def panel(image, row, column):
     return np.asarray(image)[top : top + PANEL, left : left + PANEL]
 
 
-def test_panels_stand_in_order_and_the_legend_names_only_what_is_there():
+def test_panels_are_in_order_and_the_legend_has_the_classes_shown():
     scene = np.full((20, 20, 3), 77, dtype=np.uint8)
     truth, guess = np.zeros((20, 20), int), np.zeros((20, 20), int)
     guess[:10] = 2
@@ -42,7 +42,7 @@ def test_panels_stand_in_order_and_the_legend_names_only_what_is_there():
     assert list(colours[2]) in legend
 
 
-def test_more_classes_than_fit_a_line_make_the_legend_higher():
+def test_legend_wraps_into_lines():
     labels = np.arange(30).reshape(5, 6)
     scene = np.zeros((5, 6, 3), dtype=np.uint8)
     names = [f"a class with a long name {i}" for i in range(30)]
@@ -54,5 +54,5 @@ def test_more_classes_than_fit_a_line_make_the_legend_higher():
 
 def test_a_row_without_a_map_for_each_title_is_refused():
     scene = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="1 label maps for the titles"):
+    with pytest.raises(ValueError, match="1 label maps in a row, expected 2"):
         side_by_side([(scene, [np.zeros((4, 4), int)])], ["scene", "labels", "dense"], NAMES)
