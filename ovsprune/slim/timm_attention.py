@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.dense import check_heads, head_index
 from ovsprune.slim.linear import linear
-from ovsprune.slim.norms import CountedLayerNorm
+from ovsprune.slim.norms import ZeroPaddedLayerNorm
 
 __all__ = ["HeadIndex", "TimmAttention", "is_timm_attention"]
 
@@ -353,7 +353,7 @@ def _cut_norm(norm: nn.Module | None, rows: Tensor) -> nn.Module | None:
     """The inner norm over the channels ``rows``, those that are gone counted as zero."""
     if not isinstance(norm, nn.LayerNorm):
         return norm
-    counted = CountedLayerNorm(copy.copy(norm))
+    counted = ZeroPaddedLayerNorm(copy.copy(norm))
     for name in ("weight", "bias"):
         tensor = getattr(norm, name)
         setattr(counted, name, None if tensor is None else _frozen(tensor.detach()[rows]))

@@ -16,10 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import narrowed
+from ovsprune.slim.narrowing import build_narrowed
 from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_both", "timm_dense", "timm_outputs"]
+__all__ = [
+    "build_timm_tower",
+    "narrow_timm_tower",
+    "timm_dense",
+    "timm_head_outputs",
+    "timm_pooled_and_dense",
+]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
@@ -65,21 +71,21 @@ def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
         MissingLibraryError: open_clip or timm is not installed.
         CheckpointError: The config does not describe such a tower.
     """
-    return narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
+    return build_narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
 
 
 def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
     """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_both(tower, images)[1]
+    return timm_pooled_and_dense(tower, images)[1]
 
 
-def timm_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W], in one pass."""
     trunk: Any = tower.trunk
-    return timm_outputs(tower, trunk.forward_features(images))
+    return timm_head_outputs(tower, trunk.forward_features(images))
 
 
-def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+def timm_head_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled [B, C] and dense [B, C, h, w] outputs of the trunk's features.
 
     Each position goes through the head, norm and projection included, as the pooled features do:

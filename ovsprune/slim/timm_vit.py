@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.slim.bound import bound
+from ovsprune.slim.forwards import with_forward
 
 __all__ = [
-    "POOL",
-    "pool_of",
+    "ATTENTION_POOL",
+    "attention_pool",
     "timm_vit_blocks",
-    "timm_vit_both",
     "timm_vit_bottlenecks",
     "timm_vit_dense",
     "timm_vit_parts",
+    "timm_vit_pooled_and_dense",
 ]
 
-POOL = "trunk.attn_pool"
+ATTENTION_POOL = "trunk.attn_pool"
 """Dotted name of the attention pool, the last block where there is one."""
 
 _STEM = "trunk.patch_embed.backbone"
@@ -57,7 +57,7 @@ def timm_vit_bottlenecks(tower: nn.Module) -> dict[str, Any]:
     }
 
 
-def pool_of(tower: nn.Module) -> Any:
+def attention_pool(tower: nn.Module) -> Any:
     """The attention pool with an MLP, or None."""
     pool = getattr(tower.get_submodule("trunk"), "attn_pool", None)
     return pool if getattr(pool, "mlp", None) is not None else None
@@ -78,13 +78,13 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
         tower's, whatever is done to them.
     """
     model: Any = tower
-    trunk, pool = model.trunk, pool_of(tower)
+    trunk, pool = model.trunk, attention_pool(tower)
     stem, blocks = _front(trunk, timm_vit_bottlenecks(tower))
     extra = _rope(trunk)
     for name, block in timm_vit_blocks(tower).items():
-        blocks[name] = bound(block, partial(_forward, block, extra))
+        blocks[name] = with_forward(block, partial(_forward, block, extra))
     if pool is not None:
-        blocks[POOL] = bound(pool, partial(_pooled_each, trunk, pool))
+        blocks[ATTENTION_POOL] = with_forward(pool, partial(_pooled_each, trunk, pool))
 
     def head(stream: Tensor) -> tuple[Tensor, Tensor]:
         if pool is None:
@@ -102,10 +102,10 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
 
 def timm_vit_dense(tower: nn.Module, images: Tensor) -> Tensor:
     """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_vit_both(tower, images)[1]
+    return timm_vit_pooled_and_dense(tower, images)[1]
 
 
-def timm_vit_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def timm_vit_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled [B, C] and dense [B, C, h, w] outputs, not normalised."""
     stem, blocks, head = timm_vit_parts(tower)
     stream = stem(images)
@@ -135,7 +135,7 @@ def _front(
     if not bottlenecks:
         return partial(_stem, trunk), {}
     backbone = trunk.patch_embed.backbone
-    last = bound(backbone.pool, partial(_to_tokens, trunk))
+    last = with_forward(backbone.pool, partial(_to_tokens, trunk))
     return backbone.stem, {**bottlenecks, f"{_STEM}.pool": last}
 
 

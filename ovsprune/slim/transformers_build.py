@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import narrowed
+from ovsprune.slim.narrowing import build_narrowed
 from ovsprune.slim.read import SlimCheckpoint
-from ovsprune.slim.transformers_tower import FORMS, TransformersTower
+from ovsprune.slim.transformers_tower import TOWER_LAYOUTS, TransformersTower
 
 __all__ = [
-    "WHOLE",
-    "architecture_of",
+    "TWO_TOWER_CLASSES",
     "build_model",
     "build_tower",
+    "describe_architecture",
     "narrow_tower",
     "transformers_library",
 ]
 
-WHOLE = {
+TWO_TOWER_CLASSES = {
     "CLIPModel": "CLIPVisionModelWithProjection",
     "SiglipModel": "SiglipVisionModel",
     "Siglip2Model": "Siglip2VisionModel",
@@ -53,11 +53,11 @@ def transformers_library() -> Any:
     return library
 
 
-def architecture_of(model_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
+def describe_architecture(model_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a spec says of a model: its class and the numbers of its configuration, as plain JSON.
 
     Args:
-        model_class: A class in :data:`~ovsprune.slim.transformers_tower.FORMS` or :data:`WHOLE`.
+        model_class: A class in :data:`~ovsprune.slim.transformers_tower.TOWER_LAYOUTS` or :data:`TWO_TOWER_CLASSES`.
         config: What its ``config.json`` says; entries that are no numbers of the architecture
             (code to import, ways to compute) are left out.
 
@@ -71,7 +71,7 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
     """The model that an architecture describes, with random weights from a fixed seed.
 
     Args:
-        architecture: From :func:`architecture_of`.
+        architecture: From :func:`describe_architecture`.
 
     Raises:
         MissingLibraryError: transformers is not installed, or too old.
@@ -83,7 +83,7 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
             "the architecture names no class with a configuration of transformers; copy or write "
             "the checkpoint again"
         )
-    plain = architecture_of(name, numbers)["config"]
+    plain = describe_architecture(name, numbers)["config"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
@@ -101,7 +101,7 @@ def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
         CheckpointError: It cannot build this.
     """
     name, config = architecture.get("class"), architecture.get("config")
-    if name in WHOLE and isinstance(config, Mapping):
+    if name in TWO_TOWER_CLASSES and isinstance(config, Mapping):
         vision = config.get("vision_config")
         if not isinstance(vision, Mapping):
             raise CheckpointError(
@@ -109,7 +109,7 @@ def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
                 "again"
             )
         width = {k: config[k] for k in ("projection_dim",) if k in config}
-        architecture = {"class": WHOLE[name], "config": {**vision, **width}}
+        architecture = {"class": TWO_TOWER_CLASSES[name], "config": {**vision, **width}}
     return TransformersTower(build_model(architecture))
 
 
@@ -120,17 +120,17 @@ def narrow_tower(checkpoint: SlimCheckpoint) -> nn.Module:
         MissingLibraryError: transformers is not installed.
         CheckpointError: The config does not describe such a tower.
     """
-    return narrowed(checkpoint, partial(build_tower, checkpoint.spec.architecture))
+    return build_narrowed(checkpoint, partial(build_tower, checkpoint.spec.architecture))
 
 
 def _config(model_class: str, config: Mapping[str, Any]) -> Any:
-    if model_class not in FORMS and model_class not in WHOLE:
+    if model_class not in TOWER_LAYOUTS and model_class not in TWO_TOWER_CLASSES:
         raise CheckpointError(
             f"{model_class[:80]!r} is no class of transformers' that this ovsprune builds; it "
-            f"builds {', '.join([*FORMS, *WHOLE])}"
+            f"builds {', '.join([*TOWER_LAYOUTS, *TWO_TOWER_CLASSES])}"
         )
     library = transformers_library()
-    since = FORMS[WHOLE.get(model_class, model_class)].since
+    since = TOWER_LAYOUTS[TWO_TOWER_CLASSES.get(model_class, model_class)].since
     if tuple(int(part) for part in library.__version__.split(".")[:2]) < since:
         version = ".".join(map(str, since))
         raise MissingLibraryError(

@@ -1,6 +1,6 @@
 """Vision towers of transformers, called as other towers are: pictures in, embeddings out.
 
-What tells one class from another is in the table :data:`FORMS`. Their attention reads the number of
+What tells one class from another is in the table :data:`TOWER_LAYOUTS`. Their attention reads the number of
 heads off its maps, so that heads are cut by cutting the maps.
 """
 
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.bound import bound
+from ovsprune.slim.forwards import with_forward
 
-__all__ = ["FORMS", "Form", "TransformersTower"]
+__all__ = ["TOWER_LAYOUTS", "TowerLayout", "TransformersTower"]
 
 
 def _any_size(model: Any, images: Tensor) -> Mapping[str, Any]:
@@ -39,7 +39,7 @@ def _patches(model: Any, images: Tensor) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class Form:
+class TowerLayout:
     """How the towers of one class are put together.
 
     Attributes:
@@ -73,17 +73,17 @@ class Form:
     since: tuple[int, int] = (5, 6)
 
 
-_CLIP = Form(_any_size, before="pre_layrnorm")
-_SIGLIP = Form(_any_size, pool="head")
+_CLIP = TowerLayout(_any_size, before="pre_layrnorm")
+_SIGLIP = TowerLayout(_any_size, pool="head")
 
-FORMS = {
+TOWER_LAYOUTS = {
     "CLIPVisionModel": _CLIP,
     "CLIPVisionModelWithProjection": replace(
         _CLIP, trunk="vision_model", projection="visual_projection", pooled="image_embeds"
     ),
     "SiglipVisionModel": _SIGLIP,
     "Siglip2VisionModel": replace(_SIGLIP, inputs=_patches, masks=("pixel_attention_mask",)),
-    "Dinov2Model": Form(
+    "Dinov2Model": TowerLayout(
         _as_it_is,
         blocks="encoder.layer",
         attention="attention",
@@ -92,7 +92,7 @@ FORMS = {
         since=(5, 18),
     ),
 }
-"""Form of every class, by its name in transformers."""
+"""TowerLayout of every class, by its name in transformers."""
 
 
 class TransformersTower(nn.Module):
@@ -102,7 +102,7 @@ class TransformersTower(nn.Module):
     there.
 
     Args:
-        model: Of a class in :data:`FORMS`.
+        model: Of a class in :data:`TOWER_LAYOUTS`.
 
     Raises:
         CheckpointError: It pools by attention, and is configured without the pool.
@@ -111,7 +111,7 @@ class TransformersTower(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         name = type(model).__name__
-        if FORMS[name].pool is not None and not getattr(model, "use_head", True):
+        if TOWER_LAYOUTS[name].pool is not None and not getattr(model, "use_head", True):
             raise CheckpointError(
                 f"this {name} has no attention pool (vision_use_head is false), and so no "
                 "embedding of the picture; take a model that has one"
@@ -127,14 +127,14 @@ class TransformersTower(nn.Module):
         return self._model[0]
 
     @property
-    def form(self) -> Form:
+    def layout(self) -> TowerLayout:
         """Of the model's class."""
-        return FORMS[type(self.model).__name__]
+        return TOWER_LAYOUTS[type(self.model).__name__]
 
     @property
     def blocks(self) -> dict[str, nn.Module]:
         """Dotted name to encoder layer, in order."""
-        path = self.path(self.form.blocks)
+        path = self.path(self.layout.blocks)
         return {f"{path}.{i}": b for i, b in self.get_submodule(path).named_children()}
 
     @property
@@ -148,7 +148,7 @@ class TransformersTower(nn.Module):
 
     def path(self, name: str) -> str:
         """Dotted path of a part of the trunk."""
-        return f"{self.form.trunk}.{name}" if self.form.trunk else name
+        return f"{self.layout.trunk}.{name}" if self.layout.trunk else name
 
     def part(self, name: str) -> Any:
         """A part of the trunk."""
@@ -156,15 +156,15 @@ class TransformersTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled embedding [B, C] of images [B, 3, H, W], by transformers' own forward."""
-        inputs = self.form.inputs(self.model, images)
-        out = self.model(**inputs, **dict.fromkeys(self.form.masks))
-        pooled: Tensor = getattr(out, self.form.pooled)
+        inputs = self.layout.inputs(self.model, images)
+        out = self.model(**inputs, **dict.fromkeys(self.layout.masks))
+        pooled: Tensor = getattr(out, self.layout.pooled)
         return pooled
 
     def stem(self, images: Tensor) -> Tensor:
         """Patches and positions, [B, 3, H, W] -> [B, N, D]."""
-        stream: Tensor = self.part("embeddings")(**self.form.inputs(self.model, images))
-        return stream if self.form.before is None else self.part(self.form.before)(stream)
+        stream: Tensor = self.part("embeddings")(**self.layout.inputs(self.model, images))
+        return stream if self.layout.before is None else self.part(self.layout.before)(stream)
 
     def steps(self) -> dict[str, nn.Module]:
         """Dotted name to block, each a map of one tensor to another; a pool is the last of them.
@@ -172,12 +172,13 @@ class TransformersTower(nn.Module):
         The pool gives its own output and, behind it, what it would give for each position alone.
         """
         found: dict[str, nn.Module] = {
-            name: bound(block, partial(_forward, block)) for name, block in self.blocks.items()
+            name: with_forward(block, partial(_forward, block))
+            for name, block in self.blocks.items()
         }
-        if self.form.pool is not None:
-            pool, norm = self.part(self.form.pool), self.part(self.form.after)
+        if self.layout.pool is not None:
+            pool, norm = self.part(self.layout.pool), self.part(self.layout.after)
             each = partial(_pooled_each, pool, norm)
-            found[self.path(self.form.pool)] = bound(pool, each)
+            found[self.path(self.layout.pool)] = with_forward(pool, each)
         return found
 
     def read_out(
@@ -192,10 +193,10 @@ class TransformersTower(nn.Module):
             stream: [B, 1 + h * w, D].
             grid: h and w; those of the native size by default.
         """
-        if self.form.pool is None:
-            stream = self.part(self.form.after)(stream)
-        if self.form.projection is not None:
-            stream = self.get_submodule(self.form.projection)(stream)
+        if self.layout.pool is None:
+            stream = self.part(self.layout.after)(stream)
+        if self.layout.projection is not None:
+            stream = self.get_submodule(self.layout.projection)(stream)
         height, width = grid or self._grid(self.native_size)
         each = stream[:, 1:].transpose(1, 2)
         return stream[:, 0], each.reshape(*each.shape[:2], height, width)

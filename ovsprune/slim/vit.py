@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.linear import linear
-from ovsprune.slim.pooling import AttentionalPooler, PoolerShape, each_alone
+from ovsprune.slim.pooling import AttentionalPooler, PoolerShape, pool_each_position
 
 __all__ = ["ACTIVATION_MODULES", "BlockShape", "QuickGELU", "VisionTransformer", "resize_positions"]
 
@@ -196,7 +196,7 @@ class VisionTransformer(nn.Module):
 
         ``ln_post`` and ``proj`` of every patch token, as the class token is projected; where
         attention pools, of what it reads of that token
-        (:func:`ovsprune.slim.pooling.each_alone`).
+        (:func:`ovsprune.slim.pooling.pool_each_position`).
 
         Raises:
             OptionError: The pictures are smaller than one patch or of another shape.
@@ -242,7 +242,7 @@ class VisionTransformer(nn.Module):
         """[B, 1 + h * w, width] -> [B, C, h, w]."""
         x = x[:, 1:]
         if self.attn_pool is not None:
-            x = each_alone(self.attn_pool, x)
+            x = pool_each_position(self.attn_pool, x)
         x = self.ln_post(x)
         x = x if self.proj is None else x @ self.proj
         out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
@@ -298,12 +298,12 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     if fixed:
         image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     else:
-        rows, columns = (resampling(o, n, image.device) for o, n in zip(old, new, strict=True))
+        rows, columns = (bicubic_matrix(o, n, image.device) for o, n in zip(old, new, strict=True))
         image = rows @ image @ columns.T
     return torch.cat([first, image[0].flatten(1).T.to(positions.dtype)])
 
 
-def resampling(old: int, new: int, device: torch.device) -> Tensor:
+def bicubic_matrix(old: int, new: int, device: torch.device) -> Tensor:
     """Bicubic resampling of ``old`` values to ``new`` ones as a matrix, float32 [new, old].
 
     What ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)`` does on one axis:

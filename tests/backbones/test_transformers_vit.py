@@ -301,7 +301,7 @@ def test_architectures_that_cannot_be_built(architecture: dict[str, Any], match:
 
 def test_a_configuration_chooses_no_code() -> None:
     """What a configuration says of how to compute, or of code to load, is left out."""
-    from ovsprune.slim.transformers_build import architecture_of, build_tower
+    from ovsprune.slim.transformers_build import describe_architecture, build_tower
 
     config = {
         **CONFIGS["CLIPVisionModel"],
@@ -311,7 +311,7 @@ def test_a_configuration_chooses_no_code() -> None:
         "quantization_config": {"quant_method": "mine"},
         "_name_or_path": "/home/somebody",
     }
-    architecture = architecture_of("CLIPVisionModel", config)
+    architecture = describe_architecture("CLIPVisionModel", config)
     assert set(architecture["config"]) - set(config) <= {
         "projection_dim", "num_channels", "hidden_act", "layer_norm_eps", "attention_dropout",
         "initializer_range", "initializer_factor",

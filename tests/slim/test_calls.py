@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.calls import TORCH, X_KV_MASK, X_MASK, call_of
+from ovsprune.slim.calls import TORCH_CALL, OPEN_CLIP_KV_CALL, OPEN_CLIP_CALL, call_convention
 from ovsprune.slim.dense import is_batch_first
 from tests.environments.stand_in import HeadAttention
 
@@ -59,7 +59,7 @@ class PassingOn(nn.MultiheadAttention):
 
 
 def test_a_forward_without_names_is_its_parents() -> None:
-    assert call_of(PassingOn(E, H)) is TORCH
+    assert call_convention(PassingOn(E, H)) is TORCH_CALL
     slim = SlimAttention.from_dense(PassingOn(E, H, batch_first=True), KEPT)
     x = torch.randn(N, L, E)
     out, weights = slim(x, x, x, need_weights=False)
@@ -114,7 +114,7 @@ def test_the_heads_cross_attention() -> None:
 def test_an_order_of_axes_that_no_attribute_says_is_tried_out() -> None:
     dense = SequenceAttention(torchs()).train()
     slim = SlimAttention.from_dense(dense, KEPT).eval()
-    assert (slim.batch_first, slim.call) == (False, X_MASK)
+    assert (slim.batch_first, slim.call) == (False, OPEN_CLIP_CALL)
     x, mask = torch.randn(L, N, E), torch.randn(L, L)
     expected = heads_masked(dense).eval()(x, mask)
     torch.testing.assert_close(slim(x, mask), expected, atol=1e-5, rtol=1e-5)
@@ -132,17 +132,17 @@ def test_the_order_of_axes() -> None:
 def test_how_a_module_is_called() -> None:
     from open_clip.transformer import Attention
 
-    assert call_of(torchs()) is TORCH
-    assert call_of(Attention(E, H)) is X_MASK
-    assert call_of(HeadAttention(torchs())) is X_KV_MASK
+    assert call_convention(torchs()) is TORCH_CALL
+    assert call_convention(Attention(E, H)) is OPEN_CLIP_CALL
+    assert call_convention(HeadAttention(torchs())) is OPEN_CLIP_KV_CALL
     slim = SlimAttention.from_dense(HeadAttention(torchs()), KEPT)
     again = SlimAttention.from_dense(copy.deepcopy(slim), (2, 5))
-    assert slim.call == again.call == X_KV_MASK
+    assert slim.call == again.call == OPEN_CLIP_KV_CALL
 
 
 def test_arguments_that_are_too_many_or_given_twice() -> None:
     x = torch.randn(N, L, E)
     with pytest.raises(TypeError, match="3 positional arguments, expected query, attn_mask"):
-        SlimAttention(E, H, KEPT, call=X_MASK)(x, None, None)
+        SlimAttention(E, H, KEPT, call=OPEN_CLIP_CALL)(x, None, None)
     with pytest.raises(TypeError, match="the argument k_x is given twice"):
-        SlimAttention(E, H, KEPT, call=X_KV_MASK)(x, x, k_x=x)
+        SlimAttention(E, H, KEPT, call=OPEN_CLIP_KV_CALL)(x, x, k_x=x)

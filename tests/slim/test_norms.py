@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ovsprune.slim.modules import slim_module
-from ovsprune.slim.norms import CountedLayerNorm
+from ovsprune.slim.norms import ZeroPaddedLayerNorm
 
 KEPT = torch.tensor([1, 3, 4])
 
@@ -20,7 +20,7 @@ def _norm() -> nn.LayerNorm:
 def test_equals_the_dense_norm_that_sees_zeros() -> None:
     norm, x = _norm(), torch.randn(4, 5, 3)
     slim = slim_module(norm, {"out": KEPT})
-    assert isinstance(slim, CountedLayerNorm) and slim.dense_width == 6
+    assert isinstance(slim, ZeroPaddedLayerNorm) and slim.dense_width == 6
     padded = torch.zeros(4, 5, 6).index_copy(2, KEPT, x)
     torch.testing.assert_close(slim(x), norm(padded)[..., KEPT])
     other = nn.functional.layer_norm(x, (3,), norm.weight[KEPT], norm.bias[KEPT], norm.eps)
@@ -36,7 +36,7 @@ def test_cut_twice_counts_from_the_dense_one() -> None:
 
 def test_nothing_cut_is_the_layer_norm() -> None:
     norm, x = _norm(), torch.randn(4, 6)
-    counted = CountedLayerNorm(norm)
+    counted = ZeroPaddedLayerNorm(norm)
     assert torch.equal(counted(x), norm(x))
     assert counted.weight is norm.weight and set(counted.state_dict()) == set(norm.state_dict())
 

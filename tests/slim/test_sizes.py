@@ -19,7 +19,7 @@ from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.apply import apply
 from ovsprune.slim.load import load
 from ovsprune.slim.read import SlimCheckpoint, read
-from ovsprune.slim.vit import resampling, resize_positions
+from ovsprune.slim.vit import bicubic_matrix, resize_positions
 
 Make = Callable[..., nn.Module]
 
@@ -143,7 +143,7 @@ def test_a_native_size_is_set_once(checkpoint: SlimCheckpoint) -> None:
     ("old", "new"), [(4, 4), (4, 6), (14, 20), (14, 24), (14, 7), (14, 5), (9, 1), (1, 3)]
 )
 def test_resampling_is_torchs_bicubic_with_antialiasing(old: int, new: int) -> None:
-    matrix = resampling(old, new, torch.device("cpu"))
+    matrix = bicubic_matrix(old, new, torch.device("cpu"))
     image = torch.randn(1, 3, old, 5, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(
         image, size=(new, 5), mode="bicubic", antialias=True, align_corners=False

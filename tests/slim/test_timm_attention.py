@@ -62,7 +62,7 @@ def _inputs(dense: nn.Module) -> tuple[Tensor, dict[str, Any]]:
 
 def _masked(dense: Any, kept: tuple[int, ...]) -> nn.Module:
     """Heads that are not kept give zero, before the norm and behind it."""
-    parts = TimmAttention(dense, apart=True)
+    parts = TimmAttention(dense, separate_qkv=True)
     width = parts.head_dim
     for head in set(range(HEADS)) - set(kept):
         rows = slice(head * width, (head + 1) * width)
@@ -70,7 +70,7 @@ def _masked(dense: Any, kept: tuple[int, ...]) -> nn.Module:
         if parts.v_proj.bias is not None:
             parts.v_proj.bias[rows] = 0
         parts.proj.weight[:, rows] = 0
-    return parts.whole()
+    return parts.to_dense()
 
 
 def test_all_heads_are_the_dense_module(dense: nn.Module) -> None:
@@ -79,7 +79,7 @@ def test_all_heads_are_the_dense_module(dense: nn.Module) -> None:
     for apart in (False, True):
         slim = TimmAttention(dense, apart=apart)
         torch.testing.assert_close(slim(x, **extra), dense(x, **extra), atol=1e-6, rtol=1e-5)
-        whole = slim.whole()
+        whole = slim.to_dense()
         assert type(whole) is type(dense)
         assert torch.equal(whole(x, **extra), dense(x, **extra))
         state = dense.state_dict()
@@ -102,7 +102,7 @@ def test_kept_heads_equal_the_masked_dense_module(dense: nn.Module) -> None:
 def test_apart_and_back_is_the_dense_form(dense: nn.Module) -> None:
     x, extra = _inputs(dense)
     once = TimmAttention(dense, KEPT)
-    again = TimmAttention(TimmAttention(dense, KEPT, apart=True))
+    again = TimmAttention(TimmAttention(dense, KEPT, separate_qkv=True))
     assert once.state_dict().keys() == again.state_dict().keys()
     assert torch.equal(once(x, **extra), again(x, **extra))
     fewer = TimmAttention(once, (2,))
@@ -110,7 +110,7 @@ def test_apart_and_back_is_the_dense_form(dense: nn.Module) -> None:
     with pytest.raises(OptionError, match="are left"):
         TimmAttention(once, (1,))
     with pytest.raises(OptionError, match="only 2 of 3"):
-        once.whole()
+        once.to_dense()
 
 
 def test_masks_are_gathered_at_the_kept_heads(dense: nn.Module) -> None:
@@ -131,11 +131,11 @@ def test_windows_have_masks_and_are_seen_as_one_picture() -> None:
     x, mask = torch.randn(6, TOKENS, WIDTH), torch.randn(3, TOKENS, TOKENS)
     expected = dense(x, mask=mask)
     assert not torch.allclose(dense(x), expected, atol=1e-2)
-    apart = TimmAttention(dense, apart=True, windows=3)
+    apart = TimmAttention(dense, separate_qkv=True, windows_per_image=3)
     seen = []
     for layer in (apart.k_proj, apart.proj):
         layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    for same in (TimmAttention(dense), apart, apart.whole()):
+    for same in (TimmAttention(dense), apart, apart.to_dense()):
         torch.testing.assert_close(same(x, mask=mask), expected, atol=1e-6, rtol=1e-5)
     assert [part.shape[:2] for pair in seen for part in pair] == [(2, 3 * TOKENS)] * 4
     cut = _masked(dense, KEPT)(x, mask=mask)
@@ -150,10 +150,12 @@ def test_every_tensor_is_its_own(dense: nn.Module) -> None:
     for parameter in slim.parameters():
         parameter.data.zero_()
     assert torch.equal(dense(x, **extra), before)
-    apart = TimmAttention(dense, apart=True)
+    apart = TimmAttention(dense, separate_qkv=True)
     for parameter in apart.parameters():
         parameter.data.add_(0.1)
-    torch.testing.assert_close(apart.whole()(x, **extra), apart(x, **extra), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        apart.to_dense()(x, **extra), apart(x, **extra), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_flags_stay(dense: nn.Module) -> None:
