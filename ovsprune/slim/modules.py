@@ -129,9 +129,7 @@ def _slice_tensors(slim: nn.Module, axis: str, kept: Tensor) -> None:
     for name in ("weight", "bias") if axis == "out" else ("weight",):
         old = slim._parameters.get(name)
         if old is not None:
-            new = _select(
-                old, 0 if axis == "out" else 1, kept
-            )  # [kept, in, ...] or [out, kept, ...]
+            new = _select(old, 0 if axis == "out" else 1, kept)  # [kept, ...] or [out, kept, ...]
             slim._parameters[name] = nn.Parameter(new, old.requires_grad)
     for name in ("weight", "bias", "running_mean", "running_var") if axis == "out" else ():
         statistics = slim._buffers.get(name)
