@@ -25,8 +25,8 @@ from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.transformers_build import (
-    describe_architecture,
     build_tower,
+    describe_architecture,
     transformers_library,
 )
 from ovsprune.slim.transformers_tower import TransformersTower

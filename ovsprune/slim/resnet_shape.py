@@ -44,8 +44,8 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
         heads = _heads(checkpoint, width)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: the tensors do not form CLIP's residual network ({error}); copy the "
-            "checkpoint again, or write it again from the pruned model"
+            f"{checkpoint.path}: the tensors do not form CLIP's residual network ({error}); copy "
+            "the checkpoint again, or write it again from the pruned model"
         ) from error
     return ModifiedResNet(
         stem=(first, second, third),
