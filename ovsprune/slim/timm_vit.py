@@ -87,7 +87,7 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
     for name, block in timm_vit_blocks(tower).items():
         blocks[name] = with_forward(block, partial(_forward, block, rope))
     if pool is not None:
-        blocks[ATTENTION_POOL] = with_forward(pool, partial(_pooled_each, trunk, pool))
+        blocks[ATTENTION_POOL] = with_forward(pool, partial(_pool_each, trunk, pool))
 
     def head(stream: Tensor) -> tuple[Tensor, Tensor]:
         if pool is None:
@@ -174,7 +174,7 @@ def _pooled(trunk: Any, tokens: Tensor) -> Tensor:
     return tokens[:, trunk.num_prefix_tokens :].mean(1)
 
 
-def _pooled_each(trunk: Any, pool: Any, stream: Tensor) -> Tensor:
+def _pool_each(trunk: Any, pool: Any, stream: Tensor) -> Tensor:
     """Apply the attention pool to all tokens, and to each patch token alone.
 
     Attention to a single token has weight 1, so its output is the projected value of that token.

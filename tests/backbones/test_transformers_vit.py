@@ -284,9 +284,9 @@ def test_a_slim_tower_on_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "match"),
     [
-        ({"class": "BertModel", "config": {}}, "'BertModel' is no class of transformers' that"),
+        ({"class": "BertModel", "config": {}}, "cannot build the transformers class 'BertModel'"),
         ({"class": "os.system", "config": {}}, "'os.system' is no class"),
-        ({"class": "CLIPVisionModel"}, "names no class with a configuration"),
+        ({"class": "CLIPVisionModel"}, "needs the entries class and config"),
         ({"class": "CLIPModel", "config": {}}, "CLIPModel has no vision_config"),
         ({"class": "CLIPVisionModel", "config": {"hidden_size": "x"}}, "cannot build this CLIPV"),
         ({"class": "CLIPVisionModel", "config": {"hidden_act": "x"}}, "cannot build this CLIPV"),
@@ -301,7 +301,7 @@ def test_architectures_that_cannot_be_built(architecture: dict[str, Any], match:
 
 def test_a_configuration_chooses_no_code() -> None:
     """What a configuration says of how to compute, or of code to load, is left out."""
-    from ovsprune.slim.transformers_build import describe_architecture, build_tower
+    from ovsprune.slim.transformers_build import build_tower, describe_architecture
 
     config = {
         **CONFIGS["CLIPVisionModel"],
@@ -332,6 +332,8 @@ def test_a_library_that_is_missing_or_too_old(
     with pytest.raises(MissingLibraryError, match=r"5\.9\.1 builds Dinov2Model .*>=5\.18'"):
         ovsprune.load(tmp_path / "slim")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingLibraryError, match=r"built by transformers \(.*pip install trans"):
+    with pytest.raises(
+        MissingLibraryError, match=r"building this tower needs transformers \(.*pip install trans"
+    ):
         ovsprune.load(tmp_path / "slim")
     assert ovsprune.read(tmp_path / "slim").spec.library == "transformers"  # needs none

@@ -17,7 +17,7 @@ def _norm() -> nn.LayerNorm:
     return norm
 
 
-def test_equals_the_dense_norm_that_sees_zeros() -> None:
+def test_equals_the_dense_norm_of_zero_padded_input() -> None:
     norm, x = _norm(), torch.randn(4, 5, 3)
     slim = slim_module(norm, {"out": KEPT})
     assert isinstance(slim, ZeroPaddedLayerNorm) and slim.dense_width == 6
@@ -27,14 +27,14 @@ def test_equals_the_dense_norm_that_sees_zeros() -> None:
     assert (slim(x) - other).abs().max() > 0.1
 
 
-def test_cut_twice_counts_from_the_dense_one() -> None:
+def test_pruning_twice_equals_pruning_once() -> None:
     norm, x = _norm(), torch.randn(4, 2)
     twice = slim_module(slim_module(norm, {"out": KEPT}), {"out": torch.tensor([0, 2])})
     once = slim_module(norm, {"out": KEPT[[0, 2]]})
     assert torch.equal(twice(x), once(x)) and twice.dense_width == 6
 
 
-def test_nothing_cut_is_the_layer_norm() -> None:
+def test_without_removed_channels_equals_layer_norm() -> None:
     norm, x = _norm(), torch.randn(4, 6)
     counted = ZeroPaddedLayerNorm(norm)
     assert torch.equal(counted(x), norm(x))
