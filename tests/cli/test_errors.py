@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch, small_clip):
     load = backbones.load_backbone
     monkeypatch.setattr(
         backbones,
-        "load",
+        "load_backbone",
         lambda name, **rest: small_clip if name == "small" else load(name, **rest),
     )
     return tmp_path

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
-from ovsprune.comparison import methods
 from ovsprune.comparison.runner import ComparisonRunner
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
@@ -108,7 +107,7 @@ def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
     progress = Silent()
     compare(small_clip, [0.2], progress=progress, **run)
     assert not any("made by" in note for note in progress.notes)
-    monkeypatch.setattr("ovsprune.jobs.compare.__version__", "99.0")
+    monkeypatch.setattr("ovsprune.comparison.identity.__version__", "99.0")
     second = compare(small_clip, [0.2, 0.3], progress=progress, **run)
     old = first["rows"][0]["made_by"]
     assert f"made by {old}: 1 of these rows; --overwrite makes all anew" in progress.notes
@@ -358,13 +357,11 @@ def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
 
 
-def test_the_papers_own_method_is_a_row(small_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(methods, "IMP_STEPS", 1)
-    found = compare(
-        small_clip, [0.3], methods=["imp,random"], seeds=1, output=tmp_path / "out", **QUICK
-    )
+def test_the_papers_own_method_is_a_row(small_clip, tmp_path):
+    methods = ["imp:imp-steps=1,random"]
+    found = compare(small_clip, [0.3], methods=methods, seeds=1, output=tmp_path / "out", **QUICK)
     row = found["rows"][0]
-    assert (row["method"], row["source"], row["status"]) == ("imp", "imp", "done")
+    assert (row["method"], row["source"], row["status"]) == ("imp:imp-steps=1", "imp", "done")
     assert row["achieved"] == pytest.approx(0.3, abs=0.01)
     assert row["relative_error"] > 0
 
@@ -414,7 +411,12 @@ def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, mo
         ([0.5], {"budget": "seconds"}, OptionError, "--budget 'seconds' is unknown"),
         ([0.5], {"protect": ["*.77.*"]}, OptionError, r"--protect '\*.77.\*' matches no group"),
         ([0.5], {"round_to": 0}, OptionError, "--round-to 0: give at least 1"),
-        ([0.5], {"methods": ["imp"], "round_to": 8}, OptionError, "imp does not take --round-to"),
+        (
+            [0.5],
+            {"methods": ["imp"], "round_to": 8},
+            OptionError,
+            "imp-structured does not take --round-to",
+        ),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(
