@@ -285,7 +285,7 @@ def test_a_slim_tower_on_another_model_is_refused(tmp_path: Path) -> None:
     ("architecture", "match"),
     [
         ({"class": "BertModel", "config": {}}, "cannot build the transformers class 'BertModel'"),
-        ({"class": "os.system", "config": {}}, "'os.system' is no class"),
+        ({"class": "os.system", "config": {}}, "cannot build the transformers class 'os.system'"),
         ({"class": "CLIPVisionModel"}, "needs the entries class and config"),
         ({"class": "CLIPModel", "config": {}}, "CLIPModel has no vision_config"),
         ({"class": "CLIPVisionModel", "config": {"hidden_size": "x"}}, "cannot build this CLIPV"),
@@ -329,7 +329,10 @@ def test_a_library_that_is_missing_or_too_old(
     folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
     ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
     monkeypatch.setattr(transformers, "__version__", "5.9.1")
-    with pytest.raises(MissingLibraryError, match=r"5\.9\.1 builds Dinov2Model .*>=5\.18'"):
+    with pytest.raises(
+        MissingLibraryError,
+        match=r"Dinov2Model of transformers 5\.9\.1 does not support .*>=5\.18'",
+    ):
         ovsprune.load(tmp_path / "slim")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
