@@ -18,7 +18,7 @@ from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.graph.scales import FoldedScale, fold_scale, unfold_scale
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
-from ovsprune.slim.timm_tower import timm_outputs
+from ovsprune.slim.timm_tower import timm_head_outputs
 
 __all__ = ["OpenClipConvNext"]
 
@@ -75,7 +75,7 @@ class OpenClipConvNext:
         trunk: Any = tower.get_submodule("trunk")
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
-            return timm_outputs(tower, trunk.norm_pre(stream))
+            return timm_head_outputs(tower, trunk.norm_pre(stream))
 
         return Stages(trunk.stem, _blocks(tower), head)
 

@@ -18,7 +18,7 @@ from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
-from ovsprune.slim.timm_tower import timm_outputs
+from ovsprune.slim.timm_tower import timm_head_outputs
 
 __all__ = ["OpenClipEfficientNet"]
 
@@ -75,7 +75,7 @@ class OpenClipEfficientNet:
             return stream
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
-            return timm_outputs(tower, trunk.bn2(trunk.conv_head(stream)))
+            return timm_head_outputs(tower, trunk.bn2(trunk.conv_head(stream)))
 
         return Stages(stem, _blocks(tower), head)
 

@@ -25,7 +25,7 @@ from ovsprune.graph.scales import FoldedScale, fold_scale, unfold_scale
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
-from ovsprune.slim.timm_tower import timm_outputs
+from ovsprune.slim.timm_tower import timm_head_outputs
 
 __all__ = ["OpenClipFastVit"]
 
@@ -65,7 +65,7 @@ class OpenClipFastVit:
         """Attention to separate linear maps; layer scales into the layer before them, in place."""
         for block in _mlp_blocks(tower).values():
             if _attends(block):
-                block.token_mixer = TimmAttention(block.token_mixer, apart=True)
+                block.token_mixer = TimmAttention(block.token_mixer, separate_qkv=True)
             for scale, part, own in _scales(block):
                 gamma, owner = getattr(block, scale), getattr(block, part)
                 if not isinstance(gamma, FoldedScale):
@@ -91,7 +91,7 @@ class OpenClipFastVit:
             if isinstance(block.token_mixer, TimmAttention):
                 attention = block.token_mixer
                 cut = len(attention.kept_heads) < attention.num_heads
-                block.token_mixer = TimmAttention(attention) if cut else attention.whole()
+                block.token_mixer = TimmAttention(attention) if cut else attention.to_dense()
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Heads and MLP units in order of the blocks; the last attention's heads are protected."""
@@ -125,7 +125,7 @@ class OpenClipFastVit:
         trunk: Any = tower.get_submodule("trunk")
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
-            return timm_outputs(tower, trunk.final_conv(stream))
+            return timm_head_outputs(tower, trunk.final_conv(stream))
 
         return Stages(trunk.stem, _blocks(tower), head)
 

@@ -19,10 +19,10 @@ from ovsprune.backbones.timm_heads import heads_seed, put_together
 from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
-from ovsprune.slim.bound import bound
+from ovsprune.slim.forwards import with_forward
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
-from ovsprune.slim.timm_tower import timm_outputs
+from ovsprune.slim.timm_tower import timm_head_outputs
 
 __all__ = ["OpenClipSwin"]
 
@@ -46,7 +46,9 @@ class OpenClipSwin:
         """Attention to separate linear maps that see all windows of a picture at once, in place."""
         for block in _attending(tower).values():
             if is_timm_attention(block.attn):
-                block.attn = TimmAttention(block.attn, apart=True, windows=_windows(block))
+                block.attn = TimmAttention(
+                    block.attn, separate_qkv=True, windows_per_image=_windows(block)
+                )
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Attention in the form that timm gave it, and of timm's type where all heads stay."""
@@ -74,12 +76,12 @@ class OpenClipSwin:
         """
         trunk: Any = tower.get_submodule("trunk")
         blocks = {
-            name: bound(block, partial(_forward, block)) if hasattr(block, "attn") else block
+            name: with_forward(block, partial(_forward, block)) if hasattr(block, "attn") else block
             for name, block in _blocks(tower).items()
         }
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
-            return timm_outputs(tower, trunk.norm(stream))
+            return timm_head_outputs(tower, trunk.norm(stream))
 
         return Stages(trunk.patch_embed, blocks, head)
 

@@ -17,12 +17,12 @@ from ovsprune.backbones.timm_heads import heads_seed, put_together
 from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
-from ovsprune.slim.norms import CountedLayerNorm
+from ovsprune.slim.norms import ZeroPaddedLayerNorm
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
 from ovsprune.slim.timm_vit import (
-    POOL,
-    pool_of,
+    ATTENTION_POOL,
+    attention_pool,
     timm_vit_blocks,
     timm_vit_bottlenecks,
     timm_vit_parts,
@@ -63,7 +63,7 @@ class OpenClipTimmVit:
             all(is_timm_attention(getattr(b, "attn", nn.Identity())) for b in blocks)
             and all(any(hasattr(getattr(b, "mlp", None), n) for n in _FIRST) for b in blocks)
             and not any(_is_packed(b.mlp) for b in blocks)
-            and (pool in ("token", "avg") or (pool == "map" and pool_of(tower) is not None))
+            and (pool in ("token", "avg") or (pool == "map" and attention_pool(tower) is not None))
             and len(known) == 1
             and known <= set(ACTIVATIONS)
         )
@@ -72,11 +72,11 @@ class OpenClipTimmVit:
         """Attention to separate linear maps; inner norms to such as count what will be cut."""
         for block in timm_vit_blocks(tower).values():
             if is_timm_attention(block.attn):
-                block.attn = TimmAttention(block.attn, apart=True)
+                block.attn = TimmAttention(block.attn, separate_qkv=True)
             if isinstance(block.attn.norm, nn.LayerNorm):
-                block.attn.norm = CountedLayerNorm(block.attn.norm)
+                block.attn.norm = ZeroPaddedLayerNorm(block.attn.norm)
             if isinstance(block.mlp.norm, nn.LayerNorm) and _is_inner(block.mlp):
-                block.mlp.norm = CountedLayerNorm(block.mlp.norm)
+                block.mlp.norm = ZeroPaddedLayerNorm(block.mlp.norm)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Attention in the form that timm gave it, and of timm's type where all heads stay."""
@@ -100,16 +100,16 @@ class OpenClipTimmVit:
                     f"{name}.mlp", "mlp", _first(f"{name}.mlp", block.mlp), 1, name, after
                 )
             )
-        pool = pool_of(tower)
+        pool = attention_pool(tower)
         if pool is not None:
             seeds.append(
                 PrunableLayer(
-                    f"{POOL}.mlp",
+                    f"{ATTENTION_POOL}.mlp",
                     "mlp",
-                    _first(f"{POOL}.mlp", pool.mlp),
+                    _first(f"{ATTENTION_POOL}.mlp", pool.mlp),
                     1,
-                    POOL,
-                    StreamPoint(POOL, "output"),
+                    ATTENTION_POOL,
+                    StreamPoint(ATTENTION_POOL, "output"),
                 )
             )
         return seeds

@@ -16,7 +16,7 @@ from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
-from ovsprune.slim.pooling import each_alone
+from ovsprune.slim.pooling import pool_each_position
 
 __all__ = ["OpenClipVit", "assemble", "build_clip"]
 
@@ -90,7 +90,7 @@ class OpenClipVit:
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
             pooled, tokens = vit._pool(stream)
             if vit.attn_pool is not None:
-                tokens = vit.ln_post(each_alone(vit.attn_pool, stream[:, 1:]))
+                tokens = vit.ln_post(pool_each_position(vit.attn_pool, stream[:, 1:]))
             elif vit.final_ln_after_pool:
                 tokens = vit.ln_post(tokens)
             height, width = vit.grid_size

@@ -23,7 +23,7 @@ def put_together(blocks: Iterable[Any]) -> None:
     for block in blocks:
         if isinstance(block.attn, TimmAttention):
             now = block.attn
-            block.attn = TimmAttention(now) if now.is_cut else now.whole()
+            block.attn = TimmAttention(now) if now.is_cut else now.to_dense()
 
 
 def heads_seed(

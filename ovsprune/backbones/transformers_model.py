@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ovsprune.backbones.fitting import fit
 from ovsprune.core.errors import WeightsError
 from ovsprune.slim.transformers_build import (
-    WHOLE,
+    TWO_TOWER_CLASSES,
     build_model,
     build_tower,
     transformers_library,
@@ -90,7 +90,7 @@ def with_text(name: str, architecture: Architecture, text: State) -> nn.Module:
 
 def tower_in(model: Any, architecture: Architecture) -> TransformersTower:
     """The vision tower of a model, its own modules and not copies."""
-    wanted = WHOLE.get(architecture["class"])
+    wanted = TWO_TOWER_CLASSES.get(architecture["class"])
     if wanted is None:
         return TransformersTower(model)
     if type(model.vision_model).__name__ == wanted:
@@ -105,7 +105,7 @@ def tower_in(model: Any, architecture: Architecture) -> TransformersTower:
 
 def text_of(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
     """State of everything beside the vision tower; empty without a text tower."""
-    if architecture["class"] not in WHOLE:
+    if architecture["class"] not in TWO_TOWER_CLASSES:
         return {}
     return {k: v for k, v in model.state_dict().items() if not k.startswith(_VISION)}
 

@@ -24,7 +24,11 @@ from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
-from ovsprune.slim.transformers_build import architecture_of, build_tower, transformers_library
+from ovsprune.slim.transformers_build import (
+    build_tower,
+    describe_architecture,
+    transformers_library,
+)
 from ovsprune.slim.transformers_tower import TransformersTower
 
 __all__ = ["TransformersVit"]
@@ -60,7 +64,7 @@ class TransformersVit:
         model: nn.Module | None = None
         try:
             with quiet():
-                architecture = architecture_of(source.model_class, source.config)
+                architecture = describe_architecture(source.model_class, source.config)
                 if pretrained == "none":
                     tower = build_tower(architecture)
                 else:
@@ -138,19 +142,19 @@ class TransformersVit:
         last = list(model.blocks)[-1]
         seeds = []
         for name, block in model.blocks.items():
-            form = model.form
+            layout = model.layout
             scaled = hasattr(block, "layer_scale1")
-            middle = None if scaled else StreamPoint(f"{name}.{form.middle}", "input")
+            middle = None if scaled else StreamPoint(f"{name}.{layout.mlp_norm}", "input")
             after = None if scaled else StreamPoint(name, "output")
             reason = "frameworks read the last block's attention directly" if name == last else None
-            heads = f"{name}.{form.attention}"
-            width = getattr(block, form.attention).head_dim
+            heads = f"{name}.{layout.attention}"
+            width = getattr(block, layout.attention).head_dim
             seeds.append(
                 PrunableLayer(heads, "heads", f"{heads}.q_proj", width, name, middle, reason)
             )
             seeds.append(_mlp_seed(name, block.mlp, after))
-        if model.form.pool is not None:
-            pool = model.path(model.form.pool)
+        if model.layout.pool is not None:
+            pool = model.trunk_path(model.layout.pool)
             mlp = model.get_submodule(pool).mlp
             seeds.append(_mlp_seed(pool, mlp, StreamPoint(pool, "output")))
         return seeds

@@ -1,7 +1,8 @@
-"""Multi-head attention that keeps only some of its heads and fits where the dense module was.
+"""Multi-head attention with a subset of the heads, a drop-in replacement of the dense module.
 
-``num_heads`` reports the dense count, because frameworks assert it and build their masks from it;
-a mask with a row per dense head is gathered at the kept heads here, so no caller has to know.
+``num_heads`` is the number of heads of the dense module, because frameworks check it and build
+their masks from it. From a mask with one row per dense head, the rows of the kept heads are
+selected here, so callers stay unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
-from ovsprune.slim.calls import TORCH, Call, call_of
+from ovsprune.slim.attention_math import (
+    attend_heads,
+    check_inputs,
+    project_separately,
+    split_heads,
+)
+from ovsprune.slim.calls import TORCH_CALL, CallConvention, call_convention
 from ovsprune.slim.dense import (
     Projections,
     check_heads,
@@ -31,34 +38,36 @@ __all__ = ["SlimAttention"]
 Output = Tensor | tuple[Tensor, Tensor | None]
 
 _FUSED = "in_proj_weight"
-_APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class SlimAttention(nn.Module):
     """Self- or cross-attention over the kept heads of a dense attention.
 
-    Its output equals that of the dense module whose cut heads are masked to zero before the out
-    projection; without any head it is that projection's bias. Parameters have the names of
-    ``nn.MultiheadAttention``: ``in_proj_weight`` (queries, keys, values)
+    The output equals that of the dense module whose removed heads are masked to zero before the
+    output projection. Without any head it is the bias of that projection. The parameters have the
+    names of ``nn.MultiheadAttention``: ``in_proj_weight`` (queries, keys, values)
     [3 * kept * head_dim, embed_dim], or ``q_proj_weight``, ``k_proj_weight`` and
-    ``v_proj_weight`` where it is ``apart``; ``in_proj_bias``, ``out_proj``.
+    ``v_proj_weight`` if ``separate_qkv``; ``in_proj_bias``, ``out_proj``.
 
     Args:
         embed_dim: Width of the residual stream.
         num_heads: Heads of the dense module.
-        kept_heads: Dense indices of the heads that are here, strictly ascending.
+        kept_heads: Dense indices of the kept heads, strictly ascending.
         head_dim: Width of one head; ``embed_dim // num_heads`` by default.
-        bias: Whether the in projection has a bias.
+        bias: True if the input projection has a bias.
         batch_first: Inputs are [N, L, E] if true, else [L, N, E].
         dropout: Probability of dropping an attention weight in training.
-        call: How it is called and what it returns: as ``nn.MultiheadAttention`` by default; for
-            callers of open_clip's ``Attention`` see :mod:`ovsprune.slim.calls`.
-        apart: Whether the weights of queries, keys and values are three parameters, as
-            ``nn.MultiheadAttention`` has them for inputs of several widths (and CAT-Seg for inputs
-            of one, to train some of the three).
+        call: Calling convention: order of the arguments and type of the result. By default that
+            of ``nn.MultiheadAttention``; for callers of open_clip's ``Attention`` see
+            :mod:`ovsprune.slim.calls`.
+        separate_qkv: Store the weights of queries, keys and values as three parameters.
+            ``nn.MultiheadAttention`` does so for inputs of different widths, CAT-Seg to train
+            only some of the three.
 
     Raises:
-        OptionError: ``kept_heads`` are not valid, or the head width cannot be told.
+        OptionError: ``kept_heads`` are not valid, or ``embed_dim`` is no multiple of
+            ``num_heads`` and ``head_dim`` is not given.
     """
 
     in_proj_weight: nn.Parameter | None
@@ -76,8 +85,8 @@ class SlimAttention(nn.Module):
         bias: bool = True,
         batch_first: bool = True,
         dropout: float = 0.0,
-        call: Call = TORCH,
-        apart: bool = False,
+        call: CallConvention = TORCH_CALL,
+        separate_qkv: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -94,16 +103,16 @@ class SlimAttention(nn.Module):
         self.dropout = dropout
         self.call = call
         rows = self._rows
-        made = dict.fromkeys(_APART, rows) if apart else {_FUSED: 3 * rows}
-        for name in (_FUSED, *_APART):  # those that are not there are None, as in torch's own
-            weight = nn.Parameter(torch.empty(made[name], embed_dim)) if name in made else None
+        sizes = dict.fromkeys(_SEPARATE, rows) if separate_qkv else {_FUSED: 3 * rows}
+        for name in (_FUSED, *_SEPARATE):  # as in nn.MultiheadAttention, unused ones are None
+            weight = nn.Parameter(torch.empty(sizes[name], embed_dim)) if name in sizes else None
             self.register_parameter(name, weight)
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * rows)) if bias else None
         self.out_proj = linear(rows, embed_dim)
-        for name in made:
+        for name in sizes:
             nn.init.xavier_uniform_(self.get_parameter(name))
-        # nn.MultiheadAttention's attributes that its callers read. The last one keeps
-        # nn.TransformerEncoderLayer off its fused path, which assumes embed_dim wide projections.
+        # Callers of nn.MultiheadAttention read these attributes. The last one makes
+        # nn.TransformerEncoderLayer avoid its fused path, which assumes square projections.
         self.kdim = self.vdim = embed_dim
         self.bias_k = self.bias_v = None
         self.add_zero_attn = False
@@ -111,26 +120,28 @@ class SlimAttention(nn.Module):
 
     @property
     def _rows(self) -> int:
-        """Rows that each of queries, keys and values has in the in projection."""
+        """Number of rows of queries, keys or values in the input projection."""
         return len(self.kept_heads) * self.head_dim
 
     def _split(self, tensor: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Return the parts of queries, keys and values in a fused ``tensor``."""
+        """Split a fused ``tensor`` into queries, keys and values."""
         return torch.split(tensor, [self._rows] * 3, dim)
 
     def _weights(self) -> tuple[Tensor, ...]:
-        """The weights of the queries, keys and values: views of one parameter, or three."""
+        """Return W_q, W_k and W_v: views of one parameter, or three parameters."""
         if self.in_proj_weight is not None:
             return self._split(self.in_proj_weight)
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
-    def forward(self, *args: Any, **given: Any) -> Output:
-        """Attend, called the way the dense module was; see :meth:`attend` for the arguments.
+    def forward(self, *args: Any, **kwargs: Any) -> Output:
+        """Attend, with the calling convention of the dense module.
+
+        See :meth:`attend` for the arguments.
 
         Returns:
-            What :meth:`attend` returns, or its output alone, as ``call`` says.
+            The result of :meth:`attend`, or only its first element, depending on ``call``.
         """
-        x, weights = self.attend(**self.call.bind(args, given))
+        x, weights = self.attend(**self.call.bind(args, kwargs))
         return (x, weights) if self.call.returns_tuple else x
 
     def attend(
@@ -150,20 +161,20 @@ class SlimAttention(nn.Module):
             query: [N, L, E] (or [L, N, E] if not ``batch_first``).
             key: [N, S, E], ``query`` by default.
             value: [N, S, E], ``key`` by default.
-            key_padding_mask: [N, S], bool (true is left out) or float (added).
-            need_weights: Also return the attention weights, which costs the fused kernel.
-            attn_mask: Bool (true is left out) or float (added): [L, S]; [N * num_heads, L, S] or
-                [num_heads, L, S] in dense heads; [N * kept, L, S]; or [N or 1, heads or 1, L, S]
-                with dense or kept heads.
+            key_padding_mask: [N, S], bool (true is ignored) or float (added to the logits).
+            need_weights: Also return the attention weights; the fused kernel is then not used.
+            attn_mask: Bool (true is ignored) or float (added to the logits). One of [L, S];
+                [N * num_heads, L, S] or [num_heads, L, S], with dense heads; [N * kept, L, S];
+                [N or 1, heads or 1, L, S], with dense or kept heads.
             average_attn_weights: Weights are [N, L, S] if true (mean over the kept heads, zeros
                 without any), else [N, kept, L, S].
-            is_causal: Mask the future; where ``attn_mask`` is given, that one is used, as in torch.
+            is_causal: Mask later keys. Ignored if ``attn_mask`` is given, as in torch.
 
         Returns:
             ([N, L, E], weights or None).
 
         Raises:
-            OptionError: An input is unbatched or a mask has a shape that fits nothing.
+            OptionError: An input has no batch axis, or a mask has an unexpected shape.
         """
         key = query if key is None else key
         value = key if value is None else value
@@ -181,25 +192,25 @@ class SlimAttention(nn.Module):
             dtype=q.dtype,
             device=q.device,
         )
-        drop = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            logits = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = (logits if mask is None else logits + mask).softmax(dim=-1)
-            weights = F.dropout(weights, drop) if drop else weights
-            x = weights.to(v.dtype) @ v
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        x = self.out_proj(x.transpose(1, 2).flatten(2))
+        x, weights = attend_heads(
+            q,
+            k,
+            v,
+            mask,
+            scale=self.head_dim**-0.5,
+            dropout=self.dropout if self.training else 0.0,
+            need_weights=need_weights,
+            average_weights=average_attn_weights,
+        )  # [N, kept, L, head_dim]
+        x = self.out_proj(x.transpose(1, 2).flatten(2))  # [N, L, E]
         x = x if self.batch_first else x.transpose(0, 1)
         return x, weights
 
     def _without_heads(
         self, query: Tensor, key: Tensor, need_weights: bool, average: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """What :meth:`attend` returns if every head is gone: the bias, and weights of nothing."""
-        x = self.out_proj(query[..., :0])
+        """Return the result of :meth:`attend` without heads: the output bias and zero weights."""
+        x = self.out_proj(query[..., :0])  # an empty sum: only the bias, [N, L, E]
         if not need_weights:
             return x, None
         batch, tokens = (0, 1) if self.batch_first else (1, 0)
@@ -207,47 +218,38 @@ class SlimAttention(nn.Module):
         return x, query.new_zeros(shape if average else (shape[0], 0, *shape[1:]))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [N, kept, length, head_dim]."""
-        order = "[N, L, E]" if self.batch_first else "[L, N, E]"
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
-                raise OptionError(
-                    f"{name} has shape {tuple(x.shape)}, expected {order} with E = "
-                    f"{self.embed_dim}; add the batch axis to an unbatched input"
-                )
+        """Project to queries, keys and values, each [N, kept, length, head_dim]."""
+        check_inputs(query, key, value, embed_dim=self.embed_dim, batch_first=self.batch_first)
         if query is key and key is value and self.in_proj_weight is not None:
-            both = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-            flat = self._split(both, dim=-1)
+            # self-attention with a fused weight: one product instead of three
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # [N, L, 3 * h * d]
+            flat = self._split(qkv, dim=-1)
         else:
             bias = self.in_proj_bias
             biases = (None,) * 3 if bias is None else self._split(bias)
-            flat = tuple(
-                F.linear(x, w, b)
-                for x, w, b in zip((query, key, value), self._weights(), biases, strict=True)
-            )
+            flat = project_separately((query, key, value), self._weights(), biases)
         count = len(self.kept_heads)
-        heads = [x if self.batch_first else x.transpose(0, 1) for x in flat]
-        q, k, v = (x.reshape(*x.shape[:2], count, self.head_dim).transpose(1, 2) for x in heads)
+        q, k, v = (split_heads(x, count, self.head_dim, batch_first=self.batch_first) for x in flat)
         return q, k, v
 
     def extra_repr(self) -> str:
-        """Dense and kept heads, for ``print(model)``."""
+        """Return width, kept and dense heads for ``print(model)``."""
         heads = f"{len(self.kept_heads)} of {self.num_heads} x {self.head_dim}"
         return f"embed_dim={self.embed_dim}, heads={heads}"
 
     @classmethod
     def from_dense(cls, mha: nn.Module, kept_heads: Sequence[int]) -> SlimAttention:
-        """The slim attention that keeps some heads of ``mha``, with those heads' weights.
+        """Build the slim attention that keeps some heads of ``mha``, with their weights.
 
-        Where ``mha`` has its queries, keys and values apart, so has the slim one.
+        If ``mha`` has separate weights of queries, keys and values, the result has too.
 
         Args:
             mha: ``nn.MultiheadAttention`` or a module with its parameters (open_clip's
                 ``Attention``, one with ``q_proj_weight`` and so on, or a ``SlimAttention``).
-            kept_heads: Dense indices; of a ``SlimAttention``, those must be among its own.
+            kept_heads: Dense indices. If ``mha`` is a ``SlimAttention``, a subset of its heads.
 
         Raises:
-            TargetError: ``mha`` has something that a cut would change (see the message).
+            TargetError: ``mha`` has a component that does not support removing heads.
             OptionError: ``kept_heads`` are not valid.
         """
         refuse_extras(mha)
@@ -256,20 +258,23 @@ class SlimAttention(nn.Module):
         present = mha.kept_heads if isinstance(mha, SlimAttention) else tuple(range(num_heads))
         missing = [h for h in kept if h not in present]
         if missing:
-            raise OptionError(f"heads {missing} are cut already; {present} are left of {num_heads}")
-        maps = projections_of(mha, len(present))
+            raise OptionError(
+                f"kept_heads contains {missing}, which were removed before; choose among "
+                f"{present} (of {num_heads} dense heads)"
+            )
+        dense = projections_of(mha, len(present))
         slim = cls(
-            maps.weights[0].shape[1],
+            dense.weights[0].shape[1],
             num_heads,
             kept,
-            head_dim=mha.head_dim if isinstance(mha, SlimAttention) else maps.head_dim,
-            bias=any(bias is not None for bias in maps.biases),
+            head_dim=mha.head_dim if isinstance(mha, SlimAttention) else dense.head_dim,
+            bias=any(bias is not None for bias in dense.biases),
             batch_first=is_batch_first(mha),
             dropout=dropout(mha),
-            call=call_of(mha),
-            apart=getattr(mha, _FUSED, None) is None,
-        ).to(device=maps.columns.device, dtype=maps.columns.dtype)
-        slim._fill(maps, [present.index(h) for h in kept])
+            call=call_convention(mha),
+            separate_qkv=getattr(mha, _FUSED, None) is None,
+        ).to(device=dense.columns.device, dtype=dense.columns.dtype)
+        slim._fill(dense, [present.index(h) for h in kept])
         slim.train(mha.training)
         return slim
 
@@ -286,20 +291,22 @@ class SlimAttention(nn.Module):
         head_dim: int,
         batch_first: bool = True,
     ) -> SlimAttention:
-        """The slim attention that does what separate linear maps do.
+        """Build the slim attention from separate linear layers.
+
+        Layers of all dense heads are reduced to the kept ones.
 
         Args:
-            q: Query map, [kept * head_dim, embed_dim], or of all heads and then cut here.
-            k: Key map, likewise.
-            v: Value map, [kept * head_dim, embed_dim], or of all heads.
-            out: Out projection, [embed_dim, kept * head_dim], or of all heads.
+            q: Query layer, weight [kept * head_dim, embed_dim], or num_heads * head_dim rows.
+            k: Key layer, of the same shape.
+            v: Value layer, of the same shape.
+            out: Output projection; its weight has as many columns as ``q`` has rows.
             num_heads: Heads of the dense module.
-            kept_heads: Dense indices of the heads that stay.
+            kept_heads: Dense indices of the kept heads.
             head_dim: Width of one head.
-            batch_first: Axis order of the inputs.
+            batch_first: Inputs are [N, L, E] if true, else [L, N, E].
 
         Raises:
-            OptionError: The maps' widths are neither those of the kept nor those of all heads.
+            OptionError: The widths of the layers are neither those of the kept nor of all heads.
         """
         slim = cls(
             q.weight.shape[1],
@@ -325,17 +332,17 @@ class SlimAttention(nn.Module):
         return slim
 
     @torch.no_grad()
-    def _fill(self, maps: Projections, positions: Sequence[int]) -> None:
-        """Copy the heads at ``positions``."""
-        maps = maps.cut(positions)
-        for to, weight in zip(self._weights(), maps.weights, strict=True):
-            to.copy_(weight)
+    def _fill(self, source: Projections, positions: Sequence[int]) -> None:
+        """Copy the weights of the heads at ``positions`` of ``source``."""
+        source = source.cut(positions)
+        for target, weight in zip(self._weights(), source.weights, strict=True):
+            target.copy_(weight)
         if self.in_proj_bias is not None:
             parts = self._split(self.in_proj_bias)
-            for to, bias in zip(parts, maps.biases, strict=True):
-                to.copy_(torch.zeros_like(to) if bias is None else bias)
-        self.out_proj.weight.copy_(maps.columns)
-        if maps.out_bias is None:
+            for target, bias in zip(parts, source.biases, strict=True):
+                target.copy_(torch.zeros_like(target) if bias is None else bias)
+        self.out_proj.weight.copy_(source.columns)
+        if source.out_bias is None:
             self.out_proj.register_parameter("bias", None)
         else:
-            self.out_proj.bias.copy_(maps.out_bias)
+            self.out_proj.bias.copy_(source.out_bias)

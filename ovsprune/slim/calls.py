@@ -1,6 +1,7 @@
-"""How an attention module is called: torch's form, and the two that open_clip's own class has had.
+"""Calling conventions of attention modules: torch's, and the two of open_clip's ``Attention``.
 
-They differ in the order of the arguments, in what comes back, and in what true means in a mask.
+They differ in the order of the arguments, the type of the result, and the meaning of true in a
+bool mask.
 """
 
 from __future__ import annotations
@@ -13,60 +14,69 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["TORCH", "X_KV_MASK", "X_MASK", "Call", "call_of"]
+__all__ = ["OPEN_CLIP_CALL", "OPEN_CLIP_KV_CALL", "TORCH_CALL", "CallConvention", "call_convention"]
 
-# Names of other classes for torch's arguments.
-_TORCHS_NAMES = {"x": "query", "k_x": "key", "v_x": "value"}
+# Argument names of open_clip's class -> those of nn.MultiheadAttention.
+_TORCH_NAMES = {"x": "query", "k_x": "key", "v_x": "value"}
 
 
 @dataclass(frozen=True)
-class Call:
-    """How the callers of an attention write their arguments, and what they get.
+class CallConvention:
+    """Calling convention of an attention module.
 
     Attributes:
-        order: torch's names of the positional arguments after the first.
-        returns_tuple: Whether they get the output and the weights, or the output alone.
-        true_attends: Whether true in a bool ``attn_mask`` takes part; else true is left out.
+        order: Positional arguments after the first, by their names in ``nn.MultiheadAttention``.
+        returns_tuple: True if it returns (output, weights), false if the output alone.
+        true_means_attend: True if true in a bool ``attn_mask`` marks keys to attend to; false if
+            it marks keys to ignore, as in torch.
     """
 
     order: tuple[str, ...]
     returns_tuple: bool = False
-    true_attends: bool = False
+    true_means_attend: bool = False
 
-    def bind(self, args: Sequence[Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by torch's names, and a mask with torch's meaning.
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Translate a call to the arguments of ``nn.MultiheadAttention``.
+
+        A bool mask is inverted if its meaning is the opposite of torch's.
 
         Example:
-            >>> X_KV_MASK.bind(("x", None, None, "mask"), {})["attn_mask"]
+            >>> OPEN_CLIP_KV_CALL.bind(("x", None, None, "mask"), {})["attn_mask"]
             'mask'
 
         Args:
-            args: Positional arguments of a caller.
-            given: Its keyword arguments, by the names of any form.
+            args: Positional arguments of the call.
+            kwargs: Keyword arguments of the call, by the names of any convention.
+
+        Returns:
+            Arguments by their names in ``nn.MultiheadAttention``.
 
         Raises:
-            TypeError: There are too many arguments, or one is given twice.
+            TypeError: There are too many positional arguments, or one argument is given twice.
         """
         names = ("query", *self.order)
         if len(args) > len(names):
-            raise TypeError(f"{len(args)} positional arguments, expected {', '.join(names)}")
+            raise TypeError(
+                f"attention got {len(args)} positional arguments, expected at most {len(names)}: "
+                f"{', '.join(names)}"
+            )
         bound = dict(zip(names, args, strict=False))
-        for name, value in given.items():
-            known = _TORCHS_NAMES.get(name, name)
-            if known in bound:
-                raise TypeError(f"the argument {name} is given twice")
-            bound[known] = value
+        for name, value in kwargs.items():
+            torch_name = _TORCH_NAMES.get(name, name)
+            if torch_name in bound:
+                raise TypeError(f"attention got the argument {name} twice; pass it once")
+            bound[torch_name] = value
         mask = bound.get("attn_mask")
-        if self.true_attends and mask is not None and mask.dtype == torch.bool:
+        if self.true_means_attend and mask is not None and mask.dtype == torch.bool:
             bound["attn_mask"] = ~mask
-        if not self.returns_tuple:  # open_clip's own take the query for whichever is not given
+        if not self.returns_tuple:  # in open_clip, a missing key or value defaults to the query
             for name in ("key", "value"):
                 if bound.get(name) is None:
                     bound[name] = bound.get("query")
         return bound
 
 
-TORCH = Call(
+TORCH_CALL = CallConvention(
     (
         "key",
         "value",
@@ -78,36 +88,38 @@ TORCH = Call(
     ),
     returns_tuple=True,
 )
-"""``nn.MultiheadAttention`` and its copies: (query, key, value, ...) to (output, weights)."""
+"""``nn.MultiheadAttention`` and its copies: (query, key, value, ...) -> (output, weights)."""
 
-X_MASK = Call(("attn_mask",))
-"""open_clip's ``Attention`` in its releases: (x, attn_mask) to the output."""
+OPEN_CLIP_CALL = CallConvention(("attn_mask",))
+"""``Attention`` of released versions of open_clip: (x, attn_mask) -> output."""
 
-X_KV_MASK = Call(("key", "value", "attn_mask"), true_attends=True)
-"""The same class in open_clip's development head: (x, k_x, v_x, attn_mask) to the output."""
+OPEN_CLIP_KV_CALL = CallConvention(("key", "value", "attn_mask"), true_means_attend=True)
+"""``Attention`` of open_clip's main branch: (x, k_x, v_x, attn_mask) -> output."""
 
 
-def call_of(module: nn.Module) -> Call:
-    """How ``module`` is called: what it says itself (``call``), else by its ``forward``.
+def call_convention(module: nn.Module) -> CallConvention:
+    """Return the calling convention of an attention module.
 
-    A ``forward(*args, **kwargs)`` hands on what it gets (CAT-Seg's), so its parent's tells.
+    This is its attribute ``call`` if it has one. Otherwise the argument names of its ``forward``
+    decide. A ``forward(*args, **kwargs)``, as in CAT-Seg, passes its arguments on to the parent
+    class, so the parent's ``forward`` is read instead.
     """
-    own = getattr(module, "call", None)
-    if isinstance(own, Call):
-        return own
-    parameters = _named(type(module))
+    declared = getattr(module, "call", None)
+    if isinstance(declared, CallConvention):
+        return declared
+    parameters = _forward_arguments(type(module))
     if "key" in parameters:
-        return TORCH
-    return X_KV_MASK if "k_x" in parameters else X_MASK
+        return TORCH_CALL
+    return OPEN_CLIP_KV_CALL if "k_x" in parameters else OPEN_CLIP_CALL
 
 
-def _named(kind: type[nn.Module]) -> list[str]:
-    """Arguments of the nearest ``forward`` that names any."""
-    for owner in kind.__mro__:
-        own = vars(owner).get("forward")
-        if own is not None:
-            parameters = inspect.signature(own).parameters.values()
+def _forward_arguments(module_class: type[nn.Module]) -> list[str]:
+    """Return the argument names of the first ``forward`` in the class hierarchy that has any."""
+    for base in module_class.__mro__:
+        forward = vars(base).get("forward")
+        if forward is not None:
+            parameters = inspect.signature(forward).parameters.values()
             names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-            if len(names) > 1:  # beside self
+            if len(names) > 1:  # more than self
                 return names
     return []

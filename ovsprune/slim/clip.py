@@ -1,4 +1,4 @@
-"""The whole CLIP of a slim checkpoint, as open_clip's own classes."""
+"""Load a slim checkpoint with its text tower, as a model of open_clip's classes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["clip_class", "load_open_clip"]
 
 
 def clip_class(open_clip: Any, config: Mapping[str, Any]) -> Any:
-    """The class of which open_clip makes the model of a configuration, as its factory chooses."""
+    """Return the class that open_clip's factory uses for a model configuration."""
     if not (config.get("custom_text") or config["text_cfg"].get("hf_model_name")):
         return open_clip.CLIP
     return open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
 
 
-# What open_clip's transforms do in the versions in which they could not be told (2.16 to 2.20).
-_OLD_TRANSFORM = {"interpolation": "bicubic", "resize_mode": "shortest"}
+# Settings that the transforms of open_clip 2.16 to 2.20 use and that cannot be changed there.
+_FIXED_TRANSFORM = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 def load_open_clip(
@@ -37,12 +37,12 @@ def load_open_clip(
     """Load a slim CLIP with its text tower, as ``open_clip.create_model_and_transforms`` does.
 
     Args:
-        directory: What ``ovsprune prune`` wrote.
-        device: Where to.
+        directory: Slim checkpoint, written by ``ovsprune prune``.
+        device: Device of the model.
 
     Returns:
         ``(model, preprocess_train, preprocess_val)``: an ``open_clip.CLIP`` in evaluation mode
-        with a slim image tower, and open_clip's transforms from PIL picture to [3, H, W].
+        with a slim image tower, and open_clip's transforms from a PIL image to [3, H, W].
 
     Raises:
         CheckpointError: The checkpoint is damaged, has no text tower, or was not built by
@@ -59,11 +59,11 @@ def load_open_clip(
         )
     if not checkpoint.text():
         raise CheckpointError(
-            f"{checkpoint.path / MODEL} holds no text tower; prune again with it, or use "
-            "ovsprune.load for the image tower alone"
+            f"{checkpoint.path / MODEL} holds no text tower; prune the model again with its "
+            "text tower, or load the image tower alone with ovsprune.load"
         )
     try:
-        # by name, so that this room imports no framework until somebody asks for one
+        # imported by name: ovsprune.slim must not depend on a framework
         open_clip = importlib.import_module("open_clip")
     except ImportError as error:
         raise MissingLibraryError(
@@ -76,19 +76,19 @@ def load_open_clip(
 
 
 def _transform(open_clip: Any, spec: SlimSpec, is_train: bool) -> Any:
-    """open_clip's transform of the pictures, by what its version can be told.
+    """Build open_clip's image transform with the preprocessing of the checkpoint.
 
     Raises:
-        MissingLibraryError: This version cannot prepare pictures as the checkpoint wants them.
+        MissingLibraryError: The installed version does not support that preprocessing.
     """
     pre = spec.preprocess
-    known = inspect.signature(open_clip.image_transform).parameters
+    accepted = inspect.signature(open_clip.image_transform).parameters
     options = {"interpolation": pre.interpolation, "resize_mode": pre.resize_mode}
-    for name, old in _OLD_TRANSFORM.items():
-        if name not in known and options.pop(name) != old:
+    for name, fixed in _FIXED_TRANSFORM.items():
+        if name not in accepted and options.pop(name) != fixed:
             raise MissingLibraryError(
-                f"open_clip {_version()} prepares pictures with {name} {old!r} only, "
-                f"the checkpoint wants {getattr(pre, name)!r}; install open_clip_torch "
+                f"open_clip {_version()} preprocesses images with {name} {fixed!r} only, "
+                f"the checkpoint needs {getattr(pre, name)!r}; install open_clip_torch "
                 f"{spec.library_version} or newer, or use ovsprune.load"
             )
     return open_clip.image_transform(
@@ -97,20 +97,27 @@ def _transform(open_clip: Any, spec: SlimSpec, is_train: bool) -> Any:
 
 
 def _version() -> str:
-    """Of the installed open_clip; up to 2.24 its package itself does not say."""
+    """Return the version of open_clip; up to 2.24 the package has no ``__version__``."""
     return str(importlib.import_module("open_clip.version").__version__)
 
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
+    """Build the model with open_clip and load the weights of both towers.
+
+    Raises:
+        CheckpointError: open_clip cannot build the model, or the text tower does not fit.
+    """
     if config["text_cfg"].get("hf_model_name"):
         raise CheckpointError(
-            f"{checkpoint.path / CONFIG}: the text tower is {config['text_cfg']['hf_model_name']} "
-            "of a hub, which this ovsprune does not build; use open_clip's own model and "
-            "ovsprune.apply on its .visual, or ovsprune.load for the image tower alone"
+            f"{checkpoint.path / CONFIG}: the text tower is the Hugging Face model "
+            f"{config['text_cfg']['hf_model_name']}, which this ovsprune cannot build; build the "
+            "model with open_clip and call ovsprune.apply on its .visual, or load the image tower "
+            "alone with ovsprune.load"
         )
     make = clip_class(open_clip, config)
     config.pop("custom_text", None)
-    if checkpoint.spec.activation in ("gelu", "quick_gelu"):  # else the text tower's is another
+    # With any other activation in the image tower, the config already holds the text tower's.
+    if checkpoint.spec.activation in ("gelu", "quick_gelu"):
         config["quick_gelu"] = checkpoint.spec.activation == "quick_gelu"
     try:
         with warnings.catch_warnings():
@@ -119,21 +126,22 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path / CONFIG}: open_clip {_version()} cannot build "
-            f"architecture ({error}); install {checkpoint.spec.library_version}, or use "
-            "ovsprune.load"
+            f"this architecture ({error}); install open_clip_torch "
+            f"{checkpoint.spec.library_version}, or load the image tower alone with ovsprune.load"
         ) from error
     apply(model.visual, checkpoint)
     text = checkpoint.text()
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
     wrong = [
         name
-        for name in sorted(own.keys() | text.keys())
-        if name not in own or name not in text or own[name].shape != text[name].shape
+        for name in sorted(expected.keys() | text.keys())
+        if name not in expected or name not in text or expected[name].shape != text[name].shape
     ]
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.path / MODEL}: the text tower is not that of {CONFIG}, see "
-            f"{', '.join(wrong[:4])}; copy or write the checkpoint again"
+            f"{checkpoint.path / MODEL}: the text tower does not fit the architecture in "
+            f"{CONFIG} (missing, unexpected or of another shape: {', '.join(wrong[:4])}); copy the "
+            "checkpoint again, or write it again from the pruned model"
         )
     model.load_state_dict(text, strict=False)
     pre = checkpoint.spec.preprocess

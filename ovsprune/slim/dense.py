@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
-from ovsprune.slim.calls import call_of
+from ovsprune.slim.calls import call_convention
 
 __all__ = [
     "Projections",
@@ -54,7 +54,7 @@ def is_batch_first(mha: nn.Module) -> bool:
     own = getattr(mha, "batch_first", None)
     if own is not None:
         return bool(own)
-    if call_of(mha).returns_tuple:
+    if call_convention(mha).returns_tuple:
         return True
     tried = copy.deepcopy(mha).eval().float()  # torch 2.0 has no half precision on CPUs
     weight = tried.get_parameter("out_proj.weight")

@@ -1,4 +1,4 @@
-"""A linear map that may have nothing to read, or nothing to give."""
+"""Linear layers that may have zero inputs or zero outputs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ __all__ = ["linear"]
 
 
 def linear(inputs: int, outputs: int, bias: bool = True, device: str | None = None) -> nn.Linear:
-    """``nn.Linear``, which warns of a weight without entries; of a layer that lost all its units.
+    """Build an ``nn.Linear`` that may have no units.
+
+    ``nn.Linear`` itself warns when it initialises an empty weight, so a layer whose units are all
+    removed gets its parameters here.
 
     Args:
-        inputs: Without any, what it gives is its bias.
-        outputs: Channels that it gives.
-        bias: Whether it has one.
-        device: Of the parameters.
+        inputs: Input channels; with 0 the output is the bias.
+        outputs: Output channels, at least 0.
+        bias: True if the layer has a bias.
+        device: Device of the parameters.
     """
     layer = nn.Linear(max(inputs, 1), max(outputs, 1), bias, device=device)
     if not inputs or not outputs:

@@ -18,8 +18,8 @@ from ovsprune.slim.resnet import ModifiedResNet
 from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG, SlimSpec
-from ovsprune.slim.timm_tower import narrow_timm_tower, timm_both, timm_dense
-from ovsprune.slim.timm_vit import timm_vit_both, timm_vit_dense
+from ovsprune.slim.timm_tower import narrow_timm_tower, timm_dense, timm_pooled_and_dense
+from ovsprune.slim.timm_vit import timm_vit_dense, timm_vit_pooled_and_dense
 from ovsprune.slim.transformers_build import narrow_tower
 from ovsprune.slim.transformers_tower import TransformersTower
 from ovsprune.slim.vit import VisionTransformer
@@ -216,10 +216,10 @@ _BUILDERS = {
         VisionTransformer.set_size,
     ),
     "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
-    "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_both),
-    "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_both),
-    "open_clip-fastvit": _Builder(narrow_timm_tower, timm_dense, timm_both),
-    "open_clip-swin": _Builder(narrow_timm_tower, timm_dense, timm_both),
-    "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_both),
+    "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
+    "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
+    "open_clip-fastvit": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
+    "open_clip-swin": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
+    "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_pooled_and_dense),
     "transformers-vit": _Builder(narrow_tower, TransformersTower.dense, TransformersTower.outputs),
 }

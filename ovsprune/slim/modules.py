@@ -1,7 +1,7 @@
-"""Slim copies of single modules: the parts from which a target builds its own attachment.
+"""Slim copies of single modules, the building blocks of targets.
 
-A copy has tensors of its own and shares every other attribute with its original, so subclass,
-hooks and flags stay; the original is not touched.
+A copy has its own tensors and shares every other attribute with the original, so its class, hooks
+and flags are the same. The original is not modified.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.norms import CountedLayerNorm
+from ovsprune.slim.norms import ZeroPaddedLayerNorm
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
 
 __all__ = ["slim_attention", "slim_module"]
@@ -29,8 +29,8 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# Which attribute says how wide a layer is, by axis.
-_WIDTHS = {
+# Attributes that hold the width of a layer, by axis.
+_WIDTH_ATTRIBUTES = {
     "out": ("out_features", "out_channels", "num_features"),
     "in": ("in_features", "in_channels"),
 }
@@ -39,14 +39,14 @@ _WIDTHS = {
 def slim_attention(
     mha: nn.Module, kept_heads: Sequence[int] | Tensor
 ) -> SlimAttention | TimmAttention:
-    """A slim attention to stand where ``mha`` stood, with its weights, hooks, and flags.
+    """Build a slim replacement of ``mha`` with the weights of some heads, its hooks and flags.
 
     Args:
-        mha: ``nn.MultiheadAttention`` or a module with its parameters, or one of timm's.
-        kept_heads: Dense indices, strictly ascending.
+        mha: ``nn.MultiheadAttention``, a module with its parameters, or an attention of timm.
+        kept_heads: Dense indices of the kept heads, strictly ascending.
 
     Raises:
-        TargetError: ``mha`` has something that a cut by heads would not leave as it was.
+        TargetError: ``mha`` has a component that does not support removing heads.
         OptionError: ``kept_heads`` are not valid.
     """
     heads = kept_heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
@@ -65,29 +65,18 @@ def slim_attention(
 
 
 def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a linear map, convolution, or norm with some of its channels.
+    """Copy a linear layer, convolution or norm with a subset of its channels.
 
     Args:
         module: The dense module.
-        index: Axis (``"out"``: rows, bias, statistics; ``"in"``: columns) to int64 indices.
+        index: Axis (``"out"``: rows, bias, statistics; ``"in"``: columns) -> int64 [kept], the
+            channels to keep.
 
     Raises:
-        TargetError: It has no plain weight, or an index reaches beyond it.
+        TargetError: The module has no plain weight or has groups of several channels, or an
+            index exceeds the size of the weight.
     """
-    # norms that never learn have their weight among the statistics
-    weight = {**module._buffers, **module._parameters}.get("weight")
-    if weight is None:
-        raise TargetError(
-            f"{type(module).__name__} has no plain weight to cut; take off what wraps it "
-            "(quantisation, LoRA, parametrisation) first"
-        )
-    groups = getattr(module, "groups", 1)
-    depthwise = groups > 1 and weight.shape[:2] == (groups, 1) and set(index) == {"out"}
-    if groups != 1 and not depthwise:
-        raise TargetError(
-            f"{type(module).__name__} has {groups} groups of several channels, which a mask cannot "
-            "cut"
-        )
+    weight, depthwise = _check_sliceable(module, index)
     slim = copy.copy(module)
     slim._parameters = {
         name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
@@ -95,38 +84,69 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
     }
     slim._buffers = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
     slim._modules = dict(module._modules)
-    for axis, chosen in index.items():
+    for axis, kept in index.items():
         dim = 0 if axis == "out" else 1
-        if weight.dim() <= dim or (chosen.numel() and int(chosen.max()) >= weight.shape[dim]):
+        if weight.dim() <= dim or (kept.numel() and int(kept.max()) >= weight.shape[dim]):
             raise TargetError(
                 f"{type(module).__name__} has a weight of shape {tuple(weight.shape)}, too small "
-                f"for index {int(chosen.max())} on axis {dim}"
+                f"for index {int(kept.max())} on axis {dim}; check that the mask belongs to this "
+                "model"
             )
-        for name in ("weight", "bias") if axis == "out" else ("weight",):
-            old = slim._parameters.get(name)
-            if old is not None:
-                slim._parameters[name] = nn.Parameter(_chosen(old, dim, chosen), old.requires_grad)
-        for name in ("weight", "bias", "running_mean", "running_var") if axis == "out" else ():
-            statistics = slim._buffers.get(name)
-            if statistics is not None:
-                slim._buffers[name] = _chosen(statistics, 0, chosen)
-        for name in (*_WIDTHS[axis], *(("in_channels", "groups") if depthwise else ())):
+        _slice_tensors(slim, axis, kept)
+        for name in (*_WIDTH_ATTRIBUTES[axis], *(("in_channels", "groups") if depthwise else ())):
             if hasattr(slim, name):
-                slim.__dict__[name] = chosen.numel()
+                slim.__dict__[name] = kept.numel()
         if axis == "out" and isinstance(slim, nn.LayerNorm):
-            slim.normalized_shape = (chosen.numel(),)
-    return _counted(module, slim) if isinstance(module, nn.LayerNorm) else slim
+            slim.normalized_shape = (kept.numel(),)
+    return _zero_padded(module, slim) if isinstance(module, nn.LayerNorm) else slim
 
 
-def _counted(dense: nn.LayerNorm, slim: Any) -> CountedLayerNorm:
-    """The slim norm with the dense one's statistics."""
-    counted = CountedLayerNorm(slim)
-    counted.dense_width = CountedLayerNorm(dense).dense_width
+def _check_sliceable(module: nn.Module, index: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+    """Return the weight of ``module``, and true if it is a depthwise convolution.
+
+    Raises:
+        TargetError: The module has no plain weight, or groups of several channels.
+    """
+    # frozen norms (torchvision's FrozenBatchNorm2d) keep their weight in a buffer
+    weight = {**module._buffers, **module._parameters}.get("weight")
+    if weight is None:
+        raise TargetError(
+            f"{type(module).__name__} has no parameter named weight, which is needed to remove "
+            "channels; first remove its wrapper (quantisation, LoRA, parametrisation)"
+        )
+    groups = getattr(module, "groups", 1)
+    depthwise = groups > 1 and weight.shape[:2] == (groups, 1) and set(index) == {"out"}
+    if groups != 1 and not depthwise:
+        raise TargetError(
+            f"{type(module).__name__} has {groups} groups of several channels; single channels can "
+            "be removed only with one group, or with one channel per group; protect this layer"
+        )
+    return weight, depthwise
+
+
+def _slice_tensors(slim: nn.Module, axis: str, kept: Tensor) -> None:
+    """Replace the tensors of ``slim`` by their entries ``kept`` along an axis."""
+    for name in ("weight", "bias") if axis == "out" else ("weight",):
+        old = slim._parameters.get(name)
+        if old is not None:
+            new = _select(old, 0 if axis == "out" else 1, kept)  # [kept, ...] or [out, kept, ...]
+            slim._parameters[name] = nn.Parameter(new, old.requires_grad)
+    for name in ("weight", "bias", "running_mean", "running_var") if axis == "out" else ():
+        statistics = slim._buffers.get(name)
+        if statistics is not None:
+            slim._buffers[name] = _select(statistics, 0, kept)  # [kept]
+
+
+def _zero_padded(dense: nn.LayerNorm, slim: Any) -> ZeroPaddedLayerNorm:
+    """Convert a slim layer norm to one that counts the removed channels as zeros."""
+    padded = ZeroPaddedLayerNorm(slim)
+    padded.dense_width = ZeroPaddedLayerNorm(dense).dense_width
     for name in _HOOKS:
-        counted.__dict__[name] = slim.__dict__[name]
-    return counted
+        padded.__dict__[name] = slim.__dict__[name]
+    return padded
 
 
 @torch.no_grad()
-def _chosen(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return the entries ``index`` of axis ``dim``, without gradient."""
     return tensor.detach().index_select(dim, index.to(tensor.device))

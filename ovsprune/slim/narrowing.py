@@ -1,4 +1,4 @@
-"""Narrowing a dense tower that a library built to the widths of a slim checkpoint."""
+"""Reduce a dense tower built by a library to the widths of a slim checkpoint."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from ovsprune.slim.cutting import Run, keep_index, layer_runs
 from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = ["narrowed"]
+__all__ = ["build_narrowed"]
 
 
-def narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -> nn.Module:
-    """A tower of the widths of ``checkpoint``, without its weights.
+def build_narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
     Args:
-        checkpoint: Says what is cut.
-        build: Makes the dense tower, on torch's default device.
+        checkpoint: Its config and mask give the kept units of each layer.
+        build: Builds the dense tower on torch's default device.
 
     Raises:
-        CheckpointError: The dense tower has no layer of a name that the config gives.
+        CheckpointError: The dense tower lacks a layer that the config names.
     """
     spec, mask = checkpoint.spec, checkpoint.mask
     tower = build()
-    if _unsaved(tower):  # what a library computes when it builds has values only if it is built
+    if _has_unsaved_buffers(tower):
+        # the checkpoint does not hold these buffers, so they must be computed, not left on "meta"
         with torch.device("cpu"):
             tower = build()
-    with torch.device("cpu"):  # where the mask is, whatever the tower is built on
+    with torch.device("cpu"):  # the mask is on the CPU, even if the tower is on "meta"
         for layer in spec.layers:
             if layer.is_whole_attention and layer.kept < layer.units:
                 heads = partial(slim_attention, kept_heads=mask[layer.name])
@@ -42,8 +43,8 @@ def narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -> nn.M
     return tower
 
 
-def _unsaved(tower: nn.Module) -> bool:
-    """Whether it has buffers that no checkpoint holds."""
+def _has_unsaved_buffers(tower: nn.Module) -> bool:
+    """Return true if the tower has non-persistent buffers, which are not in a state dict."""
     return any(module._non_persistent_buffers_set for module in tower.modules())
 
 
@@ -53,19 +54,21 @@ def _replace(
     name: str,
     change: Callable[[Any], Any],
 ) -> None:
-    """Replace the layer ``name`` by what ``change`` makes of it."""
-    parent, _, own = name.rpartition(".")
+    """Replace the layer ``name`` by the result of ``change``."""
+    parent_name, _, attribute = name.rpartition(".")
     try:
-        owner = tower.get_submodule(parent)
-        setattr(owner, own, change(getattr(owner, own)))
+        parent = tower.get_submodule(parent_name)
+        setattr(parent, attribute, change(getattr(parent, attribute)))
     except AttributeError:
         spec = checkpoint.spec
         raise CheckpointError(
-            f"{checkpoint.path}: the architecture has no layer {name}; copy or write the "
-            f"checkpoint again, or install {spec.library} {spec.library_version}, which built it"
+            f"{checkpoint.path}: the architecture has no layer {name}, which the config lists; "
+            f"install {spec.library} {spec.library_version}, with which the checkpoint was made, "
+            "or copy the checkpoint again"
         ) from None
 
 
-def _narrow(part: Any, axes: Mapping[str, Sequence[Run]]) -> nn.Module:
-    sizes = {axis: part.weight.shape[0 if axis == "out" else 1] for axis in axes}
-    return slim_module(part, {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()})
+def _narrow(layer: Any, axes: Mapping[str, Sequence[Run]]) -> nn.Module:
+    """Copy a layer without the runs of channels given for each axis."""
+    sizes = {axis: layer.weight.shape[0 if axis == "out" else 1] for axis in axes}
+    return slim_module(layer, {axis: keep_index(sizes[axis], runs) for axis, runs in axes.items()})

@@ -1,25 +1,25 @@
-"""A layer norm over units of which some are cut, equal to the dense one that sees them as zero."""
+"""Layer norm over a subset of the channels, equal to the dense norm with the others at zero."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CountedLayerNorm"]
+__all__ = ["ZeroPaddedLayerNorm"]
 
 
-class CountedLayerNorm(nn.LayerNorm):
-    """Layer norm whose mean and variance still count the channels that are gone, each as zero.
+class ZeroPaddedLayerNorm(nn.LayerNorm):
+    """Layer norm whose mean and variance count each removed channel as a zero.
 
-    So the cut tower equals the dense one whose cut units are masked to zero before the norm. Over
-    ``k`` channels that are left of ``n``: ``mean = sum(x) / n`` and
-    ``var = (sum((x - mean)^2) + (n - k) mean^2) / n``. Nothing cut, it is the layer norm.
+    So the pruned tower equals the dense one whose removed units are masked to zero before the
+    norm. With ``k`` of ``n`` channels kept: ``mean = sum(x) / n`` and
+    ``var = (sum((x - mean)^2) + (n - k) mean^2) / n``. For k = n it is the plain layer norm.
 
     Args:
-        norm: A layer norm over the last axis; its parameters are taken over, not copied.
+        norm: Layer norm over the last axis; its parameters are shared, not copied.
 
     Attributes:
-        dense_width: n, the channels that the dense norm has.
+        dense_width: n, the number of channels of the dense norm.
     """
 
     def __init__(self, norm: nn.LayerNorm) -> None:
@@ -29,19 +29,20 @@ class CountedLayerNorm(nn.LayerNorm):
         self.training = norm.training
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` [..., k], normalised over its last axis."""
+        """Normalise ``input`` [..., k] over its last axis."""
         width = input.shape[-1]
         if width == self.dense_width:
             return F.layer_norm(input, (width,), self.weight, self.bias, self.eps)
-        x = input.float()
-        mean = x.sum(-1, keepdim=True) / self.dense_width
-        gone = (self.dense_width - width) * mean.square()
-        centred = x - mean
-        variance = (centred.square().sum(-1, keepdim=True) + gone) / self.dense_width
-        normal = (centred * (variance + self.eps).rsqrt()).to(input.dtype)
+        x = input.float()  # squares overflow in half precision
+        mean = x.sum(-1, keepdim=True) / self.dense_width  # [..., 1]
+        # each of the n - k removed channels is 0 and so deviates by -mean
+        removed = (self.dense_width - width) * mean.square()  # [..., 1]
+        centred = x - mean  # [..., k]
+        variance = (centred.square().sum(-1, keepdim=True) + removed) / self.dense_width
+        normal = (centred * (variance + self.eps).rsqrt()).to(input.dtype)  # [..., k]
         scaled = normal if self.weight is None else normal * self.weight
         return scaled if self.bias is None else scaled + self.bias
 
     def extra_repr(self) -> str:
-        """Kept and dense channels, for ``print(model)``."""
+        """Return kept and dense channels for ``print(model)``."""
         return f"{self.normalized_shape[-1]} of {self.dense_width}, eps={self.eps}"

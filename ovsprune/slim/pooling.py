@@ -1,4 +1,4 @@
-"""Pooling by attention, as open_clip's CoCa does it."""
+"""Attention pooling as in open_clip's CoCa."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionalPooler", "PoolerShape", "each_alone"]
+__all__ = ["AttentionalPooler", "PoolerShape", "pool_each_position"]
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class PoolerShape:
     """Widths of an attentional pooler.
 
     Attributes:
-        queries: Learnt queries; the first is the pooled one, the others are a captioner's.
-        width: Of the queries and of what comes out.
-        context: Width of the tokens that are read.
-        heads: Heads, of ``width / heads`` channels.
+        queries: Number of learnt queries; the first gives the pooled embedding, the others serve
+            a captioning decoder.
+        width: Width of the queries and of the output.
+        context: Width of the tokens.
+        heads: Number of heads, each of ``width / heads`` channels.
     """
 
     queries: int
@@ -30,7 +31,7 @@ class PoolerShape:
 
 
 class AttentionalPooler(nn.Module):
-    """Learnt queries that attend to all tokens; names are those of open_clip's."""
+    """Cross-attention of learnt queries to all tokens, with open_clip's parameter names."""
 
     def __init__(self, shape: PoolerShape, eps: float) -> None:
         super().__init__()
@@ -42,32 +43,32 @@ class AttentionalPooler(nn.Module):
         self.ln_k = nn.LayerNorm(shape.context, eps)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, context] -> [B, queries, width]."""
-        read = self.ln_k(tokens)
-        query = self.ln_q(self.query).expand(tokens.shape[0], -1, -1)
-        out: Tensor = self.attn(query, read, read, need_weights=False)[0]
+        """Pool tokens, [B, N, context] -> [B, queries, width]."""
+        context = self.ln_k(tokens)  # [B, N, context]
+        query = self.ln_q(self.query).expand(tokens.shape[0], -1, -1)  # [B, queries, width]
+        out: Tensor = self.attn(query, context, context, need_weights=False)[0]
         return out
 
 
-def each_alone(pooler: nn.Module, tokens: Tensor) -> Tensor:
-    """What ``pooler`` gives of each token if that token is all there is.
+def pool_each_position(pooler: nn.Module, tokens: Tensor) -> Tensor:
+    """Apply an attention pool to each token as if it were the only one.
 
-    With one token every query's attention is 1, so it is the token's value, projected: the same
-    for every query, and without queries. This is what MaskCLIP (Zhou, Loy and Dai, ECCV 2022,
-    section 3.2) takes as dense features of CLIP's own attention pool.
+    Attention to a single token has weight 1, so the output is the projected value of that token,
+    for every query. MaskCLIP (Zhou, Loy and Dai, ECCV 2022, section 3.2) takes the same dense
+    features from CLIP's attention pool.
 
     Args:
-        pooler: :class:`AttentionalPooler`, open_clip's or ours.
+        pooler: open_clip's attentional pooler or :class:`AttentionalPooler`.
         tokens: [B, N, context].
 
     Returns:
         [B, N, width].
     """
-    own: Any = pooler
-    attention = own.attn
+    pool: Any = pooler
+    attention = pool.attn
     weight, bias = attention.v_proj_weight, attention.in_proj_bias
-    if weight is None:  # one width for queries, keys and values: torch keeps them together
-        weight = attention.in_proj_weight.chunk(3)[2]
-    values = F.linear(own.ln_k(tokens), weight, None if bias is None else bias.chunk(3)[2])
-    out: Tensor = attention.out_proj(values)
+    if weight is None:  # equal widths: torch stores the three weights in one parameter
+        weight = attention.in_proj_weight.chunk(3)[2]  # [width, context]
+    values = F.linear(pool.ln_k(tokens), weight, None if bias is None else bias.chunk(3)[2])
+    out: Tensor = attention.out_proj(values)  # [B, N, width]
     return out

@@ -1,4 +1,7 @@
-"""The shape of CLIP's residual network, from a slim checkpoint: tensors first, config second."""
+"""Build CLIP's residual network with the widths of a slim checkpoint.
+
+Widths are read from the tensors; the config gives only what tensor shapes do not determine.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ __all__ = ["build_modified_resnet"]
 
 
 def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
-    """A tower of the widths of ``checkpoint``, without its weights.
+    """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
-    Widths come from the tensors; the attention pool's heads and the native size, which they cannot
-    say, from ``architecture``: open_clip's model config, or its ``vision_cfg`` alone.
+    Widths come from the tensor shapes. The heads of the attention pool and the native size come
+    from ``architecture`` in the config: open_clip's model config, or only its ``vision_cfg``.
 
     Raises:
-        CheckpointError: The tensors are not those of CLIP's residual network.
+        CheckpointError: The tensors do not form CLIP's residual network, or the config does not
+            fit them.
     """
     sizes = {name: tuple(tensor.shape) for name, tensor in checkpoint.tower().items()}
     try:
@@ -40,8 +44,8 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
         heads = _heads(checkpoint, width)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: the tensors are not those of CLIP's residual network ({error}); "
-            "copy or write the checkpoint again"
+            f"{checkpoint.path}: the tensors do not form CLIP's residual network ({error}); copy "
+            "the checkpoint again, or write it again from the pruned model"
         ) from error
     return ModifiedResNet(
         stem=(first, second, third),
@@ -55,14 +59,24 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """How many numbers follow ``prefix`` in the names; they must be a row from 0 or 1 on."""
-    found = {int(n[len(prefix) :].partition(".")[0]) for n in names if n.startswith(prefix)}
-    if not found or found != set(range(min(found), min(found) + len(found))) or min(found) > 1:
-        raise ValueError(f"{prefix}{sorted(found)}")
-    return len(found)
+    """Count the numbers that follow ``prefix`` in the names.
+
+    Raises:
+        ValueError: The numbers are not consecutive, starting with 0 or 1.
+    """
+    numbers = {int(n[len(prefix) :].partition(".")[0]) for n in names if n.startswith(prefix)}
+    start = min(numbers, default=0)
+    if not numbers or numbers != set(range(start, start + len(numbers))) or start > 1:
+        raise ValueError(f"{prefix}{sorted(numbers)}")
+    return len(numbers)
 
 
 def _heads(checkpoint: SlimCheckpoint, width: int) -> int:
+    """Return the number of heads of the attention pool.
+
+    Raises:
+        ValueError: ``head_width`` in the config is not a divisor of ``width``.
+    """
     head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
     if not isinstance(head_width, int) or head_width < 1 or width % head_width:
         raise ValueError(f"head_width is {head_width!r}, which does not divide {width}")

@@ -1,4 +1,7 @@
-"""The shape of a CLIP vision transformer, from a slim checkpoint: tensors first, config second."""
+"""Build a CLIP vision transformer with the widths of a slim checkpoint.
+
+Widths are read from the tensors; the config gives only what tensor shapes do not determine.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +19,41 @@ __all__ = ["build_vision_transformer", "native_grid", "vision_config"]
 
 
 def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
-    """A tower of the widths of ``checkpoint``, without its weights.
+    """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
-    Widths come from the tensors; pooling, head width and native size, which they cannot say, from
-    ``architecture``: open_clip's model config, or its ``vision_cfg`` alone.
+    Widths come from the tensor shapes. Pooling, head width and native size come from
+    ``architecture`` in the config: open_clip's model config, or only its ``vision_cfg``.
 
     Raises:
-        CheckpointError: The tensors are not those of a CLIP vision transformer.
-        MissingLibraryError: It is a variant that only the library that made it can build.
+        CheckpointError: The tensors do not form a CLIP vision transformer, or the config does not
+            fit them.
+        MissingLibraryError: The tower has two attention pools; only open_clip can build it.
     """
     state, vision = checkpoint.tower(), vision_config(checkpoint)
     if "attn_pool_contrastive.query" in state:
         spec = checkpoint.spec
         raise MissingLibraryError(
-            f"{checkpoint.path} pools by two attentions, which this ovsprune does not build by "
-            f"itself; build the tower with {spec.library} {spec.library_version} and call "
-            "ovsprune.apply"
+            f"{checkpoint.path}: the tower has two attention pools (contrastive and captioning), "
+            "which this ovsprune cannot build without open_clip; build the tower with "
+            f"{spec.library} {spec.library_version} and call ovsprune.apply"
         )
     try:
         width, _, *patch = state["conv1.weight"].shape
         tokens = state["positional_embedding"].shape[0]
         blocks = [_block(checkpoint, state, i) for i in range(_depth(state))]
         output = state["proj"].shape[1] if "proj" in state else width
-        heights = (patch[0], patch[1])
+        patch_size = (patch[0], patch[1])
         pooler = _pooler(state, vision, width)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint.path}: the tensors are not those of a CLIP vision transformer ({error}); "
-            "copy or write the checkpoint again"
+            f"{checkpoint.path}: the tensors do not form a CLIP vision transformer ({error}); copy "
+            "the checkpoint again, or write it again from the pruned model"
         ) from error
     return VisionTransformer(
         width=width,
         blocks=blocks,
-        patch_size=heights,
-        grid_size=native_grid(checkpoint, heights, tokens - 1),
+        patch_size=patch_size,
+        grid_size=native_grid(checkpoint, patch_size, tokens - 1),
         output_dim=output,
         activation=checkpoint.spec.activation,
         pool=str(vision.get("pool_type") or "tok"),
@@ -64,13 +68,14 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
 
 
 def vision_config(checkpoint: SlimCheckpoint) -> Mapping[str, Any]:
-    """open_clip's ``vision_cfg`` of a checkpoint; empty if it has none."""
+    """Return open_clip's ``vision_cfg`` from the config of a checkpoint; empty if it has none."""
     architecture = checkpoint.spec.architecture
     vision = architecture.get("vision_cfg", architecture)
     return vision if isinstance(vision, dict) else {}
 
 
 def _eps(vision: Mapping[str, Any]) -> float:
+    """Return the epsilon of the layer norms; torch's default if the config has none."""
     options = vision.get("norm_kwargs")
     eps = options.get("eps") if isinstance(options, dict) else None
     return float(eps) if isinstance(eps, (int, float)) else 1e-5
@@ -79,24 +84,39 @@ def _eps(vision: Mapping[str, Any]) -> float:
 def _pooler(
     state: Mapping[str, Tensor], vision: Mapping[str, Any], width: int
 ) -> PoolerShape | None:
+    """Return the widths of the attention pool, or None if there is no pool.
+
+    Raises:
+        ValueError: ``attn_pooler_heads`` in the config does not divide the width of the pool.
+    """
     if "attn_pool.query" not in state:
         return None
-    queries, own = state["attn_pool.query"].shape
+    queries, pool_width = state["attn_pool.query"].shape
     heads = vision.get("attn_pooler_heads", 8)  # open_clip's default
-    if not isinstance(heads, int) or heads < 1 or own % heads:
-        raise ValueError(f"attn_pooler_heads is {heads!r} for a width of {own}")
-    return PoolerShape(queries, own, width, heads)
+    if not isinstance(heads, int) or heads < 1 or pool_width % heads:
+        raise ValueError(f"attn_pooler_heads is {heads!r} for a width of {pool_width}")
+    return PoolerShape(queries, pool_width, width, heads)
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:
+    """Count the blocks.
+
+    Raises:
+        ValueError: There are none, or their numbers are not 0, 1, 2, ...
+    """
     prefix = "transformer.resblocks."
-    found = {int(k[len(prefix) :].partition(".")[0]) for k in state if k.startswith(prefix)}
-    if found != set(range(len(found))) or not found:
-        raise ValueError(f"blocks {sorted(found)}")
-    return len(found)
+    numbers = {int(k[len(prefix) :].partition(".")[0]) for k in state if k.startswith(prefix)}
+    if numbers != set(range(len(numbers))) or not numbers:
+        raise ValueError(f"blocks {sorted(numbers)}")
+    return len(numbers)
 
 
 def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> BlockShape:
+    """Return the widths of block ``i``.
+
+    Raises:
+        ValueError: The width of the attention is no multiple of the head width.
+    """
     block = f"transformer.resblocks.{i}"
     name = f"{block}.attn"
     inner = state[f"{name}.out_proj.weight"].shape[1]
@@ -106,16 +126,23 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
         kept = tuple(checkpoint.mask[name].tolist())
         head = heads[name]
         return BlockShape(head.units, kept, head.unit_width, mlp_width)
-    # not in the list, so not cut: all heads, as wide as everywhere else
+    # The config lists pruned layers only. This one has all heads, as wide as those of the others.
     widths = [layer.unit_width for layer in heads.values()]
     head_dim = widths[0] if widths else _head_dim(checkpoint)
     count, rest = divmod(inner, head_dim)
     if rest or not count:
-        raise ValueError(f"{name} is {inner} wide, no multiple of the head width {head_dim}")
+        raise ValueError(
+            f"{name} has width {inner}, which is no multiple of the head width {head_dim}"
+        )
     return BlockShape(count, tuple(range(count)), head_dim, mlp_width)
 
 
 def _head_dim(checkpoint: SlimCheckpoint) -> int:
+    """Return the head width that the config gives.
+
+    Raises:
+        ValueError: It is not a positive integer.
+    """
     head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
     if not isinstance(head_width, int) or head_width < 1:
         raise ValueError(f"head_width is {head_width!r}")
@@ -123,15 +150,18 @@ def _head_dim(checkpoint: SlimCheckpoint) -> int:
 
 
 def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
-    """Rows and columns of the native grid, which must make as many tokens as there are.
+    """Return rows and columns of the native grid of positions.
+
+    Tried in this order: ``image_size`` of the architecture, the size of the preprocessing, a
+    square.
 
     Args:
-        checkpoint: Of a CLIP vision transformer.
-        patch: Height and width of a patch in pixels.
-        tokens: Patches that there are positions for.
+        checkpoint: Checkpoint of a CLIP tower.
+        patch: Height and width in pixels of the area of one position.
+        tokens: Number of positions in the positional embedding, without the class token.
 
     Raises:
-        CheckpointError: No grid that the config gives makes them, and they make no square.
+        CheckpointError: None of these grids has ``tokens`` positions.
     """
     height, width = checkpoint.spec.preprocess.size
     size = vision_config(checkpoint).get("image_size")
@@ -147,7 +177,7 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     if side * side == tokens:
         return side, side
     raise CheckpointError(
-        f"{checkpoint.path}: positional_embedding has {tokens} patch positions, which the native "
-        f"size {height} x {width} with patches of {patch} does not give; copy or write the "
-        "checkpoint again"
+        f"{checkpoint.path}: positional_embedding has {tokens} patch positions, which fits "
+        f"neither the native size {height} x {width} with patches of {patch} nor a square; copy "
+        "the checkpoint again, or write it again from the pruned model"
     )

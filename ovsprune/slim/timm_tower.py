@@ -1,6 +1,6 @@
 """Towers of open_clip's ``TimmModel``: built by open_clip and timm, then narrowed.
 
-Nothing of either is imported until a tower is asked for.
+Neither library is imported before a tower is built.
 """
 
 from __future__ import annotations
@@ -16,30 +16,36 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import narrowed
+from ovsprune.slim.narrowing import build_narrowed
 from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = ["build_timm_tower", "narrow_timm_tower", "timm_both", "timm_dense", "timm_outputs"]
+__all__ = [
+    "build_timm_tower",
+    "narrow_timm_tower",
+    "timm_dense",
+    "timm_head_outputs",
+    "timm_pooled_and_dense",
+]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
-    """The dense tower that open_clip builds, with random weights from a fixed seed.
+    """Build the dense tower with open_clip, with random weights from a fixed seed.
 
     Args:
         architecture: open_clip's model configuration, with ``timm_model_name`` in ``vision_cfg``.
 
     Raises:
         MissingLibraryError: open_clip or timm is not installed.
-        CheckpointError: They cannot build it.
+        CheckpointError: The installed versions cannot build the architecture.
     """
     try:
-        # by name, so that this room imports no framework until somebody asks for one
+        # imported by name: ovsprune.slim must not depend on a framework
         model = importlib.import_module("open_clip.model")
         importlib.import_module("timm")
     except ImportError as error:
         raise MissingLibraryError(
-            f"this tower is built by open_clip and timm ({error}); `pip install open_clip_torch "
-            "timm`, or build it yourself and call ovsprune.apply"
+            f"building this tower needs open_clip and timm ({error}); `pip install open_clip_torch "
+            "timm`, or build the tower yourself and call ovsprune.apply"
         ) from error
     config = deepcopy(dict(architecture))
     try:
@@ -53,50 +59,53 @@ def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
     except (KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"the installed open_clip and timm cannot build this architecture ({error}); install "
-            "the version of the library that the checkpoint's config names"
+            "the library version that the config of the checkpoint names"
         ) from error
     return tower.eval().requires_grad_(False)
 
 
 def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
-    """A tower of the widths of ``checkpoint``, without its weights.
+    """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
     Raises:
         MissingLibraryError: open_clip or timm is not installed.
-        CheckpointError: The config does not describe such a tower.
+        CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
     """
-    return narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
+    return build_narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
 
 
 def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
-    """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_both(tower, images)[1]
+    """Compute the embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    return timm_pooled_and_dense(tower, images)[1]
 
 
-def timm_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W], in one pass."""
+def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W] in one pass."""
     trunk: Any = tower.trunk
-    return timm_outputs(tower, trunk.forward_features(images))
+    return timm_head_outputs(tower, trunk.forward_features(images))
 
 
-def timm_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled [B, C] and dense [B, C, h, w] outputs of the trunk's features.
+def timm_head_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute pooled and dense outputs from the features of the trunk.
 
-    Each position goes through the head, norm and projection included, as the pooled features do:
-    as a picture of one position, as FC-CLIP does (Yu et al. 2023). Where all of that is linear and
-    the pooling a mean, the pooled output is the mean of the dense one; a norm or a projection of
-    two layers behind the pooling makes them differ.
+    For the dense output each position passes through the head (norm and projection included) as
+    an image of one position, as in FC-CLIP (Yu et al., NeurIPS 2023). If the head is linear and
+    the pooling a mean, the pooled output equals the mean of the dense output. A norm or a
+    two-layer projection after the pooling makes them differ.
 
     Args:
         tower: open_clip's ``TimmModel``.
-        features: [B, K, h, w], or [B, h, w, K] of a trunk whose ``output_fmt`` says so.
+        features: [B, K, h, w], or [B, h, w, K] if ``output_fmt`` of the trunk is ``"NHWC"``.
+
+    Returns:
+        (pooled [B, C], dense [B, C, h, w]).
     """
     model: Any = tower
     axis = -1 if getattr(model.trunk, "output_fmt", "NCHW") == "NHWC" else 1
     pooled = model.head(model.trunk.forward_head(features))
-    each = features.movedim(axis, -1)
-    batch, height, width, channels = each.shape
-    one = (channels, 1, 1) if axis == 1 else (1, 1, channels)
-    positions = each.reshape(-1, *one)
-    dense = model.head(model.trunk.forward_head(positions))
+    features = features.movedim(axis, -1)  # [B, h, w, K]
+    batch, height, width, channels = features.shape
+    single = (channels, 1, 1) if axis == 1 else (1, 1, channels)
+    positions = features.reshape(-1, *single)  # [B * h * w, K, 1, 1] or [B * h * w, 1, 1, K]
+    dense = model.head(model.trunk.forward_head(positions))  # [B * h * w, C]
     return pooled, dense.view(batch, height, width, -1).movedim(-1, 1)

@@ -1,8 +1,11 @@
-"""What timm's vision transformers compute, step by step: stem, blocks, pooled and dense outputs.
+"""Forward pass of timm's vision transformers in parts: stem, blocks, pooled and dense outputs.
 
-Blocks of these towers read more than the stream (rotary positions), the pooled output may come from
-an attention pool with an MLP of its own, and inverted bottlenecks may stand in front of the tokens
-(ViTamin, Chen et al. 2024); here all of them are blocks that map stream -> stream.
+Every block maps the residual stream to the residual stream. Rotary positions, which timm passes to
+each block, are bound to it here. An attention pool with an MLP is the last block. Inverted
+bottlenecks before the tokens (ViTamin, Chen et al., CVPR 2024) are the first blocks.
+
+Letters: B images, N tokens, D the width of the residual stream, C the width of the embedding,
+h rows and w columns of patches.
 """
 
 from __future__ import annotations
@@ -15,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.slim.bound import bound
+from ovsprune.slim.forwards import with_forward
 
 __all__ = [
-    "POOL",
-    "pool_of",
+    "ATTENTION_POOL",
+    "attention_pool",
     "timm_vit_blocks",
-    "timm_vit_both",
     "timm_vit_bottlenecks",
     "timm_vit_dense",
     "timm_vit_parts",
+    "timm_vit_pooled_and_dense",
 ]
 
-POOL = "trunk.attn_pool"
-"""Dotted name of the attention pool, the last block where there is one."""
+ATTENTION_POOL = "trunk.attn_pool"
+"""Dotted name of the attention pool, which is the last block if it exists."""
 
 _STEM = "trunk.patch_embed.backbone"
 
@@ -40,13 +43,13 @@ Parts = tuple[
 
 
 def timm_vit_blocks(tower: nn.Module) -> dict[str, Any]:
-    """The blocks by dotted name, as they are."""
+    """Return the transformer blocks by dotted name."""
     blocks = tower.get_submodule("trunk.blocks")
     return {f"trunk.blocks.{i}": block for i, block in blocks.named_children()}
 
 
 def timm_vit_bottlenecks(tower: nn.Module) -> dict[str, Any]:
-    """The inverted bottlenecks in front of the tokens by dotted name, as they are; may be empty."""
+    """Return the inverted bottlenecks before the tokens by dotted name; empty if there are none."""
     backbone: Any = getattr(tower.get_submodule("trunk.patch_embed"), "backbone", nn.Identity())
     if list(backbone._modules) != ["stem", "stages", "pool"]:
         return {}
@@ -57,56 +60,58 @@ def timm_vit_bottlenecks(tower: nn.Module) -> dict[str, Any]:
     }
 
 
-def pool_of(tower: nn.Module) -> Any:
-    """The attention pool with an MLP, or None."""
+def attention_pool(tower: nn.Module) -> Any:
+    """Return the attention pool if it has an MLP, else None."""
     pool = getattr(tower.get_submodule("trunk"), "attn_pool", None)
     return pool if getattr(pool, "mlp", None) is not None else None
 
 
 def timm_vit_parts(tower: nn.Module) -> Parts:
-    """Stem, blocks and head, at the size that the tower was built for.
+    """Split the forward pass of a tower, for images of its native size, into parts.
 
-    The dense output is what the pooled one would be if a position were the whole picture: it takes
-    the class token's place, or is all that the pool sees.
+    The dense output of a position is the pooled output for that position alone: the position
+    replaces the class token, or is the only token of the attention pool.
 
     Args:
-        tower: open_clip's ``TimmModel``: a ``trunk`` of timm's, and a ``head``.
+        tower: open_clip's ``TimmModel``, with a ``trunk`` of timm and a ``head``.
 
     Returns:
-        images [B, 3, H, W] -> stream; dotted name -> block, stream -> stream; and
-        stream -> (pooled [B, C], dense [B, C, h, w]). Blocks share all their parts with the
-        tower's, whatever is done to them.
+        (stem, blocks, head). The stem maps images [B, 3, H, W] to the stream. The blocks, by dotted
+        name, map the stream to the stream and share all submodules with the tower. The head maps
+        the stream to (pooled [B, C], dense [B, C, h, w]).
     """
     model: Any = tower
-    trunk, pool = model.trunk, pool_of(tower)
+    trunk, pool = model.trunk, attention_pool(tower)
     stem, blocks = _front(trunk, timm_vit_bottlenecks(tower))
-    extra = _rope(trunk)
+    rope = _rope(trunk)
     for name, block in timm_vit_blocks(tower).items():
-        blocks[name] = bound(block, partial(_forward, block, extra))
+        blocks[name] = with_forward(block, partial(_forward, block, rope))
     if pool is not None:
-        blocks[POOL] = bound(pool, partial(_pooled_each, trunk, pool))
+        blocks[ATTENTION_POOL] = with_forward(pool, partial(_pool_each, trunk, pool))
 
     def head(stream: Tensor) -> tuple[Tensor, Tensor]:
         if pool is None:
             stream = trunk.norm(stream)
             pooled = _pooled(trunk, stream)
-            each = stream[:, trunk.num_prefix_tokens :]
+            patches = stream[:, trunk.num_prefix_tokens :]
         else:
-            pooled, each = stream[:, 0], stream[:, 1:]
-        pooled, each = (model.head(trunk.head(trunk.fc_norm(x))) for x in (pooled, each))
+            pooled, patches = stream[:, 0], stream[:, 1:]
+        # [B, C] and [B, h * w, C]
+        pooled, patches = (model.head(trunk.head(trunk.fc_norm(x))) for x in (pooled, patches))
         height, width = trunk.patch_embed.grid_size
-        return pooled, each.transpose(1, 2).reshape(each.shape[0], -1, height, width)
+        dense = patches.transpose(1, 2).reshape(patches.shape[0], -1, height, width)
+        return pooled, dense
 
     return stem, blocks, head
 
 
 def timm_vit_dense(tower: nn.Module, images: Tensor) -> Tensor:
-    """Embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_vit_both(tower, images)[1]
+    """Compute the embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+    return timm_vit_pooled_and_dense(tower, images)[1]
 
 
-def timm_vit_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled [B, C] and dense [B, C, h, w] outputs, not normalised."""
+def timm_vit_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute pooled [B, C] and dense [B, C, h, w] outputs in one pass, not normalised."""
     stem, blocks, head = timm_vit_parts(tower)
     stream = stem(images)
     for block in blocks.values():
@@ -114,13 +119,14 @@ def timm_vit_both(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     return head(stream)
 
 
-def _forward(block: nn.Module, extra: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    out: Tensor = type(block).forward(block, x, **extra)
+def _forward(block: nn.Module, rope: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Apply the forward of timm's class to ``block``."""
+    out: Tensor = type(block).forward(block, x, **rope)
     return out
 
 
 def _rope(trunk: Any) -> dict[str, Tensor]:
-    """What a block reads besides the stream: rotary positions at the trunk's own size."""
+    """Return the keyword argument with rotary positions at the native size; empty without them."""
     if getattr(trunk, "rope", None) is None:
         return {}
     weight = trunk.patch_embed.proj.weight
@@ -131,62 +137,70 @@ def _rope(trunk: Any) -> dict[str, Tensor]:
 def _front(
     trunk: Any, bottlenecks: Mapping[str, nn.Module]
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, nn.Module]]:
-    """The stem, and the blocks that come before those over tokens."""
+    """Return the stem and the blocks before the transformer blocks."""
     if not bottlenecks:
         return partial(_stem, trunk), {}
     backbone = trunk.patch_embed.backbone
-    last = bound(backbone.pool, partial(_to_tokens, trunk))
-    return backbone.stem, {**bottlenecks, f"{_STEM}.pool": last}
+    to_tokens = with_forward(backbone.pool, partial(_to_tokens, trunk))
+    return backbone.stem, {**bottlenecks, f"{_STEM}.pool": to_tokens}
 
 
 def _to_tokens(trunk: Any, x: Tensor) -> Tensor:
-    """What comes between the last bottleneck and the first block over tokens."""
+    """Map the output of the last bottleneck [B, K, H, W] to tokens [B, N, D]."""
     embed = trunk.patch_embed
     pool = embed.backbone.pool
     return _positioned(trunk, embed.proj(type(pool).forward(pool, x)).flatten(2).transpose(1, 2))
 
 
 def _stem(trunk: Any, images: Tensor) -> Tensor:
+    """Embed the patches of images, [B, 3, H, W] -> [B, N, D]."""
     return _positioned(trunk, trunk.patch_embed(images))
 
 
 def _positioned(trunk: Any, x: Tensor) -> Tensor:
-    """Tokens of patches, with positions and the tokens in front of them."""
+    """Add positions and prefix tokens to patch tokens, [B, h * w, D] -> [B, N, D]."""
     if hasattr(trunk, "_pos_embed"):
-        found = trunk._pos_embed(x)
-        x = trunk.norm_pre(found[0] if isinstance(found, tuple) else found)
-    elif trunk.cls_token is not None:  # relative positions are the blocks' own
+        embedded = trunk._pos_embed(x)  # a pair (tokens, rotary positions) in some classes
+        x = trunk.norm_pre(embedded[0] if isinstance(embedded, tuple) else embedded)
+    elif trunk.cls_token is not None:  # positions are relative and added in the blocks
         x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
     return x
 
 
 def _pooled(trunk: Any, tokens: Tensor) -> Tensor:
-    """Pooling without an MLP: the class token, or the mean of the others."""
+    """Pool tokens [B, N, D] to the class token or the mean of the patch tokens, [B, D]."""
     if trunk.global_pool == "token":
         return tokens[:, 0]
     return tokens[:, trunk.num_prefix_tokens :].mean(1)
 
 
-def _pooled_each(trunk: Any, pool: Any, stream: Tensor) -> Tensor:
-    """The attention pool over all tokens, and over each position alone.
+def _pool_each(trunk: Any, pool: Any, stream: Tensor) -> Tensor:
+    """Apply the attention pool to all tokens, and to each patch token alone.
 
-    A position that is all there is gets all the attention, so what the pool mixes then is that
-    position's value.
+    Attention to a single token has weight 1, so its output is the projected value of that token.
+
+    Args:
+        trunk: timm's vision transformer.
+        pool: Its attention pool.
+        stream: [B, N, D].
 
     Returns:
-        [B, 1 + h * w, C].
+        [B, 1 + h * w, D]: the pooled token, then one token per position.
     """
     tokens = trunk.norm(stream)
     prefix = trunk.num_prefix_tokens
     if prefix and not getattr(trunk, "pool_include_prefix", True):
         tokens, prefix = tokens[:, prefix:], 0
-    read = tokens if pool.pos_embed is None else tokens + pool.pos_embed
+    context = tokens if pool.pos_embed is None else tokens + pool.pos_embed  # [B, N, D]
     heads = (pool.num_heads, pool.head_dim)
-    q = pool.q(pool.latent).unflatten(-1, heads).transpose(1, 2).expand(read.shape[0], -1, -1, -1)
-    keys, values = pool.kv(read).chunk(2, dim=-1)
-    k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in (keys, values))
+    q = pool.q(pool.latent).unflatten(-1, heads).transpose(1, 2)  # [1, heads, 1, head_dim]
+    q = q.expand(context.shape[0], -1, -1, -1)  # [B, heads, 1, head_dim]
+    keys, values = pool.kv(context).chunk(2, dim=-1)  # each [B, N, D]
+    # each [B, heads, N, head_dim]
+    k, v = (y.unflatten(-1, heads).transpose(1, 2) for y in (keys, values))
     mixed = F.scaled_dot_product_attention(pool.q_norm(q), pool.k_norm(k), v)
-    both = torch.cat([mixed.transpose(1, 2).flatten(2), values[:, prefix:]], dim=1)
-    x = pool.proj(both)
+    # [B, 1 + h * w, D]
+    outputs = torch.cat([mixed.transpose(1, 2).flatten(2), values[:, prefix:]], dim=1)
+    x = pool.proj(outputs)
     out: Tensor = x + pool.mlp(pool.norm(x))
     return out

@@ -1,6 +1,7 @@
-"""Building models of transformers: by a class of our own table, from numbers, never from code.
+"""Build models of transformers from a class name in a fixed table and plain configuration values.
 
-Nothing of the library is imported until a model is asked for.
+A checkpoint cannot name other classes or bring code. The library is not imported before a model is
+built.
 """
 
 from __future__ import annotations
@@ -15,149 +16,159 @@ import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import narrowed
+from ovsprune.slim.narrowing import build_narrowed
 from ovsprune.slim.read import SlimCheckpoint
-from ovsprune.slim.transformers_tower import FORMS, TransformersTower
+from ovsprune.slim.transformers_tower import TOWER_LAYOUTS, TransformersTower
 
 __all__ = [
-    "WHOLE",
-    "architecture_of",
+    "TWO_TOWER_CLASSES",
     "build_model",
     "build_tower",
+    "describe_architecture",
     "narrow_tower",
     "transformers_library",
 ]
 
-WHOLE = {
+TWO_TOWER_CLASSES = {
     "CLIPModel": "CLIPVisionModelWithProjection",
     "SiglipModel": "SiglipVisionModel",
     "Siglip2Model": "Siglip2VisionModel",
 }
-"""Models with a text tower, and the class of their vision tower."""
+"""Class of a model with image and text tower -> class of its image tower alone."""
 
 
 def transformers_library() -> Any:
-    """The library, imported.
+    """Import and return the library.
 
     Raises:
-        MissingLibraryError: It is not installed.
+        MissingLibraryError: transformers is not installed.
     """
     try:
-        # by name, so that this room imports no framework until somebody asks for one
+        # imported by name: ovsprune.slim must not depend on a framework
         library = importlib.import_module("transformers")
     except ImportError as error:
         raise MissingLibraryError(
-            f"this tower is built by transformers ({error}); `pip install transformers`, or "
-            "build it yourself and call ovsprune.apply"
+            f"building this tower needs transformers ({error}); `pip install transformers`, or "
+            "build the tower yourself and call ovsprune.apply"
         ) from error
     return library
 
 
-def architecture_of(model_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a spec says of a model: its class and the numbers of its configuration, as plain JSON.
+def describe_architecture(model_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a model by its class and the values of its configuration, as plain JSON.
 
     Args:
-        model_class: A class in :data:`~ovsprune.slim.transformers_tower.FORMS` or :data:`WHOLE`.
-        config: What its ``config.json`` says; entries that are no numbers of the architecture
-            (code to import, ways to compute) are left out.
-
-    Raises:
-        CheckpointError: The library refuses the configuration, or the class is in no table.
-    """
-    return {"class": model_class, "config": _numbers(_config(model_class, config))}
-
-
-def build_model(architecture: Mapping[str, Any]) -> nn.Module:
-    """The model that an architecture describes, with random weights from a fixed seed.
-
-    Args:
-        architecture: From :func:`architecture_of`.
+        model_class: A class in :data:`~ovsprune.slim.transformers_tower.TOWER_LAYOUTS` or
+            :data:`TWO_TOWER_CLASSES`.
+        config: Content of its ``config.json``. Entries that do not belong to the architecture
+            (code to import, choice of kernels) are dropped.
 
     Raises:
         MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: It cannot build this.
+        CheckpointError: The class is in no table, or transformers rejects the configuration.
     """
-    name, numbers = architecture.get("class"), architecture.get("config")
-    if not isinstance(name, str) or not isinstance(numbers, Mapping):
+    return {"class": model_class, "config": _declared_values(_config(model_class, config))}
+
+
+def build_model(architecture: Mapping[str, Any]) -> nn.Module:
+    """Build the model of an architecture, with random weights from a fixed seed.
+
+    Args:
+        architecture: Result of :func:`describe_architecture`.
+
+    Raises:
+        MissingLibraryError: transformers is not installed, or too old.
+        CheckpointError: transformers cannot build this architecture.
+    """
+    name, values = architecture.get("class"), architecture.get("config")
+    if not isinstance(name, str) or not isinstance(values, Mapping):
         raise CheckpointError(
-            "the architecture names no class with a configuration of transformers; copy or write "
-            "the checkpoint again"
+            "the architecture needs the entries class and config of a model of transformers; copy "
+            "the checkpoint again, or write it again from the pruned model"
         )
-    plain = architecture_of(name, numbers)["config"]
+    # describe again: the values come from a file and may hold entries that are no architecture
+    plain = describe_architecture(name, values)["config"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             model: nn.Module = getattr(transformers_library(), name)(_config(name, plain))
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise _refused(name, error) from error
+            raise _build_error(name, error) from error
     return model.eval().requires_grad_(False)
 
 
 def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
-    """The vision tower that an architecture describes, of a model with a text tower too.
+    """Build the image tower of an architecture; a text tower in it is ignored.
 
     Raises:
         MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: It cannot build this.
+        CheckpointError: transformers cannot build this architecture.
     """
     name, config = architecture.get("class"), architecture.get("config")
-    if name in WHOLE and isinstance(config, Mapping):
+    if name in TWO_TOWER_CLASSES and isinstance(config, Mapping):
         vision = config.get("vision_config")
         if not isinstance(vision, Mapping):
             raise CheckpointError(
-                f"the architecture of {name} has no vision_config; copy or write the checkpoint "
-                "again"
+                f"the architecture of {name} has no vision_config; copy the checkpoint again, or "
+                "write it again from the pruned model"
             )
-        width = {k: config[k] for k in ("projection_dim",) if k in config}
-        architecture = {"class": WHOLE[name], "config": {**vision, **width}}
+        projection = {k: config[k] for k in ("projection_dim",) if k in config}
+        architecture = {"class": TWO_TOWER_CLASSES[name], "config": {**vision, **projection}}
     return TransformersTower(build_model(architecture))
 
 
 def narrow_tower(checkpoint: SlimCheckpoint) -> nn.Module:
-    """A tower of the widths of ``checkpoint``, without its weights.
+    """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
     Raises:
-        MissingLibraryError: transformers is not installed.
-        CheckpointError: The config does not describe such a tower.
+        MissingLibraryError: transformers is not installed, or too old.
+        CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
     """
-    return narrowed(checkpoint, partial(build_tower, checkpoint.spec.architecture))
+    return build_narrowed(checkpoint, partial(build_tower, checkpoint.spec.architecture))
 
 
 def _config(model_class: str, config: Mapping[str, Any]) -> Any:
-    if model_class not in FORMS and model_class not in WHOLE:
+    """Build the configuration object of a model class.
+
+    Raises:
+        MissingLibraryError: transformers is not installed, or too old.
+        CheckpointError: The class is in no table, or transformers rejects the configuration.
+    """
+    if model_class not in TOWER_LAYOUTS and model_class not in TWO_TOWER_CLASSES:
         raise CheckpointError(
-            f"{model_class[:80]!r} is no class of transformers' that this ovsprune builds; it "
-            f"builds {', '.join([*FORMS, *WHOLE])}"
+            f"this ovsprune cannot build the transformers class {model_class[:80]!r}; supported "
+            f"classes: {', '.join([*TOWER_LAYOUTS, *TWO_TOWER_CLASSES])}"
         )
     library = transformers_library()
-    since = FORMS[WHOLE.get(model_class, model_class)].since
-    if tuple(int(part) for part in library.__version__.split(".")[:2]) < since:
-        version = ".".join(map(str, since))
+    min_version = TOWER_LAYOUTS[TWO_TOWER_CLASSES.get(model_class, model_class)].min_version
+    if tuple(int(part) for part in library.__version__.split(".")[:2]) < min_version:
+        version = ".".join(map(str, min_version))
         raise MissingLibraryError(
-            f"transformers {library.__version__} builds {model_class} in another way than later "
-            f"versions, one that cannot have fewer heads; `pip install 'transformers>={version}'`"
+            f"{model_class} of transformers {library.__version__} does not support removed heads; "
+            f"`pip install 'transformers>={version}'`"
         )
-    # of transformers' own: a configuration cannot name another class
+    # taken from the model class, so that a configuration cannot name another class
     config_class = getattr(library, model_class).config_class
     try:
         return config_class(**config)
-    except Exception as error:  # the library's own validation errors have no common base
-        raise _refused(model_class, error) from error
+    except Exception as error:  # validation errors of the library have no common base
+        raise _build_error(model_class, error) from error
 
 
-def _numbers(config: Any) -> dict[str, Any]:
-    """What a configuration's own class declares, without what all configurations have."""
-    found = {}
+def _declared_values(config: Any) -> dict[str, Any]:
+    """Return the values that the class of a configuration declares, without inherited ones."""
+    values = {}
     for name in inspect.get_annotations(type(config)):
         if not name.startswith("_"):
             value = getattr(config, name)
-            found[name] = _numbers(value) if hasattr(value, "to_dict") else value
-    return found
+            values[name] = _declared_values(value) if hasattr(value, "to_dict") else value
+    return values
 
 
-def _refused(name: str, error: Exception) -> CheckpointError:
-    said = " ".join(str(error).split())[:200]
+def _build_error(name: str, error: Exception) -> CheckpointError:
+    """Return the error for a class that transformers cannot build."""
+    reason = " ".join(str(error).split())[:200]
     return CheckpointError(
-        f"the installed transformers cannot build this {name} ({said}); install the version of the "
-        "library that the checkpoint's config names"
+        f"the installed transformers cannot build this {name} ({reason}); install the library "
+        "version that the config of the checkpoint names"
     )

@@ -1,7 +1,10 @@
-"""Vision towers of transformers, called as other towers are: pictures in, embeddings out.
+"""Image towers of transformers with the interface of other towers: images -> embeddings.
 
-What tells one class from another is in the table :data:`FORMS`. Their attention reads the number of
-heads off its maps, so that heads are cut by cutting the maps.
+The table :data:`TOWER_LAYOUTS` describes the differences between the classes. Their attention
+infers the number of heads from its linear layers, so heads are removed by slicing these layers.
+
+Letters: B images, N tokens, D the width of the residual stream, C the width of the embedding,
+h rows and w columns of patches.
 """
 
 from __future__ import annotations
@@ -16,226 +19,256 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.bound import bound
+from ovsprune.slim.forwards import with_forward
 
-__all__ = ["FORMS", "Form", "TransformersTower"]
+__all__ = ["TOWER_LAYOUTS", "TowerLayout", "TransformersTower"]
 
 
-def _any_size(model: Any, images: Tensor) -> Mapping[str, Any]:
+def _interpolated_inputs(model: Any, images: Tensor) -> Mapping[str, Any]:
+    """Return inputs of a model that interpolates positions if it is asked to."""
     return {"pixel_values": images, "interpolate_pos_encoding": True}
 
 
-def _as_it_is(model: Any, images: Tensor) -> Mapping[str, Any]:
+def _plain_inputs(model: Any, images: Tensor) -> Mapping[str, Any]:
+    """Return inputs of a model that takes images of any size."""
     return {"pixel_values": images}
 
 
-def _patches(model: Any, images: Tensor) -> Mapping[str, Any]:
-    """Patches of a picture of one size, without padding: [B, h * w, patch * patch * 3]."""
+def _patch_inputs(model: Any, images: Tensor) -> Mapping[str, Any]:
+    """Return inputs of a model that takes patches, without padding."""
     side = model.config.patch_size
     cells = images.unfold(2, side, side).unfold(3, side, side)  # [B, 3, h, w, patch, patch]
+    # [B, h * w, patch * patch * 3]
     rows = cells.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
     shape = torch.tensor([cells.shape[2:4]] * images.shape[0], device="cpu")
     return {"pixel_values": rows, "spatial_shapes": shape}
 
 
 @dataclass(frozen=True)
-class Form:
-    """How the towers of one class are put together.
+class TowerLayout:
+    """Structure of the towers of one class.
 
     Attributes:
-        inputs: (model, images [B, 3, H, W]) to the keyword arguments of its embeddings, which the
-            model takes too.
-        masks: What the model must be given besides, and is none here.
-        trunk: Dotted path of what has the embeddings and the blocks; empty for the model itself.
-        before: Norm before the blocks, or None.
+        inputs: Maps (model, images [B, 3, H, W]) to keyword arguments of the embeddings and of
+            the model.
+        unused_masks: Required keyword arguments of the model that are passed as None.
+        trunk: Dotted path of the module with embeddings and blocks; empty for the model itself.
+        pre_norm: Norm before the blocks, or None.
         blocks: Dotted path of the list of blocks in the trunk.
-        attention: A block's attention.
-        middle: A block's norm between attention and MLP.
-        after: Norm behind the blocks.
-        pool: Attention pool behind that norm; None where the first token is a class token.
-        projection: Linear map of the pooled embedding, or None.
-        pooled: Name of the pooled embedding in what the model returns.
-        since: First version of the library, major and minor, that has this layout and whose
-            attention takes maps of fewer heads.
+        attention: Name of the attention in a block.
+        mlp_norm: Name of the norm before the MLP in a block.
+        post_norm: Norm after the blocks.
+        pool: Attention pool after that norm; None if the first token is a class token.
+        projection: Linear projection of the pooled embedding, or None.
+        pooled_output: Name of the pooled embedding in the output of the model.
+        min_version: First version of transformers, (major, minor), with this layout and an
+            attention that supports removed heads.
     """
 
     inputs: Callable[[Any, Tensor], Mapping[str, Any]]
-    masks: tuple[str, ...] = ()
+    unused_masks: tuple[str, ...] = ()
     trunk: str = ""
-    before: str | None = None
+    pre_norm: str | None = None
     blocks: str = "encoder.layers"
     attention: str = "self_attn"
-    middle: str = "layer_norm2"
-    after: str = "post_layernorm"
+    mlp_norm: str = "layer_norm2"
+    post_norm: str = "post_layernorm"
     pool: str | None = None
     projection: str | None = None
-    pooled: str = "pooler_output"
-    since: tuple[int, int] = (5, 6)
+    pooled_output: str = "pooler_output"
+    min_version: tuple[int, int] = (5, 6)
 
 
-_CLIP = Form(_any_size, before="pre_layrnorm")
-_SIGLIP = Form(_any_size, pool="head")
+_CLIP = TowerLayout(_interpolated_inputs, pre_norm="pre_layrnorm")
+_SIGLIP = TowerLayout(_interpolated_inputs, pool="head")
 
-FORMS = {
+TOWER_LAYOUTS = {
     "CLIPVisionModel": _CLIP,
     "CLIPVisionModelWithProjection": replace(
-        _CLIP, trunk="vision_model", projection="visual_projection", pooled="image_embeds"
+        _CLIP, trunk="vision_model", projection="visual_projection", pooled_output="image_embeds"
     ),
     "SiglipVisionModel": _SIGLIP,
-    "Siglip2VisionModel": replace(_SIGLIP, inputs=_patches, masks=("pixel_attention_mask",)),
-    "Dinov2Model": Form(
-        _as_it_is,
+    "Siglip2VisionModel": replace(
+        _SIGLIP, inputs=_patch_inputs, unused_masks=("pixel_attention_mask",)
+    ),
+    "Dinov2Model": TowerLayout(
+        _plain_inputs,
         blocks="encoder.layer",
         attention="attention",
-        middle="norm2",
-        after="layernorm",
-        since=(5, 18),
+        mlp_norm="norm2",
+        post_norm="layernorm",
+        min_version=(5, 18),
     ),
 }
-"""Form of every class, by its name in transformers."""
+"""Layout of every supported class, by its name in transformers."""
 
 
 class TransformersTower(nn.Module):
-    """A vision model of transformers as a tower.
+    """View of a vision model of transformers as an image tower.
 
-    It has the model's own modules and parameters, by their names there: what is cut here is cut
-    there.
+    The tower shares the tables of modules, parameters and buffers with the model, under the same
+    names. A layer that is replaced in the tower is replaced in the model, too.
 
     Args:
-        model: Of a class in :data:`FORMS`.
+        model: Instance of a class in :data:`TOWER_LAYOUTS`.
 
     Raises:
-        CheckpointError: It pools by attention, and is configured without the pool.
+        CheckpointError: The class has an attention pool, but the model is configured without it.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         name = type(model).__name__
-        if FORMS[name].pool is not None and not getattr(model, "use_head", True):
+        if TOWER_LAYOUTS[name].pool is not None and not getattr(model, "use_head", True):
             raise CheckpointError(
-                f"this {name} has no attention pool (vision_use_head is false), and so no "
-                "embedding of the picture; take a model that has one"
+                f"this {name} has no attention pool (vision_use_head is false) and so no "
+                "pooled embedding; use a model with an attention pool"
             )
-        self._model = (model,)  # in a tuple it is no part of the tower, and its names get no prefix
+        self._model = (model,)  # in a tuple it is not registered as a submodule
         for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[table] = model.__dict__[table]
         self.training = model.training
 
     @property
     def model(self) -> Any:
-        """The model itself, with transformers' own call."""
+        """The model of transformers."""
         return self._model[0]
 
     @property
-    def form(self) -> Form:
-        """Of the model's class."""
-        return FORMS[type(self.model).__name__]
+    def layout(self) -> TowerLayout:
+        """Layout of the model's class."""
+        return TOWER_LAYOUTS[type(self.model).__name__]
 
     @property
     def blocks(self) -> dict[str, nn.Module]:
-        """Dotted name to encoder layer, in order."""
-        path = self.path(self.form.blocks)
+        """Encoder layers by dotted name, in order."""
+        path = self.trunk_path(self.layout.blocks)
         return {f"{path}.{i}": b for i, b in self.get_submodule(path).named_children()}
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures that the positions were made for."""
+        """Height and width in pixels of the images that the positions were trained for."""
         config = self.model.config
         if hasattr(config, "image_size"):
             return _pair(config.image_size)
         side = int(config.num_patches**0.5) * config.patch_size
         return side, side
 
-    def path(self, name: str) -> str:
-        """Dotted path of a part of the trunk."""
-        return f"{self.form.trunk}.{name}" if self.form.trunk else name
+    def trunk_path(self, name: str) -> str:
+        """Return the dotted path of a module of the trunk."""
+        return f"{self.layout.trunk}.{name}" if self.layout.trunk else name
 
-    def part(self, name: str) -> Any:
-        """A part of the trunk."""
-        return self.get_submodule(self.path(name))
+    def trunk_module(self, name: str) -> Any:
+        """Return a module of the trunk."""
+        return self.get_submodule(self.trunk_path(name))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Pooled embedding [B, C] of images [B, 3, H, W], by transformers' own forward."""
-        inputs = self.form.inputs(self.model, images)
-        out = self.model(**inputs, **dict.fromkeys(self.form.masks))
-        pooled: Tensor = getattr(out, self.form.pooled)
+        """Compute the pooled embedding, [B, 3, H, W] -> [B, C], with transformers' forward."""
+        inputs = self.layout.inputs(self.model, images)
+        out = self.model(**inputs, **dict.fromkeys(self.layout.unused_masks))
+        pooled: Tensor = getattr(out, self.layout.pooled_output)
         return pooled
 
     def stem(self, images: Tensor) -> Tensor:
-        """Patches and positions, [B, 3, H, W] -> [B, N, D]."""
-        stream: Tensor = self.part("embeddings")(**self.form.inputs(self.model, images))
-        return stream if self.form.before is None else self.part(self.form.before)(stream)
+        """Embed patches and positions, [B, 3, H, W] -> [B, N, D]."""
+        stream: Tensor = self.trunk_module("embeddings")(**self.layout.inputs(self.model, images))
+        return (
+            stream
+            if self.layout.pre_norm is None
+            else self.trunk_module(self.layout.pre_norm)(stream)
+        )
 
     def steps(self) -> dict[str, nn.Module]:
-        """Dotted name to block, each a map of one tensor to another; a pool is the last of them.
+        """Return the blocks by dotted name; each maps the stream [B, N, D] to the stream.
 
-        The pool gives its own output and, behind it, what it would give for each position alone.
+        An attention pool is the last of them. Its output is the pooled token, followed by the
+        pooled token for each position alone.
         """
-        found: dict[str, nn.Module] = {
-            name: bound(block, partial(_forward, block)) for name, block in self.blocks.items()
+        blocks: dict[str, nn.Module] = {
+            name: with_forward(block, partial(_forward, block))
+            for name, block in self.blocks.items()
         }
-        if self.form.pool is not None:
-            pool, norm = self.part(self.form.pool), self.part(self.form.after)
-            each = partial(_pooled_each, pool, norm)
-            found[self.path(self.form.pool)] = bound(pool, each)
-        return found
+        if self.layout.pool is not None:
+            pool, norm = (
+                self.trunk_module(self.layout.pool),
+                self.trunk_module(self.layout.post_norm),
+            )
+            forward = partial(_pool_each, pool, norm)
+            blocks[self.trunk_path(self.layout.pool)] = with_forward(pool, forward)
+        return blocks
 
     def read_out(
         self, stream: Tensor, grid: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The stream behind the last step to pooled [B, C] and dense [B, C, h, w] embeddings.
+        """Map the stream after the last block to pooled and dense embeddings.
 
-        The dense embedding of a position is what the pooled one would be of that position alone:
-        it stands where the class token stands, or is all that the pool sees.
+        The dense embedding of a position is the pooled embedding for that position alone: the
+        position replaces the class token, or is the only token of the attention pool.
 
         Args:
             stream: [B, 1 + h * w, D].
             grid: h and w; those of the native size by default.
+
+        Returns:
+            (pooled [B, C], dense [B, C, h, w]).
         """
-        if self.form.pool is None:
-            stream = self.part(self.form.after)(stream)
-        if self.form.projection is not None:
-            stream = self.get_submodule(self.form.projection)(stream)
+        if self.layout.pool is None:
+            stream = self.trunk_module(self.layout.post_norm)(stream)
+        if self.layout.projection is not None:
+            stream = self.get_submodule(self.layout.projection)(stream)
         height, width = grid or self._grid(self.native_size)
-        each = stream[:, 1:].transpose(1, 2)
-        return stream[:, 0], each.reshape(*each.shape[:2], height, width)
+        patches = stream[:, 1:].transpose(1, 2)  # [B, C, h * w]
+        return stream[:, 0], patches.reshape(*patches.shape[:2], height, width)
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled [B, C] and dense [B, C, h, w] embeddings of images [B, 3, H, W] of any size."""
+        """Compute pooled [B, C] and dense [B, C, h, w] embeddings of images [B, 3, H, W]."""
         stream = self.stem(images)
-        for step in self.steps().values():
-            stream = step(stream)
+        for block in self.steps().values():
+            stream = block(stream)
         return self.read_out(stream, self._grid(images.shape[-2:]))
 
     def dense(self, images: Tensor) -> Tensor:
-        """Dense embeddings [B, C, h, w] of images [B, 3, H, W] of any size."""
+        """Compute dense embeddings [B, C, h, w] of images [B, 3, H, W]."""
         return self.outputs(images)[1]
 
     def _grid(self, size: Any) -> tuple[int, int]:
+        """Return rows and columns of patches in an image of ``size`` pixels."""
         patch = _pair(self.model.config.patch_size)
         return size[0] // patch[0], size[1] // patch[1]
 
 
 def _pair(size: Any) -> tuple[int, int]:
+    """Return height and width; an integer means a square."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _forward(block: nn.Module, stream: Tensor) -> Tensor:
-    out: Tensor = type(block).forward(block, stream, None)  # no mask
+    """Apply an encoder layer without attention mask, [B, N, D] -> [B, N, D]."""
+    out: Tensor = type(block).forward(block, stream, None)
     return out
 
 
-def _pooled_each(pool: Any, norm: nn.Module, stream: Tensor) -> Tensor:
-    """The attention pool over all tokens, and over each position alone: [B, 1 + N, D].
+def _pool_each(pool: Any, norm: nn.Module, stream: Tensor) -> Tensor:
+    """Apply the attention pool to all tokens, and to each token alone.
 
-    A position that is all there is gets all the attention, so what the pool mixes is its value.
+    Attention to a single token has weight 1, so its output is the projected value of that token.
+
+    Args:
+        pool: Attention pool of transformers' SigLIP.
+        norm: Norm before the pool.
+        stream: [B, N, D].
+
+    Returns:
+        [B, 1 + N, D]: the pooled token, then one token per position.
     """
-    tokens, attention = norm(stream), pool.attention
+    tokens, attention = norm(stream), pool.attention  # [B, N, D]
+    # [B, 1, D]
     mixed = attention(pool.probe.expand(tokens.shape[0], -1, -1), tokens, tokens)[0]
     width = attention.embed_dim
+    # the last third of the fused projection belongs to the values; [B, N, D]
     values = F.linear(
         tokens, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :]
     )
-    x = torch.cat([mixed, attention.out_proj(values)], dim=1)
+    x = torch.cat([mixed, attention.out_proj(values)], dim=1)  # [B, 1 + N, D]
     out: Tensor = x + pool.mlp(pool.layernorm(x))
     return out

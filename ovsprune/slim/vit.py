@@ -1,8 +1,11 @@
-"""CLIP's vision transformer with a width of its own in every block.
+"""CLIP's vision transformer with individual widths for every block.
 
-Parameter names are those of open_clip's ``VisionTransformer``, and with the same weights so are
-the outputs. Other input sizes than the native one work: positions are interpolated as open_clip
-does when it loads a checkpoint into a model of another size.
+Parameter names are those of open_clip's ``VisionTransformer``; with the same weights the outputs
+are the same, too. Input sizes other than the native one are supported: positions are interpolated
+in the way that open_clip does when it loads a checkpoint into a model of another size.
+
+Letters: B images, N tokens, D the width of the residual stream, C the width of the embedding,
+h rows and w columns of patches.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.linear import linear
-from ovsprune.slim.pooling import AttentionalPooler, PoolerShape, each_alone
+from ovsprune.slim.pooling import AttentionalPooler, PoolerShape, pool_each_position
 
 __all__ = ["ACTIVATION_MODULES", "BlockShape", "QuickGELU", "VisionTransformer", "resize_positions"]
 
@@ -28,7 +31,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Elementwise, any shape."""
+        """Apply the function elementwise to a tensor of any shape."""
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -47,9 +50,9 @@ class BlockShape:
 
     Attributes:
         num_heads: Heads in the base model.
-        kept_heads: Those that are left, by their index there; none if the attention is gone.
+        kept_heads: Kept heads, by their index in the base model; empty if the attention is removed.
         head_dim: Width of one head.
-        mlp_width: Hidden units of the MLP; 0 if it is gone.
+        mlp_width: Hidden units of the MLP; 0 if the MLP is removed.
     """
 
     num_heads: int
@@ -59,19 +62,19 @@ class BlockShape:
 
 
 class LayerScale(nn.Module):
-    """A learnt factor for each channel."""
+    """Multiplication by a learnt factor for each channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """Scale ``x`` [..., D] -> [..., D]."""
         return x * self.gamma
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and beside a residual stream."""
+    """Pre-norm transformer block: attention and MLP, each added to the residual stream."""
 
     def __init__(
         self, width: int, shape: BlockShape, activation: str, layer_scale: bool, eps: float
@@ -95,7 +98,7 @@ class Block(nn.Module):
         self.ls_2: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Map the residual stream [B, N, D] -> [B, N, D]."""
         y = self.ln_1(x)
         y, _ = self.attn(y, y, y, need_weights=False, attn_mask=attn_mask)
         x = x + self.ls_1(y)
@@ -104,7 +107,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks, one after another."""
+    """Sequence of blocks."""
 
     def __init__(
         self,
@@ -120,31 +123,31 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Map the residual stream [B, N, D] -> [B, N, D]."""
         for block in self.resblocks:
             x = block(x)
         return x
 
 
 class VisionTransformer(nn.Module):
-    """CLIP's image tower, to be filled with weights: positions and projection start as zeros.
+    """CLIP's vision transformer; weights are loaded afterwards.
 
     Args:
-        width: Of the residual stream.
+        width: D, the width of the residual stream.
         blocks: Widths of each block.
         patch_size: Height and width of a patch in pixels.
-        grid_size: Patches of the native input, (rows, columns).
-        output_dim: C, the width of the embedding that images and texts share.
+        grid_size: Rows and columns of patches of the native input.
+        output_dim: C, the width of the embedding shared by images and texts.
         activation: One of :data:`ovsprune.slim.spec.ACTIVATIONS`.
         pool: ``"tok"`` (the class token) or ``"avg"`` (the mean of the patch tokens).
-        norm_after_pool: Whether ``ln_post`` comes after the pooling.
-        pre_norm: Whether there is a LayerNorm before the blocks.
-        layer_scale: Whether the blocks scale their branches by a learnt factor.
-        projection: Whether there is ``proj``; without it C is ``width``.
-        patch_bias: Whether the patch embedding has a bias.
-        eps: What the LayerNorms add to the variance.
-        pooler: Widths of the attention that pools the tokens to queries, of which ``pool`` then
-            takes the first or the mean of the others; None without one.
+        norm_after_pool: Apply ``ln_post`` after the pooling instead of before it.
+        pre_norm: Apply a LayerNorm before the blocks.
+        layer_scale: Scale the branches of the blocks by a learnt factor for each channel.
+        projection: Apply ``proj`` to the pooled token; without it C is D.
+        patch_bias: Add a bias to the patch embedding.
+        eps: Constant that the LayerNorms add to the variance.
+        pooler: Widths of the attention pool that reduces the tokens to its queries. ``pool`` then
+            selects the first query or the mean of the others. None for no attention pool.
     """
 
     def __init__(
@@ -184,41 +187,45 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(torch.zeros(width, output_dim)) if projection else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embedding of each picture, [B, 3, H, W] -> [B, C].
+        """Compute the embedding of each image, [B, 3, H, W] -> [B, C].
 
         Raises:
-            OptionError: The pictures are smaller than one patch or of another shape.
+            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
         """
         return self._pooled(self.tokens(images))
 
     def dense(self, images: Tensor) -> Tensor:
-        """Embedding of each patch, [B, 3, H, W] -> [B, C, H // patch, W // patch].
+        """Compute the embedding of each patch, [B, 3, H, W] -> [B, C, H // patch, W // patch].
 
-        ``ln_post`` and ``proj`` of every patch token, as the class token is projected; where
-        attention pools, of what it reads of that token
-        (:func:`ovsprune.slim.pooling.each_alone`).
+        ``ln_post`` and ``proj`` are applied to every patch token as they are to the class token.
+        A tower with an attention pool first applies
+        :func:`ovsprune.slim.pooling.pool_each_position`.
 
         Raises:
-            OptionError: The pictures are smaller than one patch or of another shape.
+            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
         """
         return self._dense(self.tokens(images), self.grid(images))
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` and :meth:`dense` give, [B, C] and [B, C, h, w], in one pass.
+        """Compute :meth:`forward` and :meth:`dense`, [B, C] and [B, C, h, w], in one pass.
 
         Raises:
-            OptionError: The pictures are smaller than one patch or of another shape.
+            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
         """
         x = self.tokens(images)
         return self._pooled(x), self._dense(x, self.grid(images))
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Make ``size`` (pixels) the native one: its positions are interpolated now and for good.
+        """Make ``size`` the native input size.
 
-        The outputs stay, but for rounding, and pictures of that size cost no interpolation.
+        The positions are interpolated once, so images of that size need no interpolation later.
+        The outputs stay the same up to rounding.
+
+        Args:
+            size: Height and width in pixels.
 
         Raises:
-            OptionError: It is smaller than one patch.
+            OptionError: ``size`` is smaller than one patch.
         """
         grid = self.grid(torch.empty(1, 3, *size, device="meta"))
         old = self.positional_embedding
@@ -227,46 +234,47 @@ class VisionTransformer(nn.Module):
         self.grid_size = grid
 
     def _pooled(self, x: Tensor) -> Tensor:
-        """[B, 1 + h * w, width] -> [B, C]."""
+        """Pool tokens, [B, 1 + h * w, D] -> [B, C]."""
         if self.attn_pool is not None:
-            x = self.attn_pool(x)
+            x = self.attn_pool(x)  # [B, queries, pooler.width]
         if not self.norm_after_pool:
             x = self.ln_post(x)
-        pooled = x[:, 0] if self.pool == "tok" else x[:, 1:].mean(dim=1)
+        pooled = x[:, 0] if self.pool == "tok" else x[:, 1:].mean(dim=1)  # [B, D]
         if self.norm_after_pool:
             pooled = self.ln_post(pooled)
         out: Tensor = pooled if self.proj is None else pooled @ self.proj
         return out
 
     def _dense(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, 1 + h * w, width] -> [B, C, h, w]."""
-        x = x[:, 1:]
+        """Project every patch token, [B, 1 + h * w, D] -> [B, C, h, w]."""
+        x = x[:, 1:]  # [B, h * w, D]
         if self.attn_pool is not None:
-            x = each_alone(self.attn_pool, x)
+            x = pool_each_position(self.attn_pool, x)
         x = self.ln_post(x)
-        x = x if self.proj is None else x @ self.proj
-        out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
+        x = x if self.proj is None else x @ self.proj  # [B, h * w, C]
+        out: Tensor = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)  # [B, C, h, w]
         return out
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Class and patch tokens after the last block, [B, 1 + h * w, width].
+        """Compute class and patch tokens after the last block, [B, 1 + h * w, D].
 
         Raises:
-            OptionError: The pictures are smaller than one patch or of another shape.
+            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
         """
         grid = self.grid(images)
-        x = self.conv1(images).flatten(2).transpose(1, 2)
-        first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, h * w, D]
+        class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, D]
         positions = resize_positions(self.positional_embedding, self.grid_size, grid)
-        x = self.ln_pre(torch.cat([first, x], dim=1) + positions.to(x.dtype))
+        # [B, 1 + h * w, D]
+        x = self.ln_pre(torch.cat([class_token, x], dim=1) + positions.to(x.dtype))
         out: Tensor = self.transformer(x)
         return out
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches in ``images``.
+        """Return the rows and columns of patches in ``images`` [B, 3, H, W].
 
         Raises:
-            OptionError: The pictures are smaller than one patch or of another shape.
+            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
         """
         rows, columns = (n // p for n, p in zip(images.shape[-2:], self.patch_size, strict=True))
         if images.dim() != 4 or images.shape[1] != 3 or not rows or not columns:
@@ -278,44 +286,55 @@ class VisionTransformer(nn.Module):
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positional embedding for another grid, bicubic with antialiasing like open_clip's.
+    """Interpolate a positional embedding to another grid.
+
+    Bicubic with antialiasing, as in open_clip.
 
     Args:
-        positions: [1 + old rows * old columns, width], the class token's first.
-        old: Rows and columns that it was trained for.
-        new: Rows and columns that are wanted.
+        positions: [1 + h_old * w_old, D]; the first row belongs to the class token.
+        old: h_old and w_old, the grid of ``positions``.
+        new: h and w, the requested grid.
 
     Returns:
-        [1 + new rows * new columns, width]; ``positions`` itself if the grids are equal.
+        [1 + h * w, D]; ``positions`` itself if the grids are equal.
     """
-    # sizes that an exporter leaves open are no ints: asking whether they are equal would fix them
+    # Dynamic sizes of an exporter are no ints; comparing them would fix them to one value.
     fixed = all(type(n) is int for n in new)
     if fixed and old == new:
         return positions
-    first, grid = positions[:1], positions[1:]
-    # in float32: CPUs have no half-precision bicubic, and this runs outside of autocast's reach
-    image = grid.float().T.reshape(1, -1, *old)
+    class_position, grid = positions[:1], positions[1:]
+    # float32, because torch has no bicubic interpolation in half precision on CPUs
+    image = grid.float().T.reshape(1, -1, *old)  # [1, D, h_old, w_old]
     if fixed:
         image = F.interpolate(image, size=new, mode="bicubic", antialias=True, align_corners=False)
     else:
-        rows, columns = (resampling(o, n, image.device) for o, n in zip(old, new, strict=True))
-        image = rows @ image @ columns.T
-    return torch.cat([first, image[0].flatten(1).T.to(positions.dtype)])
+        rows, columns = (bicubic_matrix(o, n, image.device) for o, n in zip(old, new, strict=True))
+        image = rows @ image @ columns.T  # [1, D, h, w]
+    return torch.cat([class_position, image[0].flatten(1).T.to(positions.dtype)])
 
 
-def resampling(old: int, new: int, device: torch.device) -> Tensor:
-    """Bicubic resampling of ``old`` values to ``new`` ones as a matrix, float32 [new, old].
+def bicubic_matrix(old: int, new: int, device: torch.device) -> Tensor:
+    """Return bicubic interpolation along one axis as a matrix.
 
-    What ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)`` does on one axis:
-    the kernel of Keys (IEEE ASSP 1981, eq. 15, a = -1/2), stretched where values become fewer, its
-    weights made to sum to 1 at the borders too. As a matrix it can be exported for sizes that are
-    not known yet, which torch's operator cannot. The identity if the sizes are equal.
+    Equals ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)`` on one axis: the
+    kernel of Keys (IEEE ASSP 1981, equation 15, a = -1/2), widened by old / new when downsampling,
+    with weights normalised to sum to 1, also at the borders. Unlike torch's operator, the matrix
+    product can be exported with dynamic sizes.
+
+    Args:
+        old: Number of input values.
+        new: Number of output values.
+        device: Device of the matrix.
+
+    Returns:
+        float32 [new, old]; the identity if ``old`` equals ``new``.
     """
     step = torch.ones((), dtype=torch.float32, device=device) * (old / new)
-    wanted = (torch.arange(new, dtype=torch.float32, device=device) + 0.5) * step
-    there = torch.arange(old, dtype=torch.float32, device=device) + 0.5
-    x = ((there - wanted[:, None]) / step.clamp(min=1.0)).abs()
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    # pixel centres of both grids, in units of the old one
+    targets = (torch.arange(new, dtype=torch.float32, device=device) + 0.5) * step  # [new]
+    sources = torch.arange(old, dtype=torch.float32, device=device) + 0.5  # [old]
+    x = ((sources - targets[:, None]) / step.clamp(min=1.0)).abs()  # [new, old]
+    near = (1.5 * x - 2.5) * x * x + 1.0  # kernel for |x| < 1
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0  # kernel for 1 <= |x| < 2
     weights = torch.where(x < 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
     return weights / weights.sum(dim=1, keepdim=True)

@@ -22,7 +22,7 @@ from ovsprune.calibration.activation_cache import ActivationCache, run_block, ru
 from ovsprune.core.errors import TargetError
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
-from ovsprune.slim.norms import CountedLayerNorm
+from ovsprune.slim.norms import ZeroPaddedLayerNorm
 from tests.contracts.conftest import (
     of_timm,
     open_clip_swin,
@@ -94,7 +94,7 @@ def test_only_a_norm_behind_the_units_counts_them() -> None:
     for backbone, counted in ((open_clip_vitamin(), False), (open_clip_timm_vit(), True)):
         VIT.rewrite(backbone.tower)
         norm = backbone.tower.get_submodule("trunk.blocks.0.mlp.norm")
-        assert isinstance(norm, CountedLayerNorm) is counted
+        assert isinstance(norm, ZeroPaddedLayerNorm) is counted
 
 
 def test_swins_groups_and_blocks() -> None:

@@ -24,7 +24,7 @@ from ovsprune.core.records import Preprocess
 from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.jobs.prune import prune
 from ovsprune.recovery import RECOVERIES
-from ovsprune.slim.pooling import each_alone
+from ovsprune.slim.pooling import pool_each_position
 from tests.contracts.conftest import Case, prepared
 from tests.contracts.test_recoveries import recover
 
@@ -244,7 +244,7 @@ def test_each_alone_is_the_pooler_on_one_token() -> None:
         pooler = variant(name).tower.get_submodule("attn_pool")
         tokens = torch.randn(2, 5, 32)
         with torch.no_grad():
-            found = each_alone(pooler, tokens)
+            found = pool_each_position(pooler, tokens)
             for i in range(5):
                 expected = pooler(tokens[:, i : i + 1])
                 torch.testing.assert_close(found[:, i], expected[:, 0], atol=1e-6, rtol=1e-5)
@@ -310,7 +310,7 @@ def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> N
     again = backbones.load_backbone(str(tmp_path / "slim"))
     assert all(torch.equal(again.text[k], v) for k, v in text.items())
     assert not again.has_text
-    with pytest.raises(CheckpointError, match="the text tower is x/xlm of a hub"):
+    with pytest.raises(CheckpointError, match="the text tower is the Hugging Face model x/xlm"):
         ovsprune.load_open_clip(tmp_path / "slim")
 
 

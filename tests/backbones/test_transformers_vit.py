@@ -284,9 +284,9 @@ def test_a_slim_tower_on_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "match"),
     [
-        ({"class": "BertModel", "config": {}}, "'BertModel' is no class of transformers' that"),
-        ({"class": "os.system", "config": {}}, "'os.system' is no class"),
-        ({"class": "CLIPVisionModel"}, "names no class with a configuration"),
+        ({"class": "BertModel", "config": {}}, "cannot build the transformers class 'BertModel'"),
+        ({"class": "os.system", "config": {}}, "cannot build the transformers class 'os.system'"),
+        ({"class": "CLIPVisionModel"}, "needs the entries class and config"),
         ({"class": "CLIPModel", "config": {}}, "CLIPModel has no vision_config"),
         ({"class": "CLIPVisionModel", "config": {"hidden_size": "x"}}, "cannot build this CLIPV"),
         ({"class": "CLIPVisionModel", "config": {"hidden_act": "x"}}, "cannot build this CLIPV"),
@@ -301,7 +301,7 @@ def test_architectures_that_cannot_be_built(architecture: dict[str, Any], match:
 
 def test_a_configuration_chooses_no_code() -> None:
     """What a configuration says of how to compute, or of code to load, is left out."""
-    from ovsprune.slim.transformers_build import architecture_of, build_tower
+    from ovsprune.slim.transformers_build import build_tower, describe_architecture
 
     config = {
         **CONFIGS["CLIPVisionModel"],
@@ -311,7 +311,7 @@ def test_a_configuration_chooses_no_code() -> None:
         "quantization_config": {"quant_method": "mine"},
         "_name_or_path": "/home/somebody",
     }
-    architecture = architecture_of("CLIPVisionModel", config)
+    architecture = describe_architecture("CLIPVisionModel", config)
     assert set(architecture["config"]) - set(config) <= {
         "projection_dim", "num_channels", "hidden_act", "layer_norm_eps", "attention_dropout",
         "initializer_range", "initializer_factor",
@@ -329,9 +329,14 @@ def test_a_library_that_is_missing_or_too_old(
     folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
     ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
     monkeypatch.setattr(transformers, "__version__", "5.9.1")
-    with pytest.raises(MissingLibraryError, match=r"5\.9\.1 builds Dinov2Model .*>=5\.18'"):
+    with pytest.raises(
+        MissingLibraryError,
+        match=r"Dinov2Model of transformers 5\.9\.1 does not support .*>=5\.18'",
+    ):
         ovsprune.load(tmp_path / "slim")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingLibraryError, match=r"built by transformers \(.*pip install trans"):
+    with pytest.raises(
+        MissingLibraryError, match=r"building this tower needs transformers \(.*pip install trans"
+    ):
         ovsprune.load(tmp_path / "slim")
     assert ovsprune.read(tmp_path / "slim").spec.library == "transformers"  # needs none

@@ -458,13 +458,13 @@ class PatchTower(nn.Module):
 
 def transformers_vit() -> Backbone:
     """A SigLIP tower of transformers: three blocks and an attention pool."""
-    from ovsprune.slim.transformers_build import architecture_of
+    from ovsprune.slim.transformers_build import describe_architecture
     from tests.backbones.hf_models import make
 
     family = FAMILIES.get("transformers-vit")
     more = {"image_size": 48, "num_hidden_layers": 3, "intermediate_size": 96}
     model = make("SiglipVisionModel", **more)
-    architecture = architecture_of("SiglipVisionModel", model.config.to_dict())
+    architecture = describe_architecture("SiglipVisionModel", model.config.to_dict())
     preprocess = Preprocess((48, 48))
     backbone = family.build(DenseModel("siglip", architecture, preprocess))
     backbone.tower.load_state_dict(model.state_dict())

@@ -8,7 +8,7 @@ from torch import nn
 
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
-from ovsprune.slim.calls import X_MASK
+from ovsprune.slim.calls import OPEN_CLIP_CALL
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -67,6 +67,6 @@ def test_slim_attention_can_be_rewritten_and_cut_again(batch_first: bool) -> Non
 
 
 def test_slim_attention_that_returns_no_tuple_is_refused() -> None:
-    slim = SlimAttention(16, 2, [1], call=X_MASK)
+    slim = SlimAttention(16, 2, [1], call=OPEN_CLIP_CALL)
     with pytest.raises(ValueError, match="returns no tuple"):
         SeparateAttention(slim)

@@ -52,7 +52,7 @@ MASKS: dict[str, Callable[[], Tensor | None]] = {
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("padding", ["none", "bool", "float"])
 @pytest.mark.parametrize("form", MASKS)
-def test_equals_the_dense_module_with_the_cut_heads_masked(
+def test_equals_the_dense_module_with_removed_heads_masked(
     form: str, padding: str, need_weights: bool, batch_first: bool
 ) -> None:
     mha = dense_attention(batch_first)
@@ -62,7 +62,7 @@ def test_equals_the_dense_module_with_the_cut_heads_masked(
     query, memory = torch.randn(N, L, E), torch.randn(N, S, E)
     mask = MASKS[form]()
     if mask is not None and mask.dtype == torch.bool:
-        mask[..., 0] = False  # nobody may be masked from everything: softmax of nothing is NaN
+        mask[..., 0] = False  # softmax over no key would be NaN
     pad = None
     if padding != "none":
         pad = torch.zeros(N, S, dtype=torch.bool)
@@ -70,7 +70,9 @@ def test_equals_the_dense_module_with_the_cut_heads_masked(
         if padding == "float" or (mask is not None and mask.is_floating_point()):
             pad = torch.zeros(N, S).masked_fill(pad, -1.5)
         if mask is not None and mask.dtype == torch.bool and pad.is_floating_point():
-            mask = torch.zeros(mask.shape).masked_fill(mask, float("-inf"))  # torch wants one type
+            mask = torch.zeros(mask.shape).masked_fill(
+                mask, float("-inf")
+            )  # torch needs masks of one type
     inputs = [ordered(x, batch_first) for x in (query, memory, memory)]
     options = {"attn_mask": mask, "key_padding_mask": pad}
     expected, _ = masked(*inputs, need_weights=False, **options)
@@ -83,7 +85,7 @@ def test_equals_the_dense_module_with_the_cut_heads_masked(
         assert weights is None
 
 
-def test_weights_of_every_kept_head() -> None:
+def test_attention_weights_per_head_are_those_of_the_kept_heads() -> None:
     mha = dense_attention()
     slim = SlimAttention.from_dense(mha, KEPT)
     x = torch.randn(N, L, E)
@@ -92,8 +94,8 @@ def test_weights_of_every_kept_head() -> None:
     torch.testing.assert_close(weights, expected[:, KEPT], atol=1e-5, rtol=1e-5)
 
 
-def test_a_mask_rolled_by_one_head_is_not_the_same() -> None:
-    """The comparison above can fail: a per-head mask in the wrong order shows."""
+def test_per_head_masks_in_the_wrong_order_change_the_output() -> None:
+    """Check that the comparison above can fail."""
     mha = dense_attention()
     slim = SlimAttention.from_dense(mha, KEPT)
     x, mask = torch.randn(N, L, E), 3 * torch.randn(N, H, L, L)
@@ -103,7 +105,7 @@ def test_a_mask_rolled_by_one_head_is_not_the_same() -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_query_key_and_value_apart(batch_first: bool) -> None:
+def test_cross_attention_with_different_query_key_and_value(batch_first: bool) -> None:
     mha = dense_attention(batch_first)
     slim = SlimAttention.from_dense(mha, KEPT)
     q, k, v = (ordered(torch.randn(N, n, E), batch_first) for n in (L, S, S))
@@ -116,7 +118,7 @@ def test_query_key_and_value_apart(batch_first: bool) -> None:
     [(N * H, L, L), (N * len(KEPT), L, L), (H, L, L), (N, H, L, L), (1, H, L, L), (N, 1, L, L),
      (N, len(KEPT), L, L)],
 )  # fmt: skip
-def test_every_shape_of_a_per_head_mask(shape: tuple[int, ...]) -> None:
+def test_every_supported_shape_of_a_per_head_mask(shape: tuple[int, ...]) -> None:
     torch.manual_seed(2)
     full = torch.randn(1 if shape[0] in (1, H) else N, 1 if shape[1] == 1 else H, L, L)
     mask = full[:, KEPT] if len(KEPT) in (shape[1], shape[0] // N) and 1 not in shape else full
@@ -128,8 +130,8 @@ def test_every_shape_of_a_per_head_mask(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(slim(x, attn_mask=mask)[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_mask_that_can_be_read_in_two_ways_is_refused() -> None:
-    mask = torch.zeros(6, L, L)  # six dense heads, or two pictures of three kept ones
+def test_ambiguous_mask_shape_is_refused() -> None:
+    mask = torch.zeros(6, L, L)  # six dense heads, or two images of three kept ones
     with pytest.raises(OptionError, match="can be 6 dense heads or 2 x 3 kept ones; give it with"):
         gather_heads(mask, batch=2, num_heads=6, kept_heads=(0, 1, 4))
 
@@ -144,13 +146,13 @@ def test_a_mask_that_can_be_read_in_two_ways_is_refused() -> None:
         (torch.zeros(L, L, dtype=torch.int64), "must be bool or float, given torch.int64"),
     ],
 )
-def test_a_mask_that_fits_nothing_is_refused(mask: Tensor, message: str) -> None:
+def test_mask_of_unexpected_shape_or_type_is_refused(mask: Tensor, message: str) -> None:
     slim = SlimAttention.from_dense(dense_attention(), KEPT)
     with pytest.raises(OptionError, match=message):
         slim(torch.randn(N, L, E), attn_mask=mask)
 
 
-def test_a_padding_mask_of_another_length_is_refused() -> None:
+def test_padding_mask_of_wrong_length_is_refused() -> None:
     slim = SlimAttention.from_dense(dense_attention(), KEPT)
     with pytest.raises(OptionError, match=r"key_padding_mask has shape \(2, 9\)"):
         slim(torch.randn(N, L, E), key_padding_mask=torch.zeros(N, 9))
@@ -164,7 +166,7 @@ def test_unbatched_input_is_refused(batch_first: bool) -> None:
         slim(torch.randn(L, E))
 
 
-def test_causal_without_a_mask() -> None:
+def test_is_causal_without_mask_masks_later_keys() -> None:
     mha = dense_attention()
     slim, x = SlimAttention.from_dense(mha, KEPT), torch.randn(N, L, E)
     future = torch.ones(L, L).triu(1).bool()
@@ -172,7 +174,7 @@ def test_causal_without_a_mask() -> None:
     torch.testing.assert_close(slim(x, is_causal=True)[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_open_clips_own_attention_is_called_its_way() -> None:
+def test_replaces_open_clip_attention_with_its_calling_convention() -> None:
     from open_clip.transformer import Attention
 
     torch.manual_seed(0)
@@ -188,7 +190,7 @@ def test_open_clips_own_attention_is_called_its_way() -> None:
     torch.testing.assert_close(slim(x, mask), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_attributes_that_frameworks_read() -> None:
+def test_has_the_attributes_that_frameworks_read() -> None:
     slim = SlimAttention.from_dense(dense_attention(batch_first=False), KEPT)
     assert (slim.num_heads, slim.kept_heads, slim.head_dim, slim.embed_dim) == (H, KEPT, 8, E)
     assert slim.batch_first is False
@@ -201,8 +203,8 @@ def test_attributes_that_frameworks_read() -> None:
     assert "4 of 6 x 8" in repr(slim)
 
 
-def test_inside_of_torchs_encoder_layer() -> None:
-    """Its fused path would read the narrow projections as wide ones."""
+def test_works_inside_transformer_encoder_layer() -> None:
+    """The fused path of the layer assumes square projections and must not be taken."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(E, H, 64, activation="gelu", batch_first=True).eval()
     masked = copy.deepcopy(layer)
@@ -213,7 +215,7 @@ def test_inside_of_torchs_encoder_layer() -> None:
         torch.testing.assert_close(layer(x), masked(x), atol=1e-5, rtol=1e-5)
 
 
-def test_without_bias_and_with_a_head_width_of_its_own() -> None:
+def test_no_bias_and_explicit_head_width() -> None:
     assert SlimAttention.from_dense(dense_attention(bias=False), KEPT).in_proj_bias is None
     wide = SlimAttention(E, 5, (1, 4), head_dim=16)
     assert wide(torch.randn(N, L, E))[0].shape == (N, L, E)
@@ -222,13 +224,13 @@ def test_without_bias_and_with_a_head_width_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("kept", [(1, 1), (2, 1), (-1, 2), (0, H)])
-def test_bad_heads_are_refused(kept: tuple[int, ...]) -> None:
+def test_invalid_kept_heads_are_refused(kept: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match="kept_heads"):
         SlimAttention(E, H, kept)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_without_heads_it_is_a_bias(batch_first: bool) -> None:
+def test_without_heads_the_output_is_the_bias(batch_first: bool) -> None:
     dense = dense_attention(batch_first)
     slim = SlimAttention.from_dense(dense, ())
     x = torch.randn(N, L, E)
@@ -239,14 +241,14 @@ def test_without_heads_it_is_a_bias(batch_first: bool) -> None:
     assert SlimAttention.from_dense(slim, ()).kept_heads == ()
 
 
-def test_a_slim_attention_can_be_cut_again_in_dense_indices() -> None:
+def test_second_pruning_uses_dense_indices() -> None:
     mha = dense_attention()
     again = SlimAttention.from_dense(SlimAttention.from_dense(mha, KEPT), (2, 5))
     once = SlimAttention.from_dense(mha, (2, 5))
     assert again.kept_heads == (2, 5)
     for name, value in once.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
-    with pytest.raises(OptionError, match=r"heads \[1\] are cut already"):
+    with pytest.raises(OptionError, match=r"kept_heads contains \[1\], which were removed before"):
         SlimAttention.from_dense(once, (1, 2))
 
 
@@ -270,7 +272,7 @@ def test_from_projections(cut_before: bool) -> None:
 
 
 class SeparateWeights(nn.Module):
-    """As CAT-Seg writes CLIP's attention."""
+    """CLIP's attention as in CAT-Seg, with separate weights."""
 
     def __init__(self, mha: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -282,8 +284,8 @@ class SeparateWeights(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> None: ...
 
 
-def test_from_an_attention_with_separate_weights() -> None:
-    """What is three parameters stays three: a framework trains some of them by name."""
+def test_separate_weights_stay_separate() -> None:
+    """CAT-Seg selects some of the three parameters by name for training."""
     mha = dense_attention()
     slim = SlimAttention.from_dense(SeparateWeights(mha), KEPT)
     expected = SlimAttention.from_dense(mha, KEPT)
@@ -306,17 +308,17 @@ def test_from_an_attention_with_separate_weights() -> None:
     assert all(torch.equal(again.state_dict()[k], v) for k, v in once.state_dict().items())
 
 
-def test_separate_weights_may_have_no_rows() -> None:
-    apart = SeparateWeights(dense_attention())
-    slim = SlimAttention.from_dense(apart, KEPT)
+def test_separate_weights_equal_fused_ones_and_may_be_empty() -> None:
+    separate = SeparateWeights(dense_attention())
+    slim = SlimAttention.from_dense(separate, KEPT)
     fused = SlimAttention.from_dense(dense_attention(), KEPT)
     x = torch.randn(N, L, E)
     torch.testing.assert_close(slim(x)[0], fused(x)[0])
     again = SlimAttention.from_dense(slim, KEPT)
     assert torch.equal(again(x)[0], slim(x)[0])
-    none = SlimAttention.from_dense(apart, ())
+    none = SlimAttention.from_dense(separate, ())
     assert none.q_proj_weight.shape == (0, E)
-    assert torch.equal(none(x)[0], apart.out_proj.bias.expand(N, L, E))
+    assert torch.equal(none(x)[0], separate.out_proj.bias.expand(N, L, E))
 
 
 @pytest.mark.parametrize(
@@ -328,12 +330,12 @@ def test_separate_weights_may_have_no_rows() -> None:
         (nn.MultiheadAttention(E, H, kdim=12, vdim=12), "q, k and v read different widths"),
     ],
 )
-def test_attentions_that_cannot_be_cut_are_refused(module: nn.Module, message: str) -> None:
+def test_unsupported_attentions_are_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         SlimAttention.from_dense(module, KEPT)
 
 
-def test_state_copies_and_dtypes() -> None:
+def test_state_dict_deepcopy_and_half_precision() -> None:
     slim = SlimAttention.from_dense(dense_attention(), KEPT)
     other = SlimAttention(E, H, KEPT)
     other.load_state_dict(slim.state_dict(), strict=True)

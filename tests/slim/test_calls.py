@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.calls import TORCH, X_KV_MASK, X_MASK, call_of
+from ovsprune.slim.calls import OPEN_CLIP_CALL, OPEN_CLIP_KV_CALL, TORCH_CALL, call_convention
 from ovsprune.slim.dense import is_batch_first
 from tests.environments.stand_in import HeadAttention
 
@@ -17,7 +17,7 @@ N, L, S, E, H = 2, 5, 7, 48, 6
 KEPT = (0, 2, 3, 5)
 
 
-def torchs(batch_first: bool = True) -> nn.MultiheadAttention:
+def torch_attention(batch_first: bool = True) -> nn.MultiheadAttention:
     torch.manual_seed(0)
     mha = nn.MultiheadAttention(E, H, batch_first=batch_first).eval()
     for parameter in mha.parameters():
@@ -34,7 +34,7 @@ def heads_masked(dense: Any) -> Any:
 
 
 class SequenceAttention(nn.Module):
-    """As open_clip's own was up to 2.24: (x, attn_mask), [L, N, E], and nothing that says so."""
+    """open_clip's class up to 2.24: (x, attn_mask), [L, N, E], without ``batch_first``."""
 
     def __init__(self, mha: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -52,14 +52,14 @@ class SequenceAttention(nn.Module):
 
 
 class PassingOn(nn.MultiheadAttention):
-    """As CAT-Seg has it: the names of its arguments are its parent's."""
+    """Subclass as in CAT-Seg, whose forward passes its arguments to the parent class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
 
-def test_a_forward_without_names_is_its_parents() -> None:
-    assert call_of(PassingOn(E, H)) is TORCH
+def test_forward_without_named_arguments_uses_the_parent_class() -> None:
+    assert call_convention(PassingOn(E, H)) is TORCH_CALL
     slim = SlimAttention.from_dense(PassingOn(E, H, batch_first=True), KEPT)
     x = torch.randn(N, L, E)
     out, weights = slim(x, x, x, need_weights=False)
@@ -79,8 +79,8 @@ def head_masks() -> dict[str, Tensor | None]:
 
 
 @pytest.mark.parametrize("form", head_masks())
-def test_the_development_heads_attention_is_called_its_way(form: str) -> None:
-    dense, mask = HeadAttention(torchs()), head_masks()[form]
+def test_main_branch_attention_of_open_clip_keeps_its_calling_convention(form: str) -> None:
+    dense, mask = HeadAttention(torch_attention()), head_masks()[form]
     slim = SlimAttention.from_dense(dense, KEPT)
     x = torch.randn(N, L, E)
     expected = heads_masked(dense)(x, attn_mask=mask)
@@ -88,16 +88,16 @@ def test_the_development_heads_attention_is_called_its_way(form: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_heads_bool_mask_is_the_inverse_of_torchs() -> None:
+def test_bool_mask_of_the_main_branch_is_inverted() -> None:
     x, mask = torch.randn(N, L, E), torch.ones(L, L).tril().bool()
-    head = SlimAttention.from_dense(HeadAttention(torchs()), KEPT)
-    own = SlimAttention.from_dense(torchs(), KEPT)
+    head = SlimAttention.from_dense(HeadAttention(torch_attention()), KEPT)
+    own = SlimAttention.from_dense(torch_attention(), KEPT)
     torch.testing.assert_close(head(x, attn_mask=mask), own(x, attn_mask=~mask)[0])
     assert not torch.allclose(head(x, attn_mask=mask), own(x, attn_mask=mask.T)[0], atol=1e-2)
 
 
-def test_the_heads_cross_attention() -> None:
-    dense = HeadAttention(torchs())
+def test_cross_attention_of_the_main_branch() -> None:
+    dense = HeadAttention(torch_attention())
     slim, masked = SlimAttention.from_dense(dense, KEPT), heads_masked(dense)
     x, memory, other = torch.randn(N, L, E), torch.randn(N, S, E), torch.randn(N, L, E)
     cases: list[dict[str, Tensor]] = [
@@ -111,38 +111,42 @@ def test_the_heads_cross_attention() -> None:
     assert not torch.allclose(slim(x, k_x=other), slim(x, v_x=other), atol=1e-2)
 
 
-def test_an_order_of_axes_that_no_attribute_says_is_tried_out() -> None:
-    dense = SequenceAttention(torchs()).train()
+def test_undeclared_axis_order_is_detected_by_a_forward_pass() -> None:
+    dense = SequenceAttention(torch_attention()).train()
     slim = SlimAttention.from_dense(dense, KEPT).eval()
-    assert (slim.batch_first, slim.call) == (False, X_MASK)
+    assert (slim.batch_first, slim.call) == (False, OPEN_CLIP_CALL)
     x, mask = torch.randn(L, N, E), torch.randn(L, L)
     expected = heads_masked(dense).eval()(x, mask)
     torch.testing.assert_close(slim(x, mask), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_order_of_axes() -> None:
-    assert is_batch_first(torchs()) and not is_batch_first(torchs(batch_first=False))
-    assert is_batch_first(HeadAttention(torchs()))
-    assert not is_batch_first(SequenceAttention(torchs()).half())
-    sequence = SequenceAttention(torchs())
+def test_axis_order_of_every_supported_class() -> None:
+    assert is_batch_first(torch_attention()) and not is_batch_first(
+        torch_attention(batch_first=False)
+    )
+    assert is_batch_first(HeadAttention(torch_attention()))
+    assert not is_batch_first(SequenceAttention(torch_attention()).half())
+    sequence = SequenceAttention(torch_attention())
     sequence.batch_first = True  # type: ignore[assignment]
     assert is_batch_first(sequence)
 
 
-def test_how_a_module_is_called() -> None:
+def test_calling_convention_of_every_supported_class() -> None:
     from open_clip.transformer import Attention
 
-    assert call_of(torchs()) is TORCH
-    assert call_of(Attention(E, H)) is X_MASK
-    assert call_of(HeadAttention(torchs())) is X_KV_MASK
-    slim = SlimAttention.from_dense(HeadAttention(torchs()), KEPT)
+    assert call_convention(torch_attention()) is TORCH_CALL
+    assert call_convention(Attention(E, H)) is OPEN_CLIP_CALL
+    assert call_convention(HeadAttention(torch_attention())) is OPEN_CLIP_KV_CALL
+    slim = SlimAttention.from_dense(HeadAttention(torch_attention()), KEPT)
     again = SlimAttention.from_dense(copy.deepcopy(slim), (2, 5))
-    assert slim.call == again.call == X_KV_MASK
+    assert slim.call == again.call == OPEN_CLIP_KV_CALL
 
 
-def test_arguments_that_are_too_many_or_given_twice() -> None:
+def test_surplus_and_repeated_arguments_are_refused() -> None:
     x = torch.randn(N, L, E)
-    with pytest.raises(TypeError, match="3 positional arguments, expected query, attn_mask"):
-        SlimAttention(E, H, KEPT, call=X_MASK)(x, None, None)
-    with pytest.raises(TypeError, match="the argument k_x is given twice"):
-        SlimAttention(E, H, KEPT, call=X_KV_MASK)(x, x, k_x=x)
+    with pytest.raises(
+        TypeError, match="got 3 positional arguments, expected at most 2: query, attn_mask"
+    ):
+        SlimAttention(E, H, KEPT, call=OPEN_CLIP_CALL)(x, None, None)
+    with pytest.raises(TypeError, match="got the argument k_x twice"):
+        SlimAttention(E, H, KEPT, call=OPEN_CLIP_KV_CALL)(x, x, k_x=x)

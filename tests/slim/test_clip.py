@@ -49,7 +49,9 @@ def save(make_tower: Callable[..., nn.Module], slim_spec: Any, tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_the_whole_clip(save: Any, images: torch.Tensor) -> None:
+def test_loaded_clip_equals_dense_text_tower_and_slim_image_tower(
+    save: Any, images: torch.Tensor
+) -> None:
     from PIL import Image
 
     path, dense = save()
@@ -66,19 +68,19 @@ def test_the_whole_clip(save: Any, images: torch.Tensor) -> None:
     torch.testing.assert_close(preprocess(picture)[0, 0, 0].item(), (1 - mean[0]) / std[0])
 
 
-def test_without_a_text_tower(save: Any) -> None:
+def test_checkpoint_without_text_tower_is_refused(save: Any) -> None:
     path, _ = save(text=False)
     with pytest.raises(CheckpointError, match=r"holds no text tower; .* ovsprune\.load"):
         load_open_clip(path)
 
 
-def test_of_another_library(save: Any) -> None:
+def test_checkpoint_of_another_library_is_refused(save: Any) -> None:
     path, _ = save(library="timm")
     with pytest.raises(CheckpointError, match="was written for timm, not for open_clip"):
         load_open_clip(path)
 
 
-def test_without_open_clip(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_open_clip_is_reported(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = save()
     found = importlib.import_module
 
@@ -92,30 +94,30 @@ def test_without_open_clip(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         load_open_clip(path)
 
 
-def test_an_architecture_that_open_clip_cannot_build(
+def test_architecture_that_open_clip_cannot_build_is_refused(
     save: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
 
     monkeypatch.delattr(open_clip, "__version__")  # as up to 2.24
     path, _ = save(architecture={**CONFIG, "unheard_of": 1})
-    with pytest.raises(CheckpointError, match="cannot build architecture .*unheard_of"):
+    with pytest.raises(CheckpointError, match="cannot build this architecture .*unheard_of"):
         load_open_clip(path)
 
 
-def test_a_text_tower_of_another_width(save: Any) -> None:
+def test_text_tower_of_another_width_is_refused(save: Any) -> None:
     text = {**CONFIG["text_cfg"], "width": 32}  # type: ignore[dict-item]
     path, _ = save(architecture={**CONFIG, "text_cfg": text})
-    with pytest.raises(CheckpointError, match="the text tower is not that of"):
+    with pytest.raises(CheckpointError, match="the text tower does not fit the architecture"):
         load_open_clip(path)
 
 
 def old_transform(image_size: Any, is_train: bool, mean: Any = None, std: Any = None) -> str:
-    """open_clip's up to 2.20 cannot be told how to resize."""
+    """Transform of open_clip up to 2.20, without options for resizing."""
     return f"{image_size} {is_train}"
 
 
-def test_an_open_clip_that_cannot_be_told_how_to_resize(
+def test_old_open_clip_with_matching_fixed_transform_is_accepted(
     save: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
@@ -125,7 +127,7 @@ def test_an_open_clip_that_cannot_be_told_how_to_resize(
     assert load_open_clip(path)[1:] == ("(64, 64) True", "(64, 64) False")
 
 
-def test_an_open_clip_that_would_resize_another_way(
+def test_old_open_clip_with_other_fixed_transform_is_refused(
     save: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
@@ -135,6 +137,6 @@ def test_an_open_clip_that_would_resize_another_way(
     path, _ = save(preprocess=Preprocess((64, 64), resize_mode="squash"))
     with pytest.raises(
         MissingLibraryError,
-        match=r"resize_mode 'shortest' only, the checkpoint wants 'squash'; install .* 3\.3\.0",
+        match=r"resize_mode 'shortest' only, the checkpoint needs 'squash'; install .* 3\.3\.0",
     ):
         load_open_clip(path)

@@ -1,4 +1,4 @@
-"""Our own residual network against open_clip's, and the checkpoints that it is built from."""
+"""Tests that the residual network equals open_clip's, dense and pruned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE, WIDTH, OUT = 64, 8, 24
 
 
 def make_tower(size: int = SIZE, seed: int = 0) -> Any:
-    """open_clip's, with random values everywhere: in norms and their statistics, too."""
+    """Build open_clip's tower with random parameters, norm statistics included."""
     from open_clip.modified_resnet import ModifiedResNet
 
     tower = ModifiedResNet([2, 1, 1, 2], OUT, 4, size, WIDTH)
@@ -47,7 +47,7 @@ def make_tower(size: int = SIZE, seed: int = 0) -> Any:
 
 
 def spec_of(state: dict[str, Tensor]) -> tuple[SlimSpec, dict[str, Tensor]]:
-    """Half of the channels of every inner convolution, and a few more."""
+    """Keep half of the channels of every inner convolution, and a few more."""
     generator = torch.Generator().manual_seed(7)
     layers, mask = [], {}
     blocks = [n.removesuffix(".conv1.weight") for n in state if n.endswith(".conv1.weight")]
@@ -85,7 +85,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> SlimTower:
-    """Our own tower with all the weights of a dense one."""
+    """Load a tower with the weights of a dense one."""
     state = make_tower().state_dict()
     spec, _ = spec_of(state)
     spec = replace(spec, layers=())
@@ -95,7 +95,7 @@ def whole(tmp_path: Path) -> SlimTower:
 
 
 def dense_features(tower: Any, images: Tensor) -> Tensor:
-    """What open_clip's tower says of every position, written down a second time."""
+    """Compute the dense features of open_clip's tower, independently of the package."""
     x = tower.stem(images)
     for i in range(1, 5):
         x = tower.get_submodule(f"layer{i}")(x)
@@ -121,7 +121,7 @@ def test_equals_open_clips_tower(whole: SlimTower, images: Tensor) -> None:
     close(whole(images), tower(images))
     close(whole.dense(images), dense_features(tower, images))
     assert whole.tower.state_dict().keys() == tower.state_dict().keys()
-    # The negative control: other weights are seen.
+    # Negative control: other weights change the output.
     assert (whole(images) - make_tower(seed=1)(images)).abs().max() > 0.1
 
 
@@ -129,9 +129,9 @@ def test_equals_open_clips_tower(whole: SlimTower, images: Tensor) -> None:
 def test_a_slim_tower_equals_the_masked_dense_one(saved: Path, images: Tensor) -> None:
     checkpoint, slim, masked = read(saved), load(saved), make_tower()
     for layer in checkpoint.spec.layers:
-        gone = torch.ones(layer.units, dtype=torch.bool)
-        gone[checkpoint.mask[layer.name]] = False
-        masked.get_submodule(layer.slices[-1].module).weight[:, gone] = 0.0
+        removed = torch.ones(layer.units, dtype=torch.bool)
+        removed[checkpoint.mask[layer.name]] = False
+        masked.get_submodule(layer.slices[-1].module).weight[:, removed] = 0.0
     close(slim(images), masked(images))
     close(slim.dense(images), dense_features(masked, images))
     assert (slim(images) - make_tower()(images)).abs().max() > 0.1
@@ -162,13 +162,13 @@ def test_other_input_sizes_equal_open_clips_with_resized_positions(
     )
     close(whole(images), resized(images))
     close(whole.dense(images), dense_features(resized, images))
-    # A tower that the environment built for that size takes the checkpoint's positions resized.
+    # A tower built for another size gets the resized positions of the checkpoint.
     apply(resized, read(saved))
     close(load(saved)(images), resized(images))
 
 
 @torch.no_grad()
-def test_sizes_that_are_not_square_or_no_multiple(whole: SlimTower) -> None:
+def test_sizes_that_are_not_square_or_no_multiple_of_the_stride(whole: SlimTower) -> None:
     assert whole.dense(torch.randn(1, 3, 64, 100)).shape == (1, OUT, 2, 3)
     assert whole(torch.randn(1, 3, 70, 64)).shape == (1, OUT)
     half = deepcopy(whole).to(torch.bfloat16)
@@ -177,7 +177,7 @@ def test_sizes_that_are_not_square_or_no_multiple(whole: SlimTower) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 31, 64)])
-def test_pictures_of_another_shape_are_refused(whole: SlimTower, shape: tuple[int, ...]) -> None:
+def test_images_of_another_shape_are_refused(whole: SlimTower, shape: tuple[int, ...]) -> None:
     with pytest.raises(OptionError, match=r"images have shape .*, expected \[B, 3, H, W\] .* 32"):
         whole(torch.zeros(shape))
     with pytest.raises(OptionError, match="images have shape"):
@@ -208,7 +208,7 @@ def test_another_activation_is_refused(saved: Path) -> None:
         ),
     ],
 )
-def test_tensors_that_make_no_tower(
+def test_tensors_that_do_not_form_the_tower_are_refused(
     saved: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], message: str
 ) -> None:
     checkpoint = read(saved)
@@ -219,7 +219,7 @@ def test_tensors_that_make_no_tower(
         load(path)
 
 
-def test_a_head_width_that_does_not_fit(saved: Path, tmp_path: Path) -> None:
+def test_head_width_that_is_no_divisor_is_refused(saved: Path, tmp_path: Path) -> None:
     checkpoint = read(saved)
     spec = replace(checkpoint.spec, architecture={"vision_cfg": {"head_width": 60}})
     path = write(tmp_path / "odd", spec, checkpoint.tensors, checkpoint.mask, card="")

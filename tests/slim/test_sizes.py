@@ -1,7 +1,7 @@
-"""Other input sizes than the native one: SAN's 320, CAT-Seg's 384, and grids that are not square.
+"""Input sizes other than the native one: SAN's 320, CAT-Seg's 384, and grids that are not square.
 
-What must come out is what open_clip's own tower of that size gives, after open_clip's own
-interpolation of the positions, with the cut units masked to zero.
+The expected output is that of open_clip's tower of that size, with positions interpolated by
+open_clip and removed units masked to zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.apply import apply
 from ovsprune.slim.load import load
 from ovsprune.slim.read import SlimCheckpoint, read
-from ovsprune.slim.vit import resampling, resize_positions
+from ovsprune.slim.vit import bicubic_matrix, resize_positions
 
 Make = Callable[..., nn.Module]
 
@@ -46,7 +46,7 @@ def written(make_tower: Make, write_slim: Any, pool: dict[str, Any]) -> Path:
 
 
 def resized(make_tower: Make, pool: dict[str, Any], size: tuple[int, int]) -> nn.Module:
-    """open_clip's tower of ``size``, with the native tower's weights as open_clip fits them."""
+    """Build open_clip's tower of ``size``, with weights and positions that open_clip resizes."""
     from open_clip.model import resize_pos_embed
 
     holder = nn.Module()
@@ -58,16 +58,16 @@ def resized(make_tower: Make, pool: dict[str, Any], size: tuple[int, int]) -> nn
 
 
 def outputs(tower: Any, images: Tensor) -> Tensor:
-    """Pooled and dense output of open_clip's tower, in one row."""
+    """Compute pooled and dense output of open_clip's tower, flattened into one tensor."""
     tokens = tower.ln_post(tower.transformer(tower._embeds(images))[:, 1:]) @ tower.proj
     return torch.cat([tower(images).flatten(), tokens.transpose(1, 2).flatten()])
 
 
-def error(given: Tensor, expected: Tensor) -> float:
-    return float((given - expected).abs().max() / expected.std())
+def error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.std())
 
 
-def pictures(size: tuple[int, int]) -> Tensor:
+def images_of(size: tuple[int, int]) -> Tensor:
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(5))
 
 
@@ -76,11 +76,11 @@ def pictures(size: tuple[int, int]) -> Tensor:
 def test_loaded_and_attached_at_another_size(
     make_tower: Make, written: Path, masked: Any, pool: dict[str, Any], size: tuple[int, int]
 ) -> None:
-    checkpoint, images = read(written), pictures(size)
+    checkpoint, images = read(written), images_of(size)
     dense = resized(make_tower, pool, size)
     whole = outputs(dense, images)
     expected = outputs(masked(dense, checkpoint), images)
-    assert error(whole, expected) > 1e-2  # the mask does something
+    assert error(whole, expected) > 1e-2  # removing the units changes the output
 
     slim = load(written)
     both = slim.outputs(images)
@@ -99,21 +99,23 @@ def test_loaded_and_attached_at_another_size(
 
 
 @torch.no_grad()
-def test_as_many_patches_in_another_grid_are_interpolated_too(
+def test_another_grid_with_as_many_patches_is_interpolated(
     make_tower: Make, checkpoint: SlimCheckpoint
 ) -> None:
-    """16 patches both times. open_clip's own loader takes positions of 4 x 4 for 2 x 8 there."""
+    """Both grids have 16 patches; open_clip's loader would not interpolate 4 x 4 to 2 x 8."""
     built = make_tower(size=(32, 128), seed=9)
     apply(built, checkpoint)
     native = checkpoint.tower()["positional_embedding"]
     torch.testing.assert_close(built.positional_embedding, resize_positions(native, (4, 4), (2, 8)))
-    images = pictures((32, 128))
+    images = images_of((32, 128))
     slim = load(checkpoint.path)
     together = torch.cat([x.flatten() for x in slim.outputs(images)])
     assert error(outputs(built, images), together) < 1e-4
 
 
-def test_a_tower_that_does_not_tell_its_grid(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_tower_without_grid_attribute_must_be_square(
+    make_tower: Make, checkpoint: SlimCheckpoint
+) -> None:
     square, oblong = make_tower(size=96, seed=9), make_tower(size=(48, 96), seed=9)
     native = checkpoint.tower()["positional_embedding"]
     del square.grid_size, oblong.grid_size
@@ -127,14 +129,14 @@ def test_a_tower_that_does_not_tell_its_grid(make_tower: Make, checkpoint: SlimC
     assert oblong.positional_embedding is before
 
 
-def test_a_native_size_is_set_once(checkpoint: SlimCheckpoint) -> None:
+def test_set_size_interpolates_positions_once(checkpoint: SlimCheckpoint) -> None:
     slim = load(checkpoint.path, size=(64, 64))
     native = checkpoint.tower()["positional_embedding"]
     assert torch.equal(slim.tower.positional_embedding, native)
     slim.set_size((320, 384))
     assert slim.tower.grid_size == (20, 24)
     assert slim.tower.positional_embedding.requires_grad
-    assert slim.spec == checkpoint.spec  # what the checkpoint says, whatever was set here
+    assert slim.spec == checkpoint.spec  # the spec keeps the size of the checkpoint
     with pytest.raises(OptionError, match="at least one patch"):
         load(checkpoint.path, size=(8, 64))
 
@@ -142,8 +144,8 @@ def test_a_native_size_is_set_once(checkpoint: SlimCheckpoint) -> None:
 @pytest.mark.parametrize(
     ("old", "new"), [(4, 4), (4, 6), (14, 20), (14, 24), (14, 7), (14, 5), (9, 1), (1, 3)]
 )
-def test_resampling_is_torchs_bicubic_with_antialiasing(old: int, new: int) -> None:
-    matrix = resampling(old, new, torch.device("cpu"))
+def test_bicubic_matrix_equals_torch_interpolation(old: int, new: int) -> None:
+    matrix = bicubic_matrix(old, new, torch.device("cpu"))
     image = torch.randn(1, 3, old, 5, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(
         image, size=(new, 5), mode="bicubic", antialias=True, align_corners=False

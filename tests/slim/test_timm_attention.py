@@ -30,8 +30,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     ),
     "wide": partial(Attention, WIDTH, HEADS, attn_head_dim=6, qkv_bias=True),
     "rope": partial(AttentionRope, WIDTH, HEADS),
-    "rope apart": partial(AttentionRope, WIDTH, HEADS, qkv_fused=False, rotate_half=True),
-    "bias beside": partial(EvaAttention, WIDTH, HEADS, scale_norm=False),
+    "rope, separate qkv": partial(AttentionRope, WIDTH, HEADS, qkv_fused=False, rotate_half=True),
+    "biases as parameters": partial(EvaAttention, WIDTH, HEADS, scale_norm=False),
     "eva": partial(EvaAttention, WIDTH, HEADS, qkv_fused=False, norm_layer=NORM),
     "relative": partial(
         RelPosAttention, WIDTH, HEADS, rel_pos_cls=partial(RelPosMlp, window_size=(2, 5))
@@ -61,8 +61,8 @@ def _inputs(dense: nn.Module) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _masked(dense: Any, kept: tuple[int, ...]) -> nn.Module:
-    """Heads that are not kept give zero, before the norm and behind it."""
-    parts = TimmAttention(dense, apart=True)
+    """Set the values of removed heads and their output columns to zero."""
+    parts = TimmAttention(dense, separate_qkv=True)
     width = parts.head_dim
     for head in set(range(HEADS)) - set(kept):
         rows = slice(head * width, (head + 1) * width)
@@ -70,16 +70,16 @@ def _masked(dense: Any, kept: tuple[int, ...]) -> nn.Module:
         if parts.v_proj.bias is not None:
             parts.v_proj.bias[rows] = 0
         parts.proj.weight[:, rows] = 0
-    return parts.whole()
+    return parts.to_dense()
 
 
-def test_all_heads_are_the_dense_module(dense: nn.Module) -> None:
+def test_with_all_heads_equals_the_dense_module(dense: nn.Module) -> None:
     x, extra = _inputs(dense)
     assert is_timm_attention(dense)
-    for apart in (False, True):
-        slim = TimmAttention(dense, apart=apart)
+    for separate in (False, True):
+        slim = TimmAttention(dense, separate_qkv=separate)
         torch.testing.assert_close(slim(x, **extra), dense(x, **extra), atol=1e-6, rtol=1e-5)
-        whole = slim.whole()
+        whole = slim.to_dense()
         assert type(whole) is type(dense)
         assert torch.equal(whole(x, **extra), dense(x, **extra))
         state = dense.state_dict()
@@ -99,23 +99,23 @@ def test_kept_heads_equal_the_masked_dense_module(dense: nn.Module) -> None:
     assert (wrong(x, **extra) - expected).abs().max() > 0.1 * scale
 
 
-def test_apart_and_back_is_the_dense_form(dense: nn.Module) -> None:
+def test_separate_layers_convert_back_to_the_dense_layout(dense: nn.Module) -> None:
     x, extra = _inputs(dense)
     once = TimmAttention(dense, KEPT)
-    again = TimmAttention(TimmAttention(dense, KEPT, apart=True))
+    again = TimmAttention(TimmAttention(dense, KEPT, separate_qkv=True))
     assert once.state_dict().keys() == again.state_dict().keys()
     assert torch.equal(once(x, **extra), again(x, **extra))
     fewer = TimmAttention(once, (2,))
     assert torch.equal(fewer(x, **extra), TimmAttention(dense, (2,))(x, **extra))
-    with pytest.raises(OptionError, match="are left"):
+    with pytest.raises(OptionError, match="only the heads .* are left"):
         TimmAttention(once, (1,))
     with pytest.raises(OptionError, match="only 2 of 3"):
-        once.whole()
+        once.to_dense()
 
 
 def test_masks_are_gathered_at_the_kept_heads(dense: nn.Module) -> None:
     if isinstance(dense, (RelPosAttention, WindowAttention, MapAttention)):
-        pytest.skip("timm's own takes no mask here")
+        pytest.skip("this class of timm takes no mask")
     x, extra = _inputs(dense)
     mask = torch.randn(1, HEADS, TOKENS, TOKENS)
     expected = _masked(dense, KEPT)(x, attn_mask=mask, **extra)
@@ -124,39 +124,41 @@ def test_masks_are_gathered_at_the_kept_heads(dense: nn.Module) -> None:
     assert not torch.allclose(found, slim_attention(dense, KEPT)(x, **extra), atol=1e-2)
 
 
-def test_windows_have_masks_and_are_seen_as_one_picture() -> None:
+def test_windows_have_masks_and_layers_get_one_entry_per_image() -> None:
     torch.manual_seed(0)
     dense = FORMS["windows"]().eval().requires_grad_(False)
     nn.init.normal_(dense.relative_position_bias_table)  # type: ignore[arg-type]
     x, mask = torch.randn(6, TOKENS, WIDTH), torch.randn(3, TOKENS, TOKENS)
     expected = dense(x, mask=mask)
     assert not torch.allclose(dense(x), expected, atol=1e-2)
-    apart = TimmAttention(dense, apart=True, windows=3)
+    separate = TimmAttention(dense, separate_qkv=True, windows_per_image=3)
     seen = []
-    for layer in (apart.k_proj, apart.proj):
+    for layer in (separate.k_proj, separate.proj):
         layer.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
-    for same in (TimmAttention(dense), apart, apart.whole()):
+    for same in (TimmAttention(dense), separate, separate.to_dense()):
         torch.testing.assert_close(same(x, mask=mask), expected, atol=1e-6, rtol=1e-5)
     assert [part.shape[:2] for pair in seen for part in pair] == [(2, 3 * TOKENS)] * 4
     cut = _masked(dense, KEPT)(x, mask=mask)
     torch.testing.assert_close(slim_attention(dense, KEPT)(x, mask=mask), cut, atol=1e-5, rtol=1e-4)
 
 
-def test_every_tensor_is_its_own(dense: nn.Module) -> None:
-    """What is loaded into the slim one must not reach the dense one, which comes back."""
+def test_no_tensor_is_shared_with_the_dense_module(dense: nn.Module) -> None:
+    """Loading weights into the slim module must not change the dense one."""
     x, extra = _inputs(dense)
     before = dense(x, **extra)
     slim = slim_attention(dense, KEPT)
     for parameter in slim.parameters():
         parameter.data.zero_()
     assert torch.equal(dense(x, **extra), before)
-    apart = TimmAttention(dense, apart=True)
-    for parameter in apart.parameters():
+    separate = TimmAttention(dense, separate_qkv=True)
+    for parameter in separate.parameters():
         parameter.data.add_(0.1)
-    torch.testing.assert_close(apart.whole()(x, **extra), apart(x, **extra), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        separate.to_dense()(x, **extra), separate(x, **extra), atol=1e-5, rtol=1e-4
+    )
 
 
-def test_flags_stay(dense: nn.Module) -> None:
+def test_requires_grad_flags_are_kept(dense: nn.Module) -> None:
     dense.requires_grad_(True)
     name = next(n for n, _ in dense.named_parameters() if n.startswith("proj"))
     dense.get_parameter(name).requires_grad_(False)
@@ -164,11 +166,11 @@ def test_flags_stay(dense: nn.Module) -> None:
     assert flags == {n: p.requires_grad for n, p in dense.named_parameters()}
 
 
-def test_what_a_cut_would_change_is_refused() -> None:
+def test_unsupported_attentions_are_refused() -> None:
     with pytest.raises(TargetError, match="gate"):
         TimmAttention(Attention(WIDTH, HEADS, gated=True), KEPT)
     shared = AttentionRope(WIDTH, 4, qkv_fused=False, num_kv_heads=2)
     with pytest.raises(TargetError, match="shared by several heads"):
         TimmAttention(shared, KEPT)
-    with pytest.raises(TargetError, match="no maps by timm's names"):
+    with pytest.raises(TargetError, match="no layers by timm's names"):
         TimmAttention(nn.MultiheadAttention(WIDTH, HEADS), KEPT)
