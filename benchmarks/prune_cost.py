@@ -23,22 +23,22 @@ import torch
 from ovsprune import backbones
 from ovsprune.calibration import sensitivity
 from ovsprune.calibration.linearised import Metric
+from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.calibration.refit import Refit
-from ovsprune.calibration.surgeon import eliminate
 from ovsprune.calibration.survey import Survey
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs import prune as job
-from ovsprune.jobs.peak import high_water
 from ovsprune.jobs.prune import PruneResult, prune
-from ovsprune.jobs.steps import Job
+from ovsprune.profiling.memory import high_water
+from ovsprune.pruning.pipeline import Pipeline
 
 PASSED: Mapping[str, Sequence[Callable[..., Any]]] = {
     "survey": [Survey.run],
     "moments": [Survey._advance],
-    "curves": [sensitivity.measure],
-    "elimination": [eliminate],
-    "refit": [Job._recover],
+    "curves": [sensitivity.measure_curve],
+    "elimination": [prune_columns],
+    "refit": [Pipeline._recover],
     "ridge": [Refit.apply, Metric.precondition],
     "write": [job.write],
 }
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--output", type=Path, help="keep the slim tower, for 'ovsprune benchmark'")
     chosen = parser.parse_args()
-    backbone = backbones.load(chosen.model, pretrained="none")
+    backbone = backbones.load_backbone(chosen.model, pretrained="none")
     row = cost(backbone, chosen.samples, chosen.ratio, chosen.output)
     path = Path(__file__).with_suffix(".json")
     rows = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES, timm_source, transformers_source
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS, TorchPruning
 from ovsprune.core.errors import OvspruneError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.graph.cut import mask
 from ovsprune.graph.groups import find_groups
-from ovsprune.jobs import steps
-from ovsprune.jobs.stock import STOCK, TorchPruning
+from ovsprune.pruning import pipeline as steps
 from ovsprune.slim.hashing import state_hashes
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +57,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     others = name.startswith((transformers_source.PREFIX, timm_source.PREFIX))
     few = not others and not fits(params_of(name))
     with shortened(few):
-        backbone = backbones.load(name, pretrained="none")
+        backbone = backbones.load_backbone(name, pretrained="none")
         backbone.encoder, backbone.text = None, {}
         generator = torch.Generator().manual_seed(1)
         images = torch.randn(2, 3, *backbone.preprocess.size, generator=generator)
@@ -105,10 +105,12 @@ def masked_and_stock(
     family, size = FAMILIES.get(backbone.family), backbone.preprocess.size
     dense = deepcopy(backbone.tower)
     family.rewrite(dense)
-    seeds = [seed for seed in family.seeds(dense) if seed.name in plan.kept]
+    seeds = [seed for seed in family.prunable_layers(dense) if seed.name in plan.kept]
     groups = find_groups(dense, seeds, size)
     try:
-        stock = TorchPruning("", STOCK["torch-pruning-uniform"], backbone.tower, groups, size)
+        stock = TorchPruning(
+            "", TORCH_PRUNING_METHODS["torch-pruning-uniform"], backbone.tower, groups, size
+        )
         share = stock.prune(RATIO, RATIO).achieved
     except Exception as error:  # whatever another library does
         print(f"Torch-Pruning: {error!r}", file=sys.stderr)

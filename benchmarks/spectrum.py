@@ -67,7 +67,7 @@ def models() -> list[tuple[str, list[Matrix]]]:
     towers = [("tiny", "tiny"), ("photo", str(HERE / "photo_clip" / "photo"))]
     return [
         ("EfficientNet-Lite0 (ImageNet)", lite0),
-        *((name, matrices(backbones.load(place).tower)) for name, place in towers),
+        *((name, matrices(backbones.load_backbone(place).tower)) for name, place in towers),
     ]
 
 
@@ -115,7 +115,7 @@ def agreement(name: str, found: Sequence[Matrix]) -> dict[str, Any]:
 
 def speed(rounds: int) -> dict[str, Any]:
     """Seconds of both in turn; the ratio is the median over the rounds."""
-    tower = backbones.load("ViT-B-16", pretrained="none").tower
+    tower = backbones.load_backbone("ViT-B-16", pretrained="none").tower
     plain = [m for m in matrices(tower) if m.kind in ("out", "c_fc", "c_proj", "conv1")]
     layers = layers_of(plain)
     contest: dict[str, Callable[[], Any]] = {

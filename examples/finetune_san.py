@@ -15,7 +15,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 import ovsprune
-from ovsprune.backbones import load as load_model
+from ovsprune.backbones import load_backbone as load_model
 from ovsprune.calibration.scenes import CLASS_NAMES, render_scene
 from ovsprune.evaluation.zero_shot import prepare_image
 from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import ovsprune
-from ovsprune.backbones import load as load_model
+from ovsprune.backbones import load_backbone as load_model
 
 
 def main() -> None:

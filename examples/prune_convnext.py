@@ -14,7 +14,7 @@ import open_clip
 import torch
 
 import ovsprune
-from ovsprune.backbones import load as load_model
+from ovsprune.backbones import load_backbone as load_model
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def on_disk(slim: Path, checkpoint: Path | None, output: Path) -> None:
 
 def live(slim: Path) -> None:
     """Slim a SAN of mmsegmentation in place, use it, and get the dense one back."""
-    from ovsprune.backbones import load as load_model
+    from ovsprune.backbones import load_backbone as load_model
     from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower, run_san
 
     # A SAN around the dense model that was pruned; yours comes from your own configuration.

@@ -22,14 +22,14 @@ from ovsprune.core.errors import OvspruneError
 if TYPE_CHECKING:
     from ovsprune.jobs.benchmark import benchmark
     from ovsprune.jobs.compare import compare
-    from ovsprune.jobs.config import PruneConfig
     from ovsprune.jobs.evaluate import evaluate
     from ovsprune.jobs.export import export
     from ovsprune.jobs.inspect import inspect
-    from ovsprune.jobs.launch import launch
     from ovsprune.jobs.prune import prune
     from ovsprune.jobs.schedule import schedule
     from ovsprune.jobs.transfer import transfer
+    from ovsprune.launching.command import launch
+    from ovsprune.pruning.config import PruneConfig
     from ovsprune.schedules import TrainPlan
     from ovsprune.slim import SlimCheckpoint, SlimTower, apply, load, load_open_clip, read
 
@@ -57,7 +57,7 @@ __all__ = [
 
 # Public name -> the module that has it.
 _HOMES = {
-    "PruneConfig": "ovsprune.jobs.config",
+    "PruneConfig": "ovsprune.pruning.config",
     "SlimCheckpoint": "ovsprune.slim",
     "SlimTower": "ovsprune.slim",
     "TrainPlan": "ovsprune.schedules",
@@ -67,7 +67,7 @@ _HOMES = {
     "evaluate": "ovsprune.jobs.evaluate",
     "export": "ovsprune.jobs.export",
     "inspect": "ovsprune.jobs.inspect",
-    "launch": "ovsprune.jobs.launch",
+    "launch": "ovsprune.launching.command",
     "load": "ovsprune.slim",
     "load_open_clip": "ovsprune.slim",
     "prune": "ovsprune.jobs.prune",

@@ -23,18 +23,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ovsprune.backbones import load
+from ovsprune.backbones import load_backbone
 from ovsprune.calibration.fidelity import Agreement
 from ovsprune.calibration.pictures import FilePictures
+from ovsprune.comparison.methods import parse_methods
+from ovsprune.comparison.results import Rows
+from ovsprune.comparison.runner import ComparisonRunner
 from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
-from ovsprune.graph.costs import measure
-from ovsprune.jobs.config import PruneConfig
-from ovsprune.jobs.contest import Contest
-from ovsprune.jobs.measure import thread_limit
-from ovsprune.jobs.methods import parse_methods
-from ovsprune.jobs.rows import Rows
+from ovsprune.graph.costs import count_costs
+from ovsprune.profiling.timing import thread_limit
+from ovsprune.pruning.config import PruneConfig
 from ovsprune.report.intervals import pooled_difference, spread
 from ovsprune.report.numbers import count, duration
 
@@ -69,7 +69,7 @@ class FeatureExaminer:
         self._backbone, self._pictures, self._batch_size = backbone, pictures, batch_size
         self._wanted = list(self._outputs(backbone.tower))
 
-    def examine(self, tower: nn.Module, label: str) -> dict[str, float]:
+    def score(self, tower: nn.Module, label: str) -> dict[str, float]:
         """Figures of a tower: :data:`FIGURES`."""
         dense, pooled = Agreement(), Agreement()
         for wanted, found in zip(self._wanted, self._outputs(tower.eval()), strict=True):
@@ -193,14 +193,14 @@ def _gaps(rows: Sequence[dict[str, Any]], ratio: float) -> str:
 def compare(chosen: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Every row that is missing, and the record of all."""
     folder, test = photographs(chosen.data, chosen.work)
-    backbone = load(str(chosen.model))
+    backbone = load_backbone(str(chosen.model))
     settings = PruneConfig(ratio=0.5, calibration=str(folder), samples=chosen.samples)
     identity = {"model": backbone.name, "samples": chosen.samples, "images": len(test)}
     rows = Rows(chosen.work / "rows", identity)
     methods = parse_methods(chosen.methods or METHODS)
     ratios = chosen.ratio or RATIOS
     examiner = FeatureExaminer(backbone, FilePictures(test, backbone.preprocess), 16)
-    contest = Contest(backbone, settings, examiner, progress)  # type: ignore[arg-type]
+    contest = ComparisonRunner(backbone, settings, examiner, progress)  # type: ignore[arg-type]
     wanted = []
     for seed, ratio, method in itertools.product(range(chosen.seeds), ratios, methods):
         key = {"method": method.name, "ratio": ratio, "seed": seed}
@@ -212,7 +212,7 @@ def compare(chosen: argparse.Namespace, progress: Progress) -> dict[str, Any]:
             print(json.dumps(row), flush=True)
         wanted.append(row)
     wanted.sort(key=lambda row: (row["ratio"], row["seed"]))
-    costs = measure(backbone.tower, backbone.preprocess.size)
+    costs = count_costs(backbone.tower, backbone.preprocess.size)
     return {
         "model": backbone.name,
         **identity,

@@ -56,7 +56,7 @@ def assemble(run: Run, classes: int, work: Path, sparsity: float = TRAINED_AT) -
 
     backbone = FRAMEWORKS[run.framework].backbone
     place = found_masks.folder_of(work, backbone, sparsity)
-    tower = backbones.load(str(found_masks.FOLDERS[backbone])).tower.float()
+    tower = backbones.load_backbone(str(found_masks.FOLDERS[backbone])).tower.float()
     tower.requires_grad_(True)
     module = build(run.framework, tower, classes, run.seed)
     holder = getattr(module, "holder", module)

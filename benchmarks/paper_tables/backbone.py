@@ -279,16 +279,16 @@ detected.
 """
 
 
-def measure(checkpoint: Path, data: Path, folder: Path = RESNET) -> dict[str, Any]:
+def count_costs(checkpoint: Path, data: Path, folder: Path = RESNET) -> dict[str, Any]:
     """Scores the exported tower, and writes its card and ``measured.json``."""
     from towers import Tower
     from training import SETS, score
 
     from ovsprune import backbones
-    from ovsprune.graph.costs import measure as count
+    from ovsprune.graph.costs import count_costs as count
 
     state = torch.load(checkpoint, weights_only=True)
-    loaded = backbones.load(str(folder))
+    loaded = backbones.load_backbone(str(folder))
     costs = count(loaded.tower, loaded.preprocess.size)
     found = {name: score(Tower(loaded), name, data) for name in SETS}
     kept = {key: state["settings"][key] for key in ("steps", "batch", "rate", "seed")}
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(final)
     if chosen.export:
         export(final, chosen.folder)
-        print(measure(final, chosen.data, chosen.folder))
+        print(count_costs(final, chosen.data, chosen.folder))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def ranked(backbone: str) -> dict[str, tuple[int, ...]]:
     from ovsprune import backbones
     from ovsprune.graph.products import find_products
 
-    loaded = backbones.load(str(FOLDERS[backbone]))
+    loaded = backbones.load_backbone(str(FOLDERS[backbone]))
     products = find_products(loaded.tower, loaded.preprocess.size)[1:]
     return {
         p.name: p.shape
@@ -150,7 +150,7 @@ def _structured(
     from ovsprune import backbones
     from ovsprune.core.errors import BudgetError
 
-    model = backbones.load(str(FOLDERS[backbone]))
+    model = backbones.load_backbone(str(FOLDERS[backbone]))
     low, high, tries = (0.0, 0.0), (1.0, 1.0), []  # ratio and sparsity that are known
     ratio = FIRST * sparsity
     final = place / "structured"
@@ -208,7 +208,7 @@ def between(low: tuple[float, float], high: tuple[float, float], sparsity: float
 
 def _imp(backbone: str, ratio: float, pictures: str, place: Path, rounds: Path) -> dict[str, Any]:
     """The paper's masks, of exactly as many zeros; the next sparsity goes on from these rounds."""
-    from ovsprune.jobs.imp import imp
+    from ovsprune.baselines.imp_weights import imp
 
     result = imp(
         str(FOLDERS[backbone]),

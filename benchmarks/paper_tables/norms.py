@@ -16,7 +16,7 @@ def preprocess() -> Any:
 
     from ovsprune import backbones
 
-    return backbones.load(str(FOLDERS["resnet"])).preprocess
+    return backbones.load_backbone(str(FOLDERS["resnet"])).preprocess
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def draw_spectra(work: Path) -> None:
     from ovsprune.report.spectra import draw
     from ovsprune.spectrum import matrices, spectra
 
-    tower = backbones.load(str(place)).tower
+    tower = backbones.load_backbone(str(place)).tower
     draw(spectra(matrices(tower)), SPECTRA, title="the structured ResNet's spectra, fit peak")
 
 

@@ -75,7 +75,7 @@ def _pruned(
     found = json.loads((place / "masks.json").read_text())
 
     def dense() -> Any:
-        return backbones.load(str(FOLDERS[backbone]))
+        return backbones.load_backbone(str(FOLDERS[backbone]))
 
     def masked(masks: dict[str, torch.Tensor]) -> Any:
         loaded = dense()
@@ -102,11 +102,11 @@ def _pruned(
         folder = place / f"random-{seed}"
         refused = _random_units(backbone, found, seed, data, work, folder)
         yield "random units", seed, refused or unrepaired(folder)
-        yield LOT, seed, refused or backbones.load(str(folder))
+        yield LOT, seed, refused or backbones.load_backbone(str(folder))
     folder = place / "structured"
     refused = "" if found["reached"] else "no ratio of MACs leaves out so many weights"
     yield "structured, not repaired", 0, refused or unrepaired(folder)
-    yield "structured", 0, refused or backbones.load(str(folder))
+    yield "structured", 0, refused or backbones.load_backbone(str(folder))
 
 
 def _random_units(
@@ -119,7 +119,7 @@ def _random_units(
 
     try:
         ovsprune.prune(
-            backbones.load(str(FOLDERS[backbone])),
+            backbones.load_backbone(str(FOLDERS[backbone])),
             found["zeros"] / found["dense"]["params"],
             budget="params",
             criterion="random",
@@ -158,7 +158,7 @@ def _error(backbone: str, loaded: Any, data: Path) -> float:
     from ovsprune.calibration.fidelity import fidelity
     from ovsprune.calibration.pictures import FilePictures
 
-    dense = backbones.load(str(FOLDERS[backbone]))
+    dense = backbones.load_backbone(str(FOLDERS[backbone]))
     dense.tower.eval()
     files = listed(data / "msrc" / "images", data / "msrc" / "test.txt")
     pictures = FilePictures(files, dense.preprocess)

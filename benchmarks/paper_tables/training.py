@@ -275,7 +275,7 @@ def score(module: Any, name: str, data: Path, limit: int | None = None) -> dict[
     pictures = FolderData(base, list_file=base / listing if listing else None, limit=limit)
     rows = read_embeddings(next((data / "text").glob("*.npz")), pictures.prompts)
     module.eval()
-    head: Any = _Head(module, rows, backbones.load(str(FOLDERS["vit"])).preprocess)
+    head: Any = _Head(module, rows, backbones.load_backbone(str(FOLDERS["vit"])).preprocess)
     result = evaluate(head, pictures, batch_size=8)
     return {
         "miou": result.scores.miou,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from export import PHOTO
 
-from ovsprune.backbones import load
+from ovsprune.backbones import load_backbone
 from ovsprune.evaluation import DenseZeroShot, FolderData, evaluate
 from ovsprune.evaluation.bootstrap import bootstrap_miou
 from ovsprune.evaluation.text import read_embeddings
@@ -34,7 +34,7 @@ def score(model: str, data: Path, centred: bool) -> dict[str, Any]:
         data: Folder of the photographs.
         centred: Whether the mean of the embeddings is taken off them first.
     """
-    backbone = load(model)
+    backbone = load_backbone(model)
     found: dict[str, Any] = {}
     for name, (folder, listing) in SETS.items():
         base = data / folder

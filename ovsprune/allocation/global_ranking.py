@@ -16,10 +16,10 @@ class Global:
     needs_curves = False
     needs_spectra = False
 
-    def widths(self, item: AllocationContext) -> dict[str, int]:
+    def widths(self, ctx: AllocationContext) -> dict[str, int]:
         """Keep the units whose removal costs most for their price, whatever group they are in.
 
-        Costs that mean the same everywhere (``item.comparable``: an estimated change of one loss)
+        Costs that mean the same everywhere (``ctx.comparable``: an estimated change of one loss)
         are taken as they are, as in Molchanov et al. 2019. Others (a norm of weights, an error of
         one layer's output) have scales of their own: a group's costs per price are divided by
         their mean, so that the tower's MACs are worth the same in every group on average. This is
@@ -30,9 +30,9 @@ class Global:
         Raises:
             BudgetError: The floors cost more than the budget.
         """
-        ladders = {g.name: ladder(item, g) for g in item.groups}
+        ladders = {g.name: ladder(ctx, g) for g in ctx.groups}
         worths = {
-            name: found.worths / (1.0 if item.comparable or found.mean <= 0 else found.mean)
+            name: found.worths / (1.0 if ctx.comparable or found.mean <= 0 else found.mean)
             for name, found in ladders.items()
         }
-        return spend(item, ladders, worths)
+        return spend(ctx, ladders, worths)

@@ -21,7 +21,7 @@ class Isomorphic:
     needs_curves = False
     needs_spectra = False
 
-    def widths(self, item: AllocationContext) -> dict[str, int]:
+    def widths(self, ctx: AllocationContext) -> dict[str, int]:
         """Rank units inside each class; take the same share of each class's cost.
 
         Isomorphic Pruning (Fang et al., ECCV 2024): costs of different structures follow
@@ -31,13 +31,13 @@ class Isomorphic:
             BudgetError: The floors cost more than the budget.
         """
         classes: dict[Hashable, dict[str, Ladder]] = {}
-        for group in item.groups:
-            classes.setdefault(_structure(group), {})[group.name] = ladder(item, group)
+        for group in ctx.groups:
+            classes.setdefault(_structure(group), {})[group.name] = ladder(ctx, group)
         ladders = {name: found for members in classes.values() for name, found in members.items()}
         worths = {
             name: place for members in classes.values() for name, place in _places(members).items()
         }
-        return spend(item, ladders, worths)
+        return spend(ctx, ladders, worths)
 
 
 def _structure(group: Group) -> Hashable:

@@ -40,7 +40,7 @@ class Ladder:
     mean: float
 
 
-def ladder(item: AllocationContext, group: Group) -> Ladder:
+def ladder(ctx: AllocationContext, group: Group) -> Ladder:
     """The steps of ``group``.
 
     Costs are made monotone along the order of removal (their running maximum): a unit that is
@@ -48,38 +48,38 @@ def ladder(item: AllocationContext, group: Group) -> Ladder:
     and a step is worth more than the one below it, the two are taken as one (the concave hull of
     the worth over the price), so that going by worth never asks for a step before the one below.
     """
-    order = item.scores.orders[group.name].cpu().numpy()
-    costs = item.scores.costs[group.name].double().cpu().numpy()[order]
+    order = ctx.scores.orders[group.name].cpu().numpy()
+    costs = ctx.scores.costs[group.name].double().cpu().numpy()[order]
     gone = np.concatenate([[0.0], np.cumsum(np.maximum.accumulate(costs))])
-    widths = np.array(widths_of(group, item.round_to))
-    price = np.array([item.budget.price(group, int(w)) for w in widths])
-    prices = np.maximum(np.diff(price), 1e-15 * item.budget.dense)
+    widths = np.array(widths_of(group, ctx.round_to))
+    price = np.array([ctx.budget.price(group, int(w)) for w in widths])
+    prices = np.maximum(np.diff(price), 1e-15 * ctx.budget.dense)
     values = -np.diff(gone[group.units - widths])
-    whole = item.budget.price(group, group.units) - item.budget.price(group, 0)
+    whole = ctx.budget.price(group, group.units) - ctx.budget.price(group, 0)
     return Ladder(
         widths,
         prices,
         _falling(values, prices),
-        float(price[0]) - item.budget.price(group, 0),
-        float(gone[-1]) / max(whole, 1e-15 * item.budget.dense),
+        float(price[0]) - ctx.budget.price(group, 0),
+        float(gone[-1]) / max(whole, 1e-15 * ctx.budget.dense),
     )
 
 
 def spend(
-    item: AllocationContext, ladders: Mapping[str, Ladder], worths: Mapping[str, Array]
+    ctx: AllocationContext, ladders: Mapping[str, Ladder], worths: Mapping[str, Array]
 ) -> dict[str, int]:
     """Widths that go up the ladders, the worthiest step first, until nothing more fits.
 
     Args:
-        item: The allocation.
+        ctx: The allocation.
         ladders: Of every group.
         worths: [k] of every group, never rising: what its steps are worth against all others.
 
     Raises:
         BudgetError: The floors cost more than the budget.
     """
-    left = spare(item)
-    names = [g.name for g in item.groups]
+    left = spare(ctx)
+    names = [g.name for g in ctx.groups]
     lengths = [len(worths[n]) for n in names]
     if not sum(lengths):
         return {n: int(ladders[n].widths[-1]) for n in names}
@@ -87,14 +87,14 @@ def spend(
     # Stable: steps of one group that are worth the same stay in the order of the ladder.
     ranked = np.argsort(-np.concatenate([worths[n] for n in names]), kind="stable")
     spent = np.cumsum(np.concatenate([ladders[n].prices for n in names])[ranked])
-    taken = ranked[: int(np.searchsorted(spent, left + 1e-9 * item.budget.dense, side="right"))]
+    taken = ranked[: int(np.searchsorted(spent, left + 1e-9 * ctx.budget.dense, side="right"))]
     steps = np.bincount(owner[taken], minlength=len(names))
     widths = {n: int(ladders[n].widths[k]) for n, k in zip(names, steps, strict=True)}
 
     def worth(group: Group, now: int, wider: int) -> float:
         return float(worths[group.name][int(np.searchsorted(ladders[group.name].widths, now))])
 
-    return trim(item, widths, worth)
+    return trim(ctx, widths, worth)
 
 
 def _falling(values: Array, prices: Array) -> Array:

@@ -28,7 +28,7 @@ class Sensitivity:
     needs_curves = True
     needs_spectra = False
 
-    def widths(self, item: AllocationContext) -> dict[str, int]:
+    def widths(self, ctx: AllocationContext) -> dict[str, int]:
         """Solve the multiple-choice knapsack over the measured curves, then trim by single units.
 
         The change of all groups together is taken as the sum of each one's change alone, as in
@@ -37,27 +37,25 @@ class Sensitivity:
         Raises:
             BudgetError: The floors cost more than the budget.
         """
-        left = spare(item)
-        curves = {g.name: curve(item, g) for g in item.groups}
-        options = {g.name: _thin(widths_of(g, item.round_to)) for g in item.groups}
+        left = spare(ctx)
+        curves = {g.name: curve(ctx, g) for g in ctx.groups}
+        options = {g.name: _thin(widths_of(g, ctx.round_to)) for g in ctx.groups}
         bin_size = max(left / _BINS, 1e-9)
         best = np.zeros(_BINS + 1)
         choices: list[NDArray[np.int64]] = []
-        for group in item.groups:
-            best, choice = _add(
-                item, group, options[group.name], curves[group.name], best, bin_size
-            )
+        for group in ctx.groups:
+            best, choice = _add(ctx, group, options[group.name], curves[group.name], best, bin_size)
             choices.append(choice)
         widths, at = {}, _BINS
-        for group, choice in zip(reversed(item.groups), reversed(choices), strict=True):
+        for group, choice in zip(reversed(ctx.groups), reversed(choices), strict=True):
             widths[group.name] = options[group.name][int(choice[at])]
-            at -= _bins(item, group, widths[group.name], bin_size)
+            at -= _bins(ctx, group, widths[group.name], bin_size)
 
         def worth(group: Group, now: int, wider: int) -> float:
-            price = item.budget.price(group, wider) - item.budget.price(group, now)
+            price = ctx.budget.price(group, wider) - ctx.budget.price(group, now)
             return float(curves[group.name][now] - curves[group.name][wider]) / max(price, 1e-12)
 
-        return trim(item, widths, worth)
+        return trim(ctx, widths, worth)
 
 
 def _thin(widths: list[int]) -> list[int]:
@@ -67,15 +65,15 @@ def _thin(widths: list[int]) -> list[int]:
     return [widths[p] for p in places]
 
 
-def _bins(item: AllocationContext, group: Group, width: int, bin_size: float) -> int:
+def _bins(ctx: AllocationContext, group: Group, width: int, bin_size: float) -> int:
     """Bins that a width costs above the group's floor, rounded up: never over the budget."""
-    price = item.budget.price
-    above = price(group, width) - price(group, floor_of(group, item.round_to))
+    price = ctx.budget.price
+    above = price(group, width) - price(group, floor_of(group, ctx.round_to))
     return int(np.ceil(above / bin_size - 1e-9))
 
 
 def _add(
-    item: AllocationContext,
+    ctx: AllocationContext,
     group: Group,
     options: list[int],
     errors: Array,
@@ -85,7 +83,7 @@ def _add(
     """Least error for every budget once this group is there too, and the option that gives it."""
     table = np.full((len(options), len(best)), np.inf)
     for row, width in enumerate(options):
-        used = _bins(item, group, width, bin_size)
+        used = _bins(ctx, group, width, bin_size)
         if used < len(best):
             table[row, used:] = best[: len(best) - used] + errors[width]
     choice = table.argmin(0)

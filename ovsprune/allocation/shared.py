@@ -40,38 +40,38 @@ class Shared:
         self.allocator = allocator
         self.needs_curves, self.needs_spectra = allocator.needs_curves, allocator.needs_spectra
 
-    def widths(self, item: AllocationContext) -> Widths:
+    def widths(self, ctx: AllocationContext) -> Widths:
         """Units to keep in each group, at most the budget and within one unit of it.
 
         Raises:
             BudgetError: The floors cost more than the budget.
         """
-        if not partners(item):
-            return self.allocator.widths(item)
-        spare(item)
+        if not partners(ctx):
+            return self.allocator.widths(ctx)
+        spare(ctx)
         point: Mapping[str, float] = fill(
-            item,
+            ctx,
             lambda part: {
-                g.name: max(floor_of(g, item.round_to), round(part * g.units)) for g in item.groups
+                g.name: max(floor_of(g, ctx.round_to), round(part * g.units)) for g in ctx.groups
             },
         )[1]
         for _ in range(ROUNDS):
-            found = self.allocator.widths(_linear(item, point))
+            found = self.allocator.widths(_linear(ctx, point))
             point = {name: (at + found[name]) / 2 for name, at in point.items()}
-        return self._exact(item, point)
+        return self._exact(ctx, point)
 
-    def _exact(self, item: AllocationContext, point: Mapping[str, float]) -> Widths:
+    def _exact(self, ctx: AllocationContext, point: Mapping[str, float]) -> Widths:
         """The allocator's widths for the highest target that truly keeps the budget."""
-        shown = _linear(item, point)
-        floors = {g.name: floor_of(g, item.round_to) for g in item.groups}
+        shown = _linear(ctx, point)
+        floors = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
         least, most = cost(shown, floors), shown.budget.dense
-        fits, beyond = floors, {g.name: g.units for g in item.groups}
-        target = min(max(item.budget.target, least), most)
+        fits, beyond = floors, {g.name: g.units for g in ctx.groups}
+        target = min(max(ctx.budget.target, least), most)
         for _ in range(BISECTIONS):
             found = self.allocator.widths(
                 replace(shown, budget=replace(shown.budget, target=target))
             )
-            if cost(item, found) <= item.budget.target:
+            if cost(ctx, found) <= ctx.budget.target:
                 least, fits = target, found
             else:
                 most, beyond = target, found
@@ -80,19 +80,19 @@ class Shared:
         def missing(group: Group, now: int, wider: int) -> float:
             return (beyond[group.name] - now) / group.units
 
-        return trim(item, fits, missing)
+        return trim(ctx, fits, missing)
 
 
-def _linear(item: AllocationContext, point: Mapping[str, float]) -> AllocationContext:
+def _linear(ctx: AllocationContext, point: Mapping[str, float]) -> AllocationContext:
     """The same, with prices that are a sum, and true at the widths ``point``."""
-    shared, budget = partners(item), item.budget
-    gone = {g.name: g.units - point[g.name] for g in item.groups}
+    shared, budget = partners(ctx), ctx.budget
+    gone = {g.name: g.units - point[g.name] for g in ctx.groups}
     away = {
         name: sum(gone[other.name] * price for other, price in found)
         for name, found in shared.items()
     }
     tables = {}
-    for group in item.groups:
+    for group in ctx.groups:
         widths = np.arange(group.units + 1)
         prices = np.array([budget.price(group, int(width)) for width in widths])
         # Measured prices may fall with the width then; a price never does.
@@ -100,7 +100,7 @@ def _linear(item: AllocationContext, point: Mapping[str, float]) -> AllocationCo
         tables[group.name] = np.maximum.accumulate(now).tolist()
     twice = sum(gone[name] * part for name, part in away.items()) / 2
     return replace(
-        item,
-        groups=[replace(group, shared={}) for group in item.groups],
+        ctx,
+        groups=[replace(group, shared={}) for group in ctx.groups],
         budget=replace(budget, dense=budget.dense - twice, tables=tables),
     )

@@ -24,7 +24,7 @@ class Spectral:
     needs_curves = False
     needs_spectra = True
 
-    def widths(self, item: AllocationContext) -> dict[str, int]:
+    def widths(self, ctx: AllocationContext) -> dict[str, int]:
         """Remove of group i the share ``eta ((a_i - a_min) / (a_max - a_min) (s2 - s1) + s1)``.
 
         Lu et al. 2024 (NeurIPS, AlphaPruning), section 3.2, with ``[s1, s2] = [1 - SPREAD,
@@ -34,22 +34,22 @@ class Spectral:
         Raises:
             BudgetError: The floors cost more than the budget.
         """
-        assert item.spectra is not None
-        spare(item)
-        options = {g.name: widths_of(g, item.round_to) for g in item.groups}
-        slopes = _slopes(item.groups, item.spectra)
+        assert ctx.spectra is not None
+        spare(ctx)
+        options = {g.name: widths_of(g, ctx.round_to) for g in ctx.groups}
+        slopes = _slopes(ctx.groups, ctx.spectra)
 
         def kept(part: float, name: str) -> float:
             # At part 0 the least share removed is 1: everything goes, down to the floors.
             return max(0.0, 1 - (1 - part) * slopes[name] / (1 - SPREAD))
 
         part, widths = fill(
-            item,
+            ctx,
             lambda part: {
-                g.name: place(g, options[g.name], kept(part, g.name)) for g in item.groups
+                g.name: place(g, options[g.name], kept(part, g.name)) for g in ctx.groups
             },
         )
-        return trim(item, widths, lambda g, now, wider: kept(part, g.name) - now / g.units)
+        return trim(ctx, widths, lambda g, now, wider: kept(part, g.name) - now / g.units)
 
 
 def _slopes(groups: Sequence[Group], spectra: Mapping[str, float]) -> dict[str, float]:

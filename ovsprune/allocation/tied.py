@@ -25,7 +25,7 @@ class _Tie:
     mean: float
 
 
-def tied_widths(allocator: Allocator, item: AllocationContext) -> Widths:
+def tied_widths(allocator: Allocator, ctx: AllocationContext) -> Widths:
     """Widths by ``allocator``, with as many heads in each group of heads as in all others.
 
     The allocator runs free first. The mean head count that it gave, and its neighbours, are fixed
@@ -40,62 +40,62 @@ def tied_widths(allocator: Allocator, item: AllocationContext) -> Widths:
             the budget; names the nearest ratio.
     """
     classes: dict[tuple[float, float], list[Group]] = {}
-    for group in item.groups:
+    for group in ctx.groups:
         if group.kind == "heads":
             classes.setdefault((group.macs, group.params), []).append(group)
     lowest = {
-        g.name: max(m.floor for m in members) for members in classes.values() for g in members
+        g.name: max(m.min_units for m in members) for members in classes.values() for g in members
     }
-    item = replace(
-        item, groups=[replace(g, floor=lowest.get(g.name, g.floor)) for g in item.groups]
+    ctx = replace(
+        ctx, groups=[replace(g, min_units=lowest.get(g.name, g.min_units)) for g in ctx.groups]
     )
-    spare(item)
-    free = allocator.widths(item)
+    spare(ctx)
+    free = allocator.widths(ctx)
     ties = []
     for members in classes.values():
         names, most = tuple(g.name for g in members), min(g.units for g in members)
         mean = sum(free[name] for name in names) / len(names)
         ties.append(_Tie(names, min(lowest[names[0]], most), most, mean))
-    found = [_fixed(allocator, item, heads) for heads in _candidates(item, ties)]
+    found = [_fixed(allocator, ctx, heads) for heads in _candidates(ctx, ties)]
     # Candidates come nearest first, and min() keeps the first of equals.
-    return min(found, key=lambda widths: (_missing(item, widths), _error(item, widths)))
+    return min(found, key=lambda widths: (_missing(ctx, widths), _error(ctx, widths)))
 
 
-def _candidates(item: AllocationContext, ties: Iterable[_Tie]) -> list[Widths]:
+def _candidates(ctx: AllocationContext, ties: Iterable[_Tie]) -> list[Widths]:
     """The three head counts nearest to the means that leave room for the other groups' floors."""
     ties = list(ties)
-    least = {g.name: floor_of(g, item.round_to) for g in item.groups}
+    least = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
     found: dict[tuple[int, ...], Widths] = {}
     offsets = sorted(range(-max((t.units for t in ties), default=0), 2), key=lambda o: (abs(o), o))
     for offset in offsets:
         counts = tuple(min(t.units, max(t.lowest, round(t.mean) + offset)) for t in ties)
         heads = {name: n for tie, n in zip(ties, counts, strict=True) for name in tie.names}
-        if cost(item, {**least, **heads}) <= item.budget.target:
+        if cost(ctx, {**least, **heads}) <= ctx.budget.target:
             found.setdefault(counts, heads)
         if len(found) == 3:
             break
     return list(found.values())
 
 
-def _fixed(allocator: Allocator, item: AllocationContext, heads: Mapping[str, int]) -> Widths:
+def _fixed(allocator: Allocator, ctx: AllocationContext, heads: Mapping[str, int]) -> Widths:
     """Widths with these heads, the other groups by the allocator."""
-    rest = [g for g in item.groups if g.name not in heads]
+    rest = [g for g in ctx.groups if g.name not in heads]
     if not rest:
         return dict(heads)
-    price = item.budget.price
-    gone = sum(price(g, g.units) - price(g, heads[g.name]) for g in item.groups if g.name in heads)
-    budget: Budget = replace(item.budget, dense=item.budget.dense - gone)
-    return {**heads, **allocator.widths(replace(item, groups=rest, budget=budget))}
+    price = ctx.budget.price
+    gone = sum(price(g, g.units) - price(g, heads[g.name]) for g in ctx.groups if g.name in heads)
+    budget: Budget = replace(ctx.budget, dense=ctx.budget.dense - gone)
+    return {**heads, **allocator.widths(replace(ctx, groups=rest, budget=budget))}
 
 
-def _missing(item: AllocationContext, widths: Mapping[str, int]) -> float:
+def _missing(ctx: AllocationContext, widths: Mapping[str, int]) -> float:
     """Share of the cost, above half a percent, that the other groups could not take up."""
-    left = (item.budget.target - cost(item, widths)) / item.budget.dense
+    left = (ctx.budget.target - cost(ctx, widths)) / ctx.budget.dense
     return max(0.0, round(left - 0.005, 3))
 
 
-def _error(item: AllocationContext, widths: Mapping[str, int]) -> float:
+def _error(ctx: AllocationContext, widths: Mapping[str, int]) -> float:
     """Total measured error; 0 where nothing was measured."""
-    if item.curves is None:
+    if ctx.curves is None:
         return 0.0
-    return sum(float(curve(item, g)[widths[g.name]]) for g in item.groups)
+    return sum(float(curve(ctx, g)[widths[g.name]]) for g in ctx.groups)

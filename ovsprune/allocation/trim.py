@@ -43,33 +43,33 @@ def widths_of(group: Group, round_to: int) -> list[int]:
 def floor_of(group: Group, round_to: int) -> int:
     """Fewest units that may stay, a multiple of ``round_to`` for units of one column."""
     step = round_to if group.columns.shape[1] == 1 else 1
-    return min(group.units, -(-group.floor // step) * step)
+    return min(group.units, -(-group.min_units // step) * step)
 
 
-def cost(item: AllocationContext, widths: Mapping[str, int]) -> float:
+def cost(ctx: AllocationContext, widths: Mapping[str, int]) -> float:
     """What the tower costs with these widths: dense, less what each group alone saves.
 
     What groups share is saved once.
     """
     saved = sum(
-        item.budget.price(g, g.units) - item.budget.price(g, widths[g.name]) for g in item.groups
+        ctx.budget.price(g, g.units) - ctx.budget.price(g, widths[g.name]) for g in ctx.groups
     )
-    gone = {g.name: g.units - widths[g.name] for g in item.groups}
+    gone = {g.name: g.units - widths[g.name] for g in ctx.groups}
     twice = sum(
         gone[name] * gone[other.name] * price
-        for name, found in partners(item).items()
+        for name, found in partners(ctx).items()
         for other, price in found
     )
-    return item.budget.dense - saved + twice / 2
+    return ctx.budget.dense - saved + twice / 2
 
 
-def partners(item: AllocationContext) -> Partners:
+def partners(ctx: AllocationContext) -> Partners:
     """Which of the groups share costs; each pair is listed from both sides."""
-    groups = {g.name: g for g in item.groups}
+    groups = {g.name: g for g in ctx.groups}
     found: dict[str, list[tuple[Group, float]]] = {}
-    for group in item.groups:
+    for group in ctx.groups:
         for other in (groups[name] for name in group.shared if name in groups):
-            price = item.budget.together(group, other)
+            price = ctx.budget.together(group, other)
             found.setdefault(group.name, []).append((other, price))
             found.setdefault(other.name, []).append((group, price))
     return found
@@ -84,20 +84,20 @@ def step_price(
     return budget.price(group, to) - budget.price(group, now) - (to - now) * away
 
 
-def spare(item: AllocationContext) -> float:
+def spare(ctx: AllocationContext) -> float:
     """What may be spent on units above every group's floor.
 
     Raises:
         BudgetError: The floors alone cost more than the budget.
     """
-    floors = {g.name: floor_of(g, item.round_to) for g in item.groups}
-    least = cost(item, floors)
-    left = item.budget.target - least
-    if left < -1e-9 * item.budget.dense:
-        asked = 1 - item.budget.target / item.budget.dense
-        nearest = 1 - least / item.budget.dense
+    floors = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
+    least = cost(ctx, floors)
+    left = ctx.budget.target - least
+    if left < -1e-9 * ctx.budget.dense:
+        asked = 1 - ctx.budget.target / ctx.budget.dense
+        nearest = 1 - least / ctx.budget.dense
         raise BudgetError(
-            f"a ratio of {asked:.3f} of the {item.budget.kind} is out of reach: what may be cut "
+            f"a ratio of {asked:.3f} of the {ctx.budget.kind} is out of reach: what may be cut "
             f"gives at most {nearest:.3f}. Ask for less, protect fewer layers, or lower the floors."
         )
     return max(left, 0.0)
@@ -113,17 +113,17 @@ def place(group: Group, options: Sequence[int], share: float) -> int:
     return options[max(0, bisect_right(options, share * group.units) - 1)]
 
 
-def fill(item: AllocationContext, at: Callable[[float], Widths]) -> tuple[float, Widths]:
+def fill(ctx: AllocationContext, at: Callable[[float], Widths]) -> tuple[float, Widths]:
     """The largest part in [0, 1] whose widths fit the budget, and these widths.
 
     Args:
-        item: The allocation.
+        ctx: The allocation.
         at: Part -> widths, wider with the part; ``at(0)`` must fit.
     """
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        if cost(item, at(middle)) <= item.budget.target:
+        if cost(ctx, at(middle)) <= ctx.budget.target:
             low = middle
         else:
             high = middle
@@ -131,31 +131,29 @@ def fill(item: AllocationContext, at: Callable[[float], Widths]) -> tuple[float,
 
 
 def trim(
-    item: AllocationContext,
+    ctx: AllocationContext,
     widths: Widths,
     worth: Callable[[Group, int, int], float],
 ) -> Widths:
     """Spend what is left of the budget, what is worth most first, until no unit fits.
 
     Args:
-        item: The allocation.
+        ctx: The allocation.
         widths: Widths within the budget; changed and returned.
         worth: (group, width, wider) -> what the wider width is worth, for its cost.
     """
-    left = item.budget.target - cost(item, widths)
-    slack = 1e-9 * item.budget.dense
-    shared = partners(item)
-    options: Mapping[str, Sequence[int]] = {
-        g.name: widths_of(g, item.round_to) for g in item.groups
-    }
+    left = ctx.budget.target - cost(ctx, widths)
+    slack = 1e-9 * ctx.budget.dense
+    shared = partners(ctx)
+    options: Mapping[str, Sequence[int]] = {g.name: widths_of(g, ctx.round_to) for g in ctx.groups}
     while True:
         best: tuple[float, Group, int, float] | None = None
-        for group in item.groups:
+        for group in ctx.groups:
             now, steps = widths[group.name], options[group.name]
             at = bisect_right(steps, now)
             if at == len(steps):
                 continue
-            price = step_price(item.budget, group, steps[at], widths, shared)
+            price = step_price(ctx.budget, group, steps[at], widths, shared)
             if price > left + slack:
                 continue
             value = worth(group, now, steps[at])

@@ -16,15 +16,15 @@ class Uniform:
     needs_curves = False
     needs_spectra = False
 
-    def widths(self, item: AllocationContext) -> dict[str, int]:
+    def widths(self, ctx: AllocationContext) -> dict[str, int]:
         """Bisect the share that fits, then spend what rounding left, narrowest share first.
 
         Raises:
             BudgetError: The floors cost more than the budget.
         """
-        spare(item)
-        options = {g.name: widths_of(g, item.round_to) for g in item.groups}
+        spare(ctx)
+        options = {g.name: widths_of(g, ctx.round_to) for g in ctx.groups}
         _, widths = fill(
-            item, lambda share: {g.name: place(g, options[g.name], share) for g in item.groups}
+            ctx, lambda share: {g.name: place(g, options[g.name], share) for g in ctx.groups}
         )
-        return trim(item, widths, lambda g, now, wider: 1 - now / g.units)
+        return trim(ctx, widths, lambda g, now, wider: 1 - now / g.units)

@@ -8,17 +8,17 @@ from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 from ovsprune.core.protocols import Backbone, Family
 from ovsprune.core.registry import Registry
 
-__all__ = ["FAMILIES", "load", "model_names"]
+__all__ = ["FAMILIES", "load_backbone", "model_names"]
 
 FAMILIES: Registry[Family] = Registry("backbone family", "ovsprune.backbones")
 
 
 def model_names() -> tuple[str, ...]:
-    """Every name that :func:`load` takes, besides directories."""
+    """Every name that :func:`load_backbone` takes, besides directories."""
     return tuple(sorted({name for family in FAMILIES for name in FAMILIES.get(family).names()}))
 
 
-def load(
+def load_backbone(
     name: str,
     *,
     pretrained: str | None = None,

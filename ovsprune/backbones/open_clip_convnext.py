@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
-from ovsprune.core.protocols import Seed, Stages
+from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.graph.scales import FoldedScale, fold_scale, unfold_scale
 from ovsprune.slim.activation import find_activations
@@ -62,11 +62,11 @@ class OpenClipConvNext:
                 block.mlp.fc2, block.gamma = unfold_scale(block.mlp.fc2, place, columns)
                 del block.folded
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """The MLP units of every block."""
         return [
             # matrices work on [B, h, w, C] inside the block, and the stream is [B, C, h, w]
-            Seed(f"{n}.mlp", "mlp", f"{n}.mlp.fc1", 1, n, StreamPoint(n, "output", axis=1))
+            PrunableLayer(f"{n}.mlp", "mlp", f"{n}.mlp.fc1", 1, n, StreamPoint(n, "output", axis=1))
             for n in _mlp_blocks(tower)
         ]
 

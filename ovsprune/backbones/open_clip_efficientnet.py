@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
-from ovsprune.core.protocols import Seed, Stages
+from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold, unfold
 from ovsprune.slim.activation import find_activations
@@ -53,14 +53,14 @@ class OpenClipEfficientNet:
                 columns = kept.get(f"{name}.conv_pwl")
                 block.conv_pwl, block.bn3 = unfold(block.conv_pwl, block.bn3, columns)
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """The expanded channels of every inverted residual block."""
         seeds = []
         for name, block in _expanding(tower).items():
             after = StreamPoint(name, "output") if block.has_skip else None
             # squeeze-and-excitation reads the channels too
             seeds.append(
-                Seed(
+                PrunableLayer(
                     name, "channels", f"{name}.conv_pw", 1, name, after, consumer=f"{name}.conv_pwl"
                 )
             )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
-from ovsprune.core.protocols import Seed, Stages
+from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, Slice, StreamPoint
 from ovsprune.graph.scales import FoldedScale, fold_scale, unfold_scale
 from ovsprune.slim.activation import find_activations
@@ -93,7 +93,7 @@ class OpenClipFastVit:
                 cut = len(attention.kept_heads) < attention.num_heads
                 block.token_mixer = TimmAttention(attention) if cut else attention.whole()
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Heads and MLP units in order of the blocks; the last attention's heads are protected."""
         blocks = _mlp_blocks(tower)
         last = [name for name, block in blocks.items() if _attends(block)][-1:]
@@ -104,7 +104,7 @@ class OpenClipFastVit:
                 rows = torch.arange(block.token_mixer.num_heads).unsqueeze(1)
                 reason = "frameworks read the last block's attention directly"
                 seeds.append(
-                    Seed(
+                    PrunableLayer(
                         path,
                         "heads",
                         f"{path}.q_proj",
@@ -117,7 +117,7 @@ class OpenClipFastVit:
                     )
                 )
             after = StreamPoint(name, "output")
-            seeds.append(Seed(f"{name}.mlp", "mlp", f"{name}.mlp.fc1", 1, name, after))
+            seeds.append(PrunableLayer(f"{name}.mlp", "mlp", f"{name}.mlp.fc1", 1, name, after))
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:

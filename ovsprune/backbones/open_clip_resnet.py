@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_own import load_own, rebuild_own
 from ovsprune.backbones.open_clip_source import config_of
-from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold, unfold
 
@@ -91,14 +91,14 @@ class OpenClipResNet:
                         setattr(block, own, module)
             block.act3.inplace = True
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """The channels of the first and of the second convolution of every bottleneck."""
         seeds = []
         for name in _blocks(tower):
             first, second = f"{name}.conv1", f"{name}.conv2"
             after = StreamPoint(f"{name}.act3", "input")  # which the shortcut was added to
-            seeds.append(Seed(first, "channels", first, 1, name, None))
-            seeds.append(Seed(second, "channels", second, 1, name, after))
+            seeds.append(PrunableLayer(first, "channels", first, 1, name, None))
+            seeds.append(PrunableLayer(second, "channels", second, 1, name, after))
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:

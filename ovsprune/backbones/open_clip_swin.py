@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
 from ovsprune.backbones.timm_heads import heads_seed, put_together
-from ovsprune.core.protocols import Seed, Stages
+from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.bound import bound
@@ -52,7 +52,7 @@ class OpenClipSwin:
         """Attention in the form that timm gave it, and of timm's type where all heads stay."""
         put_together(_attending(tower).values())
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Heads and MLP units of every block; the last block's heads are protected.
 
         What attention gives lies window by window, and the stream picture by picture: heads are
@@ -64,7 +64,7 @@ class OpenClipSwin:
         for name, block in blocks.items():
             seeds.append(heads_seed(name, block.attn, None, protected=name == last))
             after = StreamPoint(name, "output")
-            seeds.append(Seed(f"{name}.mlp", "mlp", f"{name}.mlp.fc1", 1, name, after))
+            seeds.append(PrunableLayer(f"{name}.mlp", "mlp", f"{name}.mlp.fc1", 1, name, after))
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:

@@ -24,7 +24,7 @@ from ovsprune.backbones.open_clip_model import (
 )
 from ovsprune.backbones.open_clip_source import fill, open_source
 from ovsprune.core.errors import OptionError
-from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, Preprocess
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.timm_tower import build_timm_tower
@@ -57,7 +57,7 @@ class TimmParts(Protocol):
         """As :meth:`ovsprune.core.protocols.Family.finish`."""
         ...
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """As :meth:`ovsprune.core.protocols.Family.seeds`."""
         ...
 
@@ -92,7 +92,7 @@ class TimmFamily:
     def __init__(self, name: str, parts: TimmParts) -> None:
         self.name, self.parts = name, parts
         self.rewrite, self.finish = parts.rewrite, parts.finish
-        self.seeds, self.stages = parts.seeds, parts.stages
+        self.prunable_layers, self.stages = parts.prunable_layers, parts.stages
 
     def names(self) -> Sequence[str]:
         """open_clip's names for trunks of the family's modules of timm."""
@@ -156,7 +156,7 @@ class TimmFamily:
         import open_clip
 
         # Of the blocks that can be cut: others may have gates of their own kind.
-        blocks = [tower.get_submodule(seed.block) for seed in self.seeds(tower)]
+        blocks = [tower.get_submodule(seed.block) for seed in self.prunable_layers(tower)]
         (activation,) = find_activations(m for block in blocks for m in block.modules())
         return Backbone(
             name=dense.name,

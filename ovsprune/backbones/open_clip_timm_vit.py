@@ -14,7 +14,7 @@ from torch import nn
 
 from ovsprune.backbones.open_clip_timm import timm_family
 from ovsprune.backbones.timm_heads import heads_seed, put_together
-from ovsprune.core.protocols import Seed, Stages
+from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.norms import CountedLayerNorm
@@ -82,10 +82,10 @@ class OpenClipTimmVit:
         """Attention in the form that timm gave it, and of timm's type where all heads stay."""
         put_together(timm_vit_blocks(tower).values())
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Bottlenecks' channels, heads and MLP units; the last block's heads are protected."""
         seeds = [
-            Seed(n, "channels", f"{n}.conv1_1x1", 1, n, StreamPoint(n, "output"))
+            PrunableLayer(n, "channels", f"{n}.conv1_1x1", 1, n, StreamPoint(n, "output"))
             for n in timm_vit_bottlenecks(tower)
         ]
         blocks = timm_vit_blocks(tower)
@@ -96,12 +96,14 @@ class OpenClipTimmVit:
             seeds.append(heads_seed(name, block.attn, middle, protected=name == last))
             after = StreamPoint(name, "output") if free else None
             seeds.append(
-                Seed(f"{name}.mlp", "mlp", _first(f"{name}.mlp", block.mlp), 1, name, after)
+                PrunableLayer(
+                    f"{name}.mlp", "mlp", _first(f"{name}.mlp", block.mlp), 1, name, after
+                )
             )
         pool = pool_of(tower)
         if pool is not None:
             seeds.append(
-                Seed(
+                PrunableLayer(
                     f"{POOL}.mlp",
                     "mlp",
                     _first(f"{POOL}.mlp", pool.mlp),

@@ -12,7 +12,7 @@ from ovsprune.backbones import FAMILIES, open_clip_own
 from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.open_clip_own import load_own, rebuild_own
 from ovsprune.backbones.open_clip_source import TINY, config_of
-from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
@@ -63,7 +63,7 @@ class OpenClipVit:
             if isinstance(block.attn, SeparateAttention):
                 block.attn = block.attn.finished(plan.kept.get(f"{name}.attn"))
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Heads and MLP units of every block; the last block's heads are protected."""
         blocks = _blocks(tower)
         last = list(blocks)[-1]
@@ -75,8 +75,8 @@ class OpenClipVit:
             reason = "frameworks read the last block's attention directly" if name == last else None
             width = block.attn.head_dim
             query = f"{name}.attn.q_proj"
-            seeds.append(Seed(f"{name}.attn", "heads", query, width, name, middle, reason))
-            seeds.append(Seed(f"{name}.mlp", "mlp", f"{name}.mlp.c_fc", 1, name, after))
+            seeds.append(PrunableLayer(f"{name}.attn", "heads", query, width, name, middle, reason))
+            seeds.append(PrunableLayer(f"{name}.mlp", "mlp", f"{name}.mlp.c_fc", 1, name, after))
         return seeds
 
     def stages(self, tower: nn.Module) -> Stages:

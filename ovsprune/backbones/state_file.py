@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ovsprune.backbones.hub import first_line
 from ovsprune.core.errors import CheckpointError, WeightsError
-from ovsprune.core.foreign import read_foreign
+from ovsprune.core.unpickle.foreign import read_foreign
 
 __all__ = ["StateFile", "open_state", "read_state"]
 
@@ -51,9 +51,9 @@ def open_state(path: Path) -> StateFile:
     """State dict from safetensors, ``.pt``, ``.pth``, ``.bin``, or a TorchScript archive.
 
     torch reads its own format with ``weights_only=True``. What it refuses then (TorchScript, a
-    training checkpoint with settings in it) is read by :mod:`ovsprune.core.foreign`, which has
-    nothing to call and imports nothing. Entries around the state (``state_dict``, ``model``) and a
-    ``module.`` prefix are taken off.
+    training checkpoint with settings in it) is read by :mod:`ovsprune.core.unpickle.foreign`, which
+    has nothing to call and imports nothing. Entries around the state (``state_dict``, ``model``)
+    and a ``module.`` prefix are taken off.
 
     Raises:
         WeightsError: The file is damaged, or no state dict of tensors.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ovsprune.core.protocols import Seed
+from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Slice, StreamPoint
 from ovsprune.slim.timm_attention import TimmAttention
 
@@ -26,7 +26,9 @@ def put_together(blocks: Iterable[Any]) -> None:
             block.attn = TimmAttention(now) if now.is_cut else now.whole()
 
 
-def heads_seed(block: str, attention: Any, stream: StreamPoint | None, *, protected: bool) -> Seed:
+def heads_seed(
+    block: str, attention: Any, stream: StreamPoint | None, *, protected: bool
+) -> PrunableLayer:
     """The heads of a block.
 
     Args:
@@ -40,4 +42,6 @@ def heads_seed(block: str, attention: Any, stream: StreamPoint | None, *, protec
     width = getattr(attention, "head_dim", 0) or attention.proj.in_features // count
     index = Slice(f"{name}.heads", "out", torch.arange(count).unsqueeze(1))
     reason = "frameworks read the last block's attention directly" if protected else None
-    return Seed(name, "heads", f"{name}.q_proj", width, block, stream, reason, along=(index,))
+    return PrunableLayer(
+        name, "heads", f"{name}.q_proj", width, block, stream, reason, along=(index,)
+    )

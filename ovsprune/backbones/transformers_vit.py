@@ -20,7 +20,7 @@ from ovsprune.backbones.transformers_model import (
 )
 from ovsprune.backbones.transformers_source import Source, cached_folder, open_source
 from ovsprune.core.errors import CheckpointError, OptionError, WeightsError
-from ovsprune.core.protocols import Backbone, Seed, Stages
+from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
@@ -132,7 +132,7 @@ class TransformersVit:
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Nothing: what was cut are transformers' own modules."""
 
-    def seeds(self, tower: nn.Module) -> list[Seed]:
+    def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Heads and MLP units of every block; the last block's heads are protected."""
         model: Any = tower
         last = list(model.blocks)[-1]
@@ -145,7 +145,9 @@ class TransformersVit:
             reason = "frameworks read the last block's attention directly" if name == last else None
             heads = f"{name}.{form.attention}"
             width = getattr(block, form.attention).head_dim
-            seeds.append(Seed(heads, "heads", f"{heads}.q_proj", width, name, middle, reason))
+            seeds.append(
+                PrunableLayer(heads, "heads", f"{heads}.q_proj", width, name, middle, reason)
+            )
             seeds.append(_mlp_seed(name, block.mlp, after))
         if model.form.pool is not None:
             pool = model.path(model.form.pool)
@@ -159,10 +161,10 @@ class TransformersVit:
         return Stages(model.stem, model.steps(), model.read_out)
 
 
-def _mlp_seed(block: str, mlp: nn.Module, stream: StreamPoint | None) -> Seed:
+def _mlp_seed(block: str, mlp: nn.Module, stream: StreamPoint | None) -> PrunableLayer:
     """Units of an MLP; those of a gate go along with those that it multiplies."""
     first = "fc1" if hasattr(mlp, "fc1") else "gate_proj"
-    return Seed(f"{block}.mlp", "mlp", f"{block}.mlp.{first}", 1, block, stream)
+    return PrunableLayer(f"{block}.mlp", "mlp", f"{block}.mlp.{first}", 1, block, stream)
 
 
 def _weights(source: Source, pretrained: str | None) -> tuple[Path, dict[str, Tensor]]:

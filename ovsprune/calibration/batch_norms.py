@@ -19,14 +19,14 @@ from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Pictures, Stages
 from ovsprune.core.records import Axis
 
-__all__ = ["restate"]
+__all__ = ["recalibrate_batchnorm"]
 
 _FARTHEST = 100.0
 """Most by which a variance is multiplied or divided: a channel may be silent on few pictures."""
 
 
 @torch.no_grad()
-def restate(
+def recalibrate_batchnorm(
     dense: nn.Module,
     slim: nn.Module,
     rows: Mapping[tuple[str, Axis], Tensor],

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.streams import allocate
+from ovsprune.calibration.activation_cache import allocate
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Forward, Objective, Pictures, Stages
@@ -38,7 +38,7 @@ def mask_gradients(
     that one backward pass gives the gradients of all pictures of a batch, and of all groups.
     Weights get no gradient. Memory does not grow with the number of pictures, apart from the
     result; that is mapped to a temporary file above
-    :data:`ovsprune.calibration.streams.MEMORY_LIMIT`.
+    :data:`ovsprune.calibration.activation_cache.MEMORY_LIMIT`.
 
     Args:
         tower: The dense, rewritten tower, in evaluation mode.

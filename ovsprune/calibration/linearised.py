@@ -21,9 +21,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ovsprune.calibration.activation_cache import Enough, capture
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import regularised
-from ovsprune.calibration.streams import Enough, capture
 
 __all__ = ["Metric", "Segment", "Tensors", "added", "conjugate_gradients"]
 

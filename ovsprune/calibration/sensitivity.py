@@ -14,7 +14,7 @@ from ovsprune.core.protocols import Moments
 from ovsprune.core.records import Group
 from ovsprune.graph.layers import bias_of, weight_of
 
-__all__ = ["FeatureError", "grid", "measure", "points_for"]
+__all__ = ["FeatureError", "grid", "measure_curve", "points_for"]
 
 POINTS = (4, 8)
 """Fewest and most widths at which a group of many units is measured."""
@@ -76,7 +76,7 @@ class FeatureError:
 
 
 @torch.no_grad()
-def measure(
+def measure_curve(
     group: Group,
     consumer: nn.Module,
     moments: Moments,

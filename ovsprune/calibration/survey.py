@@ -9,17 +9,17 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ovsprune.calibration.activation_cache import Stream, run_stem, walk
 from ovsprune.calibration.gradients import mask_gradients
 from ovsprune.calibration.moments import SecondMoments
+from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.sensitivity import (
     FeatureError,
     grid,
-    measure,
+    measure_curve,
     points_for,
 )
-from ovsprune.calibration.streams import Stream, run_stem, walk
-from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import (
@@ -126,7 +126,7 @@ class Survey:
         run = self._runner(before, [self.stages.blocks[name] for name in rest], error)
         consumer = self.tower.get_submodule(group.consumer)
         weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
-        errors = measure(group, consumer, moments, weights, run)
+        errors = measure_curve(group, consumer, moments, weights, run)
         self._note(group, errors)
 
     def _note(self, group: Group, errors: Mapping[int, float]) -> None:
@@ -173,7 +173,7 @@ class Survey:
     def _refits(
         self, group: Group, consumer: nn.Module, moments: Moments, order: Tensor
     ) -> dict[int, Tensor]:
-        return eliminate(
+        return prune_columns(
             weight_of(consumer).detach().flatten(1).cpu(),
             regularised(moments.covariance, self.ridge),
             flat_columns(consumer, group.columns),
@@ -183,7 +183,7 @@ class Survey:
 
     def _grid(self, group: Group) -> tuple[int, ...]:
         """Widths at which the group's curve is measured."""
-        return grid(group.units, group.floor, points_for(len(self.stages.blocks)))
+        return grid(group.units, group.min_units, points_for(len(self.stages.blocks)))
 
     def _advance(
         self, name: str, block: nn.Module, groups: Sequence[Group], stream: Stream

@@ -10,7 +10,7 @@ import click
 from ovsprune.cli.config_options import config_options
 from ovsprune.cli.options import scoring_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
-from ovsprune.jobs.config import PruneConfig
+from ovsprune.pruning.config import PruneConfig
 
 
 @click.command("compare", short_help="Methods side by side under one budget.")

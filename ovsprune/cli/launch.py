@@ -47,7 +47,7 @@ def command(screen: Screen, **options: Any) -> int:
     Nothing of the framework's code is touched. A dense checkpoint that the framework loads is cut
     as it is loaded. The exit status is the command's; 2 if nothing was replaced.
     """
-    from ovsprune.jobs.launch import launch
+    from ovsprune.launching.command import launch
     from ovsprune.report.tables import launch_summary
 
     record = launch(**options, environment=users_environment(), progress=screen.progress)

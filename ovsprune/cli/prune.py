@@ -12,7 +12,7 @@ from ovsprune.cli.config_options import config_options, given_options
 from ovsprune.cli.screen import Screen, compute_options, output_options
 from ovsprune.core.errors import OptionError
 from ovsprune.core.options import options_of
-from ovsprune.jobs.config import PruneConfig
+from ovsprune.pruning.config import PruneConfig
 
 
 @click.command("prune", short_help="Cut an image tower to a budget, and repair it.")
@@ -60,7 +60,7 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     if others["model"] is None:
         raise OptionError("--model is missing: give a name, such as --model ViT-B/16")
     if config.method == "imp" and not config.imp.structured:
-        from ovsprune.jobs.imp import imp
+        from ovsprune.baselines.imp_weights import imp
         from ovsprune.report.unstructured import unstructured_summary
 
         record = imp(**others, config=config, progress=screen.progress).record()
@@ -85,7 +85,7 @@ def _with_base(recipe: str | None, others: dict[str, Any]) -> dict[str, Any]:
     """Return the other options, with the recipe's table ``[base]`` where none was given."""
     if recipe is None:
         return others
-    from ovsprune.jobs.recipes import read_base
+    from ovsprune.pruning.recipes import read_base
 
     context = click.get_current_context()
     base = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-__all__ = ["Progress", "Silent"]
+__all__ = ["NoteOnce", "Progress", "Silent"]
 
 
 class Progress(Protocol):
@@ -35,3 +35,25 @@ class Silent:
     def note(self, message: str) -> None:
         """Append ``message`` to :attr:`notes`."""
         self.notes.append(message)
+
+
+class NoteOnce:
+    """Progress reporter that passes every note on once, however often it is reported.
+
+    Args:
+        inner: Reporter that shows the stages and the notes.
+    """
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self._reported: set[str] = set()
+
+    def stage(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Begin a stage of the inner reporter."""
+        return self._inner.stage(description, total)
+
+    def note(self, message: str) -> None:
+        """Report ``message`` unless it was reported before."""
+        if message not in self._reported:
+            self._reported.add(message)
+            self._inner.note(message)

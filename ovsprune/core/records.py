@@ -134,13 +134,13 @@ class Group:
         norms: Norms between the units and the consumer.
         macs: MACs that one unit costs at the native resolution.
         params: Parameters that one unit costs.
-        floor: Fewest units that may stay; 0 where all of them may go, and of what they did the
+        min_units: Fewest units that may stay; 0 where all of them may go, and of what they did the
             consumer's bias is left.
         shared: Name of another group to what one unit of each costs together, where a layer reads
             the units of one and makes those of the other: their costs are then a product, and a
             unit of either is counted with all units of the other. Named in one of the two.
-        gates: Dotted names of layers that make a factor of each unit from what a reader other than
-            the consumer gives: squeeze-and-excitation's second layer.
+        gating_layers: Dotted names of layers that make a factor of each unit from what a reader
+            other than the consumer gives: squeeze-and-excitation's second layer.
         cut_before: Whether the tower lost some of the units in an earlier prune: how many there are
             is then no width that its makers chose.
     """
@@ -155,9 +155,9 @@ class Group:
     norms: tuple[str, ...] = ()
     macs: float = 0.0
     params: float = 0.0
-    floor: int = 1
+    min_units: int = 1
     shared: Mapping[str, Costs] = field(default_factory=dict)
-    gates: tuple[str, ...] = ()
+    gating_layers: tuple[str, ...] = ()
     cut_before: bool = False
 
     @property

@@ -12,7 +12,7 @@ from ovsprune.core.flops import slow_path
 from ovsprune.core.records import Costs
 from ovsprune.graph.copies import copied
 
-__all__ = ["macs", "measure", "on_meta"]
+__all__ = ["count_costs", "macs", "on_meta"]
 
 
 def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
@@ -22,7 +22,7 @@ def macs(module: nn.Module, *inputs: Any, **named: Any) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def measure(tower: nn.Module, size: tuple[int, int]) -> Costs:
+def count_costs(tower: nn.Module, size: tuple[int, int]) -> Costs:
     """Costs of one picture of ``size`` (height, width) pixels through ``tower``.
 
     Counted on meta tensors: no weight is touched and no arithmetic is done.

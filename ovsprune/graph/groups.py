@@ -15,7 +15,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from ovsprune.core.protocols import Seed
+from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Costs, Group, Plan, Slice
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.graph.cut import cut
@@ -27,7 +27,9 @@ from ovsprune.graph.rows import reads_everything
 __all__ = ["find_groups", "with_costs"]
 
 
-def find_groups(tower: nn.Module, seeds: Sequence[Seed], size: tuple[int, int]) -> list[Group]:
+def find_groups(
+    tower: nn.Module, seeds: Sequence[PrunableLayer], size: tuple[int, int]
+) -> list[Group]:
     """Groups that grow from ``seeds``, with the cost of one unit of each.
 
     Args:
@@ -71,7 +73,7 @@ def _differentiable(tower: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str]) -> Group:
+def _grow(graph: Any, layer: nn.Module, seed: PrunableLayer, names: dict[nn.Module, str]) -> Group:
     channels = weight_of(layer).shape[0]
     found = graph.get_pruning_group(
         layer, graph.get_pruner_of_module(layer).prune_out_channels, idxs=list(range(channels))
@@ -111,11 +113,11 @@ def _grow(graph: Any, layer: nn.Module, seed: Seed, names: dict[nn.Module, str])
         block=seed.block,
         stream=seed.stream,
         norms=tuple(norms),
-        gates=_gates(graph, slices.values(), consumer, names),
+        gating_layers=_gating_layers(graph, slices.values(), consumer, names),
     )
 
 
-def _gates(
+def _gating_layers(
     graph: Any, slices: Iterable[Slice], consumer: str, names: dict[nn.Module, str]
 ) -> tuple[str, ...]:
     """Layers that make units and come behind a layer, other than the consumer, that reads them."""
@@ -129,7 +131,7 @@ def _gates(
     return tuple(s.module for s in slices if s.axis == "out" and nodes[s.module] in behind)
 
 
-def _units(rows: Tensor, seed: Seed) -> Tensor:
+def _units(rows: Tensor, seed: PrunableLayer) -> Tensor:
     if rows.numel() % seed.unit_width:
         raise ValueError(
             f"{seed.layer}: {rows.numel()} channels are no multiple of {seed.unit_width}"

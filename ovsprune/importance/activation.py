@@ -18,7 +18,7 @@ class Activation:
     needs = frozenset({"moments"})
     comparable = True
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """``s_j = Var(a_j) |W_j|^2`` for each column, standardised in the group, averaged, in exp.
 
         An, Zhao, Yu, Tang and Wang, AAAI 2024 (FLAP): the weighted fluctuation, and the
@@ -27,9 +27,9 @@ class Activation:
         is not negative, and the order, within a group and across groups, is that of z. What a unit
         is on average costs nothing, because the consumer's bias can take it over.
         """
-        assert item.moments is not None
-        weight, units = consumer(item)
-        variance = item.moments.covariance.diagonal().clamp_min(0)
+        assert ctx.moments is not None
+        weight, units = consumer(ctx)
+        variance = ctx.moments.covariance.diagonal().clamp_min(0)
         columns = (variance * weight.square().sum(0))[units]
         spread = columns.std(correction=0)
         level = columns - columns.mean()

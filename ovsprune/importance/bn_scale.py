@@ -18,16 +18,16 @@ class BnScale:
     needs = frozenset({"norms"})
     comparable = True
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """``sum of |gamma|`` over the unit's channels in every norm between units and consumer.
 
         Liu, Li, Shen, Huang, Yan and Zhang, ICCV 2017, section 3. Costs are comparable across
         groups (the paper ranks all scales of a network together), as far as a tower was trained to
         have sparse scales.
         """
-        costs = torch.zeros(item.group.units, dtype=torch.float64)
-        for part in item.group.slices:
-            if part.module in item.group.norms:
-                scale = weight_of(item.layers[part.module]).detach().double().cpu()
+        costs = torch.zeros(ctx.group.units, dtype=torch.float64)
+        for part in ctx.group.slices:
+            if part.module in ctx.group.norms:
+                scale = weight_of(ctx.layers[part.module]).detach().double().cpu()
                 costs += scale.abs()[part.rows].sum(1)
         return Ranking(costs, torch.argsort(costs, stable=True))

@@ -48,7 +48,7 @@ class Fisher:
         values: Tensor = (tokens[:, None] * (2 * signs - 1)).flatten(2).sum(2) / count**0.5
         return values
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """Mean over pictures and projections of the squared gradient.
 
         Theis, Korshunova, Tejani and Huszar, Faster gaze prediction with dense networks and Fisher
@@ -56,6 +56,6 @@ class Fisher:
         squared change of the tokens, on average, when the unit goes: costs are comparable across
         groups.
         """
-        assert item.gradients is not None
-        costs = item.gradients.square().mean(0)
+        assert ctx.gradients is not None
+        costs = ctx.gradients.square().mean(0)
         return Ranking(costs, torch.argsort(costs, stable=True))

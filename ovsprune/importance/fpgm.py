@@ -17,13 +17,13 @@ class Fpgm:
 
     needs: frozenset[str] = frozenset()
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """``sum over v of |u - v|``, u and v being the weights that make the units.
 
         He, Liu, Wang, Hu and Yang, CVPR 2019: the filters nearest to the geometric median are the
         ones that the others can replace. A unit of several channels or layers (a head's
         rows of q, k and v) is one long vector. Costs of different groups are not comparable.
         """
-        rows = torch.cat(list(weights(item, "out")), 1)
+        rows = torch.cat(list(weights(ctx, "out")), 1)
         costs = torch.cdist(rows, rows).sum(1)
         return Ranking(costs, torch.argsort(costs, stable=True))

@@ -18,13 +18,13 @@ class Lamp:
     needs: frozenset[str] = frozenset()
     comparable = True
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """``|u|^2 / sum of |v|^2 over v`` that are not smaller than u, ties in the order of units.
 
         Lee, Park, Mo, Ahn and Shin, ICLR 2021 (the LAMP score), with units in the place of single
         weights. Costs lie in [0, 1] and are comparable across groups; the largest unit has 1.
         """
-        squares = square_norms(item)
+        squares = square_norms(ctx)
         order = torch.argsort(squares, stable=True)
         ascending = squares[order]
         rest = ascending.flip(0).cumsum(0).flip(0)

@@ -17,7 +17,7 @@ class Magnitude:
 
     needs: frozenset[str] = frozenset()
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """Root of the squares over every weight of the unit (Fang et al., CVPR 2023, eq. 4)."""
-        costs = square_norms(item).sqrt()
+        costs = square_norms(ctx).sqrt()
         return Ranking(costs, torch.argsort(costs, stable=True))

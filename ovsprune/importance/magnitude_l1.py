@@ -17,13 +17,13 @@ class MagnitudeL1:
 
     needs: frozenset[str] = frozenset()
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """Sum of ``|w|`` over every weight of the unit.
 
         Li, Kadav, Durdanovic, Samet and Graf, ICLR 2017, section 3.1, take it over a filter; here
         it is over all that goes with the unit, as :class:`Magnitude` does.
         """
-        costs = torch.zeros(item.group.units, dtype=torch.float64)
-        for rows in weights(item):
+        costs = torch.zeros(ctx.group.units, dtype=torch.float64)
+        for rows in weights(ctx):
             costs += rows.abs().sum(1)
         return Ranking(costs, torch.argsort(costs, stable=True))

@@ -16,7 +16,7 @@ class Random:
 
     needs: frozenset[str] = frozenset()
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """A random permutation; a unit's cost is its place in it."""
-        order = torch.randperm(item.group.units, generator=item.generator)
+        order = torch.randperm(ctx.group.units, generator=ctx.generator)
         return Ranking(torch.argsort(order).double(), order)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.ridge import regularised
-from ovsprune.calibration.surgeon import eliminate
 from ovsprune.core.protocols import GroupContext, Ranking
 from ovsprune.importance import CRITERIA
 from ovsprune.importance.slices import consumer
@@ -17,14 +17,14 @@ class Reconstruction:
 
     needs = frozenset({"moments"})
 
-    def score(self, item: GroupContext) -> Ranking:
-        """Order of :func:`ovsprune.calibration.surgeon.eliminate`; costs as it found them."""
-        assert item.moments is not None
-        weight, columns = consumer(item)
-        found = eliminate(
+    def score(self, ctx: GroupContext) -> Ranking:
+        """Order of :func:`ovsprune.calibration.obs.prune_columns`; costs as it found them."""
+        assert ctx.moments is not None
+        weight, columns = consumer(ctx)
+        found = prune_columns(
             weight,
-            regularised(item.moments.covariance, item.ridge),
+            regularised(ctx.moments.covariance, ctx.ridge),
             columns,
-            snapshots=item.snapshots,
+            snapshots=ctx.snapshots,
         )
         return Ranking(found.costs, found.order, found.weights)

@@ -30,7 +30,7 @@ class Spectral:
             raise OptionError(f"energy {energy:g} is outside (0, 1]: it is a share, 0.9 by default")
         self.energy = energy
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """``sum of V_ji^2`` over the unit's columns j and the k leading directions i, over k.
 
         ``W C^(1/2) = U S V^T``, W being the consumer's weight, C the covariance of what it reads,
@@ -40,17 +40,17 @@ class Spectral:
         decompositions for improved data analysis, PNAS 2009, eq. 3. Costs sum to 1 in each group;
         what they say is a unit's share of its own group.
         """
-        assert item.moments is not None
-        weight, columns = consumer(item)
-        values, vectors = torch.linalg.eigh(item.moments.covariance)
+        assert ctx.moments is not None
+        weight, columns = consumer(ctx)
+        values, vectors = torch.linalg.eigh(ctx.moments.covariance)
         # W C^(1/2) on the eigenvectors of C; the singular values are those of the output's spread.
         scaled = (weight @ vectors) * values.clamp_min(0).sqrt()
         spread, basis = torch.linalg.eigh(scaled @ scaled.T)
         spread, basis = spread.flip(0).clamp_min(0), basis.flip(1)
         total = spread.sum()
         if not total > 0:
-            costs = torch.zeros(item.group.units, dtype=torch.float64)
-            return Ranking(costs, torch.arange(item.group.units))
+            costs = torch.zeros(ctx.group.units, dtype=torch.float64)
+            return Ranking(costs, torch.arange(ctx.group.units))
         numeric = spread > spread[0] * len(spread) * torch.finfo(spread.dtype).eps
         enough = int((spread.cumsum(0) < self.energy * total).sum()) + 1
         k = min(enough, int(numeric.sum()))

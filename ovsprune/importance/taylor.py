@@ -64,7 +64,7 @@ class Taylor:
     def __init__(self, loss: Objective | None = None) -> None:
         self.objective: Objective = consistency if loss is None else loss
 
-    def score(self, item: GroupContext) -> Ranking:
+    def score(self, ctx: GroupContext) -> Ranking:
         """Mean over pictures of ``|d loss / d mask|``.
 
         The mask's gradient is ``sum of a dL/da`` over the unit's activations a: the first-order
@@ -73,6 +73,6 @@ class Taylor:
         Molchanov, Mallya, Tyree, Frosio and Kautz, CVPR 2019, which needs no scaling between
         layers: costs are comparable across groups.
         """
-        assert item.gradients is not None
-        costs = item.gradients.abs().mean(0)
+        assert ctx.gradients is not None
+        costs = ctx.gradients.abs().mean(0)
         return Ranking(costs, torch.argsort(costs, stable=True))

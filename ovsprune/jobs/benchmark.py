@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
-from ovsprune.jobs.measure import (
+from ovsprune.profiling.timing import (
     Pass,
     alternate,
     device_and_dtype,
@@ -111,11 +111,11 @@ def _towers(model: str, against: str | None) -> list[_Tower]:
 
 
 def _tower(source: str, role: str) -> _Tower:
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
     # Weights do not change speed, so a dense model needs no file and no hub.
     pretrained = None if Path(source).is_dir() else "none"
-    backbone = load(source, pretrained=pretrained)
+    backbone = load_backbone(source, pretrained=pretrained)
     kind = "dense" if backbone.slim is None else "slim"
     return _Tower(f"{backbone.name} {kind}", role, source, pretrained, backbone)
 
@@ -128,7 +128,7 @@ def _rows(
     dtype: torch.dtype,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    from ovsprune.graph.costs import measure
+    from ovsprune.graph.costs import count_costs
 
     size = towers[0].backbone.preprocess.size
     for other in towers[1:]:
@@ -149,7 +149,7 @@ def _rows(
     rows = []
     for tower in towers:
         latency = statistics.median(times[tower.role])
-        costs = measure(tower.backbone.tower, size)
+        costs = count_costs(tower.backbone.tower, size)
         rows.append(
             {
                 "name": tower.label,

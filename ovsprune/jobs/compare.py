@@ -1,4 +1,4 @@
-"""Compare: any methods at any ratios and seeds, under one budget, on the same pictures."""
+"""Comparison of methods at several ratios and seeds, under one budget, on the same images."""
 
 from __future__ import annotations
 
@@ -6,36 +6,35 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ovsprune import backbones
-from ovsprune._version import __version__
-from ovsprune.calibration.pictures import RENDERED, folder_fingerprint
+from ovsprune.comparison.identity import (
+    changed_options,
+    comparison_identity,
+    made_by,
+    row_key,
+)
+from ovsprune.comparison.methods import DEFAULT, Method, parse_methods
+from ovsprune.comparison.results import Earlier, Rows, check_place, take_over
+from ovsprune.comparison.runner import ComparisonRunner
+from ovsprune.comparison.scoring import Scorer
 from ovsprune.core.errors import MissingLibraryError, OptionError, UnknownNameError
 from ovsprune.core.files import write_text
 from ovsprune.core.options import options_of
-from ovsprune.core.progress import Progress, Silent
+from ovsprune.core.progress import NoteOnce, Progress, Silent
 from ovsprune.core.protocols import Backbone
+from ovsprune.evaluation.backbone_scores import class_embeddings
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
-from ovsprune.graph.costs import measure
-from ovsprune.jobs.config import PruneConfig
-from ovsprune.jobs.contest import Contest
-from ovsprune.jobs.earlier import KEY, Earlier, take_over
-from ovsprune.jobs.evaluate import class_embeddings
-from ovsprune.jobs.examine import Examiner
-from ovsprune.jobs.measure import device_and_dtype, thread_limit
-from ovsprune.jobs.methods import DEFAULT, Method, parse_methods
-from ovsprune.jobs.rows import Rows, check_place
+from ovsprune.graph.costs import count_costs
+from ovsprune.profiling.timing import device_and_dtype, thread_limit
+from ovsprune.pruning.config import PruneConfig
 from ovsprune.report.comparison import differences, makers, page, summary
-from ovsprune.slim.hashing import tensor_hash
 
 __all__ = ["METHODS", "compare"]
 
@@ -50,10 +49,10 @@ METHODS = (
     "magnitude",
     "random",
 )
-"""What is compared when nothing is said: with and without recovery, random, and stock."""
+"""Methods compared by default: with and without recovery, random, and Torch-Pruning."""
 
 SCENE_SEED = 1_000_000
-"""Of the test scenes; calibration, whose scenes are of another split too, counts from 0."""
+"""First seed of the test scenes; calibration scenes are of another split and start at 0."""
 
 
 def compare(
@@ -83,11 +82,12 @@ def compare(
     methods, ratios or seeds only add rows.
 
     Args:
-        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone.
+        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
         ratios: Fractions of the tower's cost to remove, each in (0, 1).
-        methods: Names (see :func:`ovsprune.jobs.methods.parse_method`), lists with commas, or one.
-        seeds: Number of seeds: 0 to ``seeds - 1``. A seed selects the calibration images and the
-            random choices of a method.
+        methods: Names (see :func:`ovsprune.comparison.methods.parse_method`), or lists of names
+            with commas.
+        seeds: Number of seeds: 0 to ``seeds - 1``. A seed selects the calibration images and
+            the random choices of a method.
         data: Folder with ``images/``, ``labels/`` and ``classes.json``; None scores on procedural
             test scenes.
         text_embeddings: NPZ file with the embeddings of the classes, for a model without a text
@@ -125,7 +125,7 @@ def compare(
         OutputError: ``output`` holds something else, or rows of other settings.
     """
     start = time.perf_counter()
-    progress = _Once(progress or Silent())
+    progress = NoteOnce(progress or Silent())
     asked = parse_methods(methods)
     ratios = list(dict.fromkeys(float(ratio) for ratio in ratios))
     _check(ratios, seeds, scenes, data, list_file)
@@ -142,11 +142,13 @@ def compare(
         settings = settings.for_model(backbone)
         pictures = opened(max(backbone.preprocess.size))
         embeddings = class_embeddings(backbone, pictures.prompts, text_embeddings)
-        examiner = Examiner(backbone, embeddings, pictures, settings.batch_size, progress, centred)
-        contest = Contest(backbone, settings, examiner, progress)
-        contest.check(asked)
-        identity = _identity(backbone, settings, embeddings, data, list_file, pictures, device)
-        identity |= _chosen(settings, centred)
+        scorer = Scorer(backbone, embeddings, pictures, settings.batch_size, progress, centred)
+        runner = ComparisonRunner(backbone, settings, scorer, progress)
+        runner.check(asked)
+        identity = comparison_identity(
+            backbone, settings, embeddings, data, list_file, pictures, device
+        )
+        identity |= changed_options(settings, centred)
         rows = Rows(place, identity, overwrite)
         record: dict[str, Any] = {
             "model": name,
@@ -163,32 +165,16 @@ def compare(
             "seeds": seeds,
             "ratios": ratios,
             "methods": [method.name for method in asked],
-            "dense": _dense(backbone, examiner, rows),
+            "dense": _dense(backbone, scorer, rows),
         }
         take_over(earlier, record, rows)
         grid = list(itertools.product(range(seeds), ratios, asked))
-        found = _fill(grid, rows, contest, record["dense"]["miou"], progress)
+        found = _fill(grid, rows, runner, record["dense"]["miou"], progress)
     order = itertools.product(ratios, asked, range(seeds))
     record["rows"] = [found[seed, ratio, method] for ratio, method, seed in order]
     record["summary"] = summary(record)
     record["differences"] = differences(record, _reference(record))
     return _write(record, place, start, progress)
-
-
-class _Once:
-    """A progress that says a note once, however many rows give rise to it."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-        self._said: set[str] = set()
-
-    def stage(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return self._inner.stage(description, total)
-
-    def note(self, message: str) -> None:
-        if message not in self._said:
-            self._said.add(message)
-            self._inner.note(message)
 
 
 def _check(
@@ -232,7 +218,7 @@ def _common(ratio: float, options: dict[str, Any]) -> PruneConfig:
 def _open(
     data: str | Path | None, list_file: str | Path | None, scenes: int | None
 ) -> Callable[[int], SegmentationData]:
-    """The labelled pictures, as soon as the size is known at which scenes are drawn."""
+    """Return a function of the tower's image size that opens the labelled images."""
     if data is None:
         return lambda size: ScenesData(scenes or 500, seed=SCENE_SEED, size=size)
     folder = FolderData(data, list_file, scenes)
@@ -246,14 +232,14 @@ def _load(
     device: str,
     progress: Progress,
 ) -> Backbone:
-    """The dense model.
+    """Return the dense model in float32, loaded if it is a name.
 
     Raises:
-        OptionError: It is slim already.
+        OptionError: The model is slim already.
     """
     if isinstance(model, str):
         with progress.stage(f"loading {model}", 1) as advance:
-            model = backbones.load(
+            model = backbones.load_backbone(
                 model, pretrained=pretrained, activation=activation, device=device
             )
             advance(1)
@@ -264,60 +250,19 @@ def _load(
     for note in model.notes:
         progress.note(note)
     if any(p.dtype != torch.float32 for p in model.tower.parameters()):
-        # Half precision is for files: what is compared is worked on in float32.
+        # Half precision is for files only: moments and repairs need float32.
         model = replace(model, tower=deepcopy(model.tower).float())
     if not model.trained:
-        progress.note(f"{model.name} has random weights: its mIoU and retention mean nothing")
+        progress.note(f"{model.name} has random weights: its mIoU and retention have no meaning")
     return model
 
 
-def _identity(
-    backbone: Backbone,
-    settings: PruneConfig,
-    embeddings: Tensor,
-    data: str | Path | None,
-    list_file: str | Path | None,
-    pictures: SegmentationData,
-    device: str,
-) -> dict[str, Any]:
-    """What decides a row beside method, ratio and seed."""
-    weights = [p.detach().flatten().float().cpu() for p in backbone.tower.state_dict().values()]
-    plain = settings.calibration in RENDERED
-    # Folders change; a path does not say so.
-    held: dict[str, str] = {}
-    if isinstance(pictures, FolderData):
-        held["labelled pictures"] = pictures.fingerprint()
-    if not plain:
-        held["calibration pictures"] = folder_fingerprint(Path(settings.calibration))
-    return {
-        "model": backbone.name,
-        "pretrained": backbone.pretrained,
-        "tower": tensor_hash(torch.cat(weights))[:16],
-        "embeddings": tensor_hash(embeddings)[:16],
-        "data": "scenes" if data is None else str(Path(data).resolve()),
-        "list": None if list_file is None else str(list_file),
-        "images": len(pictures),
-        "calibration": settings.calibration if plain else str(Path(settings.calibration).resolve()),
-        "samples": settings.pictures,
-        "device": str(device),
-        **held,
-    }
-
-
-def _chosen(settings: PruneConfig, centred: bool) -> dict[str, Any]:
-    """Options that decide a row, too, as far as they are not the defaults: older rows stay good."""
-    plain = PruneConfig(ratio=settings.ratio)
-    given = {name: getattr(settings, name) for name in ("budget", "protect", "round_to")}
-    changed = {name: value for name, value in given.items() if value != getattr(plain, name)}
-    return {**changed, **({"centred": True} if centred else {})}
-
-
-def _dense(backbone: Backbone, examiner: Examiner, rows: Rows) -> dict[str, Any]:
-    """Costs and scores of the dense tower, from the file if they are there."""
+def _dense(backbone: Backbone, scorer: Scorer, rows: Rows) -> dict[str, Any]:
+    """Return costs and scores of the dense tower, from the stored rows if they are there."""
     stored = rows.find({"method": "dense"})
     if stored is None:
-        costs = measure(backbone.tower, backbone.preprocess.size)
-        stored = {"method": "dense", "macs": costs.macs, "params": costs.params, **examiner.dense()}
+        costs = count_costs(backbone.tower, backbone.preprocess.size)
+        stored = {"method": "dense", "macs": costs.macs, "params": costs.params, **scorer.dense()}
         rows.add(stored)
     return {name: stored[name] for name in ("macs", "params", "miou", "pixel_accuracy")}
 
@@ -325,52 +270,43 @@ def _dense(backbone: Backbone, examiner: Examiner, rows: Rows) -> dict[str, Any]
 def _fill(
     grid: Sequence[tuple[int, float, Method]],
     rows: Rows,
-    contest: Contest,
+    runner: ComparisonRunner,
     dense: float,
     progress: Progress,
 ) -> dict[tuple[int, float, Method], dict[str, Any]]:
-    """Every row of the grid, from the file or made now; each is on disk before the next begins."""
-    found = {place: rows.find(_key(*place)) for place in grid}
+    """Return every row of the grid, stored or made now; each is on disk before the next begins."""
+    found = {place: rows.find(row_key(*place)) for place in grid}
     missing = [place for place, row in found.items() if row is None]
     if missing and len(missing) < len(grid):
         progress.note(f"{len(grid) - len(missing)} of {len(grid)} rows are in {rows.place} already")
     others = makers(row for row in found.values() if row is not None)
-    others.pop(_maker(), None)
+    others.pop(made_by(), None)
     for name, count in others.items():
         progress.note(f"made by {name}: {count} of these rows; --overwrite makes all anew")
     with progress.stage("comparing", len(missing)) as advance:
         for seed, ratio, method in missing:
-            row = contest.row(method, ratio, seed)
+            row = runner.row(method, ratio, seed)
             kept = None if row["miou"] is None or not dense else row["miou"] / dense
-            rows.add({**_key(seed, ratio, method), **row, "retention": kept, "made_by": _maker()})
+            rows.add(
+                {**row_key(seed, ratio, method), **row, "retention": kept, "made_by": made_by()}
+            )
             found[seed, ratio, method] = rows.rows[-1]
             advance(1)
     return {place: row for place, row in found.items() if row is not None}
 
 
-def _maker() -> str:
-    """What rows are made by now: this library, and those whose version may change them."""
-    stock = version("torch-pruning")
-    return f"ovsprune {__version__}, torch {torch.__version__}, torch-pruning {stock}"
-
-
-def _key(seed: int, ratio: float, method: Method) -> dict[str, Any]:
-    parts = (method.criterion, method.allocation, method.recovery, method.source)
-    return dict(zip(KEY, (method.name, ratio, seed, *parts), strict=True))
-
-
 def _reference(record: dict[str, Any]) -> str:
-    """The method that the others are set against: the default, or else the first that is there.
+    """Return the method that the others are compared with.
 
-    One that reached no ratio cannot be set against anything.
+    It is the default, or the first method that reached a ratio.
     """
-    there = {row["method"] for row in record["rows"] if row["status"] == "done"}
-    names = [name for name in record["methods"] if name in there] or record["methods"]
+    reached = {row["method"] for row in record["rows"] if row["status"] == "done"}
+    names = [name for name in record["methods"] if name in reached] or record["methods"]
     return DEFAULT if DEFAULT in names else str(names[0])
 
 
 def _write(record: dict[str, Any], place: Path, start: float, progress: Progress) -> dict[str, Any]:
-    """Plot, page and record, beside the rows."""
+    """Write plot, page and record to the directory of the rows."""
     from ovsprune.report.curves import draw
 
     try:

@@ -19,10 +19,10 @@ from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.datasets import Sample, ScenesData
-from ovsprune.jobs.config import PruneConfig
 from ovsprune.jobs.inspect import inspect
-from ovsprune.jobs.measure import Pass, alternate, paired_speedup, thread_limit
 from ovsprune.jobs.prune import prune
+from ovsprune.profiling.timing import Pass, alternate, paired_speedup, thread_limit
+from ovsprune.pruning.config import PruneConfig
 
 __all__ = ["METHODS", "demo"]
 
@@ -145,11 +145,11 @@ class _Demo:
     def __init__(
         self, place: Path, ratio: float, scenes: int, seed: int, progress: Progress
     ) -> None:
-        from ovsprune.backbones import load
-        from ovsprune.jobs.evaluate import class_embeddings
+        from ovsprune.backbones import load_backbone
+        from ovsprune.evaluation.backbone_scores import class_embeddings
 
         self.place, self.ratio, self.seed, self.progress = place, ratio, seed, progress
-        dense = load(MODEL)
+        dense = load_backbone(MODEL)
         self.towers: dict[str, Backbone] = {"dense": dense}
         self.data = _Drawn(ScenesData(scenes, size=max(dense.preprocess.size)), progress)
         self.embeddings: Tensor = class_embeddings(dense, self.data.prompts)
@@ -159,7 +159,7 @@ class _Demo:
 
     def prune(self, method: str) -> None:
         """Prune by one method; the default's checkpoint is saved and read back."""
-        from ovsprune.backbones import load
+        from ovsprune.backbones import load_backbone
 
         dense = self.towers["dense"]
         saved = self.place / SLIM if method == "default" else None
@@ -178,11 +178,11 @@ class _Demo:
             self.towers[method] = dataclasses.replace(dense, tower=result.tower)
         else:
             self.record = result.record()
-            self.towers[method] = load(str(saved))
+            self.towers[method] = load_backbone(str(saved))
 
     def score(self) -> None:
         """Zero-shot mIoU of every tower on the same test scenes."""
-        from ovsprune.jobs.evaluate import score_backbone
+        from ovsprune.evaluation.backbone_scores import score_backbone
 
         for method, backbone in self.towers.items():
             self.found[method] = score_backbone(
@@ -204,10 +204,12 @@ class _Demo:
 
     def draw(self) -> Path:
         """Scene, labels, dense and slim segmentation side by side."""
-        from ovsprune.jobs.evaluate import head
+        from ovsprune.evaluation.backbone_scores import zero_shot_head
         from ovsprune.report.pictures import side_by_side
 
-        heads = [head(self.towers[method], self.embeddings) for method in ("dense", "default")]
+        heads = [
+            zero_shot_head(self.towers[method], self.embeddings) for method in ("dense", "default")
+        ]
         rows = [
             (sample.image, [sample.label, *(one.segment(sample.image) for one in heads)])
             for sample in self.data.samples[:SHOWN]
@@ -264,11 +266,11 @@ class _Demo:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a method, dense first."""
-        from ovsprune.graph.costs import measure
+        from ovsprune.graph.costs import count_costs
 
         rows = []
         for method, backbone in self.towers.items():
-            costs = measure(backbone.tower, backbone.preprocess.size)
+            costs = count_costs(backbone.tower, backbone.preprocess.size)
             times = {batch: found[method] for batch, found in self.times.items()}
             dense = {batch: found["dense"] for batch, found in self.times.items()}
             rows.append(

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
+from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
-from ovsprune.evaluation.last_block import dense_with
-from ovsprune.evaluation.text import DEFAULT_TEMPLATES, read_embeddings
-from ovsprune.evaluation.zero_shot import DenseZeroShot
-from ovsprune.evaluation.zero_shot import evaluate as score
-from ovsprune.jobs.measure import device_and_dtype, thread_limit
+from ovsprune.profiling.timing import device_and_dtype, thread_limit
 
-__all__ = ["class_embeddings", "evaluate", "head", "score_backbone"]
+__all__ = ["evaluate"]
 
 SCENES = "scenes"
 SCENE_COUNT = 500
@@ -74,7 +67,7 @@ def evaluate(
         DataError: The data set or the embeddings cannot be used.
         WeightsError: The model cannot be loaded, or has no text tower and no embeddings are given.
     """
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
     progress = progress or Silent()
     start = time.perf_counter()
@@ -83,7 +76,7 @@ def evaluate(
             raise OptionError(f"{option} {value} is out of range; give 1 or more")
     found, kind = device_and_dtype(device, dtype)
     with thread_limit(threads):
-        backbone = load(model, pretrained=pretrained, activation=activation, device=device)
+        backbone = load_backbone(model, pretrained=pretrained, activation=activation, device=device)
         for note in backbone.notes:
             progress.note(note)
         opened, label = _open(data, backbone, list_file, limit)
@@ -110,83 +103,6 @@ def evaluate(
         "images": result["images"],
         "pixels": result["pixels"],
         "seconds": time.perf_counter() - start,
-    }
-
-
-def class_embeddings(
-    backbone: Backbone, prompts: Sequence[str], file: str | Path | None = None
-) -> Tensor:
-    """Unit-length class embeddings [K, C], from ``file`` or the backbone's own text tower.
-
-    Raises:
-        DataError: ``file`` cannot be used.
-        WeightsError: There is neither a file nor a text tower.
-    """
-    if file is not None:
-        return read_embeddings(file, prompts)
-    total = torch.stack(
-        [
-            backbone.encode_text([template.format(prompt) for prompt in prompts])
-            for template in DEFAULT_TEMPLATES
-        ]
-    ).sum(0)
-    return torch.nn.functional.normalize(total, dim=-1)
-
-
-def head(
-    backbone: Backbone,
-    embeddings: Tensor,
-    centred: bool = False,
-    last_block: str | None = None,
-) -> DenseZeroShot:
-    """The dense zero-shot head on ``backbone``, in whatever dtype and place its tower is.
-
-    Raises:
-        OptionError: ``last_block`` is unknown, or the tower's last block cannot be read so.
-    """
-    weight = next(backbone.tower.parameters())
-    dense = backbone.dense if last_block is None else dense_with(backbone, last_block)
-    return DenseZeroShot(
-        lambda images: dense(images.to(weight.dtype)),
-        embeddings,
-        backbone.preprocess,
-        centred,
-        weight.device,
-    )
-
-
-def score_backbone(
-    backbone: Backbone,
-    embeddings: Tensor,
-    data: SegmentationData,
-    batch_size: int,
-    progress: Progress,
-    label: str,
-    centred: bool = False,
-    last_block: str | None = None,
-) -> dict[str, Any]:
-    """``miou, per_class, pixel_accuracy, pixels, images, seconds`` of a loaded backbone."""
-    with progress.stage(label, len(data)) as advance:
-        before = 0
-
-        def tell(done: int, _: int) -> None:
-            nonlocal before
-            advance(done - before)
-            before = done
-
-        found = score(
-            head(backbone, embeddings, centred, last_block),
-            data,
-            batch_size=batch_size,
-            progress=tell,
-        )
-    return {
-        "miou": found.scores.miou,
-        "per_class": found.scores.per_class,
-        "pixel_accuracy": found.scores.pixel_accuracy,
-        "pixels": found.scores.pixels,
-        "images": found.images,
-        "seconds": found.seconds,
     }
 
 

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from ovsprune import backbones
 from ovsprune._version import __version__
-from ovsprune.backbones import FAMILIES
 from ovsprune.core.errors import ExportError, OptionError, OutputError
 from ovsprune.core.files import flush, staged_file
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
-from ovsprune.graph.costs import measure
-from ovsprune.jobs.measure import Pass, alternate, paired_speedup, thread_limit
-from ovsprune.jobs.onnx_graph import (
+from ovsprune.exporting.onnx_graph import (
     OUTPUTS,
     Run,
     check_opset,
@@ -34,7 +31,10 @@ from ovsprune.jobs.onnx_graph import (
     open_session,
     require_libraries,
 )
-from ovsprune.jobs.provenance import make_spec
+from ovsprune.graph.costs import count_costs
+from ovsprune.profiling.timing import Pass, alternate, paired_speedup, thread_limit
+from ovsprune.pruning.provenance import make_spec
+from ovsprune.pruning.search_space import SearchSpace
 from ovsprune.slim import SlimCheckpoint, SlimTower
 from ovsprune.slim.load import tower_of
 
@@ -186,7 +186,7 @@ def _loaded(
     if isinstance(model, Backbone):
         return model
     with progress.stage(f"loading {model}", 1) as advance:
-        backbone = backbones.load(str(model), pretrained=pretrained, activation=activation)
+        backbone = backbones.load_backbone(str(model), pretrained=pretrained, activation=activation)
         advance(1)
     return backbone
 
@@ -195,9 +195,9 @@ def _tower(backbone: Backbone) -> SlimTower:
     """The backbone's tower in our own modules, float32 on the CPU; a dense one keeps everything."""
     given = backbone.slim
     if not isinstance(given, SlimCheckpoint):
-        costs = measure(backbone.tower, backbone.preprocess.size)
-        family = FAMILIES.get(backbone.family)
-        spec = make_spec(backbone, family, (), Plan({}), (), (costs, costs), {})
+        costs = count_costs(backbone.tower, backbone.preprocess.size)
+        nothing = SearchSpace(tower=backbone.tower, layers=(), groups=[], protected={})
+        spec = make_spec(backbone, nothing, Plan({}), (costs, costs), {})
         tensors = {f"visual.{k}": v.cpu() for k, v in backbone.tower.state_dict().items()}
         given = SlimCheckpoint(Path(backbone.name), spec, {}, tensors)
     return tower_of(given).float().requires_grad_(False)

@@ -34,7 +34,7 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
     checkpoint = read(Path(directory))
     if recipe is not None:
         from ovsprune.core.toml import write_toml
-        from ovsprune.jobs.recipes import recipe_of
+        from ovsprune.pruning.recipes import recipe_of
 
         write_toml(recipe, recipe_of(checkpoint))
     spec = checkpoint.spec

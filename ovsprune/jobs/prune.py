@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ovsprune import backbones
+from ovsprune.baselines.imp_units import imp_selector
 from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.calibration.pictures import enough
+from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
-from ovsprune.jobs.again import check_again
-from ovsprune.jobs.clock import Clock
-from ovsprune.jobs.command_line import command_of
-from ovsprune.jobs.config import PruneConfig, config_of
-from ovsprune.jobs.measure import thread_limit
-from ovsprune.jobs.steps import Job
+from ovsprune.profiling.timing import thread_limit
+from ovsprune.pruning.command_line import command_of
+from ovsprune.pruning.config import PruneConfig, config_of
+from ovsprune.pruning.loading import cast, check_dtype, open_model
+from ovsprune.pruning.pipeline import Pipeline
+from ovsprune.pruning.reprune import check_reprune
 from ovsprune.report.card import card
 from ovsprune.slim import SlimCheckpoint, SlimSpec, write
 from ovsprune.slim.write import check_output
 
-__all__ = ["DTYPES", "PruneResult", "cast", "open_dense", "prune"]
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Types in which a tower can be saved."""
+__all__ = ["PruneResult", "prune"]
 
 
 @dataclass(eq=False)
@@ -115,9 +112,9 @@ def prune(
     Only the recovery ``distill`` and the method ``imp`` take gradient steps.
 
     Args:
-        model: Name (see :func:`ovsprune.backbones.load`) or loaded backbone. A slim model is pruned
-            again: ratio, floors and recovery then refer to the slim model; mask, hashes and dense
-            costs of the result refer to its dense base model.
+        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone. A slim model
+            is pruned again: ratio, floors and recovery then refer to the slim model; mask, hashes
+            and dense costs of the result refer to its dense base model.
         ratio: Fraction of the tower's cost to remove, in (0, 1); by default that of ``config``.
         config: Configuration; by default ``PruneConfig(ratio=ratio)``.
         pretrained: Tag, file, or ``"none"``.
@@ -145,26 +142,26 @@ def prune(
     settings = config_of(ratio, config, options)
     if settings.method == "imp" and not settings.imp.structured:
         raise OptionError(
-            "method='imp' prunes single weights: call ovsprune.jobs.imp.imp, or give "
+            "method='imp' prunes single weights: call ovsprune.baselines.imp_weights.imp, or give "
             "imp_structured=True to remove units"
         )
-    if dtype not in DTYPES:
-        raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     progress = progress or Silent()
     target = _target(model, settings.ratio, output, overwrite, dry_run)
     clock = Clock()
     with thread_limit(threads):
-        model = _open(model, pretrained, activation, device, progress, clock)
+        model = open_model(model, pretrained, activation, device, progress, clock)
         settings = settings.for_model(model)
-        check_again(model, settings)
+        check_reprune(model, settings.method)
         if model.trained and settings.calibration == "mixed":
             most, count = enough("mixed"), settings.pictures
-            more = f"{most} keep more (--samples {most}), and " if count < most else ""
+            more = f"{most} preserve more (--samples {most}), and " if count < most else ""
             progress.note(
-                f"calibrating on {count} made pictures: {more}photographs of your own keep most "
-                "(--calibration DIR)"
+                f"calibrating on {count} synthetic images: {more}photographs of your own preserve "
+                "the most accuracy (--calibration DIR)"
             )
-        done = Job(model, settings, progress, clock).run()
+        selector = imp_selector(model, settings, progress, clock)
+        done = Pipeline(model, settings, progress, clock, selector).run()
     result = PruneResult(
         spec=done.spec,
         tower=done.tower,
@@ -194,69 +191,6 @@ def prune(
         )
         clock.lap("write")
     return result
-
-
-def open_dense(
-    model: str | Backbone,
-    pretrained: str | None,
-    activation: str | None,
-    device: str,
-    progress: Progress,
-    clock: Clock,
-) -> Backbone:
-    """Return the dense model to prune, loaded if it is a name.
-
-    Raises:
-        OptionError: The model is slim already.
-        WeightsError: The weights cannot be loaded.
-    """
-    model = _open(model, pretrained, activation, device, progress, clock)
-    if model.slim is not None:
-        raise OptionError(
-            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
-        )
-    return model
-
-
-def _open(
-    model: str | Backbone,
-    pretrained: str | None,
-    activation: str | None,
-    device: str,
-    progress: Progress,
-    clock: Clock,
-) -> Backbone:
-    if isinstance(model, str):
-        with progress.stage(f"loading {model}", 1) as advance:
-            model = backbones.load(
-                model, pretrained=pretrained, activation=activation, device=device
-            )
-            advance(1)
-        clock.lap("load")
-    for note in model.notes:
-        progress.note(note)
-    if not model.trained:
-        progress.note(f"{model.name} has random weights: the result is marked as untrained")
-    return model
-
-
-def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Return the floating-point tensors as ``dtype``, and integer tensors unchanged.
-
-    Raises:
-        OptionError: A value is too large for ``dtype``.
-    """
-    found = {
-        name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
-    for name, tensor in found.items():
-        if not tensor.isfinite().all() and state[name].isfinite().all():
-            raise OptionError(
-                f"--dtype {dtype} cannot hold {name}, whose largest value is "
-                f"{float(state[name].abs().max()):.3g}; take bfloat16 or float32"
-            )
-    return found
 
 
 def _described(given: SlimCheckpoint) -> dict[str, Any]:

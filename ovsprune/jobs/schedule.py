@@ -17,7 +17,7 @@ from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Layer
 from ovsprune.jobs.listing import Listing, entries
-from ovsprune.jobs.measure import (
+from ovsprune.profiling.timing import (
     alternate,
     output_loss,
     paired_speedup,
@@ -123,7 +123,7 @@ def schedule(
         ),
     )
     if knowing is not None:
-        plan.on_release(knowing.lift(inner).detach)
+        plan.on_release(knowing.enable_tower_grad(inner).detach)
     return plan
 
 
@@ -241,7 +241,7 @@ def plan_tower(
         WeightsError: The weights cannot be had or do not fit.
         ScheduleError: A pattern of the pool matches nothing.
     """
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
     if not model:
         raise OptionError("--model is missing: name a model or a slim directory (or ask --list)")
@@ -250,7 +250,7 @@ def plan_tower(
     start = time.perf_counter()
     progress = progress or Silent()
     POLICIES.get(policy)  # an unknown name is reported before weights are read
-    backbone = load(model, pretrained=pretrained)
+    backbone = load_backbone(model, pretrained=pretrained)
     tower, shape = backbone.tower, (batch_size, 3, *backbone.preprocess.size)
     shell = _shell(tower)
     plan = schedule(shell, policy, pool=pool or None, weights=tower, progress=progress, **settings)

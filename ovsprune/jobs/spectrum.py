@@ -52,14 +52,14 @@ def spectrum(
         OutputError: The plot cannot be written there.
         MissingLibraryError: A plot is asked and matplotlib is not installed.
     """
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
     start = time.perf_counter()
     progress = progress or Silent()
     check_options(fit, convolution)
     if plot is not None:
         check_picture(plot)
-    backbone = load(model, pretrained=pretrained)
+    backbone = load_backbone(model, pretrained=pretrained)
     found = matrices(backbone.tower)
     for pattern in layers:
         if not any(fnmatchcase(matrix.name, pattern) for matrix in found):

@@ -11,17 +11,17 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
-from ovsprune.core.folder import files_beside, read_folder
-from ovsprune.core.foreign import Foreign, read_foreign
 from ovsprune.core.progress import Progress, Silent
+from ovsprune.core.unpickle.folder import files_beside, read_folder
+from ovsprune.core.unpickle.foreign import Foreign, read_foreign
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.attach import undo_on_error
 from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
+from ovsprune.targets.key_map import depth_of
 from ovsprune.targets.output import check_place, write_output
-from ovsprune.targets.places import depth_of
 from ovsprune.targets.recognise import recognise
 
 __all__ = ["transfer"]
@@ -207,7 +207,7 @@ class _Repair:
                 "ask for weights 'target'"
             )
         try:
-            from ovsprune.jobs.refit_own import refitted
+            from ovsprune.pruning.repair_target import refitted
         except ImportError as error:
             raise OptionError(
                 f"a repair needs what 'pip install ovsprune' brings ({error}); leave the "
@@ -250,7 +250,7 @@ def _live(
     before, said = None, "nothing, since the target has no inputs for it; pass example=..."
     with progress.stage(f"transfer to {name}", 3) as advance:
         if example is not None:
-            from ovsprune.jobs.whole_costs import describe, whole_macs
+            from ovsprune.profiling.model_macs import describe, whole_macs
 
             try:
                 before = whole_macs(model, example, target.prepare)

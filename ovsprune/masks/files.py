@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError, OptionError, OutputError
 from ovsprune.core.files import staged_file
-from ovsprune.core.foreign import read_foreign
+from ovsprune.core.unpickle.foreign import read_foreign
 from ovsprune.masks.directory import read_unstructured
 from ovsprune.masks.packing import is_packed, read_packed, save_packed
 

@@ -23,7 +23,7 @@ class Bias:
     after: str | None = None
 
     @torch.no_grad()
-    def recover(self, item: RecoveryContext) -> None:
+    def recover(self, ctx: RecoveryContext) -> None:
         """Add ``W_cut E[a_cut]`` to each bias (An et al., FLAP, AAAI 2024).
 
         The mean is that of the dense consumer's output less the slim consumer's on the dense kept
@@ -33,17 +33,17 @@ class Bias:
         """
         sums: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
-        for seen in consumers_of(item, "bias compensation"):
+        for seen in consumers_of(ctx, "bias compensation"):
             name = seen.site.consumer
-            layer = item.slim.get_submodule(name)
+            layer = ctx.slim.get_submodule(name)
             residual = seen.output - given_rows(layer, layer(seen.kept))
             weight = row_weights(seen.target, seen.median)
             total = (residual * weight[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
             sums[name] = sums[name] + total if name in sums else total
             weights[name] = weights.get(name, 0.0) + float(weight.sum(dtype=torch.float64))
         for name, total in sums.items():
-            bias = bias_of(item.slim.get_submodule(name))
+            bias = bias_of(ctx.slim.get_submodule(name))
             if bias is None:
-                item.progress.note(f"{name} has no bias: nothing makes up for what was cut there")
+                ctx.progress.note(f"{name} has no bias: nothing makes up for what was cut there")
             else:
                 bias.copy_((bias.double() + total / weights[name]).to(bias))

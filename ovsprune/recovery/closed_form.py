@@ -7,7 +7,7 @@ import torch
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import pairs
-from ovsprune.recovery.taps import sites
+from ovsprune.recovery.refit_targets import sites
 
 __all__ = ["ClosedForm"]
 
@@ -20,7 +20,7 @@ class ClosedForm:
     after: str | None = None
 
     @torch.no_grad()
-    def recover(self, item: RecoveryContext) -> None:
+    def recover(self, ctx: RecoveryContext) -> None:
         """Refit in the order of the blocks, the consumers of a block in the order of its groups.
 
         First the layers that make a group's units are refitted, from what they read in the slim
@@ -31,7 +31,7 @@ class ClosedForm:
         (:class:`ovsprune.calibration.refit.Refit`); if nothing was cut it is zero, and so is the
         correction.
         """
-        for pair in pairs(item, "closed-form refit"):
-            for site in sites(item, pair.name):
+        for pair in pairs(ctx, "closed-form refit"):
+            for site in sites(ctx, pair.name):
                 pair.refit_producers(site)
                 pair.refit_consumer(site)

@@ -21,7 +21,7 @@ class ClosedFormSymmetric:
     after: str | None = None
 
     @torch.no_grad()
-    def recover(self, item: RecoveryContext) -> None:
+    def recover(self, ctx: RecoveryContext) -> None:
         """Refit every consumer on its own: ``min E|W a + b - (W' a_kept + b')|^2``.
 
         ``a`` is what the dense consumer reads and ``a_kept`` its kept columns, so inputs and goal
@@ -31,13 +31,13 @@ class ClosedFormSymmetric:
         """
         refits: dict[str, Refit] = {}
         block = None
-        held = held_out(len(item.pictures))
-        for seen in consumers_of(item, "symmetric closed-form refit"):
+        held = held_out(len(ctx.pictures))
+        for seen in consumers_of(ctx, "symmetric closed-form refit"):
             if seen.block != block:
                 _apply(refits)  # The moments of one block at a time are held.
                 block = seen.block
-            layer = item.slim.get_submodule(seen.site.consumer)
-            refit = refits.setdefault(seen.site.consumer, Refit(layer, held, item.ridge))
+            layer = ctx.slim.get_submodule(seen.site.consumer)
+            refit = refits.setdefault(seen.site.consumer, Refit(layer, held, ctx.ridge))
             residual = seen.output - given_rows(layer, layer(seen.kept))
             read = read_rows(layer, seen.kept)
             refit.update(seen.part, read, residual, row_weights(seen.target, seen.median))

@@ -8,10 +8,10 @@ from functools import partial
 
 from torch import Tensor
 
-from ovsprune.calibration.streams import run_stem, walk
+from ovsprune.calibration.activation_cache import run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import input_axis
-from ovsprune.recovery.taps import Site, median_norms, sites
+from ovsprune.recovery.refit_targets import RefitTarget, median_norms, sites
 
 __all__ = ["Seen", "consumers_of"]
 
@@ -31,7 +31,7 @@ class Seen:
     """
 
     block: str
-    site: Site
+    site: RefitTarget
     part: slice
     kept: Tensor
     output: Tensor
@@ -39,36 +39,36 @@ class Seen:
     median: float
 
 
-def consumers_of(item: RecoveryContext, description: str) -> Iterator[Seen]:
+def consumers_of(ctx: RecoveryContext, description: str) -> Iterator[Seen]:
     """Every batch of calibration pictures at every consumer of cut groups, block after block.
 
     Args:
-        item: The recovery's context; nothing is run where nothing was cut.
+        ctx: The recovery's context; nothing is run where nothing was cut.
         description: Of the stage that the progress shows.
     """
-    stages = item.stages(item.dense)
+    stages = ctx.stages(ctx.dense)
     cut = {
-        name: [s for found in sites(item, name) for s in (*found.others, found) if s.cut]
+        name: [s for found in sites(ctx, name) for s in (*found.others, found) if s.cut]
         for name in stages.blocks
     }
     last = max((i for i, name in enumerate(cut) if cut[name]), default=-1)
     if last < 0:
         return
-    with item.progress.stage(description, last + 2) as advance:
-        stream = run_stem(stages, item.pictures, item.batch_size)
+    with ctx.progress.stage(description, last + 2) as advance:
+        stream = run_stem(stages, ctx.pictures, ctx.batch_size)
         advance(1)
         for name, block in list(stages.blocks.items())[: last + 1]:
             points = [site.target for site in cut[name]]
-            layers = [item.dense.get_submodule(site.consumer) for site in cut[name]]
+            layers = [ctx.dense.get_submodule(site.consumer) for site in cut[name]]
             rows = [
                 partial(site.goal, layer) for site, layer in zip(cut[name], layers, strict=True)
             ]
             medians = median_norms(
-                block, stream, item.batch_size, name, list(zip(points, rows, strict=True))
+                block, stream, ctx.batch_size, name, list(zip(points, rows, strict=True))
             )
             taps = [(site.consumer, side) for site in cut[name] for side in ("input", "output")]
             for part, seen in walk(
-                block, stream, item.batch_size, [*taps, *points], name, advance=True
+                block, stream, ctx.batch_size, [*taps, *points], name, advance=True
             ):
                 for site, layer, median in zip(cut[name], layers, medians, strict=True):
                     read = seen[site.consumer, "input"]

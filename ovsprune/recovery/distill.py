@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovsprune.calibration.activation_cache import Stream, spread_over, stored
 from ovsprune.calibration.feature_loss import SHARES, Features, feature_loss, spread
 from ovsprune.calibration.refit import held_out
-from ovsprune.calibration.streams import Stream, spread_over, stored
+from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import OptionError
 from ovsprune.core.optimizers import optimizer_class
-from ovsprune.core.protocols import Distillation, EndlessPictures, RecoveryContext
+from ovsprune.core.protocols import EndlessPictures, RecoveryContext
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.whitened import Whitened, whiten
 
@@ -39,7 +40,7 @@ class Distill:
     trains = True
     after: str | None = "gauss-newton"
 
-    def recover(self, item: RecoveryContext) -> None:
+    def recover(self, ctx: RecoveryContext) -> None:
         """Train all weights of the slim tower in float32, and keep the best by unseen pictures.
 
         The loss is :func:`ovsprune.calibration.feature_loss.feature_loss`: the squared distance of
@@ -60,36 +61,36 @@ class Distill:
         Raises:
             OptionError: The optimiser cannot train such a tower.
         """
-        pupil = _Pupil(item)
+        pupil = Student(ctx)
         best = pupil.error()
         if best == 0.0:
             return  # Nothing was cut, or nothing was lost: there is nothing to learn.
-        state = _copy(item.slim)
-        before = {p: p.requires_grad for p in item.slim.parameters()}
-        item.slim.requires_grad_(True)
+        state = _copy(ctx.slim)
+        before = {p: p.requires_grad for p in ctx.slim.parameters()}
+        ctx.slim.requires_grad_(True)
         try:
             for _ in pupil.train():
                 error = pupil.error()
                 if error < best:
-                    best, state = error, _copy(item.slim)
+                    best, state = error, _copy(ctx.slim)
         finally:
-            item.slim.load_state_dict(state)
+            ctx.slim.load_state_dict(state)
             for parameter, flag in before.items():
                 parameter.requires_grad_(flag).grad = None
 
 
-class _Pupil:
+class Student:
     """The slim tower, the dense one that it learns from, and the pictures."""
 
-    def __init__(self, item: RecoveryContext) -> None:
-        self.item, self.options = item, item.distill
-        self.dense, self.slim = item.stages(item.dense), item.stages(item.slim)
-        self.device = next(item.slim.parameters()).device
-        self.generator = torch.Generator().manual_seed(item.seed)
-        self.pictures = stored(item.pictures, item.batch_size)
+    def __init__(self, ctx: RecoveryContext) -> None:
+        self.item, self.options = ctx, ctx.distill
+        self.dense, self.slim = ctx.stages(ctx.dense), ctx.stages(ctx.slim)
+        self.device = next(ctx.slim.parameters()).device
+        self.generator = torch.Generator().manual_seed(ctx.seed)
+        self.pictures = stored(ctx.pictures, ctx.batch_size)
         self.lessons = torch.arange(len(self.pictures))
-        if item.unseen is not None:
-            self.exam = stored(item.unseen, item.batch_size)
+        if ctx.unseen is not None:
+            self.exam = stored(ctx.unseen, ctx.batch_size)
         else:
             held = held_out(len(self.pictures))
             self.lessons = (~held).nonzero().flatten()

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ovsprune.calibration.activation_cache import Stream, allocate
 from ovsprune.calibration.linearised import (
     Metric,
     Segment,
@@ -16,13 +17,12 @@ from ovsprune.calibration.linearised import (
     conjugate_gradients,
 )
 from ovsprune.calibration.refit import capped, median_of
-from ovsprune.calibration.streams import Stream, allocate
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import weight_of
 from ovsprune.graph.rows import from_rows, read_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import Pair, pairs
-from ovsprune.recovery.taps import Site, sites
+from ovsprune.recovery.refit_targets import RefitTarget, sites
 
 __all__ = ["GaussNewton"]
 
@@ -45,7 +45,7 @@ class GaussNewton:
     after: str | None = None
 
     @torch.no_grad()
-    def recover(self, item: RecoveryContext) -> None:
+    def recover(self, ctx: RecoveryContext) -> None:
         """Refit as ``closed-form`` does; then what makes the units, and again what reads them.
 
         ``closed-form`` makes the kept units what they were in the dense tower. But what the cut
@@ -54,8 +54,8 @@ class GaussNewton:
         (:mod:`ovsprune.calibration.linearised`). How much of it is taken is decided on held-out
         pictures: nothing, if it does harm.
         """
-        for pair in pairs(item, "Gauss-Newton refit"):
-            for site in sites(item, pair.name):
+        for pair in pairs(ctx, "Gauss-Newton refit"):
+            for site in sites(ctx, pair.name):
                 pair.refit_producers(site)
                 pair.refit_consumer(site)
                 for _ in range(ROUNDS if site.makers else 0):
@@ -75,7 +75,7 @@ class _Refinement:
         site: The layer that reads the units.
     """
 
-    def __init__(self, pair: Pair, site: Site) -> None:
+    def __init__(self, pair: Pair, site: RefitTarget) -> None:
         self.pair, self.site = pair, site
         self.layer = pair.item.slim.get_submodule(site.consumer)
         self.segment = Segment(

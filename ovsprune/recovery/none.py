@@ -15,5 +15,5 @@ class Nothing:
     trains = False
     after: str | None = None
 
-    def recover(self, item: RecoveryContext) -> None:
+    def recover(self, ctx: RecoveryContext) -> None:
         """Do nothing."""

@@ -8,28 +8,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ovsprune.calibration.activation_cache import Capture, Stream, allocate, run_stem, walk
 from ovsprune.calibration.refit import Refit, held_out, row_weights
-from ovsprune.calibration.streams import Capture, Stream, allocate, run_stem, walk
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.rows import given_rows, read_rows
-from ovsprune.recovery.taps import Site, median_norm, median_norms, sites
+from ovsprune.recovery.refit_targets import RefitTarget, median_norm, median_norms, sites
 
 __all__ = ["Pair", "pairs"]
 
 
 @torch.no_grad()
-def pairs(item: RecoveryContext, description: str) -> Iterator[Pair]:
+def pairs(ctx: RecoveryContext, description: str) -> Iterator[Pair]:
     """Every block from the first that differs, in order; the streams advance as blocks are taken.
 
     Two streams go through the towers side by side, the dense one and the slim one.
 
     Args:
-        item: The recovery's context.
+        ctx: The recovery's context.
         description: Of the stage that the progress shows.
     """
-    dense, slim = item.stages(item.dense), item.stages(item.slim)
-    with item.progress.stage(description, len(dense.blocks) + 1) as advance:
-        dense_stream = run_stem(dense, item.pictures, item.batch_size)
+    dense, slim = ctx.stages(ctx.dense), ctx.stages(ctx.slim)
+    with ctx.progress.stage(description, len(dense.blocks) + 1) as advance:
+        dense_stream = run_stem(dense, ctx.pictures, ctx.batch_size)
         drifted = False
         slim_stream = dense_stream.copy()
         advance(1)
@@ -37,13 +37,13 @@ def pairs(item: RecoveryContext, description: str) -> Iterator[Pair]:
             # A training between rounds changes blocks that nothing was cut from, too.
             drifted = (
                 drifted
-                or any(site.cut for site in sites(item, name))
+                or any(site.cut for site in sites(ctx, name))
                 or _changed(block, slim.blocks[name])
             )
             if drifted:
-                yield Pair(item, name, block, slim.blocks[name], dense_stream, slim_stream)
-                _run(slim.blocks[name], slim_stream, item.batch_size)
-            _run(block, dense_stream, item.batch_size)
+                yield Pair(ctx, name, block, slim.blocks[name], dense_stream, slim_stream)
+                _run(slim.blocks[name], slim_stream, ctx.batch_size)
+            _run(block, dense_stream, ctx.batch_size)
             if not drifted:
                 slim_stream.copy_(dense_stream)
             advance(1)
@@ -64,7 +64,7 @@ class Pair:
     """One block of the dense and of the slim tower, and the streams before it.
 
     Args:
-        item: The recovery's context.
+        ctx: The recovery's context.
         name: Dotted name of the block.
         dense: The block in the dense tower.
         slim: The block in the slim tower.
@@ -74,14 +74,14 @@ class Pair:
 
     def __init__(
         self,
-        item: RecoveryContext,
+        ctx: RecoveryContext,
         name: str,
         dense: nn.Module,
         slim: nn.Module,
         dense_stream: Stream,
         slim_stream: Stream,
     ) -> None:
-        self.item, self.name, self.size = item, name, item.batch_size
+        self.item, self.name, self.size = ctx, name, ctx.batch_size
         self.dense, self.slim = dense, slim
         self.dense_stream, self.slim_stream = dense_stream, slim_stream
         self.held = held_out(len(dense_stream))
@@ -92,7 +92,7 @@ class Pair:
         """The dotted name of a layer inside the block."""
         return name.removeprefix(self.name).removeprefix(".")
 
-    def refit_producers(self, site: Site) -> None:
+    def refit_producers(self, site: RefitTarget) -> None:
         """Refit what makes the units: from what it reads in the slim tower to the dense units.
 
         A gate on the units comes last, behind the layers that read them for it, which are refitted
@@ -104,7 +104,7 @@ class Pair:
             self.refit_consumer(other)
         self._refit_makers(site, [name for name in site.producers if name in site.gates])
 
-    def _refit_makers(self, site: Site, names: Sequence[str]) -> None:
+    def _refit_makers(self, site: RefitTarget, names: Sequence[str]) -> None:
         layers = {name: self.item.slim.get_submodule(name) for name in names}
         if not layers:
             return
@@ -135,7 +135,7 @@ class Pair:
         for refit in refits.values():
             refit.apply()
 
-    def refit_consumer(self, site: Site) -> None:
+    def refit_consumer(self, site: RefitTarget) -> None:
         """Refit what reads the units.
 
         Its target is what takes the slim stream to where the dense stream is at that point:
@@ -153,7 +153,7 @@ class Pair:
             self._fitted.add(site.consumer)
 
     def compared(
-        self, site: Site, layers: Sequence[str] = (), which: Tensor | None = None
+        self, site: RefitTarget, layers: Sequence[str] = (), which: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor, Tensor, Capture]]:
         """Batches of pictures, and how far the slim tower is from the dense one behind a consumer.
 
@@ -177,7 +177,7 @@ class Pair:
             goal = goals[part].to(now)
             yield part, row_weights(goal, median), goal - now, seen
 
-    def _goals(self, site: Site, layer: nn.Module) -> tuple[Stream, float]:
+    def _goals(self, site: RefitTarget, layer: nn.Module) -> tuple[Stream, float]:
         """Rows behind a consumer in the dense tower, and the median of their squared norms.
 
         They are gathered once for a consumer, however often it is refitted.

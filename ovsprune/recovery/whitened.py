@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ovsprune.calibration.activation_cache import Stream, walk
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import level, regularised
-from ovsprune.calibration.streams import Stream, walk
 
 __all__ = ["Whitened", "whiten"]
 

@@ -116,6 +116,8 @@ def places(module: str, axis: str, names: Container[str]) -> dict[str, int]:
         >>> places("ln", "out", {"ln.weight", "ln.bias"})
         {'ln.weight': 0, 'ln.bias': 0}
     """
+    if f"{module}.weight" not in names:
+        return {}
     found = (f"{module}.{what}" for what in _TENSORS[axis])
     return {name: 0 if axis == "out" else 1 for name in found if name in names}
 

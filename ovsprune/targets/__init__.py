@@ -1,7 +1,7 @@
 """Third-party frameworks that can take a slim tower, one a file.
 
 ``TARGETS.get("mmseg-san").attach(model, ovsprune.read("slim/..."))`` slims a live model;
-:func:`load` puts what ``ovsprune transfer`` wrote into a freshly built one.
+:func:`load_into` puts what ``ovsprune transfer`` wrote into a freshly built one.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from ovsprune.core.registry import Registry
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.convert import Converted
-from ovsprune.targets.hooks import bridge
+from ovsprune.targets.hooks import apply_compat
 from ovsprune.targets.masked import mask_tower
-from ovsprune.targets.output import load
+from ovsprune.targets.output import load_into
 from ovsprune.targets.protocol import Target
 
-__all__ = ["TARGETS", "Attached", "Converted", "Target", "bridge", "load", "mask_tower"]
+__all__ = ["TARGETS", "Attached", "Converted", "Target", "apply_compat", "load_into", "mask_tower"]
 
 TARGETS: Registry[Target] = Registry("target", "ovsprune.targets")

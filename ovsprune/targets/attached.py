@@ -173,7 +173,7 @@ def attach_tower(
     target: str,
     protected: Mapping[str, str],
     trainable: tuple[str, ...],
-    bridges: Sequence[Swap] = (),
+    compat_fixes: Sequence[Swap] = (),
 ) -> Attached:
     """Put the slim tower into ``model``; everything was checked before.
 
@@ -186,7 +186,7 @@ def attach_tower(
         target: Name of the target, for the report.
         protected: What the framework needs as it is, for the report.
         trainable: Parameters that a schedule may touch, for the report.
-        bridges: Other exchanges that the model needs, carried out in the same step.
+        compat_fixes: Other exchanges that the model needs, carried out in the same step.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
@@ -211,7 +211,7 @@ def attach_tower(
                 raise TargetError(f"{name} has another shape than {tuple(value.shape)}")
             elif not of_copy:
                 replaced[name] = "value of the slim tower"
-    applied = new.commit(bridges)
+    applied = new.commit(compat_fixes)
     with undo_on_error(applied):
         return Attached(
             target=target,

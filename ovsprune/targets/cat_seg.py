@@ -7,9 +7,9 @@ from typing import Any
 
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import picture_of, script_for
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Place, Stack, clip_text
-from ovsprune.targets.places import Places
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, Place, clip_text
 
 _PREDICTOR = "sem_seg_head.predictor"
 _CLIP = f"{_PREDICTOR}.clip_model"
@@ -22,10 +22,10 @@ _PARTS: Mapping[str, Place] = {
     "attn.in_proj_weight": tuple(f"attn.{which}_proj_weight" for which in "qkv"),
 }
 
-_PLACES = Places(
+_PLACES = KeyMap(
     framework="cvlab-kaist/CAT-Seg",
     stem={name: f"{_VISUAL}.{name}" for name in _VISION},
-    stacks=(Stack(f"{_VISUAL}.transformer.resblocks", _PARTS),),
+    stacks=(BlockStack(f"{_VISUAL}.transformer.resblocks", _PARTS),),
     marks=(f"{_PREDICTOR}.transformer", "upsample1", "upsample2"),
     activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
     text=clip_text(_CLIP, _PARTS),
@@ -46,9 +46,9 @@ def _inputs(model: Any) -> Mapping[str, Any]:
 
 
 @TARGETS.register("cat-seg")
-def cat_seg() -> Tabled:
+def cat_seg() -> TableTarget:
     """CAT-Seg on OpenAI's ViTs: live models and checkpoints, tuned weights cut by the mask."""
-    return Tabled(
+    return TableTarget(
         name="cat-seg",
         framework="cvlab-kaist/CAT-Seg at 6d3a188 (detectron2, its own copy of CLIP)",
         places=_PLACES,

@@ -12,14 +12,14 @@ from torch import nn
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.targets import TARGETS
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import POSITIONS, Layout, Stack, hf_block
-from ovsprune.targets.places import Places
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import POSITIONS, BlockStack, Layout, hf_block
 from ovsprune.targets.surgery import cuts_of, slim_copy
 
 _VISION, _TEXT = "clip.vision_model", "clip.text_model"
 
-_PLACES = Places(
+_PLACES = KeyMap(
     framework="CLIPSeg of transformers",
     stem={
         "class_embedding": f"{_VISION}.embeddings.class_embedding",
@@ -29,7 +29,7 @@ _PLACES = Places(
         "ln_post": f"{_VISION}.post_layernorm",
         "proj": "clip.visual_projection.weight",
     },
-    stacks=(Stack(f"{_VISION}.encoder.layers", hf_block()),),
+    stacks=(BlockStack(f"{_VISION}.encoder.layers", hf_block()),),
     marks=("decoder.film_mul", "decoder.reduces"),
     transposed=("proj",),
     activations=(f"{_VISION}.encoder.layers.0.mlp.activation_fn",),
@@ -41,7 +41,7 @@ _PLACES = Places(
             "text_projection": "clip.text_projection.weight",
             "logit_scale": "clip.logit_scale",
         },
-        stacks=(Stack(f"{_TEXT}.encoder.layers", hf_block()),),
+        stacks=(BlockStack(f"{_TEXT}.encoder.layers", hf_block()),),
         transposed=("text_projection",),
     ),
 )
@@ -61,7 +61,7 @@ import ovsprune.targets  # pip install --no-deps ovsprune
 
 directory = {output!r}
 model = CLIPSegForImageSegmentation(CLIPSegConfig.from_pretrained(directory))
-ovsprune.targets.load(model, directory)  # slim modules, then every tensor
+ovsprune.targets.load_into(model, directory)  # slim modules, then every tensor
 model.eval()
 
 # from_pretrained alone builds dense layers, and refuses the slim tensors by their shapes.
@@ -108,9 +108,9 @@ def _heads_by_width(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout
 
 
 @TARGETS.register("clipseg")
-def clipseg() -> Tabled:
+def clipseg() -> TableTarget:
     """CLIPSeg of transformers: live models, and folders that save_pretrained wrote."""
-    return Tabled(
+    return TableTarget(
         name="clipseg",
         framework="transformers' CLIPSegForImageSegmentation (transformers 5.6 or later)",
         places=_PLACES,
@@ -120,7 +120,7 @@ def clipseg() -> Tabled:
         script=_LINES,
         checks=(_heads_by_width,),
         inputs=_inputs,
-        lifts=("clip.vision_model.forward",),
+        no_grad_methods=("clip.vision_model.forward",),
         files=(
             "config.json",
             "preprocessor_config.json",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from ovsprune.targets import TARGETS
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.places import Places
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
 
 _STAGES = tuple(f"layer{i}" for i in range(1, 5))
 _STEM = "torchvision's stem is one convolution and a max pool, CLIP's three and a mean"
 
-_PLACES = Places(
+_PLACES = KeyMap(
     framework="torchvision's DeepLabV3 on a ResNet of bottlenecks",
     stem={stage: f"backbone.{stage}" for stage in _STAGES},
     marks=("classifier.0.convs", "classifier.0.project"),
@@ -38,7 +38,7 @@ import ovsprune.targets  # pip install --no-deps ovsprune
 model = deeplabv3_resnet50(
     weights=None, weights_backbone=None, num_classes=21, aux_loss=True
 )
-ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
+ovsprune.targets.load_into(model, {output!r})  # slim modules, then every tensor
 
 # Files that the training saves afterwards are slim and load as usual; a dense one is refused.
 """
@@ -50,9 +50,9 @@ def _inputs(model: Any) -> Mapping[str, Any]:
 
 
 @TARGETS.register("deeplabv3")
-def deeplabv3() -> Tabled:
+def deeplabv3() -> TableTarget:
     """DeepLabV3 of torchvision: live models and checkpoints, cut by the mask of CLIP's ResNet."""
-    return Tabled(
+    return TableTarget(
         name="deeplabv3",
         framework="torchvision's deeplabv3_resnet50 and deeplabv3_resnet101",
         places=_PLACES,

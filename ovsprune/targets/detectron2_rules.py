@@ -18,7 +18,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg):
         model = super().build_model(cfg)
-        ovsprune.targets.load(model, {{output!r}})  # slim modules, then every tensor
+        ovsprune.targets.load_into(model, {{output!r}})  # slim modules, then every tensor
         return model
 
 {ending}"""

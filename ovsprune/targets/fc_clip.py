@@ -12,13 +12,13 @@ from torch import Tensor
 from ovsprune.slim.attach import Swap
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import one_picture, script_for
-from ovsprune.targets.framework import Tabled
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import clip_text
-from ovsprune.targets.places import Places
 
 _CLIP = "backbone.clip_model"
 
-_RESNET = Places(
+_RESNET = KeyMap(
     framework="FC-CLIP",
     stem={"": f"{_CLIP}.visual"},
     marks=(f"{_CLIP}.visual.layer1", "sem_seg_head.pixel_decoder", "void_embedding"),
@@ -62,9 +62,9 @@ def _prepare(model: Any) -> None:
 
 
 @TARGETS.register("fc-clip")
-def fc_clip() -> Tabled:
+def fc_clip() -> TableTarget:
     """FC-CLIP of bytedance/fc-clip on CLIP's RN50 and its kin, or ConvNeXt; live and on disk."""
-    return Tabled(
+    return TableTarget(
         name="fc-clip",
         framework="bytedance/fc-clip at 2b0bbe2 (detectron2, open_clip)",
         places=_RESNET,
@@ -80,8 +80,8 @@ def fc_clip() -> Tabled:
         },
         trainable=("sem_seg_head.*", "void_embedding.*", f"{_CLIP}.visual.*"),
         script=script_for("bytedance/fc-clip"),
-        bridges=(_bridge_text,),
+        compat_fixes=(_bridge_text,),
         inputs=one_picture,
         prepares=_prepare,
-        lifts=("backbone.extract_features",),
+        no_grad_methods=("backbone.extract_features",),
     )

@@ -1,6 +1,6 @@
 """A framework that is told by a table: all of a target but its names.
 
-The file of a target says where things are (:class:`~ovsprune.targets.places.Places`) and what to
+The file of a target says where things are (:class:`~ovsprune.targets.key_map.KeyMap`) and what to
 write into a training script; what is asked, attached, detached and converted is the same for all.
 """
 
@@ -25,62 +25,62 @@ from ovsprune.targets.check import (
 )
 from ovsprune.targets.convert import Converted, convert_state
 from ovsprune.targets.hooks import Hook, install
+from ovsprune.targets.key_map import KeyMap, depth_of, kind_of, places_of
 from ovsprune.targets.layout import Layout
-from ovsprune.targets.lift import lift
-from ovsprune.targets.places import Places, depth_of, kind_of, places_of
+from ovsprune.targets.tower_grad import enable_tower_grad
 
-__all__ = ["Bridge", "Check", "Tabled"]
+__all__ = ["Check", "CompatFix", "TableTarget"]
 
 Check = Callable[[nn.Module, SlimCheckpoint, Layout], None]
 """What a framework asks beside: raises TargetError, and touches nothing."""
 
-Bridge = Callable[[Any], Sequence[Swap]]
+CompatFix = Callable[[Any], Sequence[Swap]]
 """What a live model needs to run with today's libraries: entries to exchange, none if it has them;
 touches nothing itself."""
 
 
 @dataclass(frozen=True)
-class Tabled:
+class TableTarget:
     """A target that is a table; its methods are those of :class:`~ovsprune.targets.Target`.
 
     Attributes:
         name: Of the target.
         framework: What the framework is, with its version or commit.
         places: Where it keeps what.
-        takes: Kinds of slim towers that it takes, of :data:`~ovsprune.targets.places.KINDS`.
+        takes: Kinds of slim towers that it takes, of :data:`~ovsprune.targets.key_map.KINDS`.
         protects: Canonical name (or what it is) to why the framework needs it as it is.
         trainable: ``fnmatch`` patterns of the parameters that a schedule may touch.
         script: Lines for its training script, with ``{output!r}`` where the directory goes.
         checks: What is asked of a live model beside the usual.
         builds: More places, of builds of the framework that keep the tower elsewhere; the first of
             all that a model's names tell of is taken, ``places`` where there are no names.
-        bridges: What lets a live model run with today's libraries; undone on detaching.
+        compat_fixes: What lets a live model run with today's libraries; undone on detaching.
         inputs: A model to the arguments of one forward pass over one picture, by name.
         prepares: What a copy of the model needs before its costs are counted on them, in place.
         files: Names of files that belong beside the framework's checkpoint.
         derived: Patterns of keys that older versions saved, to why they are dropped.
         hooks: Functions of the framework that are exchanged so that it runs, by import path.
-        lifts: Methods, by their paths from the model, in which the framework runs its tower, where
-            it does so without gradients.
+        no_grad_methods: Methods, by their paths from the model, in which the framework runs its
+            tower, where it does so without gradients.
         fallback: Whether it is only meant where no other target knows a model.
     """
 
     name: str
     framework: str
-    places: Places
+    places: KeyMap
     takes: tuple[str, ...]
     protects: Mapping[str, str]
     trainable: tuple[str, ...]
     script: str
     checks: tuple[Check, ...] = ()
-    builds: tuple[Places, ...] = ()
-    bridges: tuple[Bridge, ...] = ()
+    builds: tuple[KeyMap, ...] = ()
+    compat_fixes: tuple[CompatFix, ...] = ()
     inputs: Callable[[Any], Mapping[str, Any]] | None = None
     prepares: Callable[[Any], None] | None = None
     files: tuple[str, ...] = ()
     derived: Mapping[str, str] = field(default_factory=dict)
     hooks: tuple[Hook, ...] = ()
-    lifts: tuple[str, ...] = ()
+    no_grad_methods: tuple[str, ...] = ()
     fallback: bool = False
 
     def detect(self, model: nn.Module) -> bool:
@@ -88,7 +88,7 @@ class Tabled:
         names = list(model.state_dict())
         return any(not places.missing(names) for places in (self.places, *self.builds))
 
-    def _places(self, names: Mapping[str, object] | None, given: str) -> Places:
+    def _places(self, names: Mapping[str, object] | None, given: str) -> KeyMap:
         """The build that ``names`` tell of; raises TargetError where they are another's."""
         if names is None:
             return self.places
@@ -121,17 +121,17 @@ class Tabled:
 
     def prepare(self, model: nn.Module) -> None:
         """Make a copy of the framework's model ready to be run on ``example``, in place."""
-        self.bridge(model)
+        self.apply_compat(model)
         if self.prepares is not None:
             self.prepares(model)
 
-    def bridge(self, model: nn.Module) -> Applied:
+    def apply_compat(self, model: nn.Module) -> Applied:
         """Let the framework's model run with today's libraries; what comes back undoes it."""
-        return exchange([swap for bridge in self.bridges for swap in bridge(model)])
+        return exchange([swap for fix in self.compat_fixes for swap in fix(model)])
 
-    def lift(self, model: nn.Module) -> Applied:
+    def enable_tower_grad(self, model: nn.Module) -> Applied:
         """Let gradients reach the tower while the model trains; what comes back undoes it."""
-        return lift(model, self.lifts)
+        return enable_tower_grad(model, self.no_grad_methods)
 
     def check(
         self,
@@ -166,7 +166,7 @@ class Tabled:
         """Put the slim tower into ``model``, in place."""
         choice = self.check(model, checkpoint, weights=weights, force=force)
         install(self.hooks)
-        bridges = [swap for bridge in self.bridges for swap in bridge(model)]
+        compat_fixes = [swap for fix in self.compat_fixes for swap in fix(model)]
         attached = attach_tower(
             model,
             checkpoint,
@@ -175,9 +175,9 @@ class Tabled:
             target=self.name,
             protected=self.protects,
             trainable=self.trainable,
-            bridges=bridges,
+            compat_fixes=compat_fixes,
         )
-        attached.notes += tuple(f"bridged to today's libraries: {s.path}" for s in bridges)
+        attached.notes += tuple(f"bridged to today's libraries: {s.path}" for s in compat_fixes)
         return attached
 
     def convert(

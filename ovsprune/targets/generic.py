@@ -19,10 +19,10 @@ from ovsprune.targets import TARGETS
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
-from ovsprune.targets.framework import Tabled
+from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.hooks import Hook
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Layout, Stack, hf_block
-from ovsprune.targets.places import KINDS, Places, kind_of
+from ovsprune.targets.key_map import KINDS, KeyMap, kind_of
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, Layout, hf_block
 
 __all__ = ["Found", "Generic", "find_towers"]
 
@@ -37,7 +37,7 @@ _LINES = """\
 # where the model is built, before its optimiser is
 import ovsprune.targets  # pip install --no-deps ovsprune
 
-ovsprune.targets.load(model, {output!r})  # slim modules, then every tensor
+ovsprune.targets.load_into(model, {output!r})  # slim modules, then every tensor
 
 # Do not load a dense checkpoint afterwards; those that this training saves are slim.
 """
@@ -60,7 +60,7 @@ class _Dialect:
     kind: str
     stem: Mapping[str, str]
     needs: str
-    stack: Stack | None
+    stack: BlockStack | None
     activation: str
 
 
@@ -80,7 +80,7 @@ _DIALECTS = (
         "vit",
         {name: name for name in _VIT},
         "conv1.weight",
-        Stack("transformer.resblocks", BLOCK_PARTS),
+        BlockStack("transformer.resblocks", BLOCK_PARTS),
         "transformer.resblocks.0.mlp.gelu",
     ),
     _Dialect(
@@ -88,7 +88,7 @@ _DIALECTS = (
         "vit",
         {k: f"vision_model.{v}" for k, v in _HF.items()} | {"proj": "visual_projection.weight"},
         "conv1.weight",
-        Stack("vision_model.encoder.layers", hf_block()),
+        BlockStack("vision_model.encoder.layers", hf_block()),
         "vision_model.encoder.layers.0.mlp.activation_fn",
     ),
     _Dialect(
@@ -108,7 +108,7 @@ class Found:
 
     Attributes:
         path: Its path; ``""`` for the model itself.
-        kind: Of :data:`~ovsprune.targets.places.KINDS`.
+        kind: Of :data:`~ovsprune.targets.key_map.KINDS`.
         says: Whose names it has.
         places: Where its parts are.
     """
@@ -116,7 +116,7 @@ class Found:
     path: str
     kind: str
     says: str
-    places: Places
+    places: KeyMap
 
 
 def find_towers(names: Iterable[str]) -> list[Found]:
@@ -149,7 +149,7 @@ def _found(dialect: _Dialect, prefix: str, known: set[str]) -> Found:
         if any(k == path or k.startswith(f"{path}.") for k in known)
     }
     gone = dict.fromkeys(layout.stem.keys() - here.keys(), "the model has no such part")
-    places = Places(
+    places = KeyMap(
         framework=_WHAT,
         stem=here,
         stacks=layout.stacks,
@@ -217,11 +217,11 @@ class Generic:
     def prepare(self, model: nn.Module) -> None:
         """Nothing: what the model does is not known."""
 
-    def bridge(self, model: nn.Module) -> Applied:
+    def apply_compat(self, model: nn.Module) -> Applied:
         """Nothing: what the model needs is not known."""
         return Applied()
 
-    def lift(self, model: nn.Module) -> Applied:
+    def enable_tower_grad(self, model: nn.Module) -> Applied:
         """Nothing: how the model runs its tower is not known."""
         return Applied()
 
@@ -280,7 +280,7 @@ class Generic:
         checkpoint: SlimCheckpoint,
         given: str,
         model: nn.Module | None,
-    ) -> tuple[Tabled, tuple[str, ...]]:
+    ) -> tuple[TableTarget, tuple[str, ...]]:
         """The target for the tower that is there, and what can and cannot be said of it."""
         found = _one(names, kind_of(checkpoint, self.takes, _WHAT), given)
         places = found.places
@@ -292,7 +292,7 @@ class Generic:
         if not set(places.activations) <= modules:
             places = replace(places, activations=())
             notes.append(f"not proven: that its activation is {checkpoint.spec.activation}")
-        tabled = Tabled(
+        tabled = TableTarget(
             name="generic",
             framework=self.framework,
             places=places,

@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any
 
-from ovsprune.core.on_import import watch
+from ovsprune.core.import_hooks import watch
 
-__all__ = ["Hook", "Wrap", "bridge", "install", "put"]
+__all__ = ["Hook", "Wrap", "apply_compat", "install", "put"]
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes of a function the one that takes its place."""
@@ -84,11 +84,11 @@ def install(hooks: Iterable[Hook]) -> None:
         watch([hook.module for hook in new], told)
 
 
-def bridge(target: str) -> None:
+def apply_compat(target: str) -> None:
     """Let a framework run with the libraries of today, for this process; twice does nothing.
 
-    What a target bridges is on its page; for most there is nothing. Call it before the framework
-    builds its model (``ovsprune launch`` does it by itself).
+    The target's page lists the fixes; most targets have none. Call it before the framework builds
+    its model (``ovsprune launch`` does it by itself).
 
     Args:
         target: Name of the target.

@@ -18,9 +18,9 @@ from torch import Tensor
 __all__ = [
     "BLOCK_PARTS",
     "POSITIONS",
+    "BlockStack",
     "Layout",
     "Place",
-    "Stack",
     "block_number",
     "clip_text",
     "hf_block",
@@ -64,7 +64,7 @@ def hf_block() -> dict[str, Place]:
 
 
 @dataclass(frozen=True)
-class Stack:
+class BlockStack:
     """Blocks of a transformer under one path, counted from 0 there.
 
     Attributes:
@@ -102,7 +102,7 @@ class Layout:
     """
 
     stem: Mapping[str, Place] = field(default_factory=dict)
-    stacks: tuple[Stack, ...] = ()
+    stacks: tuple[BlockStack, ...] = ()
     starts: tuple[int, ...] = (0,)
     depth: int | None = None
     leading: Mapping[str, int] = field(default_factory=dict)
@@ -275,5 +275,5 @@ def clip_text(path: str, parts: Mapping[str, Place] = BLOCK_PARTS) -> Layout:
     """
     return Layout(
         stem={name: f"{path}.{name}" for name in _TEXT},
-        stacks=(Stack(f"{path}.transformer.resblocks", parts),),
+        stacks=(BlockStack(f"{path}.transformer.resblocks", parts),),
     )

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import one_picture, script_for
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.places import Places
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
 
 _STAGES = range(1, 5)
 _STEM = tuple(f"{part}{i}" for part in ("conv", "bn") for i in (1, 2, 3))
 _POOL_POSITIONS = "attnpool.positional_embedding"
 
 # CLIPResNetWithAttention of OpenTrans keeps CLIP's names
-_CLIP = Places(
+_CLIP = KeyMap(
     framework="Mask2Former on a ResNet of bottlenecks",
     stem={
         name: f"backbone.{name}" for name in (*_STEM, *(f"layer{i}" for i in _STAGES), "attnpool")
@@ -57,9 +57,9 @@ _PLAIN = replace(
 
 
 @TARGETS.register("mask2former")
-def mask2former() -> Tabled:
+def mask2former() -> TableTarget:
     """Mask2Former on CLIP's ResNet (as OpenTrans has it) or detectron2's; live and on disk."""
-    return Tabled(
+    return TableTarget(
         name="mask2former",
         framework="facebookresearch/Mask2Former at 9b0651c, and its fork in OpenTrans at aea33ff",
         places=_CLIP,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ovsprune.targets import TARGETS
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import Layout, Place, Stack
-from ovsprune.targets.places import Places
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import BlockStack, Layout, Place
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _HEAD = "decode_head.rec_with_attnbias"
@@ -31,7 +31,7 @@ _FRONT: Mapping[str, Place] = {
     "mlp.c_proj": "ffn.layers.1",
 }
 
-_PLACES = Places(
+_PLACES = KeyMap(
     framework="mmsegmentation's SAN",
     stem={
         "class_embedding": "image_encoder.cls_token",
@@ -42,8 +42,8 @@ _PLACES = Places(
         "proj": f"{_HEAD}.proj.weight",
     },
     stacks=(
-        Stack("image_encoder.layers", _FRONT, share=0.75),
-        Stack(f"{_HEAD}.layers", _GENERIC, share=0.25),
+        BlockStack("image_encoder.layers", _FRONT, share=0.75),
+        BlockStack(f"{_HEAD}.layers", _GENERIC, share=0.25),
     ),
     leading={"class_embedding": 2, "positional_embedding": 1},
     transposed=("proj",),
@@ -51,7 +51,7 @@ _PLACES = Places(
     activations=("image_encoder.layers.0.ffn.layers.0.1", f"{_HEAD}.layers.0.ffns.0.layers.0.1"),
     text=Layout(
         stem={name: f"text_encoder.{name}" for name in _TEXT},
-        stacks=(Stack("text_encoder.transformer", _GENERIC),),
+        stacks=(BlockStack("text_encoder.transformer", _GENERIC),),
     ),
 )
 
@@ -61,7 +61,7 @@ import ovsprune.targets  # pip install --no-deps ovsprune
 
 cfg.model.pretrained = None  # every tensor of CLIP comes from the slim checkpoint
 runner = Runner.from_cfg(cfg)
-ovsprune.targets.load(runner.model, {output!r})  # slim modules, then every tensor
+ovsprune.targets.load_into(runner.model, {output!r})  # slim modules, then every tensor
 runner.model.is_init = True  # or mmengine would initialise it again
 runner.train()
 
@@ -76,9 +76,9 @@ def _inputs(model: Any) -> Mapping[str, Any]:
 
 
 @TARGETS.register("mmseg-san")
-def mmseg_san() -> Tabled:
+def mmseg_san() -> TableTarget:
     """SAN as mmsegmentation ships it (mmengine): live models and checkpoints."""
-    return Tabled(
+    return TableTarget(
         name="mmseg-san",
         framework="mmsegmentation 1.x (onedl-mmsegmentation 1.4.2), san_vit-b16 and san_vit-l14",
         places=_PLACES,

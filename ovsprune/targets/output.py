@@ -28,7 +28,7 @@ from ovsprune.targets.hooks import install
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut
 
-__all__ = ["LINES", "RECORD", "STATE", "check_place", "load", "write_output"]
+__all__ = ["LINES", "RECORD", "STATE", "check_place", "load_into", "write_output"]
 
 FORMAT = "ovsprune-transfer"
 STATE, RECORD, LINES = "model.safetensors", "transfer.json", "lines.py"
@@ -94,7 +94,9 @@ def write_output(
             (scratch / name).write_bytes(content)
 
 
-def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True) -> list[str]:
+def load_into(
+    model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = True
+) -> list[str]:
     """Make a framework's freshly built, dense model slim and load a transferred checkpoint.
 
     Call it before the optimiser is made. Everything is compared before a tensor is written; if
@@ -136,7 +138,7 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, strict: bool = 
             if own[name].shape == state[name].shape:
                 own[name].copy_(state[name])
     add_guard(model, document["target"], layout, cuts)
-    target.bridge(model)
+    target.apply_compat(model)
     return sorted(n for n in own if n not in state or own[n].shape != state[n].shape)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import script_for
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, Stack, clip_text
-from ovsprune.targets.places import Places
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, clip_text
 
 _CLIP = "clip_adapter.clip_model"
 _VISUAL = f"{_CLIP}.visual"
 _VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
 
-_PLACES = Places(
+_PLACES = KeyMap(
     framework="facebookresearch/ov-seg",
     stem={name: f"{_VISUAL}.{name}" for name in _VISION},
-    stacks=(Stack(f"{_VISUAL}.transformer.resblocks", BLOCK_PARTS),),
+    stacks=(BlockStack(f"{_VISUAL}.transformer.resblocks", BLOCK_PARTS),),
     marks=("clip_adapter.non_object_embedding", "sem_seg_head.predictor"),
     activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
     text=clip_text(_CLIP),
@@ -36,9 +36,9 @@ _ENDING = """\
 
 
 @TARGETS.register("ovseg")
-def ovseg() -> Tabled:
+def ovseg() -> TableTarget:
     """OVSeg: live models and checkpoints, whose finetuned CLIP is cut by the mask."""
-    return Tabled(
+    return TableTarget(
         name="ovseg",
         framework="facebookresearch/ov-seg at 36f49d4 (detectron2, its own fork of CLIP)",
         places=_PLACES,

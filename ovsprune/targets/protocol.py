@@ -21,11 +21,11 @@ __all__ = ["Target"]
 class Target(Protocol):
     """One framework, in one file of its own; nothing is inherited.
 
-    Most are a table (:class:`~ovsprune.targets.framework.Tabled`).
+    Most are a table (:class:`~ovsprune.targets.framework.TableTarget`).
 
     Attributes:
         framework: What the framework is, with the version or commit that this was written for.
-        takes: Kinds of slim towers that it takes, of :data:`~ovsprune.targets.places.KINDS`.
+        takes: Kinds of slim towers that it takes, of :data:`~ovsprune.targets.key_map.KINDS`.
         protects: Canonical name (or what it is) to why the framework needs it as it is.
         trainable: ``fnmatch`` patterns of the framework's parameters that a schedule may touch.
         fallback: Whether it is only meant where no other target knows a model.
@@ -102,7 +102,7 @@ class Target(Protocol):
         """
         ...
 
-    def bridge(self, model: nn.Module) -> Applied:
+    def apply_compat(self, model: nn.Module) -> Applied:
         """Let ``model``, dense or slim, run with today's libraries, in place.
 
         Attaching and loading do it, too. Without anything to do, nothing is changed.
@@ -112,7 +112,7 @@ class Target(Protocol):
         """
         ...
 
-    def lift(self, model: nn.Module) -> Applied:
+    def enable_tower_grad(self, model: nn.Module) -> Applied:
         """Let gradients reach the tower of a model in training mode, where they are shut out.
 
         What freezes parameters is not touched: a schedule sets that.

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import script_for
-from ovsprune.targets.framework import Tabled
-from ovsprune.targets.layout import BLOCK_PARTS, Stack, clip_text
-from ovsprune.targets.places import Places
-from ovsprune.targets.san_bridge import HOOKS, VISUAL
+from ovsprune.targets.framework import TableTarget
+from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import BLOCK_PARTS, BlockStack, clip_text
+from ovsprune.targets.san_compat import HOOKS, VISUAL
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _STEM = ("class_embedding", "positional_embedding", "conv1", "ln_pre")
 
-_PLACES = Places(
+_PLACES = KeyMap(
     framework="MendelXu/SAN",
     stem={
         **{name: f"clip_visual_extractor.{name}" for name in _STEM},
         **{name: f"clip_rec_head.{name}" for name in ("ln_post", "proj")},
     },
     stacks=(
-        Stack("clip_visual_extractor.resblocks", BLOCK_PARTS, share=0.75),
-        Stack("clip_rec_head.resblocks", BLOCK_PARTS, share=0.25),
+        BlockStack("clip_visual_extractor.resblocks", BLOCK_PARTS, share=0.75),
+        BlockStack("clip_rec_head.resblocks", BLOCK_PARTS, share=0.25),
     ),
     stays=STAYS,
     activations=(
@@ -31,14 +31,14 @@ _PLACES = Places(
 )
 
 _BRIDGE = """\
-ovsprune.targets.bridge("san")  # lets SAN run with today's open_clip; nothing to do with 2.16
+ovsprune.targets.apply_compat("san")  # lets SAN run with today's open_clip; nothing to do with 2.16
 """
 
 
 @TARGETS.register("san")
-def san() -> Tabled:
+def san() -> TableTarget:
     """SAN as MendelXu/SAN has it (detectron2): live models and checkpoints."""
-    return Tabled(
+    return TableTarget(
         name="san",
         framework="MendelXu/SAN at e19262d (detectron2, open_clip 2.16.0 or today's)",
         places=_PLACES,

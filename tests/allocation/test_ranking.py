@@ -19,7 +19,7 @@ def group(name: str, units: int, macs: float, kind: str = "mlp") -> Group:
     return Group(name, kind, units, (Slice(name, "in", rows),), name, name, macs=macs, params=macs)
 
 
-def item(
+def ctx(
     groups: Sequence[Group], costs: Mapping[str, Sequence[float]], target: float, **rest: object
 ) -> AllocationContext:
     dense = sum(g.units * g.macs for g in groups)
@@ -31,7 +31,7 @@ def item(
 def test_global_keeps_the_dearest_per_price_wherever_they_are() -> None:
     # Per MAC: a is 1, 2, 3, 4; b, at 2 MACs a unit, 0.5, 1.5, 2.5, 5.
     groups = [group("a", 4, 1.0), group("b", 4, 2.0)]
-    context = item(groups, {"a": [1, 2, 3, 4], "b": [1, 3, 5, 10]}, 6.0, comparable=True)
+    context = ctx(groups, {"a": [1, 2, 3, 4], "b": [1, 3, 5, 10]}, 6.0, comparable=True)
     # The floors cost 3 (4 of a, 5 of b), then 3 of a for 1 MAC and 2.5 of b for 2: full.
     assert ALLOCATIONS.get("global").widths(context) == {"a": 2, "b": 2}
 
@@ -40,8 +40,8 @@ def test_global_sets_scales_aside_unless_they_mean_the_same() -> None:
     groups = [group("a", 4, 1.0), group("b", 4, 1.0)]
     costs = {"a": [1.0, 1.0, 1.0, 1.0], "b": [100.0, 100.0, 100.0, 500.0]}
     # By their means: a is 1, 1, 1, 1; b is 0.5, 0.5, 0.5, 2.5.
-    assert ALLOCATIONS.get("global").widths(item(groups, costs, 5.0)) == {"a": 4, "b": 1}
-    comparable = item(groups, costs, 5.0, comparable=True)
+    assert ALLOCATIONS.get("global").widths(ctx(groups, costs, 5.0)) == {"a": 4, "b": 1}
+    comparable = ctx(groups, costs, 5.0, comparable=True)
     assert ALLOCATIONS.get("global").widths(comparable) == {"a": 1, "b": 4}
 
 
@@ -50,7 +50,7 @@ def test_units_go_in_the_order_of_removal_whatever_their_costs_say() -> None:
     groups = [group("a", 4, 1.0), group("b", 4, 1.0)]
     costs = {"a": torch.tensor([9.0, 1.0, 1.0, 9.0]), "b": torch.tensor([2.0, 3.0, 4.0, 5.0])}
     orders = {"a": torch.tensor([0, 1, 2, 3]), "b": torch.tensor([0, 1, 2, 3])}
-    context = replace(item(groups, {}, 6.0, comparable=True), scores=Scores(costs, orders))
+    context = replace(ctx(groups, {}, 6.0, comparable=True), scores=Scores(costs, orders))
     assert ladder(context, groups[0]).worths.tolist() == [9.0, 9.0, 9.0]
     assert ALLOCATIONS.get("global").widths(context) == {"a": 4, "b": 2}
 
@@ -65,7 +65,7 @@ def test_isomorphic_takes_the_same_share_of_every_class_and_ranks_inside_it() ->
         "a.mlp": [1.0, 2.0, 3.0, 4.0], "b.mlp": [10.0, 20.0, 30.0, 40.0],
         "a.attn": [8e6, 7e6, 6e6, 5e6], "b.attn": [1e6, 2e6, 3e6, 4e6],
     }  # fmt: skip
-    context = item(groups, costs, 20.0)
+    context = ctx(groups, costs, 20.0)
     # 5 of 8 units of either class: the floors (one each), then the dearest four.
     assert ALLOCATIONS.get("isomorphic").widths(context) == {
         "a.mlp": 1, "b.mlp": 4, "a.attn": 4, "b.attn": 1
@@ -80,7 +80,7 @@ def test_isomorphic_takes_the_same_share_of_every_class_and_ranks_inside_it() ->
 
 def test_spectral_removes_a_share_that_is_linear_in_alpha() -> None:
     groups = [group(name, 1000, 1.0) for name in "abc"]
-    context = item(groups, {}, 1500.0, spectra={"a": 2.0, "b": 3.0, "c": 4.0})
+    context = ctx(groups, {}, 1500.0, spectra={"a": 2.0, "b": 3.0, "c": 4.0})
     # Shares removed 0.7, 1.0, 1.3 times one half.
     widths = ALLOCATIONS.get("spectral").widths(context)
     assert widths == {"a": 650, "b": 500, "c": 350}
@@ -96,14 +96,14 @@ def test_spectral_removes_a_share_that_is_linear_in_alpha() -> None:
 
 def test_spectral_is_uniform_where_all_alphas_are_the_same() -> None:
     groups = [group("a", 50, 1.0), group("b", 80, 2.0)]
-    context = item(groups, {}, 100.0, spectra={"a": 2.5, "b": 2.5})
+    context = ctx(groups, {}, 100.0, spectra={"a": 2.5, "b": 2.5})
     assert ALLOCATIONS.get("spectral").widths(context) == ALLOCATIONS.get("uniform").widths(context)
 
 
 def test_spectral_takes_a_group_without_a_power_law_for_the_lightest_tail() -> None:
     groups = [group(name, 100, 1.0) for name in "abc"]
     spectra = {"a": 2.0, "b": 4.0, "c": float("inf")}
-    widths = ALLOCATIONS.get("spectral").widths(item(groups, {}, 150.0, spectra=spectra))
+    widths = ALLOCATIONS.get("spectral").widths(ctx(groups, {}, 150.0, spectra=spectra))
     assert widths["a"] > widths["b"]
     assert abs(widths["b"] - widths["c"]) <= 1
 
@@ -111,7 +111,7 @@ def test_spectral_takes_a_group_without_a_power_law_for_the_lightest_tail() -> N
 def test_a_plateau_of_the_price_is_taken_whole() -> None:
     """Going to 4 units alone is dear; 5 and 6 then cost nothing: the three are one step."""
     only = group("a", 6, 1.0)
-    context = item([only, group("b", 6, 1.0)], {n: [1.0, 1, 1, 1, 1, 1] for n in "ab"}, 0.0)
+    context = ctx([only, group("b", 6, 1.0)], {n: [1.0, 1, 1, 1, 1, 1] for n in "ab"}, 0.0)
     table = [0.0, 1.0, 2.0, 3.0, 6.0, 6.0, 6.0]
     budget = Budget("latency", 12.0, 8.0, {"a": table})
     found = ladder(replace(context, budget=budget), only)

@@ -46,7 +46,7 @@ def true_cost(blocks: list[tuple[int, int, int, int]], widths: dict[str, int]) -
     )  # fmt: skip
 
 
-def item(
+def ctx(
     share: float, seed: int = 0, blocks: list[tuple[int, int, int, int]] = BLOCKS, **options: int
 ) -> AllocationContext:
     found = groups(blocks)
@@ -67,7 +67,7 @@ def item(
 
 
 def test_the_cost_is_the_product() -> None:
-    context = item(0.5)
+    context = ctx(0.5)
     generator = np.random.default_rng(0)
     for _ in range(5):
         widths = {g.name: int(generator.integers(1, g.units + 1)) for g in context.groups}
@@ -82,12 +82,12 @@ def test_the_cost_is_the_product() -> None:
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_the_budget_is_met_within_one_unit(name: str, share: float, round_to: int) -> None:
-    context = item(share, round_to=round_to)
+    context = ctx(share, round_to=round_to)
     widths = Shared(ALLOCATIONS.get(name)).widths(context)
     spent, found = cost(context, widths), partners(context)
     assert spent <= context.budget.target
     for group in context.groups:
-        assert group.floor <= widths[group.name] <= group.units
+        assert group.min_units <= widths[group.name] <= group.units
         wider = next((w for w in widths_of(group, round_to) if w > widths[group.name]), None)
         if wider is not None:
             step = step_price(context.budget, group, wider, widths, found)
@@ -99,7 +99,7 @@ def test_the_budget_is_met_within_one_unit(name: str, share: float, round_to: in
 @pytest.mark.parametrize("share", [0.35, 0.5, 0.8])
 def test_no_choice_of_widths_is_much_better(seed: int, share: float) -> None:
     blocks = [(10, 9, 30, 40), (9, 12, 60, 40)]
-    context = item(share, seed, blocks)
+    context = ctx(share, seed, blocks)
     found = Shared(ALLOCATIONS.get("sensitivity")).widths(context)
     curves = {g.name: curve(context, g) for g in context.groups}
     best = min(
@@ -112,15 +112,15 @@ def test_no_choice_of_widths_is_much_better(seed: int, share: float) -> None:
 
 
 def test_uniform_takes_the_same_share_of_all() -> None:
-    widths = Shared(ALLOCATIONS.get("uniform")).widths(item(0.5))
-    shares = [widths[g.name] / g.units for g in item(0.5).groups]
+    widths = Shared(ALLOCATIONS.get("uniform")).widths(ctx(0.5))
+    shares = [widths[g.name] / g.units for g in ctx(0.5).groups]
     assert max(shares) - min(shares) < 2 / 64
     # Half of the product is left with seven tenths of each width; a sum would keep half.
     assert 0.5 < min(shares) < 0.7
 
 
 def test_without_products_the_allocator_alone_decides() -> None:
-    context = item(0.6)
+    context = ctx(0.6)
     context = replace(context, groups=[replace(g, shared={}) for g in context.groups])
     for name in ALLOCATIONS.names():
         allocator = ALLOCATIONS.get(name)
@@ -131,7 +131,7 @@ def test_without_products_the_allocator_alone_decides() -> None:
 
 def test_groups_that_are_not_there_share_nothing() -> None:
     """The first of each pair is protected."""
-    context = item(0.6)
+    context = ctx(0.6)
     context = replace(context, groups=[g for g in context.groups if g.shared])
     assert not partners(context)
     widths = Shared(ALLOCATIONS.get("uniform")).widths(context)
@@ -139,14 +139,14 @@ def test_groups_that_are_not_there_share_nothing() -> None:
 
 
 def test_tied_heads_take_it_too() -> None:
-    context = item(0.5)
+    context = ctx(0.5)
     widths = tied_widths(Shared(ALLOCATIONS.get("uniform")), context)
     assert 0.99 * context.budget.target < cost(context, widths) <= context.budget.target
 
 
 def test_measured_times_overlap_by_their_share_of_macs() -> None:
     """A table says what a group saves alone; together they save what they share once."""
-    context = item(0.7)
+    context = ctx(0.7)
     tables = {g.name: [2e-3 * g.macs * w for w in range(g.units + 1)] for g in context.groups}
     budget = Budget("latency", 2e-3 * context.budget.dense, 1.4e-3 * context.budget.dense, tables)
     timed = replace(context, budget=budget)
@@ -159,4 +159,4 @@ def test_measured_times_overlap_by_their_share_of_macs() -> None:
 
 def test_what_is_out_of_reach_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"a ratio of 0\.990 .* at most 0\.9"):
-        Shared(ALLOCATIONS.get("uniform")).widths(item(0.01))
+        Shared(ALLOCATIONS.get("uniform")).widths(ctx(0.01))

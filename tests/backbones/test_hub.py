@@ -60,14 +60,14 @@ def state(config: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_a_repository_is_a_model(root: Path, config: Any, state: Any, file: str) -> None:
     put(root, {"open_clip_config.json": config, file: state})
-    backbone = backbones.load(NAME)
+    backbone = backbones.load_backbone(NAME)
     assert (backbone.name, backbone.pretrained, backbone.trained) == (NAME, "hub", True)
     assert backbone.activation == "quick_gelu" and backbone.has_text
     assert backbone.preprocess.resize_mode == "squash"
     tower = backbone.tower.state_dict()
     assert all(torch.equal(v, state[f"visual.{k}"]) for k, v in tower.items())
     with pytest.raises(OptionError, match="'hub' of hf-hub:someone.* with quick_gelu, not gelu"):
-        backbones.load(NAME, activation="gelu")
+        backbones.load_backbone(NAME, activation="gelu")
 
 
 def test_a_repository_is_pruned_and_named_again(
@@ -87,8 +87,8 @@ def test_a_repository_is_pruned_and_named_again(
 def test_a_repository_is_a_choice_of_weights(root: Path, config: Any, state: Any) -> None:
     put(root, {"open_clip_config.json": config, "open_clip_model.safetensors": state})
     with pytest.raises(WeightsError, match=r"open_clip_model\.safetensors does not fit ViT-B-32"):
-        backbones.load("ViT-B-32", pretrained=NAME)
-    random = backbones.load(NAME, pretrained="none")
+        backbones.load_backbone("ViT-B-32", pretrained=NAME)
+    random = backbones.load_backbone(NAME, pretrained="none")
     assert (random.pretrained, random.trained) == (None, False)
 
 
@@ -106,7 +106,7 @@ def test_weights_of_a_repository_bring_their_activation(
     )
     family._names.cache_clear()
     put(root, {"open_clip_config.json": config, "open_clip_model.safetensors": state})
-    backbone = backbones.load("ViT-S-32", pretrained=NAME)
+    backbone = backbones.load_backbone("ViT-S-32", pretrained=NAME)
     assert (backbone.name, backbone.pretrained) == ("ViT-S-32", NAME)
     assert backbone.activation == "quick_gelu"
     assert backbone.preprocess.mean == (0.5, 0.5, 0.5)
@@ -118,7 +118,7 @@ def test_a_convolutional_tower_on_the_hub(root: Path) -> None:
         "open_clip_config.json": {"model_cfg": LITE},
         "open_clip_model.safetensors": {f"visual.{k}": v for k, v in tower.items()},
     })  # fmt: skip
-    backbone = backbones.load(NAME)
+    backbone = backbones.load_backbone(NAME)
     assert (backbone.family, backbone.pretrained) == ("open_clip-efficientnet", "hub")
     assert all(torch.equal(v, tower[k]) for k, v in backbone.tower.state_dict().items())
 
@@ -127,7 +127,7 @@ def test_a_convolutional_tower_on_the_hub(root: Path) -> None:
 def test_a_hub_out_of_reach_is_a_clear_error_at_once() -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError) as caught:
-        backbones.load(NAME)
+        backbones.load_backbone(NAME)
     assert time.perf_counter() - start < 10
     said = str(caught.value)
     for word in (NAME, "not in the local cache", "cannot be reached", "HF_HOME", "--pretrained"):
@@ -137,27 +137,27 @@ def test_a_hub_out_of_reach_is_a_clear_error_at_once() -> None:
 def test_weights_that_are_not_in_the_cache(root: Path, config: Any) -> None:
     put(root, {"open_clip_config.json": config})
     with pytest.raises(WeightsError, match=f"the weights of {NAME} are not in the local cache"):
-        backbones.load(NAME)
-    assert not backbones.load(NAME, pretrained="none").trained
+        backbones.load_backbone(NAME)
+    assert not backbones.load_backbone(NAME, pretrained="none").trained
 
 
 @pytest.mark.usefixtures("root")
 def test_offline_mode_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
-        backbones.load(NAME)
+        backbones.load_backbone(NAME)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:clip", "hf-hub:a/b/c", "hf-hub:/a"])
 def test_no_repository(name: str) -> None:
     with pytest.raises(WeightsError, match="names no repository of the hub; write hf-hub:ORG/"):
-        backbones.load(name)
+        backbones.load_backbone(name)
 
 
 def test_a_repository_of_another_form(root: Path, config: Any) -> None:
     put(root, {"open_clip_config.json": {"architecture": "vit"}})
     with pytest.raises(WeightsError, match="no configuration of open_clip's"):
-        backbones.load(NAME)
+        backbones.load_backbone(NAME)
 
 
 def test_a_hub_that_answers_without_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ def test_a_hub_that_answers_without_the_file(root: Path, monkeypatch: pytest.Mon
     with pytest.raises(
         WeightsError, match=r"someone/a-small-clip on the hub has none of open_clip_"
     ):
-        backbones.load(NAME)
+        backbones.load_backbone(NAME)
     assert asked == [("someone/a-small-clip", "open_clip_config.json")]
 
 
@@ -185,4 +185,4 @@ def test_a_hub_that_breaks_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("ovsprune.backbones.hub.knock", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(WeightsError, match=r"cannot be reached \(reset by peer\)"):
-        backbones.load(NAME)
+        backbones.load_backbone(NAME)

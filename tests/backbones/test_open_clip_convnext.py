@@ -54,7 +54,7 @@ def test_what_the_family_takes(vision: dict[str, Any], taken: bool) -> None:
 
 def test_downsampling_layers_are_blocks_without_groups() -> None:
     tower = open_clip_convnext().tower
-    stages, seeds = FAMILY.stages(tower), FAMILY.seeds(tower)
+    stages, seeds = FAMILY.stages(tower), FAMILY.prunable_layers(tower)
     assert list(stages.blocks)[:4] == [
         "trunk.stages.0.blocks.0",
         "trunk.stages.1.downsample",
@@ -124,7 +124,7 @@ def test_the_checkpoint_comes_back_and_goes_on_a_tower(make: Any, tmp_path: Path
     done = prune(backbone, 0.4, output=place, **QUICK)
     assert abs(done.achieved - 0.4) < 0.01
     images = torch.randn(2, 3, *backbone.preprocess.size)
-    tower, back = ovsprune.load(place), backbones.load(str(place))
+    tower, back = ovsprune.load(place), backbones.load_backbone(str(place))
     expected = backbone.stages(done.tower).outputs(images)
     assert torch.equal(tower(images), expected[0]) and torch.equal(tower.dense(images), expected[1])
     assert torch.equal(back.pooled(images), expected[0])
@@ -170,12 +170,12 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_name_without_a_tag_lists_its_tags() -> None:
     with pytest.raises(WeightsError, match="no default.*laion2b_s13b_b82k"):
-        backbones.load("convnext_base_w")
+        backbones.load_backbone("convnext_base_w")
 
 
 def test_random_weights_of_a_listed_name_are_marked() -> None:
     with torch.device("cpu"):
-        backbone = backbones.load("convnext_tiny", pretrained="none")
+        backbone = backbones.load_backbone("convnext_tiny", pretrained="none")
     assert (backbone.trained, backbone.pretrained, backbone.family) == (
         False,
         None,

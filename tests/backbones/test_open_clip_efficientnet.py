@@ -41,7 +41,7 @@ def vision(**options: Any) -> dict[str, Any]:
 
 
 def test_a_folder_of_the_image_tower_alone(folder: Path) -> None:
-    loaded, expected = backbones.load(str(folder)), open_clip_efficientnet()
+    loaded, expected = backbones.load_backbone(str(folder)), open_clip_efficientnet()
     images = torch.randn(2, 3, 48, 48)
     assert torch.equal(loaded.pooled(images), expected.pooled(images))
     assert (loaded.name, loaded.pretrained, loaded.trained) == ("lite", "local", True)
@@ -56,7 +56,7 @@ def test_a_whole_clip_is_read_as_open_clip_does(tmp_path: Path) -> None:
     model = build_clip(LITE)
     model.visual.load_state_dict(open_clip_efficientnet().tower.state_dict())
     folder = write(tmp_path / "clip", LITE, model.state_dict())
-    loaded = backbones.load(str(folder))
+    loaded = backbones.load_backbone(str(folder))
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_the_pooled_output_is_the_mean_of_the_dense_one() -> None:
 
 def test_only_expanded_channels_are_offered() -> None:
     tower = open_clip_efficientnet().tower
-    seeds = FAMILY.seeds(tower)
+    seeds = FAMILY.prunable_layers(tower)
     blocks = list(FAMILY.stages(tower).blocks)
     assert blocks[0] == "trunk.blocks.0.0"  # depthwise separable: it has none
     assert [s.block for s in seeds] == blocks[1:]
@@ -116,7 +116,9 @@ def test_squeeze_and_excitation_reads_the_channels_and_makes_a_gate() -> None:
     group = next(g for g in case.groups if g.name == block)
     readers = {f"{block}.se.conv_reduce", f"{block}.conv_pwl"}
     assert {s.module for s in group.readers} == readers
-    assert group.consumer == f"{block}.conv_pwl" and group.gates == (f"{block}.se.conv_expand",)
+    assert group.consumer == f"{block}.conv_pwl" and group.gating_layers == (
+        f"{block}.se.conv_expand",
+    )
     plan = case.full_plan()
     plan.kept[block] = torch.arange(10)  # type: ignore[index]
     se, images = case.dense.get_submodule(f"{block}.se"), case.images()
@@ -136,16 +138,16 @@ def test_squeeze_and_excitation_reads_the_channels_and_makes_a_gate() -> None:
 def test_a_folder_that_no_family_takes(folder: Path) -> None:
     write(folder, vision(timm_model_name="mobilenetv3_small_100"), {"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="none of the families .*open_clip-efficientnet"):
-        backbones.load(str(folder))
+        backbones.load_backbone(str(folder))
 
 
 def test_random_weights_and_a_file(folder: Path, tmp_path: Path) -> None:
-    random = backbones.load(str(folder), pretrained="none")
+    random = backbones.load_backbone(str(folder), pretrained="none")
     assert (random.pretrained, random.trained) == (None, False)
     other = tmp_path / "other.pt"
     state = {k: v + 0 for k, v in random.tower.state_dict().items()}
     torch.save(state, other)
-    read = backbones.load(str(folder), pretrained=str(other))
+    read = backbones.load_backbone(str(folder), pretrained=str(other))
     assert (read.pretrained, read.trained) == ("other.pt", True)
     assert all(torch.equal(v, state[k]) for k, v in read.tower.state_dict().items())
 
@@ -155,10 +157,10 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(
         WeightsError, match=r"not fit .*missing .*1 unexpected \(visual\.trunk\.a\)"
     ):
-        backbones.load(str(folder))
+        backbones.load_backbone(str(folder))
 
 
 def test_another_activation_is_refused(folder: Path) -> None:
-    assert backbones.load(str(folder), activation="relu6").activation == "relu6"
+    assert backbones.load_backbone(str(folder), activation="relu6").activation == "relu6"
     with pytest.raises(OptionError, match="'gelu': .* has relu6; leave it out"):
-        backbones.load(str(folder), activation="gelu")
+        backbones.load_backbone(str(folder), activation="gelu")

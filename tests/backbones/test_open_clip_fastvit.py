@@ -73,7 +73,7 @@ def test_blocks_and_what_they_offer() -> None:
     backbone = open_clip_fastvit()
     assert backbone.activation == "gelu"  # a gate in a downsampling layer has another one
     assert any(isinstance(m, nn.ReLU) for m in backbone.tower.modules())
-    seeds = {seed.name: seed for seed in FAMILY.seeds(backbone.tower)}
+    seeds = {seed.name: seed for seed in FAMILY.prunable_layers(backbone.tower)}
     blocks = [name.removeprefix("trunk.stages.") for name in FAMILY.stages(backbone.tower).blocks]
     assert blocks == [
         *("0.blocks.0", "1.downsample", "1.blocks.0"),
@@ -132,7 +132,7 @@ def test_the_checkpoint_comes_back_bit_for_bit(pruned: PruneResult) -> None:
     assert pruned.path is not None and abs(pruned.achieved - 0.4) < 0.01
     assert len(pruned.plan.kept[FIRST]) < 3 and LAST in pruned.spec.protected
     expected = FAMILY.stages(pruned.tower).outputs(images())
-    tower, back = ovsprune.load(pruned.path), backbones.load(str(pruned.path))
+    tower, back = ovsprune.load(pruned.path), backbones.load_backbone(str(pruned.path))
     assert torch.equal(tower(images()), expected[0])
     assert torch.equal(tower.dense(images()), expected[1])
     assert torch.equal(back.pooled(images()), expected[0])
@@ -192,7 +192,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_random_weights_of_a_listed_name_are_marked() -> None:
-    backbone = backbones.load("MobileCLIP2-S0", pretrained="none")
+    backbone = backbones.load_backbone("MobileCLIP2-S0", pretrained="none")
     assert (backbone.trained, backbone.pretrained, backbone.family) == (
         False,
         None,

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_loads_as_open_clip_reads_it(folder: Path) -> None:
     import open_clip
 
-    loaded = backbones.load(str(folder))
+    loaded = backbones.load_backbone(str(folder))
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
@@ -49,12 +49,12 @@ def test_a_folder_loads_as_open_clip_reads_it(folder: Path) -> None:
 
 def test_weights_of_the_image_tower_alone_give_a_model_without_text(folder: Path) -> None:
     weights = folder / "open_clip_model.safetensors"
-    whole = backbones.load(str(folder))
+    whole = backbones.load_backbone(str(folder))
     save_file(
         {f"visual.{k}": v.clone() for k, v in whole.tower.state_dict().items()},
         weights,
     )
-    bare = backbones.load(str(folder))
+    bare = backbones.load_backbone(str(folder))
     images = torch.randn(1, 3, 48, 48)
     assert torch.equal(bare.dense(images), whole.dense(images))
     assert not bare.has_text
@@ -67,21 +67,21 @@ def test_a_folder_is_pruned_and_the_slim_one_loads(folder: Path, tmp_path: Path)
                  recovery="none", output=tmp_path / "slim")  # fmt: skip
     assert done.spec.base.model == "mine"
     assert str(folder) not in dump(done.spec)  # no path of this machine
-    slim = backbones.load(str(tmp_path / "slim"))
+    slim = backbones.load_backbone(str(tmp_path / "slim"))
     assert slim.name == "mine"
 
 
 def test_a_folder_without_weights(folder: Path) -> None:
     (folder / "open_clip_model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"no weights.*open_clip_model\.safetensors"):
-        backbones.load(str(folder))
+        backbones.load_backbone(str(folder))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": {"embed_dim": 3}}'])
 def test_a_folder_with_a_broken_configuration(folder: Path, text: str) -> None:
     (folder / "open_clip_config.json").write_text(text)
     with pytest.raises(WeightsError, match="no configuration of open_clip's"):
-        backbones.load(str(folder))
+        backbones.load_backbone(str(folder))
 
 
 def test_a_folder_of_another_family(folder: Path) -> None:
@@ -89,12 +89,12 @@ def test_a_folder_of_another_family(folder: Path) -> None:
     config["model_cfg"]["vision_cfg"] = {"timm_model_name": "resnet18"}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="none of the families"):
-        backbones.load(str(folder))
+        backbones.load_backbone(str(folder))
 
 
 @pytest.mark.parametrize("pretrained", ["none", "weights.safetensors"])
 def test_other_weights_take_the_folders_preprocessing(folder: Path, pretrained: str) -> None:
     if pretrained != "none":
         pretrained = str((folder / "open_clip_model.safetensors").rename(folder / pretrained))
-    loaded = backbones.load(str(folder), pretrained=pretrained)
+    loaded = backbones.load_backbone(str(folder), pretrained=pretrained)
     assert loaded.preprocess.resize_mode == "squash" and loaded.preprocess.mean == (0.5, 0.5, 0.5)

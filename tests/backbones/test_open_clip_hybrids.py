@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
-from ovsprune.calibration.streams import Stream, run_stem, walk
+from ovsprune.calibration.activation_cache import Stream, run_stem, walk
 from ovsprune.core.errors import TargetError
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
@@ -71,7 +71,7 @@ def test_the_size_is_the_trunks_own(tmp_path: Path) -> None:
         {f"visual.{k}": v for k, v in open_clip_vitamin().tower.state_dict().items()},
         tmp_path / "open_clip_model.safetensors",
     )
-    loaded = backbones.load(str(tmp_path))
+    loaded = backbones.load_backbone(str(tmp_path))
     assert (loaded.family, loaded.preprocess.size) == ("open_clip-timm-vit", (64, 64))
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(loaded.pooled(images), open_clip_vitamin().pooled(images))
@@ -79,7 +79,7 @@ def test_the_size_is_the_trunks_own(tmp_path: Path) -> None:
 
 def test_vitamins_bottlenecks_are_blocks_before_the_tokens() -> None:
     tower = open_clip_vitamin().tower
-    blocks, seeds = VIT.stages(tower).blocks, VIT.seeds(tower)
+    blocks, seeds = VIT.stages(tower).blocks, VIT.prunable_layers(tower)
     bottlenecks = [f"{BACKBONE}.stages.{i}.{j}" for i in range(2) for j in range(2)]
     tokens = ["trunk.blocks.0", "trunk.blocks.1"]
     assert list(blocks) == [*bottlenecks, f"{BACKBONE}.pool", *tokens]
@@ -99,7 +99,7 @@ def test_only_a_norm_behind_the_units_counts_them() -> None:
 
 def test_swins_groups_and_blocks() -> None:
     tower = open_clip_swin().tower
-    blocks, seeds = list(SWIN.stages(tower).blocks), SWIN.seeds(tower)
+    blocks, seeds = list(SWIN.stages(tower).blocks), SWIN.prunable_layers(tower)
     assert blocks[2:4] == ["trunk.layers.1.downsample", "trunk.layers.1.blocks.0"]
     cut = [name for name in blocks if "downsample" not in name]
     assert [s.name for s in seeds] == [f"{n}.{part}" for n in cut for part in ("attn", "mlp")]
@@ -154,7 +154,7 @@ def test_the_checkpoint_comes_back_and_goes_on_a_tower(
     assert any(x.kind == "heads" and x.kept < x.units for x in done.spec.layers)
     assert list(done.tower.state_dict()) == list(backbone.tower.state_dict())
     images = torch.randn(2, 3, 64, 64)
-    back = backbones.load(str(place))
+    back = backbones.load_backbone(str(place))
     assert torch.equal(back.pooled(images), backbone.stages(done.tower).outputs(images)[0])
     mine = deepcopy(backbone.tower)
     before = {name: (value, value.clone()) for name, value in mine.state_dict().items()}

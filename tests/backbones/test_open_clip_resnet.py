@@ -23,7 +23,7 @@ from ovsprune.backbones.open_clip_source import config_of
 from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import DenseModel, Plan, Preprocess, Scores
-from ovsprune.graph.costs import measure
+from ovsprune.graph.costs import count_costs
 from ovsprune.graph.cut import cut, mask, removed
 from tests.contracts.conftest import RESNET, open_clip_resnet, prepared
 
@@ -80,7 +80,7 @@ def test_a_file(
     small: dict[str, Tensor], tmp_path: Path, name: str, activation: str | None, quick: bool
 ) -> None:
     save_file(small, tmp_path / "rn.safetensors")
-    loaded = backbones.load(
+    loaded = backbones.load_backbone(
         name, pretrained=str(tmp_path / "rn.safetensors"), activation=activation
     )
     assert (loaded.family, loaded.pretrained) == ("open_clip-resnet", "rn.safetensors")
@@ -96,7 +96,7 @@ def test_a_file(
 
 
 def test_random_weights_and_a_tag_that_is_none(small: dict[str, Tensor]) -> None:
-    random = backbones.load("RN50", pretrained="none")
+    random = backbones.load_backbone("RN50", pretrained="none")
     assert (random.pretrained, random.trained, random.activation) == (None, False, "relu")
     assert random.has_text and set(random.text) < set(small)
     # open_clip's own start leaves every block without effect: there would be nothing to choose by.
@@ -105,9 +105,9 @@ def test_random_weights_and_a_tag_that_is_none(small: dict[str, Tensor]) -> None
     with pytest.raises(
         WeightsError, match=r"'laion' is neither a file nor a tag of RN50. Tags: op"
     ):
-        backbones.load("RN50", pretrained="laion")
+        backbones.load_backbone("RN50", pretrained="laion")
     with pytest.raises(OptionError, match="'relu' is unknown; known: gelu, quick_gelu"):
-        backbones.load("RN50", pretrained="none", activation="relu")
+        backbones.load_backbone("RN50", pretrained="none", activation="relu")
 
 
 def test_a_folder_and_a_file_that_does_not_fit(small: dict[str, Tensor], tmp_path: Path) -> None:
@@ -115,14 +115,14 @@ def test_a_folder_and_a_file_that_does_not_fit(small: dict[str, Tensor], tmp_pat
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     tower = {k: v for k, v in small.items() if k.startswith("visual.")}
     save_file(tower, tmp_path / "open_clip_model.safetensors")
-    loaded = backbones.load(str(tmp_path))
+    loaded = backbones.load_backbone(str(tmp_path))
     assert (loaded.family, loaded.pretrained) == ("open_clip-resnet", "local")
     assert not loaded.has_text and loaded.preprocess.mean == (0.5, 0.5, 0.5)
     assert all(torch.equal(v, tower[f"visual.{k}"]) for k, v in loaded.tower.state_dict().items())
     del tower["visual.layer1.0.bn3.weight"]
     save_file(tower, tmp_path / "open_clip_model.safetensors")
     with pytest.raises(WeightsError, match=r"layer1\.0\.bn3\.weight"):
-        backbones.load(str(tmp_path))
+        backbones.load_backbone(str(tmp_path))
 
 
 def test_both_inner_convolutions_are_offered() -> None:
@@ -147,7 +147,7 @@ def test_both_inner_convolutions_are_offered() -> None:
 
 
 def test_the_stream_is_read_behind_the_sum_and_before_the_activation() -> None:
-    from ovsprune.calibration.streams import capture
+    from ovsprune.calibration.activation_cache import capture
 
     case = prepared(open_clip_resnet())
     block = case.dense.get_submodule("layer1.1")
@@ -198,17 +198,17 @@ def test_names_with_two_blocks_a_stage(name: str) -> None:
             module.weight.uniform_(0.5, 1.5, generator=generator)
             module.running_var.uniform_(0.5, 1.5, generator=generator)
     case = prepared(backbone, pictures=1)
-    dense = float(measure(case.dense, size).macs)
-    item = AllocationContext(case.groups, Scores({}, {}), Budget("macs", dense, 0.5 * dense), None)
-    widths = Shared(ALLOCATIONS.get("uniform")).widths(item)
+    dense = float(count_costs(case.dense, size).macs)
+    ctx = AllocationContext(case.groups, Scores({}, {}), Budget("macs", dense, 0.5 * dense), None)
+    widths = Shared(ALLOCATIONS.get("uniform")).widths(ctx)
     plan = Plan({g.name: torch.randperm(g.units, generator=generator)[: widths[g.name]]
                  .sort().values for g in case.groups})  # fmt: skip
     slim, masked = deepcopy(case.dense), deepcopy(case.dense)
     cut(slim, case.groups, plan)
     mask(masked, case.groups, plan)
     FAMILY.finish(slim, case.groups, plan)
-    assert measure(slim, size).macs == cost(item, widths)
-    assert abs(1 - measure(slim, size).macs / dense - 0.5) < 0.01
+    assert count_costs(slim, size).macs == cost(ctx, widths)
+    assert abs(1 - count_costs(slim, size).macs / dense - 0.5) < 0.01
     picture = case.images(1)
     with torch.no_grad():
         wanted, found = case.outputs(masked, picture), case.outputs(slim, picture)

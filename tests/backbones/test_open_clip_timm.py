@@ -44,7 +44,7 @@ def test_a_clip_whose_text_tower_is_a_module_of_its_own(tmp_path: Path) -> None:
     config = {**CONFIG, "custom_text": True, "init_logit_bias": -10}
     state = clip(config)
     place = folder(tmp_path / "custom", config, state)
-    loaded = backbones.load(place)
+    loaded = backbones.load_backbone(place)
     theirs = open_clip.create_model(f"local-dir:{place}").eval()
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=8)(["a cat", "two dogs"])
     with torch.no_grad():
@@ -59,7 +59,7 @@ def test_an_old_files_text_tower_finds_its_place(tmp_path: Path) -> None:
     new = clip(config)
     old = {k.removeprefix("text."): v for k, v in new.items()}
     old["logit_scale"] = old["logit_scale"].reshape(1)
-    loaded = backbones.load(folder(tmp_path / "old", config, old))
+    loaded = backbones.load_backbone(folder(tmp_path / "old", config, old))
     assert {k: v.shape for k, v in loaded.text.items()} == {
         k: v.shape for k, v in new.items() if not k.startswith("visual.")
     }
@@ -68,14 +68,14 @@ def test_an_old_files_text_tower_finds_its_place(tmp_path: Path) -> None:
 
 def test_half_precision_is_read_as_float(tmp_path: Path) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in clip(CONFIG).items()}
-    loaded = backbones.load(folder(tmp_path / "half", CONFIG, state))
+    loaded = backbones.load_backbone(folder(tmp_path / "half", CONFIG, state))
     assert {p.dtype for p in loaded.tower.parameters()} == {torch.float32}
     assert loaded.encode_text(["a cat"]).shape == (1, 24)
 
 
 def test_a_text_tower_on_a_hub_is_kept_and_told(tmp_path: Path) -> None:
     config = with_text(hf_model_name="nobody/a-text-tower")
-    loaded = backbones.load(folder(tmp_path / "hub", config, clip(CONFIG)))
+    loaded = backbones.load_backbone(folder(tmp_path / "hub", config, clip(CONFIG)))
     assert not loaded.has_text and loaded.text  # it is saved with the slim tower
     assert any("nobody/a-text-tower" in note and "lives on a hub" in note for note in loaded.notes)
     with pytest.raises(WeightsError, match="--text-embeddings FILE"):

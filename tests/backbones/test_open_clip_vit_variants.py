@@ -189,7 +189,7 @@ def test_pruned_saved_loaded_and_applied(case: Case, tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
-    again = backbones.load(str(tmp_path / "slim"))
+    again = backbones.load_backbone(str(tmp_path / "slim"))
     for one, two in zip(expected, again.outputs(images), strict=True):
         assert error(two, one) < 1e-5
     assert again.text.keys() == backbone.text.keys()
@@ -298,7 +298,7 @@ def hub_text(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> None:
     text = {"text.transformer.pooler.weight": torch.randn(3, 3), "logit_scale": torch.tensor(2.0)}
     file = saved(variant("xlm-roberta"), text, tmp_path / "w.pt")
-    backbone = backbones.load(hub_text, pretrained=str(file))
+    backbone = backbones.load_backbone(hub_text, pretrained=str(file))
     assert backbone.text.keys() == text.keys()
     assert backbone.activation == "quick_gelu"
     assert not backbone.has_text
@@ -307,7 +307,7 @@ def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="no text tower here"):
         backbone.encode_text(["a cat"])
     prune(backbone, 0.4, output=tmp_path / "slim", allocation="uniform", **QUICK)
-    again = backbones.load(str(tmp_path / "slim"))
+    again = backbones.load_backbone(str(tmp_path / "slim"))
     assert all(torch.equal(again.text[k], v) for k, v in text.items())
     assert not again.has_text
     with pytest.raises(CheckpointError, match="the text tower is x/xlm of a hub"):
@@ -316,9 +316,9 @@ def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> N
 
 def test_a_hubs_text_tower_may_be_missing(hub_text: str, tmp_path: Path) -> None:
     file = saved(variant("xlm-roberta"), {}, tmp_path / "w.pt")
-    backbone = backbones.load(hub_text, pretrained=str(file))
+    backbone = backbones.load_backbone(hub_text, pretrained=str(file))
     assert backbone.trained and not backbone.text
-    random = backbones.load(hub_text, pretrained="none")
+    random = backbones.load_backbone(hub_text, pretrained="none")
     assert not random.trained and not random.text and not random.has_text
 
 

@@ -79,7 +79,7 @@ def test_openais_weights_come_from_the_cache_with_their_activation(
     shrunk: dict[str, Tensor], cache: Callable[[dict[str, Tensor]], Path]
 ) -> None:
     cache({k: v.half() for k, v in shrunk.items()})
-    backbone = backbones.load("ViT-B/16")
+    backbone = backbones.load_backbone("ViT-B/16")
     assert (backbone.name, backbone.pretrained, backbone.trained) == ("ViT-B-16", "openai", True)
     assert backbone.activation == "quick_gelu"
     block = backbone.tower.get_submodule("transformer.resblocks.0.mlp")
@@ -95,7 +95,7 @@ def test_openais_weights_come_from_the_cache_with_their_activation(
 def test_a_hub_out_of_reach_is_a_clear_error_at_once() -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError) as caught:
-        backbones.load("ViT-B/16")
+        backbones.load_backbone("ViT-B/16")
     assert time.perf_counter() - start < 10
     said = str(caught.value)
     for word in ("'openai' of ViT-B-16", "not in the local cache", "cannot be reached"):
@@ -114,7 +114,7 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(socket, "create_connection", silent)
     with pytest.raises(WeightsError, match="timed out"):
-        backbones.load("ViT-B/16")
+        backbones.load_backbone("ViT-B/16")
     assert sum(patience) < 10
 
 
@@ -122,13 +122,13 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.Monk
 def test_offline_mode_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
-        backbones.load("ViT-B/16")
+        backbones.load_backbone("ViT-B/16")
 
 
 def test_random_weights_are_marked(shrunk: dict[str, Tensor]) -> None:
-    backbone = backbones.load("ViT-B/16", pretrained="none")
+    backbone = backbones.load_backbone("ViT-B/16", pretrained="none")
     assert (backbone.pretrained, backbone.trained) == (None, False)
-    again = backbones.load("ViT-B/16", pretrained="none")
+    again = backbones.load_backbone("ViT-B/16", pretrained="none")
     one, two = backbone.tower.state_dict(), again.tower.state_dict()
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -151,7 +151,7 @@ def test_files_of_every_form(shrunk: dict[str, Tensor], tmp_path: Path, form: st
             torch.save({"epoch": 3, "state_dict": inner}, path)
         case "openai":
             torch.save(openai_form(shrunk), path)
-    backbone = backbones.load("ViT-B-16", pretrained=str(path))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(path))
     assert backbone.trained
     assert backbone.pretrained == path.name
     assert backbone.activation == "gelu"
@@ -161,7 +161,7 @@ def test_files_of_every_form(shrunk: dict[str, Tensor], tmp_path: Path, form: st
 
 def test_a_files_activation_can_be_said(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(shrunk, tmp_path / "w.safetensors")
-    backbone = backbones.load(
+    backbone = backbones.load_backbone(
         "ViT-B-16", pretrained=str(tmp_path / "w.safetensors"), activation="quick_gelu"
     )
     assert backbone.activation == "quick_gelu"
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_named(
     broken[1, 2] = value
     save_file({**shrunk, f"visual.{name}": broken}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=f"{name} holds values that are not finite"):
-        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
+        backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
 
 
 def test_a_file_that_does_not_fit_says_how(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_file_that_does_not_fit_says_how(shrunk: dict[str, Tensor], tmp_path: 
     state["visual.conv1.weight"] = torch.zeros(3, 3, 8, 8)
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as caught:
-        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
+        backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
     said = str(caught.value)
     assert "1 missing (visual.proj)" in said
     assert "1 unexpected (visual.extra)" in said
@@ -201,7 +201,7 @@ def test_damaged_files(
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match="cannot be read as weights"):
-        backbones.load("ViT-B-16", pretrained=str(path))
+        backbones.load_backbone("ViT-B-16", pretrained=str(path))
 
 
 class Hostile:
@@ -215,18 +215,18 @@ def test_nothing_is_unpickled(
     monkeypatch.chdir(tmp_path)
     torch.save({"visual.proj": Hostile()}, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="cannot be read as weights"):
-        backbones.load("ViT-B-16", pretrained="w.pt")
+        backbones.load_backbone("ViT-B-16", pretrained="w.pt")
     assert not (tmp_path / "ran").exists()
 
 
 def test_unknown_tags_list_the_known(shrunk: dict[str, Tensor]) -> None:
     with pytest.raises(WeightsError, match="'opnai' is neither a file nor a tag.*openai"):
-        backbones.load("ViT-B-16", pretrained="opnai")
+        backbones.load_backbone("ViT-B-16", pretrained="opnai")
 
 
 def test_a_name_without_openais_weights_lists_its_tags() -> None:
     with pytest.raises(WeightsError, match="no default.*laion2b_s32b_b79k"):
-        backbones.load("ViT-H-14")
+        backbones.load_backbone("ViT-H-14")
 
 
 @pytest.mark.usefixtures("no_network")
@@ -235,25 +235,25 @@ def test_a_tags_activation_cannot_be_contradicted(
 ) -> None:
     cache(shrunk)
     with pytest.raises(OptionError, match="trained with quick_gelu, not gelu"):
-        backbones.load("ViT-B-16", activation="gelu")
+        backbones.load_backbone("ViT-B-16", activation="gelu")
 
 
 def test_unknown_activations_are_named() -> None:
     with pytest.raises(OptionError, match="--activation 'relu' is unknown"):
-        backbones.load("ViT-B-16", pretrained="none", activation="relu")
+        backbones.load_backbone("ViT-B-16", pretrained="none", activation="relu")
 
 
 def test_unknown_models_name_the_closest() -> None:
     with pytest.raises(UnknownNameError, match="unknown model 'ViT-B-61'.*'ViT-B-16'"):
-        backbones.load("ViT-B-61")
+        backbones.load_backbone("ViT-B-61")
 
 
 def test_a_device_that_is_not_there(shrunk: dict[str, Tensor]) -> None:
     with pytest.raises(OptionError, match="device 'cuda:7' cannot be used here"):
-        backbones.load("ViT-B-16", pretrained="none", device="cuda:7")
+        backbones.load_backbone("ViT-B-16", pretrained="none", device="cuda:7")
 
 
 def test_a_folder_does_not_shadow_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
-    assert backbones.load("tiny").pretrained == "embedded"
+    assert backbones.load_backbone("tiny").pretrained == "embedded"

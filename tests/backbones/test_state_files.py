@@ -102,7 +102,7 @@ def test_a_whole_clip(clip: State, tmp_path: Path, form: str, half: bool) -> Non
     if half:
         clip = {k: v.half() for k, v in clip.items()}
     torch.save(WHOLE[form](clip), tmp_path / "w.pt")
-    backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     tower = backbone.tower.state_dict()
     assert tower.keys() == tower_of(clip).keys()
     assert all(torch.equal(tower[k], v.float()) for k, v in tower_of(clip).items())
@@ -115,7 +115,7 @@ def test_a_whole_clip(clip: State, tmp_path: Path, form: str, half: bool) -> Non
 @pytest.mark.parametrize("form", TOWER)
 def test_an_image_tower_alone(clip: State, tmp_path: Path, form: str) -> None:
     torch.save(TOWER[form](tower_of(clip)), tmp_path / "w.pt")
-    backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     tower = backbone.tower.state_dict()
     assert all(torch.equal(tower[k], v) for k, v in tower_of(clip).items())
     assert not backbone.has_text and not backbone.text
@@ -134,7 +134,7 @@ def test_the_base_s_hashes_are_those_of_the_file(clip: State, tmp_path: Path, fo
 
 def test_what_is_left_out_is_said(clip: State, tmp_path: Path) -> None:
     torch.save(WHOLE["CAT-Seg"](clip), tmp_path / "w.pt")
-    backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert backbone.notes == (
         f"w.pt: the image tower lies under '{CATSEG}visual.'; tensors of other things are left out "
         "(1)",
@@ -144,7 +144,7 @@ def test_what_is_left_out_is_said(clip: State, tmp_path: Path) -> None:
 def test_half_a_text_tower_of_a_framework_is_left_out(clip: State, tmp_path: Path) -> None:
     clip.pop("ln_final.weight")
     torch.save(WHOLE["of detectron2"](clip), tmp_path / "w.pt")
-    backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert not backbone.has_text
     assert backbone.notes == (
         "w.pt has no whole text tower under 'backbone.clip_model.': the image tower alone is "
@@ -155,11 +155,11 @@ def test_half_a_text_tower_of_a_framework_is_left_out(clip: State, tmp_path: Pat
 def test_two_towers_in_one_file(clip: State, tmp_path: Path) -> None:
     twice = behind("student.", clip) | behind("teacher.", clip)
     torch.save(twice, tmp_path / "w.pt")
-    assert backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt")).trained
+    assert backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt")).trained
     twice["teacher.visual.proj"] = twice["teacher.visual.proj"] + 1
     torch.save(twice, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match=r"two such towers .*'student\.visual\.' and 'teacher"):
-        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
+        backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
 
 
 def test_settings_of_a_training_run_are_not_imported(clip: State, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_settings_of_a_training_run_are_not_imported(clip: State, tmp_path: Path
     torch.save({"model": clip, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
     with pytest.raises(Exception, match="argparse"):
         torch.load(tmp_path / "w.pth", weights_only=True)
-    backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pth"))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pth"))
     assert torch.equal(backbone.tower.state_dict()["proj"], clip["visual.proj"])
 
 
@@ -198,14 +198,16 @@ def test_openais_own_archive(clip: State, tmp_path: Path) -> None:
     archive = torch.jit.trace(Release(model).half().float(), torch.ones(1, 3, 32, 32))
     torch.jit.save(archive, tmp_path / "ViT-B-16.pt")
     assert open_state(tmp_path / "ViT-B-16.pt").openai
-    backbone = backbones.load("ViT-B-16", pretrained=str(tmp_path / "ViT-B-16.pt"))
+    backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "ViT-B-16.pt"))
     tower = backbone.tower.state_dict()
     assert all(torch.equal(tower[k], v.half().float()) for k, v in tower_of(clip).items())
     assert backbone.has_text and backbone.activation == "gelu"
     (note,) = backbone.notes
     assert "looks like a release of OpenAI's" in note and "--activation quick_gelu" in note
     for name, activation in (("ViT-B-16", "quick_gelu"), ("ViT-B-16-quickgelu", None)):
-        told = backbones.load(name, pretrained=str(tmp_path / "ViT-B-16.pt"), activation=activation)
+        told = backbones.load_backbone(
+            name, pretrained=str(tmp_path / "ViT-B-16.pt"), activation=activation
+        )
         assert told.activation == "quick_gelu" and not told.notes
 
 
@@ -213,7 +215,7 @@ def test_openais_own_archive(clip: State, tmp_path: Path) -> None:
 def test_files_without_tensors(tmp_path: Path, held: Any) -> None:
     torch.save(held, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="holds no state dict of tensors"):
-        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
+        backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
 
 
 def full(name: str) -> State:
@@ -281,7 +283,7 @@ def test_a_file_of_another_model_says_of_which(tmp_path: Path) -> None:
     assert config is not None
     save_file(build_clip(config).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as caught:
-        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
+        backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
     said = str(caught.value)
     assert "unexpected (visual.transformer.resblocks." in said
     assert "of another shape (" in said and "positional_embedding" in said
@@ -292,7 +294,7 @@ def test_a_right_tower_with_another_text(clip: State, tmp_path: Path) -> None:
     clip["text_projection"] = torch.zeros(7, 7)
     save_file(clip, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as caught:
-        backbones.load("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
+        backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
     said = str(caught.value)
     assert "1 of another shape (text_projection (7, 7) instead of (32, 32))" in said
     assert said.endswith("Is it another model's file, or one that was changed?")

@@ -78,7 +78,7 @@ def images() -> Tensor:
 def test_a_tag_brings_weights_and_how_pictures_are_prepared(root: Path, images: Tensor) -> None:
     model = theirs(24)
     put(root, "someone/words", model.state_dict())
-    backbone = backbones.load("timm:ovsprune_small.words")
+    backbone = backbones.load_backbone("timm:ovsprune_small.words")
     assert (backbone.name, backbone.pretrained) == ("timm:ovsprune_small", "words")
     assert backbone.trained and not backbone.has_text and not backbone.notes
     assert backbone.preprocess.size == (48, 48) and backbone.preprocess.mean == (0.4, 0.5, 0.6)
@@ -90,10 +90,10 @@ def test_a_tag_brings_weights_and_how_pictures_are_prepared(root: Path, images: 
 def test_timms_default_and_other_tags(root: Path) -> None:
     put(root, "someone/words", theirs(24).state_dict())
     put(root, "someone/classes", theirs(1000).state_dict())
-    assert backbones.load("timm:ovsprune_small").pretrained == "words"
+    assert backbones.load_backbone("timm:ovsprune_small").pretrained == "words"
     for other in ("timm:ovsprune_small", "timm:ovsprune_small.words"):
-        assert backbones.load(other, pretrained="classes").pretrained == "classes"
-    untrained = backbones.load("timm:ovsprune_small.squashed", pretrained="none")
+        assert backbones.load_backbone(other, pretrained="classes").pretrained == "classes"
+    untrained = backbones.load_backbone("timm:ovsprune_small.squashed", pretrained="none")
     assert untrained.preprocess.resize_mode == "squash"
     assert untrained.pretrained is None and not untrained.trained
 
@@ -101,7 +101,7 @@ def test_timms_default_and_other_tags(root: Path) -> None:
 def test_a_classifier_is_left_off(root: Path, images: Tensor) -> None:
     model = theirs(1000)
     put(root, "someone/classes", model.state_dict())
-    found = backbones.load("timm:ovsprune_small.classes").pooled(images)
+    found = backbones.load_backbone("timm:ovsprune_small.classes").pooled(images)
     model.reset_classifier(0)
     torch.testing.assert_close(found, model(images))
     assert found.shape == (2, 64)
@@ -114,7 +114,7 @@ def test_a_file_with_what_stands_before_its_names(
     model = theirs(24)
     file = tmp_path / "weights.safetensors"
     save_file({before + k: v for k, v in model.state_dict().items()}, file)
-    backbone = backbones.load("timm:ovsprune_small.words", pretrained=str(file))
+    backbone = backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
     assert backbone.pretrained == "weights.safetensors"
     assert backbone.preprocess.mean == (0.4, 0.5, 0.6)
     torch.testing.assert_close(backbone.pooled(images), model(images))
@@ -129,7 +129,7 @@ def test_a_file_of_openais_form_goes_through_timms_conversion(
     clip = VisionTransformer(48, 8, 64, 3, 4, 2.0, output_dim=24, act_layer=QuickGELU).eval()
     file = tmp_path / "openai.pt"
     torch.save({f"visual.{k}": v for k, v in clip.state_dict().items()}, file)
-    backbone = backbones.load("timm:ovsprune_small.words", pretrained=str(file))
+    backbone = backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
     with torch.no_grad():
         expected = clip(images)
     torch.testing.assert_close(backbone.pooled(images), expected, atol=1e-5, rtol=1e-4)
@@ -141,28 +141,28 @@ def test_what_does_not_fit_says_so(tmp_path: Path) -> None:
     file = tmp_path / "short.safetensors"
     save_file(state, file)
     with pytest.raises(WeightsError, match=r"1 missing \(visual.trunk.blocks.2.mlp.fc1.weight\)"):
-        backbones.load("timm:ovsprune_small.words", pretrained=str(file))
+        backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
     save_file(theirs(0).state_dict(), file)  # an embedding's head is not drawn at random
     with pytest.raises(WeightsError, match=r"2 missing \(visual.trunk.head.weight"):
-        backbones.load("timm:ovsprune_small.words", pretrained=str(file))
+        backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
 
 
 def test_names_tags_and_weights_that_there_are_not(root: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'ovsprune_small'"):
-        backbones.load("timm:ovsprune_smal")
+        backbones.load_backbone("timm:ovsprune_smal")
     with pytest.raises(UnknownNameError, match="Did you mean 'timm:ovsprune_small.words'"):
-        backbones.load("ovsprune_small.words")
+        backbones.load_backbone("ovsprune_small.words")
     with pytest.raises(WeightsError, match="Tags: classes, jax, squashed, words"):
-        backbones.load("timm:ovsprune_small.laion")
+        backbones.load_backbone("timm:ovsprune_small.laion")
     with pytest.raises(WeightsError, match="Tags: classes, jax, squashed, words"):
-        backbones.load("timm:ovsprune_small", pretrained="laion")
+        backbones.load_backbone("timm:ovsprune_small", pretrained="laion")
     with pytest.raises(WeightsError, match="not published"):
-        backbones.load("timm:ovsprune_small.jax")
+        backbones.load_backbone("timm:ovsprune_small.jax")
     with pytest.raises(WeightsError, match=r"'words' of timm:ovsprune_small .*HF_HOME"):
-        backbones.load("timm:ovsprune_small.words")
+        backbones.load_backbone("timm:ovsprune_small.words")
     for name in ("timm:resnet18", "timm:hiera_tiny_224", "timm:eva02_tiny_patch14_224"):
         with pytest.raises(WeightsError, match="none of the families"):
-            backbones.load(name, pretrained="none")
+            backbones.load_backbone(name, pretrained="none")
 
 
 def test_it_is_pruned_reloaded_and_fits_timms_own_model(

@@ -70,7 +70,7 @@ def test_a_model_with_a_text_tower(name: str, tmp_path: Path, images: Tensor) ->
     model: Any = make(name)
     folder = folder_of(model, tmp_path / "both")
     add_tokenizer(folder)
-    loaded = backbones.load(f"hf:{folder}")
+    loaded = backbones.load_backbone(f"hf:{folder}")
     assert torch.equal(loaded.tower(images), model.get_image_features(images).pooler_output)
     state = model.state_dict()
     assert {"logit_scale"} < set(loaded.text)
@@ -91,7 +91,7 @@ def test_the_text_tower_is_passed_through(clip: Path, tmp_path: Path, images: Te
     text = ovsprune.read(tmp_path / "slim").text()
     state = make("CLIPModel").state_dict()
     assert text and all(torch.equal(v, state[k]) for k, v in text.items())
-    again = backbones.load(str(tmp_path / "slim"))
+    again = backbones.load_backbone(str(tmp_path / "slim"))
     assert set(again.text) == set(text) and not again.has_text  # its tokenizer is not there
     assert torch.equal(again.dense(images), ovsprune.load(tmp_path / "slim").dense(images))
     whole: Any = make("CLIPModel")  # which has the names of its own vision tower
@@ -115,17 +115,17 @@ def test_pruned_from_end_to_end(name: str, tmp_path: Path, images: Tensor) -> No
 
 
 def test_a_plain_folder_is_a_model_and_no_checkpoint(clip: Path, tmp_path: Path) -> None:
-    assert backbones.load(str(clip)).family == "transformers-vit"
+    assert backbones.load_backbone(str(clip)).family == "transformers-vit"
     assert backbones.canonical(str(clip)) == backbones.canonical(f"hf:{clip}") == "small-clip"
     done = ovsprune.prune(str(clip), 0.4, output=tmp_path / "slim", text=False, **OPTIONS)
     assert "--model small-clip --ratio 0.4" in done.spec.provenance["command"]
     assert "--pretrained" not in done.spec.provenance["command"]
-    assert backbones.load(str(tmp_path / "slim")).slim is not None
+    assert backbones.load_backbone(str(tmp_path / "slim")).slim is not None
 
 
 def test_the_projection_says_which_class(tmp_path: Path, images: Tensor) -> None:
     model: Any = make("CLIPVisionModelWithProjection")
-    loaded = backbones.load(str(folder_of(model, tmp_path / "a")))
+    loaded = backbones.load_backbone(str(folder_of(model, tmp_path / "a")))
     assert loaded.architecture["class"] == "CLIPVisionModelWithProjection"
     assert torch.equal(loaded.tower(images), model(images).image_embeds)
 
@@ -134,8 +134,8 @@ def test_a_configuration_alone_has_random_weights(tmp_path: Path) -> None:
     folder = folder_of(make("SiglipModel"), tmp_path / "a")
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"no model\.safetensors.*--pretrained none"):
-        backbones.load(f"hf:{folder}")
-    one, two = (backbones.load(f"hf:{folder}", pretrained="none") for _ in range(2))
+        backbones.load_backbone(f"hf:{folder}")
+    one, two = (backbones.load_backbone(f"hf:{folder}", pretrained="none") for _ in range(2))
     assert (one.pretrained, one.trained, one.text) == (None, False, {})
     other = two.tower.state_dict()
     assert all(torch.equal(v, other[k]) for k, v in one.tower.state_dict().items())
@@ -155,7 +155,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
         state[f"dinov2.{key}"] = value.clone()
     state["classifier.weight"] = torch.zeros(3, 64)
     save_file(state, tmp_path / "w.safetensors")
-    loaded = backbones.load(f"hf:{folder}", pretrained=str(tmp_path / "w.safetensors"))
+    loaded = backbones.load_backbone(f"hf:{folder}", pretrained=str(tmp_path / "w.safetensors"))
     assert (loaded.pretrained, loaded.trained) == ("w.safetensors", True)
     own = loaded.tower.state_dict()
     assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
@@ -165,13 +165,13 @@ def test_half_precision_and_several_files(tmp_path: Path) -> None:
     model: Any = make("CLIPVisionModel").half()
     model.save_pretrained(tmp_path / "a", max_shard_size="20kB")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
-    own = backbones.load(f"hf:{tmp_path / 'a'}").tower.state_dict()
+    own = backbones.load_backbone(f"hf:{tmp_path / 'a'}").tower.state_dict()
     assert all(torch.equal(v.float(), own[k]) for k, v in model.state_dict().items())
     assert {v.dtype for v in own.values()} == {torch.float32}
     index = tmp_path / "a" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(WeightsError, match="lists no files of weights beside it"):
-        backbones.load(f"hf:{tmp_path / 'a'}")
+        backbones.load_backbone(f"hf:{tmp_path / 'a'}")
 
 
 def test_weights_that_do_not_fit(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_weights_that_do_not_fit(clip: Path, capfd: pytest.CaptureFixture[str]) 
     save_file(state, clip / "model.safetensors")
     capfd.readouterr()
     with pytest.raises(WeightsError) as caught:
-        backbones.load(f"hf:{clip}")
+        backbones.load_backbone(f"hf:{clip}")
     said = str(caught.value)
     assert "does not fit small-clip, a CLIPModel" in said
     assert "1 missing (visual_projection.weight)" in said
@@ -196,7 +196,7 @@ def test_pickled_weights_are_not_opened(clip: Path) -> None:
     (clip / "model.safetensors").unlink()
     torch.save(state, clip / "pytorch_model.bin")
     with pytest.raises(WeightsError, match=r"pickled weights are not opened"):
-        backbones.load(f"hf:{clip}")
+        backbones.load_backbone(f"hf:{clip}")
 
 
 def test_how_pictures_become_input(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_how_pictures_become_input(tmp_path: Path) -> None:
         (siglip, Preprocess((SIZE, SIZE), half, half, "bicubic", "squash")),
         (naflex, Preprocess((SIZE, SIZE), half, half, "bilinear", "squash")),
     ):
-        assert backbones.load(f"hf:{folder}").preprocess == expected
+        assert backbones.load_backbone(f"hf:{folder}").preprocess == expected
     said = {
         "image_mean": [0.1, 0.2, 0.3],
         "image_std": [1, 1, 2],
@@ -217,12 +217,12 @@ def test_how_pictures_become_input(tmp_path: Path) -> None:
         "size": {"height": SIZE, "width": SIZE},
     }
     (clip / "preprocessor_config.json").write_text(json.dumps(said))
-    assert backbones.load(f"hf:{clip}").preprocess == Preprocess(
+    assert backbones.load_backbone(f"hf:{clip}").preprocess == Preprocess(
         (SIZE, SIZE), (0.1, 0.2, 0.3), (1.0, 1.0, 2.0), "bilinear", "squash"
     )
     (clip / "preprocessor_config.json").write_text(json.dumps({**said, "resample": 1}))
     with pytest.raises(WeightsError, match="does not say how pictures become input"):
-        backbones.load(f"hf:{clip}")
+        backbones.load_backbone(f"hf:{clip}")
 
 
 @pytest.mark.parametrize(
@@ -241,36 +241,36 @@ def test_configurations_that_are_refused(
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps({**small, **config}))
     with pytest.raises(WeightsError, match=match):
-        backbones.load(str(tmp_path), pretrained="none")
+        backbones.load_backbone(str(tmp_path), pretrained="none")
 
 
 def test_names_that_mean_nothing(tmp_path: Path, clip: Path) -> None:
     with pytest.raises(WeightsError, match="neither a folder nor the name of a repository"):
-        backbones.load("hf:a/b/c")
+        backbones.load_backbone("hf:a/b/c")
     with pytest.raises(WeightsError, match=r"has no config\.json"):
-        backbones.load(f"hf:{tmp_path}")
+        backbones.load_backbone(f"hf:{tmp_path}")
     with pytest.raises(WeightsError, match="--pretrained 'openai' is no file"):
-        backbones.load(f"hf:{clip}", pretrained="openai")
+        backbones.load_backbone(f"hf:{clip}", pretrained="openai")
     with pytest.raises(OptionError, match="--activation 'gelu': .* has quick_gelu; leave it out"):
-        backbones.load(f"hf:{clip}", activation="gelu")
+        backbones.load_backbone(f"hf:{clip}", activation="gelu")
     (clip / "config.json").write_text("[]")
     with pytest.raises(WeightsError, match="holds list, expected an object"):
-        backbones.load(f"hf:{clip}")
+        backbones.load_backbone(f"hf:{clip}")
 
 
 def test_a_repository_in_the_cache(root: Path, clip: Path, tmp_path: Path, images: Tensor) -> None:
     add_tokenizer(clip)
     put(root, clip)
-    loaded = backbones.load(NAME)
+    loaded = backbones.load_backbone(NAME)
     assert (loaded.name, loaded.pretrained, loaded.trained) == (NAME, "hub", True)
     assert loaded.has_text
     model: Any = make("CLIPModel")
-    assert torch.equal(loaded.pooled(images), backbones.load(str(clip)).pooled(images))
+    assert torch.equal(loaded.pooled(images), backbones.load_backbone(str(clip)).pooled(images))
     assert backbones.canonical(NAME) == "a-small-vit"
     done = ovsprune.prune(NAME, 0.4, output=tmp_path / "slim", **OPTIONS)
     assert f"--model {NAME} --ratio 0.4" in done.spec.provenance["command"]
     assert "--pretrained" not in done.spec.provenance["command"]
-    again = backbones.load(str(tmp_path / "slim"))
+    again = backbones.load_backbone(str(tmp_path / "slim"))
     expected = model.get_text_features(
         torch.tensor([[4] + [1] * 11]), attention_mask=torch.tensor([[1] + [0] * 11])
     ).pooler_output
@@ -283,7 +283,7 @@ def test_a_repository_in_the_cache(root: Path, clip: Path, tmp_path: Path, image
 def test_a_hub_out_of_reach_is_a_clear_error_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError) as caught:
-        backbones.load(NAME)
+        backbones.load_backbone(NAME)
     assert time.perf_counter() - start < 10
     said = str(caught.value)
     for word in (NAME, "not in the local cache", "cannot be reached", "Network is unreachable"):
@@ -305,5 +305,5 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(
 
     put(root, clip)
     monkeypatch.setattr(socket, "create_connection", silent)
-    assert not backbones.load(NAME).has_text
+    assert not backbones.load_backbone(NAME).has_text
     assert 0 < sum(patience) < 10

@@ -19,7 +19,7 @@ from ovsprune.core.errors import CheckpointError, MissingLibraryError, TargetErr
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import cut, mask
 from ovsprune.graph.groups import find_groups
-from ovsprune.jobs.steps import split_seeds
+from ovsprune.pruning.search_space import split_protected
 from ovsprune.slim.config import dump
 from ovsprune.slim.transformers_tower import TransformersTower
 from tests.backbones.hf_models import CONFIGS, SIZE, folder_of, make
@@ -41,7 +41,7 @@ def images() -> Tensor:
 
 def everything(tower: nn.Module) -> list[Group]:
     """Every group that the family offers, the protected heads of the last block too."""
-    return find_groups(tower, FAMILY.seeds(tower), (SIZE, SIZE))
+    return find_groups(tower, FAMILY.prunable_layers(tower), (SIZE, SIZE))
 
 
 def random_plan(groups: list[Group], seed: int = 0) -> Plan:
@@ -158,7 +158,7 @@ def test_groups_of_a_siglip_tower() -> None:
     assert {(s.module.rpartition(".")[2], s.axis) for s in heads.slices} == {
         ("q_proj", "out"), ("k_proj", "out"), ("v_proj", "out"), ("out_proj", "in"),
     }  # fmt: skip
-    _, protected = split_seeds(FAMILY.seeds(tower), ())
+    _, protected = split_protected(FAMILY.prunable_layers(tower), ())
     assert list(protected) == ["encoder.layers.1.self_attn"]
 
 
@@ -188,7 +188,7 @@ def test_from_a_folder_to_a_slim_tower(name: str, tmp_path: Path, images: Tensor
     loaded = ovsprune.load(tmp_path / "slim")
     assert torch.equal(loaded(images), done.tower(images))
     assert torch.equal(loaded.dense(images), expected[1])
-    again = backbones.load(str(tmp_path / "slim"))
+    again = backbones.load_backbone(str(tmp_path / "slim"))
     assert torch.equal(again.dense(images), expected[1])
 
     model = make(name)

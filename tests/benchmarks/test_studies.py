@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ovsprune.jobs.methods import parse_methods
+from ovsprune.comparison.methods import parse_methods
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ovsprune.calibration.pictures import RenderedPictures
 from ovsprune.core.protocols import Backbone
-from ovsprune.jobs import steps
 from ovsprune.jobs.prune import PruneResult, prune
+from ovsprune.pruning import pipeline as steps
 from tests.contracts.conftest import open_clip_resnet
 
 QUICK: dict[str, Any] = {"samples": 24, "batch_size": 8, "allocation": "uniform"}
@@ -46,7 +46,7 @@ def both(backbone: Backbone) -> tuple[PruneResult, PruneResult]:
     """Pruned to half, and the same with the statistics left as they were."""
     done = prune(backbone, 0.5, **QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "restate", lambda *_: None)
+        patch.setattr(steps, "recalibrate_batchnorm", lambda *_: None)
         return done, prune(backbone, 0.5, **QUICK)
 
 

@@ -29,7 +29,7 @@ def test_deep_towers_are_measured_at_fewer_widths(blocks: int, points: int) -> N
 def test_a_survey_measures_as_many_widths_as_the_depth_allows(blocks: int, points: int) -> None:
     tower = NormedTower()
     tower.blocks = nn.ModuleList(Sublayer(24, 40) for _ in range(blocks))
-    groups = find_groups(tower.eval(), tower.seeds(), (32, 32))[:2]
+    groups = find_groups(tower.eval(), tower.prunable_layers(), (32, 32))[:2]
     survey = Survey(
         tower,
         tower.stages(),

@@ -28,10 +28,10 @@ def one_thread(monkeypatch):
 def place(tmp_path, monkeypatch, small_clip):
     """An empty working directory, where --model small is the small CLIP."""
     monkeypatch.chdir(tmp_path)
-    load = backbones.load
+    load = backbones.load_backbone
     monkeypatch.setattr(
         backbones,
-        "load",
+        "load_backbone",
         lambda name, **rest: small_clip if name == "small" else load(name, **rest),
     )
     return tmp_path
@@ -98,7 +98,7 @@ COMPARE = ["compare", "--model", "small", "--ratio", "0.5", "--threads", "1"]
         (["--ratio", "1.5"], "--ratio 1.5 is outside (0, 1)"),
         (["--methods", "default,randon"], "unknown method 'randon'. Did you mean 'random'"),
         (["--methods", "random+closed"], "Did you mean 'closed-form'?"),
-        (["--methods", "torch-pruning+uniform"], "torch-pruning brings its own allocation"),
+        (["--methods", "torch-pruning+uniform"], "torch-pruning has its own allocation"),
         (["--seeds", "0"], "--seeds 0 is out of range"),
         (["--data", "nowhere"], "nowhere has no folder images/"),
         (["--model", "ViT-B/61"], "unknown model 'ViT-B/61'. Did you mean 'ViT-B-16'"),

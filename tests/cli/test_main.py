@@ -20,7 +20,7 @@ from ovsprune.cli.silence import silence_libraries
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.options import options_of
 from ovsprune.jobs import inspect as inspect_job
-from ovsprune.jobs.config import PruneConfig
+from ovsprune.pruning.config import PruneConfig
 
 CONTEXT = click.Context(cli.main, info_name="ovsprune")
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.pictures import RenderedPictures
+from ovsprune.core.distillation import Distillation
 from ovsprune.core.progress import Silent
-from ovsprune.core.protocols import Backbone, Distillation, RecoveryContext, Seed, Stages
+from ovsprune.core.protocols import Backbone, PrunableLayer, RecoveryContext, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
@@ -401,10 +402,11 @@ class NormedTower(nn.Module):
         blocks = {f"blocks.{i}": block for i, block in enumerate(self.blocks)}
         return Stages(lambda x: self.patches(x).flatten(2).transpose(1, 2), blocks, head)
 
-    def seeds(self) -> list[Seed]:
+    def prunable_layers(self) -> list[PrunableLayer]:
         names = [f"blocks.{i}" for i in range(len(self.blocks))]
         return [
-            Seed(f"{n}.mlp", "mlp", f"{n}.first", 1, n, StreamPoint(n, "output")) for n in names
+            PrunableLayer(f"{n}.mlp", "mlp", f"{n}.first", 1, n, StreamPoint(n, "output"))
+            for n in names
         ]
 
 
@@ -445,9 +447,11 @@ class PatchTower(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.stages().outputs(images)[0]
 
-    def seeds(self) -> list[Seed]:
+    def prunable_layers(self) -> list[PrunableLayer]:
         return [
-            Seed(n, "channels", f"{n}.first", 1, n, None if i == 1 else StreamPoint(n, "output"))
+            PrunableLayer(
+                n, "channels", f"{n}.first", 1, n, None if i == 1 else StreamPoint(n, "output")
+            )
             for i, n in enumerate(f"blocks.{i}" for i in range(len(self.blocks)))
         ]
 
@@ -562,7 +566,7 @@ def prepared(backbone: Backbone, pictures: int = 12) -> Case:
     family = FAMILIES.get(backbone.family)
     dense = deepcopy(backbone.tower).eval().requires_grad_(False)
     family.rewrite(dense)
-    seeds = [seed for seed in family.seeds(dense) if not seed.protected]
+    seeds = [seed for seed in family.prunable_layers(dense) if not seed.protected]
     groups = find_groups(dense, seeds, backbone.preprocess.size)
     return Case(backbone, dense, groups, RenderedPictures(pictures, backbone.preprocess, 0))
 
@@ -584,7 +588,7 @@ def of_no_family(name: str, make: Callable[[], Any], activation: str) -> Case:
         library_version="0",
         text={},
     )
-    groups = find_groups(tower, tower.seeds(), (48, 48))
+    groups = find_groups(tower, tower.prunable_layers(), (48, 48))
     tower.requires_grad_(False)
     return Case(backbone, deepcopy(tower), groups, RenderedPictures(12, backbone.preprocess, 0))
 
@@ -617,8 +621,7 @@ def pairs(cases: Iterable[str], plugins: Iterable[str], everywhere: Collection[s
     """
     return [
         pytest.param(
-            case,
-            plugin,
+            (case, plugin),
             marks=() if plugin in everywhere or case in THOROUGH else pytest.mark.slow,
             id=f"{case}-{plugin}",
         )

@@ -54,8 +54,8 @@ def budget(found: list[Group], kind: str, ratio: float) -> Budget:
     return Budget(kind, dense, dense * (1 - ratio), tables)
 
 
-def item(ratio: float, round_to: int = 1, kind: str = "macs", floor: int = 1) -> AllocationContext:
-    found = [replace(g, floor=floor) for g in groups()]
+def ctx(ratio: float, round_to: int = 1, kind: str = "macs", floor: int = 1) -> AllocationContext:
+    found = [replace(g, min_units=floor) for g in groups()]
     generator = torch.Generator().manual_seed(0)
     costs = {g.name: torch.rand(g.units, generator=generator) for g in found}
     widths = {g.name: torch.arange(1, g.units + 1) for g in found}
@@ -77,7 +77,7 @@ def check(context: AllocationContext, widths: dict[str, int], free: list[Group])
     price, target = context.budget.price, context.budget.target
     spent = cost(context, widths)
     assert spent <= target * (1 + 1e-9)
-    assert all(g.floor <= widths[g.name] <= g.units for g in context.groups)
+    assert all(g.min_units <= widths[g.name] <= g.units for g in context.groups)
     for group in free:
         now = widths[group.name]
         wider = next((w for w in widths_of(group, context.round_to) if w > now), None)
@@ -91,7 +91,7 @@ def check(context: AllocationContext, widths: dict[str, int], free: list[Group])
 def test_the_budget_is_met_within_one_unit(name: str, kind: str, ratio: float) -> None:
     if kind == "latency":
         ratio = min(ratio, 0.75)  # A tenth of the table's time is fixed.
-    context = item(ratio, kind=kind)
+    context = ctx(ratio, kind=kind)
     check(context, ALLOCATIONS.get(name).widths(context), list(context.groups))
 
 
@@ -100,7 +100,7 @@ def test_the_budget_is_met_within_one_unit(name: str, kind: str, ratio: float) -
 @pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.6])
 @pytest.mark.parametrize("measured", [False, True])
 def test_heads_can_be_tied(name: str, kind: str, ratio: float, measured: bool) -> None:
-    context = item(ratio, kind=kind)
+    context = ctx(ratio, kind=kind)
     allocator = ALLOCATIONS.get(name)
     if not (measured or allocator.needs_curves):
         context = replace(context, curves=None)
@@ -112,10 +112,11 @@ def test_heads_can_be_tied(name: str, kind: str, ratio: float, measured: bool) -
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 def test_tied_heads_keep_floors_and_steps(name: str) -> None:
-    context = item(0.3, round_to=8)
+    context = ctx(0.3, round_to=8)
     # The highest floor of one is the floor of all.
     context = replace(
-        context, groups=[replace(g, floor=5) if g.name == "2.heads" else g for g in context.groups]
+        context,
+        groups=[replace(g, min_units=5) if g.name == "2.heads" else g for g in context.groups],
     )
     widths = tied_widths(ALLOCATIONS.get(name), context)
     assert min(widths[g.name] for g in context.groups if g.kind == "heads") >= 5
@@ -124,9 +125,10 @@ def test_tied_heads_keep_floors_and_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 def test_tied_heads_out_of_reach_name_the_nearest(name: str) -> None:
-    context = item(0.8)
+    context = ctx(0.8)
     context = replace(
-        context, groups=[replace(g, floor=6) if g.name == "2.heads" else g for g in context.groups]
+        context,
+        groups=[replace(g, min_units=6) if g.name == "2.heads" else g for g in context.groups],
     )
     least = {g.name: 6 if g.kind == "heads" else 1 for g in context.groups}
     nearest = 1 - cost(context, least) / context.budget.dense
@@ -137,7 +139,7 @@ def test_tied_heads_out_of_reach_name_the_nearest(name: str) -> None:
 
 @pytest.mark.parametrize("ratio", [0.02, 0.05, 0.1, 0.13])
 def test_uniform_leaves_fine_units_to_fill_what_heads_cannot(ratio: float) -> None:
-    context = item(ratio)
+    context = ctx(ratio)
     left = context.budget.target - cost(context, ALLOCATIONS.get("uniform").widths(context))
     assert left <= min(context.budget.price(g, 1) for g in context.groups)
 
@@ -145,7 +147,7 @@ def test_uniform_leaves_fine_units_to_fill_what_heads_cannot(ratio: float) -> No
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 @pytest.mark.parametrize("kind", KINDS)
 def test_widths_are_multiples(name: str, kind: str) -> None:
-    context = item(0.5, round_to=8, kind=kind)
+    context = ctx(0.5, round_to=8, kind=kind)
     widths = ALLOCATIONS.get(name).widths(context)
     assert all(widths[g.name] % 8 == 0 for g in context.groups if g.kind == "mlp")
 
@@ -153,9 +155,10 @@ def test_widths_are_multiples(name: str, kind: str) -> None:
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 @pytest.mark.parametrize("kind", KINDS)
 def test_floors_hold(name: str, kind: str) -> None:
-    context = item(0.4, floor=3, kind=kind)
+    context = ctx(0.4, floor=3, kind=kind)
     context = replace(
-        context, groups=[replace(g, floor=80) if g.name == "3.mlp" else g for g in context.groups]
+        context,
+        groups=[replace(g, min_units=80) if g.name == "3.mlp" else g for g in context.groups],
     )
     widths = ALLOCATIONS.get(name).widths(context)
     assert min(widths.values()) >= 3
@@ -164,12 +167,12 @@ def test_floors_hold(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 def test_the_same_twice(name: str) -> None:
-    assert ALLOCATIONS.get(name).widths(item(0.5)) == ALLOCATIONS.get(name).widths(item(0.5))
+    assert ALLOCATIONS.get(name).widths(ctx(0.5)) == ALLOCATIONS.get(name).widths(ctx(0.5))
 
 
 @pytest.mark.parametrize("name", ALLOCATIONS.names())
 def test_out_of_reach_names_the_nearest(name: str) -> None:
-    context = item(0.99)
+    context = ctx(0.99)
     floors = {g.name: 1 for g in context.groups}
     nearest = 1 - cost(context, floors) / context.budget.dense
     with pytest.raises(BudgetError, match=rf"0\.990 .* out of reach.* at most {nearest:.3f}"):
@@ -178,7 +181,7 @@ def test_out_of_reach_names_the_nearest(name: str) -> None:
 
 def test_sensitivity_is_the_best_that_enumeration_finds() -> None:
     """On a problem small enough to enumerate, nothing that fits has a smaller error."""
-    context = item(0.6)
+    context = ctx(0.6)
     few = [g for g in context.groups if g.kind == "heads"]
     dense = sum(g.units * g.macs for g in few)
     context = replace(context, groups=few, budget=Budget("macs", dense, dense * 0.4))
@@ -200,7 +203,7 @@ def test_sensitivity_is_the_best_that_enumeration_finds() -> None:
 
 
 def test_sensitivity_spends_where_it_hurts() -> None:
-    context = item(0.5)
+    context = ctx(0.5)
     widths = ALLOCATIONS.get("sensitivity").widths(context)
     heads = [widths[g.name] for g in context.groups if g.kind == "heads"]
     assert heads == sorted(heads)

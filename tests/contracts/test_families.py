@@ -12,7 +12,7 @@ from ovsprune.backbones import FAMILIES
 from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Scores
-from ovsprune.graph.costs import measure
+from ovsprune.graph.costs import count_costs
 from ovsprune.graph.cut import cut, mask, removed
 from ovsprune.spectrum import group_alphas
 from tests.contracts.conftest import REPRESENTATIVES, Case
@@ -73,11 +73,11 @@ def test_the_unit_costs_add_up(case: Case, kind: str) -> None:
     plan = case.random_plan(1)
     slim = deepcopy(case.dense)
     cut(slim, case.groups, plan)
-    dense = float(measure(case.dense, size).of(kind))
-    item = AllocationContext(case.groups, Scores({}, {}), Budget(kind, dense, dense), None)
-    assert cost(item, {g.name: plan.width(g.name) for g in case.groups}) == measure(slim, size).of(
-        kind
-    )
+    dense = float(count_costs(case.dense, size).of(kind))
+    ctx = AllocationContext(case.groups, Scores({}, {}), Budget(kind, dense, dense), None)
+    assert cost(ctx, {g.name: plan.width(g.name) for g in case.groups}) == count_costs(
+        slim, size
+    ).of(kind)
 
 
 def test_every_group_has_a_spectrum(case: Case) -> None:

@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from ovsprune.cli.config_options import config_options, given_options
+from ovsprune.comparison.methods import parse_options
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.option_docs import options_table
 from ovsprune.core.options import option, options_of
-from ovsprune.jobs.command_line import command_of
-from ovsprune.jobs.config import PruneConfig
-from ovsprune.jobs.method_options import parse_options
+from ovsprune.pruning.command_line import command_of
+from ovsprune.pruning.config import PruneConfig
 from tests.contracts.conftest import open_clip_vit
 
 DOCS = Path(__file__).parents[2] / "docs"

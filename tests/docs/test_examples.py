@@ -77,7 +77,7 @@ def test_prune_resnet(tmp_path: Path) -> None:
 
 def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
     place, _ = pruned
-    assert "ovsprune.targets.load(model" in run("transfer_to_san.py", place)
+    assert "ovsprune.targets.load_into(model" in run("transfer_to_san.py", place)
     written = {path.name for path in (place / "transfer" / "example").iterdir()}
     assert written == {"model.safetensors", "transfer.json", "lines.py"}
 

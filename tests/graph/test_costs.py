@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from ovsprune.core.records import Costs
-from ovsprune.graph.costs import macs, measure, on_meta
+from ovsprune.graph.costs import count_costs, macs, on_meta
 
 
 def test_vit_b_16_costs_what_it_costs() -> None:
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
         tower = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16")).visual
-    costs = measure(tower, (224, 224))
+    costs = count_costs(tower, (224, 224))
     assert costs.params == 86_192_640
     assert costs.macs == pytest.approx(17.563e9, rel=1e-3)
 
@@ -40,6 +40,6 @@ def test_the_fast_path_is_left_as_it_was() -> None:
 def test_counting_touches_no_weight() -> None:
     tower = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.BatchNorm2d(4))
     before = {k: v.clone() for k, v in tower.state_dict().items()}
-    assert measure(tower, (8, 8)) == Costs(16 * 3 * 4 * 4, 3 * 4 * 4 + 4 + 8)
+    assert count_costs(tower, (8, 8)) == Costs(16 * 3 * 4 * 4, 3 * 4 * 4 + 4 + 8)
     assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())
     assert all(p.device.type == "meta" for p in on_meta(tower).parameters())

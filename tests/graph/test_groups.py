@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ovsprune.core.protocols import Seed
+from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Plan
 from ovsprune.graph.cut import cut, mask, removed
 from ovsprune.graph.groups import find_groups
@@ -35,7 +35,7 @@ def test_a_norm_between_goes_along() -> None:
     with torch.no_grad():
         for value in (tower.norm.running_mean, tower.norm.weight, tower.norm.bias):
             value.uniform_(0.5, 1)
-    (group,) = find_groups(tower, [Seed("g", "channels", "first", 1, "", None)], (16, 16))
+    (group,) = find_groups(tower, [PrunableLayer("g", "channels", "first", 1, "", None)], (16, 16))
     assert group.units == 8
     assert group.consumer == "second"
     assert group.norms == ("norm",)
@@ -59,16 +59,16 @@ def test_a_norm_between_goes_along() -> None:
 
 
 def test_units_with_two_readers_are_refused() -> None:
-    seed = Seed("g", "channels", "first", 1, "", None)
+    seed = PrunableLayer("g", "channels", "first", 1, "", None)
     with pytest.raises(ValueError, match="not by one layer"):
         find_groups(Convolutions(forked=True).eval(), [seed], (16, 16))
 
 
 def test_a_seed_names_the_consumer_of_units_with_two_readers() -> None:
     tower = Convolutions(forked=True).eval().requires_grad_(False)
-    seed = Seed("g", "channels", "first", 1, "", None, consumer="second")
+    seed = PrunableLayer("g", "channels", "first", 1, "", None, consumer="second")
     (group,) = find_groups(tower, [seed], (16, 16))
-    assert group.consumer == "second" and group.gates == ()
+    assert group.consumer == "second" and group.gating_layers == ()
     assert {s.module for s in group.readers} == {"second", "fork"}
     plan, x = Plan({"g": torch.tensor([0, 3, 5])}), torch.randn(2, 3, 16, 16)
     masked = deepcopy(tower)
@@ -79,13 +79,13 @@ def test_a_seed_names_the_consumer_of_units_with_two_readers() -> None:
 
 
 def test_a_named_consumer_must_read_the_units() -> None:
-    seed = Seed("g", "channels", "first", 1, "", None, consumer="norm")
+    seed = PrunableLayer("g", "channels", "first", 1, "", None, consumer="norm")
     with pytest.raises(ValueError, match=r"read by \['second'\], not by norm"):
         find_groups(Convolutions(forked=False).eval(), [seed], (16, 16))
 
 
 def test_units_of_a_width_that_does_not_divide_are_refused() -> None:
-    seed = Seed("g", "channels", "first", 3, "", None)
+    seed = PrunableLayer("g", "channels", "first", 3, "", None)
     with pytest.raises(ValueError, match="8 channels are no multiple of 3"):
         find_groups(Convolutions(forked=False).eval(), [seed], (16, 16))
 
@@ -112,7 +112,7 @@ def test_a_depthwise_convolution_goes_along() -> None:
     tower = Separable(groups=8).eval().requires_grad_(False)
     for norm in (tower.norm, tower.after):
         norm.running_mean.uniform_(0.5, 1)
-    (group,) = find_groups(tower, [Seed("g", "channels", "expand", 1, "", None)], (16, 16))
+    (group,) = find_groups(tower, [PrunableLayer("g", "channels", "expand", 1, "", None)], (16, 16))
     assert not any(p.requires_grad for p in tower.parameters())
     assert group.norms == ("norm", "after")
     assert {(s.module, s.axis) for s in group.slices} == {
@@ -136,18 +136,18 @@ def test_a_depthwise_convolution_goes_along() -> None:
 def test_a_tower_that_needs_gradients_still_does() -> None:
     tower = Separable(groups=8).eval()
     tower.expand.requires_grad_(False)
-    find_groups(tower, [Seed("g", "channels", "expand", 1, "", None)], (16, 16))
+    find_groups(tower, [PrunableLayer("g", "channels", "expand", 1, "", None)], (16, 16))
     assert [n for n, p in tower.named_parameters() if not p.requires_grad] == ["expand.weight"]
 
 
 def test_groups_of_several_channels_are_refused() -> None:
-    seed = Seed("g", "channels", "expand", 1, "", None)
+    seed = PrunableLayer("g", "channels", "expand", 1, "", None)
     with pytest.raises(ValueError, match="expand: its units go through middle, whose groups"):
         find_groups(Separable(groups=2).eval(), [seed], (16, 16))
 
 
 def test_equal_layers_at_other_resolutions_cost_what_they_cost() -> None:
     tower = nn.Sequential(Separable(8), Separable(8, stride=2), Separable(8)).eval()
-    seeds = [Seed(f"{i}", "channels", f"{i}.expand", 1, "", None) for i in range(3)]
+    seeds = [PrunableLayer(f"{i}", "channels", f"{i}.expand", 1, "", None) for i in range(3)]
     costs = [group.macs for group in find_groups(tower, seeds, (16, 16))]
     assert costs == [256 * 15, 256 * 3 + 64 * 12, 64 * 15]

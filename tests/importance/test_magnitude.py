@@ -20,9 +20,9 @@ def pair() -> GroupContext:
 
 
 def test_magnitude_sums_every_slice_of_a_unit() -> None:
-    item = pair()
-    ranking = CRITERIA.get("magnitude").score(item)
-    a, b = (item.layers[name].weight for name in "ab")
+    ctx = pair()
+    ranking = CRITERIA.get("magnitude").score(ctx)
+    a, b = (ctx.layers[name].weight for name in "ab")
     for unit, places in enumerate([[0, 2], [1, 3]]):
         squares = a[places].square().sum() + b[:, places].square().sum()
         torch.testing.assert_close(ranking.costs[unit], squares.sqrt().double(), check_dtype=True)
@@ -30,9 +30,9 @@ def test_magnitude_sums_every_slice_of_a_unit() -> None:
 
 
 def test_l1_sums_absolute_values() -> None:
-    item = pair()
-    ranking = CRITERIA.get("magnitude-l1").score(item)
-    a, b = (item.layers[name].weight for name in "ab")
+    ctx = pair()
+    ranking = CRITERIA.get("magnitude-l1").score(ctx)
+    a, b = (ctx.layers[name].weight for name in "ab")
     for unit, places in enumerate([[0, 2], [1, 3]]):
         total = a[places].abs().sum() + b[:, places].abs().sum()
         torch.testing.assert_close(ranking.costs[unit], total.double(), check_dtype=True)
@@ -41,9 +41,9 @@ def test_l1_sums_absolute_values() -> None:
 
 def test_the_norms_differ_about_one_large_weight_and_many_small_ones() -> None:
     make = torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    item = context(make, torch.zeros(2, 2))
-    assert CRITERIA.get("magnitude").score(item).order.tolist() == [1, 0]
-    assert CRITERIA.get("magnitude-l1").score(item).order.tolist() == [0, 1]
+    ctx = context(make, torch.zeros(2, 2))
+    assert CRITERIA.get("magnitude").score(ctx).order.tolist() == [1, 0]
+    assert CRITERIA.get("magnitude-l1").score(ctx).order.tolist() == [0, 1]
 
 
 def test_scales_of_norms_do_not_count() -> None:
@@ -58,7 +58,7 @@ def test_kernels_count_whole() -> None:
     first, second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
     rows = torch.arange(4).view(4, 1)
     group = Group("g", "channels", 4, (Slice("a", "out", rows), Slice("b", "in", rows)), "b", "")
-    item = GroupContext(group, {"a": first, "b": second}, None, 1e-2, torch.Generator())
+    ctx = GroupContext(group, {"a": first, "b": second}, None, 1e-2, torch.Generator())
     squares = first.weight.square().sum((1, 2, 3)) + second.weight.square().sum((0, 2, 3))
-    costs = CRITERIA.get("magnitude").score(item).costs
+    costs = CRITERIA.get("magnitude").score(ctx).costs
     torch.testing.assert_close(costs, squares.sqrt().double())

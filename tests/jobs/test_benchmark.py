@@ -12,8 +12,8 @@ from ovsprune import backbones
 from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.jobs import benchmark as module
 from ovsprune.jobs.benchmark import benchmark
-from ovsprune.jobs.measure import peak_memory
 from ovsprune.jobs.prune import prune
+from ovsprune.profiling.timing import peak_memory
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def test_rows_of_both_towers_for_every_batch_size(slim, slimmer):
 
 def test_a_slim_directory_is_measured_against_its_own_base(slim, small_clip, monkeypatch):
     asked = []
-    load = backbones.load
+    load = backbones.load_backbone
 
     def spy(name, *, pretrained=None, **options):
         asked.append((name, pretrained))
         return small_clip if name == "small" else load(name, pretrained=pretrained, **options)
 
-    monkeypatch.setattr(backbones, "load", spy)
+    monkeypatch.setattr(backbones, "load_backbone", spy)
     record = benchmark(str(slim), batch_sizes=(1,), pairs=1, memory=False)
     assert [row["name"] for row in record["rows"]] == ["small dense", "small slim"]
     # Speed needs no trained weights, so no hub is asked for them.
@@ -57,7 +57,7 @@ def test_a_slim_directory_is_measured_against_its_own_base(slim, small_clip, mon
 
 
 def test_a_dense_model_alone_has_one_row(small_clip, monkeypatch):
-    monkeypatch.setattr(backbones, "load", lambda name, pretrained: small_clip)
+    monkeypatch.setattr(backbones, "load_backbone", lambda name, pretrained: small_clip)
     record = benchmark("small", batch_sizes=(2,), pairs=1, memory=False)
     assert [(row["role"], row["speedup"]) for row in record["rows"]] == [("model", 1.0)]
     assert record["against"] is None

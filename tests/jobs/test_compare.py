@@ -9,15 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
+from ovsprune.comparison.runner import ComparisonRunner
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
+from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs import methods
 from ovsprune.jobs.compare import SCENE_SEED, _reference, compare
-from ovsprune.jobs.contest import Contest
-from ovsprune.jobs.evaluate import class_embeddings, score_backbone
 from ovsprune.jobs.prune import prune
-from ovsprune.jobs.stock import STOCK
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
 METHODS = ["default,random+closed-form,random", "torch-pruning,torch-pruning+closed-form"]
@@ -108,7 +107,7 @@ def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
     progress = Silent()
     compare(small_clip, [0.2], progress=progress, **run)
     assert not any("made by" in note for note in progress.notes)
-    monkeypatch.setattr("ovsprune.jobs.compare.__version__", "99.0")
+    monkeypatch.setattr("ovsprune.comparison.identity.__version__", "99.0")
     second = compare(small_clip, [0.2, 0.3], progress=progress, **run)
     old = first["rows"][0]["made_by"]
     assert f"made by {old}: 1 of these rows; --overwrite makes all anew" in progress.notes
@@ -140,7 +139,7 @@ def test_differences_are_set_against_the_default(whole):
 
 def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
     """Stopped after three rows, and in the middle of writing the fourth."""
-    made, real = [], Contest.row
+    made, real = [], ComparisonRunner.row
 
     def counted(self, method, ratio, seed):
         if len(made) == 3:
@@ -150,7 +149,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
 
     run = {"methods": METHODS, "seeds": 2, "output": tmp_path / "cut", **QUICK}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Contest, "row", counted)
+        patch.setattr(ComparisonRunner, "row", counted)
         compare(small_clip, [0.2, 0.5], **run)
     with open(tmp_path / "cut" / "rows.jsonl", "ab") as file:
         file.write(b'{"method": "ran')
@@ -160,7 +159,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
         made.append((method.name, ratio, seed))
         return real(self, method, ratio, seed)
 
-    monkeypatch.setattr(Contest, "row", rest)
+    monkeypatch.setattr(ComparisonRunner, "row", rest)
     heard = Silent()
     record = compare(small_clip, [0.2, 0.5], progress=heard, **run)
     assert "3 of 20 rows are in" in heard.notes[-1]
@@ -171,7 +170,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
         whole["summary"][0]["miou"],
     )
 
-    monkeypatch.setattr(Contest, "row", counted)  # Would stop at once.
+    monkeypatch.setattr(ComparisonRunner, "row", counted)  # Would stop at once.
     made[:] = [None] * 3
     again = compare(small_clip, [0.5], **{**run, "methods": ["random"], "seeds": 1})
     assert [r["miou"] for r in again["rows"]] == [
@@ -295,13 +294,13 @@ def test_the_budget_is_one_of_parameters(small_clip, tmp_path):
 def test_what_is_protected_is_whole_in_every_row_and_widths_are_rounded(
     small_clip, tmp_path, monkeypatch
 ):
-    towers, real = {}, Contest._prune
+    towers, real = {}, ComparisonRunner._prune
 
     def kept(self, method, settings, clock):
         towers[method.name] = real(self, method, settings, clock)
         return towers[method.name]
 
-    monkeypatch.setattr(Contest, "_prune", kept)
+    monkeypatch.setattr(ComparisonRunner, "_prune", kept)
     record = compare(
         small_clip,
         [0.2],
@@ -336,7 +335,7 @@ def test_centred_embeddings_are_what_evaluate_scores_against(small_clip, tmp_pat
     assert given["dense"]["miou"] != centred["dense"]["miou"]
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
 def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
     small_clip, tmp_path, name
 ):
@@ -358,13 +357,11 @@ def test_every_stock_selection_takes_our_recovery_or_says_that_it_cannot(
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
 
 
-def test_the_papers_own_method_is_a_row(small_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(methods, "IMP_STEPS", 1)
-    found = compare(
-        small_clip, [0.3], methods=["imp,random"], seeds=1, output=tmp_path / "out", **QUICK
-    )
+def test_the_papers_own_method_is_a_row(small_clip, tmp_path):
+    methods = ["imp:imp-steps=1,random"]
+    found = compare(small_clip, [0.3], methods=methods, seeds=1, output=tmp_path / "out", **QUICK)
     row = found["rows"][0]
-    assert (row["method"], row["source"], row["status"]) == ("imp", "imp", "done")
+    assert (row["method"], row["source"], row["status"]) == ("imp:imp-steps=1", "imp", "done")
     assert row["achieved"] == pytest.approx(0.3, abs=0.01)
     assert row["relative_error"] > 0
 
@@ -414,7 +411,12 @@ def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, mo
         ([0.5], {"budget": "seconds"}, OptionError, "--budget 'seconds' is unknown"),
         ([0.5], {"protect": ["*.77.*"]}, OptionError, r"--protect '\*.77.\*' matches no group"),
         ([0.5], {"round_to": 0}, OptionError, "--round-to 0: give at least 1"),
-        ([0.5], {"methods": ["imp"], "round_to": 8}, OptionError, "imp does not take --round-to"),
+        (
+            [0.5],
+            {"methods": ["imp"], "round_to": 8},
+            OptionError,
+            "imp-structured does not take --round-to",
+        ),
     ],
 )
 def test_what_is_refused_leaves_nothing_behind(

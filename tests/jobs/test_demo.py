@@ -33,9 +33,11 @@ class Heard(Silent):
 @pytest.fixture(autouse=True)
 def quick(small_clip, monkeypatch):
     """The small CLIP in place of tiny, few pictures, no framework."""
-    load = backbones.load
+    load = backbones.load_backbone
     monkeypatch.setattr(
-        backbones, "load", lambda name, **rest: small_clip if name == "tiny" else load(name, **rest)
+        backbones,
+        "load_backbone",
+        lambda name, **rest: small_clip if name == "tiny" else load(name, **rest),
     )
     methods = {name: {**options, **QUICK} for name, options in module.METHODS.items()}
     monkeypatch.setattr(module, "METHODS", methods)

@@ -11,8 +11,9 @@ from PIL import Image
 
 from ovsprune import backbones
 from ovsprune.core.errors import DataError, OptionError, WeightsError
+from ovsprune.evaluation.backbone_scores import class_embeddings
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs.evaluate import class_embeddings, evaluate
+from ovsprune.jobs.evaluate import evaluate
 
 COUNT = 6
 SIZE = 48
@@ -56,7 +57,7 @@ def test_a_folder_of_the_same_pictures_scores_the_same(slim, folder, scenes):
 
 def test_embeddings_from_a_file_stand_in_for_the_text_tower(slim, folder, scenes, tmp_path):
     names = ScenesData(1, size=SIZE).prompts
-    embeddings = class_embeddings(backbones.load(str(slim)), names).numpy()
+    embeddings = class_embeddings(backbones.load_backbone(str(slim)), names).numpy()
     file = tmp_path / "text.npz"
     np.savez(file, names=np.array(names), emb=embeddings)
     assert evaluate(str(slim), folder, text_embeddings=file)["miou"] == scenes["miou"]
@@ -86,14 +87,14 @@ def test_half_precision_runs_in_half_precision(slim, scenes, monkeypatch):
 
 
 def test_without_a_text_tower_embeddings_are_asked_for(slim, folder, monkeypatch):
-    load = backbones.load
+    load = backbones.load_backbone
 
     def without_text(name, **options):
         backbone = load(name, **options)
         backbone.encoder = None
         return backbone
 
-    monkeypatch.setattr(backbones, "load", without_text)
+    monkeypatch.setattr(backbones, "load_backbone", without_text)
     with pytest.raises(WeightsError, match=r"--text-embeddings FILE\.npz"):
         evaluate(str(slim), folder)
 

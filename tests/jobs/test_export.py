@@ -20,7 +20,7 @@ from ovsprune import backbones
 from ovsprune.cli.main import main
 from ovsprune.core.errors import ExportError, MissingLibraryError, OptionError, OutputError
 from ovsprune.core.protocols import Backbone
-from ovsprune.jobs import onnx_graph
+from ovsprune.exporting import onnx_graph
 from ovsprune.jobs.export import export
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import REPRESENTATIVES
@@ -59,7 +59,7 @@ def test_a_graph_of_any_size(slim: Path, dynamic: dict[str, Any]) -> None:
     for batch, height, width in ((1, 48, 48), (3, 40, 88), (2, 16, 160), (1, 71, 50)):
         pictures = images(batch, height, width)
         assert error(run(dynamic["output"], pictures), tower.outputs(pictures)) < 1e-4
-    ours = backbones.load(str(slim))  # open_clip's tower, at its native size
+    ours = backbones.load_backbone(str(slim))  # open_clip's tower, at its native size
     assert error(run(dynamic["output"], images(2, 48, 48)), ours.outputs(images(2, 48, 48))) < 1e-4
 
 
@@ -108,7 +108,7 @@ def test_a_dense_model_at_one_other_size_from_the_command_line(
     """Its weights in a file of their own, as those of a tower that is too large for one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(onnx_graph, "ONE_FILE", 0)
-    monkeypatch.setattr(backbones, "load", lambda name, **_: small_clip)
+    monkeypatch.setattr(backbones, "load_backbone", lambda name, **_: small_clip)
     command = ["export", "small", "--size", "64x40", "--pairs", "0", "--threads", "1"]
     done = CliRunner().invoke(main, [*command, "--opset", "18", "--json", "-"])
     assert done.exit_code == 0, done.output

@@ -33,9 +33,9 @@ def test_the_command_says_who_trains_and_what_it_costs(tmp_path: Path) -> None:
 
 
 def tiny_tower() -> nn.Module:
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
-    return load("tiny").tower
+    return load_backbone("tiny").tower
 
 
 def test_counted_on_a_copy_is_counted_on_the_tower() -> None:

@@ -8,8 +8,8 @@ from copy import deepcopy
 import pytest
 
 from ovsprune.backbones.open_clip_vit import assemble, build_clip
+from ovsprune.evaluation.backbone_scores import class_embeddings
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs.evaluate import class_embeddings
 from ovsprune.jobs.prune import prune
 from ovsprune.jobs.small_san import transfer_into_small_san
 

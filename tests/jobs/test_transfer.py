@@ -25,8 +25,8 @@ from ovsprune.graph.costs import macs
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.read import newest_slim
-from ovsprune.targets import load
-from ovsprune.targets.places import Places
+from ovsprune.targets import load_into
+from ovsprune.targets.key_map import KeyMap
 from tests.targets.by_hand import (
     MiniSan,
     saved,
@@ -68,7 +68,7 @@ def test_on_disk(tmp_path: Path, slim: Path, checkpoint: Path) -> None:
     written = json.loads((out / "transfer.json").read_text())
     assert all(written[key] == record[key] for key in KEYS)
     fresh = MiniSan.with_tower(small_tower(seed=9))
-    assert load(fresh, out) == []
+    assert load_into(fresh, out) == []
     assert any(isinstance(module, SlimAttention) for module in fresh.modules())
 
 
@@ -78,7 +78,7 @@ def test_lines_are_python_that_loads_the_output(tmp_path: Path, slim: Path) -> N
         lines = (tmp_path / name / "lines.py").read_text()
         assert record["lines"] == lines
         compile(lines, "lines.py", "exec")
-        assert "ovsprune.targets.load(" in lines and repr(str(tmp_path / name)) in lines
+        assert "ovsprune.targets.load_into(" in lines and repr(str(tmp_path / name)) in lines
 
 
 def test_a_schedule_is_made_by_the_lines(tmp_path: Path, slim: Path, checkpoint: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_schedule_is_made_by_the_lines(tmp_path: Path, slim: Path, checkpoint:
     assert record["schedule"] == {"policy": "last-k", "fraction": 0.25}
     assert json.loads((out / "transfer.json").read_text())["schedule"] == record["schedule"]
     model = MiniSan.with_tower(small_tower(seed=9))
-    load(model, out)
+    load_into(model, out)
     space = {"model": model, "total_steps": 8}
     exec(record["lines"][record["lines"].index("# Which layers") :], space)
     plan: Any = space["plan"]
@@ -226,7 +226,7 @@ def test_example_that_cannot_be_run_changes_nothing(slim: Path) -> None:
 
 def test_model_that_looks_like_several(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MiniSan.with_tower(small_tower())
-    monkeypatch.setattr(Places, "missing", lambda self, names: [])
+    monkeypatch.setattr(KeyMap, "missing", lambda self, names: [])
     with pytest.raises(TargetError, match="looks like .*clipseg and like deeplabv3.*say which"):
         transfer(model, slim)
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ovsprune.backbones import load
-from ovsprune.core.protocols import Backbone, Distillation
-from ovsprune.jobs import latency
-from ovsprune.jobs.imp import imp
+from ovsprune.backbones import load_backbone
+from ovsprune.baselines.imp_weights import imp
+from ovsprune.core.distillation import Distillation
+from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
+from ovsprune.profiling import latency
 from ovsprune.recovery import RECOVERIES, recovery_chain
 from tests.contracts.conftest import (
     open_clip_convnext,
@@ -22,7 +23,7 @@ from tests.contracts.conftest import (
     open_clip_vit,
     prepared,
 )
-from tests.jobs.test_prune_convolutions import as_the_width
+from tests.pruning.test_prune_convolutions import as_the_width
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,7 +82,7 @@ def test_every_way_on_the_accelerator(
     small.tower.cuda()
     result = prune(small, 0.3, samples=8, output=tmp_path / "slim", **options)
     assert abs(result.achieved - 0.3) <= 0.01
-    there = load(str(tmp_path / "slim"))
+    there = load_backbone(str(tmp_path / "slim"))
     images = torch.randn(2, 3, *small.preprocess.size)
     with torch.no_grad():
         found, again = result.tower(images.cuda()).cpu(), there.tower(images)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.calibration.pictures import RenderedPictures
+from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import OptionError, UnknownNameError
 from ovsprune.core.progress import Silent
-from ovsprune.core.protocols import Distillation, Pictures
+from ovsprune.core.protocols import Pictures
 from ovsprune.core.records import Plan, Preprocess
 from ovsprune.recovery import RECOVERIES
-from ovsprune.recovery.distill import _Pupil, optimizer_class
+from ovsprune.recovery.distill import Student, optimizer_class
 from tests.contracts.conftest import Case, open_clip_vit, prepared
 
 
@@ -31,9 +32,9 @@ def distilled(case: Case, options: Distillation, **others: Any) -> tuple[nn.Modu
     plan = case.random_plan(0)
     slim = case.cut(plan)
     item = case.context(slim, plan, distill=options, **others)
-    before = _Pupil(item).error()
+    before = Student(item).error()
     RECOVERIES.get("distill").recover(item)
-    return slim, before, _Pupil(item).error()
+    return slim, before, Student(item).error()
 
 
 def test_it_learns_on_held_out_pictures(case: Case) -> None:
@@ -51,7 +52,7 @@ def test_it_is_judged_by_pictures_that_no_refit_has_seen(case: Case) -> None:
     for name in ("closed-form", "gauss-newton"):
         RECOVERIES.get(name).recover(item)
     unseen = RenderedPictures(8, case.backbone.preprocess, 9, start=1000)
-    pupil, without = _Pupil(replace(item, unseen=unseen)), _Pupil(item)
+    pupil, without = Student(replace(item, unseen=unseen)), Student(item)
     assert torch.equal(pupil.exam, torch.cat(list(unseen.batches(8))))
     assert len(pupil.lessons) == len(case.pictures)
     assert len(without.lessons) + len(without.exam) == len(case.pictures)
@@ -61,17 +62,17 @@ def test_it_is_judged_by_pictures_that_no_refit_has_seen(case: Case) -> None:
 def test_a_job_that_trains_has_unseen_pictures_and_others_draw_none(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ovsprune.jobs import steps
     from ovsprune.jobs.prune import prune
+    from ovsprune.pruning import pipeline as steps
 
     judged: list[Tensor] = []
-    original = _Pupil.__init__
+    original = Student.__init__
 
-    def spy(self: _Pupil, item: Any) -> None:
+    def spy(self: Student, item: Any) -> None:
         original(self, item)
         judged.append(self.exam)
 
-    monkeypatch.setattr(_Pupil, "__init__", spy)
+    monkeypatch.setattr(Student, "__init__", spy)
     quick = {"samples": 8, "batch_size": 4, "criterion": "random", "allocation": "uniform"}
     prune(case.backbone, 0.3, recovery="distill", distill=Distillation(2), **quick)
     assert [len(exam) for exam in judged] == [steps.HELD_OUT]
@@ -100,7 +101,7 @@ def test_made_pictures_are_new_at_every_step_and_others_changed(case: Case) -> N
     first = torch.cat(list(made.batches(4)))
     seen = []
     for pictures in (made, made, Files(made)):
-        pupil = _Pupil(replace(case.context(slim, plan), pictures=pictures))
+        pupil = Student(replace(case.context(slim, plan), pictures=pictures))
         batches = pupil._batches()
         seen.append(torch.cat([next(batches) for _ in range(3)]))
     assert torch.equal(seen[0], seen[1])  # and the same ones the next time
@@ -130,7 +131,7 @@ def test_muon_has_the_matrices_and_adamw_the_rest(case: Case) -> None:
     plan = case.random_plan(0)
     slim = case.cut(plan)
     options = Distillation(optimizer="Muon", lr=2e-4)
-    pupil = _Pupil(replace(case.context(slim, plan), distill=options))
+    pupil = Student(replace(case.context(slim, plan), distill=options))
     pupil.whitened = pupil._whiten()
     rest, matrices = pupil._optimizers()
     assert type(rest).__name__ == "AdamW" and type(matrices).__name__ == "Muon"
@@ -152,9 +153,9 @@ def test_where_a_whole_mlp_is_gone(case: Case, name: str) -> None:
     slim = case.cut(plan)
     assert any(p.numel() == 0 for p in slim.parameters())
     item = case.context(slim, plan, distill=Distillation(steps=4, optimizer=name, lr=1e-3))
-    before = _Pupil(item).error()
+    before = Student(item).error()
     RECOVERIES.get("distill").recover(item)
-    assert _Pupil(item).error() < before
+    assert Student(item).error() < before
 
 
 @pytest.mark.parametrize("name", ["adamw", "Optimizer", "lr_scheduler"])

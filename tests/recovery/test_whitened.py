@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ovsprune.calibration.activation_cache import Stream, run_stem
 from ovsprune.calibration.moments import SecondMoments
 from ovsprune.calibration.ridge import level
-from ovsprune.calibration.streams import Stream, run_stem
 from ovsprune.recovery.whitened import Whitened, whiten
 from tests.contracts.conftest import Case, open_clip_vit, prepared
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
-from ovsprune.graph.costs import measure
+from ovsprune.graph.costs import count_costs
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.load import tower_of
 from ovsprune.slim.spec import LayerSpec
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.layout import Layout
 from tests.targets.by_hand import (
     error,
@@ -199,8 +199,8 @@ def learning_stays(case: Case, model: Any) -> set[str]:
 def loses_what_the_tower_loses(case: Case, model: Any) -> tuple[int, int, int, int]:
     """MACs and parameters of the whole model, before and after each."""
     every = {layer.name: list(range(layer.units)) for layer in case.slim.spec.layers}
-    whole = measure(tower_of(case.recut(every)).tower, case.counted)
-    small = measure(tower_of(case.slim).tower, case.counted)
+    whole = count_costs(tower_of(case.recut(every)).tower, case.counted)
+    small = count_costs(tower_of(case.slim).tower, case.counted)
     example = None if case.example is None else case.example(model)
     with torch.no_grad():
         times = case.times(model)
@@ -266,7 +266,7 @@ def round_trip_on_disk(
     assert all([*record["replaced"].values(), *record["kept"].values()])
     gone = {name for name in record["dropped"] if not name.startswith("slim: ")}
     assert "iteration" in gone and not gone & keys
-    assert load(fresh, path / "out") == []
+    assert load_into(fresh, path / "out") == []
     with case.target.attach(model, case.slim, weights=weights):
         wanted, state = model.state_dict(), fresh.state_dict()
         assert list(wanted) == list(state)

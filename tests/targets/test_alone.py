@@ -40,7 +40,7 @@ report = ovsprune.transfer(model, ovsprune.load(sys.argv[1]), weights="slim")
 assert report.target == "san" and report.params_after < report.params_before
 record = ovsprune.transfer(slim=sys.argv[1], target="san", output="out")
 fresh = build()
-ovsprune.targets.load(fresh, "out")
+ovsprune.targets.load_into(fresh, "out")
 state = fresh.state_dict()
 assert all(torch.equal(state[k], v) for k, v in model.state_dict().items() if "positional" not in k)
 report.detach()

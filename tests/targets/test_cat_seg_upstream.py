@@ -160,9 +160,9 @@ def test_round_trip_with_its_own_checkpointer(
         DetectionCheckpointer(fresh, str(tmp_path)).load(str(tmp_path / "dense.pth"))
     DetectionCheckpointer(fresh, str(tmp_path)).save("slim")
     again = case.build(SMALL.tower(seed=4))
-    from ovsprune.targets import load
+    from ovsprune.targets import load_into
 
-    load(again, tmp_path / "out")
+    load_into(again, tmp_path / "out")
     with torch.no_grad():
         again.upsample1.weight.zero_()
     DetectionCheckpointer(again, str(tmp_path)).load(str(tmp_path / "slim.pth"))

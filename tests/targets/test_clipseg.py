@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
-from ovsprune.graph.costs import macs, measure
+from ovsprune.graph.costs import count_costs, macs
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.load import tower_of
 from ovsprune.slim.spec import LayerSpec
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.output import write_output
 from tests.targets.by_hand import (
     error,
@@ -180,7 +180,7 @@ def test_the_framework_loses_what_the_tower_lost() -> None:
     model = clipseg(tower)
     every = {name: list(range(x.units)) for name, x in _layers(slim).items()}
     whole = tower_of(slim_by_hand(tower, every, heads=4, size=32)).tower
-    dense, small = measure(whole, (32, 32)), measure(tower_of(slim).tower, (32, 32))
+    dense, small = count_costs(whole, (32, 32)), count_costs(tower_of(slim).tower, (32, 32))
     with transfer(model, slim, "clipseg") as attached:
         assert attached.macs_before is not None and attached.macs_after is not None
         assert attached.macs_before - attached.macs_after == dense.macs - small.macs > 0
@@ -223,7 +223,7 @@ def test_attention_and_mlp_may_be_gone_as_a_whole(tmp_path: Path) -> None:
     result = TARGET.convert(model.state_dict(), slim)
     write_output(tmp_path / "out", result, {"target": "clipseg"}, "")
     fresh = clipseg(small_tower(seed=5))
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in state.items())
 
 
@@ -392,7 +392,7 @@ def test_load_leaves_a_model_that_does_not_fit_as_it_was(tmp_path: Path, folder:
     other.decoder.film_mul = nn.Linear(16, 9)
     before = snapshot(other)
     with pytest.raises(TargetError, match=r"decoder.film_mul.weight is \(16, 16\)"):
-        load(other, out)
+        load_into(other, out)
     assert unchanged(other, before)
     document = json.loads((out / "transfer.json").read_text())
     assert document["target"] == "clipseg" and document["depth"] == 4

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.targets import TARGETS
-from ovsprune.targets.places import KINDS
+from ovsprune.targets.key_map import KINDS
 from tests.targets.by_hand import in_framework, small_of_kind
 
 DOCS = Path(__file__).parents[2] / "docs" / "targets"

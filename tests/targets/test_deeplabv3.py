@@ -21,7 +21,7 @@ from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.write import write
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from tests.targets.by_hand import (
     error,
     lively,
@@ -275,7 +275,7 @@ def test_round_trip_on_disk(tmp_path: Path, slim: SlimCheckpoint) -> None:
     assert cut == {"conv1", "bn1", "conv2", "bn2", "conv3"}
     assert "another stem" not in record["dropped"]["slim: visual.attnpool.c_proj.weight"]
     fresh = deeplab(seed=9)
-    assert load(fresh, out) == []
+    assert load_into(fresh, out) == []
     with TARGET.attach(model, slim):
         wanted, state = model.state_dict(), fresh.state_dict()
         assert list(wanted) == list(state)

@@ -21,7 +21,7 @@ from ovsprune.graph.costs import macs, on_meta
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
-from ovsprune.targets import TARGETS, Target, load
+from ovsprune.targets import TARGETS, Target, load_into
 from ovsprune.targets.layout import Layout
 from tests.targets.by_hand import (
     error,
@@ -110,7 +110,7 @@ def given(
 
 
 def dense(case: Case, model: Any, side: int = 64) -> State:
-    with target_of(case).bridge(model):
+    with target_of(case).apply_compat(model):
         return run(model, side)
 
 
@@ -163,7 +163,7 @@ def test_gradients_are_those_of_dense_masked(given: Any, monkeypatch: pytest.Mon
     tower = {name for name in model.state_dict() if layout.canonical(name) is not None}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in tower or "clip_model" not in name)
-    with target_of(case).bridge(model):
+    with target_of(case).apply_compat(model):
         whole = gradients(case, model)
         with masked(model, slim, layout):
             for name, parameter in model.named_parameters():  # masked puts frozen consumers in
@@ -275,7 +275,7 @@ def test_round_trip_on_disk(tmp_path: Path, given: Any) -> None:
     assert not record["replaced"].keys() & record["kept"].keys()
     assert record["dropped"]["iteration"]
     fresh = case.build(seed=9)
-    assert load(fresh, out) == []
+    assert load_into(fresh, out) == []
     wanted = run_attached(case, model, slim)
     state, expected = fresh.state_dict(), wanted[0]
     assert list(state) == list(expected)
@@ -285,7 +285,7 @@ def test_round_trip_on_disk(tmp_path: Path, given: Any) -> None:
     # a slim one of the training itself loads as usual, a dense one is refused
     DetectionCheckpointer(fresh, str(tmp_path)).save("slim-trained")
     again = case.build(seed=5)
-    load(again, out)
+    load_into(again, out)
     with torch.no_grad():
         again.sem_seg_head.predictor.query_feat.weight.zero_()
     DetectionCheckpointer(again).load(str(tmp_path / "slim-trained.pth"))
@@ -359,7 +359,7 @@ def test_fc_clip_needs_the_bridge_with_todays_open_clip() -> None:
     as_many = model.backbone.tokenize_text([f"number {i}" for i in range(tokens.shape[1])])
     own = model.backbone.encode_text(as_many)  # not even an error, with as many texts as tokens
     assert not torch.allclose(own, model.backbone.clip_model.encode_text(as_many), atol=1e-2)
-    with TARGETS.get("fc-clip").bridge(model):
+    with TARGETS.get("fc-clip").apply_compat(model):
         found = model.backbone.encode_text(tokens)
         assert torch.equal(found, model.backbone.clip_model.encode_text(tokens))
     with pytest.raises(RuntimeError, match="attn_mask"):

@@ -27,5 +27,5 @@ def test_transfer_to_san_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "weights: slim" in done.stdout and "ovsprune.targets.load(model" in done.stdout
+    assert "weights: slim" in done.stdout and "ovsprune.targets.load_into(model" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -14,7 +14,7 @@ from ovsprune.core.errors import TargetError
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.output import write_output
 from tests.targets.by_hand import error, masked, slim_convnext, slim_resnet, snapshot, unchanged
 from tests.targets.mini_detectron2 import MiniFcClip, load_as_detectron2, run, tower_of
@@ -33,7 +33,7 @@ def made(kind: str) -> tuple[MiniFcClip, SlimCheckpoint]:
 @KINDS
 def test_slim_equals_dense_masked(kind: str) -> None:
     model, slim = made(kind)
-    with TARGET.bridge(model):
+    with TARGET.apply_compat(model):
         whole = run(model)
         with masked(model, slim, TARGET.layout(model.state_dict(), 0)):
             wanted = run(model)
@@ -73,9 +73,9 @@ def test_the_text_side_is_bridged_as_long_as_something_is_attached() -> None:
 
 def test_a_bridge_of_ones_own_stays() -> None:
     model, slim = made("resnet")
-    bridged = TARGET.bridge(model)
+    bridged = TARGET.apply_compat(model)
     assert bridged.replaced == ("backbone.encode_text",)
-    assert TARGET.bridge(model).replaced == ()
+    assert TARGET.apply_compat(model).replaced == ()
     with TARGET.attach(model, slim) as attached:
         assert not attached.notes
     assert "encode_text" in vars(model.backbone)
@@ -122,7 +122,7 @@ def test_round_trip_on_disk(tmp_path: Path, kind: str, weights: str) -> None:
     write_output(tmp_path / "out", result, {"target": "fc-clip"}, "")
     fresh = MiniFcClip.with_tower(kind, {k: v * 0 for k, v in tower_of(kind).items()})
     dense = {k: v.clone() for k, v in fresh.state_dict().items()}
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     with TARGET.attach(model, slim, weights=weights):
         wanted, state = model.state_dict(), fresh.state_dict()
         assert list(wanted) == list(state)
@@ -143,7 +143,7 @@ def test_clip_alone_brings_its_texts_along(tmp_path: Path) -> None:
     result = TARGET.convert(None, alone)
     assert not result.complete and not result.dropped
     write_output(tmp_path / "out", result, {"target": "fc-clip"}, "")
-    missing = load(model, tmp_path / "out")
+    missing = load_into(model, tmp_path / "out")
     assert "void_embedding.weight" in missing
     assert not any("visual" in name for name in missing)
     assert torch.equal(

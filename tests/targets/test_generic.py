@@ -13,7 +13,7 @@ from ovsprune.core.errors import TargetError
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimAttention, SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.generic import find_towers
 from ovsprune.targets.output import write_output
 from tests.targets.by_hand import (
@@ -154,7 +154,7 @@ def test_round_trip_on_disk(tmp_path: Path, name: str) -> None:
     with torch.no_grad():
         for parameter in fresh.parameters():
             parameter.zero_()
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     with TARGET.attach(model, slim):
         state = fresh.state_dict()
         assert list(state) == list(model.state_dict())

@@ -11,7 +11,7 @@ from ovsprune.core.errors import TargetError
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.output import write_output
 from tests.targets.by_hand import error, lively_resnet, masked, slim_resnet, snapshot, unchanged
 from tests.targets.mini_detectron2 import RESNET, MiniMask2Former, load_as_detectron2, run
@@ -105,7 +105,7 @@ def test_round_trip_on_disk(tmp_path: Path, kind: str) -> None:
         assert kept == "the framework resizes its positions"
     write_output(tmp_path / "out", result, {"target": "mask2former"}, "")
     fresh = MiniMask2Former.lively(kind, seed=9)
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     with TARGET.attach(model, slim):
         wanted, state = model.state_dict(), fresh.state_dict()
         assert list(wanted) == list(state)
@@ -122,13 +122,13 @@ def test_clip_alone_keeps_the_positions_of_the_framework(tmp_path: Path) -> None
     model, slim = made("clip")
     write_output(tmp_path / "out", TARGET.convert(None, slim), {"target": "mask2former"}, "")
     own = model.backbone.attnpool.positional_embedding.clone()
-    missing = load(model, tmp_path / "out")
+    missing = load_into(model, tmp_path / "out")
     assert f"backbone.{POSITIONS}" in missing
     assert not [n for n in missing if n.startswith("backbone.") and not n.endswith(POSITIONS)]
     assert torch.equal(model.backbone.attnpool.positional_embedding, own)
     unpooled = MiniMask2Former.lively("unpooled")
     with pytest.raises(TargetError, match=r"the model has no backbone.attnpool"):
-        load(unpooled, tmp_path / "out")
+        load_into(unpooled, tmp_path / "out")
 
 
 def test_the_attention_pool_may_be_missing_and_no_more() -> None:

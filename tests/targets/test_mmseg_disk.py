@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import MissingLibraryError, OptionError, TargetError
 from ovsprune.jobs.transfer import transfer
-from ovsprune.targets import TARGETS, load, mmseg_build
+from ovsprune.targets import TARGETS, load_into, mmseg_build
 from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower, run_san
 from tests.targets.by_hand import needs_mmseg, saved, small_slim, small_tower
 
@@ -72,7 +72,7 @@ def test_round_trip(tmp_path: Path, framework_file: Path, weights: str) -> None:
     model = small_san(small_tower())
     assert record["replaced"].keys() | record["kept"].keys() == model.state_dict().keys()
     fresh = small_san(small_tower(seed=5), seed=5)
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     with TARGET.attach(model, slim, weights="slim"):
         images = torch.randn(1, 3, 64, 64)
         wanted = model.state_dict()

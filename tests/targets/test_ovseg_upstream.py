@@ -137,10 +137,10 @@ def test_round_trip_with_its_own_checkpointer(
     with pytest.raises(TargetError, match="not of the slim model"):
         DetectionCheckpointer(fresh, str(tmp_path)).load(str(tmp_path / "dense.pth"))
     DetectionCheckpointer(fresh, str(tmp_path)).save("slim")
-    from ovsprune.targets import load
+    from ovsprune.targets import load_into
 
     again = case.build(SMALL.tower(seed=4))
-    load(again, tmp_path / "out")
+    load_into(again, tmp_path / "out")
     with torch.no_grad():
         again.get_parameter(PROMPTS).zero_()
     DetectionCheckpointer(again, str(tmp_path)).load(str(tmp_path / "slim.pth"))

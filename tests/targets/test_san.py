@@ -13,7 +13,7 @@ from torch import nn
 from ovsprune.core.errors import CheckpointError, OptionError, TargetError
 from ovsprune.slim import SlimAttention, SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
-from ovsprune.targets import TARGETS, load
+from ovsprune.targets import TARGETS, load_into
 from ovsprune.targets.output import check_place, write_output
 from tests.targets.by_hand import MiniSan, error, masked, slim_by_hand, small_slim, small_tower
 
@@ -139,7 +139,7 @@ def test_round_trip_through_a_fresh_framework(tmp_path: Path, weights: str) -> N
     result = converted(model, slim, weights)
     write_output(tmp_path / "out", result, {"target": "san"}, "# lines")
     fresh = MiniSan.with_tower(small_tower(seed=9))
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     with SAN.attach(model, slim, weights=weights):
         wanted = model.state_dict()
         assert list(wanted) == list(fresh.state_dict())
@@ -163,7 +163,7 @@ def test_clip_alone_without_a_framework_checkpoint(tmp_path: Path) -> None:
     }), {"target": "san"}, "")  # fmt: skip
     fresh = MiniSan.with_tower(small_tower(seed=9))
     adapter = fresh.side_adapter_network.weight.clone()
-    missing = load(fresh, tmp_path / "out")
+    missing = load_into(fresh, tmp_path / "out")
     assert "side_adapter_network.weight" in missing and POSITIONS not in missing
     assert torch.equal(fresh.side_adapter_network.weight, adapter)
     assert torch.equal(
@@ -248,12 +248,12 @@ def test_load_leaves_a_model_that_does_not_fit_as_it_was(tmp_path: Path) -> None
     other.side_adapter_network = nn.Linear(3, 7)
     before = dict(other.named_modules())
     with pytest.raises(TargetError, match=r"side_adapter_network.weight is \(5, 3\)"):
-        load(other, tmp_path / "out")
+        load_into(other, tmp_path / "out")
     assert dict(other.named_modules()) == before
-    load(other, tmp_path / "out", strict=False)
+    load_into(other, tmp_path / "out", strict=False)
     assert any(isinstance(m, SlimAttention) for m in other.modules())
     with pytest.raises(TargetError, match="slim already"):
-        load(other, tmp_path / "out")
+        load_into(other, tmp_path / "out")
 
 
 def test_load_refuses_damage(tmp_path: Path) -> None:
@@ -261,16 +261,16 @@ def test_load_refuses_damage(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_output(check_place(out, False), converted(model, slim), {"target": "san"}, "")
     with pytest.raises(CheckpointError, match="cannot be read.*`ovsprune transfer` wrote"):
-        load(model, tmp_path)
+        load_into(model, tmp_path)
     record = (out / "transfer.json").read_text()
     (out / "transfer.json").write_text(record.replace('"cuts"', '"cats"'))
     with pytest.raises(CheckpointError, match="lacks cuts"):
-        load(model, out)
+        load_into(model, out)
     (out / "transfer.json").write_text(record[:50])
     with pytest.raises(CheckpointError, match="is no JSON"):
-        load(model, out)
+        load_into(model, out)
     (out / "transfer.json").write_text(record)
     raw = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="is not the file that was written"):
-        load(model, out)
+        load_into(model, out)

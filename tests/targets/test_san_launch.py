@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-from ovsprune.jobs.launch import launch
+from ovsprune.launching.command import launch
 from ovsprune.targets import TARGETS
 from tests.targets import san_upstream as upstream
 from tests.targets.by_hand import saved

@@ -15,7 +15,7 @@ from ovsprune.core.errors import TargetError
 from ovsprune.graph.costs import macs
 from ovsprune.jobs.transfer import transfer
 from ovsprune.slim import SlimAttention, SlimCheckpoint
-from ovsprune.targets import TARGETS, bridge, load
+from ovsprune.targets import TARGETS, apply_compat, load_into
 from tests.targets import san_upstream as upstream
 from tests.targets.by_hand import (
     error,
@@ -41,7 +41,7 @@ Built = tuple[Any, SlimCheckpoint]
 def small(directory: Path, cross: bool = False, seed: int = 0, classes: int = 3) -> Any:
     """A small SAN with lively weights."""
     upstream.repository()
-    bridge("san")
+    apply_compat("san")
     upstream.small_clip(directory)
     options = [*upstream.SMALL_OPTIONS, "MODEL.SAN.REC_CROSS_ATTN", cross]
     options += ["MODEL.SAN.NUM_CLASSES", classes]
@@ -238,7 +238,7 @@ def test_on_disk(tmp_path: Path, built: Built) -> None:
     assert record["weights"] == "slim" and {"opt", "iteration"} <= record["dropped"].keys()
     assert record["replaced"].keys() | record["kept"].keys() == model.state_dict().keys()
     fresh = small(tmp_path, model.clip_rec_head.cross_attn, seed=8)
-    assert load(fresh, tmp_path / "out") == []
+    assert load_into(fresh, tmp_path / "out") == []
     images = upstream.pictures(1, 128)
     with TARGET.attach(model, slim):
         wanted, state = upstream.run(model, images), model.state_dict()
@@ -249,7 +249,7 @@ def test_on_disk(tmp_path: Path, built: Built) -> None:
     slim_saver = DetectionCheckpointer(fresh, save_dir=str(tmp_path))
     slim_saver.save("slim_final")
     again = small(tmp_path, model.clip_rec_head.cross_attn, seed=9)
-    load(again, tmp_path / "out")
+    load_into(again, tmp_path / "out")
     DetectionCheckpointer(again).load(str(tmp_path / "slim_final.pth"))
     assert all(torch.equal(again.state_dict()[k], v) for k, v in fresh.state_dict().items())
     with pytest.raises(TargetError, match="not of the slim model"):
@@ -314,7 +314,7 @@ def test_bridged_blocks_take_the_order_that_san_gives(tmp_path: Path) -> None:
 def test_of_its_own_size(config: str, clip: str, sizes: dict[str, int], side: int) -> None:
     """SAN's two configurations as they are, random weights; one pass dense, one slim."""
     upstream.repository()
-    bridge("san")
+    apply_compat("san")
     model = upstream.build(upstream.config(config, clip, []))
     dense = lively_tower(**sizes, mlp=4 * sizes["width"], seed=0)
     depth, heads = sizes["depth"], sizes["heads"]

@@ -17,9 +17,9 @@ pytestmark = pytest.mark.framework
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    from ovsprune.backbones import load
+    from ovsprune.backbones import load_backbone
 
-    return load("tiny")
+    return load_backbone("tiny")
 
 
 @pytest.fixture(scope="module")

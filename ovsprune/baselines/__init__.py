@@ -1,0 +1,1 @@
+"""Methods to compare against: iterative magnitude pruning and Torch-Pruning."""

@@ -1,0 +1,296 @@
+"""Iterative magnitude pruning (IMP) of single weights, the method of OpenTrans (CVPR 2024).
+
+Every round sets a tenth of the remaining weights to zero, those of smallest magnitude over all
+layers (L1), and then trains the remaining weights to reproduce the dense tower's features. This
+loss uses no class names, so the masks transfer to other tasks. The first layer is not ranked. The
+result has zeros in tensors of the dense shapes: it needs less storage and the same time.
+``imp_structured=True`` in :func:`ovsprune.prune` removes whole units in the same rounds.
+
+Source: Xu et al., Transferable and Principled Efficiency for Open-Vocabulary Segmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovsprune import backbones
+from ovsprune.baselines.imp_checkpoint import RoundsFile
+from ovsprune.baselines.imp_result import ImpResult, Round
+from ovsprune.baselines.masked_training import MaskedTraining
+from ovsprune.calibration.fidelity import fidelity
+from ovsprune.calibration.pictures import calibration_hash, open_pictures
+from ovsprune.core.clock import Clock
+from ovsprune.core.errors import OptionError
+from ovsprune.core.progress import Progress, Silent
+from ovsprune.core.protocols import Backbone, Pictures
+from ovsprune.core.records import Costs
+from ovsprune.graph.costs import count_costs
+from ovsprune.graph.products import Product, find_products
+from ovsprune.masks.directory import check_place, write_unstructured
+from ovsprune.masks.magnitude import RATE, keep_largest, kept_by_round
+from ovsprune.masks.spec import MaskedSpec, WeightSpec
+from ovsprune.profiling.timing import thread_limit
+from ovsprune.pruning.command_line import command_of
+from ovsprune.pruning.config import PruneConfig, config_of
+from ovsprune.pruning.loading import cast, check_dtype, open_dense
+from ovsprune.pruning.pipeline import HELD_OUT
+from ovsprune.report.unstructured import unstructured_card
+from ovsprune.slim.hashing import base_spec
+
+__all__ = ["imp"]
+
+
+def imp(
+    model: str | Backbone,
+    ratio: float | None = None,
+    *,
+    config: PruneConfig | None = None,
+    pretrained: str | None = None,
+    activation: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    text: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ImpResult:
+    """Prune single weights of an image tower by magnitude, in rounds, without labels.
+
+    Args:
+        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
+        ratio: Fraction of the ranked weights that is zero at the end, in (0, 1). The ranked weights
+            are those that multiply activations (:func:`ovsprune.graph.products.find_products`),
+            without the first layer and the weights that ``protect`` names.
+        config: Configuration; its ``method`` is taken to be ``"imp"``.
+        pretrained: Tag, file, or ``"none"``.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
+        device: Device of the towers.
+        dtype: Type of the saved tower: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        threads: CPU threads; None leaves the choice to PyTorch.
+        output: Directory to write, by default ``unstructured/<model>-r<ratio>``.
+        overwrite: Replace an existing output.
+        dry_run: Prune and measure, but write nothing.
+        text: Save the unmodified text tower too.
+        progress: Progress reporter.
+        options: Options of :class:`ovsprune.PruneConfig`, which win over those of ``config``; those
+            of :class:`~ovsprune.pruning.imp_config.ImpConfig` begin with ``imp_``.
+
+    Raises:
+        OptionError: A value is out of its range, or not for this method.
+        WeightsError: The weights cannot be loaded.
+        DataError: The calibration images cannot be used.
+        OutputError: The output exists, or cannot be written.
+    """
+    settings = config_of(ratio, config, {**options, "method": "imp"})
+    if settings.imp.structured:
+        raise OptionError("imp_structured=True prunes units: call ovsprune.prune")
+    check_dtype(dtype)
+    progress = progress or Silent()
+    target = _target(model, settings.ratio, output, overwrite, dry_run)
+    clock = Clock()
+    with thread_limit(threads):
+        model = open_dense(model, pretrained, activation, device, progress, clock)
+        settings = settings.for_model(model)
+        result = _WeightPruning(model, settings, progress, clock).run()
+    if target is not None:
+        command = command_of(model, settings, dtype, text)
+        made = {**result.spec.provenance, "command": command}
+        result.spec = replace(result.spec, provenance=made)
+        state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
+        result.path = write_unstructured(
+            target,
+            result.spec,
+            cast({**state, **(model.text if text else {})}, dtype),
+            result.masks,
+            card=unstructured_card(result.spec, result.record()),
+            overwrite=overwrite,
+        )
+        clock.lap("write")
+    return result
+
+
+class _WeightPruning:
+    """Rounds of pruning and training on one loaded backbone."""
+
+    def __init__(
+        self, backbone: Backbone, settings: PruneConfig, progress: Progress, clock: Clock
+    ) -> None:
+        self.backbone, self.settings = backbone, settings
+        self.progress, self.clock = progress, clock
+        # Training needs float32; half precision is for files only.
+        self.dense = deepcopy(backbone.tower).float().eval().requires_grad_(False)
+        self.student = deepcopy(self.dense)
+
+    def run(self) -> ImpResult:
+        backbone, settings = self.backbone, self.settings
+        base = count_costs(self.dense, backbone.preprocess.size)
+        products = find_products(self.dense, backbone.preprocess.size)
+        ranked, excluded = _split(products, settings.protect)
+        self.clock.lap("graph")
+        pictures, held_out = open_pictures(
+            settings.calibration,
+            backbone.preprocess,
+            settings.pictures,
+            HELD_OUT,
+            settings.seed,
+            self.progress,
+        )
+        masks, rounds = self._rounds(ranked, pictures)
+        self.clock.lap("imp")
+        self.student.requires_grad_(False)
+        device = next(self.dense.parameters()).device
+        closeness = fidelity(
+            self._dense_features(self.dense),
+            self._dense_features(self.student),
+            held_out,
+            settings.batch_size,
+            device,
+        )
+        self.clock.lap("check")
+        spec = self._spec(ranked, excluded, masks, base, pictures)
+        return ImpResult(
+            spec=spec,
+            tower=self.student,
+            masks=masks,
+            rounds=rounds,
+            path=None,
+            settings=settings,
+            fidelity=closeness,
+            seconds=self.clock.seconds,
+        )
+
+    def _rounds(
+        self, ranked: Sequence[Product], pictures: Pictures
+    ) -> tuple[dict[str, Tensor], list[Round]]:
+        settings = self.settings
+        parameters = dict(self.student.named_parameters())
+        weights = {product.name: parameters[product.name] for product in ranked}
+        total = sum(w.numel() for w in weights.values())
+        plan = kept_by_round(total, settings.ratio)
+        kept = RoundsFile(
+            settings, self.backbone, pictures, {"ranked": list(weights)}, self.progress
+        )
+        masks, rounds = self._resumed(kept, plan)
+        masks = masks or {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
+        training = MaskedTraining(
+            self.student,
+            self.dense,
+            self.backbone.stages,
+            pictures,
+            batch_size=settings.batch_size,
+            rate=settings.imp.lr,
+            seed=settings.seed,
+            done=len(rounds) * settings.imp.steps,
+        )
+        for number, keep in enumerate(plan[len(rounds) :], start=len(rounds) + 1):
+            masks = keep_largest(weights, masks, keep)
+            if settings.imp.rewind:
+                training.rewind()
+            title = f"round {number} of {len(plan)}"
+            with self.progress.stage(title, settings.imp.steps) as advance:
+                losses = training.run(masks, settings.imp.steps, advance)
+            ends = (losses[0], losses[-1]) if losses else ()
+            rounds.append(Round(keep, 1 - keep / total, ends))
+            if number < len(plan):  # the last one goes as far as this ratio, and serves no other
+                kept.save(self.student, masks, [asdict(r) for r in rounds])
+        return {name: mask.cpu() for name, mask in masks.items()}, rounds
+
+    def _resumed(
+        self, kept: RoundsFile, plan: Sequence[int]
+    ) -> tuple[dict[str, Tensor], list[Round]]:
+        """Return masks and rounds of the file, and load its weights into the student."""
+
+        def check(told: list[dict[str, Any]]) -> None:
+            if [r["kept"] for r in told] != list(plan[: len(told)]):
+                raise OptionError(
+                    f"--imp-rounds {self.settings.imp.rounds} has {len(told)} rounds, which "
+                    f"removed {told[-1]['sparsity']:.3f} of the weights, more than --ratio "
+                    f"{self.settings.ratio:g}: name another file"
+                )
+
+        masks, told = kept.resume(self.student, check)
+        rounds = [Round(r["kept"], r["sparsity"], tuple(r["loss"])) for r in told]
+        device = next(self.student.parameters()).device
+        return {name: mask.to(device) for name, mask in masks.items()}, rounds
+
+    def _dense_features(self, tower: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda images: replace(self.backbone, tower=tower).outputs(images)[1]
+
+    def _spec(
+        self,
+        ranked: Sequence[Product],
+        excluded: Sequence[str],
+        masks: dict[str, Tensor],
+        base: Costs,
+        pictures: Pictures,
+    ) -> MaskedSpec:
+        backbone, settings = self.backbone, self.settings
+        zeros = {name: mask.numel() - int(mask.sum()) for name, mask in masks.items()}
+        # The paper's count: a zero weight costs no multiplication.
+        unused = sum(p.macs * zeros[p.name] // masks[p.name].numel() for p in ranked)
+        return MaskedSpec(
+            base=base_spec(
+                backbone.name, backbone.pretrained, backbone.trained, backbone.tower.state_dict()
+            ),
+            family=backbone.family,
+            library=backbones.FAMILIES.get(backbone.family).library,
+            library_version=backbone.library_version,
+            architecture=backbone.architecture,
+            activation=backbone.activation,
+            preprocess=backbone.preprocess,
+            weights=tuple(WeightSpec(p.name, p.shape, zeros[p.name]) for p in ranked),
+            excluded=tuple(excluded),
+            dense=base,
+            nonzero=Costs(base.macs - unused, base.params - sum(zeros.values())),
+            provenance={
+                **settings.recorded(),
+                "imp_rate": RATE,
+                "calibration_hash": calibration_hash(pictures),
+                "samples": len(pictures),
+                "batch_size": settings.batch_size,
+                "torch": torch.__version__,
+            },
+        )
+
+
+def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[Product], list[str]]:
+    """Return the ranked weights, and the names of the first layer's and the protected weights.
+
+    Raises:
+        OptionError: A pattern matches nothing, or nothing is left.
+    """
+    excluded = {products[0].name}
+    for pattern in patterns:
+        hits = {p.name for p in products if fnmatchcase(p.name, pattern)}
+        if not hits:
+            raise OptionError(
+                f"--protect {pattern!r} matches no weight; weights are named like "
+                f"{', '.join(p.name for p in products[:2])}, and * stands for anything"
+            )
+        excluded |= hits
+    ranked = [p for p in products if p.name not in excluded]
+    if not ranked:
+        raise OptionError("everything is protected; there is nothing to prune")
+    return ranked, [p.name for p in products if p.name in excluded]
+
+
+def _target(
+    model: str | Backbone, ratio: float, output: str | Path | None, overwrite: bool, dry_run: bool
+) -> Path | None:
+    """Return the output directory, checked before the work begins; ``slim/`` is for transfer."""
+    if dry_run or (output is None and isinstance(model, Backbone)):
+        return None
+    name = model if isinstance(model, str) else model.name
+    place = Path("unstructured") / f"{backbones.canonical(name)}-r{ratio:g}"
+    return check_place(output or place, overwrite=overwrite)

@@ -1,0 +1,106 @@
+"""Torch-Pruning behind the interface of a unit selector, and on the original tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ovsprune.backbones import FAMILIES
+from ovsprune.baselines.torch_pruning import (
+    TORCH_PRUNING_METHODS,
+    TorchPruning,
+    feature_gradients,
+)
+from ovsprune.core.protocols import Backbone, Pictures
+from ovsprune.core.records import Group
+from ovsprune.pruning.config import PruneConfig
+from ovsprune.pruning.selection import Selection, SelectionContext
+
+__all__ = ["TorchPruningRuns", "TorchPruningSelector"]
+
+
+@dataclass(frozen=True)
+class _Key:
+    """Everything that tells two runs of Torch-Pruning apart, other than the ratio."""
+
+    method: str
+    rewritten: bool
+    seed: int | None
+
+
+class TorchPruningRuns:
+    """Runs of Torch-Pruning on one model; rows of a comparison share gradients and tried ratios.
+
+    Args:
+        backbone: Dense model.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self._runs: dict[_Key, TorchPruning] = {}
+
+    def run(
+        self,
+        method: str,
+        config: PruneConfig,
+        tower: nn.Module,
+        groups: list[Group],
+        pictures: Pictures,
+        *,
+        rewritten: bool,
+    ) -> TorchPruning:
+        """Return Torch-Pruning on a tower, from an earlier call if there was one.
+
+        Args:
+            method: Name in :data:`TORCH_PRUNING_METHODS`.
+            config: Gives budget, rounding, batch size and seed.
+            tower: Original or rewritten tower; it is not changed.
+            groups: Groups that may be cut.
+            pictures: Calibration images.
+            rewritten: True if ``tower`` is rewritten.
+        """
+        options = TORCH_PRUNING_METHODS[method]
+        key = _Key(method, rewritten, config.seed if options.taylor else None)
+        if key not in self._runs:
+            gradients = {}
+            if options.taylor:
+                stages = FAMILIES.get(self.backbone.family).stages
+                gradients = feature_gradients(
+                    tower, stages, pictures, config.batch_size, config.seed
+                )
+            self._runs[key] = TorchPruning(
+                name=method,
+                method=options,
+                tower=tower,
+                groups=groups,
+                size=self.backbone.preprocess.size,
+                gradients=gradients,
+                budget=config.budget,
+                round_to=config.round_to,
+            )
+        return self._runs[key]
+
+
+class TorchPruningSelector:
+    """Selects the units that Torch-Pruning keeps on the rewritten tower.
+
+    Args:
+        runs: Shared runs.
+        method: Name in :data:`TORCH_PRUNING_METHODS`.
+        config: Configuration of the row.
+    """
+
+    def __init__(self, runs: TorchPruningRuns, method: str, config: PruneConfig) -> None:
+        self.runs, self.method, self.config = runs, method, config
+
+    def select(self, ctx: SelectionContext) -> Selection:
+        """Select units.
+
+        Raises:
+            BudgetError: Torch-Pruning cannot reach the budget on this tower.
+        """
+        run = self.runs.run(
+            self.method, self.config, ctx.tower, ctx.groups, ctx.pictures, rewritten=True
+        )
+        return Selection(run.reach(1 - ctx.budget.target / ctx.budget.dense).plan)

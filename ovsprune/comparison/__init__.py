@@ -1,0 +1,1 @@
+"""Runs several pruning methods under the same budget, data and seeds."""

@@ -1,0 +1,73 @@
+"""Reads tensors from a folder that ``save_pretrained`` wrote: weights in one file or in shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ovsprune.core.errors import CheckpointError
+from ovsprune.core.unpickle.foreign import Foreign, read_foreign
+
+__all__ = ["files_beside", "read_folder"]
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_folder(path: Path) -> Foreign:
+    """Read ``model.safetensors`` or ``pytorch_model.bin``, or the shards of one of them.
+
+    Raises:
+        CheckpointError: The folder holds neither, or a file is missing or damaged.
+    """
+    for name in _WEIGHTS:
+        if (path / name).is_file():
+            return read_foreign(path / name)
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards = [read_foreign(path / shard) for shard in _shards(index)]
+            tensors: dict[str, Tensor] = {}
+            for shard in shards:
+                tensors |= shard.tensors
+            inert = sorted({name for shard in shards for name in shard.inert})
+            return Foreign(
+                path=path,
+                tensors=tensors,
+                container=None,
+                prefix="",
+                other=(),
+                inert=tuple(inert),
+            )
+    raise CheckpointError(
+        f"{path} holds neither {' nor '.join(_WEIGHTS)} (nor an index of their shards); give "
+        "the folder that save_pretrained wrote, or the file of the framework's weights"
+    )
+
+
+def files_beside(checkpoint: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Read the files of ``names`` that exist in the folder of a checkpoint.
+
+    Args:
+        checkpoint: A folder, or a file in it.
+        names: Names of the files; missing ones are skipped.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists.
+
+    Raises:
+        CheckpointError: The index is damaged, or names a file outside its folder.
+    """
+    try:
+        files = json.loads(index.read_text("utf-8"))["weight_map"].values()
+        names = sorted(set(files))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names = []
+    if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
+        raise CheckpointError(f"{index} lists no weight files of its own folder; copy it again")
+    return names

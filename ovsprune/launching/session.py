@@ -1,0 +1,162 @@
+"""One process of a launched command: models that its builders return are made slim."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from ovsprune.core.errors import OvspruneError
+from ovsprune.core.files import write_text
+from ovsprune.launching.builders import BUILDERS, LOADERS
+from ovsprune.launching.checkpoint_guard import CheckpointGuard, decide
+from ovsprune.slim import SlimCheckpoint, read
+from ovsprune.targets import TARGETS
+from ovsprune.targets.hooks import Hook
+from ovsprune.targets.key_map import depth_of
+from ovsprune.targets.recognise import recognise
+
+__all__ = ["Session", "say", "watched"]
+
+
+def watched() -> list[str]:
+    """Return the patterns of the modules in which functions are wrapped."""
+    patterns = [entry.module for entry in (*BUILDERS, *LOADERS)]
+    patterns += [hook.module for name in TARGETS for hook in TARGETS.get(name).hooks]
+    return list(dict.fromkeys(patterns))
+
+
+class Session:
+    """Settings of one process, and the models that it made slim.
+
+    Args:
+        slim: Directory of the slim checkpoint.
+        record: Directory for one file a replacement, which the parent reads.
+        target: Name of the target, or ``"auto"``.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``.
+        force: Take a checkpoint whose base had random weights, too.
+    """
+
+    def __init__(self, slim: str, record: str, target: str, weights: str, force: bool) -> None:
+        self.slim, self.record = slim, Path(record)
+        self.target, self.weights, self.force = target, weights, force
+        self.after: Callable[[nn.Module], None] = lambda model: None
+        """Callback that receives every model that was made slim."""
+        self.local = threading.local()
+        self.keepers: WeakKeyDictionary[nn.Module, CheckpointGuard] = WeakKeyDictionary()
+        self.hooks = (
+            *(Hook(e.module, e.name, self._building, e.beside) for e in BUILDERS),
+            *(Hook(e.module, e.name, self._loading, e.beside) for e in LOADERS),
+            *(hook for name in TARGETS for hook in TARGETS.get(name).hooks),
+        )
+
+    @functools.cached_property
+    def checkpoint(self) -> SlimCheckpoint:
+        """The slim checkpoint, read when the first model is built."""
+        return read(self.slim)
+
+    def _building(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def builds(*args: Any, **given: Any) -> Any:
+            depth = getattr(self.local, "depth", 0)
+            self.local.depth = depth + 1
+            try:
+                result = build(*args, **given)
+            finally:
+                self.local.depth = depth
+            if not depth:
+                for part in result if isinstance(result, tuple) else (result,):
+                    if isinstance(part, nn.Module):
+                        self.built(part)
+            return result
+
+        return builds
+
+    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)
+        def loads(loader: Any, checkpoint: Any, *args: Any, **given: Any) -> Any:
+            with self._dense(loader.model, checkpoint):
+                return load(loader, checkpoint, *args, **given)
+
+        return loads
+
+    @contextlib.contextmanager
+    def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
+        """Keep ``model`` dense inside the block if the checkpoint is dense."""
+        keeper = self.keepers.get(model)
+        state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
+        if keeper is None or not isinstance(state, Mapping):
+            yield
+            return
+        if keeper.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
+            with keeper.dense("a dense checkpoint was loaded"):
+                yield
+        else:
+            yield
+
+    def built(self, model: nn.Module) -> None:
+        """Make a model slim that the outermost builder returned, if a target recognises it.
+
+        Raises:
+            TargetError: A target recognises it (or was named), and it cannot take the slim tower.
+        """
+        if model in self.keepers:
+            return
+        name = recognise(model, self.target)
+        if name is None:
+            return
+        target = TARGETS.get(name)
+        try:
+            choice = decide(target, model, self.checkpoint, self.weights, self.force)
+        except OvspruneError as error:
+            if target.fallback and self.target == "auto":
+                self.write({"passed": f"{type(model).__name__}: {error}"})
+                return
+            raise
+        layout = target.layout(model.state_dict(), depth_of(self.checkpoint))
+        attached = target.attach(model, self.checkpoint, weights=choice[0], force=self.force)
+        attached.reason = choice[1]
+        kind = type(model).__name__
+
+        def tell(message: str) -> None:
+            say(f"{name} ({kind}): {message}")
+            self.write({"event": f"{name} ({kind}): {message}"})
+
+        self.keepers[model] = CheckpointGuard(
+            model,
+            attached,
+            layout,
+            self.checkpoint,
+            lambda dense: decide(target, dense, self.checkpoint, self.weights, self.force),
+            tell,
+        )
+        before, after = attached.params_before, attached.params_after
+        say(
+            f"{name} ({kind}): {len(attached.replaced)} replaced, weights {choice[0]} "
+            f"({choice[1]}); parameters {before:,} -> {after:,} ({after / before - 1:+.1%})"
+        )
+        for path, what in attached.replaced.items():
+            say(f"  {path}: {what}")
+        self.write({"model": kind, **attached.record()})
+        self.after(model)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a record for the parent process."""
+        name = f"{os.getpid()}-{uuid.uuid4().hex}.json"
+        write_text(self.record / name, json.dumps({"pid": os.getpid(), **record}))
+
+
+def say(message: str) -> None:
+    """Print a message to stderr."""
+    sys.stderr.write(f"ovsprune: {message}\n")
+    sys.stderr.flush()

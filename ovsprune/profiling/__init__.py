@@ -1,0 +1,1 @@
+"""Measured latency, memory and MACs."""

@@ -1,0 +1,1 @@
+"""The pruning pipeline: search space, selection of units, cutting, repair, provenance."""

@@ -1,0 +1,121 @@
+"""Pruning a slim model again: composition of both cuts in the coordinates of the base model.
+
+The pipeline treats the slim tower like any other: the ratio refers to it, and recovery reconstructs
+its features. The written checkpoint refers to the base: its mask composes both cuts, and its base,
+hashes and dense costs are those of the first dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ovsprune.core.errors import OptionError
+from ovsprune.core.protocols import Backbone
+from ovsprune.core.records import Group, Plan
+from ovsprune.slim import SlimCheckpoint
+from ovsprune.slim.cutting import keep_index, layer_runs
+from ovsprune.slim.spec import LayerSpec, SliceSpec
+
+__all__ = ["check_reprune", "in_base", "layers_in_base", "mark_cut_before", "provenance_of"]
+
+
+def check_reprune(model: Backbone, method: str) -> None:
+    """Refuse a slim model that cannot be pruned again; accept every dense model.
+
+    Args:
+        model: Model to prune.
+        method: Pruning method, ``"default"`` or ``"imp"``.
+
+    Raises:
+        OptionError: The model is an unstructured result, or a slim model is to be pruned by
+            iterative magnitude pruning.
+    """
+    checkpoint = model.slim
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, SlimCheckpoint):
+        raise OptionError(
+            f"{checkpoint.path} is an unstructured result: single weights are zero and no unit is "
+            f"removed, so it cannot be pruned again; prune its dense model, {model.name}"
+        )
+    if method == "imp":
+        raise OptionError(
+            f"{checkpoint.path} is slim already, and --method imp starts at a dense model; omit "
+            f"the option, or prune {model.name} again with a higher ratio"
+        )
+
+
+def mark_cut_before(checkpoint: SlimCheckpoint | None, groups: Iterable[Group]) -> list[Group]:
+    """Return the groups with ``cut_before`` set for those that the slim model lost units of."""
+    layers = () if checkpoint is None else checkpoint.spec.layers
+    cut = {layer.name for layer in layers if layer.kept < layer.units}
+    return [replace(g, cut_before=g.name in cut) for g in groups]
+
+
+def in_base(checkpoint: SlimCheckpoint | None, plan: Plan) -> Plan:
+    """Return a plan for a slim model in the coordinates of its base.
+
+    Units that the slim model lost in groups that the plan does not name stay removed.
+
+    Args:
+        checkpoint: Slim model; None for a dense model, whose plan is returned unchanged.
+        plan: Units to keep, in the coordinates of the slim model.
+    """
+    if checkpoint is None:
+        return plan
+    mask = checkpoint.mask
+    kept = {name: mask[name][i] if name in mask else i for name, i in plan.kept.items()}
+    return Plan({**mask, **kept})
+
+
+def layers_in_base(
+    checkpoint: SlimCheckpoint, layers: Iterable[LayerSpec], order: Sequence[str]
+) -> tuple[LayerSpec, ...]:
+    """Return every layer that was cut before or now, in the coordinates of the base.
+
+    Args:
+        checkpoint: Slim model.
+        layers: Layers of the present cut, in the coordinates of the slim model.
+        order: Names of all layers, in the order of the blocks.
+    """
+    merged = {layer.name: layer for layer in checkpoint.spec.layers}
+    for layer in layers:
+        before = merged.get(layer.name)
+        if before is None:
+            slices = tuple(_slice_in_base(checkpoint, part) for part in layer.slices)
+            merged[layer.name] = replace(layer, slices=slices)
+        else:
+            merged[layer.name] = replace(before, kept=layer.kept)
+    rank = {name: i for i, name in enumerate(order)}
+    return tuple(sorted(merged.values(), key=lambda layer: rank.get(layer.name, len(rank))))
+
+
+def _slice_in_base(checkpoint: SlimCheckpoint, part: SliceSpec) -> SliceSpec:
+    """Return the slice of a layer that was whole until now, in the coordinates of the base.
+
+    Other slices of the same weight may have been cut before; they shift the offset.
+    """
+    runs = layer_runs(checkpoint.spec, checkpoint.mask).get(part.module, {}).get(part.axis, [])
+    if not runs:
+        return part
+    size = _weight(checkpoint, part.module).shape[0 if part.axis == "out" else 1]
+    size += sum((run.units - run.kept.numel()) * run.unit_width for run in runs)
+    return replace(part, offset=int(keep_index(size, runs)[part.offset]))
+
+
+def _weight(checkpoint: SlimCheckpoint, module: str) -> Tensor:
+    return checkpoint.tensors[f"visual.{module}.weight"]
+
+
+def provenance_of(checkpoint: SlimCheckpoint) -> dict[str, Any]:
+    """Return the costs and the provenance of a slim model as JSON values; no path."""
+    slim = checkpoint.spec.slim
+    return {
+        "macs": slim.macs,
+        "params": slim.params,
+        "provenance": dict(checkpoint.spec.provenance),
+    }

@@ -1,0 +1,55 @@
+"""Run a tower with gradients where its framework runs it without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ovsprune.slim.attach import Applied, Swap, exchange
+
+__all__ = ["enable_tower_grad"]
+
+
+@dataclass
+class _WithGradients:
+    """Method of a part of a model that runs with gradients while the model trains.
+
+    An object rather than a function, so that a copied or pickled model has its own.
+    """
+
+    model: nn.Module
+    method: Callable[..., Any]
+
+    def __call__(self, *args: Any, **given: Any) -> Any:
+        if not self.model.training:
+            return self.method(*args, **given)
+        with torch.enable_grad():
+            return self.method(*args, **given)
+
+
+def enable_tower_grad(model: nn.Module, methods: Iterable[str]) -> Applied:
+    """Enable gradients in some methods of a model while the model is in training mode.
+
+    Their results then depend on the trained parameters even if the caller is inside
+    ``torch.no_grad()``.
+
+    Args:
+        model: The framework's model.
+        methods: Dotted paths from the model (``"backbone.extract_features"``).
+
+    Returns:
+        Record of the changes; its ``detach()`` undoes them. Methods that were changed before stay
+        as they are.
+    """
+    swaps = []
+    for path in methods:
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        method = getattr(owner, name)
+        if not isinstance(method, _WithGradients):
+            swaps.append(Swap.attribute(path, owner, name, _WithGradients(model, method)))
+    return exchange(swaps)
