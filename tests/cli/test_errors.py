@@ -136,9 +136,7 @@ def test_prune_into_an_output_that_exists(place):
 def test_prune_with_a_folder_of_broken_pictures(place):
     pictures = place / "pictures"
     pictures.mkdir()
-    assert "no image can be read (0 image files" in refused(
-        *PRUNE, "--calibration", pictures
-    )
+    assert "no image can be read (0 image files" in refused(*PRUNE, "--calibration", pictures)
     for name in ("a.jpg", "b.png"):
         (pictures / name).write_bytes(b"no picture")
     assert "no image can be read (2 image files, 2 of them damaged)" in refused(
