@@ -18,7 +18,6 @@ from ovsprune.core.errors import ScheduleError
 from ovsprune.schedules.loops import PlanFollower
 from tests.schedules.helpers import STEPS, loss, model, refresh
 
-
 POLICIES = ("alpha", "alpha-refresh")
 
 
