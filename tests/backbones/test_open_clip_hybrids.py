@@ -169,21 +169,36 @@ def test_the_checkpoint_comes_back_and_goes_on_a_tower(
         assert value.data_ptr() == same.data_ptr() and torch.equal(value, was), name
     ovsprune.apply(mine, checkpoint, weights="target")
     assert not torch.equal(mine(images), done.tower(images))  # cut, and not repaired
-    # in another process, which knows timm's models and these two
+
+
+@torch.no_grad()
+def test_another_process_loads_both_bit_for_bit(tmp_path: Path) -> None:
+    """The process knows timm's models and these two."""
+    images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
-    files = [str(tmp_path / name) for name in ("slim", "images.pt", "out.pt")]
-    arguments = [*files, str(torch.get_num_threads())]  # sums depend on it in their last bits
+    expected = {}
+    for make in (open_clip_vitamin, open_clip_swin):
+        place = tmp_path / make.__name__
+        prune(make(), 0.4, output=place, criterion="magnitude", allocation="uniform",
+              recovery="none", **QUICK)  # fmt: skip
+        back = backbones.load_backbone(str(place))
+        expected[make.__name__] = back.pooled(images), back.dense(images)
+    arguments = [str(tmp_path), str(torch.get_num_threads()), *expected]
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True, cwd=root)
-    pooled, dense = torch.load(tmp_path / "out.pt")
-    assert torch.equal(pooled, done.tower(images)) and torch.equal(dense, back.dense(images))
+    for name, (pooled, dense) in expected.items():
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert torch.equal(found[0], pooled) and torch.equal(found[1], dense)
 
 
 SCRIPT = """
 import sys, torch
 import ovsprune
 import tests.contracts.conftest
-torch.set_num_threads(int(sys.argv[4]))
-tower, images = ovsprune.load(sys.argv[1]), torch.load(sys.argv[2])
-torch.save((tower(images), tower.dense(images)), sys.argv[3])
+place = sys.argv[1]
+torch.set_num_threads(int(sys.argv[2]))  # sums depend on it in their last bits
+images = torch.load(f"{place}/images.pt")
+for name in sys.argv[3:]:
+    tower = ovsprune.load(f"{place}/{name}")
+    torch.save((tower(images), tower.dense(images)), f"{place}/{name}.pt")
 """

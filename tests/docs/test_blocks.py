@@ -7,14 +7,19 @@ interpreter's names, in the order of the page.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shlex
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from click.testing import CliRunner
+
+import ovsprune
+from ovsprune.cli.main import main
+from ovsprune.importance import CRITERIA
+from ovsprune.schedules import POLICIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,45 +66,39 @@ def test_blocks_that_run_are_found() -> None:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.mark == "run" for b in blocks(p))], ids=name_of
 )
-def test_blocks_run(page: Path, tmp_path: Path) -> None:
-    """Blocks run in a directory of their own; consecutive Python blocks in one interpreter."""
-    session = ""
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the blocks of a page in a directory of their own and with one set of Python names.
+
+    Everything runs in this process, because the imports of a new one take longer than most blocks.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OVSPRUNE_PRUNE_SAMPLES", str(IMAGES))
+    monkeypatch.setattr(ovsprune, "prune", partial(ovsprune.prune, samples=IMAGES))
+    for registry in (CRITERIA, POLICIES):
+        registry.names()
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.mark != "run":
             continue
         if block.language == "python":
-            session += block.code + "\n"
+            exec(compile(block.code, f"{name_of(page)} ({block.language})", "exec"), names)
         else:
-            run_python(session, tmp_path)
-            session = ""
-            run(["bash", "-euo", "pipefail", "-c", block.code], tmp_path)
-    run_python(session, tmp_path)
+            run_commands(block.code)
 
 
-# What the pages leave at its default is right for a user, and a minute's work for one thread.
-FEWER = "import functools, ovsprune; ovsprune.prune = functools.partial(ovsprune.prune, samples=16)"
-FEWER_ON_THE_COMMAND_LINE = {"OVSPRUNE_PRUNE_SAMPLES": "16"}
+IMAGES = 4
+"""Calibration images: the defaults on the pages suit users, and take minutes on one thread."""
 
 
-def run_python(code: str, place: Path) -> None:
-    if code:
-        run([sys.executable, "-c", f"{FEWER}\nexec({code!r})"], place)
-
-
-def run(command: list[str], place: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    done = subprocess.run(
-        command,
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        # One thread: where cores are shared, threads that wait for each other take far longer.
-        env={
-            **os.environ,
-            **FEWER_ON_THE_COMMAND_LINE,
-            "PATH": path,
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+def run_commands(code: str) -> None:
+    """Run a block that consists of ``ovsprune`` commands, with fewer calibration images."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "ovsprune", f"a block that runs calls ovsprune only: {line}"
+        if "--samples" in words:
+            words[words.index("--samples") + 1] = str(IMAGES)
+        done = CliRunner().invoke(main, words[1:])
+        assert done.exit_code == 0, f"{line}\n{done.output}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -17,23 +18,24 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, place: Path, *args: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *args],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+    """Run a script as ``__main__`` in ``place`` and return what it prints.
+
+    It runs in this process, because the imports of a new one take longer than most scripts;
+    ``tests/targets/test_example.py`` runs one in a process of its own.
+    """
+    output = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+        patch.chdir(place)
+        patch.setattr(sys, "argv", [name, *args])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return output.getvalue()
 
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Where examples/prune.py ran, and what it said."""
     place = tmp_path_factory.mktemp("examples")
-    return place, run("prune.py", place, "--samples", "16")
+    return place, run("prune.py", place, "--samples", "4")
 
 
 def test_prune(pruned: tuple[Path, str]) -> None:
@@ -43,7 +45,7 @@ def test_prune(pruned: tuple[Path, str]) -> None:
 
 
 def test_prune_transformers(tmp_path: Path) -> None:
-    said = run("prune_transformers.py", tmp_path, "--samples", "8")
+    said = run("prune_transformers.py", tmp_path, "--samples", "4")
     assert "gives what the loaded tower gives: True" in said
     assert (tmp_path / "slim" / "transformers-example" / "model.safetensors").is_file()
 
@@ -69,7 +71,7 @@ def test_prune_resnet(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     save_file(build_clip(config).state_dict(), folder / "open_clip_model.safetensors")
-    options = ("--model", str(folder), "--pretrained", "none", "--samples", "6")
+    options = ("--model", str(folder), "--pretrained", "none", "--samples", "4")
     said = run("prune_resnet.py", tmp_path, *options)
     assert "layer4.0.conv2: " in said and "bit for bit: True" in said
     assert "stage (1, 256, 2, 2)" in said and "dense features (1, 24, 4, 4)" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,20 @@ from ovsprune.core.errors import ScheduleError
 from ovsprune.schedules.loops import PlanFollower
 from tests.schedules.helpers import STEPS, loss, model, refresh
 
+POLICIES = ("alpha", "alpha-refresh")
 
-def worker(rank: int, place: str, port: str, policy: str) -> None:
+
+def worker(rank: int, place: str, port: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
+    for policy in POLICIES:
+        torch.save(together(rank, policy), Path(place) / f"{policy}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def together(rank: int, policy: str) -> dict[str, Any]:
+    """Train in one of two processes; return the weights and the layers chosen at each step."""
     net = model()
     if policy == "alpha-refresh":
         plan = refresh(net)
@@ -39,8 +49,7 @@ def worker(rank: int, place: str, port: str, policy: str) -> None:
         optimizer.zero_grad()
         loss(wrapped, 2 * i + rank).backward()
         optimizer.step()
-    torch.save({"state": net.state_dict(), "chosen": chosen}, Path(place) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"state": net.state_dict(), "chosen": chosen}
 
 
 def alone(policy: str) -> tuple[dict[str, torch.Tensor], list[tuple[str, ...]]]:
@@ -69,10 +78,17 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-@pytest.mark.parametrize("policy", ["alpha", "alpha-refresh"])
-def test_two_processes_train_as_one_does(policy, tmp_path):
-    mp.spawn(worker, (str(tmp_path), free_port(), policy), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of two processes for each policy."""
+    place = tmp_path_factory.mktemp("ddp")
+    mp.spawn(worker, (str(place), free_port()), nprocs=2)
+    return place
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_processes_train_as_one_does(policy: str, trained: Path) -> None:
+    both = [torch.load(trained / f"{policy}-{rank}.pt", weights_only=True) for rank in range(2)]
     state, chosen = alone(policy)
     assert both[0]["chosen"] == both[1]["chosen"] == chosen
     assert (len(set(chosen)) > 1) == (policy == "alpha-refresh")
