@@ -146,8 +146,8 @@ def latency_budget(
         if table.machine != here:
             raise DataError(
                 f"{path} has no time for {missing[0][0]!r} at width {missing[0][1]} and was "
-                f"measured on another machine ({_differences(table.machine, here)}). Run the same command "
-                "there to add it, or name another file"
+                f"measured on another machine ({_differences(table.machine, here)}). Run the same "
+                "command there to add it, or name another file"
             )
         measured = _measured({k: model.passes[k] for k in missing}, weight.device, progress)
         table = LatencyTable(here, _merged(table.times, measured))
