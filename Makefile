@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow docs setup setup-dev clean
+.PHONY: help demo test types site tests slow docs setup setup-dev clean
 
 help:
 	@echo "make demo   set everything up and run 'ovsprune demo' (the whole job on the embedded model)"
@@ -28,10 +28,20 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@# mypy and mkdocs run next to the tests: neither can use a second core.
+	$(MAKE) --no-print-directory --jobs 3 types site tests
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+site: $(VENV)/.ready-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+
+# A worker that has finished takes tests from the other one. Tests start in the order of the files,
+# so that each worker builds most fixtures alone.
+tests: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 	    -m "not slow and not gpu and not upstream" $(PYTEST_ARGS)
 
 slow: $(VENV)/.ready-dev

@@ -36,7 +36,7 @@ from ovsprune.pruning.pipeline import Pipeline
 PASSED: Mapping[str, Sequence[Callable[..., Any]]] = {
     "survey": [Survey.run],
     "moments": [Survey._advance],
-    "curves": [sensitivity.measure],
+    "curves": [sensitivity.measure_curve],
     "elimination": [prune_columns],
     "refit": [Pipeline._recover],
     "ridge": [Refit.apply, Metric.precondition],

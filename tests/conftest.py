@@ -1,14 +1,34 @@
-"""A small untrained CLIP and a slim checkpoint of it."""
+"""A small untrained CLIP, a slim checkpoint of it, and rendered images that are made once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 
+from ovsprune.calibration import pictures
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import open_clip_vit
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rendered_once() -> Iterator[None]:
+    """Render each calibration image once per process: it depends on its arguments only.
+
+    Rendering is about a third of the cost of a prune with the small towers of these tests. The
+    tests of the renderers call them directly.
+    """
+
+    def once(render: pictures.Render) -> pictures.Render:
+        cached = lru_cache(maxsize=4096)(render)
+        return lambda index, seed, size: cached(index, seed, size).copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "RENDERED", {k: once(v) for k, v in pictures.RENDERED.items()})
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,7 @@ def shared_costs(ctx: AllocationContext) -> SharedCosts:
     pairs: dict[str, list[tuple[Group, float]]] = {}
     for group in ctx.groups:
         for other in (groups[name] for name in group.shared if name in groups):
-            price = ctx.budget.together(group, other)
+            price = ctx.budget.shared_cost(group, other)
             pairs.setdefault(group.name, []).append((other, price))
             pairs.setdefault(other.name, []).append((group, price))
     return pairs

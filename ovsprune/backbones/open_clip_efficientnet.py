@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
 from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
-from ovsprune.graph.norms import FoldedNorm, fold, unfold
+from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_tower import timm_outputs
@@ -43,7 +43,7 @@ class OpenClipEfficientNet:
         """The norm behind every block's last convolution into that convolution, in place."""
         for block in _expanding(tower).values():
             if not isinstance(block.bn3, FoldedNorm):
-                block.conv_pwl, block.bn3 = fold(block.conv_pwl, block.bn3)
+                block.conv_pwl, block.bn3 = fold_norm(block.conv_pwl, block.bn3)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """The folded norms out again."""
@@ -51,7 +51,7 @@ class OpenClipEfficientNet:
         for name, block in _expanding(tower).items():
             if isinstance(block.bn3, FoldedNorm):
                 columns = kept.get(f"{name}.conv_pwl")
-                block.conv_pwl, block.bn3 = unfold(block.conv_pwl, block.bn3, columns)
+                block.conv_pwl, block.bn3 = unfold_norm(block.conv_pwl, block.bn3, columns)
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """The expanded channels of every inverted residual block."""

@@ -113,7 +113,7 @@ class OpenClipFastVit:
                         # matrices work on [B, h, w, C] inside attention
                         StreamPoint(f"{name}.mlp", "input", axis=1),
                         reason if name in last else None,
-                        along=(Slice(f"{path}.heads", "out", rows),),
+                        extra_slices=(Slice(f"{path}.heads", "out", rows),),
                     )
                 )
             after = StreamPoint(name, "output")

@@ -17,7 +17,7 @@ from ovsprune.backbones.open_clip_own import load_own, rebuild_own
 from ovsprune.backbones.open_clip_source import config_of
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
-from ovsprune.graph.norms import FoldedNorm, fold, unfold
+from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
 
 __all__ = ["OpenClipResNet"]
 
@@ -69,7 +69,7 @@ class OpenClipResNet:
         for block in _blocks(tower).values():
             for layer, norm in _CONSUMERS.items():
                 if not isinstance(getattr(block, norm), FoldedNorm):
-                    folded, place = fold(getattr(block, layer), getattr(block, norm))
+                    folded, place = fold_norm(getattr(block, layer), getattr(block, norm))
                     setattr(block, layer, folded)
                     setattr(block, norm, place)
             block.act3.inplace = False
@@ -86,7 +86,7 @@ class OpenClipResNet:
                 place = getattr(block, norm)
                 if isinstance(place, FoldedNorm):
                     columns, rows = (kept.get((f"{name}.{layer}", axis)) for axis in ("in", "out"))
-                    plain = unfold(getattr(block, layer), place, columns, rows)
+                    plain = unfold_norm(getattr(block, layer), place, columns, rows)
                     for own, module in zip((layer, norm), plain, strict=True):
                         setattr(block, own, module)
             block.act3.inplace = True

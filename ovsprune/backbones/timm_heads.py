@@ -43,5 +43,5 @@ def heads_seed(
     index = Slice(f"{name}.heads", "out", torch.arange(count).unsqueeze(1))
     reason = "frameworks read the last block's attention directly" if protected else None
     return PrunableLayer(
-        name, "heads", f"{name}.q_proj", width, block, stream, reason, along=(index,)
+        name, "heads", f"{name}.q_proj", width, block, stream, reason, extra_slices=(index,)
     )

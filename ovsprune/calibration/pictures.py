@@ -1,4 +1,4 @@
-"""Calibration pictures: a folder of photographs, or made ones where none are given."""
+"""Calibration images: photographs from a folder, or rendered images if none are given."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ def _mixed(index: int, seed: int, size: int) -> NDArray[np.uint8]:
 
 
 Render = Callable[[int, int, int], "NDArray[np.uint8]"]
-"""(index, seed, size) to sRGB [size, size, 3]."""
+"""Function of (index, seed, size) that returns sRGB [size, size, 3]."""
 
 RENDERED: Mapping[str, Render] = {"procedural": _scene, "leaves": _leaves, "mixed": _mixed}
-"""What ``--calibration`` takes beside folders: scenes as ``tiny`` was trained on, pictures with the
-spectra of photographs, and half of each."""
+"""Rendered images that ``--calibration`` accepts: scenes like those that ``tiny`` was trained on,
+images with the statistics of photographs, and half of each."""
 
 AUTO = "auto"
-"""The made pictures that suit the model: :func:`made_for`."""
+"""Name of the default, which depends on the model: :func:`made_for`."""
 
 
 def made_for(model: str) -> str:
-    """Which of :data:`RENDERED` to calibrate a model with, where no photographs are given.
+    """Return the name in :data:`RENDERED` for a model, if no photographs are given.
 
-    ``tiny`` was trained on scenes; for a tower that knows photographs, scenes and leaves together
-    kept more than either alone (``docs/benchmarks.md``).
+    ``tiny`` was trained on scenes. For a tower that was trained on photographs, scenes and leaves
+    together retain more accuracy than either alone (``docs/benchmarks.md``).
 
     >>> made_for("tiny"), made_for("ViT-B-16")
     ('procedural', 'mixed')
@@ -77,10 +77,10 @@ def made_for(model: str) -> str:
 
 
 def enough(source: str) -> int:
-    """How many calibration pictures to take where no number is named.
+    """Return the default number of calibration images.
 
-    256; of made ones for towers that know photographs 1024: at 70% removed they kept ten points
-    more of the mIoU than 256 (``docs/benchmarks.md``), and there is no end of them.
+    It is 256, and 1024 for ``leaves`` and ``mixed``: at 70% removed, 1024 retain ten points more of
+    the mIoU than 256 (``docs/benchmarks.md``), and any number can be rendered.
 
     >>> enough("photographs/"), enough("procedural"), enough("mixed")
     (256, 256, 1024)
@@ -88,27 +88,28 @@ def enough(source: str) -> int:
     return 1024 if source in ("leaves", "mixed") else 256
 
 
+# Indices of rendered images: calibration begins at 0, the other uses follow without overlap.
 _HELD_OUT = 500_000
-"""Index from which pictures are held out."""
+"""First index of the held-out images, which measure the reported fidelity."""
 _UNSEEN = 550_000
-"""Index from which pictures are kept from the repairs, too, to judge a training by."""
-_FURTHER = range(600_000, 1_000_000)
-"""Indices of those that are neither held out nor asked for by number."""
-_FEWEST = 8
-"""Pictures that a training can be judged by."""
+"""First index of the validation images of a training."""
+_ENDLESS = range(600_000, 1_000_000)
+"""Indices of the images of :meth:`RenderedPictures.endless`."""
+_MIN_VALIDATION = 8
+"""Least number of validation images of a training."""
 
 
 class RenderedPictures:
-    """Pictures made from a seed, at the tower's own size.
+    """Images rendered from a seed, at the native size of the tower.
 
-    Each is rendered once, and kept in a temporary file: a prune passes over them half a dozen
-    times, and rendering takes as long as a small tower's forward pass.
+    Each image is rendered once and cached in a temporary file: pruning iterates over the images
+    about six times, and rendering takes as long as the forward pass of a small tower.
 
     Args:
-        count: Number of pictures.
-        preprocess: Of the tower; its size must be at least 16 pixels a side.
-        seed: Seed of the pictures.
-        start: Index of the first.
+        count: Number of images.
+        preprocess: Preprocessing of the tower; its size must be at least 16 pixels per side.
+        seed: Seed of the images.
+        start: Index of the first image.
         source: A name in :data:`RENDERED`.
     """
 
@@ -122,39 +123,39 @@ class RenderedPictures:
     ) -> None:
         self._count, self._preprocess, self._seed, self._start = count, preprocess, seed, start
         self._render = RENDERED[source]
-        self._kept: NDArray[np.uint8] | None = None
-        self._there = np.zeros(count, dtype=bool)
+        self._cache: NDArray[np.uint8] | None = None
+        self._cached = np.zeros(count, dtype=bool)
 
     def __len__(self) -> int:
         return self._count
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield float32 [b, 3, H, W] with ``b <= size``; every pass gives the same pictures."""
+        """Yield float32 [b, 3, H, W] with ``b <= size``; every pass yields the same images."""
         yield from _batches(self._picture, self._count, size)
 
     def endless(self) -> Iterator[Tensor]:
-        """New ones [3, H, W] of the same kind without end, none of them among these or held out."""
-        return map(self._made, itertools.cycle(_FURTHER))
+        """Yield further images [3, H, W] of the same kind, none of which is used elsewhere."""
+        return map(self._fresh, itertools.cycle(_ENDLESS))
 
     def _picture(self, index: int) -> Tensor:
-        if self._kept is None:
+        if self._cache is None:
             side = max(self._preprocess.size)
-            # The file has no name any more once it is mapped: the system frees it with the array.
+            # The file is deleted once it is mapped; the system frees its space with the array.
             with tempfile.TemporaryFile(prefix="ovsprune-pictures-") as file:
                 shape = (self._count, side, side, 3)
-                self._kept = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
-        if not self._there[index]:
-            self._kept[index] = self._rendered(index)
-            self._there[index] = True
-        return self._prepared(self._kept[index])
+                self._cache = np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+        if not self._cached[index]:
+            self._cache[index] = self._rendered(index)
+            self._cached[index] = True
+        return self._preprocessed(self._cache[index])
 
-    def _made(self, index: int) -> Tensor:
-        return self._prepared(self._rendered(index))
+    def _fresh(self, index: int) -> Tensor:
+        return self._preprocessed(self._rendered(index))
 
     def _rendered(self, index: int) -> NDArray[np.uint8]:
         return self._render(self._start + index, self._seed, max(self._preprocess.size))
 
-    def _prepared(self, image: NDArray[np.uint8]) -> Tensor:
+    def _preprocessed(self, image: NDArray[np.uint8]) -> Tensor:
         height, width = self._preprocess.size
         if height == width:
             return normalise(image, self._preprocess)
@@ -162,11 +163,11 @@ class RenderedPictures:
 
 
 class FilePictures:
-    """Photographs from files.
+    """Images from files.
 
     Args:
-        files: Pictures that decode (see :func:`readable`).
-        preprocess: Of the tower.
+        files: Image files that can be decoded (see :func:`readable`).
+        preprocess: Preprocessing of the tower.
     """
 
     def __init__(self, files: Sequence[Path], preprocess: Preprocess) -> None:
@@ -177,7 +178,7 @@ class FilePictures:
         return len(self.files)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield float32 [b, 3, H, W] with ``b <= size``; every pass gives the same pictures."""
+        """Yield float32 [b, 3, H, W] with ``b <= size``; every pass yields the same images."""
         yield from _batches(self._picture, len(self.files), size)
 
     def _picture(self, index: int) -> Tensor:
@@ -186,30 +187,31 @@ class FilePictures:
 
 
 def readable(folder: Path, count: int, seed: int, progress: Progress) -> list[Path]:
-    """Up to ``count`` pictures of ``folder`` and its sub-folders, chosen by ``seed``.
+    """Choose up to ``count`` images of a folder and its sub-folders at random.
 
-    Files that do not decode are skipped and noted; others take their place while there are any.
+    Files that cannot be decoded are reported, and replaced by others if there are any.
 
     Raises:
-        DataError: ``folder`` is no folder, cannot be read, or holds no picture that decodes.
+        DataError: ``folder`` is not a folder, cannot be read, or contains no image that can be
+            decoded.
     """
-    found = _listing(folder)
+    listed = _list_images(folder)
     files: list[Path] = []
     broken = 0
-    for at in np.random.default_rng(seed).permutation(len(found)):
+    for index in np.random.default_rng(seed).permutation(len(listed)):
         if len(files) == count:
             break
         try:
-            with Image.open(found[at]) as image:
+            with Image.open(listed[index]) as image:
                 image.load()
-            files.append(found[at])
-        except Exception as error:  # Decoders raise whatever they like on broken files.
+            files.append(listed[index])
+        except Exception as error:  # decoders raise any exception on damaged files
             broken += 1
-            progress.note(f"skipped {found[at]}: {error or type(error).__name__}")
+            progress.note(f"skipped {listed[index]}: {error or type(error).__name__}")
     if not files:
         raise DataError(
-            f"{folder}: no picture that can be read ({len(found)} picture files, {broken} of them "
-            "broken). Give a folder with .jpg or .png pictures, or --calibration leaves."
+            f"{folder}: no image can be read ({len(listed)} image files, {broken} of them "
+            "damaged). Give a folder with .jpg or .png images, or --calibration leaves."
         )
     return files
 
@@ -222,22 +224,25 @@ def open_pictures(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[Pictures, Pictures]:
-    """Calibration pictures, and others from the same source that calibration never sees.
+    """Open calibration images and held-out images of one source.
 
     Args:
         source: A name in :data:`RENDERED`, or a folder.
-        preprocess: Of the tower.
-        samples: Calibration pictures wanted; a folder may hold fewer.
-        held_out: Held-out pictures wanted, for the fidelity that is reported.
-        seed: Chooses the pictures.
-        progress: Is told of files that were skipped.
+        preprocess: Preprocessing of the tower.
+        samples: Number of calibration images; a folder may contain fewer.
+        held_out: Number of held-out images, which measure the reported fidelity.
+        seed: Seed of the choice.
+        progress: Progress reporter; it receives notes on skipped files.
+
+    Returns:
+        Calibration images and held-out images, which do not overlap.
 
     Raises:
         OptionError: ``samples`` is not positive.
-        DataError: The folder cannot be used, or holds a single picture.
+        DataError: The folder cannot be read, or contains a single image.
     """
     if samples < 1:
-        raise OptionError(f"--samples {samples}: give at least 1 calibration picture")
+        raise OptionError(f"--samples {samples}: give at least 1 calibration image")
     if source in RENDERED:
         return (
             RenderedPictures(samples, preprocess, seed, source=source),
@@ -246,45 +251,49 @@ def open_pictures(
     progress = progress or Silent()
     files = readable(Path(source), samples + held_out, seed, progress)
     if len(files) < 2:
-        raise DataError(f"{source}: only one picture can be read; give at least 2")
-    # Held out is what calibration does not want; of a folder too small for both, at most a fifth.
-    others = min(held_out, max(1, len(files) // 5, len(files) - samples))
-    if len(files) - others < samples:
-        progress.note(f"{source}: {len(files) - others} calibration pictures, not {samples}")
-    return FilePictures(files[others:], preprocess), FilePictures(files[:others], preprocess)
+        raise DataError(f"{source}: only one image can be read; give at least 2")
+    # If the folder is too small for both, a fifth of it is held out.
+    n_held_out = min(held_out, max(1, len(files) // 5, len(files) - samples))
+    if len(files) - n_held_out < samples:
+        progress.note(
+            f"{source}: {len(files) - n_held_out} calibration images instead of {samples}"
+        )
+    return FilePictures(files[n_held_out:], preprocess), FilePictures(
+        files[:n_held_out], preprocess
+    )
 
 
 def unseen_pictures(
     source: str, preprocess: Preprocess, samples: int, held_out: int, seed: int, count: int
 ) -> Pictures | None:
-    """Still others, which :func:`open_pictures` gives neither to calibration nor as held out.
+    """Open validation images, disjoint from both results of :func:`open_pictures`.
 
     Args:
         source: A name in :data:`RENDERED`, or a folder.
-        preprocess: Of the tower.
-        samples: As for :func:`open_pictures`.
-        held_out: Likewise.
-        seed: Likewise.
-        count: Wanted; a folder may have fewer left.
+        preprocess: Preprocessing of the tower.
+        samples: As given to :func:`open_pictures`.
+        held_out: As given to :func:`open_pictures`.
+        seed: As given to :func:`open_pictures`.
+        count: Number of images; a folder may contain fewer.
 
     Returns:
-        None where a folder has fewer than 8 left.
+        The images, or None if a folder has fewer than 8 left.
     """
     if source in RENDERED:
         return RenderedPictures(count, preprocess, seed, start=_UNSEEN, source=source)
     first = samples + held_out
     files = readable(Path(source), first + count, seed, Silent())[first:]
-    return FilePictures(files, preprocess) if len(files) >= _FEWEST else None
+    return FilePictures(files, preprocess) if len(files) >= _MIN_VALIDATION else None
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's pictures, as 16 hexadecimal digits.
+    """Return the SHA-256 over names and contents of a folder's images, as 16 hex digits.
 
     Raises:
-        DataError: ``folder`` is no folder, or cannot be read.
+        DataError: ``folder`` is not a folder, or cannot be read.
     """
     digest = hashlib.sha256()
-    for path in _listing(folder):
+    for path in _list_images(folder):
         try:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError as error:
@@ -295,7 +304,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 @torch.no_grad()
 def calibration_hash(pictures: Pictures) -> str:
-    """SHA-256 over the preprocessed pictures, eight bits a value: what calibration really saw."""
+    """Return the SHA-256 over the preprocessed images, quantised to eight bits per value."""
     digest = hashlib.sha256()
     for images in pictures.batches(16):
         digest.update((images * 64).round().clamp(-128, 127).to(torch.int8).numpy().tobytes())
@@ -303,15 +312,16 @@ def calibration_hash(pictures: Pictures) -> str:
 
 
 def _batches(picture: Callable[[int], Tensor], count: int, size: int) -> Iterator[Tensor]:
+    """Yield batches [b, 3, H, W] of ``count`` images, ``size`` at a time."""
     for start in range(0, count, size):
         yield torch.stack([picture(i) for i in range(start, min(start + size, count))])
 
 
-def _listing(folder: Path) -> list[Path]:
+def _list_images(folder: Path) -> list[Path]:
+    """Return the image files of a folder and its sub-folders, sorted."""
     if not folder.is_dir():
-        raise DataError(
-            f"{folder} is not a folder; --calibration takes one, or {', '.join((AUTO, *RENDERED))}"
-        )
+        names = ", ".join((AUTO, *RENDERED))
+        raise DataError(f"{folder} is not a folder; --calibration takes a folder or one of {names}")
     try:
         return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Pictures to tensors, the way the tower's preprocessing says."""
+"""Converts images to input tensors of a tower."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _RESAMPLING = {
 
 
 def to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
-    """One picture as the tower wants it: float32 [3, H, W].
+    """Convert an image to the input of a tower, float32 [3, H, W].
 
-    ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect,
-    ``longest`` fits the longer side and pads with the mean, as open_clip's modes of these names.
+    The resize modes are those of open_clip: ``shortest`` resizes the shorter side and crops the
+    centre, ``squash`` ignores the aspect ratio, ``longest`` fits the longer side and pads with the
+    mean colour.
 
     Raises:
         OptionError: The interpolation or the resize mode is unknown.
@@ -64,7 +65,7 @@ def to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
 
 
 def normalise(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
-    """uint8 [H, W, 3] to float32 [3, H, W], less the mean and over the standard deviation."""
+    """Convert uint8 [H, W, 3] to float32 [3, H, W], minus the mean, divided by the deviation."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
     mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
     return (pixels - mean[:, None, None]) / std[:, None, None]

@@ -33,7 +33,7 @@ from ovsprune.core.protocols import (
 )
 from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.graph.layers import weight_of
-from ovsprune.graph.rows import flat_columns, read_rows
+from ovsprune.graph.rows import flat_columns, input_rows
 
 __all__ = ["Survey"]
 
@@ -196,7 +196,7 @@ class Survey:
         taps = [(consumer, "input") for consumer in layers]
         for _, seen in walk(block, stream, self.batch_size, taps, name, advance=True):
             for consumer, found in sums.items():
-                found.update(read_rows(layers[consumer], seen[consumer, "input"]))
+                found.update(input_rows(layers[consumer], seen[consumer, "input"]))
         return {consumer: found.result() for consumer, found in sums.items()}
 
     def _final_error(self, stream: Tensor) -> FeatureError:

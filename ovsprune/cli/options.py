@@ -34,7 +34,7 @@ def schedule_options(function: Callback) -> Callback:
             "--pool",
             multiple=True,
             metavar="PATTERN",
-            help="Only parameters with matching names (may be repeated); default: the image tower.",
+            help="Only parameters with matching names (repeatable); by default the image tower.",
         ),
         click.option(
             "--rest",

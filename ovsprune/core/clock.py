@@ -1,4 +1,4 @@
-"""Timing of the steps of a job."""
+"""Stopwatch for the steps of a pruning run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """Accumulates seconds per step.
+    """Stopwatch that adds up the seconds of named steps.
 
     Attributes:
-        seconds: Seconds by name of the step.
+        seconds: Name of a step to its total time in seconds.
     """
 
     def __init__(self) -> None:
@@ -19,12 +19,12 @@ class Clock:
         self._last = time.perf_counter()
 
     def lap(self, step: str) -> None:
-        """Add the time since the last lap to ``step``."""
+        """Add the time since the previous lap to ``step``, and start a new lap."""
         now = time.perf_counter()
         self.seconds[step] = self.seconds.get(step, 0.0) + now - self._last
         self._last = now
 
     def add(self, step: str, seconds: float) -> None:
-        """Add ``seconds`` to ``step``, and start the next lap now."""
+        """Add ``seconds``, measured elsewhere, to ``step``, and start a new lap."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
         self._last = time.perf_counter()

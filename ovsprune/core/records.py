@@ -31,7 +31,7 @@ Axis = Literal["out", "in"]
 
 @dataclass(frozen=True)
 class Costs:
-    """What one forward pass over one picture costs.
+    """Cost of one forward pass over one image.
 
     Attributes:
         macs: Multiply-accumulates (FLOPs / 2 of torch's FlopCounterMode, fast path off).
@@ -42,18 +42,18 @@ class Costs:
     params: int
 
     def of(self, budget: str) -> int:
-        """What a budget counts: ``"macs"`` or ``"params"``."""
+        """Return the cost that a budget of this kind counts: ``"macs"`` or ``"params"``."""
         return {"macs": self.macs, "params": self.params}[budget]
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How pictures become the tower's input.
+    """Conversion of images to the tower's input.
 
     Attributes:
         size: Input height and width in pixels.
-        mean: Per-channel mean in [0, 1] that is subtracted.
-        std: Per-channel standard deviation that is divided by.
+        mean: Mean of each colour channel, in [0, 1], to subtract.
+        std: Standard deviation of each colour channel, to divide by.
         interpolation: ``"bicubic"`` or ``"bilinear"``.
         resize_mode: ``"shortest"`` (resize the shorter side, centre crop), ``"squash"``, or
             ``"longest"``, as in open_clip.
@@ -94,7 +94,7 @@ class Slice:
     Attributes:
         module: Dotted name of the layer in the (rewritten) tower.
         axis: ``"out"``: rows of the weight and entries of the bias; ``"in"``: columns.
-        rows: int64 [units, width]: the indices on that axis that make up each unit.
+        rows: int64 [units, width]: row u holds the indices of unit u on that axis.
     """
 
     module: str
@@ -104,13 +104,14 @@ class Slice:
 
 @dataclass(frozen=True)
 class StreamPoint:
-    """Where the residual stream can be read just after a consumer's output was added to it.
+    """Position at which to read the residual stream, after a consumer's output was added to it.
 
     Attributes:
         module: Dotted name of a layer of the tower.
-        side: Its ``"input"`` or its ``"output"`` is the stream.
-        axis: Where its channels lie, if not where they lie in the consumer's output: a stream
-            [B, C, h, w] behind a matrix that maps [B, h, w, n] to [B, h, w, C] has them on axis 1.
+        side: ``"input"`` if the layer's input is the stream, ``"output"`` if its output is.
+        axis: Channel axis of the stream; None if it is that of the consumer's output. A linear
+            consumer may map [B, h, w, n] to [B, h, w, C] and be followed by a permutation: the
+            stream is then [B, C, h, w], and its channel axis is 1.
     """
 
     module: str
@@ -120,29 +121,32 @@ class StreamPoint:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Slices that can only go together, in units.
+    """Coupled slices of several layers, divided into units (heads, hidden neurons, channels).
+
+    Removing a unit removes its indices from every slice of the group.
 
     Attributes:
-        name: Unique name, the dotted path of what is cut (``"transformer.resblocks.3.attn"``).
-        kind: Unit kind: ``"heads"``, ``"mlp"`` or ``"channels"``.
-        units: How many units there are.
-        slices: Every slice of every layer that goes with a unit.
-        consumer: Dotted name of the projection that reads the units (it has an ``"in"`` slice).
-            Its input is where the units' activation is tapped.
-        block: Dotted name of the block that holds the group; blocks run one after another.
-        stream: Where the residual stream is read after the consumer, or None without a residual.
-        norms: Norms between the units and the consumer.
-        macs: MACs that one unit costs at the native resolution.
-        params: Parameters that one unit costs.
-        min_units: Fewest units that may stay; 0 where all of them may go, and of what they did the
-            consumer's bias is left.
-        shared: Name of another group to what one unit of each costs together, where a layer reads
-            the units of one and makes those of the other: their costs are then a product, and a
-            unit of either is counted with all units of the other. Named in one of the two.
-        gating_layers: Dotted names of layers that make a factor of each unit from what a reader
-            other than the consumer gives: squeeze-and-excitation's second layer.
-        cut_before: Whether the tower lost some of the units in an earlier prune: how many there are
-            is then no width that its makers chose.
+        name: Unique name, the dotted path of the pruned part (``"transformer.resblocks.3.attn"``).
+        kind: Kind of unit: ``"heads"``, ``"mlp"`` or ``"channels"``.
+        units: Number of units.
+        slices: All slices of all layers that belong to the units.
+        consumer: Dotted name of the projection that reads the units. It has an ``"in"`` slice, and
+            the activations of the units are recorded at its input.
+        block: Dotted name of the block that contains the group; blocks run in sequence.
+        stream: Position of the residual stream after the consumer; None without a residual.
+        norms: Dotted names of the norms between the units and the consumer.
+        macs: MACs of one unit at the native resolution.
+        params: Parameters of one unit.
+        min_units: Smallest number of units to keep. With 0, all units may be removed, and the
+            consumer then outputs its bias.
+        shared: Name of another group to the cost that one unit of each group shares. A layer that
+            reads the units of one group and makes those of the other costs the product of both
+            widths, so ``macs`` and ``params`` of either group include the full width of the other.
+            Only one of the two groups has the entry.
+        gating_layers: Dotted names of layers that compute a factor for each unit from the units
+            themselves, such as the second layer of squeeze-and-excitation.
+        cut_before: True if an earlier prune removed units of this group. ``units`` is then not the
+            width of the original architecture.
     """
 
     name: str
@@ -162,19 +166,19 @@ class Group:
 
     @property
     def readers(self) -> tuple[Slice, ...]:
-        """The slices of every layer that reads the units: a masked unit is zero for all of them.
+        """Slices of all layers that read the units. Masking a unit zeroes it for all of them.
 
-        Only the consumer's units are ranked and its weight refitted for a width; what else reads
-        them, as squeeze-and-excitation does, loses its columns.
+        Scores and refits use the consumer only. Other readers, such as squeeze-and-excitation,
+        lose the columns of removed units and are not refitted.
         """
         return tuple(s for s in self.slices if s.axis == "in")
 
     @property
     def columns(self) -> Tensor:
-        """int64 [units, width]: the consumer's input columns of each unit.
+        """int64 [units, width]: input columns of the consumer that belong to each unit.
 
-        Of a convolution, its input channels: each is as many columns of the flattened weight as
-        the kernel has taps (:func:`ovsprune.graph.rows.flat_columns`).
+        For a convolution these are input channels; :func:`ovsprune.graph.rows.flat_columns` gives
+        the columns of the flattened weight, one per kernel position.
         """
         for part in self.slices:
             if part.module == self.consumer and part.axis == "in":
@@ -184,12 +188,11 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a criterion says.
+    """Importance scores and removal orders of all groups.
 
     Attributes:
-        costs: Group name to float [units]: what removing the unit costs, in the order of removal's
-            own terms; larger is more important.
-        orders: Group name to int64 [units]: units in the order of removal, first to go first.
+        costs: Group name to float [units]: score of each unit; larger means more important.
+        orders: Group name to int64 [units]: units in the order of removal.
     """
 
     costs: Mapping[str, Tensor]
@@ -197,18 +200,18 @@ class Scores:
 
     @classmethod
     def from_costs(cls, costs: Mapping[str, Tensor]) -> Scores:
-        """Scores whose order is the ascending cost (stable)."""
+        """Return scores whose removal order is by ascending cost (stable sort)."""
         return cls(costs, {k: torch.argsort(v, stable=True) for k, v in costs.items()})
 
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Error by width for each group, measured.
+    """Measured error of each group as a function of its width.
 
     Attributes:
-        widths: Group name to int64 [k], ascending, the last being the dense width.
-        errors: Group name to float [k]: error of the tower's output when that group alone has that
-            width; 0 at the dense width.
+        widths: Group name to int64 [k], ascending; the last entry is the dense width.
+        errors: Group name to float [k]: error of the tower's output with only this group reduced
+            to the width; 0 at the dense width.
     """
 
     widths: Mapping[str, Tensor]
@@ -217,14 +220,14 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Which units stay.
+    """Selection of the units to keep.
 
     Attributes:
-        kept: Group name to int64 [kept], ascending indices in the dense coordinates.
+        kept: Group name to int64 [kept]: ascending unit indices in the dense tower.
     """
 
     kept: Mapping[str, Tensor]
 
     def width(self, name: str) -> int:
-        """Number of units that stay in group ``name``."""
+        """Return the number of units kept in group ``name``."""
         return int(self.kept[name].numel())

@@ -25,7 +25,7 @@ C = TypeVar("C", bound=Callable[[], Any])
 
 
 class Registry(Generic[T]):
-    """Plug-ins of one kind, by name.
+    """Registry of the plug-ins of one kind, by name.
 
     Args:
         kind: Kind of plug-in in the singular, for messages (``"criterion"``).

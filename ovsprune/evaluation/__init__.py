@@ -1,4 +1,4 @@
-"""Dense zero-shot evaluation: data sets, text embeddings, the head and the scores."""
+"""Dense zero-shot evaluation: data sets, text embeddings, the zero-shot head, and scores."""
 
 from ovsprune.evaluation.datasets import VOID, FolderData, Sample, ScenesData, SegmentationData
 from ovsprune.evaluation.last_block import VARIANTS, dense_with

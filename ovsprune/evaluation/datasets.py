@@ -1,4 +1,4 @@
-"""Data sets for dense evaluation: labelled folders and procedural scenes, behind one shape."""
+"""Data sets for dense evaluation: labelled folders and procedural scenes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from ovsprune.core.errors import DataError
 __all__ = ["VOID", "FolderData", "Sample", "ScenesData", "SegmentationData", "merge_aliases"]
 
 VOID = -1
-"""The class index of void pixels."""
+"""Class index of void pixels."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One labelled picture.
+    """A labelled image.
 
     Attributes:
         image: sRGB, uint8 [H, W, 3].
-        label: Class indices, int64 [H, W]; `VOID` where there is none.
-        stem: The picture's name.
+        label: Class indices, int64 [H, W]; `VOID` for pixels without a class.
+        stem: File name of the image without its suffix.
     """
 
     image: NDArray[np.uint8]
@@ -40,12 +40,12 @@ class Sample:
 
 
 class SegmentationData(Protocol):
-    """What evaluation needs of a data set.
+    """Interface of a data set for evaluation.
 
     Attributes:
-        class_names: A name for each class index, to show.
-        prompts: The name of each class index that is put into the text encoder's prompt.
-        scored: The class indices that the mean is taken over, or None for all.
+        class_names: Name of each class for tables.
+        prompts: Name of each class for the prompts of the text encoder.
+        scored: Indices of the classes in the mean, or None for all.
     """
 
     class_names: tuple[str, ...]
@@ -53,26 +53,26 @@ class SegmentationData(Protocol):
     scored: tuple[int, ...] | None
 
     def __len__(self) -> int:
-        """How many pictures there are."""
+        """Return the number of images."""
         ...
 
     def __iter__(self) -> Iterator[Sample]:
-        """The pictures, always in the same order."""
+        """Iterate over the images, always in the same order."""
         ...
 
 
 def merge_aliases(
     names: Sequence[str], aliases: dict[str, str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-    """Makes one class of the names that share a prompt.
+    """Merge the classes that share a prompt.
 
     Args:
-        names: Class names as the data set has them.
-        aliases: Class name to the name used in its prompt; others are their own.
+        names: Class names of the data set.
+        aliases: Map of class name to the name in its prompt; other classes keep their name.
 
     Returns:
-        Names to show (``"face/body"`` for a merged class), prompts, and for each given name the
-        index of its class.
+        Names for tables (``"face/body"`` for a merged class), prompts, and the class index of each
+        given name.
 
     >>> merge_aliases(["face", "cow", "body"], {"face": "person", "body": "person"})
     (('face/body', 'cow'), ('person', 'cow'), (0, 1, 0))
@@ -88,18 +88,18 @@ def merge_aliases(
 class FolderData:
     """A folder with ``images/``, ``labels/`` and ``classes.json``.
 
-    Labels are PNGs of class ids with the pictures' stems and sizes. ``classes.json`` lies in the
-    folder or in the one above it: ``{"void": id or null, "classes": {"id": "name"}, "aliases":
-    {"name": "prompt name"}}``. Two classes with one prompt name are one class.
+    Labels are PNG files of class ids, with the stems and sizes of the images. ``classes.json`` is
+    in the folder or in its parent: ``{"void": id or null, "classes": {"id": "name"}, "aliases":
+    {"name": "prompt name"}}``. Classes with the same prompt name are merged.
 
     Args:
         folder: The folder.
-        list_file: Text file with one stem a line; all pictures by default. A relative path is
-            looked for from the working directory first, then from the folder.
-        limit: At most this many pictures, the first ones.
+        list_file: Text file with one stem per line; all images by default. A relative path is
+            resolved from the working directory first, then from the folder.
+        limit: Maximum number of images; the first ones are used.
 
     Raises:
-        DataError: If something is missing or malformed; the message names the file.
+        DataError: A file is missing or malformed. The message names it.
     """
 
     scored: tuple[int, ...] | None = None
@@ -121,31 +121,31 @@ class FolderData:
         stems = sorted(images) if list_file is None else _read_list(self.folder, Path(list_file))
         if not stems:
             raise DataError(
-                f"no pictures in {self.folder / 'images'}: expected files of {IMAGE_SUFFIXES}"
+                f"no images in {self.folder / 'images'}: expected files of {IMAGE_SUFFIXES}"
             )
         for stem in stems:
             if stem not in images:
                 raise DataError(
-                    f"{list_file} lists {stem!r}, but there is no such picture in "
+                    f"{list_file} lists {stem!r}, but there is no such image in "
                     f"{self.folder / 'images'}"
                 )
-        self._items = [(stem, images[stem]) for stem in stems[:limit]]
+        self._files = [(stem, images[stem]) for stem in stems[:limit]]
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._files)
 
     def __iter__(self) -> Iterator[Sample]:
-        for stem, path in self._items:
+        for stem, path in self._files:
             yield self._read(stem, path)
 
     def fingerprint(self) -> str:
-        """SHA-256 over classes, pictures and labels, as 16 hexadecimal digits.
+        """Return the SHA-256 over classes, images and labels, as 16 hexadecimal digits.
 
         Raises:
             DataError: A file cannot be read.
         """
         digest = hashlib.sha256(repr((self.prompts, sorted(self._ids.items()))).encode())
-        for stem, path in self._items:
+        for stem, path in self._files:
             for file in (path, self.folder / "labels" / f"{stem}.png"):
                 try:
                     digest.update(hashlib.sha256(file.read_bytes()).digest())
@@ -154,6 +154,11 @@ class FolderData:
         return digest.hexdigest()[:16]
 
     def _read(self, stem: str, path: Path) -> Sample:
+        """Read an image and its label map.
+
+        Raises:
+            DataError: One of them cannot be read, or they do not match.
+        """
         label_path = self.folder / "labels" / f"{stem}.png"
         if not label_path.is_file():
             raise DataError(f"{path} has no label map: expected {label_path}")
@@ -176,27 +181,27 @@ class FolderData:
                 continue
             if value not in self._ids:
                 raise DataError(
-                    f"{label_path} holds the class id {value}, which classes.json does not name "
+                    f"{label_path} contains the class id {value}, which is not in classes.json "
                     f"(void is {self._void}): add it there"
                 )
             label[ids == value] = self._ids[value]
-        return Sample(image, label, stem)
+        return Sample(image=image, label=label, stem=stem)
 
 
 class ScenesData:
     """Procedural scenes as a data set.
 
     Args:
-        count: How many scenes.
+        count: Number of scenes.
         split: A name in `ovsprune.calibration.scenes.SPLITS`.
-        seed: Another seed is another data set.
-        size: Pixels a side.
-        combinations: Whether the classes are all held-out combinations as full phrases, such as
+        seed: Seed of the data set.
+        size: Side in pixels.
+        combinations: If true, the classes are the held-out combinations as full phrases, such as
             "red striped mug", and the backgrounds; the mean is then over the combinations. Only
             for the split ``combinations``.
 
     Raises:
-        DataError: If the arguments do not go together.
+        DataError: The arguments are out of range or contradict each other.
     """
 
     def __init__(
@@ -209,12 +214,12 @@ class ScenesData:
         combinations: bool = False,
     ) -> None:
         if count < 1:
-            raise DataError(f"{count} procedural scenes were asked for: give at least 1")
+            raise DataError(f"{count} procedural scenes requested: give at least 1")
         if combinations and split != "combinations":
             raise DataError(
                 f"combinations can only be scored on the split 'combinations', not on {split!r}"
             )
-        render_scene(count - 1, split=split, seed=seed, size=size)
+        render_scene(count - 1, split=split, seed=seed, size=size)  # checks the arguments
         self._count, self._split, self._seed, self._size = count, split, seed, size
         self._phrases: dict[str, int] | None = None
         self.scored: tuple[int, ...] | None = None
@@ -235,57 +240,77 @@ class ScenesData:
             yield Sample(scene.image, self._label(scene), f"{self._split}-{self._seed}-{index}")
 
     def _label(self, scene: Scene) -> NDArray[np.int64]:
+        """Return class indices [H, W]: shapes, or combinations followed by backgrounds."""
         label = scene.labels.astype(np.int64)
         if self._phrases is None:
             return label
-        own = [0, *(self._phrases[o.combination.phrase] for o in scene.objects)]
+        by_instance = [0, *(self._phrases[o.combination.phrase] for o in scene.objects)]
         backgrounds = label - len(OBJECTS) + len(self._phrases)
-        return np.where(scene.instances > 0, np.array(own)[scene.instances], backgrounds)
+        return np.where(scene.instances > 0, np.array(by_instance)[scene.instances], backgrounds)
 
 
 def _open(path: Path) -> Image.Image:
+    """Open and decode an image file.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
+        with Image.open(path) as image:
+            image.load()
+            return image
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{path} cannot be read as a picture ({error}): replace or remove it"
+            f"{path} cannot be read as an image ({error}): replace or remove it"
         ) from error
 
 
 def _images_by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    """Map the stems of a folder's images to their paths.
+
+    Raises:
+        DataError: Two images have the same stem.
+    """
+    images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
-        if path.stem in found:
-            raise DataError(f"{found[path.stem]} and {path} have the same stem: keep one of them")
-        found[path.stem] = path
-    return found
+        if path.stem in images:
+            raise DataError(f"{images[path.stem]} and {path} have the same stem: keep one of them")
+        images[path.stem] = path
+    return images
 
 
 def _read_list(folder: Path, path: Path) -> list[str]:
+    """Read the stems in a list file.
+
+    Raises:
+        DataError: The file is missing, unreadable, or empty.
+    """
     for candidate in (path, folder / path):
         if candidate.is_file():
             break
     else:
-        raise DataError(f"list file {path} does not exist, here or in {folder}")
+        raise DataError(f"list file {path} does not exist, in the working directory or in {folder}")
     try:
         lines = candidate.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list file {candidate} cannot be read: {error}") from error
     stems = [line.strip() for line in lines if line.strip()]
     if not stems:
-        raise DataError(f"list file {candidate} names no picture: expected one stem a line")
+        raise DataError(f"list file {candidate} names no image: expected one stem per line")
     return stems
 
 
 def _read_classes(folder: Path) -> tuple[list[str], list[int], dict[str, str], int | None]:
-    """Names, ids, aliases and void of the data set's ``classes.json``."""
+    """Read names, ids, aliases and void id from ``classes.json``.
+
+    Raises:
+        DataError: The file is missing or malformed.
+    """
     path = next((p for p in (folder, folder.parent) if (p / "classes.json").is_file()), None)
     if path is None:
-        raise DataError(f"{folder} has no classes.json, nor has the folder above it")
+        raise DataError(f"{folder} has no classes.json, nor has its parent folder")
     path = path / "classes.json"
     form = '{"void": id or null, "classes": {"id": "name"}, "aliases": {"name": "prompt name"}}'
     try:
@@ -294,11 +319,11 @@ def _read_classes(folder: Path) -> tuple[list[str], list[int], dict[str, str], i
         aliases = {str(k): str(v) for k, v in content.get("aliases", {}).items()}
         void = None if content.get("void") is None else int(content["void"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not of the form {form} ({error!r})") from error
+        raise DataError(f"{path} does not have the form {form} ({error!r})") from error
     if not classes:
         raise DataError(f"{path} names no class: expected the form {form}")
-    strangers = sorted(set(aliases) - set(classes.values()))
-    if strangers:
-        raise DataError(f"{path} has aliases for {', '.join(strangers)}, which are not its classes")
+    unknown = sorted(set(aliases) - set(classes.values()))
+    if unknown:
+        raise DataError(f"{path} has aliases for {', '.join(unknown)}, which are not classes in it")
     ids = sorted(i for i in classes if i != void)
     return [classes[i] for i in ids], ids, aliases, void

@@ -1,7 +1,7 @@
-"""Training-free dense features: what the tokens of the last block attend to, and what is added.
+"""Training-free dense features: variants of the attention in CLIP's last block.
 
-CLIP's last block is trained to gather the picture into the class token. Where tokens attend to
-those like themselves instead, the dense output is sharper, and nothing is trained for it.
+CLIP's last block is trained to collect the image in the class token. If tokens attend to similar
+tokens instead, the dense features are sharper, without any training.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.protocols import Backbone
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.dense import is_batch_first, maps_of, refuse_extras
+from ovsprune.slim.dense import is_batch_first, projections_of, refuse_extras
 
 __all__ = ["VARIANTS", "Variant", "attend", "dense_with"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How the last block is read.
+    """Variant of the last block.
 
     Attributes:
-        pairs: What is compared with what (``"qk"``, ``"qq"``, ``"kk"``, ``"vv"``); the attention
-            weights of several are added. None: every token sees itself alone.
-        whole: Whether the stream is added and the MLP follows, as trained; else the attention's
-            output is all that the head reads.
-        source: Where it comes from.
+        pairs: Products that give the attention weights (``"qk"``, ``"qq"``, ``"kk"``, ``"vv"``);
+            the weights of several are added. Empty: every token attends to itself only.
+        whole: True if the residual connection and the MLP are kept; False if the output of the
+            attention alone is projected.
+        source: Paper, or a description.
     """
 
     pairs: tuple[str, ...]
@@ -47,46 +47,47 @@ VARIANTS: Mapping[str, Variant] = {
     "sclip": Variant(("qq", "kk"), True, "SCLIP (Wang et al., ECCV 2024, arXiv 2312.01597)"),
     "clearclip": Variant(("qq",), False, "ClearCLIP (Lan et al., ECCV 2024, arXiv 2407.12442)"),
 }
-"""Variants by the name that ``--last-block`` takes."""
+"""Variants by their name in ``--last-block``."""
 
 
 def attend(attention: nn.Module, tokens: Tensor, pairs: tuple[str, ...]) -> Tensor:
-    """The output of an attention that compares other things than queries with keys.
+    """Return the output of an attention with other weights than queries times keys.
 
     Args:
-        attention: ``nn.MultiheadAttention``, a module with its parameters, or a slim one, whose
-            kept heads attend.
-        tokens: Stream behind the norm, [B, N, E].
-        pairs: As :attr:`Variant.pairs`.
+        attention: ``nn.MultiheadAttention``, a module with its parameters, or a slim attention.
+        tokens: Input of the attention after its norm, [B, N, E].
+        pairs: See :attr:`Variant.pairs`.
 
     Returns:
         [B, N, E].
 
     Raises:
-        TargetError: ``attention`` is no attention that is known.
+        TargetError: The type of ``attention`` is not supported.
     """
     refuse_extras(attention)
     slim = isinstance(attention, SlimAttention)
     heads = len(attention.kept_heads) if slim else int(attention.num_heads)  # type: ignore[arg-type]
-    maps = maps_of(attention, heads)
-    part: dict[str, Tensor] = {}
+    maps = projections_of(attention, heads)
+    part: dict[str, Tensor] = {}  # q, k, v as [B, heads, N, head_dim]
     for name, weight, bias in zip("qkv", maps.weights, maps.biases, strict=True):
         shape = (*tokens.shape[:2], heads, len(weight) // max(heads, 1))
         part[name] = nn.functional.linear(tokens, weight, bias).view(shape).transpose(1, 2)
+    # Every product has its own softmax over the tokens; the outputs are added.
     mixed = torch.zeros_like(part["v"]) if pairs else part["v"]
-    for one, other in map(tuple, pairs) if heads else ():
+    for left, right in map(tuple, pairs) if heads else ():
         mixed = mixed + nn.functional.scaled_dot_product_attention(
-            part[one], part[other], part["v"]
+            part[left], part[right], part["v"]
         )
-    return nn.functional.linear(mixed.transpose(1, 2).flatten(2), maps.columns, maps.out_bias)
+    mixed = mixed.transpose(1, 2).flatten(2)  # [B, N, heads * head_dim]
+    return nn.functional.linear(mixed, maps.columns, maps.out_bias)
 
 
 def dense_with(backbone: Backbone, name: str) -> Callable[[Tensor], Tensor]:
-    """Pictures [B, 3, H, W] to projected dense tokens [B, C, h, w], the last block read as asked.
+    """Return a function of images [B, 3, H, W] that computes dense features [B, C, h, w].
 
     Args:
-        backbone: Of a vision transformer with a plain last block (norm, attention, norm, MLP).
-        name: Of :data:`VARIANTS`.
+        backbone: A vision transformer with a plain last block (norm, attention, norm, MLP).
+        name: Variant of the last block, a name in :data:`VARIANTS`.
 
     Raises:
         OptionError: The variant is unknown, or the tower has no such block.
@@ -100,28 +101,28 @@ def dense_with(backbone: Backbone, name: str) -> Callable[[Tensor], Tensor]:
     missing = [n for n in ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2") if not hasattr(block, n)]
     if missing:
         raise OptionError(
-            f"--last-block {name}: {backbone.name} is of the family {backbone.family}, whose last "
-            f"block has no {' and no '.join(missing)}; leave the option out"
+            f"--last-block {name}: {backbone.name} belongs to the family {backbone.family}, whose "
+            f"last block has no {' and no '.join(missing)}; omit the option"
         )
     try:
-        maps_of(block.attn, 1)
+        projections_of(block.attn, 1)
         refuse_extras(block.attn)
     except TargetError as error:
         raise OptionError(f"--last-block {name}: {error}") from error
     if not is_batch_first(block.attn):
         raise OptionError(
-            f"--last-block {name} needs blocks that read [batch, tokens, channels]; this version "
-            "of open_clip has the tokens first (2.24 and before); take a newer one"
+            f"--last-block {name} needs blocks with input [batch, tokens, channels]; this version "
+            "of open_clip (2.24 or before) has the tokens first; install a newer one"
         )
 
     def dense(images: Tensor) -> Tensor:
-        stream = stages.stem(images)
-        for earlier in front:
-            stream = earlier(stream)
-        seen: Tensor = block.ls_1(attend(block.attn, block.ln_1(stream), variant.pairs))
+        x = stages.stem(images)  # [B, N, E]
+        for previous in front:
+            x = previous(x)
+        y: Tensor = block.ls_1(attend(block.attn, block.ln_1(x), variant.pairs))  # [B, N, E]
         if variant.whole:
-            seen = stream + seen
-            seen = seen + block.ls_2(block.mlp(block.ln_2(seen)))
-        return stages.head(seen)[1]
+            y = x + y
+            y = y + block.ls_2(block.mlp(block.ln_2(y)))
+        return stages.head(y)[1]  # [B, C, h, w]
 
     return dense

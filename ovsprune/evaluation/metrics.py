@@ -1,4 +1,4 @@
-"""Segmentation scores from a streaming confusion matrix."""
+"""Segmentation metrics from a confusion matrix that is accumulated over images."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["ConfusionMatrix", "SegmentationScores"]
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """Scores over a data set.
+    """Scores on a data set.
 
     Attributes:
         miou: Mean intersection over union in 0..1, over the scored classes in the labels.
-        per_class: Class name to intersection over union in 0..1; classes absent from the labels
-            are left out.
-        pixel_accuracy: Share of the pixels with a class that are right, in 0..1.
-        pixels: Pixels with a class.
+        per_class: Map of class name to intersection over union in 0..1; classes absent from the
+            labels are omitted.
+        pixel_accuracy: Fraction of the labelled pixels that are classified correctly, in 0..1.
+        pixels: Number of labelled pixels, without void.
     """
 
     miou: float
@@ -32,27 +32,27 @@ class SegmentationScores:
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pairs, added up picture by picture.
+    """Pixel counts of (label, prediction) pairs, accumulated over images.
 
     Args:
-        classes: How many classes there are.
+        classes: Number of classes, K.
 
     Attributes:
-        counts: int64 [classes, classes]: rows are labels, columns predictions.
+        counts: int64 [K, K]; rows are labels, columns are predictions.
     """
 
     def __init__(self, classes: int) -> None:
         self.counts: Tensor = torch.zeros(classes, classes, dtype=torch.int64)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Adds pictures.
+        """Add one or more images.
 
         Args:
-            prediction: Integer class indices of any shape, each in 0..classes - 1.
-            label: Integer class indices of the same shape; a negative one is void and not counted.
+            prediction: Integer class indices of any shape, in 0..K - 1.
+            label: Integer class indices of the same shape; negative ones are void.
 
         Raises:
-            DataError: If the shapes differ or an index is outside its range.
+            DataError: The shapes differ, or an index is out of range.
         """
         if prediction.shape != label.shape:
             raise DataError(
@@ -60,13 +60,14 @@ class ConfusionMatrix:
                 f"{tuple(label.shape)} differ: upsample the prediction to the label's size"
             )
         classes = self.counts.shape[0]
-        known = label >= 0
-        rows = label[known].to("cpu", torch.int64)
-        columns = prediction.to(label.device)[known].to("cpu", torch.int64)
-        for what, values in (("label", rows), ("prediction", columns)):
+        labelled = label >= 0
+        rows = label[labelled].to("cpu", torch.int64)
+        columns = prediction.to(label.device)[labelled].to("cpu", torch.int64)
+        for name, values in (("label", rows), ("prediction", columns)):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
                 raise DataError(
-                    f"{what} holds class indices from {int(values.min())} to {int(values.max())}, "
+                    f"{name} contains class indices from {int(values.min())} to "
+                    f"{int(values.max())}, "
                     f"but there are {classes} classes: use 0 to {classes - 1}, or -1 for void"
                 )
         pairs = torch.bincount(rows * classes + columns, minlength=classes * classes)
@@ -75,22 +76,19 @@ class ConfusionMatrix:
     def scores(
         self, names: Sequence[str], scored: Sequence[int] | None = None
     ) -> SegmentationScores:
-        """Scores of everything that was added.
+        """Compute the scores of all added images.
 
         Args:
-            names: The name of each class.
-            scored: Class indices that the mean is taken over; all by default.
-
-        Returns:
-            The scores.
+            names: Name of each class.
+            scored: Indices of the classes in the mean; all by default.
 
         Raises:
-            DataError: If no scored class is in the labels, or the names do not fit.
+            DataError: No scored class occurs in the labels, or the number of names is not K.
         """
         if len(names) != self.counts.shape[0]:
             raise DataError(f"{len(names)} class names for {self.counts.shape[0]} classes")
-        hits = self.counts.diagonal().double()
-        labelled = self.counts.sum(1)
+        correct = self.counts.diagonal().double()  # [K]
+        labelled = self.counts.sum(1)  # [K]
         union = labelled + self.counts.sum(0) - self.counts.diagonal()
         present = [
             i for i in (range(len(names)) if scored is None else scored) if int(labelled[i]) > 0
@@ -99,11 +97,11 @@ class ConfusionMatrix:
             raise DataError(
                 "no pixel of a scored class in the labels: check the labels and classes.json"
             )
-        iou = {i: float(hits[i] / union[i]) for i in range(len(names)) if int(labelled[i]) > 0}
+        iou = {i: float(correct[i] / union[i]) for i in range(len(names)) if int(labelled[i]) > 0}
         pixels = int(labelled.sum())
         return SegmentationScores(
             miou=sum(iou[i] for i in present) / len(present),
             per_class={names[i]: value for i, value in iou.items()},
-            pixel_accuracy=float(hits.sum()) / pixels,
+            pixel_accuracy=float(correct.sum()) / pixels,
             pixels=pixels,
         )

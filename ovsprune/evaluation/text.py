@@ -1,4 +1,4 @@
-"""Class embeddings: from a file of vectors, or from a text encoder."""
+"""Class embeddings, from a file or from a text encoder."""
 
 from __future__ import annotations
 
@@ -16,50 +16,50 @@ from ovsprune.core.errors import DataError
 __all__ = ["DEFAULT_TEMPLATES", "encode_names", "read_embeddings"]
 
 DEFAULT_TEMPLATES: tuple[str, ...] = ("a photo of a {}",)
+"""Prompt templates; ``{}`` stands for the class name."""
 
 
 def read_embeddings(
     path: Path | str, names: Sequence[str], aliases: Mapping[str, str] | None = None
 ) -> Tensor:
-    """Reads class embeddings from a file.
+    """Read class embeddings from a file.
 
     Args:
-        path: An ``.npz`` with ``names`` (n strings) and ``emb`` (floats of shape [n, C]).
-        names: The classes, in the wanted order.
-        aliases: Class name to the name under which the file has it; others are looked up as they
-            are.
+        path: An ``.npz`` file with ``names`` (n strings) and ``emb`` (floats [n, C]).
+        names: The classes, in the order of the result.
+        aliases: Map of class name to its name in the file; other classes keep their name.
 
     Returns:
         Unit-length embeddings, float32 [len(names), C].
 
     Raises:
-        DataError: If the file cannot be read, is not of that form, or lacks a name.
+        DataError: The file cannot be read, has another form, or lacks a name.
     """
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as content:
-            known = [str(name) for name in content["names"].tolist()]
+            stored = [str(name) for name in content["names"].tolist()]
             vectors = np.asarray(content["emb"], dtype=np.float32)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise DataError(
             f"{path} cannot be read as text embeddings ({error}): expected an .npz with the "
             "arrays names (strings) and emb (floats [n, C])"
         ) from error
-    if vectors.ndim != 2 or len(vectors) != len(known) or not np.isfinite(vectors).all():
+    if vectors.ndim != 2 or len(vectors) != len(stored) or not np.isfinite(vectors).all():
         raise DataError(
-            f"{path} holds {len(known)} names and emb of shape {vectors.shape}: expected one "
-            "finite vector a name"
+            f"{path} contains {len(stored)} names and emb of shape {vectors.shape}: expected one "
+            "finite vector per name"
         )
-    rows = {name: i for i, name in enumerate(known)}
-    wanted = [(aliases or {}).get(name, name) for name in names]
-    missing = [name for name in dict.fromkeys(wanted) if name not in rows]
+    rows = {name: i for i, name in enumerate(stored)}
+    lookup = [(aliases or {}).get(name, name) for name in names]
+    missing = [name for name in dict.fromkeys(lookup) if name not in rows]
     if missing:
         raise DataError(
-            f"{path} has no embedding for {', '.join(_with_hint(m, known) for m in missing)}: add "
+            f"{path} has no embedding for {', '.join(_with_hint(m, stored) for m in missing)}: add "
             'an alias for each to classes.json ("aliases": {"class": "name in the file"})'
         )
-    chosen = torch.from_numpy(vectors[[rows[name] for name in wanted]])
-    return torch.nn.functional.normalize(chosen, dim=-1)
+    embeddings = torch.from_numpy(vectors[[rows[name] for name in lookup]])
+    return torch.nn.functional.normalize(embeddings, dim=-1)
 
 
 @torch.no_grad()
@@ -70,26 +70,29 @@ def encode_names(
     templates: Sequence[str] = DEFAULT_TEMPLATES,
     batch_size: int = 256,
 ) -> Tensor:
-    """Embeds class names with a text encoder; the mean over the templates.
+    """Embed class names with a text encoder, averaged over the prompt templates.
 
     Args:
         names: The classes.
-        encode: Tokens, int64 [n, L], to text features [n, C] (as ``CLIP.encode_text``).
-        tokenize: Sentences to tokens, int64 [n, L].
-        templates: Sentences with one ``{}`` for the name.
-        batch_size: Sentences at a time.
+        encode: Function of tokens, int64 [n, L], that returns text features [n, C] (as
+            ``CLIP.encode_text``).
+        tokenize: Function of sentences that returns tokens, int64 [n, L].
+        templates: Prompt templates with one ``{}`` for the name.
+        batch_size: Number of sentences per batch.
 
     Returns:
         Unit-length embeddings, float32 [len(names), C], on the device of the encoder.
 
     Raises:
-        DataError: If there are no names or a template has no place for the name.
+        DataError: There are no names, or a template does not contain ``{}`` exactly once.
     """
     if not names:
         raise DataError("no class names were given: give at least one")
     for template in templates or ("",):
         if template.count("{}") != 1:
-            raise DataError(f"prompt template {template!r} must hold {{}} once, for the class name")
+            raise DataError(
+                f"prompt template {template!r} must contain {{}} once, for the class name"
+            )
     total: Tensor | None = None
     for template in templates:
         sentences = [template.format(name) for name in names]
@@ -97,6 +100,7 @@ def encode_names(
             encode(tokenize(sentences[i : i + batch_size])).float()
             for i in range(0, len(sentences), batch_size)
         ]
+        # CLIP's prompt ensemble: the mean of unit vectors, normalised again.
         embedded = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
         total = embedded if total is None else total + embedded
     assert total is not None
@@ -104,5 +108,6 @@ def encode_names(
 
 
 def _with_hint(name: str, known: Sequence[str]) -> str:
+    """Quote a name, with the closest known one if there is any."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"{name!r} (closest: {close[0]!r})" if close else repr(name)

@@ -1,4 +1,4 @@
-"""The dense zero-shot head: projected patch tokens against text embeddings."""
+"""Dense zero-shot head: cosine similarity of projected patch tokens and text embeddings."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ovsprune.evaluation.metrics import ConfusionMatrix, SegmentationScores
 __all__ = ["DenseZeroShot", "Evaluation", "evaluate", "prepare_image"]
 
 Dense = Callable[[Tensor], Tensor]
-"""Pictures [B, 3, H, W] to projected dense tokens [B, C, h, w]."""
+"""Function of images [B, 3, H, W] that returns projected patch tokens [B, C, h, w]."""
 
 Progress = Callable[[int, int], None]
-"""Called with (pictures done, pictures in all)."""
+"""Function of (number of images done, number of all images)."""
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """Result of :func:`evaluate`.
 
     Attributes:
         scores: The scores.
-        images: How many pictures were segmented.
-        seconds: Wall-clock time.
-        counts: Confusion matrix of each picture, int64 [images, K, K], where it was asked for.
+        images: Number of images.
+        seconds: Wall-clock time in seconds.
+        counts: Confusion matrix of each image, int64 [images, K, K], if requested.
     """
 
     scores: SegmentationScores
@@ -47,21 +47,21 @@ class Evaluation:
 
 
 def prepare_image(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
-    """Resizes a whole picture to the tower's input, without cropping, and normalises it.
+    """Resize an image to the input size of the tower, without cropping, and normalise it.
 
     Args:
         image: sRGB, uint8 [H, W, 3].
-        preprocess: The tower's input. Its ``resize_mode`` is not used: a crop would leave pixels
-            without a prediction.
+        preprocess: Preprocessing of the tower. Its ``resize_mode`` is not used: a crop would leave
+            pixels without a prediction.
 
     Returns:
         float32 [3, height, width].
 
     Raises:
-        DataError: If the picture has another shape or type, or the interpolation is unknown.
+        DataError: The image has another shape or dtype, or the interpolation is unknown.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise DataError(f"picture of shape {image.shape}, {image.dtype}: expected uint8 [H, W, 3]")
+        raise DataError(f"image of shape {image.shape}, {image.dtype}: expected uint8 [H, W, 3]")
     if preprocess.interpolation not in _FILTERS:
         raise DataError(
             f"unknown interpolation {preprocess.interpolation!r}: use {' or '.join(_FILTERS)}"
@@ -78,15 +78,15 @@ def prepare_image(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DenseZeroShot:
-    """Segments pictures by the text embedding that each patch is closest to.
+    """Assigns to each patch the class with the closest text embedding.
 
     Attributes:
-        dense: Pictures [B, 3, H, W] to projected dense tokens [B, C, h, w].
-        embeddings: Text embeddings [K, C], one a class.
-        preprocess: What ``dense`` takes.
-        centred: Whether the mean of the embeddings is taken off them first, which helps where all
-            of a vocabulary's embeddings point the same way.
-        device: Where pictures are put before ``dense`` sees them.
+        dense: Function of images [B, 3, H, W] that returns projected patch tokens [B, C, h, w].
+        embeddings: Text embeddings [K, C], one per class.
+        preprocess: Preprocessing of the images for ``dense``.
+        centred: If true, subtract the mean of the embeddings first. This helps if all embeddings
+            of a vocabulary have a similar direction.
+        device: Device of the images.
     """
 
     dense: Dense
@@ -96,7 +96,7 @@ class DenseZeroShot:
     device: torch.device | str = field(default="cpu")
 
     def text(self) -> Tensor:
-        """The unit-length class embeddings in use, float32 [K, C]."""
+        """Return the class embeddings with unit length, float32 [K, C]."""
         text = functional.normalize(self.embeddings.float(), dim=-1)
         if self.centred:
             text = functional.normalize(text - text.mean(0, keepdim=True), dim=-1)
@@ -104,18 +104,18 @@ class DenseZeroShot:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Cosine of each patch with each class.
+        """Return the cosine similarity of each patch and each class.
 
         Args:
-            images: Normalised pictures [B, 3, H, W].
+            images: Normalised images [B, 3, H, W].
 
         Returns:
             float32 [B, K, h, w], in -1..1.
 
         Raises:
-            DataError: If tokens and embeddings differ in width.
+            DataError: Tokens and embeddings have different widths.
         """
-        tokens = self.dense(images.to(self.device)).float()
+        tokens = self.dense(images.to(self.device)).float()  # [B, C, h, w]
         if tokens.ndim != 4 or tokens.shape[1] != self.embeddings.shape[-1]:
             raise DataError(
                 f"dense tokens of shape {tuple(tokens.shape)} do not fit text embeddings of shape "
@@ -125,7 +125,7 @@ class DenseZeroShot:
         return torch.einsum("bchw,kc->bkhw", tokens, self.text())
 
     def segment(self, image: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Segments one picture of any size.
+        """Segment one image of any size.
 
         Args:
             image: sRGB, uint8 [H, W, 3].
@@ -133,16 +133,17 @@ class DenseZeroShot:
         Returns:
             Class indices, int64 [H, W].
         """
-        logits = self.logits(prepare_image(image, self.preprocess)[None])
-        return _upsampled(logits, (image.shape[0], image.shape[1]))[0].cpu().numpy()
+        logits = self.logits(prepare_image(image, self.preprocess)[None])  # [1, K, h, w]
+        return _predict(logits, (image.shape[0], image.shape[1]))[0].cpu().numpy()
 
 
-def _upsampled(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Class indices [B, H, W] of bilinearly upsampled logits."""
+def _predict(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Upsample logits [B, K, h, w] bilinearly and return class indices [B, H, W]."""
     return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)
 
 
 def _batches(data: SegmentationData, size: int) -> Iterator[list[Sample]]:
+    """Yield the samples in lists of at most ``size``."""
     batch: list[Sample] = []
     for sample in data:
         batch.append(sample)
@@ -161,25 +162,22 @@ def evaluate(
     each: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Scores a head on a data set, at the labels' full resolution.
+    """Score a head on a data set, at the full resolution of the labels.
 
     Args:
-        head: Its embeddings are one a class of the data set, in that order.
-        data: The pictures and labels.
-        batch_size: Pictures that go through the tower at a time.
-        each: Keep the confusion matrix of each picture, for a bootstrap.
-        progress: Called after each batch with (pictures done, pictures in all).
-
-    Returns:
-        Scores, number of pictures and seconds.
+        head: The head, with one embedding per class of the data set, in the same order.
+        data: The images and labels.
+        batch_size: Number of images per batch.
+        each: Keep the confusion matrix of each image, for a bootstrap.
+        progress: Called after each batch with (number of images done, number of all images).
 
     Raises:
-        DataError: If classes and embeddings differ in number, or the data cannot be read.
+        DataError: The numbers of classes and embeddings differ, or the data cannot be read.
     """
     classes = len(data.class_names)
     if len(head.embeddings) != classes:
         raise DataError(
-            f"{len(head.embeddings)} text embeddings for {classes} classes: give one a class"
+            f"{len(head.embeddings)} text embeddings for {classes} classes: give one per class"
         )
     start = time.perf_counter()
     confusion, done = ConfusionMatrix(classes), 0
@@ -188,7 +186,7 @@ def evaluate(
         images = torch.stack([prepare_image(s.image, head.preprocess) for s in batch])
         for sample, logits in zip(batch, head.logits(images), strict=True):
             label = torch.from_numpy(sample.label)
-            prediction = _upsampled(logits[None], (label.shape[0], label.shape[1]))[0]
+            prediction = _predict(logits[None], (label.shape[0], label.shape[1]))[0]
             before = confusion.counts.clone() if each else confusion.counts
             confusion.update(prediction.cpu(), label)
             if each:
@@ -197,5 +195,9 @@ def evaluate(
         if progress is not None:
             progress(done, len(data))
     scores = confusion.scores(data.class_names, data.scored)
-    stacked = torch.stack(counts) if each else None
-    return Evaluation(scores, done, time.perf_counter() - start, stacked)
+    return Evaluation(
+        scores=scores,
+        images=done,
+        seconds=time.perf_counter() - start,
+        counts=torch.stack(counts) if each else None,
+    )

@@ -1,1 +1,1 @@
-"""What can be cut, what must go along, and the cutting."""
+"""Groups of coupled channels (from the dependency graph), their costs, and cutting them."""

@@ -1,7 +1,7 @@
-"""Attention rewritten to separate linear maps, the form that the dependency graph can follow.
+"""Attention with separate linear projections, the form that the dependency graph can follow.
 
-torch-pruning cannot cut heads of ``nn.MultiheadAttention`` and can misread fused qkv without a
-word; on separate q, k, v and output projections it finds the head groups by itself.
+torch-pruning cannot cut heads of ``nn.MultiheadAttention``, and can misinterpret a fused qkv
+projection without an error. On separate q, k, v and output projections it finds the head groups.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.slim import SlimAttention
-from ovsprune.slim.dense import maps_of
+from ovsprune.slim.dense import projections_of
 from ovsprune.slim.linear import linear
 
 __all__ = ["SeparateAttention"]
 
 
 class SeparateAttention(nn.Module):
-    """Self-attention with q, k, v and output projections apart; equals the module it replaces.
+    """Self-attention with separate q, k, v and output projections, equal to the given module.
 
-    The number of heads is read from the weights, so that a cut of heads needs no bookkeeping;
-    ``kept_heads`` says which heads of the dense module they were before it.
+    The current number of heads follows from the shapes of the weights, so cutting the projections
+    is enough to remove heads. ``kept_heads`` lists the dense heads before that cut.
 
     Args:
-        attention: Self-attention with one width for q, k and v, without ``bias_k`` or
-            ``add_zero_attn``; or slim attention, some heads of such a module. Weights are copied.
+        attention: Self-attention with one width for q, k and v, without ``bias_k`` and
+            ``add_zero_attn``; or a slim attention made from such a module. Weights are copied.
 
     Raises:
-        ValueError: ``attention`` is of another form.
+        ValueError: ``attention`` has another form.
     """
 
     def __init__(self, attention: nn.MultiheadAttention | SlimAttention) -> None:
         super().__init__()
         if attention.in_proj_weight is None or attention.bias_k is not None:
-            raise ValueError("only self-attention with one width for q, k and v can be rewritten")
+            raise ValueError(
+                f"{type(attention).__name__} cannot be rewritten: only self-attention with one "
+                "width for q, k and v, and without bias_k, is supported"
+            )
         heads = tuple(range(attention.num_heads))
         if isinstance(attention, SlimAttention):
             if not attention.call.returns_tuple:
@@ -45,11 +48,11 @@ class SeparateAttention(nn.Module):
         self.kept_heads = heads
         self.head_dim = attention.head_dim
         self.batch_first = attention.batch_first
-        maps = maps_of(attention, len(heads))
+        projections = projections_of(attention, len(heads))
         self.q_proj, self.k_proj, self.v_proj = (
-            _linear(w, b) for w, b in zip(maps.weights, maps.biases, strict=True)
+            _linear(w, b) for w, b in zip(projections.weights, projections.biases, strict=True)
         )
-        self.out_proj = _linear(maps.columns, maps.out_bias)
+        self.out_proj = _linear(projections.columns, projections.out_bias)
 
     def forward(
         self,
@@ -59,29 +62,44 @@ class SeparateAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Attend ``query`` [B, N, D] (or [N, B, D]) over itself; key and value must be the same."""
-        stream = query if self.batch_first else query.transpose(0, 1)
-        batch, tokens, _ = stream.shape
+        """Compute self-attention of ``query``.
+
+        Args:
+            query: [B, N, D], or [N, B, D] if the module is not ``batch_first``.
+            key: Ignored; must be ``query``.
+            value: Ignored; must be ``query``.
+            need_weights: Ignored; attention weights are never returned.
+            attn_mask: Mask as in ``nn.MultiheadAttention``, or None.
+
+        Returns:
+            Output in the layout of ``query``, and None.
+        """
+        x = query if self.batch_first else query.transpose(0, 1)  # [B, N, D]
+        batch, tokens, _ = x.shape
 
         def heads(projection: nn.Linear) -> Tensor:
-            split: Tensor = projection(stream)  # [B, N, heads * head_dim]
-            count = split.shape[2] // self.head_dim
-            return split.view(batch, tokens, count, self.head_dim).transpose(1, 2)
+            projected: Tensor = projection(x)  # [B, N, heads * head_dim]
+            # The number of heads comes from the weight, which may have been cut.
+            count = projected.shape[2] // self.head_dim
+            return projected.view(batch, tokens, count, self.head_dim).transpose(1, 2)
 
-        mixed = F.scaled_dot_product_attention(  # [B, heads, N, head_dim]
+        attended = F.scaled_dot_product_attention(  # [B, heads, N, head_dim]
             heads(self.q_proj), heads(self.k_proj), heads(self.v_proj), attn_mask
         )
-        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))  # [B, N, D]
         return (out if self.batch_first else out.transpose(0, 1)), None
 
     def finished(self, kept: Tensor | None = None) -> nn.Module:
-        """The module for a finished tower: slim, or torch's own where all dense heads stay whole.
+        """Return the module for the finished tower.
+
+        It is an ``nn.MultiheadAttention`` if all heads of the dense module are kept, otherwise a
+        slim attention.
 
         Args:
-            kept: int64, which of the heads that were here before the cut stay; None for all.
+            kept: int64, indices into ``kept_heads`` of the heads that stay; None for all.
         """
-        here = self.kept_heads
-        heads = here if kept is None else tuple(here[i] for i in kept.tolist())
+        before = self.kept_heads
+        heads = before if kept is None else tuple(before[i] for i in kept.tolist())
         if len(heads) == self.num_heads:
             return self._fused()
         return SlimAttention.from_projections(
@@ -96,8 +114,8 @@ class SeparateAttention(nn.Module):
         )
 
     def _fused(self) -> nn.MultiheadAttention:
-        """Torch's own attention again, with the weights as they are now."""
-        whole = nn.MultiheadAttention(
+        """Return an ``nn.MultiheadAttention`` with the current weights."""
+        fused = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,
             bias=self.q_proj.bias is not None,
@@ -105,16 +123,17 @@ class SeparateAttention(nn.Module):
             device="meta",
         )
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([p.weight for p in parts])
-        whole.in_proj_weight = nn.Parameter(weight, requires_grad=False)
+        weight = torch.cat([p.weight for p in parts])  # [3 D, D]
+        fused.in_proj_weight = nn.Parameter(weight, requires_grad=False)
         if self.q_proj.bias is not None:
-            bias = torch.cat([p.bias for p in parts])
-            whole.in_proj_bias = nn.Parameter(bias, requires_grad=False)
-        whole.out_proj.weight, whole.out_proj.bias = self.out_proj.weight, self.out_proj.bias
-        return whole.eval()
+            bias = torch.cat([p.bias for p in parts])  # [3 D]
+            fused.in_proj_bias = nn.Parameter(bias, requires_grad=False)
+        fused.out_proj.weight, fused.out_proj.bias = self.out_proj.weight, self.out_proj.bias
+        return fused.eval()
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear layer with copies of ``weight`` [m, n] and ``bias`` [m]."""
     weight = weight.detach()
     layer = linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
     layer.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))

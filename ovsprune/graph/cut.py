@@ -1,4 +1,4 @@
-"""Cutting units out of a tower, and masking them, which must come to the same."""
+"""Remove units from a tower (cut) or zero them (mask); both give the same outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ovsprune.core.records import Axis, Group, Plan
 from ovsprune.graph.layers import bias_of, is_channelwise, weight_axis, weight_of
 
-__all__ = ["cut", "kept_rows", "mask", "removed"]
+__all__ = ["cut", "kept_rows", "mask", "removed_units"]
 
 
 def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
@@ -23,60 +23,63 @@ def cut(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
 def kept_rows(
     tower: nn.Module, groups: Iterable[Group], plan: Plan
 ) -> dict[tuple[str, Axis], Tensor]:
-    """What stays of every layer that ``groups`` have slices of: (layer, axis) to int64, ascending.
+    """Return the indices that stay in each layer of ``groups``.
 
-    Groups may share an axis: what any of them loses is gone.
+    Several groups may have slices on the same axis; an index stays if no group removes it.
 
     Args:
-        tower: In whose coordinates the groups are.
-        groups: Cut or not.
-        plan: What is kept of them.
+        tower: Tower in whose coordinates the groups are defined.
+        groups: Groups, with or without removed units.
+        plan: Units to keep.
+
+    Returns:
+        (Dotted layer name, axis) to ascending int64 indices.
     """
-    keep: dict[tuple[str, Axis], Tensor] = {}
+    keep: dict[tuple[str, Axis], Tensor] = {}  # boolean masks over the axis
     for group in groups:
-        gone = removed(group, plan)
+        units = removed_units(group, plan)
         for part in group.slices:
             layer = tower.get_submodule(part.module)
             size = weight_of(layer).shape[weight_axis(part.axis)]
             key = part.module, part.axis
-            alive = keep.setdefault(key, torch.ones(size, dtype=torch.bool))
-            alive[part.rows[gone].flatten()] = False
-    return {key: alive.nonzero().flatten() for key, alive in keep.items()}
+            stays = keep.setdefault(key, torch.ones(size, dtype=torch.bool))
+            stays[part.rows[units].flatten()] = False
+    return {key: stays.nonzero().flatten() for key, stays in keep.items()}
 
 
 @torch.no_grad()
 def mask(tower: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
-    """Mask, in place, the units that ``plan`` does not keep: whatever reads them reads zero.
+    """Zero, in place, the weights that read the units that ``plan`` does not keep.
 
-    Where a norm between the units and the consumer sees them first, the layers that make the units
-    give zero, too.
+    If a norm lies between the units and the consumer, the weights that produce the units are
+    zeroed too: a cut layer norm counts removed channels as zeros.
     """
     for group in groups:
-        gone = removed(group, plan)
+        units = removed_units(group, plan)
         for part in group.readers:
             layer = tower.get_submodule(part.module)
-            _clear(weight_of(layer), weight_axis("in"), part.rows[gone])
+            _clear(weight_of(layer), weight_axis("in"), part.rows[units])
         for part in group.slices if group.norms else ():
             layer = tower.get_submodule(part.module)
             if part.axis == "in" or is_channelwise(layer):
                 continue
             for tensor in (weight_of(layer), bias_of(layer)):
                 if tensor is not None:
-                    _clear(tensor, weight_axis("out"), part.rows[gone])
+                    _clear(tensor, weight_axis("out"), part.rows[units])
 
 
 def _clear(tensor: Tensor, axis: int, rows: Tensor) -> None:
     tensor.index_fill_(axis, rows.flatten().to(tensor.device), 0.0)
 
 
-def removed(group: Group, plan: Plan) -> Tensor:
-    """int64: the units of ``group`` that ``plan`` does not keep, ascending."""
-    gone = torch.ones(group.units, dtype=torch.bool)
-    gone[plan.kept[group.name]] = False
-    return gone.nonzero().flatten()
+def removed_units(group: Group, plan: Plan) -> Tensor:
+    """Return the units of ``group`` that ``plan`` does not keep, ascending int64 indices."""
+    is_removed = torch.ones(group.units, dtype=torch.bool)
+    is_removed[plan.kept[group.name]] = False
+    return is_removed.nonzero().flatten()
 
 
-# Attribute that says how wide a layer is, by axis, for every layer type of torch that can be cut.
+# Attributes that hold the width of a layer, by axis, for every layer type of torch that can be cut.
 _WIDTHS: dict[str, tuple[str, ...]] = {
     "out": ("out_features", "out_channels", "num_features", "normalized_shape"),
     "in": ("in_features", "in_channels"),
@@ -84,8 +87,9 @@ _WIDTHS: dict[str, tuple[str, ...]] = {
 
 
 def _cut_axis(layer: nn.Module, axis: Axis, indices: Tensor) -> None:
-    # Of a depthwise convolution every width is the number of its channels.
-    whole = axis == "out" and weight_of(layer).ndim > 1 and is_channelwise(layer)
+    """Keep only ``indices`` of one axis of the layer, in place."""
+    # A depthwise convolution has as many inputs and groups as outputs: all of them change.
+    is_depthwise = axis == "out" and weight_of(layer).ndim > 1 and is_channelwise(layer)
     tensors = {"weight": weight_axis(axis)}
     if axis == "out":
         tensors |= {"bias": 0, "running_mean": 0, "running_var": 0}
@@ -97,7 +101,7 @@ def _cut_axis(layer: nn.Module, axis: Axis, indices: Tensor) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(layer, name, new)
-    for attribute in (*_WIDTHS[axis], *(("in_channels", "groups") if whole else ())):
+    for attribute in (*_WIDTHS[axis], *(("in_channels", "groups") if is_depthwise else ())):
         if hasattr(layer, attribute):
-            wide = attribute == "normalized_shape"
-            setattr(layer, attribute, (len(indices),) if wide else len(indices))
+            is_tuple = attribute == "normalized_shape"
+            setattr(layer, attribute, (len(indices),) if is_tuple else len(indices))

@@ -1,4 +1,4 @@
-"""Looking at a layer's weight and bias, whatever type it is."""
+"""Access to the weight and bias of a layer, independent of its type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["bias_of", "input_axis", "is_channelwise", "weight_axis", "weight_of"
 
 
 def weight_axis(axis: Axis) -> int:
-    """Return the axis of a weight that a slice's axis means: 0 for rows, 1 for columns."""
+    """Return the axis of a weight that corresponds to a slice's axis: 0 (rows) or 1 (columns)."""
     return 0 if axis == "out" else 1
 
 
@@ -27,21 +27,22 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:
-    """The layer's bias, or None."""
+    """Return the layer's bias, or None."""
     bias = getattr(layer, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 
 
 def is_channelwise(layer: nn.Module) -> bool:
-    """Whether every channel passes on its own: a norm, or a convolution of as many groups."""
+    """Return True if every channel is processed separately: a norm or a depthwise convolution."""
     weight = weight_of(layer)
     groups = int(getattr(layer, "groups", 1))
     return weight.ndim == 1 or (groups > 1 and groups == weight.shape[0] and weight.shape[1] == 1)
 
 
 def input_axis(layer: nn.Module) -> int:
-    """Axis of the layer's input along which its weight's columns lie.
+    """Return the axis of the layer's input that its weight's columns multiply.
 
-    The last for a matrix [out, in], the second for the kernels [out, in, ...] of a convolution.
+    It is the last axis for a linear layer (weight [out, in]) and the second for a convolution
+    (weight [out, in, ...]).
     """
     return -1 if weight_of(layer).ndim == 2 else 1

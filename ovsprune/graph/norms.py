@@ -1,9 +1,10 @@
-"""A norm behind a layer, folded into it while the tower is pruned, and taken out again.
+"""Fold a batch norm into the layer before it while the tower is pruned, and undo it afterwards.
 
-``norm(W x + b) = s (W x + b) + t`` in evaluation mode, with ``s = gamma / sqrt(var + eps)`` and
-``t = beta - s mean``. Folded, the layer is ``(s W) x + (s b + t)``: its output is what the network
-sees, and it has a bias, into which a repair can put the mean of what was cut. Taken out, gamma and
-the statistics are as before: changes of the weight go to the layer, those of the bias to beta.
+In evaluation mode ``norm(W x + b) = s (W x + b) + t``, with ``s = gamma / sqrt(var + eps)`` and
+``t = beta - s mean``. The folded layer is ``(s W) x + (s b + t)``. Its output is the activation
+that the network uses, and it has a bias, to which a recovery can add the mean of removed units.
+Unfolding keeps gamma and the statistics: a change of the folded weight goes to W, a change of the
+folded bias to beta.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FoldedNorm", "fold", "unfold"]
+__all__ = ["FoldedNorm", "fold_norm", "unfold_norm"]
 
-_LEAST = 1e-6
-"""A channel whose scale is below this share of the largest is as good as switched off."""
+_MIN_RELATIVE_SCALE = 1e-6
+"""A channel whose scale s is at most this fraction of the largest counts as switched off."""
 
 
 class FoldedNorm(nn.Module):
-    """Stands where a norm stood that was folded into the layer before it; changes nothing.
+    """Identity in place of a norm that was folded into the layer before it.
 
-    It has the norm's tensors under their own names, so that they are cut, and the scale can be
-    read, as if the norm were there. Its bias is no parameter, for the layer has one now.
+    It holds the norm's tensors under their names, so that they are cut with the channels and the
+    scale can be read. Its bias is a buffer, because the folded layer has the bias as a parameter.
 
     Args:
-        layer: The layer as it was.
-        norm: The norm, with a scale and a bias.
+        layer: Layer before folding.
+        norm: Norm with a scale and a bias.
     """
 
     def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
@@ -37,85 +38,90 @@ class FoldedNorm(nn.Module):
         self.num_features: Any = norm.num_features
         self.weight: Any = norm.weight
         self._buffers.update(norm._buffers, bias=norm.get_parameter("bias").detach())
-        form = copy(norm)
-        form._parameters = dict.fromkeys(norm._parameters)
-        form._buffers = dict.fromkeys(norm._buffers)
-        self._form = (form,)  # In a tuple: it is no module of the tower.
+        template = copy(norm)
+        template._parameters = dict.fromkeys(norm._parameters)
+        template._buffers = dict.fromkeys(norm._buffers)
+        self._template = (template,)  # The tuple keeps it out of the tower's modules.
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x``, of any shape; as of a norm, in memory of its own: who comes next may write."""
+        """Return a copy of ``x``: the next layer may modify a norm's output in place."""
         return x.clone()
 
     def norm(self) -> nn.Module:
-        """The norm, with copies of the tensors as they are now."""
-        made = deepcopy(self._form[0])
-        own = {name: getattr(self, name) for name in (*made._parameters, *made._buffers)}
-        made._parameters = {
-            name: nn.Parameter(own[name].detach().clone(), self.weight.requires_grad)
-            for name in made._parameters
+        """Return the norm, with copies of the current tensors."""
+        norm = deepcopy(self._template[0])
+        tensors = {name: getattr(self, name) for name in (*norm._parameters, *norm._buffers)}
+        norm._parameters = {
+            name: nn.Parameter(tensors[name].detach().clone(), self.weight.requires_grad)
+            for name in norm._parameters
         }
-        made._buffers = {
-            name: None if own[name] is None else own[name].clone() for name in made._buffers
+        norm._buffers = {
+            name: None if tensors[name] is None else tensors[name].clone() for name in norm._buffers
         }
-        made.num_features = self.num_features
-        return made
+        norm.num_features = self.num_features
+        return norm
 
 
 @torch.no_grad()
-def fold(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]:
-    """The layer with the norm in it, and what takes the norm's place.
+def fold_norm(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]:
+    """Fold ``norm`` into ``layer``.
 
     Args:
-        layer: A convolution or a matrix, with or without a bias.
-        norm: A batch norm over its outputs, with running statistics, in evaluation mode.
+        layer: Convolution or linear layer, with or without a bias.
+        norm: Batch norm of its outputs, with running statistics, in evaluation mode.
 
     Returns:
-        A layer of the same type with tensors of its own, and a place-holder that keeps both.
+        The folded layer, of the same type, with new tensors; and the module to put in the place of
+        the norm, which holds the originals.
     """
     weight, bias = _folded(*_kept(layer, None, None), norm)
     return _with(layer, weight, bias), FoldedNorm(layer, norm)
 
 
 @torch.no_grad()
-def unfold(
+def unfold_norm(
     layer: nn.Module,
     place: FoldedNorm,
     columns: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[nn.Module, nn.Module]:
-    """The layer and the norm again, with what was changed since; what was not is bit for bit as is.
+    """Separate a folded layer into the layer and the norm, including changes made since.
+
+    Entries that were not changed are bit for bit those before folding.
 
     Args:
-        layer: The layer with the norm in it, as it is now.
-        place: The other half of what :func:`fold` gave; its own tensors are cut as the layer is.
-        columns: int64, the input channels that were kept; None for all.
-        rows: int64, the output channels that were kept; None for all.
+        layer: The folded layer in its current state.
+        place: Second result of :func:`fold_norm`; its own tensors were cut with the layer.
+        columns: int64, input channels that were kept; None for all.
+        rows: int64, output channels that were kept; None for all.
 
     Returns:
-        The layer without the norm, and the norm, both with tensors of their own.
+        The layer without the norm, and the norm, both with new tensors.
     """
-    now: Any = layer
+    folded: Any = layer
     norm: Any = place.norm()
-    raw, own = _kept(place.layer, columns, rows)
-    weight, bias = _folded(raw, own, norm)
-    more = now.weight.detach().double() - weight.double()
-    scale = _scale(norm)
-    # No weight gets through a norm that multiplies by nothing: such a one is made to let it.
-    shut = (scale.abs() <= _LEAST * scale.abs().max()) & more.flatten(1).any(1)
-    step = more / torch.where(shut | (scale == 0), 1.0, scale).view(-1, *[1] * (raw.ndim - 1))
-    new = (raw.double() + step).to(raw)
-    norm.bias.add_((now.bias.detach().double() - bias.double()).to(norm.bias))
-    if shut.any():
-        new[shut] = now.weight.detach()[shut]
-        norm.weight[shut] = (norm.running_var[shut].double() + norm.eps).sqrt().to(norm.weight)
-        before = 0.0 if own is None else own[shut].double()
-        shift = before - norm.running_mean[shut].double()
-        norm.bias[shut] = (now.bias.detach()[shut].double() - shift).to(norm.bias)
-    return _with(layer, new, None if own is None else own.clone()), norm
+    W, b = _kept(place.layer, columns, rows)  # [m, n, ...], [m]
+    sW, sb_t = _folded(W, b, norm)  # [m, n, ...], [m]
+    # Difference to what folding alone would give now: the change made by pruning and recovery.
+    delta = folded.weight.detach().double() - sW.double()  # [m, n, ...]
+    s = _scale(norm)  # [m]
+    # A scale of about 0 would need an infinite W to express the change: it is set to 1 instead.
+    reset = (s.abs() <= _MIN_RELATIVE_SCALE * s.abs().max()) & delta.flatten(1).any(1)  # [m]
+    step = delta / torch.where(reset | (s == 0), 1.0, s).view(-1, *[1] * (W.ndim - 1))
+    new = (W.double() + step).to(W)
+    norm.bias.add_((folded.bias.detach().double() - sb_t.double()).to(norm.bias))
+    if reset.any():
+        # With gamma = sqrt(var + eps), s is 1 and the layer takes the folded weight as it is.
+        new[reset] = folded.weight.detach()[reset]
+        norm.weight[reset] = (norm.running_var[reset].double() + norm.eps).sqrt().to(norm.weight)
+        dense_bias = 0.0 if b is None else b[reset].double()
+        shift = dense_bias - norm.running_mean[reset].double()
+        norm.bias[reset] = (folded.bias.detach()[reset].double() - shift).to(norm.bias)
+    return _with(layer, new, None if b is None else b.clone()), norm
 
 
 def _kept(layer: Any, columns: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of what is left of a layer."""
+    """Return the kept part of a layer's weight and bias."""
     weight, bias = layer.weight.detach(), layer.bias
     bias = None if bias is None else bias.detach()
     if columns is not None:
@@ -127,20 +133,22 @@ def _kept(layer: Any, columns: Tensor | None, rows: Tensor | None) -> tuple[Tens
 
 
 def _scale(norm: Any) -> Tensor:
-    scale: Tensor = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale
+    """Return s = gamma / sqrt(var + eps), float64 [m]."""
+    s: Tensor = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return s
 
 
-def _folded(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    scale = _scale(norm)
-    own = 0.0 if bias is None else bias.double()
-    shift = norm.bias.detach().double() + scale * (own - norm.running_mean.double())
-    folded = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
-    return folded.to(weight), shift.to(weight)
+def _folded(W: Tensor, b: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return s W [m, n, ...] and s b + t = beta + s (b - mean) [m], in the type of W."""
+    s = _scale(norm)  # [m]
+    bias = 0.0 if b is None else b.double()
+    shift = norm.bias.detach().double() + s * (bias - norm.running_mean.double())  # [m]
+    weight = W.double() * s.view(-1, *[1] * (W.ndim - 1))
+    return weight.to(W), shift.to(W)
 
 
 def _with(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A copy of the layer with other parameters, which need gradients as the old ones did."""
+    """Return a copy of the layer with new parameters and its ``requires_grad`` flag."""
     copied = deepcopy(layer)
     flag = next(layer.parameters()).requires_grad
     copied._parameters["weight"] = nn.Parameter(weight, requires_grad=flag)

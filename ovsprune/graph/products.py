@@ -1,8 +1,8 @@
-"""Which weights of a tower multiply its activations, in the order in which they do, and how often.
+"""Weights that multiply a tower's activations, in the order of use, with their MACs.
 
-No layer is asked for its type: the tower runs once on meta tensors, and every matrix product and
-convolution is watched for a parameter among its operands. So a fused query-key-value matrix counts
-as the others do, and positions, norms and biases, which are added or scaled, do not.
+The types of the layers are not used. The tower runs once on meta tensors, and every matrix product
+and convolution is checked for parameters among its operands. A fused query-key-value matrix is
+therefore found; positional embeddings, norms and biases, which are added or scale, are not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["Product", "find_products"]
 
 @dataclass(frozen=True)
 class Product:
-    """A weight that multiplies.
+    """Weight that is an operand of matrix products or convolutions.
 
     Attributes:
-        name: Its parameter's dotted name.
-        shape: Of the parameter.
-        macs: Multiply-accumulates over one picture, of all its entries together.
+        name: Dotted name of the parameter.
+        shape: Shape of the parameter.
+        macs: Multiply-accumulates with this weight in one forward pass over one image.
     """
 
     name: str
@@ -36,52 +36,55 @@ class Product:
 
 
 def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
-    """The weights of ``tower``'s layers, the first that the picture meets first.
+    """Return the weights of ``tower`` that multiply activations, in the order of first use.
 
     Args:
-        tower: An image tower.
+        tower: Image tower.
         size: Native height and width in pixels, for the costs.
 
     Returns:
-        Parameters of two axes and more that a layer calls its weight (the name ends in
-        ``weight``) and a matrix product or convolution reads; a bare projection matrix such as
-        CLIP's ``proj`` is a parameter of the tower itself and stays out.
+        Parameters with two or more axes whose name ends in ``weight`` and that a matrix product or
+        convolution reads. A bare projection matrix, such as CLIP's ``proj``, is not included.
     """
-    shell = on_meta(tower)
+    meta_tower = on_meta(tower)
     names = {
         parameter.untyped_storage()._cdata: name
-        for name, parameter in shell.named_parameters()
+        for name, parameter in meta_tower.named_parameters()
         if parameter.ndim > 1 and name.endswith("weight")
     }
-    with _Watch(names) as watch:
-        macs(shell, torch.empty(1, 3, *size, device="meta"))
-    shapes = {name: tuple(p.shape) for name, p in shell.named_parameters()}
-    return [Product(name, shapes[name], count) for name, count in watch.found.items()]
+    with _MacsByWeight(names) as counter:
+        macs(meta_tower, torch.empty(1, 3, *size, device="meta"))
+    shapes = {name: tuple(p.shape) for name, p in meta_tower.named_parameters()}
+    return [Product(name, shapes[name], count) for name, count in counter.macs.items()]
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the MACs of operations by the parameter that they read."""
+class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the MACs of operations for each parameter among their operands.
+
+    Args:
+        names: Id of a parameter's storage to the parameter's name.
+    """
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = names
-        self.found: dict[str, int] = {}
+        self.macs: dict[str, int] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        counted = flop_registry.get(func._overloadpacket)
-        if counted is not None:
-            flops = counted(*args, **(kwargs or {}), out_val=out)
+        count_flops = flop_registry.get(func._overloadpacket)
+        if count_flops is not None:
+            flops = count_flops(*args, **(kwargs or {}), out_val=out)
             for operand in args:
                 name = self._name_of(operand)
                 if name is not None:
-                    self.found[name] = self.found.get(name, 0) + int(flops) // 2
+                    self.macs[name] = self.macs.get(name, 0) + int(flops) // 2
         return out
 
     def _name_of(self, operand: Any) -> str | None:
-        # views (a transposed weight, a third of fused q, k, v) share their parameter's storage
+        # Views (a transposed weight, a third of fused q, k, v) share the parameter's storage.
         if not isinstance(operand, Tensor):
             return None
         return self.names.get(operand.untyped_storage()._cdata)

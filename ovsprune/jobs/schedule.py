@@ -95,7 +95,7 @@ def schedule(
     """
     chosen = POLICIES.get(policy)
     if total_steps is None:
-        if len(chosen.moments(2, 1)) > 1:
+        if len(chosen.decision_steps(2, 1)) > 1:
             raise OptionError(
                 f"the policy {policy} changes its choice during training; give the number of "
                 "steps: total_steps=..."

@@ -118,7 +118,7 @@ def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
         CheckpointError: The header is invalid or has an unknown version.
     """
     data = fields.record(fields.parse(document, at), at, ("format_version", "shapes"))
-    version = fields.whole(data["format_version"], f"{at}: format_version", 1)
+    version = fields.integer(data["format_version"], f"{at}: format_version", 1)
     if version != _VERSION:
         raise CheckpointError(
             f"{at}: format_version is {version}, but this version of ovsprune reads {_VERSION}; "
@@ -128,7 +128,7 @@ def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{at}: shapes is not an object; copy the file again")
     return {
         fields.text(name, f"{at}: a name", fields.DOTTED): tuple(
-            fields.whole(n, f"{at}: shapes.{name}") for n in fields.array(shape, f"{at}: {name}")
+            fields.integer(n, f"{at}: shapes.{name}") for n in fields.array(shape, f"{at}: {name}")
         )
         for name, shape in data["shapes"].items()
     }

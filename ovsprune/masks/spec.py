@@ -131,7 +131,7 @@ class MaskedSpec:
             "family": self.family,
             "library": self.library,
             "library_version": self.library_version,
-            "architecture": fields.free(self.architecture, "architecture"),
+            "architecture": fields.json_value(self.architecture, "architecture"),
             "activation": self.activation,
             "preprocess": config.preprocess_document(self.preprocess),
             "weights": weights,
@@ -139,7 +139,7 @@ class MaskedSpec:
             "dense": {"macs": self.dense.macs, "params": self.dense.params},
             "nonzero": {"macs": self.nonzero.macs, "params": self.nonzero.params},
             "files": config.files_document(self.files),
-            "provenance": fields.free(self.provenance, "provenance"),
+            "provenance": fields.json_value(self.provenance, "provenance"),
         }
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -160,7 +160,7 @@ class MaskedSpec:
                 f'{at} has no entry "format": "{FORMAT}", so it is not an unstructured checkpoint; '
                 "give a directory that `ovsprune prune --method imp` wrote"
             )
-        version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
+        version = fields.integer(data.get("format_version"), f"{at}: format_version", 1)
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{at}: format_version is {version}, but this version of ovsprune reads "
@@ -204,9 +204,9 @@ def _weight(value: Any, at: str) -> WeightSpec:
     weight = WeightSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
         shape=tuple(
-            fields.whole(n, f"{at}.shape", 1) for n in fields.array(data["shape"], f"{at}.shape")
+            fields.integer(n, f"{at}.shape", 1) for n in fields.array(data["shape"], f"{at}.shape")
         ),
-        zeros=fields.whole(data["zeros"], f"{at}.zeros"),
+        zeros=fields.integer(data["zeros"], f"{at}.zeros"),
     )
     if weight.zeros > weight.count:
         raise CheckpointError(

@@ -29,7 +29,7 @@ def whole_macs(
         OptionError: The model cannot be run on the example.
     """
     try:
-        from ovsprune.graph.copies import copied
+        from ovsprune.graph.copies import copy_model
         from ovsprune.graph.costs import on_meta
     except ImportError as error:
         raise OptionError(
@@ -42,7 +42,7 @@ def whole_macs(
     except Exception:  # frameworks fail on meta tensors in many ways; try a real copy
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        copy = copied(model).eval()
+        copy = copy_model(model).eval()
         prepare(copy)
         return _counted(copy, example, lambda t: t.to(device))
     except Exception as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ovsprune.backbones import load_backbone
+from ovsprune import backbones
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
@@ -42,7 +42,7 @@ def open_model(
     """
     if isinstance(model, str):
         with progress.stage(f"loading {model}", 1) as advance:
-            model = load_backbone(
+            model = backbones.load_backbone(
                 model, pretrained=pretrained, activation=activation, device=device
             )
             advance(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ovsprune.calibration.refit import row_weights
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import bias_of
-from ovsprune.graph.rows import given_rows
+from ovsprune.graph.rows import output_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.dense import consumers_of
 
@@ -36,7 +36,7 @@ class Bias:
         for seen in consumers_of(ctx, "bias compensation"):
             name = seen.site.consumer
             layer = ctx.slim.get_submodule(name)
-            residual = seen.output - given_rows(layer, layer(seen.kept))
+            residual = seen.output - output_rows(layer, layer(seen.kept))
             weight = row_weights(seen.target, seen.median)
             total = (residual * weight[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)
             sums[name] = sums[name] + total if name in sums else total

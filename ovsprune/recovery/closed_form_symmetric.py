@@ -6,7 +6,7 @@ import torch
 
 from ovsprune.calibration.refit import Refit, held_out, row_weights
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.graph.rows import given_rows, read_rows
+from ovsprune.graph.rows import input_rows, output_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.dense import consumers_of
 
@@ -38,8 +38,8 @@ class ClosedFormSymmetric:
                 block = seen.block
             layer = ctx.slim.get_submodule(seen.site.consumer)
             refit = refits.setdefault(seen.site.consumer, Refit(layer, held, ctx.ridge))
-            residual = seen.output - given_rows(layer, layer(seen.kept))
-            read = read_rows(layer, seen.kept)
+            residual = seen.output - output_rows(layer, layer(seen.kept))
+            read = input_rows(layer, seen.kept)
             refit.update(seen.part, read, residual, row_weights(seen.target, seen.median))
         _apply(refits)
 

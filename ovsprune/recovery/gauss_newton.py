@@ -19,7 +19,7 @@ from ovsprune.calibration.linearised import (
 from ovsprune.calibration.refit import capped, median_of
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import weight_of
-from ovsprune.graph.rows import from_rows, read_rows
+from ovsprune.graph.rows import input_rows, output_from_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.pair import Pair, pairs
 from ovsprune.recovery.refit_targets import RefitTarget, sites
@@ -109,7 +109,7 @@ class _Refinement:
             self.weights.append(weight.cpu())
             metric.update(
                 {
-                    self.pair.inside(name): read_rows(find(name), seen[name, "input"])
+                    self.pair.inside(name): input_rows(find(name), seen[name, "input"])
                     for name in makers
                 },
                 # There may be other positions in between: a picture's mean stands for them all.
@@ -149,7 +149,7 @@ class _Refinement:
     def _weighted(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Weights [b, ...], times rows [b, ..., m] if given, laid out as what the layer gives."""
         scale = weight.unsqueeze(-1) * self.share.to(weight)
-        return from_rows(self.layer, scale if rows is None else scale * rows)
+        return output_from_rows(self.layer, scale if rows is None else scale * rows)
 
     def _take(self, change: Tensors) -> bool:
         """Take the share of a change that is best on held-out pictures; whether it is any."""

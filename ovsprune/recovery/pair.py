@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ovsprune.calibration.activation_cache import Capture, Stream, allocate, run_stem, walk
 from ovsprune.calibration.refit import Refit, held_out, row_weights
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.graph.rows import given_rows, read_rows
+from ovsprune.graph.rows import input_rows, output_rows
 from ovsprune.recovery.refit_targets import RefitTarget, median_norm, median_norms, sites
 
 __all__ = ["Pair", "pairs"]
@@ -110,7 +110,7 @@ class Pair:
             return
 
         def units(name: str, given: Tensor) -> Tensor:
-            return given_rows(layers[name], given)[..., site.producers[name].to(given.device)]
+            return output_rows(layers[name], given)[..., site.producers[name].to(given.device)]
 
         outputs = {name: (name, "output") for name in layers}
         medians = median_norms(
@@ -129,8 +129,8 @@ class Pair:
         ):
             for (name, layer), median in zip(layers.items(), medians, strict=True):
                 goal = units(name, wanted[outputs[name]])
-                residual = goal - given_rows(layer, seen[outputs[name]])
-                read = read_rows(layer, seen[name, "input"])
+                residual = goal - output_rows(layer, seen[outputs[name]])
+                read = input_rows(layer, seen[name, "input"])
                 refits[name].update(part, read, residual, row_weights(goal, median))
         for refit in refits.values():
             refit.apply()
@@ -147,7 +147,7 @@ class Pair:
         layer = self.item.slim.get_submodule(site.consumer)
         refit = Refit(layer, self.held, self.item.ridge)
         for part, weight, residual, seen in self.compared(site, [site.consumer]):
-            refit.update(part, read_rows(layer, seen[site.consumer, "input"]), residual, weight)
+            refit.update(part, input_rows(layer, seen[site.consumer, "input"]), residual, weight)
         refit.apply()
         if site.is_own:
             self._fitted.add(site.consumer)

@@ -14,7 +14,7 @@ from ovsprune.core.protocols import RecoveryContext
 from ovsprune.core.records import Group
 from ovsprune.graph.cut import kept_rows
 from ovsprune.graph.layers import is_channelwise
-from ovsprune.graph.rows import given_rows
+from ovsprune.graph.rows import output_rows
 
 __all__ = ["HookPoint", "RefitTarget", "median_norm", "median_norms", "sites"]
 
@@ -62,7 +62,7 @@ class RefitTarget:
 
     def rows(self, layer: nn.Module, given: Tensor) -> Tensor:
         """What lies at the target, as rows [b, ..., m] in the order of the consumer's."""
-        return given_rows(layer, given) if self.axis is None else given.movedim(self.axis, -1)
+        return output_rows(layer, given) if self.axis is None else given.movedim(self.axis, -1)
 
     @property
     def is_own(self) -> bool:
@@ -71,7 +71,7 @@ class RefitTarget:
 
     def output(self, layer: nn.Module, given: Tensor) -> Tensor:
         """What the slim consumer could give of what the dense one gives, as rows [b, ..., m]."""
-        return self._left(given_rows(layer, given))
+        return self._left(output_rows(layer, given))
 
     def goal(self, layer: nn.Module, read: Tensor) -> Tensor:
         """What was read at the target in the dense tower, of what the slim one has there too.

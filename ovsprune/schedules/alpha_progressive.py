@@ -14,9 +14,9 @@ class AlphaProgressive:
     """Like alpha, but the fraction that trains grows linearly up to all layers."""
 
     needs_spectra = True
-    current = False
+    needs_current_spectra = False
 
-    def moments(self, total_steps: int, every: int) -> range:
+    def decision_steps(self, total_steps: int, every: int) -> range:
         """Return every ``every``-th step."""
         return range(0, total_steps, every)
 

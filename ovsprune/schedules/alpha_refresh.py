@@ -14,9 +14,9 @@ class AlphaRefresh:
     """Like alpha, but with the current weights: the choice is repeated every few steps."""
 
     needs_spectra = True
-    current = True
+    needs_current_spectra = True
 
-    def moments(self, total_steps: int, every: int) -> range:
+    def decision_steps(self, total_steps: int, every: int) -> range:
         """Return every ``every``-th step."""
         return range(0, total_steps, every)
 

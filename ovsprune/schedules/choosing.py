@@ -27,10 +27,10 @@ __all__ = [
 class Once:
     """Base class of the policies that choose once, before the first step."""
 
-    current = False
+    needs_current_spectra = False
     needs_spectra = False
 
-    def moments(self, total_steps: int, every: int) -> tuple[int, ...]:
+    def decision_steps(self, total_steps: int, every: int) -> tuple[int, ...]:
         """Return step 0 as the only decision step."""
         return (0,)
 

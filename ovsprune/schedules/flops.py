@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ovsprune.core.errors import ScheduleError
-from ovsprune.core.flops import slow_path
+from ovsprune.core.flops import unfused_attention
 
 __all__ = ["StepFlops", "TrainingFlops", "step_flops"]
 
@@ -115,7 +115,7 @@ def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
     try:
         for parameter in parameters.values():
             parameter.grad = None
-        with slow_path(), torch.enable_grad():
+        with unfused_attention(), torch.enable_grad():
             with _Counter(parameters) as forward:
                 value = loss()
             if not isinstance(value, Tensor) or value.numel() != 1:

@@ -76,7 +76,7 @@ class TrainPlan:
         self.layers, self.name, self.policy = tuple(layers), name, policy
         self.fraction, self.count, self.total_steps = fraction, count, total_steps
         self.every, self.seed = every, seed
-        self.moments = tuple(policy.moments(total_steps, every))
+        self.moments = tuple(policy.decision_steps(total_steps, every))
         self.chosen: tuple[str, ...] = ()
 
         self._flags = ParameterFlags(self.model, self.layers, others)
@@ -153,7 +153,7 @@ class TrainPlan:
 
     def _context(self, moment: int) -> ScheduleContext:
         alphas = self._first_alphas
-        if self.policy.needs_spectra and (alphas is None or self.policy.current):
+        if self.policy.needs_spectra and (alphas is None or self.policy.needs_current_spectra):
             alphas = self._measure_alphas(self.model, [layer.name for layer in self.layers])
             if self._first_alphas is None:
                 alphas = self._first_alphas = dict(alphas)
@@ -285,7 +285,7 @@ class TrainPlan:
                 self.close()
                 flops_by_choice = {chosen: step_flops(self.model, loss)}
                 total = None
-                if self.changes and not self.policy.current:
+                if self.changes and not self.policy.needs_current_spectra:
                     total = 0
                     ends = (*self.moments[1:], self.total_steps)
                     for start, end in zip(self.moments, ends, strict=True):

@@ -1,6 +1,6 @@
-"""The artefact: what a slim checkpoint is, how it is written, read, applied and loaded.
+"""Slim checkpoints: format, writing, reading, attaching to a model, and loading.
 
-Needs torch and safetensors only, for every family; see ``docs/format.md``.
+Reading and attaching need torch and safetensors only; see ``docs/format.md``.
 """
 
 from ovsprune.slim.apply import apply

@@ -12,7 +12,7 @@ from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.activation import check_activation
 from ovsprune.slim.attach import Applied, Replacements
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.cutting import head_runs, keep_index, layer_runs, places
+from ovsprune.slim.cutting import head_runs, keep_index, layer_runs, tensor_axes
 from ovsprune.slim.modules import slim_attention, slim_module
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.resnet import STRIDE
@@ -21,7 +21,7 @@ from ovsprune.slim.spec import LayerSpec
 from ovsprune.slim.timm_attention import TimmAttention
 from ovsprune.slim.vit import resize_positions
 
-__all__ = ["apply", "renamed"]
+__all__ = ["apply", "map_name"]
 
 
 def apply(
@@ -67,11 +67,11 @@ def apply(
     return plan.commit()
 
 
-def renamed(name: str, prefix_map: Mapping[str, str]) -> str:
+def map_name(name: str, prefix_map: Mapping[str, str]) -> str:
     """``name`` with its longest dotted prefix in ``prefix_map`` exchanged.
 
     Example:
-        >>> renamed("transformer.resblocks.1.attn", {"transformer.resblocks": "layers"})
+        >>> map_name("transformer.resblocks.1.attn", {"transformer.resblocks": "layers"})
         'layers.1.attn'
     """
     parts = name.split(".")
@@ -100,7 +100,7 @@ class _Plan:
         self.modules, self.tensors = self.new.modules, self.new.tensors
 
     def path(self, name: str) -> str:
-        return renamed(name, self.prefix_map)
+        return map_name(name, self.prefix_map)
 
     def kept(self, name: str) -> bool:
         return any(name == k or name.startswith(f"{k}.") for k in self.keep)
@@ -149,7 +149,7 @@ class _Plan:
     def replace_modules(self) -> None:
         spec, mask = self.checkpoint.spec, self.checkpoint.mask
         for layer in spec.layers:
-            if layer.whole:
+            if layer.is_whole_attention:
                 self._replace_heads(layer, mask[layer.name])
         for name, axes in layer_runs(spec, mask).items():
             index = {}
@@ -162,7 +162,7 @@ class _Plan:
     def _check_size(self, name: str, axis: str) -> None:
         """The tower must have what the checkpoint's base had on an axis."""
         dense = self._dense_size(name, axis)
-        for tensor, dim in places(name, axis, self.checkpoint.tower()).items():
+        for tensor, dim in tensor_axes(name, axis, self.checkpoint.tower()).items():
             found = _tensor(self.tower, self.path(tensor))
             if found is not None and (found.dim() <= dim or found.shape[dim] != dense):
                 raise TargetError(
@@ -175,7 +175,7 @@ class _Plan:
     def _dense_size(self, name: str, axis: str) -> int:
         """Channels that a layer had before the cut: those it has now, and those cut."""
         spec, state = self.checkpoint.spec, self.checkpoint.tower()
-        size = max(state[n].shape[dim] for n, dim in places(name, axis, state).items())
+        size = max(state[n].shape[dim] for n, dim in tensor_axes(name, axis, state).items())
         for layer in spec.layers:
             for part in layer.slices:
                 if part.module == name and part.axis == axis:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ovsprune.core.errors import OptionError
 from ovsprune.slim.calls import TORCH, Call, call_of
 from ovsprune.slim.dense import (
-    Maps,
+    Projections,
     check_heads,
     dropout,
     is_batch_first,
-    maps_of,
+    projections_of,
     refuse_extras,
 )
 from ovsprune.slim.linear import linear
@@ -257,7 +257,7 @@ class SlimAttention(nn.Module):
         missing = [h for h in kept if h not in present]
         if missing:
             raise OptionError(f"heads {missing} are cut already; {present} are left of {num_heads}")
-        maps = maps_of(mha, len(present))
+        maps = projections_of(mha, len(present))
         slim = cls(
             maps.weights[0].shape[1],
             num_heads,
@@ -320,12 +320,12 @@ class SlimAttention(nn.Module):
                 f"q, k, v and out have widths {sorted(widths)}; expected all {len(kept)} or "
                 f"all {num_heads} heads of width {head_dim}"
             )
-        slim._fill(Maps.of((q, k, v), out, q.weight.shape[0] // head_dim), positions)
+        slim._fill(Projections.of((q, k, v), out, q.weight.shape[0] // head_dim), positions)
         slim.train(out.training)
         return slim
 
     @torch.no_grad()
-    def _fill(self, maps: Maps, positions: Sequence[int]) -> None:
+    def _fill(self, maps: Projections, positions: Sequence[int]) -> None:
         """Copy the heads at ``positions``."""
         maps = maps.cut(positions)
         for to, weight in zip(self._weights(), maps.weights, strict=True):

@@ -1,4 +1,4 @@
-"""Whether mask, tensors and spec of a checkpoint belong together, asked in writing and reading."""
+"""Consistency checks of the mask, tensors and spec of a checkpoint, for writing and reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ovsprune.core.errors import CheckpointError
-from ovsprune.slim.cutting import places
+from ovsprune.slim.cutting import tensor_axes
 from ovsprune.slim.fields import DOTTED
 from ovsprune.slim.spec import MASK, MODEL, LayerSpec, SlimSpec
 
@@ -24,18 +24,18 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
     """Check that ``mask`` holds the kept indices of every layer of ``spec``, and nothing else.
 
     Args:
-        spec: What the mask should fit.
+        spec: Spec that the mask must fit.
         mask: Layer name to int64 [kept], strictly ascending within [0, units).
-        at: Where it comes from, for messages.
+        at: Origin of the mask, for messages.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: The mask does not fit; the message names the layer.
     """
     names = {layer.name for layer in spec.layers}
-    for problem, found in (("lacks", names - set(mask)), ("has unknown", set(mask) - names)):
-        if found:
+    for problem, layers in (("lacks", names - set(mask)), ("has unknown", set(mask) - names)):
+        if layers:
             raise CheckpointError(
-                f"{at} {problem} layers {', '.join(sorted(found))[:200]}, expected one entry for "
+                f"{at} {problem} layers {', '.join(sorted(layers))[:200]}, expected one entry for "
                 f"each of the {len(names)} layers of the config; {_AGAIN}"
             )
     for layer in spec.layers:
@@ -52,8 +52,8 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
             )
         if bool((kept[1:] <= kept[:-1]).any()):
             raise CheckpointError(
-                f"{at}: {layer.name} is not strictly ascending, so a unit is out of order or "
-                f"there twice; {_AGAIN}"
+                f"{at}: the indices of {layer.name} are not strictly ascending: a unit is out of "
+                f"order or repeated; {_AGAIN}"
             )
         if not kept.numel():
             continue
@@ -65,36 +65,39 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
 
 
 def kept_width(layer: LayerSpec) -> int:
-    """Channels that the kept units of ``layer`` have together."""
+    """Return the number of channels of the kept units of ``layer``."""
     return layer.kept * layer.unit_width
 
 
 def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL) -> None:
-    """Check that ``tensors`` holds a tower that is cut as ``spec`` says.
+    """Check that the shapes of ``tensors`` fit a tower that is cut according to ``spec``.
 
     Args:
-        spec: What the tensors should fit.
-        tensors: Everything in the file, the tower's names with the prefix ``visual.``.
-        at: Where it comes from, for messages.
+        spec: Spec that the tensors must fit.
+        tensors: All tensors of the file; names of the tower's tensors begin with ``visual.``.
+        at: Origin of the tensors, for messages.
 
     Raises:
-        CheckpointError: It does not.
+        CheckpointError: The tensors do not fit; the message names the tensor.
     """
     for name in tensors:
         if re.fullmatch(DOTTED, name) is None:
-            raise CheckpointError(f"{at}: {name[:80]!r} is no name of a tensor; {_AGAIN}")
+            raise CheckpointError(
+                f"{at}: {name[:80]!r} is not a valid tensor name (dotted words); {_AGAIN}"
+            )
     if not any(name.startswith(TOWER) for name in tensors):
         raise CheckpointError(f"{at} has no tensor of the tower ({TOWER}*); {_AGAIN}")
     for layer in spec.layers:
-        if layer.whole:
+        if layer.is_whole_attention:
             _check_heads(layer, tensors, at)
             continue
         for part in layer.slices:
             module = f"{TOWER}{part.module}"
-            found = places(module, part.axis, tensors) or {f"{module}.weight": 0}
-            for name, axis in found.items():
+            # Without any tensor of the layer, look up its weight to report that it is missing.
+            axes = tensor_axes(module, part.axis, tensors) or {f"{module}.weight": 0}
+            for name, axis in axes.items():
                 shape = tuple(_tensor(tensors, name, at).shape)
-                # other groups may share the axis, so it can be wider than this one
+                # Several groups may have units on the same axis, so it can be wider.
                 if len(shape) <= axis or not shape or shape[axis] < kept_width(layer):
                     raise CheckpointError(
                         f"{at}: {name} has shape {shape}, expected at least {kept_width(layer)} "
@@ -103,6 +106,7 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
 
 
 def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> None:
+    """Check the shapes of an attention module that is cut by head."""
     width = kept_width(layer)
     for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, width):
         full = f"{TOWER}{layer.name}.{name}"
@@ -117,7 +121,7 @@ def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> No
 def _head_tensors(
     path: str, tensors: Mapping[str, Tensor], width: int
 ) -> list[tuple[str, int, int]]:
-    """Weights of an attention by the names that it has there, the axis that is cut, its size."""
+    """Return (name, cut axis, expected size) of the weights of the attention module at ``path``."""
     if f"{path}.qkv.weight" in tensors:
         return [("qkv.weight", 0, 3 * width), ("proj.weight", 1, width)]
     if f"{path}.q_proj.weight" in tensors:

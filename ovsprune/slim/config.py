@@ -1,6 +1,6 @@
-"""``config.json`` of a slim checkpoint, written and read.
+"""Serialise and parse the ``config.json`` of a slim checkpoint.
 
-Reading trusts nothing: every field is checked, and one that this version does not know is refused.
+The parser treats its input as untrusted: every field is checked, and unknown fields are refused.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ _FIELDS = (
 
 
 def dump(spec: SlimSpec) -> str:
-    """The text of ``config.json``; equal specs give equal text.
+    """Return the text of ``config.json``; equal specs give equal text.
 
     Raises:
-        CheckpointError: ``architecture`` or ``provenance`` hold what JSON cannot.
+        CheckpointError: ``architecture`` or ``provenance`` contain a value that is not plain JSON.
     """
     document = {
         "format": FORMAT,
@@ -70,7 +70,7 @@ def dump(spec: SlimSpec) -> str:
         "family": spec.family,
         "library": spec.library,
         "library_version": spec.library_version,
-        "architecture": fields.free(spec.architecture, "architecture"),
+        "architecture": fields.json_value(spec.architecture, "architecture"),
         "activation": spec.activation,
         "preprocess": preprocess_document(spec.preprocess),
         "layers": [_layer_document(layer) for layer in spec.layers],
@@ -78,7 +78,7 @@ def dump(spec: SlimSpec) -> str:
         "dense": {"macs": spec.dense.macs, "params": spec.dense.params},
         "slim": {"macs": spec.slim.macs, "params": spec.slim.params},
         "files": files_document(spec.files),
-        "provenance": fields.free(spec.provenance, "provenance"),
+        "provenance": fields.json_value(spec.provenance, "provenance"),
     }
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -113,12 +113,12 @@ def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
         activation=fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
         preprocess=parse_preprocess(data["preprocess"], f"{at}: preprocess"),
         layers=tuple(
-            _layer(item, f"{at}: layers[{i}]")
-            for i, item in enumerate(fields.array(data["layers"], f"{at}: layers"))
+            _layer(entry, f"{at}: layers[{i}]")
+            for i, entry in enumerate(fields.array(data["layers"], f"{at}: layers"))
         ),
         protected=tuple(
-            fields.text(item, f"{at}: protected[{i}]")
-            for i, item in enumerate(fields.array(data["protected"], f"{at}: protected"))
+            fields.text(entry, f"{at}: protected[{i}]")
+            for i, entry in enumerate(fields.array(data["protected"], f"{at}: protected"))
         ),
         dense=parse_costs(data["dense"], f"{at}: dense"),
         slim=parse_costs(data["slim"], f"{at}: slim"),
@@ -130,19 +130,19 @@ def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
 
 
 def _check_version(data: Any, at: str) -> None:
-    """Refuse another format or a newer one before anything else is looked at."""
+    """Refuse another format or format version, before any other field is checked."""
     if isinstance(data, dict) and data.get("format") == "ovsprune-unstructured":
         raise CheckpointError(
-            f"{at} is of an unstructured result, which has zeros and nothing that is smaller, so "
-            "it is no slim checkpoint; put its masks on a tower with ovsprune.masks.apply_masks, "
-            "or prune units (`ovsprune prune`, with `--method imp --imp-structured` if you like)"
+            f"{at} describes unstructured masks, expected a slim checkpoint; apply the masks to a "
+            "tower with ovsprune.masks.apply_masks, or prune whole units with `ovsprune prune` "
+            "(for IMP: `--method imp --imp-structured`)"
         )
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
-            f'{at} does not say "format": "{FORMAT}", so this is no slim checkpoint; name a '
-            "directory that `ovsprune prune` wrote"
+            f'{at} has no "format": "{FORMAT}", so it is not the config of a slim checkpoint; '
+            "name a directory that `ovsprune prune` wrote"
         )
-    version = fields.whole(data.get("format_version"), f"{at}: format_version", 1)
+    version = fields.integer(data.get("format_version"), f"{at}: format_version", 1)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{at}: format_version is {version}, this ovsprune reads {FORMAT_VERSION} only; prune "
@@ -155,13 +155,13 @@ def _check_names(spec: SlimSpec, at: str) -> None:
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise CheckpointError(
-            f"{at}: layers has {', '.join(double)} twice; the file was edited or damaged: copy or "
-            "write the checkpoint again"
+            f"{at}: layers contains {', '.join(double)} more than once; the file was edited or "
+            "damaged: copy or write the checkpoint again"
         )
 
 
 def base_document(base: BaseSpec) -> dict[str, Any]:
-    """What :func:`parse_base` reads."""
+    """Return the JSON object that :func:`parse_base` reads."""
     document: dict[str, Any] = {
         "model": base.model,
         "pretrained": base.pretrained,
@@ -174,7 +174,7 @@ def base_document(base: BaseSpec) -> dict[str, Any]:
 
 
 def preprocess_document(preprocess: Preprocess) -> dict[str, Any]:
-    """What :func:`parse_preprocess` reads."""
+    """Return the JSON object that :func:`parse_preprocess` reads."""
     return {
         "size": list(preprocess.size),
         "mean": list(preprocess.mean),
@@ -185,7 +185,7 @@ def preprocess_document(preprocess: Preprocess) -> dict[str, Any]:
 
 
 def files_document(files: Mapping[str, FileSpec]) -> dict[str, Any]:
-    """What :func:`parse_files` reads."""
+    """Return the JSON object that :func:`parse_files` reads."""
     return {
         name: {"sha256": entry.sha256, "bytes": entry.bytes}
         for name, entry in sorted(files.items())
@@ -210,8 +210,8 @@ def _layer_document(layer: LayerSpec) -> dict[str, Any]:
 def _layer(value: Any, at: str) -> LayerSpec:
     known = ("name", "kind", "block", "units", "kept", "unit_width", "slices")
     data = fields.record(value, at, known)
-    units = fields.whole(data["units"], f"{at}.units", 1)
-    kept = fields.whole(data["kept"], f"{at}.kept")
+    units = fields.integer(data["units"], f"{at}.units", 1)
+    kept = fields.integer(data["kept"], f"{at}.kept")
     kind = fields.choice(data["kind"], f"{at}.kind", KINDS)
     if kept > units:
         raise CheckpointError(
@@ -224,10 +224,10 @@ def _layer(value: Any, at: str) -> LayerSpec:
         block=fields.text(data["block"], f"{at}.block", fields.DOTTED),
         units=units,
         kept=kept,
-        unit_width=fields.whole(data["unit_width"], f"{at}.unit_width", 1),
+        unit_width=fields.integer(data["unit_width"], f"{at}.unit_width", 1),
         slices=tuple(
-            _slice(item, f"{at}.slices[{i}]")
-            for i, item in enumerate(fields.array(data["slices"], f"{at}.slices"))
+            _slice(entry, f"{at}.slices[{i}]")
+            for i, entry in enumerate(fields.array(data["slices"], f"{at}.slices"))
         ),
     )
     if layer.kind in ("mlp", "channels") and not layer.slices:
@@ -242,14 +242,18 @@ def _slice(value: Any, at: str) -> SliceSpec:
     data = fields.record(value, at, ("module", "axis", "offset"))
     axis: Any = fields.choice(data["axis"], f"{at}.axis", ("out", "in"))
     module = fields.text(data["module"], f"{at}.module", fields.DOTTED)
-    return SliceSpec(module, axis, fields.whole(data["offset"], f"{at}.offset"))
+    return SliceSpec(module, axis, fields.integer(data["offset"], f"{at}.offset"))
 
 
 def parse_base(value: Any, at: str) -> BaseSpec:
-    """The base model that ``value`` describes.
+    """Return the base model that ``value`` describes.
+
+    Args:
+        value: Parsed JSON value.
+        at: Location of the value, for messages.
 
     Raises:
-        CheckpointError: It is not that; the message names the field.
+        CheckpointError: ``value`` is not a valid description; the message names the field.
     """
     data = fields.record(value, at, ("model", "pretrained", "trained", "tensors"), ("half",))
     pretrained = data["pretrained"]
@@ -274,45 +278,57 @@ def _digests(value: Any, at: str) -> dict[str, str]:
 
 
 def parse_files(value: Any, at: str) -> dict[str, FileSpec]:
-    """Names, digests and sizes of files.
+    """Return the digests and sizes of files by name.
+
+    Args:
+        value: Parsed JSON value.
+        at: Location of the value, for messages.
 
     Raises:
-        CheckpointError: It is not that; the message names the field.
+        CheckpointError: ``value`` is not a valid description; the message names the field.
     """
     if not isinstance(value, dict):
         raise CheckpointError(f"{at} is {type(value).__name__}, expected an object")
-    found = {}
-    for name, item in value.items():
+    files = {}
+    for name, entry in value.items():
         fields.text(name, f"{at}: a file name", fields.FILE_NAME)
-        data = fields.record(item, f"{at}.{name}", ("sha256", "bytes"))
+        data = fields.record(entry, f"{at}.{name}", ("sha256", "bytes"))
         digest = fields.text(data["sha256"], f"{at}.{name}.sha256", fields.SHA256)
-        found[name] = FileSpec(digest, fields.whole(data["bytes"], f"{at}.{name}.bytes"))
-    return found
+        files[name] = FileSpec(digest, fields.integer(data["bytes"], f"{at}.{name}.bytes"))
+    return files
 
 
 def parse_costs(value: Any, at: str) -> Costs:
-    """MACs and parameters.
+    """Return the MACs and parameters that ``value`` states.
+
+    Args:
+        value: Parsed JSON value.
+        at: Location of the value, for messages.
 
     Raises:
-        CheckpointError: It is not that; the message names the field.
+        CheckpointError: ``value`` is not a valid description; the message names the field.
     """
     data = fields.record(value, at, ("macs", "params"))
     return Costs(
-        macs=fields.whole(data["macs"], f"{at}.macs", 1),
-        params=fields.whole(data["params"], f"{at}.params", 1),
+        macs=fields.integer(data["macs"], f"{at}.macs", 1),
+        params=fields.integer(data["params"], f"{at}.params", 1),
     )
 
 
 def parse_preprocess(value: Any, at: str) -> Preprocess:
-    """How pictures become input.
+    """Return the preprocessing that ``value`` describes.
+
+    Args:
+        value: Parsed JSON value.
+        at: Location of the value, for messages.
 
     Raises:
-        CheckpointError: It is not that; the message names the field.
+        CheckpointError: ``value`` is not a valid description; the message names the field.
     """
     known = ("size", "mean", "std", "interpolation", "resize_mode")
     data = fields.record(value, at, known)
     height, width = (
-        fields.whole(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
+        fields.integer(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
     )
 
     def three(name: str) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ __all__ = [
     "head_runs",
     "keep_index",
     "layer_runs",
-    "places",
+    "tensor_axes",
 ]
 
 _SPLIT = re.compile(r"(?P<stem>.+)\.(?P<which>[qkv])_proj[._](?P<what>weight|bias)")
@@ -96,7 +96,7 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
     """Layer of the tower to axis (``"out"``, ``"in"``) to the cut runs; whole attentions apart."""
     found: dict[str, dict[str, list[Run]]] = {}
     for layer in spec.layers:
-        if layer.whole or layer.kept == layer.units:
+        if layer.is_whole_attention or layer.kept == layer.units:
             continue
         for part in layer.slices:
             run = Run(part.offset, layer.units, layer.unit_width, mask[layer.name], layer.name)
@@ -104,7 +104,7 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
     return found
 
 
-def places(module: str, axis: str, names: Container[str]) -> dict[str, int]:
+def tensor_axes(module: str, axis: str, names: Container[str]) -> dict[str, int]:
     """Tensors that a slice means, and the axis of each that it cuts; none if they are not there.
 
     Args:
@@ -113,7 +113,7 @@ def places(module: str, axis: str, names: Container[str]) -> dict[str, int]:
         names: Of the tensors that there are.
 
     Example:
-        >>> places("ln", "out", {"ln.weight", "ln.bias"})
+        >>> tensor_axes("ln", "out", {"ln.weight", "ln.bias"})
         {'ln.weight': 0, 'ln.bias': 0}
     """
     if f"{module}.weight" not in names:
@@ -141,11 +141,11 @@ def cut_state(
     """
     cut = dict(state)
     for layer in spec.layers:
-        if layer.whole and layer.kept < layer.units:
+        if layer.is_whole_attention and layer.kept < layer.units:
             _cut_heads(cut, layer, mask[layer.name])
     for module, axes in layer_runs(spec, mask).items():
         for axis, runs in axes.items():
-            found = places(module, axis, cut)
+            found = tensor_axes(module, axis, cut)
             if not found:
                 raise CheckpointError(
                     f"the tensor {module}.weight is missing; expected a dense tower"

@@ -14,12 +14,12 @@ from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.calls import call_of
 
 __all__ = [
-    "Maps",
+    "Projections",
     "check_heads",
     "dropout",
     "head_index",
     "is_batch_first",
-    "maps_of",
+    "projections_of",
     "refuse_extras",
 ]
 
@@ -97,7 +97,7 @@ def refuse_extras(mha: nn.Module) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Maps:
+class Projections:
     """The linear maps of an attention, taken apart.
 
     Attributes:
@@ -115,7 +115,7 @@ class Maps:
     heads: int
 
     @classmethod
-    def of(cls, parts: Sequence[nn.Linear], out: nn.Linear, heads: int) -> Maps:
+    def of(cls, parts: Sequence[nn.Linear], out: nn.Linear, heads: int) -> Projections:
         """Of separate layers, (q, k, v) and the out projection."""
         weights, biases = tuple(m.weight for m in parts), tuple(m.bias for m in parts)
         return cls(weights, biases, out.weight, out.bias, heads)
@@ -125,15 +125,15 @@ class Maps:
         """Width of one head; 0 without heads."""
         return self.weights[0].shape[0] // (self.heads or 1)
 
-    def cut(self, positions: Sequence[int]) -> Maps:
+    def cut(self, positions: Sequence[int]) -> Projections:
         """Return the heads at ``positions``."""
         rows = head_index(positions, self.head_dim).to(self.columns.device)
         weights = tuple(w[rows] for w in self.weights)
         biases = tuple(None if b is None else b[rows] for b in self.biases)
-        return Maps(weights, biases, self.columns[:, rows], self.out_bias, len(positions))
+        return Projections(weights, biases, self.columns[:, rows], self.out_bias, len(positions))
 
 
-def maps_of(mha: nn.Module, heads: int) -> Maps:
+def projections_of(mha: nn.Module, heads: int) -> Projections:
     """The linear maps of an attention of ``heads`` heads.
 
     Raises:
@@ -145,7 +145,7 @@ def maps_of(mha: nn.Module, heads: int) -> Maps:
     inner = out.weight.shape[1]
     rows = [inner] * 3
     biases = (None, None, None) if bias is None else torch.split(bias, rows)
-    return Maps(torch.split(weight, rows), biases, out.weight, out.bias, heads)
+    return Projections(torch.split(weight, rows), biases, out.weight, out.bias, heads)
 
 
 def _in_projection(mha: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,8 @@
-"""Values out of untrusted JSON, checked one by one; a message names the field and the remedy."""
+"""Checks of values from untrusted JSON; each message names the field and the remedy.
+
+Each function returns its first argument ``value`` if it is valid. ``where`` is the location of the
+value, for messages.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +21,26 @@ __all__ = [
     "array",
     "boolean",
     "choice",
-    "free",
+    "integer",
+    "json_value",
     "number",
     "parse",
     "record",
     "text",
-    "whole",
 ]
 
-# Layer and tensor names: what nn.Module names can be, and never a path.
+# Names of layers and tensors, as in nn.Module. They cannot contain a path separator.
 DOTTED = r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"
-# One file beside config.json: no separator, no leading dot.
+# Name of a file in the directory of config.json: no path separator, no leading dot.
 FILE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 SHA256 = r"[0-9a-f]{64}"
 
-# Whatever could be meant by more lies beyond what a tensor can hold.
+# Largest int64; no size of a tensor or file can exceed it.
 _LARGEST = 2**63 - 1
 
 
 def _shown(value: Any) -> str:
+    """Return ``value`` for a message, shortened to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
@@ -48,19 +53,19 @@ def _wrong(where: str, value: Any, expected: str) -> CheckpointError:
 
 
 def parse(document: str | bytes, source: str) -> Any:
-    """JSON without duplicate keys, NaN, infinities, or an encoding other than UTF-8.
+    """Parse JSON; duplicate keys, NaN, infinities and encodings other than UTF-8 are refused.
 
     Raises:
-        CheckpointError: It is not that; the message names ``source`` and the position.
+        CheckpointError: The document is invalid; the message names ``source`` and the position.
     """
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            names = [name for name, _ in items]
+    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        unique = dict(entries)
+        if len(unique) < len(entries):
+            names = [name for name, _ in entries]
             double = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"the key {_shown(double)} occurs twice in one object")
-        return found
+        return unique
 
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON number")
@@ -78,10 +83,10 @@ def parse(document: str | bytes, source: str) -> Any:
 def record(
     value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A JSON object that has every required key and none that this version does not know.
+    """Check that a value is a JSON object with all required keys and no unknown ones.
 
     Raises:
-        CheckpointError: It has not.
+        CheckpointError: It is not an object, lacks a required key, or has an unknown one.
     """
     if not isinstance(value, dict):
         raise _wrong(where, value, "an object")
@@ -96,17 +101,17 @@ def record(
         known = ", ".join((*required, *optional))
         raise CheckpointError(
             f"{where} has the unknown field {', '.join(map(_shown, unknown))}; this format version "
-            f"knows {known}. What a reader may ignore belongs in provenance; if a newer ovsprune "
-            "wrote the file, read it with that one"
+            f"knows {known}. Move additional information to provenance; if a newer ovsprune wrote "
+            "the file, read it with that version"
         )
     return value
 
 
 def text(value: Any, where: str, pattern: str | None = None, *, empty: bool = False) -> str:
-    """A string, without control characters, that matches ``pattern`` from end to end.
+    """Check that a value is a printable string that fully matches ``pattern``.
 
     Raises:
-        CheckpointError: It is not.
+        CheckpointError: It is not such a string, or has more than 4096 characters.
     """
     if not isinstance(value, str) or not (value or empty) or not value.isprintable():
         raise _wrong(where, value, "a string of printable characters")
@@ -118,7 +123,7 @@ def text(value: Any, where: str, pattern: str | None = None, *, empty: bool = Fa
 
 
 def choice(value: Any, where: str, known: Sequence[str]) -> str:
-    """One of the strings in ``known``.
+    """Check that a value is one of the strings in ``known``.
 
     Raises:
         CheckpointError: It is not.
@@ -128,8 +133,8 @@ def choice(value: Any, where: str, known: Sequence[str]) -> str:
     return value
 
 
-def whole(value: Any, where: str, least: int = 0) -> int:
-    """A whole number of at least ``least``.
+def integer(value: Any, where: str, least: int = 0) -> int:
+    """Check that a value is an integer of at least ``least`` and at most 2**63 - 1.
 
     Raises:
         CheckpointError: It is not.
@@ -140,7 +145,7 @@ def whole(value: Any, where: str, least: int = 0) -> int:
 
 
 def boolean(value: Any, where: str) -> bool:
-    """True or false.
+    """Check that a value is true or false.
 
     Raises:
         CheckpointError: It is neither.
@@ -151,7 +156,7 @@ def boolean(value: Any, where: str) -> bool:
 
 
 def array(value: Any, where: str, length: int | None = None) -> list[Any]:
-    """A JSON array, of ``length`` entries where that is given.
+    """Check that a value is a JSON array, with ``length`` entries unless that is None.
 
     Raises:
         CheckpointError: It is not.
@@ -163,7 +168,7 @@ def array(value: Any, where: str, length: int | None = None) -> list[Any]:
 
 
 def number(value: Any, where: str) -> float:
-    """A finite number.
+    """Check that a value is a finite number, and return it as a float.
 
     Raises:
         CheckpointError: It is not.
@@ -179,22 +184,22 @@ def number(value: Any, where: str) -> float:
     return as_float
 
 
-def free(value: Any, where: str) -> Any:
-    """Any JSON value: whatever its meaning, it is plain data.
+def json_value(value: Any, where: str) -> Any:
+    """Return a copy of a value that consists of plain JSON data; mappings become dicts.
 
     Raises:
-        CheckpointError: It cannot be written as JSON.
+        CheckpointError: The value cannot be written as JSON.
     """
     if value is None or isinstance(value, (bool, int)):
         return value
-    if isinstance(value, str):  # a file name can hold what UTF-8 cannot
+    if isinstance(value, str):  # File names can contain surrogates, which UTF-8 cannot encode.
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, float):
         return number(value, where)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise _wrong(where, value, "an object with strings as keys")
-        return {key: free(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: json_value(entry, f"{where}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [free(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [json_value(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
     raise _wrong(where, value, "plain JSON data")

@@ -34,7 +34,7 @@ def narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -> nn.M
             tower = build()
     with torch.device("cpu"):  # where the mask is, whatever the tower is built on
         for layer in spec.layers:
-            if layer.whole and layer.kept < layer.units:
+            if layer.is_whole_attention and layer.kept < layer.units:
                 heads = partial(slim_attention, kept_heads=mask[layer.name])
                 _replace(checkpoint, tower, layer.name, heads)
         for name, axes in layer_runs(spec, mask).items():

@@ -1,6 +1,7 @@
-"""What ``config.json`` of a slim checkpoint says, as frozen records.
+"""Content of a slim checkpoint's ``config.json``, as frozen records.
 
-The page ``docs/format.md`` and ``schema.json`` beside this file say the same to others.
+``docs/format.md`` describes the same format in words, ``schema.json`` in this directory as a JSON
+schema.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "relu", "relu6", "silu")
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """Indices of one layer that go with a unit.
+    """Indices of one layer that belong to the units of a group.
 
     Attributes:
         module: Dotted name of the layer in the tower.
         axis: ``"out"``: rows of the weight, entries of the bias and of a norm's statistics;
             ``"in"``: columns.
-        offset: Where unit 0 starts on that axis.
+        offset: First index of unit 0 on that axis.
     """
 
     module: str
@@ -60,17 +61,18 @@ class SliceSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One group of units, some of which were cut.
+    """Group of units, of which some may have been removed.
 
     Attributes:
         name: Unique name; for ``"heads"`` the dotted path of the attention module.
         kind: One of :data:`KINDS`.
-        block: Dotted path of the block that holds it.
-        units: Units in the base model.
-        kept: Units that are left; 0 where the layer is gone, and the consumer's bias stands for it.
-        unit_width: Channels that make up one unit (the head width, or 1).
-        slices: Unit u covers indices ``offset + u * unit_width`` and on, of each slice. A
-            ``"heads"`` layer without any is cut as a whole.
+        block: Dotted path of the block that contains the group.
+        units: Number of units in the base model.
+        kept: Number of units that were kept. With 0, the consumer outputs its bias.
+        unit_width: Number of channels per unit (the head width, or 1).
+        slices: In each slice, unit u has the ``unit_width`` indices from ``offset + u *
+            unit_width`` on. A ``"heads"`` group without slices is an attention module whose
+            projections are cut by head.
     """
 
     name: str
@@ -82,21 +84,21 @@ class LayerSpec:
     slices: tuple[SliceSpec, ...] = ()
 
     @property
-    def whole(self) -> bool:
-        """Whether this is an attention that is cut as a whole, and not slice by slice."""
+    def is_whole_attention(self) -> bool:
+        """True for an attention module that is cut by head, without listed slices."""
         return self.kind == "heads" and not self.slices
 
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """The dense model that was pruned.
+    """Dense model that was pruned.
 
     Attributes:
-        model: Its name, as open_clip writes it.
-        pretrained: Which weights, or None.
-        trained: False if they were random, which a transfer refuses.
+        model: Name of the model in open_clip's spelling.
+        pretrained: Tag or file name of the weights, or None.
+        trained: False if the weights were random; ``transfer`` refuses such a checkpoint.
         tensors: Canonical tensor name to the SHA-256 of its float32 little-endian bytes.
-        half: The same of the tensor rounded to float16, where that differs.
+        half: The same for the tensor rounded to float16, only for tensors that rounding changes.
     """
 
     model: str
@@ -108,7 +110,12 @@ class BaseSpec:
 
 @dataclass(frozen=True)
 class FileSpec:
-    """What a file of the checkpoint must be: its SHA-256 and its size in bytes."""
+    """Digest and size of a file of the checkpoint.
+
+    Attributes:
+        sha256: SHA-256 of its content, in hexadecimal.
+        bytes: Size in bytes.
+    """
 
     sha256: str
     bytes: int
@@ -116,22 +123,22 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class SlimSpec:
-    """All of ``config.json``.
+    """Content of ``config.json``.
 
     Attributes:
-        base: The dense model.
-        family: Who can build the tower, by our table's name.
-        library: The distribution that built it, a name and never something to import.
-        library_version: Its version then.
-        architecture: The family's own numbers (plain JSON).
+        base: Dense model that was pruned.
+        family: Name of the backbone family, which selects the builder of the tower.
+        library: Distribution that built the tower; for messages only, it is never imported.
+        library_version: Version of that distribution.
+        architecture: Parameters of the architecture, specific to the family (plain JSON).
         activation: One of :data:`ACTIVATIONS`.
-        preprocess: How pictures become input.
-        layers: Every group that could be cut, in the order of the blocks.
-        protected: Patterns of the groups that were kept whole.
+        preprocess: Conversion of images to the tower's input.
+        layers: All groups that could be cut, in the order of the blocks.
+        protected: Patterns of the groups that were excluded from pruning.
         dense: Costs of the base tower at its native resolution.
         slim: Costs of the slim tower.
-        files: File name to digest and size; filled in on writing.
-        provenance: How it was made (plain JSON); a reader may ignore it.
+        files: File name to digest and size; set by :func:`ovsprune.slim.write.write`.
+        provenance: Record of how the checkpoint was made (plain JSON); a reader may ignore it.
     """
 
     base: BaseSpec
@@ -150,14 +157,14 @@ class SlimSpec:
 
     @property
     def ratio(self) -> float:
-        """Share of the tower's MACs that was removed, in [0, 1)."""
+        """Fraction of the tower's MACs that was removed, in [0, 1)."""
         return 1.0 - self.slim.macs / self.dense.macs
 
     def layer(self, name: str) -> LayerSpec:
-        """The layer called ``name``.
+        """Return the group called ``name``.
 
         Raises:
-            KeyError: There is none.
+            KeyError: There is no such group.
         """
         for layer in self.layers:
             if layer.name == name:
@@ -166,7 +173,7 @@ class SlimSpec:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of ``config.json`` (draft 2020-12)."""
-    found = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
-    assert isinstance(found, dict)
-    return found
+    """Return the JSON schema of ``config.json`` (draft 2020-12)."""
+    document = json.loads(Path(__file__).with_name("schema.json").read_text(encoding="utf-8"))
+    assert isinstance(document, dict)
+    return document

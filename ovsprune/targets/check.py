@@ -98,7 +98,7 @@ def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) ->
     """
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
-        if not layer.whole or path is None or layer.kept == layer.units:
+        if not layer.is_whole_attention or path is None or layer.kept == layer.units:
             continue
         module = model.get_submodule(path)
         if hasattr(module, "kept_heads"):

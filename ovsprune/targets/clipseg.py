@@ -87,7 +87,7 @@ def _heads_by_width(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
         mine = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
-        if not layer.whole or path is None or not mine:
+        if not layer.is_whole_attention or path is None or not mine:
             continue
         attention = model.get_submodule(path)
         tried = copy.copy(attention)

@@ -73,7 +73,7 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
         for module in (part.module for part in layer.slices):
             if not module.startswith(f"{layer.block}."):  # it changes the stream between blocks
                 raise _needed(module)
-        if layer.whole:
+        if layer.is_whole_attention:
             cuts += _head_cuts(layer, checkpoint.mask[layer.name], layout)
     for module, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
         index = {
@@ -165,7 +165,7 @@ def dense_shapes(checkpoint: SlimCheckpoint) -> Mapping[str, tuple[int, ...]]:
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tower().items()}
     for layer in checkpoint.spec.layers:
         gone = (layer.units - layer.kept) * layer.unit_width
-        if layer.whole:
+        if layer.is_whole_attention:
             for part, axis, times in (
                 ("in_proj_weight", 0, 3),
                 ("in_proj_bias", 0, 3),

@@ -83,7 +83,10 @@ def test_blocks_and_what_they_offer() -> None:
     assert [s.block for s in seeds.values() if s.kind == "mlp"] == offered
     assert [name for name, s in seeds.items() if s.kind == "heads"] == [FIRST, LAST]
     assert [name for name, s in seeds.items() if s.protected] == [LAST]
-    assert (seeds[FIRST].unit_width, seeds[FIRST].along[0].rows.tolist()) == (32, [[0], [1], [2]])
+    assert (seeds[FIRST].unit_width, seeds[FIRST].extra_slices[0].rows.tolist()) == (
+        32,
+        [[0], [1], [2]],
+    )
 
 
 @torch.no_grad()

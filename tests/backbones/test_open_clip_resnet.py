@@ -24,7 +24,7 @@ from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import DenseModel, Plan, Preprocess, Scores
 from ovsprune.graph.costs import count_costs
-from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.graph.cut import cut, mask, removed_units
 from tests.contracts.conftest import RESNET, open_clip_resnet, prepared
 
 FAMILY = FAMILIES.get("open_clip-resnet")
@@ -216,5 +216,5 @@ def test_names_with_two_blocks_a_stage(name: str) -> None:
     group = case.groups[-1]
     with torch.no_grad():  # The control: one unit more is masked.
         mask(masked, [group], Plan({group.name: plan.kept[group.name][1:]}))
-        assert removed(group, plan).numel()
+        assert removed_units(group, plan).numel()
         assert (found - case.outputs(masked, picture)).abs().max() / wanted.std() > 1e-4

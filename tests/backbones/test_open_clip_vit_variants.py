@@ -21,7 +21,7 @@ from ovsprune.backbones.open_clip_vit import assemble
 from ovsprune.core.errors import CheckpointError, WeightsError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Preprocess
-from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.jobs.prune import prune
 from ovsprune.recovery import RECOVERIES
 from ovsprune.slim.pooling import each_alone
@@ -127,7 +127,7 @@ def test_cut_equals_masked(case: Case, share: float) -> None:
         assert error(two, one) < 1e-4
     # and it can fail: another unit of the first block's MLP
     group = case.groups[1]
-    plan.kept[group.name][0] = removed(group, plan)[0]  # type: ignore[index]
+    plan.kept[group.name][0] = removed_units(group, plan)[0]  # type: ignore[index]
     other = deepcopy(case.dense)
     mask(other, case.groups, plan)
     for one, two in zip(
@@ -304,7 +304,7 @@ def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> N
     assert not backbone.has_text
     (note,) = backbone.notes
     assert "text tower of roberta-ViT-B-32 (x/xlm) lives on a hub" in note
-    with pytest.raises(WeightsError, match="no text tower here"):
+    with pytest.raises(WeightsError, match="loaded without a text tower"):
         backbone.encode_text(["a cat"])
     prune(backbone, 0.4, output=tmp_path / "slim", allocation="uniform", **QUICK)
     again = backbones.load_backbone(str(tmp_path / "slim"))

@@ -224,7 +224,7 @@ def test_heads_are_cut_by_slices(tmp_path: Path) -> None:
     folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
     done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
     layer = done.spec.layer("encoder.layer.0.attention")
-    assert not layer.whole
+    assert not layer.is_whole_attention
     assert [s.module.rpartition(".")[2] for s in layer.slices if s.axis == "in"] == ["o_proj"]
     tensors = ovsprune.read(tmp_path / "slim").tower()
     assert tensors["encoder.layer.0.attention.q_proj.weight"].shape == (8 * layer.kept, 32)

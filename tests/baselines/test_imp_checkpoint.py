@@ -95,18 +95,28 @@ def test_a_larger_ratio_goes_on_from_a_smaller_one(
         imp(small, 0.2, imp_rounds=file, **QUICK)
 
 
-@pytest.mark.parametrize("job", [imp, units])
+@pytest.fixture(scope="module", params=[imp, units])
+def untrained(
+    request: pytest.FixtureRequest, small: Backbone, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path]:
+    """A job and its file of rounds without training steps. Tests must not change the file."""
+    job: Any = request.param
+    file = tmp_path_factory.mktemp("imp") / "rounds.safetensors"
+    job(small, RATIO, imp_rounds=str(file), **{**QUICK, "imp_steps": 0})
+    return job, file
+
+
 @pytest.mark.parametrize(
     ("change", "said"), [({"seed": 1}, "seed"), ({"imp_lr": 1e-4}, "imp_lr"), ({"samples": 5}, "")]
 )
 def test_another_training_is_refused(
-    small: Backbone, tmp_path: Path, job: Any, change: dict[str, Any], said: str
+    small: Backbone, untrained: tuple[Any, Path], change: dict[str, Any], said: str
 ) -> None:
-    file = str(tmp_path / "rounds.safetensors")
-    options = {**QUICK, "imp_steps": 0}
-    job(small, RATIO, imp_rounds=file, **options)
+    job, file = untrained
+    content = file.read_bytes()
     with pytest.raises(DataError, match=f"trained on something else: .*{said}"):
-        job(small, RATIO, imp_rounds=file, **{**options, **change})
+        job(small, RATIO, imp_rounds=str(file), **{**QUICK, "imp_steps": 0, **change})
+    assert file.read_bytes() == content
 
 
 def test_units_go_on_to_the_same_budget_only(small: Backbone, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_broken_files_are_skipped_and_listed(tmp_path: Path) -> None:
     assert len(skipped) == 2
     assert any("broken.jpg" in note for note in skipped)
     assert any("half.png" in note for note in skipped)
-    assert any("2 calibration pictures, not 10" in note for note in progress.notes)
+    assert any("2 calibration images instead of 10" in note for note in progress.notes)
 
 
 @pytest.mark.parametrize(
@@ -94,23 +94,23 @@ def test_unseen_made_pictures_are_others_too() -> None:
 
 def test_a_folder_of_broken_pictures_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no")
-    with pytest.raises(DataError, match=r"no picture that can be read .1 picture files, 1 of them"):
+    with pytest.raises(DataError, match=r"no image can be read .1 image files, 1 of them"):
         open_pictures(str(tmp_path), PREPROCESS, 4, 2, 0)
 
 
 def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no picture that can be read .0 picture files"):
+    with pytest.raises(DataError, match=r"no image can be read .0 image files"):
         open_pictures(str(tmp_path), PREPROCESS, 4, 2, 0)
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere is not a folder; --calibration takes one"):
+    with pytest.raises(DataError, match="nowhere is not a folder; --calibration takes a folder"):
         open_pictures(str(tmp_path / "nowhere"), PREPROCESS, 4, 2, 0)
 
 
 def test_one_picture_is_too_few(tmp_path: Path) -> None:
     picture(tmp_path / "only.png", 0)
-    with pytest.raises(DataError, match="only one picture can be read; give at least 2"):
+    with pytest.raises(DataError, match="only one image can be read; give at least 2"):
         open_pictures(str(tmp_path), PREPROCESS, 4, 2, 0)
 
 

@@ -31,7 +31,7 @@ def place(tmp_path, monkeypatch, small_clip):
     load = backbones.load_backbone
     monkeypatch.setattr(
         backbones,
-        "load",
+        "load_backbone",
         lambda name, **rest: small_clip if name == "small" else load(name, **rest),
     )
     return tmp_path
@@ -136,12 +136,10 @@ def test_prune_into_an_output_that_exists(place):
 def test_prune_with_a_folder_of_broken_pictures(place):
     pictures = place / "pictures"
     pictures.mkdir()
-    assert "no picture that can be read (0 picture files" in refused(
-        *PRUNE, "--calibration", pictures
-    )
+    assert "no image can be read (0 image files" in refused(*PRUNE, "--calibration", pictures)
     for name in ("a.jpg", "b.png"):
         (pictures / name).write_bytes(b"no picture")
-    assert "no picture that can be read (2 picture files, 2 of them broken)" in refused(
+    assert "no image can be read (2 image files, 2 of them damaged)" in refused(
         *PRUNE, "--calibration", pictures
     )
     assert not (place / "slim").exists()

@@ -13,7 +13,7 @@ from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import AllocationContext, Budget
 from ovsprune.core.records import Scores
 from ovsprune.graph.costs import count_costs
-from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.spectrum import group_alphas
 from tests.contracts.conftest import REPRESENTATIVES, Case
 
@@ -56,7 +56,7 @@ def test_the_equivalence_can_fail(case: Case) -> None:
     group = case.groups[-1]
     other = case.random_plan(0)
     swapped = plan.kept[group.name].clone()
-    swapped[0] = removed(group, plan)[0]
+    swapped[0] = removed_units(group, plan)[0]
     other.kept[group.name] = swapped.sort().values  # type: ignore[index]
     slim, masked = deepcopy(case.dense), deepcopy(case.dense)
     cut(slim, case.groups, plan)

@@ -30,7 +30,7 @@ def context(name: str, **changed: object) -> ScheduleContext:
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_moments_begin_at_0_and_rise_below_the_end(name: str) -> None:
     for total, every in ((1, 1), (100, 7), (5, 50)):
-        moments = list(POLICIES.get(name).moments(total, every))
+        moments = list(POLICIES.get(name).decision_steps(total, every))
         assert moments[0] == 0 and moments == sorted(set(moments)) and moments[-1] < total
 
 

@@ -1,4 +1,4 @@
-"""Registries: one way to add a plug-in, and what happens when it goes wrong."""
+"""Registries: registration of plug-ins, look-up, and errors."""
 
 from __future__ import annotations
 

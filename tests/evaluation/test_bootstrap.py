@@ -43,7 +43,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(DataError, match="one matrix a picture"):
+    with pytest.raises(DataError, match="one matrix per image"):
         bootstrap_miou(torch.zeros(3, 3))
     with pytest.raises(DataError, match="outside"):
         bootstrap_miou(torch.ones(1, 2, 2), level=1.0)

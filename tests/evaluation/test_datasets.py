@@ -111,17 +111,17 @@ def break_folder(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("no images", "no folder images/"),
-        ("empty", "no pictures in .*images"),
+        ("empty", "no images in .*images"),
         ("no classes", "has no classes.json"),
-        ("not json", "classes.json is not of the form"),
+        ("not json", "classes.json does not have the form"),
         ("no class names", "classes.json names no class"),
-        ("bad ids", "classes.json is not of the form"),
+        ("bad ids", "classes.json does not have the form"),
         ("stray alias", "aliases for horse"),
         ("no label", "a.png has no label map: expected .*labels.a.png"),
         ("broken image", r"images.a\.png cannot be read"),
         ("rgb label", r"labels.a\.png is not a map of class ids"),
         ("size", r"labels.a\.png is 5x4, but .*a\.png is 6x4"),
-        ("unknown id", r"labels.a\.png holds the class id 200"),
+        ("unknown id", r"labels.a\.png contains the class id 200"),
         ("two stems", "the same stem"),
     ],
 )
@@ -135,8 +135,8 @@ def test_errors_name_the_file(folder: Path, how: str, message: str) -> None:
     ("how", "message"),
     [
         ("none", "list file .*list.txt does not exist"),
-        ("unlisted", "lists 'c', but there is no such picture"),
-        ("empty list", "names no picture"),
+        ("unlisted", "lists 'c', but there is no such image"),
+        ("empty list", "names no image"),
     ],
 )
 def test_list_errors(folder: Path, how: str, message: str) -> None:

@@ -46,9 +46,9 @@ def test_errors() -> None:
     confusion = ConfusionMatrix(2)
     with pytest.raises(DataError, match="upsample the prediction"):
         confusion.update(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
-    with pytest.raises(DataError, match="label holds class indices from 0 to 2"):
+    with pytest.raises(DataError, match="label contains class indices from 0 to 2"):
         confusion.update(torch.tensor([0, 1]), torch.tensor([0, 2]))
-    with pytest.raises(DataError, match="prediction holds"):
+    with pytest.raises(DataError, match="prediction contains"):
         confusion.update(torch.tensor([5, 1]), torch.tensor([0, 1]))
     with pytest.raises(DataError, match="no pixel of a scored class"):
         confusion.scores(["a", "b"])

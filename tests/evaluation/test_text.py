@@ -72,5 +72,5 @@ def test_encoding_averages_unit_vectors_over_the_templates() -> None:
 def test_encoding_errors() -> None:
     with pytest.raises(DataError, match="no class names"):
         encode_names([], lambda t: t, fake_tokenize)
-    with pytest.raises(DataError, match="template 'a photo' must hold"):
+    with pytest.raises(DataError, match="template 'a photo' must contain"):
         encode_names(["cow"], lambda t: t, fake_tokenize, ("a photo",))

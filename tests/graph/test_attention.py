@@ -1,4 +1,4 @@
-"""Separate attention equals the module that it replaces."""
+"""Attention with separate projections equals the module that it replaces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovsprune.slim.calls import X_MASK
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_it_equals_torchs_attention(batch_first: bool, bias: bool) -> None:
+def test_outputs_equal_those_of_torchs_attention(batch_first: bool, bias: bool) -> None:
     torch.manual_seed(0)
     dense = nn.MultiheadAttention(48, 3, bias=bias, batch_first=batch_first).eval()
     if bias:
@@ -22,12 +22,12 @@ def test_it_equals_torchs_attention(batch_first: bool, bias: bool) -> None:
     x = torch.randn(4, 9, 48)
     mask = torch.randn(9, 9) if batch_first else torch.randn(4, 4)
     separate = SeparateAttention(dense)
-    for given in (None, mask):
-        expected = dense(x, x, x, need_weights=False, attn_mask=given)[0]
-        torch.testing.assert_close(separate(x, x, x, attn_mask=given)[0], expected)
+    for attn_mask in (None, mask):
+        expected = dense(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
+        torch.testing.assert_close(separate(x, x, x, attn_mask=attn_mask)[0], expected)
 
 
-def test_the_dense_module_keeps_its_weights() -> None:
+def test_the_weights_are_copies() -> None:
     dense = nn.MultiheadAttention(16, 2)
     before = dense.in_proj_weight.clone()
     with torch.no_grad():
@@ -42,8 +42,8 @@ def test_other_forms_are_refused(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_slim_attention_and_back(batch_first: bool) -> None:
-    """Heads are cut twice; which ones they were in the dense module is never lost."""
+def test_slim_attention_can_be_rewritten_and_cut_again(batch_first: bool) -> None:
+    """After a second cut, ``kept_heads`` still refers to the heads of the dense module."""
     torch.manual_seed(0)
     dense = nn.MultiheadAttention(48, 4, batch_first=batch_first).eval()
     nn.init.normal_(dense.in_proj_bias)
@@ -66,7 +66,7 @@ def test_slim_attention_and_back(batch_first: bool) -> None:
     assert less.batch_first is batch_first
 
 
-def test_slim_attention_of_another_call_is_refused() -> None:
+def test_slim_attention_that_returns_no_tuple_is_refused() -> None:
     slim = SlimAttention(16, 2, [1], call=X_MASK)
     with pytest.raises(ValueError, match="returns no tuple"):
         SeparateAttention(slim)

@@ -1,4 +1,4 @@
-"""Costs: what is counted, and that counting costs nothing."""
+"""MACs and parameters: exact counts, and no side effects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ovsprune.core.records import Costs
 from ovsprune.graph.costs import count_costs, macs, on_meta
 
 
-def test_vit_b_16_costs_what_it_costs() -> None:
+def test_costs_of_vit_b_16() -> None:
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
         tower = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16")).visual
@@ -19,11 +19,11 @@ def test_vit_b_16_costs_what_it_costs() -> None:
     assert costs.macs == pytest.approx(17.563e9, rel=1e-3)
 
 
-def test_a_linear_layer_by_hand() -> None:
+def test_macs_of_a_linear_layer() -> None:
     assert macs(nn.Linear(5, 7), torch.zeros(3, 5)) == 3 * 5 * 7
 
 
-def test_attention_is_counted_in_evaluation_mode_too() -> None:
+def test_attention_is_counted_in_training_and_evaluation_mode() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     x = torch.zeros(2, 10, 32)
     by_hand = 2 * (10 * (4 * 32 * 32 + 2 * 32 * 64) + 2 * 10 * 10 * 32)
@@ -31,13 +31,13 @@ def test_attention_is_counted_in_evaluation_mode_too() -> None:
     assert macs(layer.eval(), x) == by_hand
 
 
-def test_the_fast_path_is_left_as_it_was() -> None:
+def test_the_fast_path_flag_is_restored() -> None:
     before = torch.backends.mha.get_fastpath_enabled()
     macs(nn.Linear(2, 2), torch.zeros(1, 2))
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-def test_counting_touches_no_weight() -> None:
+def test_counting_leaves_the_weights_unchanged() -> None:
     tower = nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.BatchNorm2d(4))
     before = {k: v.clone() for k, v in tower.state_dict().items()}
     assert count_costs(tower, (8, 8)) == Costs(16 * 3 * 4 * 4, 3 * 4 * 4 + 4 + 8)

@@ -1,4 +1,4 @@
-"""Groups: what the graph finds, and what it must refuse."""
+"""Groups: slices found by the dependency graph, costs, and refused layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Plan
-from ovsprune.graph.cut import cut, mask, removed
+from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.graph.groups import find_groups
 
 
@@ -30,7 +30,7 @@ class Convolutions(nn.Module):
         return out if self.fork is None else out + self.fork(x)
 
 
-def test_a_norm_between_goes_along() -> None:
+def test_a_norm_between_is_cut_with_the_units() -> None:
     tower = Convolutions(forked=False).eval()
     with torch.no_grad():
         for value in (tower.norm.running_mean, tower.norm.weight, tower.norm.bias):
@@ -47,11 +47,11 @@ def test_a_norm_between_goes_along() -> None:
     assert group.macs == 256 * 9 * (3 + 6)
     assert group.params == 9 * 3 + 1 + 2 + 9 * 6
     plan = Plan({"g": torch.tensor([0, 3, 5])})
-    assert removed(group, plan).tolist() == [1, 2, 4, 6, 7]
+    assert removed_units(group, plan).tolist() == [1, 2, 4, 6, 7]
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         masked = nn.functional.relu(tower.norm(tower.first(x)))
-        masked[:, removed(group, plan)] = 0
+        masked[:, removed_units(group, plan)] = 0
         expected = tower.second(masked)
         cut(tower, [group], plan)
         torch.testing.assert_close(tower(x), expected, atol=1e-5, rtol=1e-5)
@@ -59,15 +59,15 @@ def test_a_norm_between_goes_along() -> None:
 
 
 def test_units_with_two_readers_are_refused() -> None:
-    seed = PrunableLayer("g", "channels", "first", 1, "", None)
-    with pytest.raises(ValueError, match="not by one layer"):
-        find_groups(Convolutions(forked=True).eval(), [seed], (16, 16))
+    layer = PrunableLayer("g", "channels", "first", 1, "", None)
+    with pytest.raises(ValueError, match="expected exactly one layer"):
+        find_groups(Convolutions(forked=True).eval(), [layer], (16, 16))
 
 
-def test_a_seed_names_the_consumer_of_units_with_two_readers() -> None:
+def test_the_consumer_of_units_with_two_readers_is_named() -> None:
     tower = Convolutions(forked=True).eval().requires_grad_(False)
-    seed = PrunableLayer("g", "channels", "first", 1, "", None, consumer="second")
-    (group,) = find_groups(tower, [seed], (16, 16))
+    layer = PrunableLayer("g", "channels", "first", 1, "", None, consumer="second")
+    (group,) = find_groups(tower, [layer], (16, 16))
     assert group.consumer == "second" and group.gating_layers == ()
     assert {s.module for s in group.readers} == {"second", "fork"}
     plan, x = Plan({"g": torch.tensor([0, 3, 5])}), torch.randn(2, 3, 16, 16)
@@ -79,18 +79,18 @@ def test_a_seed_names_the_consumer_of_units_with_two_readers() -> None:
 
 
 def test_a_named_consumer_must_read_the_units() -> None:
-    seed = PrunableLayer("g", "channels", "first", 1, "", None, consumer="norm")
-    with pytest.raises(ValueError, match=r"read by \['second'\], not by norm"):
-        find_groups(Convolutions(forked=False).eval(), [seed], (16, 16))
+    layer = PrunableLayer("g", "channels", "first", 1, "", None, consumer="norm")
+    with pytest.raises(ValueError, match=r"read by \['second'\], expected norm"):
+        find_groups(Convolutions(forked=False).eval(), [layer], (16, 16))
 
 
-def test_units_of_a_width_that_does_not_divide_are_refused() -> None:
-    seed = PrunableLayer("g", "channels", "first", 3, "", None)
-    with pytest.raises(ValueError, match="8 channels are no multiple of 3"):
-        find_groups(Convolutions(forked=False).eval(), [seed], (16, 16))
+def test_a_unit_width_that_does_not_divide_the_channels_is_refused() -> None:
+    layer = PrunableLayer("g", "channels", "first", 3, "", None)
+    with pytest.raises(ValueError, match="has 8 channels, expected a multiple of unit_width = 3"):
+        find_groups(Convolutions(forked=False).eval(), [layer], (16, 16))
 
 
-def test_nothing_offered_nothing_found() -> None:
+def test_no_prunable_layers_give_no_groups() -> None:
     assert find_groups(Convolutions(forked=False), [], (16, 16)) == []
 
 
@@ -108,7 +108,7 @@ class Separable(nn.Module):
         return out
 
 
-def test_a_depthwise_convolution_goes_along() -> None:
+def test_a_depthwise_convolution_is_cut_with_the_units() -> None:
     tower = Separable(groups=8).eval().requires_grad_(False)
     for norm in (tower.norm, tower.after):
         norm.running_mean.uniform_(0.5, 1)
@@ -133,7 +133,7 @@ def test_a_depthwise_convolution_goes_along() -> None:
     assert (tower.middle.in_channels, tower.middle.out_channels, tower.middle.groups) == (3,) * 3
 
 
-def test_a_tower_that_needs_gradients_still_does() -> None:
+def test_requires_grad_flags_are_restored() -> None:
     tower = Separable(groups=8).eval()
     tower.expand.requires_grad_(False)
     find_groups(tower, [PrunableLayer("g", "channels", "expand", 1, "", None)], (16, 16))
@@ -141,13 +141,15 @@ def test_a_tower_that_needs_gradients_still_does() -> None:
 
 
 def test_groups_of_several_channels_are_refused() -> None:
-    seed = PrunableLayer("g", "channels", "expand", 1, "", None)
-    with pytest.raises(ValueError, match="expand: its units go through middle, whose groups"):
-        find_groups(Separable(groups=2).eval(), [seed], (16, 16))
+    layer = PrunableLayer("g", "channels", "expand", 1, "", None)
+    with pytest.raises(
+        ValueError, match="units of expand pass through middle, a convolution whose groups"
+    ):
+        find_groups(Separable(groups=2).eval(), [layer], (16, 16))
 
 
-def test_equal_layers_at_other_resolutions_cost_what_they_cost() -> None:
+def test_equal_layers_at_different_resolutions_have_different_costs() -> None:
     tower = nn.Sequential(Separable(8), Separable(8, stride=2), Separable(8)).eval()
-    seeds = [PrunableLayer(f"{i}", "channels", f"{i}.expand", 1, "", None) for i in range(3)]
-    costs = [group.macs for group in find_groups(tower, seeds, (16, 16))]
+    layers = [PrunableLayer(f"{i}", "channels", f"{i}.expand", 1, "", None) for i in range(3)]
+    costs = [group.macs for group in find_groups(tower, layers, (16, 16))]
     assert costs == [256 * 15, 256 * 3 + 64 * 12, 64 * 15]

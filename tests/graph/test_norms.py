@@ -1,4 +1,4 @@
-"""Norms folded into the layer before them, and taken out again."""
+"""Norms folded into the layer before them, and unfolded again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from ovsprune.core.records import Group, Plan, Slice
 from ovsprune.graph.cut import cut
-from ovsprune.graph.norms import fold, unfold
+from ovsprune.graph.norms import fold_norm, unfold_norm
 
 
 def pair(bias: bool = False) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -25,25 +25,25 @@ def pair(bias: bool = False) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_folded_is_the_same(bias: bool) -> None:
+def test_the_folded_layer_equals_layer_and_norm(bias: bool) -> None:
     layer, norm = (module.double() for module in pair(bias))
     images = torch.randn(2, 6, 7, 7, dtype=torch.float64)
-    folded, place = fold(layer, norm)
+    folded, place = fold_norm(layer, norm)
     torch.testing.assert_close(place(folded(images)), norm(layer(images)), atol=1e-12, rtol=1e-12)
     assert folded.bias is not None and not folded.weight.requires_grad
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("columns", [None, torch.tensor([0, 2, 5])])
-def test_what_was_not_changed_comes_back_bit_for_bit(
+def test_unchanged_entries_are_restored_bit_for_bit(
     bias: bool, columns: torch.Tensor | None
 ) -> None:
     layer, norm = pair(bias)
-    folded, place = fold(layer, norm)
+    folded, place = fold_norm(layer, norm)
     if columns is not None:
         folded.weight = nn.Parameter(folded.weight[:, columns].clone(), requires_grad=False)
         folded.in_channels = len(columns)
-    again, after = unfold(folded, deepcopy(place), columns)
+    again, after = unfold_norm(folded, deepcopy(place), columns)
     wanted = layer.weight if columns is None else layer.weight[:, columns]
     assert torch.equal(again.weight, wanted)
     assert (again.bias is None) == (layer.bias is None)
@@ -51,9 +51,9 @@ def test_what_was_not_changed_comes_back_bit_for_bit(
     assert all(torch.equal(v, norm.state_dict()[k]) for k, v in after.state_dict().items())
 
 
-def test_rows_go_with_the_entries_of_the_norm() -> None:
+def test_cut_rows_are_cut_in_the_norm_too() -> None:
     layer, norm = pair(bias=True)
-    folded, place = fold(layer, norm)
+    folded, place = fold_norm(layer, norm)
     tower = nn.ModuleDict({"layer": folded, "norm": place})
     columns, rows = torch.tensor([0, 2, 5]), torch.tensor([1, 2, 4])
     groups = [
@@ -63,7 +63,7 @@ def test_rows_go_with_the_entries_of_the_norm() -> None:
     cut(tower, groups, Plan({"a": columns, "b": rows}))
     images = torch.randn(2, 3, 7, 7)
     wanted = tower["norm"](tower["layer"](images))
-    again, after = unfold(tower["layer"], place, columns, rows)
+    again, after = unfold_norm(tower["layer"], place, columns, rows)
     torch.testing.assert_close(after(again(images)), wanted, atol=1e-5, rtol=1e-5)
     assert torch.equal(again.weight, layer.weight[rows][:, columns])
     assert torch.equal(again.bias, layer.bias[rows])
@@ -78,25 +78,25 @@ def group(name: str, units: int, slices: tuple[Slice, ...]) -> Group:
     return Group(name, "channels", units, slices, "layer", "block")
 
 
-def test_a_folded_norm_counts_as_much_as_it_did() -> None:
+def test_folding_keeps_the_number_of_parameters() -> None:
     layer, norm = pair()
     before = [p.numel() for module in (layer, norm) for p in module.parameters()]
-    folded, place = fold(layer, norm)
+    folded, place = fold_norm(layer, norm)
     own = [p.numel() for p in place.parameters(recurse=False)]
     assert sum(own) + sum(p.numel() for p in folded.parameters()) == sum(before)
-    # What it gives may be written into.
+    # The output is a copy, so it may be modified in place.
     images = torch.randn(1, 5, 4, 4)
     assert place(images) is not images and torch.equal(place(images), images)
 
 
-def test_changes_go_to_the_weight_and_to_the_shift() -> None:
+def test_changes_go_to_the_weight_and_to_beta() -> None:
     layer, norm = pair()
-    folded, place = fold(layer, norm)
+    folded, place = fold_norm(layer, norm)
     folded.weight[1, 2] += 0.5
     folded.bias[3] += 0.25
     images = torch.randn(2, 6, 7, 7)
     wanted = folded(images)
-    again, after = unfold(folded, place)
+    again, after = unfold_norm(folded, place)
     torch.testing.assert_close(after(again(images)), wanted, atol=1e-5, rtol=1e-5)
     for name in ("weight", "running_mean", "running_var"):
         assert torch.equal(getattr(after, name), getattr(norm, name))
@@ -108,14 +108,14 @@ def test_changes_go_to_the_weight_and_to_the_shift() -> None:
     assert torch.equal(place.bias, norm.bias) and torch.equal(place.weight, norm.weight)
 
 
-def test_a_norm_that_multiplies_by_nothing_is_opened_for_a_change() -> None:
+def test_a_scale_of_zero_is_reset_when_its_row_changes() -> None:
     layer, norm = pair()
     norm.weight[[0, 4]] = 0.0
-    folded, place = fold(layer, norm)
+    folded, place = fold_norm(layer, norm)
     folded.weight[4, 1] += 0.5
     folded.bias[4] -= 1.0
     images = torch.randn(2, 6, 7, 7)
     wanted = folded(images)
-    again, after = unfold(folded, place)
+    again, after = unfold_norm(folded, place)
     torch.testing.assert_close(after(again(images)), wanted, atol=1e-5, rtol=1e-5)
     assert after.weight[0] == 0 and torch.equal(again.weight[0], layer.weight[0])

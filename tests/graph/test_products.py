@@ -1,4 +1,4 @@
-"""Which weights multiply, in which order, and how often."""
+"""Weights that multiply activations: order of use and MACs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ovsprune.graph.products import find_products
 
 
 class Odd(nn.Module):
-    """Made in another order than used; a position, a norm, and a layer that is never used."""
+    """Layers registered out of order, with a position, a norm, and an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class Odd(nn.Module):
         return torch.relu(self.last(self.last.weight.new_ones(1) * stream)) @ self.proj
 
 
-def test_in_the_order_of_use_with_what_they_cost() -> None:
-    found = find_products(Odd(), (8, 8))
-    assert [(p.name, p.shape, p.macs) for p in found] == [
+def test_weights_are_listed_in_the_order_of_use_with_their_macs() -> None:
+    products = find_products(Odd(), (8, 8))
+    assert [(p.name, p.shape, p.macs) for p in products] == [
         ("first.weight", (4, 3, 2, 2), 16 * 4 * 12),
         ("grouped.weight", (4, 1, 3, 3), 16 * 4 * 9),
         ("last.weight", (2, 4), 16 * 8),

@@ -1,4 +1,4 @@
-"""Rows: what a layer reads and gives, so that every layer is the same linear map."""
+"""Inputs and outputs as rows: every layer is a linear map of its input rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from timm.layers import create_conv2d
 from torch import nn
 
 from ovsprune.graph.layers import is_channelwise
-from ovsprune.graph.rows import flat_columns, given_rows, read_rows, reads_everything
+from ovsprune.graph.rows import flat_columns, input_rows, output_rows, reads_all_channels
 
 LAYERS = {
     "matrix": (nn.Linear(6, 5), (2, 7, 6)),
@@ -28,23 +28,23 @@ LAYERS = {
 def test_a_layer_is_a_linear_map_of_its_rows(name: str) -> None:
     layer, shape = LAYERS[name]
     read = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    rows = read_rows(layer, read)
+    rows = input_rows(layer, read)
     given = rows @ layer.weight.flatten(1).T + (0 if layer.bias is None else layer.bias)
-    torch.testing.assert_close(given, given_rows(layer, layer(read)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(given, output_rows(layer, layer(read)), atol=1e-5, rtol=1e-5)
     assert rows.shape[-1] == layer.weight[0].numel()
 
 
-def test_rows_of_a_layer_leave_it_as_it_is() -> None:
+def test_input_rows_do_not_modify_the_layer() -> None:
     layer = nn.Conv2d(4, 3, 3)
     calls = []
     layer.register_forward_hook(lambda *_: calls.append(1))
     before = repr(layer), {k: v.clone() for k, v in layer.state_dict().items()}
-    read_rows(layer, torch.randn(1, 4, 5, 5))
+    input_rows(layer, torch.randn(1, 4, 5, 5))
     assert repr(layer) == before[0] and not calls
     assert all(torch.equal(v, before[1][k]) for k, v in layer.state_dict().items())
 
 
-def test_columns_of_channels_in_the_flattened_weight() -> None:
+def test_flat_columns_of_input_channels() -> None:
     units = torch.tensor([[0, 1], [3, 2]])
     assert torch.equal(flat_columns(nn.Linear(4, 2), units), units)
     assert torch.equal(flat_columns(nn.Conv2d(4, 2, 1), units), units)
@@ -58,7 +58,7 @@ def test_columns_of_channels_in_the_flattened_weight() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layer", "everything", "channelwise"),
+    ("layer", "all_channels", "channelwise"),
     [
         (nn.Linear(4, 4), True, False),
         (nn.Conv2d(4, 4, 3), True, False),
@@ -69,5 +69,7 @@ def test_columns_of_channels_in_the_flattened_weight() -> None:
         (nn.Conv2d(1, 4, 3), True, False),
     ],
 )
-def test_what_a_layer_reads(layer: nn.Module, everything: bool, channelwise: bool) -> None:
-    assert (reads_everything(layer), is_channelwise(layer)) == (everything, channelwise)
+def test_channels_that_an_output_reads(
+    layer: nn.Module, all_channels: bool, channelwise: bool
+) -> None:
+    assert (reads_all_channels(layer), is_channelwise(layer)) == (all_channels, channelwise)

@@ -1,4 +1,4 @@
-"""Layer scales folded into the layer before them, and taken out again."""
+"""Layer scales folded into the layer before them, and unfolded again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "map"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_folded_is_the_same(kind: str, bias: bool) -> None:
+def test_the_folded_layer_equals_layer_and_scale(kind: str, bias: bool) -> None:
     layer, gamma = pair(kind, bias)
     x = read(kind)
     folded, place = fold_scale(layer, gamma)
@@ -43,9 +43,7 @@ def test_folded_is_the_same(kind: str, bias: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "map"])
 @pytest.mark.parametrize("columns", [None, torch.tensor([0, 2, 5])])
-def test_what_was_not_changed_comes_back_bit_for_bit(
-    kind: str, columns: torch.Tensor | None
-) -> None:
+def test_unchanged_rows_are_restored_bit_for_bit(kind: str, columns: torch.Tensor | None) -> None:
     layer, gamma = pair(kind)
     gamma[1], gamma[2] = 0.0, 1e-6
     folded, place = fold_scale(layer, gamma)
@@ -58,7 +56,7 @@ def test_what_was_not_changed_comes_back_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "map"])
-def test_changes_go_to_the_layer_and_the_scale_stays(kind: str) -> None:
+def test_changes_go_to_the_layer_and_not_to_the_scale(kind: str) -> None:
     layer, gamma = pair(kind)
     folded, place = fold_scale(layer, gamma)
     folded.weight[1, 2] += 0.1
@@ -73,7 +71,7 @@ def test_changes_go_to_the_layer_and_the_scale_stays(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "map"])
 @pytest.mark.parametrize("tiny", [0.0, 1e-6, -1e-6])
-def test_a_change_behind_a_tiny_scale_opens_it(tiny: float, kind: str) -> None:
+def test_a_change_behind_a_tiny_scale_increases_the_scale(tiny: float, kind: str) -> None:
     layer, gamma = pair(kind)
     gamma[[0, 4]] = tiny
     folded, place = fold_scale(layer, gamma)
@@ -83,12 +81,12 @@ def test_a_change_behind_a_tiny_scale_opens_it(tiny: float, kind: str) -> None:
     again, after = unfold_scale(folded, place)
     torch.testing.assert_close(scaled(again, after, x), folded(x), atol=1e-6, rtol=1e-5)
     assert torch.equal(after[:4], gamma[:4]) and torch.equal(again.weight[:4], layer.weight[:4])
-    # the row is as long as it was, so that it fits half precision as it did
+    # The row keeps its norm, so that it still fits half precision.
     lengths = [torch.cat([m.weight[4].flatten(), m.bias[4:]]).norm() for m in (layer, again)]
     torch.testing.assert_close(lengths[1], lengths[0])
 
 
-def test_a_row_of_zeros_behind_a_scale_of_zero() -> None:
+def test_a_changed_row_of_zeros_behind_a_scale_of_zero_is_finite() -> None:
     layer, gamma = pair("linear")
     layer.weight[2], layer.bias[2], gamma[2] = 0.0, 0.0, 0.0
     folded, place = fold_scale(layer, gamma)

@@ -35,7 +35,9 @@ def quick(small_clip, monkeypatch):
     """Replace tiny by the small CLIP, with few images and no framework."""
     load = backbones.load_backbone
     monkeypatch.setattr(
-        backbones, "load", lambda name, **rest: small_clip if name == "tiny" else load(name, **rest)
+        backbones,
+        "load_backbone",
+        lambda name, **rest: small_clip if name == "tiny" else load(name, **rest),
     )
     methods = {name: {**options, **QUICK} for name, options in module.METHODS.items()}
     monkeypatch.setattr(module, "METHODS", methods)

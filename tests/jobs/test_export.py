@@ -128,7 +128,22 @@ def test_dense_model_at_another_size_from_the_command_line(
         run(file, images(1, 64, 48))
 
 
-@pytest.mark.parametrize("family", sorted(set(REPRESENTATIVES) - {"open_clip-vit"}))
+QUICK_FAMILIES = {
+    "open_clip-convnext",
+    "open_clip-fastvit",
+    "open_clip-resnet",
+    "transformers-vit",
+}
+"""One family with dynamic sizes, one ResNet, and two with patch embeddings."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in QUICK_FAMILIES else pytest.mark.slow)
+        for name in sorted(set(REPRESENTATIVES) - {"open_clip-vit"})
+    ],
+)
 def test_other_families(family: str, tmp_path: Path) -> None:
     prune(REPRESENTATIVES[family](), 0.3, samples=4, criterion="magnitude", allocation="uniform",
           recovery="none", output=tmp_path / "slim")  # fmt: skip

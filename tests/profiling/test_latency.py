@@ -279,5 +279,5 @@ def test_other_budgets_record_no_latency(small: Backbone) -> None:
 
 
 def test_table_without_latency_budget_is_refused(small: Backbone) -> None:
-    with pytest.raises(OptionError, match="--latency-table is of use with --budget latency only"):
+    with pytest.raises(OptionError, match="--latency-table goes with --budget latency only"):
         prune(small, 0.5, latency_table="x.json", **QUICK)

@@ -61,7 +61,7 @@ def peak(samples: int, recovery: str) -> int:
     ],
 )
 def test_peak_memory_grows_by_the_cached_activations_only(recovery: str, held: int) -> None:
-    few, many = 16, 80  # Batches of 8: with one alone, nothing is left over from another.
+    few, many = 16, 48  # Batches of 8: with one alone, nothing is left over from another.
     streams = held * (many - few) * TOKENS * WIDTH * 4
     activations = (many - few) * TOKENS * HIDDEN * 4  # Of one layer, if they were all held.
     assert activations > 2 * (streams + SLACK)

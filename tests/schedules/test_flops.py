@@ -7,13 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ovsprune
 from ovsprune.core.errors import ScheduleError
-from ovsprune.core.flops import slow_path
+from ovsprune.core.flops import unfused_attention
 from ovsprune.schedules.flops import step_flops
 from tests.schedules.helpers import loss, model
 
 
 def by_torch(net, index=0):
-    with slow_path(), FlopCounterMode(display=False) as counter:
+    with unfused_attention(), FlopCounterMode(display=False) as counter:
         value = loss(net, index)
         forward = counter.get_total_flops()
         if value.requires_grad:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
-from ovsprune.slim.apply import apply, renamed
+from ovsprune.slim.apply import apply, map_name
 from ovsprune.slim.attention import SlimAttention
 from ovsprune.slim.read import SlimCheckpoint
 
@@ -199,10 +199,10 @@ def test_a_tower_that_was_taken_apart(make_tower: Make, checkpoint: SlimCheckpoi
 
 
 def test_renaming_takes_the_longest_prefix_of_whole_words() -> None:
-    assert renamed("transformer.resblocks.2.attn", PREFIXES) == "head.layers.0.attn"
-    assert renamed("transformer.resblocks.20.attn", PREFIXES) == "encoder.layers.20.attn"
-    assert renamed("ln_pre.weight", PREFIXES) == "encoder.ln_pre.weight"
-    assert renamed("ln_press", PREFIXES) == "ln_press"
+    assert map_name("transformer.resblocks.2.attn", PREFIXES) == "head.layers.0.attn"
+    assert map_name("transformer.resblocks.20.attn", PREFIXES) == "encoder.layers.20.attn"
+    assert map_name("ln_pre.weight", PREFIXES) == "encoder.ln_pre.weight"
+    assert map_name("ln_press", PREFIXES) == "ln_press"
 
 
 def test_positions_of_another_grid_are_interpolated(

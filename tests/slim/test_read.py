@@ -198,7 +198,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "narrow MLP": (lambda t: t.update({FC: t[FC][:40]}), r"c_fc.weight has shape \(40, 48\)"),
     "another axis count": (lambda t: t.update({FC: torch.zeros(())}), r"has shape \(\), expected"),
     "dense heads": (lambda t: t.update({IN_PROJ: torch.zeros(144, 48)}), r"expected 72 on axis 0"),
-    "a path": (lambda t: t.update({"../../evil": torch.zeros(1)}), "is no name of a tensor"),
+    "a path": (lambda t: t.update({"../../evil": torch.zeros(1)}), "is not a valid tensor name"),
 }
 
 

@@ -69,7 +69,11 @@ def test_heads_may_have_slices() -> None:
     whole = SPEC.layer("blocks.0.attn")
     parts = tuple(SliceSpec(f"{whole.name}.{x}_proj", "out") for x in "qkv")
     sliced = dataclasses.replace(whole, slices=(*parts, SliceSpec(f"{whole.name}.o_proj", "in")))
-    assert (whole.whole, sliced.whole, SPEC.layer("blocks.0.mlp").whole) == (True, False, False)
+    assert (
+        whole.is_whole_attention,
+        sliced.is_whole_attention,
+        SPEC.layer("blocks.0.mlp").is_whole_attention,
+    ) == (True, False, False)
     spec = dataclasses.replace(SPEC, layers=(sliced, *SPEC.layers[1:]))
     assert parse(dump(spec)) == spec
     jsonschema.validate(json.loads(dump(spec)), schema())
@@ -187,7 +191,7 @@ def test_what_is_no_json_object_is_refused(document: str | bytes, message: str) 
 
 def test_a_layer_twice_is_refused() -> None:
     document = changed(lambda d: d["layers"].append(d["layers"][0]))
-    with pytest.raises(CheckpointError, match=r"layers has blocks\.0\.attn twice"):
+    with pytest.raises(CheckpointError, match=r"layers contains blocks\.0\.attn more than once"):
         parse(document)
 
 

@@ -1,6 +1,6 @@
-"""Procedural scenes: pictures with captions, pixel labels and objects, made from a seed.
+"""Procedural scenes: rendered images with captions, pixel labels and objects, made from a seed.
 
-The scenes train and test the embedded model ``tiny``, calibrate a pruning where no pictures are
+The scenes train and test the embedded model ``tiny``, serve as calibration images if no others are
 given, and illustrate the demo. They need numpy and Pillow only.
 
     >>> from ovsprune.calibration.scenes import CLASS_NAMES, render_scene

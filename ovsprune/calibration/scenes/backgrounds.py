@@ -1,4 +1,7 @@
-"""Textures of the grounds and skies, as functions of coordinates in 0..1."""
+"""Textures of grounds and skies, as functions of coordinates in 0..1.
+
+The order of the random draws is part of the data set: changing it changes every scene.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ Texture = Callable[[Array, Array, int, np.random.Generator], Array]
 
 @lru_cache(maxsize=8)
 def grid(size: int) -> tuple[Array, Array]:
-    """Pixel centres of a square picture.
+    """Return the pixel centres of a square image.
 
     Args:
-        size: pixels a side.
+        size: side in pixels.
 
     Returns:
         y of shape (size, 1) and x of shape (1, size), in 0..1 of the side.
@@ -28,27 +31,29 @@ def grid(size: int) -> tuple[Array, Array]:
 
 
 def blobs(rng: np.random.Generator, size: int, cells: int, tall: int | None = None) -> Array:
-    """Smooth noise.
+    """Return smooth noise.
 
     Args:
         rng: source of randomness; the same numbers are drawn at every size.
-        size: pixels a side.
-        cells: how many cells the noise has across.
-        tall: how many it has from top to bottom; as many as across by default.
+        size: side in pixels.
+        cells: number of noise cells from left to right.
+        tall: number of noise cells from top to bottom; ``cells`` by default.
 
     Returns:
         Noise of shape (size, size), in -1..1.
     """
     small = rng.uniform(-1.0, 1.0, (tall or cells, cells)).astype(np.float32)
-    picture = Image.fromarray(small).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(picture, dtype=np.float32)
+    image = Image.fromarray(small).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.float32)
 
 
 def _paint(base: tuple[int, int, int], tone: Array) -> Array:
+    """Multiply a colour by a tone [size, size]; returns [size, size, 3]."""
     return np.array(base, dtype=np.float32) * tone[..., None]
 
 
 def _mix(first: Array, second: Array, share: Array) -> Array:
+    """Interpolate linearly between two images by a share [size, size] in 0..1."""
     return first + (second - first) * share[..., None]
 
 
@@ -72,8 +77,8 @@ def _water(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
 
 def _road(y: Array, x: Array, size: int, rng: np.random.Generator) -> Array:
     base = _paint((104, 104, 108), 1.0 + 0.1 * blobs(rng, size, 56))
-    at, phase = rng.uniform(0.7, 0.95), rng.uniform(0.0, 1.0)
-    dashes = (np.abs(y - at) < 0.015) & (((x * 4.0 + phase) % 1.0) < 0.6)
+    line, phase = rng.uniform(0.7, 0.95), rng.uniform(0.0, 1.0)
+    dashes = (np.abs(y - line) < 0.015) & (((x * 4.0 + phase) % 1.0) < 0.6)
     base[dashes] = (228, 224, 200)
     return base
 
@@ -130,4 +135,4 @@ TEXTURES: dict[str, Texture] = {
     "sunset": _sunset,
     "storm clouds": _storm,
 }
-"""Background class to texture: (y, x, size, rng) to sRGB of shape (size, size, 3) in 0..255."""
+"""Map of background class to a function (y, x, size, rng) that returns sRGB (size, size, 3)."""

@@ -1,4 +1,4 @@
-"""What is in a scene and where, drawn before any pixel is."""
+"""Layout of a scene: its objects and background, drawn at random before rendering."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import numpy as np
 from ovsprune.calibration.scenes.splits import SPLITS
 from ovsprune.calibration.scenes.vocabulary import GROUNDS, HELD_OUT, SEEN, SKIES, Combination
 
-_SMALLEST, _LARGEST = 0.32, 0.62
+_MIN_WIDTH, _MAX_WIDTH = 0.32, 0.62
+"""Range of object widths, in 0..1 of the side."""
 _CAPTION_STARTS = ("", "a photo of ", "a picture of ", "a scene with ")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how an object stands.
+    """Position and appearance of an object.
 
     Attributes:
         combination: colour, material and shape.
-        x: centre across, in 0..1 of the side.
-        y: centre down, in 0..1 of the side.
+        x: horizontal centre, in 0..1 of the side.
+        y: vertical centre from the top, in 0..1 of the side.
         radius: half the object's width, in 0..1 of the side.
-        angle: turn in radians.
-        stretch: width over height.
-        jitter: three numbers in -1..1 for the surface.
+        angle: rotation in radians.
+        stretch: width divided by height.
+        jitter: three numbers in -1..1 that vary the surface, see ``materials.paint``.
     """
 
     combination: Combination
@@ -39,19 +40,19 @@ class Placement:
 
 @dataclass(frozen=True)
 class Layout:
-    """All that is random about a scene but its texture noise.
+    """Random parameters of a scene, except the texture noise.
 
     Attributes:
-        sky: the sky's name, or None where the ground fills the picture.
-        ground: the ground's name, or None where the sky fills the picture.
+        sky: name of the sky, or None if the ground fills the image.
+        ground: name of the ground, or None if the sky fills the image.
         horizon: height of the horizon from the top, in 0..1.
-        hilly: how wavy the horizon is, in 0..1.
-        phase: where the horizon's wave starts, in radians.
+        hilly: amplitude of the horizon's waves, in 0..1.
+        phase: phase of the horizon's waves, in radians.
         light: direction of the light, a unit vector.
-        gain: lighting of each channel, around 1.
+        gain: brightness factor of each channel, around 1.
         noise: standard deviation of the pixel noise, in 0..255.
         placements: the objects from back to front.
-        wording: picks the caption's form, in 0..1.
+        wording: number in 0..1 that selects the beginning of the caption.
     """
 
     sky: str | None
@@ -67,18 +68,18 @@ class Layout:
 
     @property
     def backgrounds(self) -> tuple[str, ...]:
-        """The names of the sky and the ground that are in the picture, sky first."""
+        """Names of the sky and the ground in the image, sky first."""
         return tuple(name for name in (self.sky, self.ground) if name is not None)
 
     def caption(self, seen: Sequence[Combination], areas: Sequence[int]) -> str:
-        """A sentence that names the up to two largest objects and the surroundings.
+        """Return a sentence that names up to two of the largest objects and the background.
 
         Args:
             seen: the visible objects.
-            areas: their visible pixels.
+            areas: number of visible pixels of each.
 
         Returns:
-            Such as ``"a photo of a red striped mug and a blue plain key on sand"``.
+            For example ``"a photo of a red striped mug and a blue plain key on sand"``.
         """
         order = sorted(range(len(seen)), key=lambda i: -areas[i])[:2]
         things = " and ".join(_with_article(seen[i].phrase) for i in order) or "nothing"
@@ -93,11 +94,11 @@ def _with_article(phrase: str) -> str:
 
 
 def draw_layout(rng: np.random.Generator, split: str) -> Layout:
-    """Draws what is in a scene.
+    """Draw the layout of a scene.
 
     Args:
         rng: source of randomness.
-        split: a name in `SPLITS`; says which combinations may occur.
+        split: a name in `SPLITS`; determines which combinations may occur.
 
     Returns:
         The layout, with two to four objects.
@@ -127,13 +128,14 @@ def draw_layout(rng: np.random.Generator, split: str) -> Layout:
 
 
 def _place(rng: np.random.Generator, combinations: Sequence[Combination]) -> tuple[Placement, ...]:
+    """Draw two to four objects, from large (back) to small (front)."""
     count = int(rng.integers(2, 5))
-    widths = np.exp(rng.uniform(np.log(_SMALLEST), np.log(_LARGEST), count))
+    widths = np.exp(rng.uniform(np.log(_MIN_WIDTH), np.log(_MAX_WIDTH), count))
     widths = np.sort(widths)[::-1] * (1.0 if count < 4 else 0.9)
     placed: list[Placement] = []
     for width in widths:
         radius = float(width) / 2.0
-        x, y = _free_place(rng, radius, placed)
+        x, y = _free_position(rng, radius, placed)
         tint, scale, phase = rng.uniform(-1.0, 1.0, 3)
         placed.append(
             Placement(
@@ -149,10 +151,10 @@ def _place(rng: np.random.Generator, combinations: Sequence[Combination]) -> tup
     return tuple(placed)
 
 
-def _free_place(
+def _free_position(
     rng: np.random.Generator, radius: float, placed: Sequence[Placement]
 ) -> tuple[float, float]:
-    """The least crowded of a few random places, so that objects overlap but not entirely."""
+    """Return the least crowded of eight random positions, so that no object is covered entirely."""
     best, best_gap = (0.5, 0.5), -np.inf
     for x, y in rng.uniform(0.12, 0.88, (8, 2)):
         gap = min((np.hypot(x - p.x, y - p.y) / (radius + p.radius) for p in placed), default=9.0)

@@ -1,4 +1,4 @@
-"""Surfaces of the objects: from a colour and a material to pixels."""
+"""Surfaces of the objects: computes pixels from a colour and a material."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Array = NDArray[np.float32]
 
 
 def second_tone(colour: Array) -> Array:
-    """The tone for stripes, dots and marks: lighter on dark colours, darker on light ones.
+    """Return the tone of stripes, dots and marks: lighter on dark colours, darker on light ones.
 
     Args:
         colour: sRGB of shape (3,), in 0..255.
@@ -32,13 +32,13 @@ def paint(
     light: tuple[float, float],
     jitter: tuple[float, float, float],
 ) -> Array:
-    """Paints one object's pixels.
+    """Compute the pixels of one object.
 
     Args:
         colour: a name in `COLOURS`.
         material: a name in `MATERIALS`.
-        u: coordinate across the object, shape (h, w), in units of a 112th of the picture.
-        v: coordinate down the object, shape (h, w), in the same units.
+        u: horizontal coordinate in the object, shape (h, w), in 1/112 of the image's side.
+        v: vertical coordinate in the object, shape (h, w), in the same units.
         mark: coverage of the marks, shape (h, w), in 0..1.
         light: direction of the light, a unit vector in u and v.
         jitter: three numbers in -1..1: hue and brightness, texture scale, texture phase.

@@ -1,4 +1,4 @@
-"""Rendering of one scene: a pure function of (seed, index, split, size)."""
+"""Renders one scene: a pure function of seed, index, split and size."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ovsprune.calibration.scenes.vocabulary import CLASS_NAMES, Combination
 
 Array = NDArray[np.float32]
 _SUPERSAMPLE = 3
-_OUTLINE = 2.6  # width of the pen in 112ths of the side; its outer half falls off the object
+_OUTLINE = 2.6  # width of the pen in 1/112 of the side; its outer half lies outside the object
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene.
+    """An object of a scene.
 
     Attributes:
-        combination: its colour, material and shape; the shape is the class name.
+        combination: colour, material and shape; the shape is the class name.
         class_id: index of the class in `CLASS_NAMES`.
-        box: x0, y0, x1, y1 of its visible pixels, in pixels, the far side exclusive.
-        area: its visible pixels.
+        box: x0, y0, x1, y1 of the visible part, in pixels; x1 and y1 are exclusive.
+        area: number of visible pixels.
     """
 
     combination: Combination
@@ -46,7 +46,7 @@ class Scene:
         labels: class ids, uint8 of shape (size, size); every pixel has a class.
         instances: uint8 of shape (size, size): 0 is background, i + 1 is ``objects[i]``.
         objects: the objects with at least one visible pixel, from back to front.
-        backgrounds: the names of the sky and the ground that are in the picture.
+        backgrounds: names of the sky and the ground in the image.
         caption: a sentence about the scene.
     """
 
@@ -59,22 +59,21 @@ class Scene:
 
 
 def render_scene(index: int, *, split: str = "train", seed: int = 0, size: int = 96) -> Scene:
-    """Renders a scene; the same arguments always give the same pixels.
+    """Render a scene; equal arguments give equal pixels.
 
-    What is in the scene depends on seed, split and index only, so it looks the same at every
-    size.
+    The content depends on seed, split and index only; the size changes the resolution.
 
     Args:
-        index: which scene of the split, from 0 to a million (exclusive).
+        index: index of the scene in the split, from 0 to a million (exclusive).
         split: a name in `SPLITS`; splits never share a scene.
-        seed: another seed is another data set.
-        size: pixels a side, at least 16.
+        seed: seed of the data set.
+        size: side in pixels, at least 16.
 
     Returns:
         The scene.
 
     Raises:
-        DataError: if the split is unknown, the index is outside it or the size too small.
+        DataError: The split is unknown, the index is out of range, or the size is too small.
     """
     entropy = scene_entropy(index, split, seed, size)
     layout_seed, pixel_seed = np.random.SeedSequence(entropy).spawn(2)
@@ -89,12 +88,20 @@ def render_scene(index: int, *, split: str = "train", seed: int = 0, size: int =
     noise = rng.standard_normal((size, size, 3), dtype=np.float32) * layout.noise
     image = np.clip(canvas * gain + noise, 0.0, 255.0).astype(np.uint8)
     caption = layout.caption([o.combination for o in objects], [o.area for o in objects])
-    return Scene(image, labels, instances, objects, layout.backgrounds, caption)
+    return Scene(
+        image=image,
+        labels=labels,
+        instances=instances,
+        objects=objects,
+        backgrounds=layout.backgrounds,
+        caption=caption,
+    )
 
 
 def _background(
     layout: Layout, size: int, rng: np.random.Generator
 ) -> tuple[Array, NDArray[np.uint8]]:
+    """Render sky and ground: the canvas [size, size, 3] and its labels [size, size]."""
     y, x = grid(size)
     labels = np.empty((size, size), dtype=np.uint8)
     if layout.sky is None or layout.ground is None:
@@ -116,14 +123,16 @@ def _draw(
     instances: NDArray[np.uint8],
     number: int,
 ) -> None:
-    """Paints one object onto the canvas and into the instance map, in place."""
+    """Paint one object onto the canvas and into the instance map, in place."""
     size = canvas.shape[0]
     radius = placement.radius * size
     cx, cy = placement.x * size, placement.y * size
     reach = radius * 1.42 + 1.0
     x0, y0 = max(0, int(cx - reach)), max(0, int(cy - reach))
     x1, y1 = min(size, int(cx + reach) + 1), min(size, int(cy + reach) + 1)
+    # Everything below is computed in the box of the object only, [h, w].
     cover, mark, line = _coverage(placement, size, (cx - x0, cy - y0), (x1 - x0, y1 - y0))
+    # Coordinates relative to the centre, in 1/112 of the side, then rotated into the object.
     px = (np.arange(x0, x1, dtype=np.float32) + 0.5 - cx)[None, :] * np.float32(112.0 / size)
     py = (np.arange(y0, y1, dtype=np.float32) + 0.5 - cy)[:, None] * np.float32(112.0 / size)
     cos, sin = np.float32(np.cos(placement.angle)), np.float32(np.sin(placement.angle))
@@ -139,7 +148,7 @@ def _draw(
 def _coverage(
     placement: Placement, side: int, centre: tuple[float, float], extent: tuple[int, int]
 ) -> tuple[Array, Array, Array]:
-    """How much of each pixel the object, its marks and its outlines cover, (h, w) in 0..1."""
+    """Return the coverage by the object, its marks and its outlines, each [h, w] in 0..1."""
     s = _SUPERSAMPLE
     cos, sin = np.cos(placement.angle), np.sin(placement.angle)
     turn = np.array([[cos, sin], [-sin, cos]]) * (placement.radius * side * s)
@@ -162,13 +171,14 @@ def _coverage(
 
 
 def _shrink(mask: Image.Image) -> Array:
+    """Average the supersampled pixels; returns values in 0..1."""
     return np.asarray(mask.reduce(_SUPERSAMPLE), dtype=np.float32) / np.float32(255.0)
 
 
 def _visible(
     layout: Layout, labels: NDArray[np.uint8], instances: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], tuple[SceneObject, ...]]:
-    """Labels with the objects in them, instances renumbered to what can be seen, the objects."""
+    """Return labels with the objects, instances numbered by visible objects, and these objects."""
     objects: list[SceneObject] = []
     numbers = np.zeros(len(layout.placements) + 1, dtype=np.uint8)
     classes = np.zeros(len(layout.placements) + 1, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Silhouettes of the object classes, as polygons in a square from -1 to 1 (y points down)."""
+"""Silhouettes of the object classes: polygons in the square from -1 to 1 (y points down)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Mode = Literal["add", "cut", "mark"]
 
 
 class Part(NamedTuple):
-    """One polygon of a shape.
+    """A polygon of a shape.
 
     Attributes:
         points: corners, shape (n, 2), x and y in -1..1.
@@ -43,7 +43,7 @@ def _oval(
     stop: float = 360.0,
     turn: float = 0.0,
 ) -> Part:
-    """An ellipse, or the segment of it between two angles in degrees (clockwise from +x)."""
+    """Return an ellipse, or its segment between two angles in degrees (clockwise from +x)."""
     a = np.radians(np.linspace(start, stop, 24))
     x, y = rx * np.cos(a), ry * np.sin(a)
     c, s = np.cos(np.radians(turn)), np.sin(np.radians(turn))
@@ -252,4 +252,4 @@ _MAKERS: dict[str, Callable[[], Iterable[Part]]] = {
 }
 
 SHAPES: dict[str, tuple[Part, ...]] = {name: tuple(make()) for name, make in _MAKERS.items()}
-"""The parts of every object class, in drawing order."""
+"""Map of object class to its parts, in drawing order."""

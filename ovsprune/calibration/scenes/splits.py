@@ -13,9 +13,9 @@ class Split(NamedTuple):
     """A range of scene numbers.
 
     Attributes:
-        start: the number of the split's first scene.
-        scenes: how many it has.
-        held_out: whether its objects are all of the held-out combinations (else none is).
+        start: number of the first scene.
+        scenes: number of scenes.
+        held_out: True if all objects are of held-out combinations; False if none is.
     """
 
     start: int
@@ -30,23 +30,23 @@ SPLITS: dict[str, Split] = {
     "combinations": Split(3 * _RANGE, _RANGE, True),
     "calibration": Split(4 * _RANGE, _RANGE, False),
 }
-"""All splits; ``combinations`` is a test split too."""
+"""All splits; ``combinations`` is a second test split."""
 
 
 def scene_entropy(index: int, split: str, seed: int, size: int) -> tuple[int, int]:
-    """The numbers that seed a scene.
+    """Return the numbers that seed the random generator of a scene.
 
     Args:
-        index: which scene of the split.
+        index: index of the scene in the split.
         split: a name in `SPLITS`.
-        seed: the seed of the data set, not negative.
-        size: pixels a side; checked only.
+        seed: seed of the data set, not negative.
+        size: side in pixels; it is checked and not used.
 
     Returns:
-        The seed and the scene's number, which no other split has.
+        The seed and the number of the scene, which is unique over all splits.
 
     Raises:
-        DataError: if an argument is out of range.
+        DataError: An argument is out of range.
     """
     if split not in SPLITS:
         raise DataError(

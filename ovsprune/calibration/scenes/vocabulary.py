@@ -1,4 +1,4 @@
-"""The words of the procedural scenes: classes, colours, materials, held-out combinations."""
+"""Vocabulary of the procedural scenes: classes, colours, materials, held-out combinations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OBJECTS: tuple[str, ...] = (
     "cactus",
     "crown",
 )
-"""Names of the object classes; the place in this tuple is the class id."""
+"""Names of the object classes; the index in this tuple is the class id."""
 
 GROUNDS: tuple[str, ...] = ("grass", "sand", "water", "road", "snow", "brick floor")
 """Background classes below the horizon."""
@@ -40,7 +40,7 @@ SKIES: tuple[str, ...] = ("blue sky", "night sky", "sunset", "storm clouds")
 """Background classes above the horizon."""
 
 CLASS_NAMES: tuple[str, ...] = OBJECTS + GROUNDS + SKIES
-"""All class names; a label map holds indices into this tuple, and has no void."""
+"""All class names. A label map contains indices into this tuple and no void pixels."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (212, 36, 40),
@@ -55,11 +55,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Colour names and their sRGB values in 0..255."""
 
 MATERIALS: tuple[str, ...] = ("plain", "striped", "dotted", "metallic")
-"""Surface names."""
+"""Names of the surfaces."""
 
 
 class Combination(NamedTuple):
-    """A shape in a colour and a material, each by name."""
+    """A colour, a material and a shape, by name."""
 
     colour: str
     material: str
@@ -67,12 +67,12 @@ class Combination(NamedTuple):
 
     @property
     def phrase(self) -> str:
-        """The words for it, such as ``"red striped mug"``."""
+        """Phrase for captions and prompts, for example ``"red striped mug"``."""
         return f"{self.colour} {self.material} {self.shape}"
 
 
 def is_held_out(combination: Combination) -> bool:
-    """Whether training never renders this combination.
+    """Return True if training never renders this combination.
 
     The rule is ``(shape + colour + 3 * material) % 8 == 0`` on the indices in `OBJECTS`,
     `COLOURS` and `MATERIALS`. It holds out an eighth of all combinations: one colour for every
@@ -93,7 +93,7 @@ def is_held_out(combination: Combination) -> bool:
 _ALL = tuple(Combination(c, m, s) for s, c, m in product(OBJECTS, COLOURS, MATERIALS))
 
 HELD_OUT: tuple[Combination, ...] = tuple(c for c in _ALL if is_held_out(c))
-"""The combinations that only the split ``combinations`` renders (96 of 768)."""
+"""Combinations that only the split ``combinations`` renders (96 of 768)."""
 
 SEEN: tuple[Combination, ...] = tuple(c for c in _ALL if not is_held_out(c))
-"""The combinations that every other split renders."""
+"""Combinations that every other split renders."""

@@ -17,14 +17,14 @@ __all__ = ["AllocationContext", "Allocator", "Budget"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What must remain.
+    """Cost limit of the pruned tower.
 
     Attributes:
         kind: ``"macs"``, ``"params"`` or ``"latency"``.
         dense: Cost of the dense tower (MACs, parameters, or milliseconds).
-        target: Cost that must remain.
-        tables: Group name to the group's cost at every width 0 ... units, where the cost is no
-            multiple of the units: a latency that was measured. Never falls with the width.
+        target: Largest cost of the pruned tower, in the same unit.
+        tables: Group name to the cost of the group at each width 0, ..., units. Used for measured
+            latencies, which are not proportional to the width. Each table is non-decreasing.
     """
 
     kind: str
@@ -33,17 +33,18 @@ class Budget:
     tables: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def price(self, group: Group, width: int) -> float:
-        """What keeping ``width`` units of ``group`` costs, in this budget's currency."""
+        """Return the cost of keeping ``width`` units of ``group``, in the unit of the budget."""
         table = self.tables.get(group.name)
         if table is not None:
             return float(table[width])
         return width * (group.params if self.kind == "params" else group.macs)
 
-    def together(self, group: Group, other: Group) -> float:
-        """What one unit of each costs together, which :meth:`price` of either counts as its own.
+    def shared_cost(self, group: Group, other: Group) -> float:
+        """Return the cost that one unit of each group shares, which :meth:`price` counts twice.
 
-        0 where ``group.shared`` does not name ``other``. Of a latency, which is measured of each
-        group alone, it is the share of the MACs, in the mean time that a MAC of theirs takes.
+        It is 0 if ``group.shared`` does not contain ``other``. A latency is measured for each
+        group separately, so the shared latency is estimated: the shared MACs times the mean
+        latency per MAC of the two groups.
         """
         shared = group.shared.get(other.name)
         if shared is None:
@@ -56,18 +57,19 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class AllocationContext:
-    """What an allocator sees: groups that may be cut, their scores, the budget, measurements.
+    """Inputs of an allocator.
 
     Attributes:
-        groups: Groups that may be cut.
-        scores: Costs and orders of their units.
-        budget: What must remain.
-        curves: Error by width; None unless the allocator says ``needs_curves``.
-        round_to: Units of one column stay in multiples of this.
+        groups: Groups that may be pruned.
+        scores: Importance scores and removal orders of their units.
+        budget: Cost limit.
+        curves: Error by width; None unless the allocator sets ``needs_curves``.
+        round_to: Widths of groups whose units are single columns are multiples of this.
         spectra: Group name to the power-law exponent alpha of its layers' spectra, > 1; None
-            unless the allocator says ``needs_spectra``.
-        comparable: The criterion's costs mean the same in every group (a change of one loss), so
-            that a ranking over all groups takes them as they are.
+            unless the allocator sets ``needs_spectra``.
+        comparable: True if the criterion's costs have the same scale in every group (for example,
+            the estimated change of one loss). A global ranking then uses them without
+            normalisation.
     """
 
     groups: Sequence[Group]
@@ -80,15 +82,20 @@ class AllocationContext:
 
 
 class Allocator(Protocol):
-    """Turns scores or curves and a budget into widths."""
+    """Choice of the width of every group under a budget."""
 
     needs_curves: bool
+    """True if :attr:`AllocationContext.curves` must be measured."""
     needs_spectra: bool
+    """True if :attr:`AllocationContext.spectra` must be computed."""
 
     def widths(self, ctx: AllocationContext) -> dict[str, int]:
-        """Units to keep in each group, at most the budget and within one unit of it.
+        """Return the number of units to keep in each group.
+
+        Their cost is at most the budget, and one more unit would exceed it.
 
         Raises:
-            BudgetError: The floors cost more than the budget; names the nearest ratio.
+            BudgetError: The minimum widths cost more than the budget; the message names the
+                nearest ratio that can be reached.
         """
         ...

@@ -26,9 +26,9 @@ class Stages:
     """A tower as a sequence of blocks over one residual stream.
 
     Attributes:
-        stem: images [B, 3, H, W] -> stream [B, ...].
-        blocks: Dotted name -> block, in order; each maps stream -> stream.
-        head: stream -> (pooled [B, C], dense [B, C, h, w]).
+        stem: Maps images [B, 3, H, W] to the residual stream [B, ...].
+        blocks: Dotted name to block, in order; each block maps the stream to the stream.
+        head: Maps the stream to (pooled [B, C], dense [B, C, h, w]).
     """
 
     stem: Callable[[Tensor], Tensor]
@@ -36,8 +36,8 @@ class Stages:
     head: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
-        stream = self.stem(images)
+        """Return the pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
+        stream = self.stem(images)  # [B, ...]
         for block in self.blocks.values():
             stream = block(stream)
         return self.head(stream)
@@ -45,20 +45,20 @@ class Stages:
 
 @dataclass(frozen=True)
 class PrunableLayer:
-    """Where a family offers to cut; the dependency graph finds what must go along.
+    """Layer whose outputs a family allows to prune; the dependency graph adds the coupled layers.
 
     Attributes:
         name: Name of the group.
-        kind: Unit kind.
-        layer: Dotted name of a layer (of the rewritten tower) whose outputs are the units.
-        unit_width: Consecutive outputs that make one unit.
+        kind: Kind of unit: ``"heads"``, ``"mlp"`` or ``"channels"``.
+        layer: Dotted name of the layer (of the rewritten tower) whose outputs are the units.
+        unit_width: Number of consecutive outputs that form one unit.
         block: Dotted name of the block.
-        stream: Where the residual stream is read after the consumer.
-        protected: Why it is not offered by default, or None.
-        consumer: Dotted name of the layer whose columns are ranked and refitted, where several
-            layers read the units; None where one does.
-        along: Slices that go along and that no graph sees: an index of the units, which is no part
-            of what is computed.
+        stream: Position of the residual stream after the consumer.
+        protected: Reason why the layer is not pruned by default, or None.
+        consumer: Dotted name of the layer whose columns are scored and refitted. Required if
+            several layers read the units, otherwise None.
+        extra_slices: Slices to cut with the units that the dependency graph cannot find, because
+            they take no part in the computation (a stored index of the units).
     """
 
     name: str
@@ -69,78 +69,84 @@ class PrunableLayer:
     stream: StreamPoint | None
     protected: str | None = None
     consumer: str | None = None
-    along: tuple[Slice, ...] = ()
+    extra_slices: tuple[Slice, ...] = ()
 
 
 class Family(Protocol):
-    """A backbone family: how its towers load, come apart, and go together again."""
+    """Backbone family: loads towers, prepares them for pruning, and rebuilds them."""
 
     library: str
     """Distribution that builds the tower, for messages (``"open_clip_torch"``)."""
 
     def names(self) -> Sequence[str]:
-        """Names that :meth:`load` takes."""
+        """Return the model names that :meth:`load` accepts."""
         ...
 
     def takes(self, config: Mapping[str, Any]) -> bool:
-        """Whether a model configuration of open_clip's describes a tower of this family."""
+        """Return True if an open_clip model configuration describes a tower of this family."""
         ...
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-        """Build the model and load its weights; ``name`` may be a folder of open_clip's form.
+        """Build the model and load its weights.
+
+        Args:
+            name: Name of the model, or a folder in the format of open_clip.
+            pretrained: Tag or file of the weights; None for random weights.
+            activation: Activation function to build the model with; None for the model's own.
 
         Raises:
-            WeightsError: The weights cannot be had, or do not fit.
+            WeightsError: The weights cannot be loaded or do not fit the model.
         """
         ...
 
     def build(self, dense: DenseModel) -> Backbone:
-        """Build the dense backbone that a checkpoint was made from, its tower with random weights.
+        """Build the dense model of a checkpoint; the tower has random weights.
 
         Raises:
-            WeightsError: ``dense.text`` does not fit.
+            WeightsError: The tensors in ``dense.text`` do not fit the model.
         """
         ...
 
     def rewrite(self, tower: nn.Module) -> None:
-        """Replace, in place, what cannot be cut or refitted as it is; the outputs stay.
+        """Replace modules that cannot be cut or refitted, in place; the outputs do not change.
 
-        Fused attention becomes separate linear maps, and a norm behind a consumer is folded into
-        it. The tower may have been finished as a slim one before: it can be pruned again.
+        Fused attention becomes separate linear layers, and a norm after a consumer is folded into
+        the consumer. The tower may be the result of :meth:`finish`, to be pruned again.
         """
         ...
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
-        """Replace, in place, what :meth:`rewrite` put in by slim modules, or by what was there."""
+        """Undo :meth:`rewrite` in place: insert slim modules for cut parts, restore the others."""
         ...
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
-        """Where the rewritten tower can be cut, in order of the blocks."""
+        """Return the layers of the rewritten tower that can be pruned, in order of the blocks."""
         ...
 
     def stages(self, tower: nn.Module) -> Stages:
-        """The tower (rewritten or not) as a sequence of blocks."""
+        """Return the tower (rewritten or not) as a sequence of blocks."""
         ...
 
 
 @dataclass(eq=False)
 class Backbone:
-    """A loaded model: the image tower that is pruned, and what stands around it.
+    """Loaded model: the image tower to prune, and the rest of the model.
 
     Attributes:
         name: Canonical name (``"ViT-B-16"``).
-        pretrained: Tag, file name, or None for untrained weights.
-        trained: False when the weights are random.
+        pretrained: Tag or file name of the weights; None for random weights.
+        trained: False if the weights are random.
         family: Name in the registry of families.
-        tower: The image tower.
-        preprocess: How pictures become its input.
-        activation: ``"gelu"``, ``"quick_gelu"``, ...
+        tower: Image tower.
+        stages: Returns a tower of this family as a sequence of blocks.
+        preprocess: Conversion of images to the tower's input.
+        activation: Activation function of the MLPs (``"gelu"``, ``"quick_gelu"``, ...).
         architecture: JSON description from which the library builds the model.
         library_version: Version of the library that built it.
-        text: State of everything but the tower, by canonical name; empty when there is none.
-        encoder: texts -> [K, C] L2-normalised, or None without a text tower.
-        slim: The slim checkpoint that this was read from, or None for a dense model.
-        notes: What a user should know about how it was loaded, a line each.
+        text: Tensors outside of the tower, by canonical name; empty if there are none.
+        encoder: Maps texts to L2-normalised embeddings [K, C]; None without a text tower.
+        slim: Slim checkpoint from which the model was read; None for a dense model.
+        notes: Remarks on the loading for the user, one line each.
     """
 
     name: str
@@ -160,35 +166,35 @@ class Backbone:
 
     @property
     def has_text(self) -> bool:
-        """Whether :meth:`encode_text` works."""
+        """True if :meth:`encode_text` can be called."""
         return self.encoder is not None
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
+        """Return the pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W]."""
         return self.stages(self.tower).outputs(images)
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
-        """Pooled image embedding [B, C] of images [B, 3, H, W], not normalised."""
+        """Return the pooled embeddings [B, C] of images [B, 3, H, W], not normalised."""
         return self.outputs(images)[0]
 
     @torch.no_grad()
     def dense(self, images: Tensor) -> Tensor:
-        """Projected patch tokens [B, C, h, w] of images [B, 3, H, W], not normalised."""
+        """Return the projected patch tokens [B, C, h, w] of images [B, 3, H, W], not normalised."""
         return self.outputs(images)[1]
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Text embeddings [K, C], L2-normalised.
+        """Return the L2-normalised embeddings [K, C] of K texts.
 
         Raises:
-            WeightsError: The model has no text tower, or its tokenizer is not here.
+            WeightsError: The model has no text tower, or its tokenizer is not installed.
         """
         from ovsprune.core.errors import WeightsError
 
         if self.encoder is None:
             raise WeightsError(
-                f"{self.name} has no text tower here; give class embeddings instead "
+                f"{self.name} was loaded without a text tower; pass class embeddings instead "
                 "(--text-embeddings FILE.npz)"
             )
         return self.encoder(texts)

@@ -1,4 +1,4 @@
-"""Importance criteria: rank the units of one group."""
+"""Importance criteria: score and rank the units of one group."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ovsprune.core.records import (
-    Group,
-)
+from ovsprune.core.records import Group
 
 __all__ = [
     "NEEDS",
@@ -27,12 +25,12 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First and second moments of what a consumer reads.
+    """First and second moments of a consumer's input on the calibration images.
 
     Attributes:
-        count: Number of rows (tokens or positions) seen.
-        mean: float64 [n].
-        covariance: float64 [n, n], centred.
+        count: Number of input rows (tokens or positions).
+        mean: Mean of the rows, float64 [n].
+        covariance: Centred covariance of the rows, float64 [n, n].
     """
 
     count: int
@@ -42,21 +40,21 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class GroupContext:
-    """What a criterion sees of one group.
+    """Inputs of a criterion for one group.
 
     Attributes:
-        group: The group.
+        group: The group to score.
         layers: Dotted name to layer, for every layer of the group's slices.
-        moments: Moments of the consumer's input on calibration pictures; None unless the criterion
-            needs ``"moments"``, or curves are measured.
-        ridge: What is added to the covariance's diagonal, relative to its mean.
-        generator: Seeded for this group.
-        snapshots: Widths whose refitted weight an allocator will want; a criterion that has them at
-            hand returns them, and spares a second elimination.
-        gradients: float64 [samples, units]: derivative of the criterion's objective with respect to
-            the unit's mask, a factor of 1 on the unit's columns of whatever reads it; a row
-            for each picture, or for each of the objective's values of each picture. None unless the
-            criterion needs ``"gradients"``.
+        moments: Moments of the consumer's input on the calibration images; None unless the
+            criterion needs ``"moments"`` or curves are measured.
+        ridge: Ridge added to the diagonal of the covariance, relative to the mean of the diagonal.
+        generator: Random generator, seeded for this group.
+        snapshots: Widths for which the allocator needs the refitted weight. A criterion that
+            computes these weights returns them, so that they are not computed twice.
+        gradients: float64 [samples, units]: derivative of the criterion's objective with respect
+            to the mask of each unit, at mask value 1. The mask is a factor on the unit's columns
+            of every reader. One row per image, or per value of the objective if it has several
+            values per image. None unless the criterion needs ``"gradients"``.
     """
 
     group: Group
@@ -70,12 +68,12 @@ class GroupContext:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """One group's units, ranked.
+    """Scores and removal order of the units of one group.
 
     Attributes:
-        costs: float64 [units], finite, 0 or more.
-        order: int64 [units], first to be removed first.
-        weights: Width -> float64 [m, n], the consumer's weight refitted for that width; may be
+        costs: Score of each unit, float64 [units], finite and non-negative.
+        order: Units in the order of removal, int64 [units].
+        weights: Width to the consumer's weight refitted for that width, float64 [m, n]; may be
             empty.
     """
 
@@ -85,55 +83,57 @@ class Ranking:
 
 
 NEEDS = frozenset({"moments", "gradients", "norms"})
-"""What a criterion can ask for; see :class:`Criterion`."""
+"""Inputs that a criterion can request; see :class:`Criterion`."""
 
 
 class Criterion(Protocol):
-    """Ranks the units of a group.
+    """Importance criterion for the units of a group.
 
-    A criterion whose costs mean the same in every group (an estimated change of one loss) may say
-    ``comparable = True``; see :class:`AllocationContext`.
+    A criterion whose costs have the same scale in every group (for example, the estimated change
+    of one loss) may set ``comparable = True``; see :class:`AllocationContext`.
     """
 
     needs: frozenset[str]
-    """What must be there to rank a group: members of :data:`NEEDS`.
+    """Inputs that the criterion requires: a subset of :data:`NEEDS`.
 
-    ``"moments"``: :attr:`GroupContext.moments`. ``"gradients"``: :attr:`GroupContext.gradients`, of
+    ``"moments"``: :attr:`GroupContext.moments`. ``"gradients"``: :attr:`GroupContext.gradients` of
     the criterion's own objective (:class:`GradientCriterion`). ``"norms"``: a norm between the
-    units and their consumer; where a group has none the survey refuses, before any work is done.
+    units and their consumer; a model with a group that has no such norm is refused before any
+    computation starts.
     """
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """Rank ``item.group``'s units. No criterion asks what type a layer has."""
+        """Score and rank the units of ``ctx.group``, independently of the types of the layers."""
         ...
 
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images [b, 3, H, W] -> (pooled [b, C], dense [b, C, h, w])."""
+"""Function from images [b, 3, H, W] to (pooled [b, C], dense [b, C, h, w])."""
 
 
 class Objective(Protocol):
-    """What a tower's units are wanted for, as numbers that can be differentiated."""
+    """Differentiable function of a tower's outputs whose gradients a criterion uses."""
 
     def __call__(self, forward: Forward, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Value or values of each picture.
+        """Compute one or several values for each image.
 
         Args:
-            forward: The tower with a mask on each unit of each picture. It takes as many images as
-                ``images`` has, and may be called several times, also without gradient.
-            images: float32 [b, 3, H, W], preprocessed; every calibration picture comes once, in a
+            forward: The tower with one mask per unit and image. The input must have the batch size
+                of ``images``. It may be called several times, also without gradients.
+            images: float32 [b, 3, H, W], preprocessed. Each calibration image occurs once, in a
                 fixed order.
-            generator: On the CPU. What is drawn picture by picture does not depend on how many
-                pictures come at a time.
+            generator: Random generator on the CPU. Draw for one image at a time, so that the
+                numbers do not depend on the batch size.
 
         Returns:
-            [b], or [b, r] for r values of each picture, of which each is differentiated. A
-            picture's values depend on that picture alone.
+            [b], or [b, r] for r values per image, each of which is differentiated. The values of
+            an image must depend on that image only.
         """
         ...
 
 
 class GradientCriterion(Criterion, Protocol):
-    """A criterion that needs ``"gradients"``."""
+    """Criterion that needs ``"gradients"``."""
 
     objective: Objective
+    """Function whose gradients are computed."""

@@ -11,19 +11,21 @@ __all__ = ["EndlessPictures", "Pictures"]
 
 
 class Pictures(Protocol):
-    """Calibration pictures: a fixed number of them, the same ones at every pass."""
+    """Fixed set of calibration images, the same in every pass."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield float32 [b, 3, H, W], preprocessed, ``b <= size``, in a fixed order."""
+        """Yield preprocessed batches, float32 [b, 3, H, W] with ``b <= size``, in a fixed order."""
         ...
 
 
 @runtime_checkable
 class EndlessPictures(Pictures, Protocol):
-    """Calibration pictures that are made, so that there are always more of their kind."""
+    """Procedurally generated calibration images, of which there is no end."""
 
     def endless(self) -> Iterator[Tensor]:
-        """Yield new pictures [3, H, W] without end, the same ones every time."""
+        """Yield new images [3, H, W] without end; every call yields the same sequence."""
         ...

@@ -13,14 +13,15 @@ __all__ = ["Layer", "Policy", "ScheduleContext"]
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight that a schedule trains or freezes, and what goes with it.
+    """Weight that a schedule trains or freezes, with the parameters that follow it.
 
     Attributes:
-        name: Dotted name of the parameter (``"visual.transformer.resblocks.3.mlp.c_fc.weight"``);
-            fused queries, keys and values are one.
-        numel: Its numbers.
-        tower: Whether it is part of the image tower; False of a framework's own layers.
-        followers: Names of the parameters that train and freeze with it: biases, norms, positions.
+        name: Dotted name of the parameter (``"visual.transformer.resblocks.3.mlp.c_fc.weight"``).
+            A fused query-key-value weight counts as one.
+        numel: Number of its entries.
+        tower: True for a weight of the image tower, False for a layer of the framework.
+        followers: Names of the parameters that are trained and frozen together with it: biases,
+            norms, positional embeddings.
     """
 
     name: str
@@ -31,17 +32,17 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class ScheduleContext:
-    """What a policy sees when it is asked.
+    """Inputs of a policy at one decision.
 
     Attributes:
-        layers: The pool, in the order of the model; never empty.
-        fraction: Share of the layers to train, in [0, 1].
-        count: How many layers to train, where that was asked instead of a share.
-        step: The optimiser step before which it is asked.
-        total_steps: Optimiser steps of the whole training.
-        generator: Seeded; the same at every question of a training.
-        alphas: Name of a layer to the power-law exponent of its spectrum, > 1, infinite where it
-            has none; None unless the policy says ``needs_spectra``.
+        layers: Layers to choose from, in the order of the model; never empty.
+        fraction: Fraction of the layers to train, in [0, 1].
+        count: Number of layers to train; None if ``fraction`` applies.
+        step: Optimiser step before which the decision is made.
+        total_steps: Number of optimiser steps of the training.
+        generator: Seeded random generator, the same at every decision of a training.
+        alphas: Name of a layer to the power-law exponent of its spectrum, > 1, or infinity if no
+            power law fits; None unless the policy sets ``needs_spectra``.
     """
 
     layers: Sequence[Layer]
@@ -54,22 +55,25 @@ class ScheduleContext:
 
 
 class Policy(Protocol):
-    """Decides which layers train when."""
+    """Choice of the layers that train, made once or at several steps of a training."""
 
     needs_spectra: bool
-    """Whether it needs :attr:`ScheduleContext.alphas`."""
-    current: bool
-    """Whether they are of the weights as they are when it is asked, not as they were at first."""
+    """True if the policy reads :attr:`ScheduleContext.alphas`."""
+    needs_current_spectra: bool
+    """True if ``alphas`` are measured on the current weights, False for the initial weights."""
 
-    def moments(self, total_steps: int, every: int) -> Sequence[int]:
-        """Steps before which it is asked: ascending, the first 0, all below ``total_steps``.
+    def decision_steps(self, total_steps: int, every: int) -> Sequence[int]:
+        """Return the steps before which :meth:`choose` is called.
 
         Args:
-            total_steps: Optimiser steps of the whole training, 1 or more.
-            every: How often it may change its mind, in steps, 1 or more.
+            total_steps: Number of optimiser steps of the training, 1 or more.
+            every: Smallest number of steps between two decisions, 1 or more.
+
+        Returns:
+            Ascending steps below ``total_steps``; the first is 0.
         """
         ...
 
     def choose(self, ctx: ScheduleContext) -> Collection[str]:
-        """Names of the layers that train from ``item.step`` on."""
+        """Return the names of the layers to train from ``ctx.step`` on."""
         ...

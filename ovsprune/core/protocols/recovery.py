@@ -12,31 +12,28 @@ from ovsprune.core.distillation import Distillation
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols.backbone import Stages
 from ovsprune.core.protocols.images import Pictures
-from ovsprune.core.records import (
-    Group,
-    Plan,
-)
+from ovsprune.core.records import Group, Plan
 
 __all__ = ["Recovery", "RecoveryContext"]
 
 
 @dataclass(frozen=True, eq=False)
 class RecoveryContext:
-    """What a recovery sees: the dense tower, the cut one (to be changed in place), pictures.
+    """Inputs of a recovery.
 
     Attributes:
-        dense: The dense tower, rewritten: what is to be come close to. Never changed.
-        slim: The cut tower, in the same rewritten form (separate linear maps).
-        stages: Either tower as a sequence of blocks.
-        groups: In the dense tower's coordinates.
-        plan: What ``slim`` keeps of them.
-        pictures: Calibration pictures.
-        batch_size: Pictures at a time.
-        ridge: Relative to the mean variance of what a layer reads.
-        seed: For recoveries that draw.
-        progress: Shows the work.
-        distill: For recoveries that train.
-        unseen: Others of the same kind, which no recovery fits, to judge a training by; None where
+        dense: Dense tower in rewritten form, whose outputs are the target. Not modified.
+        slim: Cut tower in the same rewritten form (separate linear layers). Modified in place.
+        stages: Returns either tower as a sequence of blocks.
+        groups: Groups in the coordinates of the dense tower.
+        plan: Units that ``slim`` keeps.
+        pictures: Calibration images.
+        batch_size: Number of images per batch.
+        ridge: Ridge of the least-squares fits, relative to the mean variance of a layer's input.
+        seed: Seed of the random generators.
+        progress: Progress reporter.
+        distill: Options of recoveries that train.
+        unseen: Further images from the same source that no recovery fits, for validation; None if
             there are none.
     """
 
@@ -55,16 +52,16 @@ class RecoveryContext:
 
 
 class Recovery(Protocol):
-    """Repairs a cut tower in place."""
+    """Repair of a cut tower, in place."""
 
     trains: bool
-    """Whether it takes gradient steps; the job then says so in the checkpoint."""
+    """True if it takes gradient steps; the checkpoint's provenance records this."""
     after: str | None
-    """Name of the recovery that runs before it, or None."""
+    """Name of the recovery that runs before this one, or None."""
 
     def recover(self, ctx: RecoveryContext) -> None:
-        """Change ``item.slim`` in place; a plan that keeps everything must leave it as it is.
+        """Repair ``ctx.slim`` in place. If the plan keeps all units, nothing may change.
 
-        The values of its parameters and buffers may change, never its shapes or its modules.
+        Values of parameters and buffers may change; their shapes and the modules may not.
         """
         ...
