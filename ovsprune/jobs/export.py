@@ -93,7 +93,7 @@ def export(
         ``model, output, bytes, format, opset, size, dynamic, max_error`` (absolute),
         ``relative_error`` (in standard deviations of the output), ``checks[{output,
         batch, size, max_error, relative_error}], latency[{runtime, batch, size, latency (s),
-        throughput (pictures/s), speedup (of onnxruntime over torch)}], metadata, threads,
+        throughput (images/s), speedup (of onnxruntime over torch)}], metadata, threads,
         seconds``.
 
     Raises:

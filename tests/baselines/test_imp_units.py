@@ -139,7 +139,7 @@ def test_the_same_command_gives_the_same_tensors(small: Backbone) -> None:
 
 
 def test_the_card_says_that_it_was_trained(small: Backbone, tmp_path: Path) -> None:
-    for steps, said in ((1, "what is left was trained"), (0, "without a gradient step")):
+    for steps, said in ((1, "remaining weights were trained"), (0, "without gradient steps")):
         prune(small, 0.4, output=tmp_path / str(steps), **{**QUICK, "imp_steps": steps})
         assert said in (tmp_path / str(steps) / "README.md").read_text("utf-8")
 

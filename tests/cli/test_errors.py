@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear message, exit status 2, nothing half-written."""
+"""User errors: one clear message, exit status 2, no partial output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ovsprune.cli.main import main
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """Small tensors: threads would only wait for each other. Whoever changes it gives it back."""
+    """Use one thread, because the tensors are small, and restore the number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +26,7 @@ def one_thread(monkeypatch):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, small_clip):
-    """An empty working directory, where --model small is the small CLIP."""
+    """Empty working directory in which --model small is the small CLIP."""
     monkeypatch.chdir(tmp_path)
     load = backbones.load_backbone
     monkeypatch.setattr(
@@ -38,7 +38,7 @@ def place(tmp_path, monkeypatch, small_clip):
 
 
 def refused(*args) -> str:
-    """The message of a command that fails as it should."""
+    """Run a command that must fail, and return its message."""
     result = CliRunner().invoke(main, [str(arg) for arg in args])
     assert result.exit_code == 2, result.output
     assert result.stdout == ""

@@ -1,4 +1,4 @@
-"""How the command line fails, stops and stays light, whatever the command."""
+"""Errors, interruption and imports of the command line, for every command."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def failing(monkeypatch):
     return install
 
 
-def test_an_error_of_the_users_is_one_message_and_status_2(run, failing):
+def test_user_error_is_one_message_and_status_2(run, failing):
     failing(CheckpointError("it is damaged; copy it again"))
     result = run("inspect", "x")
     assert result.exit_code == 2
@@ -55,7 +55,7 @@ def test_an_error_of_the_users_is_one_message_and_status_2(run, failing):
 
 
 @pytest.mark.parametrize("way", ["option", "variable"])
-def test_debug_shows_the_traceback_as_well(run, failing, monkeypatch, way):
+def test_debug_shows_the_traceback(run, failing, monkeypatch, way):
     failing(CheckpointError("it is damaged"))
     if way == "variable":
         monkeypatch.setenv("OVSPRUNE_DEBUG", "1")
@@ -65,12 +65,12 @@ def test_debug_shows_the_traceback_as_well(run, failing, monkeypatch, way):
     assert result.stderr.endswith("Error: it is damaged\n")
 
 
-def test_a_bug_keeps_its_traceback(run, failing):
+def test_bug_keeps_its_traceback(run, failing):
     failing(ZeroDivisionError("a bug"))
     assert isinstance(run("inspect", "x").exception, ZeroDivisionError)
 
 
-def test_interrupted(run, failing):
+def test_interrupt_has_status_130(run, failing):
     failing(KeyboardInterrupt())
     result = run("inspect", "x")
     assert result.exit_code == 130
@@ -100,14 +100,14 @@ def test_usage_errors(run, args, message):
     assert message in result.stderr
 
 
-def test_options_come_from_the_environment_too(run, monkeypatch):
+def test_options_are_read_from_the_environment(run, monkeypatch):
     monkeypatch.setenv("OVSPRUNE_PRUNE_SAMPLES", "many")
     result = run("prune", "--model", "tiny", "--ratio", "0.5")
     assert result.exit_code == 2
     assert "Invalid value for '--samples': 'many'" in result.stderr
 
 
-def test_help_lists_every_command_with_a_whole_sentence(run):
+def test_help_lists_every_command_with_a_summary(run):
     result = run("--help")
     assert result.exit_code == 0
     for name in cli.COMMANDS:
@@ -137,7 +137,7 @@ REQUIRED = {
 
 
 @pytest.mark.parametrize("name", REQUIRED)
-def test_every_option_has_the_default_that_the_job_has(name):
+def test_option_defaults_equal_those_of_the_function(name):
     module = importlib.import_module(f"ovsprune.jobs.{name}")
     accepted = _accepted(getattr(module, name))
     if name == "prune":
@@ -155,7 +155,7 @@ def test_every_option_has_the_default_that_the_job_has(name):
     assert {option: accepted.get(option, "not taken") for option in given} == given
 
 
-def test_nothing_heavy_is_imported_for_help():
+def test_help_imports_no_heavy_library():
     heavy = ("torch", "numpy", "open_clip", "PIL", "transformers", "safetensors")
     code = (
         "import sys\n"
@@ -173,7 +173,7 @@ def test_nothing_heavy_is_imported_for_help():
     assert "--against" in done.stdout
 
 
-def test_libraries_are_kept_off_the_screen(monkeypatch, capfd):
+def test_messages_of_libraries_are_suppressed(monkeypatch, capfd):
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
@@ -188,7 +188,7 @@ def test_libraries_are_kept_off_the_screen(monkeypatch, capfd):
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
 
 
-def test_debug_leaves_libraries_as_they_are(monkeypatch):
+def test_debug_keeps_messages_of_libraries(monkeypatch):
     monkeypatch.delenv("HF_HUB_VERBOSITY", raising=False)
     silence_libraries(debug=True)
     assert "HF_HUB_VERBOSITY" not in os.environ

@@ -1,4 +1,4 @@
-"""Bars in a terminal, lines elsewhere."""
+"""Progress bars in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plain():
     return Console(file=io.StringIO(), force_terminal=False, width=100)
 
 
-def test_a_long_stage_leaves_a_line_and_a_short_one_none(plain, monkeypatch):
+def test_only_long_stages_leave_a_line(plain, monkeypatch):
     bars = Bars(plain)
     with bars.stage("short", 2) as advance:
         advance(2)
@@ -27,7 +27,7 @@ def test_a_long_stage_leaves_a_line_and_a_short_one_none(plain, monkeypatch):
     assert [line.rpartition(":")[0] for line in lines] == ["  inner", "outer"]
 
 
-def test_notes_are_shown_as_they_are_and_kept(plain):
+def test_notes_are_printed_verbatim_and_kept(plain):
     bars = Bars(plain)
     with bars.stage("work", 1):
         bars.note("skipped a[red]b.png")
@@ -35,7 +35,7 @@ def test_notes_are_shown_as_they_are_and_kept(plain):
     assert bars.notes == ["skipped a[red]b.png"]
 
 
-def test_a_terminal_sees_the_bar_move():
+def test_terminal_shows_a_bar():
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     bars = Bars(console)
     with bars.stage("measuring [layers]", 4) as advance:
@@ -45,7 +45,7 @@ def test_a_terminal_sees_the_bar_move():
         assert "3/4" in console.file.getvalue()
 
 
-def test_an_error_in_a_stage_closes_the_bars(plain):
+def test_error_in_a_stage_closes_the_bars(plain):
     bars = Bars(plain)
     with pytest.raises(ValueError, match="inside"), bars.stage("outer", 1), bars.stage("in", 1):
         raise ValueError("inside")

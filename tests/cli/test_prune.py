@@ -1,4 +1,4 @@
-"""What the help of `ovsprune prune` says of the job."""
+"""Help of `ovsprune prune`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from ovsprune.cli.prune import command
 from ovsprune.core.distillation import Distillation
 
 
-def test_the_help_says_how_many_steps_are_taken() -> None:
+def test_help_shows_the_default_number_of_steps() -> None:
     (option,) = [p for p in command.params if p.name == "distill_steps"]
     assert f"{Distillation().limit}," in option.show_default  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Where output goes: stdout, stderr, the record's file."""
+"""Output to stdout, stderr and the record file."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_tables_go_to_stdout(run):
     assert result.stderr == ""
 
 
-def test_json_dash_gives_stdout_to_the_record_alone(run):
+def test_json_dash_prints_only_the_record_on_stdout(run):
     result = run("--json", "-")
     assert json.loads(result.stdout) == LISTED
     assert "some-framework" in result.stderr
     assert "a library prints" in result.stderr
 
 
-def test_quiet_json_dash_prints_the_record_and_nothing_else(run):
+def test_quiet_json_dash_prints_only_the_record(run):
     result = run("--json", "-", "--quiet")
     assert json.loads(result.stdout) == LISTED
     assert "some-framework" not in result.stderr
@@ -68,9 +68,12 @@ def test_json_file(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [(".", "is a directory; give a file"), ("missing/record.json", "there is no directory")],
+    [
+        (".", "is a directory; give a file"),
+        ("missing/record.json", "does not exist; create it first"),
+    ],
 )
-def test_json_that_cannot_be_written_is_refused_before_the_work(
+def test_unwritable_json_is_refused_before_the_computation(
     run, tmp_path, monkeypatch, place, message
 ):
     def targets():
@@ -82,7 +85,7 @@ def test_json_that_cannot_be_written_is_refused_before_the_work(
     assert message in result.stderr
 
 
-def test_a_full_disk_leaves_the_old_record_and_nothing_else(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_record(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     path.write_text("old")
     screen = Screen(str(path), quiet=True)

@@ -117,7 +117,7 @@ def test_the_page_about_recipes_has_the_options() -> None:
         ("ratio = 0.5\nprotect = 'x'", OptionError, "--protect 'x': give a list of strings"),
         ("ratio = 0.5\nrounds = true", OptionError, "--rounds True: give a whole number"),
         ("ratio = 0.5\ncriterion = 'taylr'", OptionError, "--criterion .*'taylr' is no registered"),
-        ("ratio = 0.5\ncriterion = 3", OptionError, "3 has no method score"),
+        ("ratio = 0.5\ncriterion = 3", OptionError, "3 has no method `score`"),
         ("ratio = 0.5\ncalibration = 'folder'", OptionError, "--calibration is missing: the imag"),
         ("samples = 4", OptionError, "--ratio is missing"),
         ("ratio = ", OptionError, "--config .*recipe.toml is not valid TOML"),

@@ -1,4 +1,4 @@
-"""Slim against another tower, in one run."""
+"""Benchmark of a slim tower against another one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def slimmer(small_clip, tmp_path_factory) -> Path:
     return output
 
 
-def test_rows_of_both_towers_for_every_batch_size(slim, slimmer):
+def test_one_row_per_tower_and_batch_size(slim, slimmer):
     record = benchmark(
         str(slim), against=str(slimmer), batch_sizes=(1, 3), pairs=2, threads=1, memory=False
     )
@@ -41,7 +41,7 @@ def test_rows_of_both_towers_for_every_batch_size(slim, slimmer):
     assert (record["pairs"], record["threads"], record["against"]) == (2, 1, str(slimmer))
 
 
-def test_a_slim_directory_is_measured_against_its_own_base(slim, small_clip, monkeypatch):
+def test_reference_of_a_slim_directory_is_its_base(slim, small_clip, monkeypatch):
     asked = []
     load = backbones.load_backbone
 
@@ -56,7 +56,7 @@ def test_a_slim_directory_is_measured_against_its_own_base(slim, small_clip, mon
     assert asked == [(str(slim), None), ("small", "none")]
 
 
-def test_a_dense_model_alone_has_one_row(small_clip, monkeypatch):
+def test_dense_model_without_reference_has_one_row(small_clip, monkeypatch):
     monkeypatch.setattr(backbones, "load_backbone", lambda name, pretrained: small_clip)
     record = benchmark("small", batch_sizes=(2,), pairs=1, memory=False)
     assert [(row["role"], row["speedup"]) for row in record["rows"]] == [("model", 1.0)]
@@ -64,7 +64,7 @@ def test_a_dense_model_alone_has_one_row(small_clip, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no high-water mark there")
-def test_peak_memory_of_a_fresh_process(slim):
+def test_peak_memory_is_measured_in_a_new_process(slim):
     little = peak_memory(str(slim), 1, threads=1)
     much = peak_memory(str(slim), 96, threads=1)
     weights = 4 * ovsprune.read(slim).spec.slim.params
@@ -73,21 +73,21 @@ def test_peak_memory_of_a_fresh_process(slim):
     assert much - little > queries_keys_values
 
 
-def test_a_process_that_fails_is_reported_with_its_reason(slim):
+def test_failure_of_the_memory_process_is_reported(slim):
     with pytest.raises(WeightsError, match=r"memory of 'nothing' failed \(.*unknown model"):
         peak_memory("nothing", 1)
 
 
 @pytest.mark.parametrize("options", [{"pairs": 0}, {"batch_sizes": (4, 0)}, {"batch_sizes": ()}])
-def test_numbers_out_of_range(slim, options):
+def test_numbers_out_of_range_are_refused(slim, options):
     with pytest.raises(OptionError, match="must be 1 or more each"):
         benchmark(str(slim), **options)
 
 
-def test_towers_of_different_inputs_are_not_compared(slim, small_clip, monkeypatch):
+def test_towers_with_different_input_sizes_are_refused(slim, small_clip, monkeypatch):
     tower = module._tower(str(slim), "model")
     other = module._tower(str(slim), "against")
     other.backbone.preprocess = type(other.backbone.preprocess)((64, 64))
     monkeypatch.setattr(module, "_tower", lambda source, role: {"m": tower, "a": other}[source])
-    with pytest.raises(OptionError, match=r"of \(48, 48\) .* of \(64, 64\); name an"):
+    with pytest.raises(OptionError, match=r"of \(48, 48\) .* of \(64, 64\); choose an"):
         benchmark("m", against="a", pairs=1, memory=False)

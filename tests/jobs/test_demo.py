@@ -19,7 +19,7 @@ QUICK = {"samples": 8, "batch_size": 8, "probe": 4}
 
 
 class Heard(Silent):
-    """A progress that keeps the descriptions of its stages."""
+    """Progress reporter that records the descriptions of its stages."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Heard(Silent):
 
 @pytest.fixture(autouse=True)
 def quick(small_clip, monkeypatch):
-    """The small CLIP in place of tiny, few pictures, no framework."""
+    """Replace tiny by the small CLIP, with few images and no framework."""
     load = backbones.load_backbone
     monkeypatch.setattr(
         backbones,
@@ -46,7 +46,7 @@ def quick(small_clip, monkeypatch):
     )
 
 
-def test_the_whole_of_it_twice(tmp_path):
+def test_demo_runs_twice_in_the_same_directory(tmp_path):
     place, heard = tmp_path / "demo", Heard()
     record = demo(place, scenes=5, threads=1, progress=heard)
     rows = {row["method"]: row for row in record["rows"]}
@@ -92,7 +92,7 @@ def test_options_out_of_range_leave_nothing_behind(tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_checkpoints_is_not_replaced(tmp_path):
+def test_foreign_slim_directory_is_not_replaced(tmp_path):
     other = tmp_path / "slim" / "ViT-B-16-r0.5"
     other.mkdir(parents=True)
     with pytest.raises(OutputError, match="slim exists and is no slim checkpoint"):
@@ -100,7 +100,7 @@ def test_a_folder_of_checkpoints_is_not_replaced(tmp_path):
     assert other.is_dir()
 
 
-def test_an_output_that_is_a_file(tmp_path):
+def test_output_that_is_a_file_is_refused(tmp_path):
     file = tmp_path / "demo"
     file.write_text("mine")
     with pytest.raises(OutputError, match="demo is a file; name a directory with -o"):
@@ -108,8 +108,8 @@ def test_an_output_that_is_a_file(tmp_path):
     assert file.read_text() == "mine"
 
 
-def test_an_output_that_cannot_be_made(tmp_path):
+def test_output_that_cannot_be_created_is_refused(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="cannot be created"):
         demo(file / "demo", scenes=4)

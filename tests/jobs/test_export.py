@@ -1,4 +1,4 @@
-"""Export: the graph gives what the tower gives, or there is no graph."""
+"""Export: the outputs of the graph equal those of the tower, or no file is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.contracts.conftest import REPRESENTATIVES
 
 QUICK: dict[str, Any] = {"pairs": 0, "threads": 1}
 FREE = {"open_clip-efficientnet", "open_clip-fastvit"}
-"""Families, besides the ViTs, that can be exported with free height and width."""
+"""Families, besides the ViTs, that can be exported with dynamic height and width."""
 
 
 def images(batch: int, height: int, width: int) -> Tensor:
@@ -48,13 +48,13 @@ def error(given: list[Tensor], expected: tuple[Tensor, Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def dynamic(slim: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The record of a slim ViT's export with free sizes."""
+    """Export a slim ViT with dynamic sizes, and return the record."""
     file = tmp_path_factory.mktemp("export") / "deep" / "tower.onnx"
     return export(slim, dynamic=True, output=file, pairs=2, threads=1)
 
 
-def test_a_graph_of_any_size(slim: Path, dynamic: dict[str, Any]) -> None:
-    """Also of sizes that the export did not check: smaller, oblong, and no multiple of a patch."""
+def test_dynamic_graph_accepts_any_size(slim: Path, dynamic: dict[str, Any]) -> None:
+    """Sizes not checked by the export: smaller, oblong, and no multiple of the patch size."""
     tower = ovsprune.load(slim)
     for batch, height, width in ((1, 48, 48), (3, 40, 88), (2, 16, 160), (1, 71, 50)):
         pictures = images(batch, height, width)
@@ -63,7 +63,7 @@ def test_a_graph_of_any_size(slim: Path, dynamic: dict[str, Any]) -> None:
     assert error(run(dynamic["output"], images(2, 48, 48)), ours.outputs(images(2, 48, 48))) < 1e-4
 
 
-def test_the_record(slim: Path, dynamic: dict[str, Any]) -> None:
+def test_record(slim: Path, dynamic: dict[str, Any]) -> None:
     assert (dynamic["model"], dynamic["format"], dynamic["dynamic"]) == (str(slim), "onnx", True)
     assert dynamic["size"] == [48, 48]
     checks = dynamic["checks"]
@@ -79,7 +79,7 @@ def test_the_record(slim: Path, dynamic: dict[str, Any]) -> None:
     assert dynamic["bytes"] == Path(dynamic["output"]).stat().st_size
 
 
-def test_what_the_file_says_of_itself(slim: Path, dynamic: dict[str, Any]) -> None:
+def test_metadata_of_the_file(slim: Path, dynamic: dict[str, Any]) -> None:
     graph = onnx.load(dynamic["output"])
     onnx.checker.check_model(graph)
     said = {entry.key: entry.value for entry in graph.metadata_props}
@@ -102,10 +102,10 @@ def test_what_the_file_says_of_itself(slim: Path, dynamic: dict[str, Any]) -> No
     assert b".py" not in content and str(Path.home()).encode() not in content
 
 
-def test_a_dense_model_at_one_other_size_from_the_command_line(
+def test_dense_model_at_another_size_from_the_command_line(
     small_clip: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights in a file of their own, as those of a tower that is too large for one."""
+    """The weights go into a second file, as for towers that are too large for one file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(onnx_graph, "ONE_FILE", 0)
     monkeypatch.setattr(backbones, "load_backbone", lambda name, **_: small_clip)
@@ -134,7 +134,7 @@ QUICK_FAMILIES = {
     "open_clip-resnet",
     "transformers-vit",
 }
-"""One family with free sizes, one residual network, and two that start with patches."""
+"""One family with dynamic sizes, one ResNet, and two with patch embeddings."""
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ QUICK_FAMILIES = {
         for name in sorted(set(REPRESENTATIVES) - {"open_clip-vit"})
     ],
 )
-def test_the_other_families(family: str, tmp_path: Path) -> None:
+def test_other_families(family: str, tmp_path: Path) -> None:
     prune(REPRESENTATIVES[family](), 0.3, samples=4, criterion="magnitude", allocation="uniform",
           recovery="none", output=tmp_path / "slim")  # fmt: skip
     file = tmp_path / "tower.onnx"
@@ -158,7 +158,7 @@ def test_the_other_families(family: str, tmp_path: Path) -> None:
         assert error(run(file, pictures), tower.outputs(pictures)) < 1e-4
 
 
-def test_a_graph_that_is_off_is_not_written(
+def test_inaccurate_graph_is_not_written(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = onnx_graph.open_session
@@ -180,7 +180,7 @@ def test_a_graph_that_is_off_is_not_written(
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), None])
-def test_what_is_no_number_or_has_another_shape_is_off(
+def test_nan_and_wrong_shapes_are_refused(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float | None
 ) -> None:
     tower = ovsprune.load(slim)
@@ -192,26 +192,26 @@ def test_what_is_no_number_or_has_another_shape_is_off(
     job = sys.modules["ovsprune.jobs.export"]
     monkeypatch.setattr(job, "make_graph", lambda *_, **__: 18)
     monkeypatch.setattr(job, "open_session", lambda *_: session)
-    with pytest.raises(ExportError, match="pooled is off by nan|gives dense of shape"):
+    with pytest.raises(ExportError, match="pooled is off by nan|dense of the graph has shape"):
         export(slim, output=tmp_path / "tower.onnx", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tower_that_cannot_be_exported_says_what_to_do(
+def test_failed_export_names_remedies(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("Constraints violated (height)!")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    said = r"with free height and width \(Constraints violated.*leave --dynamic out and name a --si"
+    said = r"with dynamic height and width \(Constraints violated.*omit --dynamic and give a --size"
     with pytest.raises(ExportError, match=said):
         export(slim, dynamic=True, output=tmp_path / "tower.onnx", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_library_is_named(
+def test_missing_library_is_named(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
@@ -230,7 +230,7 @@ def test_a_missing_library_is_named(
         ({"batch_sizes": ()}, "--batch-size : give 1 or more"),
         ({"batch_sizes": (1, 0)}, "--batch-size 1, 0: give 1 or more"),
         ({"pairs": -1}, "--pairs -1: give 0 or more"),
-        ({"opset": 9}, r"--opset 9: give 18 to \d+"),
+        ({"opset": 9}, r"--opset 9: give a value from 18 to \d+"),
         ({"threads": 0}, "--threads 0"),
         ({"pretrained": "openai"}, "is a slim checkpoint and brings its weights"),
     ],
@@ -244,13 +244,13 @@ def test_bad_options_are_named(
 
 
 @pytest.mark.parametrize("size", ["48x", "x48", "48x48x48", "0x48", "big", "-3x4"])
-def test_a_size_that_is_none(slim: Path, size: str) -> None:
+def test_malformed_size_is_refused(slim: Path, size: str) -> None:
     done = CliRunner().invoke(main, ["export", str(slim), f"--size={size}"])
     assert done.exit_code == 2
     assert "give height and width in pixels, as in 320x384" in done.stderr
 
 
-def test_an_output_that_exists(slim: Path, tmp_path: Path) -> None:
+def test_existing_output_is_refused(slim: Path, tmp_path: Path) -> None:
     file = tmp_path / "tower.onnx"
     file.write_text("mine")
     with pytest.raises(OutputError, match="exists already.*--overwrite"):

@@ -32,7 +32,7 @@ def test_layers_add_up_to_the_checkpoint(slim):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "mask.safetensors"])
-def test_a_missing_file_is_named(slim, tmp_path, name):
+def test_missing_file_is_named(slim, tmp_path, name):
     broken = tmp_path / "broken"
     shutil.copytree(slim, broken)
     (broken / name).unlink()

@@ -3,7 +3,7 @@ from __future__ import annotations
 from ovsprune.jobs.listing import criteria, models, targets
 
 
-def test_models_have_the_names_that_people_need_and_their_weights():
+def test_models_list_names_and_weights():
     listed = {entry["name"]: entry for entry in models()["models"]}
     assert "openai" in listed["ViT-B-16"]["weights"]
     assert "openai" in listed["ViT-B-16"]["summary"]
@@ -11,7 +11,7 @@ def test_models_have_the_names_that_people_need_and_their_weights():
     assert all(entry["summary"] for entry in listed.values())
 
 
-def test_every_part_of_a_pruning_says_what_it_is():
+def test_criteria_allocations_and_recoveries_have_summaries():
     listed = criteria()
     names = {kind: {entry["name"] for entry in entries} for kind, entries in listed.items()}
     assert names["criteria"] >= {
@@ -32,7 +32,7 @@ def test_every_part_of_a_pruning_says_what_it_is():
     assert all(entry["summary"] for entries in listed.values() for entry in entries)
 
 
-def test_targets_say_what_they_are():
+def test_targets_have_summaries():
     listed = {entry["name"]: entry["summary"] for entry in targets()["targets"]}
     assert {"mmseg-san", "san"} <= set(listed)
     assert all(listed.values())

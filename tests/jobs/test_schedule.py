@@ -1,4 +1,4 @@
-"""Plans of frameworks' models, and the command ``schedule``."""
+"""Schedules of frameworks' models, and the command ``schedule``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ovsprune.core.errors import OptionError, TargetError
 from tests.targets.by_hand import needs_mmseg
 
 
-def test_the_command_says_who_trains_and_what_it_costs(tmp_path: Path) -> None:
+def test_command_shows_trained_layers_and_cost(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     options = ["--model", "tiny", "--total-steps", "100", "--json", str(out)]
     done = CliRunner().invoke(main, ["schedule", *options], standalone_mode=False)
@@ -38,7 +38,7 @@ def tiny_tower() -> nn.Module:
     return load_backbone("tiny").tower
 
 
-def test_counted_on_a_copy_is_counted_on_the_tower() -> None:
+def test_flops_of_a_meta_copy_equal_those_of_the_tower() -> None:
     from ovsprune.jobs.schedule import plan_tower
 
     record = plan_tower("tiny", "last-k", count=3, batch_size=2)
@@ -50,7 +50,7 @@ def test_counted_on_a_copy_is_counted_on_the_tower() -> None:
     assert counted == {name: told[name] for name in counted}
 
 
-def test_steps_are_measured_against_training_everything() -> None:
+def test_steps_are_measured_against_training_all_layers() -> None:
     from ovsprune.jobs.schedule import plan_tower
 
     rows = plan_tower("tiny", "last-k", count=1, measure=True)["measured"]
@@ -60,7 +60,7 @@ def test_steps_are_measured_against_training_everything() -> None:
         assert rows[0]["peak_memory"] < rows[1]["peak_memory"]
 
 
-def test_bad_input() -> None:
+def test_bad_options_are_refused() -> None:
     from ovsprune.jobs.schedule import plan_tower
 
     with pytest.raises(OptionError, match="--model is missing"):
@@ -102,7 +102,7 @@ def clipseg_loss(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.framework
-def test_a_tower_that_runs_without_gradients_gets_them_while_it_trains(clipseg: Any) -> None:
+def test_gradients_of_a_frozen_tower_are_enabled_while_it_trains(clipseg: Any) -> None:
     before = {n: p.requires_grad for n, p in clipseg.named_parameters()}
     plan = ovsprune.schedule(clipseg, "last-k", count=12)
     tower = ("clip.vision_model.", "clip.visual_projection.")
@@ -127,7 +127,7 @@ def test_a_tower_that_runs_without_gradients_gets_them_while_it_trains(clipseg: 
 
 
 @pytest.mark.framework
-def test_the_pool_of_san_is_its_tower_under_its_own_names() -> None:
+def test_pool_of_san_is_its_image_tower() -> None:
     needs_mmseg()
     from ovsprune.targets import TARGETS
     from ovsprune.targets.mmseg_build import SanShape, build_san

@@ -1,4 +1,4 @@
-"""The demo's last step on a real framework."""
+"""Transfer into a small SAN of mmsegmentation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(small_clip, slim, scenes):
 
 
 @pytest.mark.framework
-def test_a_slim_tower_in_a_small_san(small_clip, scenes, tmp_path):
+def test_slim_tower_in_a_small_san(small_clip, scenes, tmp_path):
     pytest.importorskip("mmseg")
     # What random weights gave would be refused without force; the demo's are trained.
     config = deepcopy(small_clip.architecture)
@@ -51,7 +51,7 @@ def test_a_slim_tower_in_a_small_san(small_clip, scenes, tmp_path):
     assert little["cosine"]["logits"] > much["cosine"]["logits"]
 
 
-def test_without_the_framework_the_step_is_left_out(small_clip, slim, scenes, monkeypatch):
+def test_step_is_skipped_without_mmsegmentation(small_clip, slim, scenes, monkeypatch):
     for name in ("mmseg", "mmengine", "mmcv"):
         monkeypatch.setitem(sys.modules, name, None)
     found = run(small_clip, slim, scenes)

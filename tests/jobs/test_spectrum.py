@@ -14,7 +14,7 @@ from ovsprune.core.errors import OptionError, OutputError
 from ovsprune.jobs.spectrum import spectrum
 
 
-def test_the_record_and_the_picture(tmp_path: Path) -> None:
+def test_record_and_plot(tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     options = ["--model", "tiny", "--plot", str(tmp_path / "p.png"), "--json", str(out)]
     done = CliRunner().invoke(main, ["spectrum", *options], standalone_mode=False)
@@ -43,18 +43,16 @@ def test_a_slim_directory_has_its_own_shapes(tmp_path: Path) -> None:
     assert shapes["c_fc"][0] < 768
 
 
-def test_what_cannot_be_done_is_told_before_the_work(tmp_path: Path) -> None:
+def test_bad_options_are_refused_before_the_computation(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"--layer 'blocks\.\*' matches none of the 37 layers"):
         spectrum("tiny", layers=["blocks.*"])
-    with pytest.raises(
-        OutputError, match=r"the picture is a PNG; give a name that ends with \.png"
-    ):
+    with pytest.raises(OutputError, match=r"plots are PNG files; give a name that ends in \.png"):
         spectrum("tiny", plot=tmp_path / "p.svg")
-    with pytest.raises(OutputError, match="its directory is not there; make it first"):
+    with pytest.raises(OutputError, match="its directory does not exist; create it first"):
         spectrum("tiny", plot=tmp_path / "no" / "p.png")
 
 
-def test_the_picture_takes_layers_of_every_kind(tmp_path: Path) -> None:
+def test_plot_accepts_layers_of_every_kind(tmp_path: Path) -> None:
     from torch import nn
 
     from ovsprune.report.spectra import _depths, draw

@@ -1,4 +1,4 @@
-"""Latency as a budget, by hand-made tables; where something is timed, no time is asserted."""
+"""Latency budgets from hand-made tables; no test asserts a measured time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {"samples": 4, "criterion": "magnitude", "recovery": "no
 
 
 class Tower:
-    """The small ViT, rewritten, with the groups that may be cut."""
+    """The small ViT, rewritten, with its prunable groups."""
 
     def __init__(self) -> None:
         backbone = open_clip_vit()
@@ -54,7 +54,7 @@ def tower() -> Tower:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One round of timing, and a cache directory of the test's own."""
+    """Time one round only, and use a temporary cache directory."""
     monkeypatch.setattr(latency, "ROUNDS", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -64,7 +64,7 @@ def here() -> dict[str, Any]:
 
 
 def by_hand(model: LatencyModel, machine: Mapping[str, Any]) -> LatencyTable:
-    """A block takes 10 ms, 4 of them heads, 5 of them MLP; the rest of the tower takes 2."""
+    """Table: 10 ms per block, of which 4 for heads and 5 for the MLP; 2 ms for stem and head."""
     times: dict[str, dict[int, float]] = {model.rest: {1: 2.0}}
     times |= {block: {1: 10.0} for block in model.blocks.values()}
     for piece, widths in model.groups.values():
@@ -101,7 +101,7 @@ def test_prices_are_interpolated_from_the_table(
             assert price == pytest.approx(part * (more - fewer) / group.units)
 
 
-def test_a_narrower_block_that_is_slower_saves_nothing(tower: Tower) -> None:
+def test_narrower_block_that_is_slower_saves_nothing(tower: Tower) -> None:
     model = tower.model()
     table = by_hand(model, here())
     group = next(g for g in tower.groups if g.kind == "heads")
@@ -121,7 +121,7 @@ def test_equal_blocks_share_their_pieces(tower: Tower) -> None:
     assert len(model.groups) == len(tower.groups) == 5
 
 
-def test_measuring_writes_a_table_that_a_second_run_reads(
+def test_second_run_reads_the_table_of_the_first(
     tower: Tower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = tower.budget(None)
@@ -134,7 +134,7 @@ def test_measuring_writes_a_table_that_a_second_run_reads(
     assert tower.budget(None) == first
 
 
-def test_only_what_is_missing_is_measured(tower: Tower, table: Path) -> None:
+def test_only_missing_times_are_measured(tower: Tower, table: Path) -> None:
     whole = LatencyTable.read(table)
     piece, widths = next(iter(tower.model().groups.values()))
     rest = {k: dict(v) for k, v in whole.times.items()}
@@ -147,13 +147,13 @@ def test_only_what_is_missing_is_measured(tower: Tower, table: Path) -> None:
     assert changed == {(piece, widths[0])}
 
 
-def test_other_threads_are_another_machine() -> None:
+def test_other_number_of_threads_is_another_machine() -> None:
     one, two = here(), {**here(), "threads": 77}
     assert cache_path(one) != cache_path(two)
     assert here()["cpu"]
 
 
-def test_a_table_of_another_machine_is_read_and_named(
+def test_table_of_another_machine_is_read_with_a_note(
     tower: Tower, tmp_path: Path, no_measuring: None
 ) -> None:
     path, progress = tmp_path / "phone.json", Silent()
@@ -162,11 +162,13 @@ def test_a_table_of_another_machine_is_read_and_named(
     assert any("measured elsewhere: cpu 'phone', here" in note for note in progress.notes)
 
 
-def test_a_table_of_another_machine_is_never_added_to(tower: Tower, tmp_path: Path) -> None:
+def test_table_of_another_machine_is_never_extended(tower: Tower, tmp_path: Path) -> None:
     path = tmp_path / "phone.json"
     LatencyTable({**here(), "cpu": "phone"}).write(path)
     before = path.read_bytes()
-    with pytest.raises(DataError, match=r"phone\.json has no time for .* measured elsewhere"):
+    with pytest.raises(
+        DataError, match=r"phone\.json has no time for .* measured on another machine"
+    ):
         tower.budget(path)
     assert path.read_bytes() == before
 
@@ -181,14 +183,14 @@ def test_a_table_of_another_machine_is_never_added_to(tower: Tower, tmp_path: Pa
         '{"format": 1, "machine": {}, "times": {"a": {"widths": [], "milliseconds": []}}}',
     ],
 )  # fmt: skip
-def test_what_is_no_table_is_refused(tower: Tower, tmp_path: Path, text: str) -> None:
+def test_malformed_table_is_refused(tower: Tower, tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
     with pytest.raises(DataError, match=r"table\.json is no table of layer times .*delete it"):
         tower.budget(path)
 
 
-def test_a_damaged_cache_is_measured_again(tower: Tower) -> None:
+def test_damaged_cache_is_measured_again(tower: Tower) -> None:
     path, progress = cache_path(here()), Silent()
     path.parent.mkdir(parents=True)
     path.write_text("{")
@@ -197,7 +199,7 @@ def test_a_damaged_cache_is_measured_again(tower: Tower) -> None:
     assert LatencyTable.read(path).times
 
 
-def test_a_table_that_cannot_be_written(
+def test_table_that_cannot_be_written(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -219,7 +221,7 @@ def small() -> Backbone:
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "sensitivity"])
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_prune_to_a_latency(
+def test_prune_to_a_latency_budget(
     small: Backbone, table: Path, no_measuring: None, allocation: str, ratio: float
 ) -> None:
     result = prune(
@@ -243,7 +245,7 @@ def test_prune_to_a_latency(
     json.dumps(result.record())
 
 
-def test_units_are_removed_down_to_a_latency(
+def test_imp_removes_units_to_a_latency_budget(
     small: Backbone, table: Path, no_measuring: None
 ) -> None:
     imp: dict[str, Any] = {"method": "imp", "imp_structured": True, "imp_steps": 0, "samples": 4}
@@ -254,7 +256,7 @@ def test_units_are_removed_down_to_a_latency(
     assert result.record()["latency"]["predicted_ms"] == pytest.approx(32 - gone)
 
 
-def test_blocks_of_other_heads_are_other_pieces(tower: Tower) -> None:
+def test_blocks_with_different_heads_are_different_pieces(tower: Tower) -> None:
     before = tower.model()
     attention = tower.dense.get_submodule("transformer.resblocks.0.attn")
     heads, attention.num_heads = attention.num_heads, 2 * attention.num_heads
@@ -265,17 +267,17 @@ def test_blocks_of_other_heads_are_other_pieces(tower: Tower) -> None:
     assert len(set(before.blocks.values())) == 1 and len(set(after.blocks.values())) == 2
 
 
-def test_a_tower_in_half_precision_has_its_time_measured(table: Path, no_measuring: None) -> None:
+def test_half_precision_tower_is_measured(table: Path, no_measuring: None) -> None:
     half = open_clip_vit()
     half.tower.bfloat16()
     options = {**QUICK, "allocation": "uniform", "latency_table": str(table)}
     assert prune(half, 0.2, budget="latency", **options).record()["latency"]["dense_ms"] > 0
 
 
-def test_other_budgets_have_no_latency(small: Backbone) -> None:
+def test_other_budgets_record_no_latency(small: Backbone) -> None:
     assert prune(small, 0.5, allocation="uniform", **QUICK).record()["latency"] is None
 
 
-def test_a_table_without_a_latency_budget_is_refused(small: Backbone) -> None:
+def test_table_without_latency_budget_is_refused(small: Backbone) -> None:
     with pytest.raises(OptionError, match="--latency-table goes with --budget latency only"):
         prune(small, 0.5, latency_table="x.json", **QUICK)

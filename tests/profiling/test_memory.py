@@ -1,4 +1,4 @@
-"""Peak memory does not grow with the calibration pictures, apart from the residual streams."""
+"""Peak memory grows with the calibration images only by the cached activations."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def peak(samples: int, recovery: str) -> int:
         pytest.param("closed-form-symmetric", 1, marks=pytest.mark.slow),
     ],
 )
-def test_peak_memory_grows_by_the_streams_alone(recovery: str, held: int) -> None:
+def test_peak_memory_grows_by_the_cached_activations_only(recovery: str, held: int) -> None:
     few, many = 16, 48  # Batches of 8: with one alone, nothing is left over from another.
     streams = held * (many - few) * TOKENS * WIDTH * 4
     activations = (many - few) * TOKENS * HIDDEN * 4  # Of one layer, if they were all held.

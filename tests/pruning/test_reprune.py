@@ -118,7 +118,7 @@ def test_the_base_is_the_first_dense_model(base: Backbone, once: Path, twice: Pr
     assert made["given"]["macs"] == first.slim.macs
     assert made["command"].startswith("ovsprune prune --model once --ratio 0.2 --samples 8")
     card = (twice.path / "README.md").read_text("utf-8")  # type: ignore[operator]
-    assert "against the slim tower that it was cut from" in card
+    assert "against the slim tower before" in card
     assert "of once, which was pruned before" in card
 
 
