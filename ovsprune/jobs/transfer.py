@@ -21,7 +21,7 @@ from ovsprune.targets import TARGETS, Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.key_map import depth_of
-from ovsprune.targets.output import check_place, write_output
+from ovsprune.targets.output import check_transfer_output, write_output
 from ovsprune.targets.recognise import recognise
 
 __all__ = ["transfer"]
@@ -286,7 +286,7 @@ def _on_disk(
     progress: Progress,
 ) -> dict[str, Any]:
     target = TARGETS.get(name)
-    place = check_place(
+    place = check_transfer_output(
         output or Path("transfer") / f"{name}-{slim.path.resolve().name}", overwrite or dry_run
     )
     with progress.stage(f"transfer to {name}", 3) as advance:

@@ -24,15 +24,15 @@ from ovsprune.targets.layout import Layout
 from ovsprune.targets.protocol import Target
 from ovsprune.targets.surgery import cuts_of, slim_copy
 
-__all__ = ["CheckpointGuard", "Decide", "decide"]
+__all__ = ["CheckpointGuard", "DecideWeights", "decide_weights"]
 
-Decide = Callable[[nn.Module], tuple[Weights, str]]
+DecideWeights = Callable[[nn.Module], tuple[Weights, str]]
 """Of the dense model: which weights its slim tower gets, and why."""
 
 _ALIKE = 0.5  # cosine of first convolutions; unrelated ones are near 0, tuned ones near 1
 
 
-def decide(
+def decide_weights(
     target: Target, model: nn.Module, checkpoint: SlimCheckpoint, weights: str, force: bool
 ) -> tuple[Weights, str]:
     """As the target does; but a tower that is no relative of the base gets the slim weights.
@@ -69,7 +69,7 @@ class CheckpointGuard:
         attached: What attaching gave; nobody may detach it.
         layout: Where the tower's parts are.
         checkpoint: The slim checkpoint.
-        decide: Called on the dense model after it was loaded or initialised.
+        decide_weights: Called on the dense model after it was loaded or initialised.
         say: Told what became of the tower.
     """
 
@@ -79,11 +79,11 @@ class CheckpointGuard:
         attached: Attached,
         layout: Layout,
         checkpoint: SlimCheckpoint,
-        decide: Decide,
+        decide_weights: DecideWeights,
         say: Callable[[str], None],
     ) -> None:
         self.model, self.attached, self.layout = model, attached, layout
-        self.checkpoint, self.decide, self.say = checkpoint, decide, say
+        self.checkpoint, self.decide_weights, self.say = checkpoint, decide_weights, say
         self.cuts = cuts_of(checkpoint, layout)
         self.guard = DenseGuard.of(model, attached.target, layout, self.cuts)
         self.depth = 0
@@ -148,7 +148,7 @@ class CheckpointGuard:
         if self.depth:
             return
         try:
-            choice = self.decide(self.model)
+            choice = self.decide_weights(self.model)
             state = self.model.state_dict()
             dense = {name: state[name].clone() for name in self.guard.tower & state.keys()}
             cut = {c.path: slim_copy(self.model.get_submodule(c.path), c) for c in self.cuts}
@@ -183,38 +183,38 @@ class CheckpointGuard:
 class _Load:
     """What is done before and after a state is loaded into the model, or into a part of it."""
 
-    def __init__(self, keeper: CheckpointGuard, path: str) -> None:
-        self.keeper, self.path = keeper, f"{path}." if path else ""
+    def __init__(self, guard: CheckpointGuard, path: str) -> None:
+        self.guard, self.path = guard, f"{path}." if path else ""
         self.loading = False
 
     def before(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         """Have the dense modules step in for a dense state; refuse a part of a slim one."""
-        if self.keeper.depth:
+        if self.guard.depth:
             return
         mine = {
             f"{self.path}{name[len(prefix) :]}": value
             for name, value in state.items()
             if name.startswith(prefix)
         }
-        self.loading = self.keeper.is_dense(mine)
+        self.loading = self.guard.is_dense(mine)
         if self.loading:
-            self.keeper.begin()
+            self.guard.begin()
         else:
-            self.keeper.guard.below(self.path)(mine, self.path)  # or a mix of two would be left
+            self.guard.guard.below(self.path)(mine, self.path)  # or a mix of two would be left
 
     def after(self, *rest: Any) -> None:
         """Have the slim modules step in again."""
         if self.loading:
             self.loading = False
-            self.keeper.end("a dense checkpoint was loaded")
+            self.guard.end("a dense checkpoint was loaded")
 
 
 class _Initialise:
     """The ``init_weights`` of the model, or of a part of it, on the dense model."""
 
-    def __init__(self, keeper: CheckpointGuard, initialise: Callable[..., Any]) -> None:
-        self.keeper, self.initialise = keeper, initialise
+    def __init__(self, guard: CheckpointGuard, initialise: Callable[..., Any]) -> None:
+        self.guard, self.initialise = guard, initialise
 
     def __call__(self, *args: Any, **given: Any) -> Any:
-        with self.keeper.dense("the framework initialised its model"):
+        with self.guard.dense("the framework initialised its model"):
             return self.initialise(*args, **given)

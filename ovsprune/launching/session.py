@@ -19,7 +19,7 @@ from torch import nn
 from ovsprune.core.errors import OvspruneError
 from ovsprune.core.files import write_text
 from ovsprune.launching.builders import BUILDERS, LOADERS
-from ovsprune.launching.checkpoint_guard import CheckpointGuard, decide
+from ovsprune.launching.checkpoint_guard import CheckpointGuard, decide_weights
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
 from ovsprune.targets.hooks import Hook
@@ -53,10 +53,10 @@ class Session:
         self.after: Callable[[nn.Module], None] = lambda model: None
         """Callback that receives every model that was made slim."""
         self.local = threading.local()
-        self.keepers: WeakKeyDictionary[nn.Module, CheckpointGuard] = WeakKeyDictionary()
+        self.guards: WeakKeyDictionary[nn.Module, CheckpointGuard] = WeakKeyDictionary()
         self.hooks = (
-            *(Hook(e.module, e.name, self._building, e.beside) for e in BUILDERS),
-            *(Hook(e.module, e.name, self._loading, e.beside) for e in LOADERS),
+            *(Hook(e.module, e.name, self._building, e.requires) for e in BUILDERS),
+            *(Hook(e.module, e.name, self._loading, e.requires) for e in LOADERS),
             *(hook for name in TARGETS for hook in TARGETS.get(name).hooks),
         )
 
@@ -93,13 +93,13 @@ class Session:
     @contextlib.contextmanager
     def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
         """Keep ``model`` dense inside the block if the checkpoint is dense."""
-        keeper = self.keepers.get(model)
+        guard = self.guards.get(model)
         state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
-        if keeper is None or not isinstance(state, Mapping):
+        if guard is None or not isinstance(state, Mapping):
             yield
             return
-        if keeper.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
-            with keeper.dense("a dense checkpoint was loaded"):
+        if guard.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
+            with guard.dense("a dense checkpoint was loaded"):
                 yield
         else:
             yield
@@ -110,14 +110,14 @@ class Session:
         Raises:
             TargetError: A target recognises it (or was named), and it cannot take the slim tower.
         """
-        if model in self.keepers:
+        if model in self.guards:
             return
         name = recognise(model, self.target)
         if name is None:
             return
         target = TARGETS.get(name)
         try:
-            choice = decide(target, model, self.checkpoint, self.weights, self.force)
+            choice = decide_weights(target, model, self.checkpoint, self.weights, self.force)
         except OvspruneError as error:
             if target.fallback and self.target == "auto":
                 self.write({"passed": f"{type(model).__name__}: {error}"})
@@ -132,12 +132,12 @@ class Session:
             say(f"{name} ({kind}): {message}")
             self.write({"event": f"{name} ({kind}): {message}"})
 
-        self.keepers[model] = CheckpointGuard(
+        self.guards[model] = CheckpointGuard(
             model,
             attached,
             layout,
             self.checkpoint,
-            lambda dense: decide(target, dense, self.checkpoint, self.weights, self.force),
+            lambda dense: decide_weights(target, dense, self.checkpoint, self.weights, self.force),
             tell,
         )
         before, after = attached.params_before, attached.params_after

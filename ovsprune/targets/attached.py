@@ -135,7 +135,7 @@ class DenseGuard:
         state = model.state_dict()
         tower = {name for name in state if layout.canonical(name) is not None}
         shapes = {
-            name: tuple(state[name].shape) for name in tower if any(cut.makes(name) for cut in cuts)
+            name: tuple(state[name].shape) for name in tower if any(cut.owns(name) for cut in cuts)
         }
         return cls(target, shapes, tower)
 

@@ -58,7 +58,7 @@ def check_fits(
         TargetError: A tensor is missing, is slim already, or has another shape.
     """
     base = checkpoint.spec.base.model
-    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.lacks(n) is None}
+    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.absent_reason(n) is None}
     slim = {name: tuple(tensor.shape) for name, tensor in checkpoint.tower().items()}
     missing = sorted(name for name in set(wanted) - set(state) if not name.endswith(_COUNTERS))
     extra = sorted(name for name in set(state) - set(wanted) if not name.endswith(_COUNTERS))
@@ -194,7 +194,7 @@ def choose_weights(
     compared = {
         name: verdict
         for name, verdict in compared.items()
-        if name not in layout.stays and layout.lacks(name) is None
+        if name not in layout.stays and layout.absent_reason(name) is None
     }
     other = sorted(
         name for name, verdict in compared.items() if verdict not in ("equal", "equal-after-half")

@@ -54,7 +54,7 @@ def convert_state(
     checkpoint: SlimCheckpoint,
     layout: Layout,
     choice: tuple[Weights, str],
-    derived: Mapping[str, str] | None = None,
+    obsolete_keys: Mapping[str, str] | None = None,
 ) -> Converted:
     """Return the framework's state with the slim tower in it; everything was checked before.
 
@@ -63,7 +63,7 @@ def convert_state(
         checkpoint: The slim checkpoint.
         layout: Places of the tower's parts.
         choice: ``"slim"`` or ``"target"``, and the reason.
-        derived: Patterns (``fnmatch``) of keys that older versions of the framework saved and
+        obsolete_keys: Patterns (``fnmatch``) of keys that older versions of the framework saved and
             today's do not have, to why they are dropped.
     """
     cuts = cuts_of(checkpoint, layout)
@@ -84,7 +84,7 @@ def convert_state(
     result: dict[str, Tensor] = {}
     replaced, kept, dropped = {}, {}, _unused(checkpoint, layout, choice[0])
     for name, old in state.items():
-        gone = next((why for p, why in (derived or {}).items() if fnmatchcase(name, p)), None)
+        gone = next((why for p, why in (obsolete_keys or {}).items() if fnmatchcase(name, p)), None)
         if gone is not None:
             dropped[name] = gone
             continue
@@ -159,7 +159,7 @@ def _why_kept(name: str, layout: Layout, of_tower: str) -> str:
 
 def _cut_of(name: str, cuts: tuple[Cut, ...]) -> str:
     for cut in cuts:
-        if cut.makes(name):
+        if cut.owns(name):
             return str(cut)
     return "not cut"
 
@@ -169,7 +169,7 @@ def _unused(checkpoint: SlimCheckpoint, layout: Layout, weights: Weights) -> dic
     dropped = {}
     for name in checkpoint.tower():
         own = "the framework's own was taken" if weights == "target" else None
-        why = layout.lacks(name) or own or layout.stays.get(name)
+        why = layout.absent_reason(name) or own or layout.stays.get(name)
         if why is not None:
             dropped[f"slim: visual.{name}"] = why
     for name in checkpoint.text():

@@ -25,7 +25,7 @@ from ovsprune.targets.check import (
 )
 from ovsprune.targets.convert import Converted, convert_state
 from ovsprune.targets.hooks import Hook, install
-from ovsprune.targets.key_map import KeyMap, depth_of, kind_of, places_of
+from ovsprune.targets.key_map import KeyMap, depth_of, kind_of, select_key_map
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.tower_grad import enable_tower_grad
 
@@ -58,7 +58,7 @@ class TableTarget:
         inputs: A model to the arguments of one forward pass over one picture, by name.
         prepares: What a copy of the model needs before its costs are counted on them, in place.
         files: Names of files that belong beside the framework's checkpoint.
-        derived: Patterns of keys that older versions saved, to why they are dropped.
+        obsolete_keys: Patterns of keys that older versions saved, to why they are dropped.
         hooks: Functions of the framework that are exchanged so that it runs, by import path.
         no_grad_methods: Methods, by their paths from the model, in which the framework runs its
             tower, where it does so without gradients.
@@ -78,7 +78,7 @@ class TableTarget:
     inputs: Callable[[Any], Mapping[str, Any]] | None = None
     prepares: Callable[[Any], None] | None = None
     files: tuple[str, ...] = ()
-    derived: Mapping[str, str] = field(default_factory=dict)
+    obsolete_keys: Mapping[str, str] = field(default_factory=dict)
     hooks: tuple[Hook, ...] = ()
     no_grad_methods: tuple[str, ...] = ()
     fallback: bool = False
@@ -86,13 +86,13 @@ class TableTarget:
     def detect(self, model: nn.Module) -> bool:
         """Whether ``model`` has the stacks of blocks, and what stands beside them."""
         names = list(model.state_dict())
-        return any(not places.missing(names) for places in (self.places, *self.builds))
+        return any(not places.missing(names) for places in (self.key_map, *self.variants))
 
     def _places(self, names: Mapping[str, object] | None, given: str) -> KeyMap:
         """The build that ``names`` tell of; raises TargetError where they are another's."""
         if names is None:
-            return self.places
-        return places_of((self.places, *self.builds), names, given)
+            return self.key_map
+        return select_key_map((self.key_map, *self.variants), names, given)
 
     def towers(self, model: nn.Module) -> dict[str, str]:
         """Parts of the tower to their paths; raises TargetError where ``model`` is another's."""
@@ -143,7 +143,7 @@ class TableTarget:
     ) -> tuple[Weights, str]:
         """Whether ``model`` can take the slim tower; TargetError says why not."""
         check_trained(checkpoint, force)
-        kind_of(checkpoint, self.takes, self.places.framework)
+        kind_of(checkpoint, self.takes, self.key_map.framework)
         names = model.state_dict()
         places = self._places(names, type(model).__name__)
         layout = places.layout(names, depth_of(checkpoint))
@@ -190,14 +190,14 @@ class TableTarget:
     ) -> Converted:
         """The framework's saved state with the slim tower in it."""
         check_trained(checkpoint, force)
-        kind_of(checkpoint, self.takes, self.places.framework)
+        kind_of(checkpoint, self.takes, self.key_map.framework)
         places = self._places(state, "the checkpoint")
         layout = places.layout(state, depth_of(checkpoint))
         tower = None if state is None else layout.tower_state(state)
         if tower is not None:
             check_fits(tower, checkpoint, layout, "the checkpoint of the framework")
         choice = choose_weights(weights, tower, checkpoint, layout, places.mask_only)
-        return convert_state(state, checkpoint, layout, choice, self.derived)
+        return convert_state(state, checkpoint, layout, choice, self.obsolete_keys)
 
     def lines(self, output: str) -> str:
         """Lines for the framework's training script."""

@@ -24,7 +24,7 @@ from ovsprune.targets.hooks import Hook
 from ovsprune.targets.key_map import KINDS, KeyMap, kind_of
 from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, Layout, hf_block
 
-__all__ = ["Found", "Generic", "find_towers"]
+__all__ = ["FoundTower", "Generic", "find_towers"]
 
 _WHAT = "a model with a CLIP tower in it"
 
@@ -33,7 +33,7 @@ _UNPROVEN = (
     "heads, slices of in_proj_weight); compare an output before and after"
 )
 
-_LINES = """\
+_SCRIPT = """\
 # where the model is built, before its optimiser is
 import ovsprune.targets  # pip install --no-deps ovsprune
 
@@ -103,7 +103,7 @@ _DIALECTS = (
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundTower:
     """A tower in a model.
 
     Attributes:
@@ -119,15 +119,15 @@ class Found:
     places: KeyMap
 
 
-def find_towers(names: Iterable[str]) -> list[Found]:
+def find_towers(names: Iterable[str]) -> list[FoundTower]:
     """Every CLIP image tower that names of tensors tell of, in their order."""
     names = list(names)
     known, found = set(names), []
     for dialect in _DIALECTS:
-        mark = _layout(dialect, "").places(KINDS[dialect.kind].mark)[0]
+        mark = _layout(dialect, "").paths(KINDS[dialect.kind].mark)[0]
         ends = [n for n in names if n == mark or n.endswith(f".{mark}")]
         for prefix in (name.removesuffix(mark).rstrip(".") for name in ends):
-            if _layout(dialect, prefix).places(dialect.needs)[0] in known:
+            if _layout(dialect, prefix).paths(dialect.needs)[0] in known:
                 found.append(_found(dialect, prefix, known))
     return found
 
@@ -141,7 +141,7 @@ def _layout(dialect: _Dialect, prefix: str) -> Layout:
     )
 
 
-def _found(dialect: _Dialect, prefix: str, known: set[str]) -> Found:
+def _found(dialect: _Dialect, prefix: str, known: set[str]) -> FoundTower:
     layout = _layout(dialect, prefix)
     here = {
         name: path
@@ -157,7 +157,7 @@ def _found(dialect: _Dialect, prefix: str, known: set[str]) -> Found:
         transposed=("proj",) if dialect.says.startswith("transformers") else (),
         activations=(_under(prefix, dialect.activation),),
     )
-    return Found(prefix, dialect.kind, dialect.says, places)
+    return FoundTower(prefix, dialect.kind, dialect.says, places)
 
 
 def _under(prefix: str, path: str) -> str:
@@ -197,7 +197,7 @@ class Generic:
         found = find_towers(names)
         if not found:
             raise _none(type(model).__name__)
-        places = [tower.places for tower in found]
+        places = [tower.key_map for tower in found]
         layouts = [p.layout(names, sum(p.depths(names))) for p in places]
         return frozenset(n for n in names if any(x.canonical(n) is not None for x in layouts))
 
@@ -207,8 +207,8 @@ class Generic:
         if names is None:
             dialect = next(d for d in _DIALECTS if d.kind == kind)
             everything = {_under("visual", path) for path in dialect.stem.values()}
-            return _found(dialect, "visual", everything).places.layout(None, depth)
-        return _one(names, kind, "the checkpoint").places.layout(names, depth)
+            return _found(dialect, "visual", everything).key_map.layout(None, depth)
+        return _one(names, kind, "the checkpoint").key_map.layout(names, depth)
 
     def example(self, model: nn.Module) -> Mapping[str, Any] | None:
         """None: what the model takes is not known."""
@@ -272,7 +272,7 @@ class Generic:
 
     def lines(self, output: str) -> str:
         """Lines for the training script."""
-        return _LINES.format(output=output)
+        return _SCRIPT.format(output=output)
 
     def _tabled(
         self,
@@ -283,7 +283,7 @@ class Generic:
     ) -> tuple[TableTarget, tuple[str, ...]]:
         """The target for the tower that is there, and what can and cannot be said of it."""
         found = _one(names, kind_of(checkpoint, self.takes, _WHAT), given)
-        places = found.places
+        places = found.key_map
         where = found.path or "the model itself"
         notes = [f"found: a tower ({found.kind}) with {found.says}: {where}"]
         if places.absent:
@@ -295,16 +295,16 @@ class Generic:
         tabled = TableTarget(
             name="generic",
             framework=self.framework,
-            places=places,
+            key_map=places,
             takes=self.takes,
             protects=self.protects,
             trainable=(f"{found.path}.*" if found.path else "*",),
-            script=_LINES,
+            script=_SCRIPT,
         )
         return tabled, (*notes, _UNPROVEN)
 
 
-def _one(names: Iterable[str], kind: str, given: str) -> Found:
+def _one(names: Iterable[str], kind: str, given: str) -> FoundTower:
     """The one tower of ``kind``.
 
     Raises:

@@ -45,7 +45,7 @@ def put(hooks: Iterable[Hook], module: ModuleType) -> list[Hook]:
         hook
         for hook in hooks
         if fnmatchcase(module.__name__, hook.module)
-        and all(hasattr(module, name) for name in hook.beside)
+        and all(hasattr(module, name) for name in hook.requires)
         and _put(hook, module)
     ]
 

@@ -41,7 +41,7 @@ def mask_tower(
     placed = {
         name: part
         for canonical, mask in masks.items()
-        if layout.lacks(canonical) is None
+        if layout.absent_reason(canonical) is None
         for name, part in layout.to_framework(canonical, mask).items()
     }
     return apply_masks(model, placed, prefix="", hold=hold)

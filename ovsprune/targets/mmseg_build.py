@@ -27,11 +27,11 @@ from ovsprune.targets import TARGETS
 __all__ = [
     "SanShape",
     "build_san",
-    "class_texts",
+    "load_tower",
     "mmcv_operators",
-    "put_tower",
     "run_san",
     "scale_bias",
+    "set_class_embeddings",
 ]
 
 
@@ -282,7 +282,7 @@ def scale_bias(model: nn.Module, images: Tensor, *, std: float) -> None:
 
 
 @torch.no_grad()
-def put_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
+def load_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
     """Put a dense CLIP tower into a SAN of its sizes.
 
     Args:
@@ -305,7 +305,7 @@ def put_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
     model.load_state_dict(values, strict=False)
 
 
-def class_texts(model: nn.Module, embeddings: Mapping[str, Tensor], scale: float) -> None:
+def set_class_embeddings(model: nn.Module, embeddings: Mapping[str, Tensor], scale: float) -> None:
     """Give a SAN the text embeddings of its classes, so that its text tower is not asked.
 
     Args:

@@ -28,13 +28,13 @@ from ovsprune.targets.hooks import install
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut
 
-__all__ = ["LINES", "RECORD", "STATE", "check_place", "load_into", "write_output"]
+__all__ = ["LINES", "RECORD", "STATE", "check_transfer_output", "load_into", "write_output"]
 
 FORMAT = "ovsprune-transfer"
 STATE, RECORD, LINES = "model.safetensors", "transfer.json", "lines.py"
 
 
-def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
+def check_transfer_output(output: str | os.PathLike[str], overwrite: bool) -> Path:
     """Check that a transfer may be written to ``output``; return its full path.
 
     Raises:
@@ -68,7 +68,7 @@ def write_output(
     """Write the directory, so that afterwards there is all of it or nothing new.
 
     Args:
-        path: From :func:`check_place`.
+        path: From :func:`check_transfer_output`.
         converted: State and cuts.
         record: The account of the transfer, plain JSON.
         lines: What to add to the training script.

@@ -41,7 +41,7 @@ class Cut:
     columns: Tensor | None = None
     units: str = ""
 
-    def makes(self, name: str) -> bool:
+    def owns(self, name: str) -> bool:
         """Return True if the slim module has its own tensor ``name``.
 
         A layer that was cut shares the modules inside it with the dense one; an attention has none
@@ -86,7 +86,7 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
 
 def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
     """Cut the whole attention if it owns its in projection, else each of its linear layers."""
-    heads, parts = tuple(map(int, mask)), layout.places(f"{layer.name}.in_proj_weight")
+    heads, parts = tuple(map(int, mask)), layout.paths(f"{layer.name}.in_proj_weight")
     own = layout.name(layer.name)
     if all(part.rpartition(".")[0] == own for part in parts):  # one parameter, or three
         return [Cut(_place(layout, layer.name), heads, layer.units)]

@@ -355,17 +355,17 @@ def test_mmsegmentation_trains_and_its_tower_stays_slim(
     needs_mmseg()
     import mmseg
 
-    from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower
+    from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower
 
     tower = small_tower()
     slim = small_slim(tower)
     saved(slim, tmp_path / "slim")
     shape = SanShape.small(tower, heads=4, size=32, activation="quick_gelu")
     dense = build_san(["a", "b"], shape)
-    put_tower(dense, tower)
+    load_tower(dense, tower)
     config = mmseg_config(tmp_path, dense, shape)
     if tuned:
-        put_tower(dense, {name: value * 1.05 for name, value in tower.items()})
+        load_tower(dense, {name: value * 1.05 for name, value in tower.items()})
         torch.save({"state_dict": dense.state_dict()}, tmp_path / "tuned.pth")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_OPERATORS)

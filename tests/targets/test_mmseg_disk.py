@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import MissingLibraryError, OptionError, TargetError
 from ovsprune.jobs.transfer import transfer
 from ovsprune.targets import TARGETS, load_into, mmseg_build
-from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower, run_san
+from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower, run_san
 from tests.targets.by_hand import needs_mmseg, saved, small_slim, small_tower
 
 pytestmark = pytest.mark.framework
@@ -26,7 +26,7 @@ def small_san(tower: dict[str, Tensor], seed: int = 0) -> nn.Module:
     needs_mmseg()
     shape = SanShape.small(tower, heads=4, size=32, activation="quick_gelu")
     model = build_san(CLASSES, shape, seed=seed)
-    put_tower(model, tower)
+    load_tower(model, tower)
     with torch.no_grad():  # as training would
         model.get_parameter("image_encoder.pos_embed").add_(0.25)
     return model
@@ -126,7 +126,7 @@ def test_put_tower_refuses_another_depth() -> None:
     tower = small_tower()
     model = small_san(tower)
     with pytest.raises(TargetError, match="has 4 CLIP blocks here, the slim tower has 3"):
-        put_tower(model, {k: v for k, v in tower.items() if "resblocks.3" not in k})
+        load_tower(model, {k: v for k, v in tower.items() if "resblocks.3" not in k})
 
 
 def test_put_tower_refuses_a_tower_with_a_part_missing() -> None:
@@ -134,7 +134,7 @@ def test_put_tower_refuses_a_tower_with_a_part_missing() -> None:
     model = small_san(tower)
     tower.pop("ln_post.bias")
     with pytest.raises(OptionError, match="ln_post.bias'] are in one of them only"):
-        put_tower(model, tower)
+        load_tower(model, tower)
 
 
 def test_stand_in_operators_refuse_to_run_and_go_away() -> None:

@@ -14,7 +14,7 @@ from ovsprune.core.errors import CheckpointError, OptionError, TargetError
 from ovsprune.slim import SlimAttention, SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
 from ovsprune.targets import TARGETS, load_into
-from ovsprune.targets.output import check_place, write_output
+from ovsprune.targets.output import check_transfer_output, write_output
 from tests.targets.by_hand import MiniSan, error, masked, slim_by_hand, small_slim, small_tower
 
 SAN = TARGETS.get("san")
@@ -259,7 +259,7 @@ def test_load_leaves_a_model_that_does_not_fit_as_it_was(tmp_path: Path) -> None
 def test_load_refuses_damage(tmp_path: Path) -> None:
     model, slim = MiniSan.with_tower(small_tower()), small_slim()
     out = tmp_path / "out"
-    write_output(check_place(out, False), converted(model, slim), {"target": "san"}, "")
+    write_output(check_transfer_output(out, False), converted(model, slim), {"target": "san"}, "")
     with pytest.raises(CheckpointError, match="cannot be read.*`ovsprune transfer` wrote"):
         load_into(model, tmp_path)
     record = (out / "transfer.json").read_text()
