@@ -12,9 +12,7 @@ from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 
 _STAGES = tuple(f"layer{i}" for i in range(1, 5))
-_STEM = (
-    "torchvision's stem is one convolution and a max pool, CLIP's is three convolutions and a mean"
-)
+_STEM = "torchvision's stem is one convolution and a max pool, CLIP's has three convolutions"
 
 _KEY_MAP = KeyMap(
     framework="torchvision's DeepLabV3 on a ResNet of bottlenecks",

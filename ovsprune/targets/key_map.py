@@ -15,7 +15,7 @@ __all__ = ["KINDS", "KeyMap", "depth_of", "kind_of", "select_key_map"]
 
 @dataclass(frozen=True)
 class Kind:
-    """Kind of tower: description for messages, and the name of a tensor that all such towers have."""
+    """Kind of tower: its description in messages, and a tensor that all such towers have."""
 
     description: str
     mark: str
@@ -123,8 +123,8 @@ class KeyMap:
             if self.stacks and sum(counts) != depth:
                 raise TargetError(
                     f"{self.framework} has {sum(counts)} CLIP blocks here, the slim tower has "
-                    f"{depth}; build the framework with the CLIP that was pruned, or prune the CLIP "
-                    "that the framework uses"
+                    f"{depth}; build the framework with the CLIP that was pruned, or prune the "
+                    "CLIP that the framework uses"
                 )
         starts = tuple(sum(counts[:i]) for i in range(len(counts)))
         return Layout(

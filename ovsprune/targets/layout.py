@@ -47,7 +47,7 @@ def block_number(canonical: str) -> int:
 
 
 def hf_block() -> dict[str, PathSpec]:
-    """Return the parts of a block of transformers' CLIP, which has separate layers for q, k and v."""
+    """Return the parts of a block of transformers' CLIP, with separate layers for q, k and v."""
     projections = {
         f"attn.in_proj_{what}": tuple(f"self_attn.{which}_proj.{what}" for which in "qkv")
         for what in ("weight", "bias")
