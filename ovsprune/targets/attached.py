@@ -140,7 +140,7 @@ class DenseGuard:
         return cls(target, shapes, tower)
 
     def below(self, path: str) -> DenseGuard:
-        """Create the guard of the submodule at ``path`` (``""``, or a path that ends with a dot)."""
+        """Return the guard of the submodule at ``path`` (``""``, or ends with a dot)."""
         shapes = {n.removeprefix(path): s for n, s in self.shapes.items() if n.startswith(path)}
         tower = {name.removeprefix(path) for name in self.tower if name.startswith(path)}
         return DenseGuard(self.target, shapes, tower)

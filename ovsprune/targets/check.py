@@ -205,7 +205,8 @@ def choose_weights(
     if not different:
         return "slim", f"all {len(compared)} tensors of the framework's tower equal the base's"
     return "target", (
-        f"{len(different)} of {len(compared)} tensors of the framework's tower differ from the base's "
-        f"({', '.join(different[:2])}, ...): the framework finetuned CLIP, so its own weights are "
-        "cut by the mask; if it was built without weights, use the slim ones (--weights slim)"
+        f"{len(different)} of {len(compared)} tensors of the framework's tower differ from the "
+        f"base's ({', '.join(different[:2])}, ...): the framework finetuned CLIP, so its own "
+        "weights are cut by the mask; if it was built without weights, use the slim ones "
+        "(--weights slim)"
     )

@@ -122,8 +122,8 @@ def _clip_alone(
         values = layout.to_framework(canonical, tensor)
         if not values:
             raise TargetError(
-                f"{checkpoint.path} has a tensor {canonical} that this framework does not have; prune "
-                "the CLIP that the framework uses"
+                f"{checkpoint.path} has a tensor {canonical} that this framework does not have; "
+                "prune the CLIP that the framework uses"
             )
         for name, value in values.items():
             result[name] = value.contiguous()

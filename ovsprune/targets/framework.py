@@ -73,13 +73,13 @@ class TableTarget:
 
     name: str
     framework: str
-    places: KeyMap
+    key_map: KeyMap
     takes: tuple[str, ...]
     protects: Mapping[str, str]
     trainable: tuple[str, ...]
     script: str
     checks: tuple[Check, ...] = ()
-    builds: tuple[KeyMap, ...] = ()
+    variants: tuple[KeyMap, ...] = ()
     compat_fixes: tuple[CompatFix, ...] = ()
     inputs: Callable[[Any], Mapping[str, Any]] | None = None
     prepares: Callable[[Any], None] | None = None

@@ -181,5 +181,5 @@ class Target(Protocol):
         ...
 
     def lines(self, output: str) -> str:
-        """Return the lines to add to the framework's training script for ``output``, a directory."""
+        """Return the lines to add to the training script, which load the directory ``output``."""
         ...

@@ -190,7 +190,7 @@ def test_processes_that_it_starts_are_served(place: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sys.exit(3)", "ended with status 3, and until then it had built no model"),
+        ("sys.exit(3)", "ended with status 3 before it built a model"),
         (
             "from framework import clip\nclip.load('small', width=64)",
             r"nothing was replaced: Module: .* class_embedding has shape \(64,\)",
@@ -247,7 +247,7 @@ def test_command_line(place: Path) -> None:
     assert "out\n" in done.stderr
     done = ovsprune("--", *script(place, "import os; assert 'HF_HUB_VERBOSITY' not in os.environ"))
     assert done.returncode == 2
-    assert "Error: nothing was replaced: no builder that is known gave" in done.stderr
+    assert "Error: nothing was replaced: no known builder returned" in done.stderr
     assert ovsprune("--", *script(place, text + "sys.exit(5)")).returncode == 5
 
 
@@ -260,8 +260,8 @@ def test_with_torch_and_safetensors_alone(place: Path) -> None:
     )
     (place / "alone.py").write_text(child)
     parent = (
-        f"{GUARD}\nfrom ovsprune.launching.command import _alone\n"
-        "sys.exit(_alone(['--slim', 'slim', '--', sys.executable, 'alone.py']))\n"
+        f"{GUARD}\nfrom ovsprune.launching.command import main\n"
+        "sys.exit(main(['--slim', 'slim', '--', sys.executable, 'alone.py']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", parent],

@@ -102,7 +102,7 @@ def test_finetuned_tower_keeps_its_own_weights_cut_by_the_mask() -> None:
     layout = SAN.layout(model.state_dict(), 4)
     wanted = cut_state(tuned, slim.spec, slim.mask)
     with SAN.attach(model, slim) as attached:
-        assert attached.weights == "target" and "it tuned its CLIP" in attached.reason
+        assert attached.weights == "target" and "finetuned CLIP" in attached.reason
         state = model.state_dict()
         for canonical, tensor in wanted.items():
             if canonical != "positional_embedding":
@@ -267,10 +267,10 @@ def test_load_refuses_damage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lacks cuts"):
         load_into(model, out)
     (out / "transfer.json").write_text(record[:50])
-    with pytest.raises(CheckpointError, match="is no JSON"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         load_into(model, out)
     (out / "transfer.json").write_text(record)
     raw = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="is not the file that was written"):
+    with pytest.raises(CheckpointError, match="does not have the recorded SHA-256"):
         load_into(model, out)

@@ -39,9 +39,9 @@ def san(tiny: Any, images: Tensor) -> nn.Module:
     from ovsprune.targets.mmseg_build import (
         SanShape,
         build_san,
-        set_class_embeddings,
         load_tower,
         scale_bias,
+        set_class_embeddings,
     )
 
     names = list(CLASS_NAMES)
