@@ -18,7 +18,7 @@ import ovsprune
 from ovsprune.backbones import load_backbone as load_model
 from ovsprune.calibration.scenes import CLASS_NAMES, render_scene
 from ovsprune.evaluation.zero_shot import prepare_image
-from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower
+from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower
 
 
 def slim_san(slim: Path) -> nn.Module:
@@ -29,7 +29,7 @@ def slim_san(slim: Path) -> nn.Module:
     size = dense.preprocess.size[0]
     shape = SanShape.small(tower, heads=heads, size=size, activation=dense.activation)
     model = build_san(list(CLASS_NAMES), shape)
-    put_tower(model, tower)
+    load_tower(model, tower)
     ovsprune.transfer(model, slim)
     return model
 

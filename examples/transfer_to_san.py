@@ -32,7 +32,7 @@ def on_disk(slim: Path, checkpoint: Path | None, output: Path) -> None:
 def live(slim: Path) -> None:
     """Slim a SAN of mmsegmentation in place, use it, and get the dense one back."""
     from ovsprune.backbones import load_backbone as load_model
-    from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower, run_san
+    from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower, run_san
 
     # A SAN around the dense model that was pruned; yours comes from your own configuration.
     dense = load_model(ovsprune.read(slim).spec.base.model)
@@ -41,7 +41,7 @@ def live(slim: Path) -> None:
     heads = dense.tower.get_submodule("transformer.resblocks.0.attn").num_heads
     shape = SanShape.small(tower, heads=heads, size=size, activation=dense.activation)
     model = build_san(["cat", "dog", "grass"], shape)
-    put_tower(model, tower)
+    load_tower(model, tower)
 
     images = torch.randn(1, 3, 2 * size, 2 * size)
     before = run_san(model, images)

@@ -50,15 +50,15 @@ def transfer_into_small_san(
         ``skipped`` with the reason if mmsegmentation is not installed.
     """
     from ovsprune.jobs.transfer import transfer
-    from ovsprune.targets.mmseg_build import class_texts, put_tower, run_san, scale_bias
+    from ovsprune.targets.mmseg_build import load_tower, run_san, scale_bias, set_class_embeddings
 
     start = time.perf_counter()
     try:
         model = _build(dense, names, seed)
     except MissingLibraryError as error:
         return {"skipped": str(error)}
-    put_tower(model, dense.tower.state_dict())
-    class_texts(model, dict(zip(names, embeddings, strict=True)), LOGIT_SCALE)
+    load_tower(model, dense.tower.state_dict())
+    set_class_embeddings(model, dict(zip(names, embeddings, strict=True)), LOGIT_SCALE)
     images = _images(dense, samples)
     scale_bias(model, images, std=1.0)
     before = run_san(model, images)

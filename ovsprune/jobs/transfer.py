@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from torch import Tensor, nn
+from torch import nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress, Silent
@@ -18,11 +17,13 @@ from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.attach import undo_on_error
 from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS, Attached
-from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.key_map import depth_of
-from ovsprune.targets.output import check_place, write_output
+from ovsprune.targets.output import check_transfer_output, write_output
 from ovsprune.targets.recognise import recognise
+
+if TYPE_CHECKING:
+    from ovsprune.pruning.repair_target import TowerRepair
 
 __all__ = ["transfer"]
 
@@ -86,42 +87,41 @@ def transfer(
     fraction: float = 0.5,
     progress: Progress | None = None,
 ) -> Attached | dict[str, Any]:
-    """Put a slim tower into a framework: into its live model, or into its checkpoint on disk.
+    """Put a slim tower into a framework's live model, or into its checkpoint on disk.
 
-    A live ``model`` is slimmed in place; make the optimiser afterwards. Without one, a directory is
-    written: the framework's checkpoint, the lines to add to its training script, and a report of
-    every key.
+    The tower of a live ``model`` is replaced in place; create the optimiser afterwards. Without a
+    model, a directory is written: the framework's checkpoint, the lines to add to its training
+    script, and a report of every key.
 
     Args:
         model: The framework's live model, dense, or None to work on disk.
         slim: The slim checkpoint (from :func:`ovsprune.read`), the slim tower (from
             :func:`ovsprune.load`), or a directory; by default the newest under ``slim/``.
-        target: A framework that ``ovsprune targets`` lists; ``"auto"`` recognises a live model.
+        target: Name of a target; ``"auto"`` recognises a live model.
         weights: ``"slim"`` (the framework uses the frozen base CLIP), ``"target"`` (it finetuned
-            its CLIP: cut its own weights by the mask), or ``"auto"`` (told by the base's hashes).
+            CLIP: cut its own weights by the mask), or ``"auto"`` (by the base model's hashes).
         checkpoint: On disk: the framework's dense checkpoint (.pth, .safetensors, or a folder that
             ``save_pretrained`` wrote); without one, CLIP alone is written.
         output: On disk: directory to write, ``transfer/<target>-<slim>`` by default.
         overwrite: Replace an output that exists.
         force: Take a slim checkpoint whose base had random weights.
-        dry_run: On disk: check and account, and write nothing.
-        example: Live: what the model's forward takes (an argument, a tuple of them, or a mapping
-            by name), to count the whole model's MACs on. By default what the target gives, where
-            it can.
+        dry_run: On disk: check and report, but write nothing.
+        example: Live: input of the model's forward pass (an argument, a tuple of them, or a
+            mapping by name), on which MACs are counted; by default the target's example input.
         calibration: If the framework's own weights are cut by the mask (``weights="target"``),
             unlabelled images to repair its tower on: a folder, ``"procedural"``,
             ``"leaves"`` or ``"mixed"``. Needs the dependencies of ``pip install ovsprune``.
         samples: Number of calibration images; by default 256, of ``"leaves"`` and ``"mixed"`` 1024.
         recovery: Method of the repair, as in :func:`ovsprune.prune`.
-        policy: On disk: a policy of :func:`ovsprune.schedule`, whose plan is then made in the lines
-            to add. With a live model, call :func:`ovsprune.schedule` on it.
+        policy: On disk: a policy of :func:`ovsprune.schedule`; the lines to add then make its
+            plan. With a live model, call :func:`ovsprune.schedule` on it.
         fraction: Fraction of the tower's layers that it trains, in [0, 1].
         progress: Progress reporter.
 
     Returns:
-        With a model, the report: each module that was replaced or is protected, and the whole
-        model's MACs and parameters before and after; ``print`` it to read it. Its ``detach()``
-        gives the original back, bit for bit. On disk, a record with
+        With a model, the report: replaced modules, protected parts, and the MACs and parameters
+        of the full model before and after. ``print`` shows it, and its ``detach()`` restores the
+        original, bit for bit. On disk, a record with
         ``target, slim, weights, reason, replaced, kept, dropped, output, schedule{policy,
         fraction}, lines, notes``.
 
@@ -131,14 +131,14 @@ def transfer(
         CheckpointError: A checkpoint is missing or damaged.
         OutputError: The output exists or cannot be written.
         OptionError: ``weights`` is unknown, an argument belongs to the other mode, the model cannot
-            be run on ``example``, or calibration images are given for the slim weights, which are
-            repaired already; nothing was changed.
+            be run on ``example``, or calibration images are given although the slim weights are
+            used, which the pruning already repaired; nothing was changed.
         DataError: The calibration images cannot be used.
     """
     progress = progress or Silent()
     if target != "auto":
         TARGETS.get(target)  # an unknown name is reported before a file is read
-    repair = None if calibration is None else _Repair(str(calibration), samples, recovery)
+    repair = None if calibration is None else _repair_of(str(calibration), samples, recovery)
     plan = None if policy is None else _scheduled(policy, fraction)
     if model is not None:
         given = [
@@ -147,17 +147,17 @@ def transfer(
             if value is not None
         ] + ["dry_run"] * dry_run
         if given:
-            raise OptionError(f"{', '.join(given)} cannot go with a live model; leave it out")
+            raise OptionError(f"{', '.join(given)} cannot be used with a live model; leave it out")
         name = target if target != "auto" else recognise(model)
         if name is None:
             raise TargetError(
-                f"{type(model).__name__} is none of the frameworks that are known "
-                f"({', '.join(TARGETS)}); name the target if the model is wrapped (and pass "
-                "model.module)"
+                f"{type(model).__name__} belongs to none of the known frameworks "
+                f"({', '.join(TARGETS)}); if the model is wrapped, pass model.module, or name the "
+                "target"
             )
         return _live(model, _read(slim, progress), name, weights, force, example, repair, progress)
     if example is not None:
-        raise OptionError("example goes with a live model; leave it out on disk")
+        raise OptionError("example is only used with a live model; leave it out on disk")
     if target == "auto":
         raise OptionError(
             f"target 'auto' needs a live model; on disk name one of {', '.join(TARGETS)}"
@@ -167,64 +167,26 @@ def transfer(
         target,
         weights,
         checkpoint,
-        output,
-        overwrite,
-        force,
-        dry_run,
-        repair,
-        plan,
-        progress,
+        output=output,
+        overwrite=overwrite,
+        force=force,
+        dry_run=dry_run,
+        repair=repair,
+        plan=plan,
+        progress=progress,
     )
 
 
-@dataclass(frozen=True)
-class _Repair:
-    """Repair of a framework's own tower after it was cut."""
-
-    calibration: str
-    samples: int | None
-    recovery: str
-
-    def __call__(
-        self,
-        slim: SlimCheckpoint,
-        choice: tuple[Weights, str],
-        state: Mapping[str, Tensor],
-        progress: Progress,
-    ) -> tuple[SlimCheckpoint, str]:
-        """Return the checkpoint with the framework's repaired weights, and the extended reason.
-
-        Args:
-            slim: The slim checkpoint.
-            choice: Weights that would be taken without a repair, and the reason.
-            state: The framework's dense tower, by canonical name.
-            progress: Progress reporter.
-        """
-        if choice[0] != "target":
-            raise OptionError(
-                "calibration pictures repair the framework's own weights, and the slim ones would "
-                f"be taken ({choice[1]}), which are repaired already; leave the pictures out, or "
-                "ask for weights 'target'"
-            )
-        try:
-            from ovsprune.pruning.repair_target import refitted
-        except ImportError as error:
-            raise OptionError(
-                f"a repair needs what 'pip install ovsprune' brings ({error}); leave the "
-                "calibration pictures out, or transfer where it is installed"
-            ) from None
-        made, close = refitted(
-            slim,
-            state,
-            calibration=self.calibration,
-            samples=self.samples,
-            recovery=self.recovery,
-            progress=progress,
-        )
-        return made, (
-            f"{choice[1]}; repaired by {self.recovery} on pictures of {self.calibration}: relative "
-            f"error {close.relative_error:.3f} on others"
-        )
+def _repair_of(calibration: str, samples: int | None, recovery: str) -> TowerRepair:
+    """Build the repair; it needs libraries that an environment of a framework may lack."""
+    try:
+        from ovsprune.pruning.repair_target import TowerRepair
+    except ImportError as error:
+        raise OptionError(
+            f"a repair needs the full installation, pip install ovsprune ({error}); leave out "
+            "calibration, or run the transfer in an environment that has it"
+        ) from None
+    return TowerRepair(calibration, samples, recovery)
 
 
 def _live(
@@ -234,36 +196,36 @@ def _live(
     weights: str,
     force: bool,
     example: Any,
-    repair: _Repair | None,
+    repair: TowerRepair | None,
     progress: Progress,
 ) -> Attached:
-    """Attach, and count the whole model's costs before and after."""
+    """Attach the slim tower, and count the costs of the full model before and after."""
     target = TARGETS.get(name)
-    choice = target.check(model, slim, weights=weights, force=force)  # before the longer work
+    choice = target.check(model, slim, weights=weights, force=force)  # refuse before the slow steps
     if repair is not None:
         names = model.state_dict()
         state = target.layout(names, depth_of(slim)).tower_state(names)
         slim, reason = repair(slim, choice, state, progress)
         weights, choice = "slim", ("target", reason)
-    given = example is not None
-    example = example if given else target.example(model)
-    before, said = None, "nothing, since the target has no inputs for it; pass example=..."
+    user_input = example is not None
+    example = example if user_input else target.example(model)
+    before, counted_on = None, "nothing, since the target has no input for it; pass example=..."
     with progress.stage(f"transfer to {name}", 3) as advance:
         if example is not None:
             from ovsprune.profiling.model_macs import describe, whole_macs
 
             try:
                 before = whole_macs(model, example, target.prepare)
-                said = describe(example)
+                counted_on = describe(example)
             except OptionError as error:
-                if given:
+                if user_input:
                     raise
-                said = f"nothing: {error}"
+                counted_on = f"nothing: {error}"
         advance(1)
         attached = target.attach(model, slim, weights=weights, force=force)
         attached.weights, attached.reason = choice
         advance(1)
-        attached.counted_on = said
+        attached.counted_on = counted_on
         if before is not None:
             with undo_on_error(attached):
                 attached.macs_after = whole_macs(model, example, target.prepare)
@@ -277,16 +239,18 @@ def _on_disk(
     name: str,
     weights: str,
     checkpoint: _PathLike | None,
+    *,
     output: _PathLike | None,
     overwrite: bool,
     force: bool,
     dry_run: bool,
-    repair: _Repair | None,
+    repair: TowerRepair | None,
     plan: dict[str, Any] | None,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Convert the framework's checkpoint and write the output directory."""
     target = TARGETS.get(name)
-    place = check_place(
+    directory = check_transfer_output(
         output or Path("transfer") / f"{name}-{slim.path.resolve().name}", overwrite or dry_run
     )
     with progress.stage(f"transfer to {name}", 3) as advance:
@@ -303,27 +267,29 @@ def _on_disk(
         advance(1)
         record = _record(name, slim, converted, foreign, checkpoint)
         record["schedule"] = plan
-        record["lines"] = target.lines(str(place)) + ("" if plan is None else _PLAN.format(**plan))
-        beside = {} if checkpoint is None else files_beside(Path(checkpoint), target.files)
-        record["files"] = sorted(beside)
+        record["lines"] = target.lines(str(directory)) + (
+            "" if plan is None else _PLAN.format(**plan)
+        )
+        extra = {} if checkpoint is None else files_beside(Path(checkpoint), target.files)
+        record["files"] = sorted(extra)
         if not dry_run:
-            record["output"] = str(place)
-            write_output(place, converted, record, record["lines"], beside)
+            record["output"] = str(directory)
+            write_output(directory, converted, record, record["lines"], extra)
         advance(1)
     return record
 
 
 _PLAN = """
-# Which layers of the tower train when; after the weights were loaded, before the optimiser is made.
-# `model` is the framework's model, `total_steps` the optimiser steps of the whole training. For the
-# training loops of five libraries there is a hook instead: ovsprune.schedules.loops.
+# Schedule: which layers of the tower train at each step. Add this after the weights were loaded and
+# before the optimiser is created. `model` is the framework's model, `total_steps` the number of
+# optimiser steps. ovsprune.schedules.loops has hooks for the training loops of five libraries.
 
 import ovsprune
 
 plan = ovsprune.schedule(
     model, policy={policy!r}, fraction={fraction!r}, total_steps=total_steps
 )
-# optimizer = ...; plan.bind(optimizer); and plan.step(i) before the i-th step
+# optimizer = ...; plan.bind(optimizer); call plan.step(i) before step i
 """
 
 
@@ -338,6 +304,7 @@ def _scheduled(policy: str, fraction: float) -> dict[str, Any]:
 
 
 def _read_framework(checkpoint: Path) -> Foreign:
+    """Read the framework's checkpoint, a file or a folder, without running code from it."""
     return read_folder(checkpoint) if checkpoint.is_dir() else read_foreign(checkpoint)
 
 
@@ -348,13 +315,14 @@ def _record(
     foreign: Foreign | None,
     checkpoint: _PathLike | None,
 ) -> dict[str, Any]:
+    """Return the report of the transfer as JSON data."""
     dropped = dict(converted.dropped)
     notes = list(converted.notes)
     if foreign is not None:
         for key in foreign.other:
-            dropped[key] = "no tensor of the model; an optimiser's state has dense shapes"
+            dropped[key] = "not a tensor of the model (an optimiser's state has dense shapes)"
         if foreign.inert:
-            notes.append(f"left unread in the checkpoint: {', '.join(foreign.inert)}")
+            notes.append(f"not read in the checkpoint: {', '.join(foreign.inert)}")
     return {
         "target": name,
         "slim": str(slim.path),
@@ -370,11 +338,12 @@ def _record(
 
 
 def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
+    """Return the slim checkpoint; by default read the newest one."""
     if isinstance(slim, SlimCheckpoint):
         return slim
     if isinstance(slim, SlimTower):
         return slim.checkpoint()
     if slim is None:
         slim = newest_slim()
-        progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
+        progress.note(f"no slim checkpoint was named; using the newest, {slim}")
     return read(slim)

@@ -1,4 +1,4 @@
-"""The part of ``ovsprune launch`` that runs inside the launched command."""
+"""Command ``ovsprune launch``: run a framework's own script with slim towers."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["start_directory"]
 
 
 def start_directory() -> Path:
-    """Return the directory for PYTHONPATH; its ``sitecustomize`` runs in every Python."""
+    """Return the directory to add to PYTHONPATH; every Python runs its ``sitecustomize``."""
     return Path(__file__).parent / "start"

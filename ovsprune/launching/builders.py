@@ -1,6 +1,6 @@
-"""Functions that build models, and functions that load checkpoints into them.
+"""Functions of frameworks that build models, and functions that load checkpoints into them.
 
-Each line is one function, by its import path; add a line for another one.
+Each entry is one function, given by its import path. To support another one, add an entry.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ __all__ = ["BUILDERS", "LOADERS", "Entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One function.
+    """Function of a framework.
 
     Attributes:
         module: Pattern (``fnmatch``) of the full name of its module.
-        name: Its dotted name there.
-        beside: Names that the module must have, too, where the pattern says little.
+        name: Dotted name in the module.
+        requires: Names that the module must also have, if the pattern alone is ambiguous.
     """
 
     module: str
     name: str
-    beside: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
-# A framework's builder calls others; the outermost call is the one whose result is looked at.
+# Builders call each other; only the result of the outermost call is made slim.
 BUILDERS = (
     Entry("detectron2.modeling.meta_arch.build", "build_model"),
     Entry("mmengine.registry.build_functions", "build_model_from_cfg"),
-    # create_model_and_transforms and create_model_from_pretrained call this one; vendored, too
+    # create_model_and_transforms and create_model_from_pretrained call it; also vendored copies
     Entry("open_clip.factory", "create_model"),
     Entry("*.open_clip.factory", "create_model"),
-    # OpenAI's package, and its many copies
+    # OpenAI's package, and copies of it
     Entry("clip", "load", ("available_models",)),
     Entry("*.clip", "load", ("available_models",)),
     # every model of transformers: CLIPVisionModel, CLIPModel, CLIPSegForImageSegmentation ...
     Entry("transformers.modeling_utils", "PreTrainedModel.from_pretrained"),
 )
-"""Functions that return a model, or a tuple with one in it."""
+"""Functions that return a model, or a tuple that contains one."""
 
-# nn.Module.load_state_dict and mmengine's loader run a module's own hooks; these compare shapes
-# first, and drop what differs.
+# nn.Module.load_state_dict and mmengine's loader run the hooks of a module. These loaders compare
+# shapes before that and drop tensors that differ.
 LOADERS = (
     Entry("fvcore.common.checkpoint", "Checkpointer._load_model"),
     Entry("detectron2.checkpoint.detection_checkpoint", "DetectionCheckpointer._load_model"),

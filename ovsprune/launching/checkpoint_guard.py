@@ -1,9 +1,9 @@
-"""Keeping a slim tower through what its framework does to the model after it was built.
+"""Guard that keeps a tower slim when its framework initialises the model or loads a checkpoint.
 
-A framework initialises its model or loads a dense checkpoint later on. Then the dense modules step
-in, so that every shape is what the framework expects, and afterwards the slim ones, the same
-objects (an optimiser may hold them by now), get their values: the slim tower's, or, where the
-framework turns out to have tuned its CLIP, its own, cut by the mask.
+For the time of such an operation the dense modules are put back, so that every tensor has the shape
+that the framework expects. Afterwards the slim modules return. They are the same objects as before,
+because an optimiser may already refer to them. Their values are those of the slim tower, or, if the
+framework finetuned CLIP, the framework's own, cut by the mask.
 """
 
 from __future__ import annotations
@@ -24,21 +24,29 @@ from ovsprune.targets.layout import Layout
 from ovsprune.targets.protocol import Target
 from ovsprune.targets.surgery import cuts_of, slim_copy
 
-__all__ = ["CheckpointGuard", "Decide", "decide"]
+__all__ = ["CheckpointGuard", "DecideWeights", "decide_weights"]
 
-Decide = Callable[[nn.Module], tuple[Weights, str]]
-"""Of the dense model: which weights its slim tower gets, and why."""
+DecideWeights = Callable[[nn.Module], tuple[Weights, str]]
+"""Function from the dense model to the weights that its slim tower gets, and the reason."""
 
-_ALIKE = 0.5  # cosine of first convolutions; unrelated ones are near 0, tuned ones near 1
+# cosine similarity of patch embeddings: near 0 for unrelated ones, near 1 after finetuning
+_RELATED = 0.5
 
 
-def decide(
+def decide_weights(
     target: Target, model: nn.Module, checkpoint: SlimCheckpoint, weights: str, force: bool
 ) -> tuple[Weights, str]:
-    """As the target does; but a tower that is no relative of the base gets the slim weights.
+    """Choose the weights like ``target.check``, but use the slim ones for an unrelated tower.
 
-    A framework may build its model without weights and load them later: what it has until then is
-    no tower that it tuned.
+    A framework may build its model with random weights and load CLIP later. Such a tower differs
+    from the base model, but it is not a finetuned one.
+
+    Args:
+        target: The target that recognises ``model``.
+        model: The framework's model, dense.
+        checkpoint: The slim checkpoint.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``.
+        force: Accept a checkpoint whose base model had random weights.
 
     Raises:
         TargetError: The model cannot take the slim tower.
@@ -47,30 +55,30 @@ def decide(
     if weights != "auto" or choice[0] == "slim":
         return choice
     layout = target.layout(model.state_dict(), depth_of(checkpoint))
-    theirs = layout.tower_state(model.state_dict()).get("conv1.weight")
-    ours = checkpoint.tower().get("conv1.weight")
-    if theirs is None or ours is None or theirs.shape != ours.shape:
+    current = layout.tower_state(model.state_dict()).get("conv1.weight")
+    slim = checkpoint.tower().get("conv1.weight")
+    if current is None or slim is None or current.shape != slim.shape:
         return choice
-    a, b = theirs.detach().flatten().double().cpu(), ours.flatten().double()
-    if float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > _ALIKE:
+    a, b = current.detach().flatten().double().cpu(), slim.flatten().double()
+    if float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > _RELATED:
         return choice
     try:
         target.check(model, checkpoint, weights="slim", force=force)
     except TargetError:
-        return choice  # it can take the mask alone
-    return "slim", "the framework's tower has weights of its own yet to come (it is no relative)"
+        return choice  # it can use the mask only
+    return "slim", "the framework's tower is unrelated to the base: its weights are not loaded yet"
 
 
 class CheckpointGuard:
-    """Keeps one attached model.
+    """Guard of one attached model.
 
     Args:
         model: The framework's model, with the slim tower attached.
-        attached: What attaching gave; nobody may detach it.
-        layout: Where the tower's parts are.
+        attached: Result of attaching; it must not be detached any more.
+        layout: Names of the tower's tensors in the framework.
         checkpoint: The slim checkpoint.
-        decide: Called on the dense model after it was loaded or initialised.
-        say: Told what became of the tower.
+        decide_weights: Called on the dense model after it was loaded or initialised.
+        report: Receives a message after every change of the tower.
     """
 
     def __init__(
@@ -79,91 +87,91 @@ class CheckpointGuard:
         attached: Attached,
         layout: Layout,
         checkpoint: SlimCheckpoint,
-        decide: Decide,
-        say: Callable[[str], None],
+        decide_weights: DecideWeights,
+        report: Callable[[str], None],
     ) -> None:
         self.model, self.attached, self.layout = model, attached, layout
-        self.checkpoint, self.decide, self.say = checkpoint, decide, say
+        self.checkpoint, self.decide_weights, self.report = checkpoint, decide_weights, report
         self.cuts = cuts_of(checkpoint, layout)
-        self.guard = DenseGuard.of(model, attached.target, layout, self.cuts)
-        self.depth = 0
+        self.dense_guard = DenseGuard.of(model, attached.target, layout, self.cuts)
+        self.depth = 0  # operations in progress that need the dense model; they may be nested
         attached._applied.show_original()
         self.dense_shapes = DenseGuard.of(model, attached.target, layout, self.cuts).shapes
         attached._applied.show_new()
-        self._hook()
+        self._register_hooks()
 
-    def _hook(self) -> None:
-        """Take part when a state is loaded, and when the framework initialises the model."""
-        if self.attached._guard is not None:  # it refuses dense checkpoints; here they are served
+    def _register_hooks(self) -> None:
+        """Register hooks on loading a state dict and on initialising the model."""
+        if self.attached._guard is not None:  # it would refuse dense checkpoints
             self.attached._guard.remove()
             self.attached._guard = None
         for path in self._ancestors():
             module: Any = self.model.get_submodule(path)
-            load = _Load(self, path)
-            # public from torch 2.5 on, private and the same before
+            load = _LoadHook(self, path)
+            # public since torch 2.5; before that the same method is private
             module._register_load_state_dict_pre_hook(load.before)
             module.register_load_state_dict_post_hook(load.after)
             initialise = getattr(module, "init_weights", None)
             if callable(initialise):
-                object.__setattr__(module, "init_weights", _Initialise(self, initialise))
+                object.__setattr__(module, "init_weights", _DenseInitialise(self, initialise))
 
     def _ancestors(self) -> list[str]:
-        """Paths of the model (``""``) and of every module in it that holds one that is cut."""
-        found = {""}
+        """Return the paths of the model (``""``) and of all modules that contain a cut module."""
+        paths = {""}
         for cut in self.cuts:
             parts = cut.path.split(".")
-            found |= {".".join(parts[:i]) for i in range(1, len(parts))}
-        return sorted(found)
+            paths |= {".".join(parts[:i]) for i in range(1, len(parts))}
+        return sorted(paths)
 
     def is_dense(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether a state, by the model's names, is of the dense model, at least in part."""
+        """Return True if a state dict has a tensor with the shape of the dense model."""
         return any(
-            tuple(state[name].shape) == shape != self.guard.shapes.get(name)
+            tuple(state[name].shape) == shape != self.dense_guard.shapes.get(name)
             for name, shape in self.dense_shapes.items()
             if name in state
         )
 
     @contextmanager
-    def dense(self, why: str) -> Iterator[None]:
-        """The model is dense inside; afterwards slim again, with values from what it was made.
+    def dense(self, event: str) -> Iterator[None]:
+        """Make the model dense in the block; then slim again, with values of the dense model.
 
         Args:
-            why: What is done to the dense model, for the message.
+            event: Description of the change of the dense model, for the message.
         """
         self.begin()
         try:
             yield
         finally:
-            self.end(why)
+            self.end(event)
 
     def begin(self) -> None:
-        """Have the dense modules step in, unless they did."""
+        """Put the dense modules into the model, unless they are there already."""
         if not self.depth:
             self.attached._applied.show_original()
         self.depth += 1
 
-    def end(self, why: str) -> None:
-        """Have the slim modules step in again once everybody who began has ended."""
+    def end(self, event: str) -> None:
+        """Put the slim modules back at the end of the outermost operation."""
         self.depth -= 1
         if self.depth:
             return
         try:
-            choice = self.decide(self.model)
+            choice = self.decide_weights(self.model)
             state = self.model.state_dict()
-            dense = {name: state[name].clone() for name in self.guard.tower & state.keys()}
+            dense = {name: state[name].clone() for name in self.dense_guard.tower & state.keys()}
             cut = {c.path: slim_copy(self.model.get_submodule(c.path), c) for c in self.cuts}
         finally:
             self.attached._applied.show_new()
         self._fill(choice[0], dense, cut)
         self.attached.weights, self.attached.reason = choice
-        self.say(f"{why}: the tower has weights {choice[0]} ({choice[1]})")
+        self.report(f"{event}: the tower has weights {choice[0]} ({choice[1]})")
 
     @torch.no_grad()
     def _fill(
         self, weights: str, dense: Mapping[str, Tensor], cut: Mapping[str, nn.Module]
     ) -> None:
         """Write values into the slim tower's tensors, in place."""
-        own = self.model.state_dict()
+        current = self.model.state_dict()
         if weights == "slim":
             values = {
                 name: value
@@ -176,45 +184,46 @@ class CheckpointGuard:
             for path, module in cut.items():
                 values |= {f"{path}.{k}": v for k, v in module.state_dict().items()}
         for name, value in values.items():
-            if name in own:  # some norms lack a counter
-                own[name].copy_(value)
+            if name in current:  # some norms lack num_batches_tracked
+                current[name].copy_(value)
 
 
-class _Load:
-    """What is done before and after a state is loaded into the model, or into a part of it."""
+class _LoadHook:
+    """Hooks before and after a state dict is loaded into the model, or into a part of it."""
 
-    def __init__(self, keeper: CheckpointGuard, path: str) -> None:
-        self.keeper, self.path = keeper, f"{path}." if path else ""
+    def __init__(self, guard: CheckpointGuard, path: str) -> None:
+        self.guard, self.path = guard, f"{path}." if path else ""
         self.loading = False
 
-    def before(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Have the dense modules step in for a dense state; refuse a part of a slim one."""
-        if self.keeper.depth:
+    def before(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        """Make the model dense for a dense state; refuse an incomplete slim one."""
+        if self.guard.depth:
             return
-        mine = {
+        loaded = {
             f"{self.path}{name[len(prefix) :]}": value
             for name, value in state.items()
             if name.startswith(prefix)
         }
-        self.loading = self.keeper.is_dense(mine)
+        self.loading = self.guard.is_dense(loaded)
         if self.loading:
-            self.keeper.begin()
+            self.guard.begin()
         else:
-            self.keeper.guard.below(self.path)(mine, self.path)  # or a mix of two would be left
+            # refuses a state that would mix tensors of a dense and a slim model
+            self.guard.dense_guard.below(self.path)(loaded, self.path)
 
-    def after(self, *rest: Any) -> None:
-        """Have the slim modules step in again."""
+    def after(self, *args: Any) -> None:
+        """Make the model slim again."""
         if self.loading:
             self.loading = False
-            self.keeper.end("a dense checkpoint was loaded")
+            self.guard.end("a dense checkpoint was loaded")
 
 
-class _Initialise:
-    """The ``init_weights`` of the model, or of a part of it, on the dense model."""
+class _DenseInitialise:
+    """Replacement of ``init_weights`` that runs it on the dense model."""
 
-    def __init__(self, keeper: CheckpointGuard, initialise: Callable[..., Any]) -> None:
-        self.keeper, self.initialise = keeper, initialise
+    def __init__(self, guard: CheckpointGuard, initialise: Callable[..., Any]) -> None:
+        self.guard, self.initialise = guard, initialise
 
-    def __call__(self, *args: Any, **given: Any) -> Any:
-        with self.keeper.dense("the framework initialised its model"):
-            return self.initialise(*args, **given)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.guard.dense("the framework initialised its model"):
+            return self.initialise(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Launch: run a framework's own script, and replace the towers that it builds.
 
-``python -m ovsprune.launching.command --slim DIR -- python train_net.py ...`` does the same where
+``python -m ovsprune.launching.command --slim DIR -- python train_net.py ...`` does the same if
 ovsprune is installed without its dependencies.
 """
 
@@ -22,14 +22,13 @@ from typing import Any
 from ovsprune.core.errors import OptionError, OvspruneError, ScheduleError, TargetError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.jobs.schedule import checked
-from ovsprune.launching import start_directory
-from ovsprune.launching import training_loops as launched
+from ovsprune.launching import start_directory, training_loops
 from ovsprune.schedules import POLICIES
 from ovsprune.slim import read
 from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS
 
-__all__ = ["launch"]
+__all__ = ["launch", "main"]
 
 VARIABLE = "OVSPRUNE_LAUNCHED"
 
@@ -54,7 +53,7 @@ def launch(
     """Run a framework's own command with slim towers in the models that it builds.
 
     Args:
-        command: The program and its arguments, as on a command line.
+        command: The program and its arguments.
         slim: Directory of the slim checkpoint; by default the newest under ``slim/``.
         target: Name of a target; ``"auto"`` uses the one that recognises the model.
         weights: ``"slim"``, ``"target"`` or ``"auto"``, as for a transfer; decided again
@@ -64,26 +63,26 @@ def launch(
             ``fraction``, ``count``, ``every``, ``pool``, ``rest`` and ``seed`` are its options.
         fraction: Fraction of the layers that train.
         count: Number of layers that train, instead of a fraction.
-        every: Steps between two choices of the policy.
+        every: Number of steps between two choices of the policy.
         pool: Patterns of parameters instead of the image tower.
         rest: Treatment of norms, biases and positions.
         seed: Seed of random policies.
         force: Accept a checkpoint whose base model is untrained.
-        environment: Variables of the command; by default those of this process.
+        environment: Environment variables of the command; by default those of this process.
         progress: Progress reporter.
 
     Returns:
-        A record with ``command, slim, target, returncode``; ``replaced``: for each model that was
-        made slim, its :meth:`ovsprune.targets.Attached.record`; ``events``: messages on its tower
-        when the framework loaded or initialised it later; and ``schedules``: of each
-        training, ``policy, total_steps, trainable[], frozen[]`` as it began.
+        A record with ``command, slim, target, returncode``; ``replaced``:
+        :meth:`ovsprune.targets.Attached.record` of each model that was made slim; ``events``:
+        messages about towers that the framework loaded or initialised later; ``schedules``:
+        ``policy, total_steps, trainable[], frozen[]`` at the start of each training.
 
     Raises:
         OptionError: There is no such program, or ``weights`` is unknown.
         UnknownNameError: There is no such target.
         CheckpointError: The slim checkpoint is missing or damaged.
-        TargetError: The command ended, and nothing was replaced.
-        ScheduleError: The command succeeded, and no known training loop used the policy.
+        TargetError: The command ended without a replaced tower.
+        ScheduleError: The command succeeded, but no known training loop used the policy.
     """
     progress = progress or Silent()
     if target != "auto":
@@ -94,30 +93,38 @@ def launch(
     if policy is not None:
         POLICIES.get(policy)
         checked(1, fraction, count, every, rest)
-        given = {"fraction": fraction, "count": count, "every": every, "rest": rest, "seed": seed}
-        settings = {"policy": policy, "target": target, "pool": list(pool) or None, **given}
+        settings = {
+            "policy": policy,
+            "target": target,
+            "pool": list(pool) or None,
+            "fraction": fraction,
+            "count": count,
+            "every": every,
+            "rest": rest,
+            "seed": seed,
+        }
     variables = dict(os.environ if environment is None else environment)
     if not command or shutil.which(command[0], path=variables.get("PATH")) is None:
         raise OptionError(
             f"there is no program {command[0] if command else ''!r} to launch; write the command "
-            "after --, as it would be typed: ovsprune launch --slim DIR -- python train_net.py ..."
+            "after --: ovsprune launch --slim DIR -- python train_net.py ..."
         )
     if slim is None:
         slim = newest_slim()
-        progress.note(f"no slim checkpoint was named; taking the newest, {slim}")
+        progress.note(f"no slim checkpoint was named; using the newest, {slim}")
     read(slim)  # errors in it are reported before the framework starts
     directory = str(Path(slim).resolve())
     session = {"slim": directory, "target": target, "weights": weights, "force": force}
-    status, records = _launched(list(command), variables, settings, session)
+    status, records = _run_hooked(list(command), variables, settings, session)
     replaced = [record for record in records if "replaced" in record]
     schedules = [record["schedule"] for record in records if "schedule" in record]
     if not replaced:
-        raise TargetError(_nothing(command, status, records))
+        raise TargetError(_no_replacement(command, status, records))
     if settings is not None and not schedules and not status:
         raise ScheduleError(
-            f"no training loop used the policy {policy}: known are those of detectron2, mmengine, "
-            "Lightning and transformers. In another one call ovsprune.schedule(model, "
-            "...) and plan.step(i) before every step"
+            f"no training loop used the policy {policy}: expected one of detectron2, mmengine, "
+            "Lightning or transformers. In another loop call ovsprune.schedule(model, ...) and "
+            "plan.step(i) before every step"
         )
     return {
         "command": list(command),
@@ -130,17 +137,17 @@ def launch(
     }
 
 
-def _launched(
+def _run_hooked(
     command: list[str],
     variables: dict[str, str],
     schedule: Mapping[str, Any] | None,
     session: Mapping[str, Any],
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Run the command with hooks in its Pythons; return its exit status and their records."""
+    """Run the command with hooks in its Python processes; return exit status and records."""
     with tempfile.TemporaryDirectory(prefix="ovsprune-launch-") as scratch:
         document = {
-            "handler": launched.__name__,  # its function ``told`` runs in the command's Pythons
-            "watched": launched.watched(schedule),
+            "handler": training_loops.__name__,  # has ``on_import``, called in the child process
+            "watched": training_loops.watched(schedule),
             "schedule": schedule,
             "session": {**session, "record": scratch},
         }
@@ -151,8 +158,9 @@ def _launched(
 
 
 def _run(command: list[str], variables: Mapping[str, str]) -> int:
-    """Run a command, pass signals on to it, and return its exit status."""
+    """Run a command, forward signals to it, and return its exit status."""
     try:
+        # a stdout that was replaced in Python, for example by a test
         out: Any = sys.stdout if sys.stdout.fileno() != 1 else None
     except (AttributeError, OSError, ValueError):
         out = None
@@ -160,60 +168,69 @@ def _run(command: list[str], variables: Mapping[str, str]) -> int:
         child = subprocess.Popen(command, env=dict(variables), stdout=out)
     except OSError as error:
         raise OptionError(f"{command[0]} cannot be started: {error.strerror or error}") from None
-    with _passed_on(child):
+    with _forward_signals(child):
         status = child.wait()
-    return status if status >= 0 else 128 - status  # as a shell says it of a signal
+    return status if status >= 0 else 128 - status  # as a shell reports a signal
 
 
 @contextmanager
-def _passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Signals that would end this process end the command first, so that its end can be told.
+def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Forward signals to the command, so that its end can still be reported.
 
-    A terminal sends its interrupt to both; then it is enough to wait.
+    A terminal sends an interrupt to both processes, so this one ignores it and waits.
     """
-    before = {}
+    previous = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
-            handler = signal.SIG_IGN if number == signal.SIGINT else _pass(child)
-            before[number] = signal.signal(number, handler)
+            handler = signal.SIG_IGN if number == signal.SIGINT else _sender(child)
+            previous[number] = signal.signal(number, handler)
         except ValueError:  # not in the main thread
             break
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _pass(child: subprocess.Popen[bytes]) -> Any:
+def _sender(child: subprocess.Popen[bytes]) -> Any:
+    """Return a signal handler that sends the signal to ``child``."""
     return lambda number, frame: child.send_signal(number)
 
 
 def _records(directory: Path) -> list[dict[str, Any]]:
+    """Read the records that the child processes wrote, oldest first."""
     files = sorted(directory.glob("[!.]*.json"), key=lambda file: file.stat().st_mtime_ns)
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
-def _nothing(command: Sequence[str], status: int, records: list[dict[str, Any]]) -> str:
+def _no_replacement(command: Sequence[str], status: int, records: list[dict[str, Any]]) -> str:
     """Explain why nothing was replaced."""
-    passed = [str(record["passed"]) for record in records if "passed" in record]
-    why = "; ".join(dict.fromkeys(passed))
-    if status and not why:
+    skipped = [str(record["skipped"]) for record in records if "skipped" in record]
+    reason = "; ".join(dict.fromkeys(skipped))
+    if status and not reason:
         return (
-            f"{command[0]} ended with status {status}, and until then it had built no model with a "
-            "tower to replace; its own messages say why it ended"
+            f"{command[0]} ended with status {status} before it built a model with a tower to "
+            "replace; see its own messages for the cause"
         )
     return (
         "nothing was replaced: "
-        + (why or "no builder that is known gave a model with a CLIP image tower in it")
-        + ". Builders are those of detectron2, mmengine, open_clip, OpenAI's clip and "
-        "transformers' from_pretrained; where a script builds its model in another way, add the "
+        + (reason or "no known builder returned a model with a CLIP image tower")
+        + ". Known builders are those of detectron2, mmengine, open_clip, OpenAI's clip and "
+        "transformers' from_pretrained; if a script builds its model in another way, add the "
         "lines that `ovsprune transfer` prints"
     )
 
 
-def _alone(arguments: Sequence[str] | None = None) -> int:
-    """The command line without click; the status of the command, or 2."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line without click.
+
+    Args:
+        arguments: Command line arguments; by default those of the process.
+
+    Returns:
+        Exit status of the launched command, or 2 after an error of ovsprune.
+    """
     parser = argparse.ArgumentParser(prog="ovsprune launch", description=__doc__)
     parser.add_argument("--slim", metavar="DIR")
     parser.add_argument("--target", default="auto")
@@ -227,13 +244,13 @@ def _alone(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true")
     parser.add_argument("command", nargs="+")
-    given = vars(parser.parse_args(arguments))
+    options = vars(parser.parse_args(arguments))
     try:
-        return int(launch(**given)["returncode"])
+        return int(launch(**options)["returncode"])
     except OvspruneError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(_alone())
+    sys.exit(main())

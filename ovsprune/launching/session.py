@@ -1,4 +1,4 @@
-"""One process of a launched command: models that its builders return are made slim."""
+"""Session in a process of a launched command: makes the models slim that builders return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 from ovsprune.core.errors import OvspruneError
 from ovsprune.core.files import write_text
 from ovsprune.launching.builders import BUILDERS, LOADERS
-from ovsprune.launching.checkpoint_guard import CheckpointGuard, decide
+from ovsprune.launching.checkpoint_guard import CheckpointGuard, decide_weights
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
 from ovsprune.targets.hooks import Hook
@@ -37,14 +37,14 @@ def watched() -> list[str]:
 
 
 class Session:
-    """Settings of one process, and the models that it made slim.
+    """Settings of one process, and the models that were made slim in it.
 
     Args:
         slim: Directory of the slim checkpoint.
-        record: Directory for one file a replacement, which the parent reads.
+        record: Directory for the records, one file each, which the parent process reads.
         target: Name of the target, or ``"auto"``.
         weights: ``"slim"``, ``"target"`` or ``"auto"``.
-        force: Take a checkpoint whose base had random weights, too.
+        force: Accept a checkpoint whose base model had random weights.
     """
 
     def __init__(self, slim: str, record: str, target: str, weights: str, force: bool) -> None:
@@ -52,11 +52,11 @@ class Session:
         self.target, self.weights, self.force = target, weights, force
         self.after: Callable[[nn.Module], None] = lambda model: None
         """Callback that receives every model that was made slim."""
-        self.local = threading.local()
-        self.keepers: WeakKeyDictionary[nn.Module, CheckpointGuard] = WeakKeyDictionary()
+        self.local = threading.local()  # depth of nested builders, for each thread
+        self.guards: WeakKeyDictionary[nn.Module, CheckpointGuard] = WeakKeyDictionary()
         self.hooks = (
-            *(Hook(e.module, e.name, self._building, e.beside) for e in BUILDERS),
-            *(Hook(e.module, e.name, self._loading, e.beside) for e in LOADERS),
+            *(Hook(e.module, e.name, self._wrap_builder, e.requires) for e in BUILDERS),
+            *(Hook(e.module, e.name, self._wrap_loader, e.requires) for e in LOADERS),
             *(hook for name in TARGETS for hook in TARGETS.get(name).hooks),
         )
 
@@ -65,62 +65,67 @@ class Session:
         """The slim checkpoint, read when the first model is built."""
         return read(self.slim)
 
-    def _building(self, build: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_builder(self, build: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a builder so that the model of its outermost call is made slim."""
+
         @functools.wraps(build)
-        def builds(*args: Any, **given: Any) -> Any:
+        def build_slim(*args: Any, **kwargs: Any) -> Any:
             depth = getattr(self.local, "depth", 0)
             self.local.depth = depth + 1
             try:
-                result = build(*args, **given)
+                result = build(*args, **kwargs)
             finally:
                 self.local.depth = depth
             if not depth:
                 for part in result if isinstance(result, tuple) else (result,):
                     if isinstance(part, nn.Module):
-                        self.built(part)
+                        self.attach(part)
             return result
 
-        return builds
+        return build_slim
 
-    def _loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+    def _wrap_loader(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a loader so that it loads a dense checkpoint into the dense model."""
+
         @functools.wraps(load)
-        def loads(loader: Any, checkpoint: Any, *args: Any, **given: Any) -> Any:
+        def load_guarded(loader: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
             with self._dense(loader.model, checkpoint):
-                return load(loader, checkpoint, *args, **given)
+                return load(loader, checkpoint, *args, **kwargs)
 
-        return loads
+        return load_guarded
 
     @contextlib.contextmanager
     def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
         """Keep ``model`` dense inside the block if the checkpoint is dense."""
-        keeper = self.keepers.get(model)
+        guard = self.guards.get(model)
         state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
-        if keeper is None or not isinstance(state, Mapping):
+        if guard is None or not isinstance(state, Mapping):
             yield
             return
-        if keeper.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
-            with keeper.dense("a dense checkpoint was loaded"):
+        if guard.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
+            with guard.dense("a dense checkpoint was loaded"):
                 yield
         else:
             yield
 
-    def built(self, model: nn.Module) -> None:
-        """Make a model slim that the outermost builder returned, if a target recognises it.
+    def attach(self, model: nn.Module) -> None:
+        """Attach the slim tower to a model that a builder returned, if a target recognises it.
 
         Raises:
-            TargetError: A target recognises it (or was named), and it cannot take the slim tower.
+            TargetError: A target other than a fallback recognises the model, or was named, but the
+                model cannot take the slim tower.
         """
-        if model in self.keepers:
+        if model in self.guards:
             return
         name = recognise(model, self.target)
         if name is None:
             return
         target = TARGETS.get(name)
         try:
-            choice = decide(target, model, self.checkpoint, self.weights, self.force)
+            choice = decide_weights(target, model, self.checkpoint, self.weights, self.force)
         except OvspruneError as error:
             if target.fallback and self.target == "auto":
-                self.write({"passed": f"{type(model).__name__}: {error}"})
+                self.write({"skipped": f"{type(model).__name__}: {error}"})
                 return
             raise
         layout = target.layout(model.state_dict(), depth_of(self.checkpoint))
@@ -128,25 +133,25 @@ class Session:
         attached.reason = choice[1]
         kind = type(model).__name__
 
-        def tell(message: str) -> None:
+        def report(message: str) -> None:
             say(f"{name} ({kind}): {message}")
             self.write({"event": f"{name} ({kind}): {message}"})
 
-        self.keepers[model] = CheckpointGuard(
+        self.guards[model] = CheckpointGuard(
             model,
             attached,
             layout,
             self.checkpoint,
-            lambda dense: decide(target, dense, self.checkpoint, self.weights, self.force),
-            tell,
+            lambda dense: decide_weights(target, dense, self.checkpoint, self.weights, self.force),
+            report,
         )
         before, after = attached.params_before, attached.params_after
         say(
             f"{name} ({kind}): {len(attached.replaced)} replaced, weights {choice[0]} "
             f"({choice[1]}); parameters {before:,} -> {after:,} ({after / before - 1:+.1%})"
         )
-        for path, what in attached.replaced.items():
-            say(f"  {path}: {what}")
+        for path, replacement in attached.replaced.items():
+            say(f"  {path}: {replacement}")
         self.write({"model": kind, **attached.record()})
         self.after(model)
 

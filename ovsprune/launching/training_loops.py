@@ -1,7 +1,7 @@
-"""Hooks inside a command that ``ovsprune launch`` started: slim towers, and a schedule.
+"""Hooks in a command that ``ovsprune launch`` started: slim towers, and a schedule.
 
-Towers are replaced by :mod:`ovsprune.launching.session`. This module adds the schedule's
-hook to known training loops when they begin to train.
+:mod:`ovsprune.launching.session` replaces the towers. This module adds the hook of the schedule to
+known training loops when they start to train.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from ovsprune.jobs.schedule import find_pool, schedule
 from ovsprune.launching.session import Session, say
 from ovsprune.launching.session import watched as towers_watched
 from ovsprune.schedules import TrainPlan
-from ovsprune.targets.hooks import Hook, put
+from ovsprune.targets.hooks import Hook, wrap_functions
 
-__all__ = ["LOOPS", "Loop", "told", "watched"]
+__all__ = ["LOOPS", "Loop", "on_import", "watched"]
 
-Make = Callable[..., TrainPlan]
+MakePlan = Callable[..., TrainPlan]
+"""Function ``(model, *, total_steps)`` that makes the plan of a training."""
 
 
 @dataclass(frozen=True)
@@ -33,48 +34,48 @@ class Loop:
 
     Attributes:
         module: Full name of the module.
-        name: Dotted name of a method there that is called before the training begins.
-        join: Given the loop and a function that makes a plan; adds the hook of
+        name: Dotted name of a method in the module that is called before the training starts.
+        add_hook: Receives the loop and a function that makes a plan; adds the hook of
             :mod:`ovsprune.schedules.loops`.
     """
 
     module: str
     name: str
-    join: Callable[[Any, Make], None]
+    add_hook: Callable[[Any, MakePlan], None]
 
 
-def _detectron2(trainer: Any, make: Make) -> None:
+def _detectron2(trainer: Any, make_plan: MakePlan) -> None:
     from ovsprune.schedules.loops.detectron2 import ScheduleHook
 
-    trainer.register_hooks([ScheduleHook(make)])
+    trainer.register_hooks([ScheduleHook(make_plan)])
 
 
-def _mmengine(runner: Any, make: Make) -> None:
+def _mmengine(runner: Any, make_plan: MakePlan) -> None:
     from ovsprune.schedules.loops.mmengine import ScheduleHook
 
-    runner.register_hook(ScheduleHook(make))
+    runner.register_hook(ScheduleHook(make_plan))
 
 
-def _lightning(trainer: Any, make: Make) -> None:
+def _lightning(trainer: Any, make_plan: MakePlan) -> None:
     from ovsprune.schedules.loops.lightning import ScheduleCallback
 
-    trainer.callbacks.append(ScheduleCallback(make))
+    trainer.callbacks.append(ScheduleCallback(make_plan))
 
 
-def _transformers(trainer: Any, make: Make) -> None:
+def _transformers(trainer: Any, make_plan: MakePlan) -> None:
     from ovsprune.schedules.loops.transformers import ScheduleCallback
 
-    trainer.add_callback(ScheduleCallback(make))
+    trainer.add_callback(ScheduleCallback(make_plan))
 
 
 LOOPS = (
-    # as the trainer's own hooks come, since a resumed training loads their states before it trains
+    # earlier than train: a resumed training loads the states of hooks before it trains
     Loop("detectron2.engine.train_loop", "TrainerBase.register_hooks", _detectron2),
     Loop("mmengine.runner.runner", "Runner.train", _mmengine),
     Loop("lightning.pytorch.trainer.trainer", "Trainer.fit", _lightning),
     Loop("transformers.trainer", "Trainer.train", _transformers),
 )
-"""Known training loops, one line each; a new one needs a line and a file with its hook."""
+"""Known training loops. A new one needs an entry here and a file with its hook."""
 
 
 def watched(settings: Mapping[str, Any] | None) -> list[str]:
@@ -87,8 +88,8 @@ def watched(settings: Mapping[str, Any] | None) -> list[str]:
     return [*towers_watched(), *(loop.module for loop in loops)]
 
 
-class _Scheduled:
-    """Builder of the plan of the model that a loop trains.
+class _ScheduleHooks:
+    """Hooks that add a schedule to the loops that train a model.
 
     Args:
         settings: Arguments of :func:`ovsprune.schedule`.
@@ -99,37 +100,39 @@ class _Scheduled:
         self, settings: Mapping[str, Any], write: Callable[[Mapping[str, Any]], None]
     ) -> None:
         self.settings, self.write = dict(settings), write
-        self.joined: WeakSet[Any] = WeakSet()
-        self.hooks = tuple(Hook(loop.module, loop.name, self._joining(loop)) for loop in LOOPS)
+        self.hooked: WeakSet[Any] = WeakSet()  # loops that have the hook
+        self.hooks = tuple(Hook(loop.module, loop.name, self._wrapper(loop)) for loop in LOOPS)
 
-    def open(self, model: nn.Module) -> None:
+    def enable_gradients(self, model: nn.Module) -> None:
         """Enable gradients for the whole pool, so that the framework's optimiser includes it.
 
-        Parameters that the plan leaves alone (``rest="keep"``) are not changed.
+        Parameters that the plan does not control (``rest="keep"``) are not changed.
         """
         layers, _ = find_pool(model, self.settings["target"], self.settings["pool"])
-        wanted = {layer.name for layer in layers}
+        names = {layer.name for layer in layers}
         if self.settings["rest"] != "keep":
-            wanted |= {name for layer in layers for name in layer.followers}
+            names |= {name for layer in layers for name in layer.followers}
         for name, parameter in model.named_parameters():
-            if name in wanted:
+            if name in names:
                 parameter.requires_grad_(True)
 
-    def _joining(self, loop: Loop) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def wrap(begin: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(begin)
-            def begins(trainer: Any, *args: Any, **given: Any) -> Any:
-                if trainer not in self.joined:
-                    self.joined.add(trainer)
-                    loop.join(trainer, self.make)
-                return begin(trainer, *args, **given)
+    def _wrapper(self, loop: Loop) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Return a function that wraps the method of a loop so that it adds the hook first."""
 
-            return begins
+        def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(method)
+            def add_hook_first(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+                if trainer not in self.hooked:
+                    self.hooked.add(trainer)
+                    loop.add_hook(trainer, self.make_plan)
+                return method(trainer, *args, **kwargs)
+
+            return add_hook_first
 
         return wrap
 
-    def make(self, model: nn.Module, *, total_steps: int) -> TrainPlan:
-        """Make the plan of a training that begins."""
+    def make_plan(self, model: nn.Module, *, total_steps: int) -> TrainPlan:
+        """Make the plan of a training, and record it."""
         plan = schedule(model, total_steps=total_steps, **self.settings)
         say(f"schedule: {plan!r}")
         self.write(
@@ -147,20 +150,21 @@ class _Scheduled:
 
 @functools.cache
 def _hooks(document: str) -> Sequence[Hook]:
-    given = json.loads(document)
-    session = Session(**given["session"])
-    if given["schedule"] is None:
+    """Create the hooks of this process, once for the settings in ``document``."""
+    settings = json.loads(document)
+    session = Session(**settings["session"])
+    if settings["schedule"] is None:
         return session.hooks
-    scheduled = _Scheduled(given["schedule"], session.write)
-    session.after = scheduled.open
-    return (*session.hooks, *scheduled.hooks)
+    schedule_hooks = _ScheduleHooks(settings["schedule"], session.write)
+    session.after = schedule_hooks.enable_gradients
+    return (*session.hooks, *schedule_hooks.hooks)
 
 
-def told(module: ModuleType, document: str) -> None:
+def on_import(module: ModuleType, document: str) -> None:
     """Wrap the functions of a module that was just imported.
 
     Args:
         module: A module that a pattern of :func:`watched` matches.
-        document: Settings that the parent left in the environment (JSON).
+        document: Settings from the parent process (JSON), passed in the environment.
     """
-    put(_hooks(document), module)
+    wrap_functions(_hooks(document), module)

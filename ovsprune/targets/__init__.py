@@ -1,7 +1,7 @@
-"""Third-party frameworks that can take a slim tower, one a file.
+"""Third-party frameworks that can take a slim tower; one file for each.
 
 ``TARGETS.get("mmseg-san").attach(model, ovsprune.read("slim/..."))`` slims a live model;
-:func:`load_into` puts what ``ovsprune transfer`` wrote into a freshly built one.
+:func:`load_into` loads the output of ``ovsprune transfer`` into a freshly built one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attach a slim tower to a framework's live model, and detach it."""
+"""Attaching of a slim tower to a framework's live model, and detaching."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ovsprune.targets.check import Weights
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
 
-__all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower", "count"]
+__all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower", "count_parameters"]
 
 
 @dataclass(eq=False)
 class Attached:
-    """Report of an attached slim tower, which can undo it; a context manager that detaches.
+    """Report of an attached slim tower. ``detach`` undoes it; so does leaving a ``with`` block.
 
     Attributes:
         target: Name of the target.
         slim: Directory of the slim checkpoint.
         weights: ``"slim"`` or ``"target"``.
         reason: Reason for these weights.
-        replaced: Path of a module, or name of a tensor, to its replacement in words.
-        kept: Name of a tensor of the framework's tower to the reason why it stayed.
-        protected: Canonical name to the reason why the framework needs the dense part.
+        replaced: Path of a module, or name of a tensor, to a description of its replacement.
+        kept: Name of a tensor of the framework's tower to the reason why it was kept.
+        protected: Canonical name to the reason why the framework needs the part unchanged.
         params_before: Parameters of the whole model before.
         params_after: Parameters of the whole model now.
         macs_before: Multiply-accumulates of the whole model before, for the input in
             ``counted_on``; None if they were not counted.
         macs_after: Multiply-accumulates of the whole model now.
-        counted_on: Input on which they were counted, or the reason why they were not.
+        counted_on: Description of that input, or the reason why nothing was counted.
         notes: Remarks for the report.
-        trainable: Patterns (``fnmatch``) of parameters that a schedule may touch.
+        trainable: Patterns (``fnmatch``) of parameters that a schedule may change.
     """
 
     target: str
@@ -59,10 +59,10 @@ class Attached:
     _guard: Any = field(default=None, repr=False)
 
     def detach(self) -> None:
-        """Put the original objects back; a second call does nothing.
+        """Restore the original objects; a second call does nothing.
 
         Raises:
-            TargetError: A slim module was replaced by something else since; nothing is undone.
+            TargetError: A slim module was replaced by another one since; nothing was undone.
         """
         self._applied.detach()
         if self._guard is not None:
@@ -70,7 +70,7 @@ class Attached:
             self._guard = None
 
     def record(self) -> dict[str, Any]:
-        """Return the report as plain JSON, with the keys of ``ovsprune transfer --json``."""
+        """Return the report as JSON data, with the keys of ``ovsprune transfer --json``."""
         return {
             "target": self.target,
             "slim": str(self.slim),
@@ -91,7 +91,7 @@ class Attached:
         }
 
     def __str__(self) -> str:
-        """Format the report: costs of the whole model, then the replaced and protected parts."""
+        """Format the report: costs of the full model, then replaced and protected parts."""
         lines = [
             f"{self.target}: {len(self.replaced)} replaced, weights {self.weights} ({self.reason})"
         ]
@@ -104,7 +104,7 @@ class Attached:
         lines.append(f"MACs counted on: {self.counted_on}")
         lines += self.notes
         for title, table in (("replaced", self.replaced), ("protected", self.protected)):
-            lines += [f"{title} {name}: {what}" for name, what in table.items()]
+            lines += [f"{title} {name}: {text}" for name, text in table.items()]
         return "\n".join(lines)
 
     def __enter__(self) -> Attached:
@@ -117,8 +117,8 @@ class Attached:
 class DenseGuard:
     """Hook that refuses to load a dense checkpoint into a slim model.
 
-    Frameworks load with ``strict=False``, or drop tensors of another shape with a warning. The
-    norms would then be the dense model's, and the slim layers would silently keep their values.
+    Frameworks load with ``strict=False``, or skip tensors of another shape with a warning. The
+    model would then combine norms of the dense checkpoint with slim layers that keep their values.
 
     Args:
         target: Name of the target, for the message.
@@ -131,34 +131,34 @@ class DenseGuard:
 
     @classmethod
     def of(cls, model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> DenseGuard:
-        """Make the guard of a slim ``model``."""
+        """Create the guard of a slim ``model``."""
         state = model.state_dict()
         tower = {name for name in state if layout.canonical(name) is not None}
         shapes = {
-            name: tuple(state[name].shape) for name in tower if any(cut.makes(name) for cut in cuts)
+            name: tuple(state[name].shape) for name in tower if any(cut.owns(name) for cut in cuts)
         }
         return cls(target, shapes, tower)
 
     def below(self, path: str) -> DenseGuard:
-        """Make the guard of the part below ``path`` (``""``, or one that ends with a dot)."""
+        """Return the guard of the submodule at ``path`` (``""``, or ends with a dot)."""
         shapes = {n.removeprefix(path): s for n, s in self.shapes.items() if n.startswith(path)}
         tower = {name.removeprefix(path) for name in self.tower if name.startswith(path)}
         return DenseGuard(self.target, shapes, tower)
 
-    def __call__(self, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
-        mine = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-        if not self.tower & set(mine):
-            return  # a checkpoint without a tower (an adapter alone) does no harm
+    def __call__(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        loaded = {k[len(prefix) :]: value for k, value in state.items() if k.startswith(prefix)}
+        if not self.tower & set(loaded):
+            return  # a checkpoint without a tower, for example of an adapter, may be loaded
         for name, shape in self.shapes.items():
-            found = tuple(mine[name].shape) if name in mine else None
-            if found != shape:
-                given = (
-                    "is missing (detectron2 drops what has another shape)"
-                    if found is None
-                    else f"has shape {found}"
+            given = tuple(loaded[name].shape) if name in loaded else None
+            if given != shape:
+                problem = (
+                    "is missing (detectron2 drops tensors with another shape)"
+                    if given is None
+                    else f"has shape {given}"
                 )
                 raise TargetError(
-                    f"this checkpoint is not of the slim model: {prefix}{name} {given}, expected "
+                    f"this checkpoint is not of the slim model: {prefix}{name} {problem}, expected "
                     f"{shape}. Convert it first (ovsprune transfer --target {self.target} "
                     "--checkpoint FILE), or load it before attaching"
                 )
@@ -175,43 +175,45 @@ def attach_tower(
     trainable: tuple[str, ...],
     compat_fixes: Sequence[Swap] = (),
 ) -> Attached:
-    """Put the slim tower into ``model``; everything was checked before.
+    """Replace the tower of ``model`` by the slim one. The caller has checked that it fits.
 
     Args:
         model: The framework's model, dense.
         checkpoint: The slim checkpoint.
-        layout: Places of the tower's parts.
+        layout: Names of the tower's tensors in the framework.
         choice: ``"slim"`` loads the checkpoint's tensors, ``"target"`` cuts the model's own; and
             the reason, for the report.
         target: Name of the target, for the report.
-        protected: What the framework needs as it is, for the report.
-        trainable: Parameters that a schedule may touch, for the report.
-        compat_fixes: Other exchanges that the model needs, carried out in the same step.
+        protected: Parts that the framework needs unchanged, for the report.
+        trainable: Parameters that a schedule may change, for the report.
+        compat_fixes: Further replacements that the model needs, made in the same step.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
     """
-    before, names = count(model), model.state_dict().keys()
+    before, names = count_parameters(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
-    new = _slim_copies(model, cuts)
+    replacements = _slim_copies(model, cuts)
     replaced = {cut.path: str(cut) for cut in cuts}
     kept: dict[str, str] = {}
     for canonical, tensor in checkpoint.tower().items():
         for name, value in layout.to_framework(canonical, tensor).items():
-            if name not in names:  # a counter that some norms lack
+            if name not in names:  # num_batches_tracked, which some norms lack
                 continue
-            of_copy = new.is_new(name)
+            of_copy = replacements.is_new(name)
             if canonical in layout.stays:
                 kept[name] = layout.stays[canonical]
             elif choice[0] == "target":
                 kept |= {} if of_copy else {name: "the framework's own"}
-            elif not of_copy and new.holds(name, value):
+            elif not of_copy and replacements.holds(name, value):
                 kept[name] = "equal to the slim tower's"
-            elif not new.load(name, value):
-                raise TargetError(f"{name} has another shape than {tuple(value.shape)}")
+            elif not replacements.load(name, value):
+                raise TargetError(
+                    f"{name} does not have the shape {tuple(value.shape)} of the slim tower"
+                )
             elif not of_copy:
                 replaced[name] = "value of the slim tower"
-    applied = new.commit(compat_fixes)
+    applied = replacements.commit(compat_fixes)
     with undo_on_error(applied):
         return Attached(
             target=target,
@@ -222,20 +224,20 @@ def attach_tower(
             kept=kept,
             protected=protected,
             params_before=before,
-            params_after=count(model),
+            params_after=count_parameters(model),
             trainable=trainable,
             _applied=applied,
             _guard=add_guard(model, target, layout, cuts),
         )
 
 
-def count(model: nn.Module) -> int:
-    """Count the parameters of ``model``, each once."""
+def count_parameters(model: nn.Module) -> int:
+    """Count the elements of the parameters of ``model``; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
-    """Replace modules by slim copies; all copies are made before the first replacement.
+    """Replace modules by slim copies. All copies are created before the first replacement.
 
     Raises:
         TargetError: A module cannot be cut; nothing was changed.
@@ -244,15 +246,15 @@ def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
 
 
 def _slim_copies(model: nn.Module, cuts: tuple[Cut, ...]) -> Replacements:
-    new = Replacements(model)
+    replacements = Replacements(model)
     for cut in cuts:
         dense = model.get_submodule(cut.path)
-        new.modules[cut.path] = (dense, slim_copy(dense, cut))
-    return new
+        replacements.modules[cut.path] = (dense, slim_copy(dense, cut))
+    return replacements
 
 
 def add_guard(model: nn.Module, target: str, layout: Layout, cuts: tuple[Cut, ...]) -> Any:
     """Register a :class:`DenseGuard` on ``model``; return the handle of the hook."""
-    # public from torch 2.5 on, private and the same before
+    # public since torch 2.5; before that the same method is private
     register: Any = model._register_load_state_dict_pre_hook
     return register(DenseGuard.of(model, target, layout, cuts))

@@ -1,4 +1,4 @@
-"""Checks that a slim checkpoint fits a framework, made before anything is changed."""
+"""Checks that a slim checkpoint fits a framework. They run before anything is changed."""
 
 from __future__ import annotations
 
@@ -26,75 +26,77 @@ __all__ = [
 
 Weights = Literal["slim", "target"]
 
-_COUNTERS = "num_batches_tracked"  # which some norms have and some have not, and nobody reads
+_COUNTERS = "num_batches_tracked"  # only some norms have it, and no forward pass reads it
 
 
 def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
     """Refuse a checkpoint whose base had random weights.
 
     Raises:
-        TargetError: It had, and ``force`` is false.
+        TargetError: The base is untrained, and ``force`` is false.
     """
     if not checkpoint.spec.base.trained and not force:
         raise TargetError(
             f"{checkpoint.path} was pruned from {checkpoint.spec.base.model} with random weights "
-            "(--pretrained none), so its mask and tensors mean nothing; prune trained weights, or "
-            "transfer it all the same with --force (force=True)"
+            "(--pretrained none), so its mask and tensors are random; prune trained weights, or "
+            "transfer it with --force (force=True)"
         )
 
 
 def check_fits(
-    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, where: str
+    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, given: str
 ) -> None:
     """Compare the dense shapes of the slim tower's base with the framework's tower.
 
     Args:
         state: The framework's tower by canonical name and shape.
         checkpoint: The slim checkpoint.
-        layout: Places of the tower's parts.
-        where: Name of the framework's model in messages.
+        layout: Names of the tower's tensors in the framework.
+        given: Description of the model or checkpoint for messages.
 
     Raises:
         TargetError: A tensor is missing, is slim already, or has another shape.
     """
     base = checkpoint.spec.base.model
-    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.lacks(n) is None}
+    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.absent_reason(n) is None}
     slim = {name: tuple(tensor.shape) for name, tensor in checkpoint.tower().items()}
     missing = sorted(name for name in set(wanted) - set(state) if not name.endswith(_COUNTERS))
     extra = sorted(name for name in set(state) - set(wanted) if not name.endswith(_COUNTERS))
     if missing or extra:
         side, names = ("lacks", missing) if missing else ("also has", extra)
         raise TargetError(
-            f"{where} is not built on {base}: it {side} {', '.join(names[:4])}"
+            f"{given} is not built on {base}: it {side} {', '.join(names[:4])}"
             f"{', ...' if len(names) > 4 else ''}; build the framework with the CLIP that was "
-            "pruned, or prune the one that the framework uses"
+            "pruned, or prune the CLIP that the framework uses"
         )
     for name, shape in wanted.items():
         if name not in state:
             continue
-        found = tuple(state[name].shape)
+        actual = tuple(state[name].shape)
         if name in layout.stays:
-            found, shape = found[-1:], shape[-1:]  # the framework may have another grid
-        if found == shape:
+            # positions: the framework may have another number of patches, but not another width
+            actual, shape = actual[-1:], shape[-1:]
+        if actual == shape:
             continue
-        if found == slim[name]:
-            raise TargetError(f"{where} is slim already ({name} is {found}); give the dense one")
-        if name == POSITIONS and found[1:] == shape[1:]:
+        if actual == slim[name]:
+            raise TargetError(f"{given} is slim already ({name} is {actual}); give the dense one")
+        if name == POSITIONS and actual[1:] == shape[1:]:
             raise TargetError(
-                f"{where} has {found[0] - 1} patch positions, the base of {checkpoint.path} has "
-                f"{shape[0] - 1}: it was built for another resolution; prune the CLIP of its own"
+                f"{given} has {actual[0] - 1} patch positions, the base of {checkpoint.path} has "
+                f"{shape[0] - 1}: it was built for another resolution; prune a CLIP of that "
+                "resolution"
             )
         raise TargetError(
-            f"{where} is not built on {base}: its {name} has shape {found}, expected {shape}; "
-            "build the framework with the CLIP that was pruned, or prune the one it uses"
+            f"{given} is not built on {base}: its {name} has shape {actual}, expected {shape}; "
+            "build the framework with the CLIP that was pruned, or prune the CLIP that it uses"
         )
 
 
 def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
-    """Compare head counts of the attention modules that will be replaced.
+    """Compare the number of heads of the attention modules that will be replaced.
 
     Raises:
-        TargetError: A module is slim already, or splits its width in other heads.
+        TargetError: A module is slim already or has another number of heads.
     """
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
@@ -102,27 +104,27 @@ def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) ->
             continue
         module = model.get_submodule(path)
         if hasattr(module, "kept_heads"):
-            raise TargetError(f"{path} is slim already; detach first, or build the model anew")
-        found = getattr(module, "num_heads", None)
-        if found != layer.units:
+            raise TargetError(f"{path} is slim already; detach first, or build a new model")
+        heads = getattr(module, "num_heads", None)
+        if heads != layer.units:
             raise TargetError(
-                f"{path} has {found} heads, the base of {checkpoint.path} has {layer.units}; "
+                f"{path} has {heads} heads, the base of {checkpoint.path} has {layer.units}; "
                 "build the framework with the CLIP that was pruned"
             )
 
 
 def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[str, ...]) -> None:
-    """Compare the MLP's activation with the one that was pruned, by its values.
+    """Compare the framework's activation function with the one that was pruned, by its values.
 
-    Frameworks register activations of their own, so the class name is not enough.
+    Frameworks define their own activation classes, so the class name is not sufficient.
 
     Args:
         model: The framework's model.
         checkpoint: The slim checkpoint.
-        paths: Activation modules of the framework, one of each stack.
+        paths: Paths of activation modules in the framework, one for each stack.
 
     Raises:
-        TargetError: It is another function.
+        TargetError: The framework uses another function.
     """
     probe = torch.linspace(-4, 4, 97)
     known = {
@@ -134,10 +136,11 @@ def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[
     wanted = checkpoint.spec.activation
     for path in paths:
         with torch.no_grad():
-            found = model.get_submodule(path)(probe.clone())
-        if wanted in known and torch.allclose(found, known[wanted], atol=1e-6):
+            output = model.get_submodule(path)(probe.clone())
+        if wanted in known and torch.allclose(output, known[wanted], atol=1e-6):
             continue
-        name = next((k for k, v in known.items() if torch.allclose(found, v, atol=1e-6)), "another")
+        equal = (k for k, v in known.items() if torch.allclose(output, v, atol=1e-6))
+        name = next(equal, "another function")
         raise TargetError(
             f"{path} is {name}, but {checkpoint.path} was pruned with {wanted}; build the "
             f"framework with {wanted} (OpenAI's CLIP weights are quick_gelu), or prune with "
@@ -146,63 +149,64 @@ def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[
 
 
 def choose_weights(
-    asked: str,
+    weights: str,
     state: Mapping[str, Tensor] | None,
     checkpoint: SlimCheckpoint,
     layout: Layout,
     mask_only: str = "",
 ) -> tuple[Weights, str]:
-    """Choose the weights of the slim tower, and give the reason.
+    """Choose the weights of the slim tower; return them with the reason.
 
-    ``auto`` takes the slim weights where the framework uses the frozen base CLIP, told tensor by
-    tensor by the base's hashes, and the framework's own, cut by the mask, where it tuned them.
-    What stays the framework's anyway (positions that it resizes and trains) does not count, nor
-    what it does not have.
+    ``auto`` uses the slim weights if the framework has the frozen base CLIP, which the hashes of
+    the base model show for every tensor. If the framework finetuned CLIP, its own weights are cut
+    by the mask. Tensors that are not compared: those that always keep the framework's value
+    (positions that it resizes and trains), and those that it lacks.
 
     Args:
-        asked: ``"slim"``, ``"target"`` or ``"auto"``.
-        state: The framework's tower by canonical name; None if there is none.
+        weights: ``"slim"``, ``"target"`` or ``"auto"``.
+        state: The framework's tower by canonical name; None without a checkpoint of the framework.
         checkpoint: The slim checkpoint.
-        layout: Places of the tower's parts.
-        mask_only: Reason why the framework can take the mask alone; empty if it can take weights.
+        layout: Names of the tower's tensors in the framework.
+        mask_only: Reason why the framework can use the mask only; empty if it can use the weights.
 
     Raises:
-        OptionError: ``asked`` is none of slim, target and auto.
-        TargetError: ``target`` was asked for and there is nothing of the framework's to cut, or
-            ``slim`` and the framework can take the mask alone.
+        OptionError: ``weights`` is none of slim, target and auto.
+        TargetError: ``weights`` is target and there is no state to cut, or it is slim and the
+            framework can use the mask only.
     """
-    if asked not in ("slim", "target", "auto"):
-        raise OptionError(f"weights is {asked!r}, expected 'slim', 'target' or 'auto'")
-    if mask_only and asked == "slim":
+    if weights not in ("slim", "target", "auto"):
+        raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
+    if mask_only and weights == "slim":
         raise TargetError(
-            f"only the mask carries over: {mask_only}; let the framework's own weights be cut "
+            f"only the mask can be used: {mask_only}; have the framework's own weights cut "
             "(--weights target, or auto)"
         )
     if state is None:
-        if asked == "target" or mask_only:
+        if weights == "target" or mask_only:
             raise TargetError(
                 "weights=target cuts the framework's own weights, but no checkpoint of it was "
                 "given; give one (--checkpoint FILE)"
                 + ("" if mask_only else " or take the slim weights (--weights slim)")
             )
         return "slim", "no checkpoint of the framework was given"
-    if asked != "auto":
-        return ("slim" if asked == "slim" else "target"), "as asked"
+    if weights != "auto":
+        return ("slim" if weights == "slim" else "target"), "as requested"
     if mask_only:
-        return "target", f"only the mask carries over: {mask_only}"
+        return "target", f"only the mask can be used: {mask_only}"
     compared = match(state, checkpoint.spec.base)
     compared = {
         name: verdict
         for name, verdict in compared.items()
-        if name not in layout.stays and layout.lacks(name) is None
+        if name not in layout.stays and layout.absent_reason(name) is None
     }
-    other = sorted(
+    different = sorted(
         name for name, verdict in compared.items() if verdict not in ("equal", "equal-after-half")
     )
-    if not other:
-        return "slim", f"all {len(compared)} tensors of the framework's tower are the base's"
+    if not different:
+        return "slim", f"all {len(compared)} tensors of the framework's tower equal the base's"
     return "target", (
-        f"{len(other)} of {len(compared)} tensors of the framework's tower differ from the base's "
-        f"({', '.join(other[:2])}, ...): it tuned its CLIP, so its own weights are cut by the "
-        "mask; if it was only built without weights, take the slim ones (--weights slim)"
+        f"{len(different)} of {len(compared)} tensors of the framework's tower differ from the "
+        f"base's ({', '.join(different[:2])}, ...): the framework finetuned CLIP, so its own "
+        "weights are cut by the mask; if it was built without weights, use the slim ones "
+        "(--weights slim)"
     )

@@ -19,7 +19,7 @@ from ovsprune.targets.surgery import cuts_of, slim_copy
 
 _VISION, _TEXT = "clip.vision_model", "clip.text_model"
 
-_PLACES = KeyMap(
+_KEY_MAP = KeyMap(
     framework="CLIPSeg of transformers",
     stem={
         "class_embedding": f"{_VISION}.embeddings.class_embedding",
@@ -47,29 +47,29 @@ _PLACES = KeyMap(
 )
 
 _PROTECTS = {
-    "residual width": "the decoder's reduces read the stream of three blocks (extract_layers)",
+    "residual width": "the decoder's reduces read it after three blocks (extract_layers)",
     "depth": "extract_layers counts blocks",
     "projection": "the decoder is conditioned on text embeddings of the dense width",
-    POSITIONS: "the model interpolates them itself, from the grid that it was built with",
+    POSITIONS: "the model interpolates them from the grid that it was built with",
 }
 
-_LINES = """\
-# where the model is made; config.json lies beside the weights if it lay beside the dense ones
+_SCRIPT = """\
+# where the model is created; config.json was copied if the dense checkpoint had one
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 import ovsprune.targets  # pip install --no-deps ovsprune
 
 directory = {output!r}
 model = CLIPSegForImageSegmentation(CLIPSegConfig.from_pretrained(directory))
-ovsprune.targets.load_into(model, directory)  # slim modules, then every tensor
+ovsprune.targets.load_into(model, directory)  # replaces modules, loads every tensor
 model.eval()
 
-# from_pretrained alone builds dense layers, and refuses the slim tensors by their shapes.
+# from_pretrained alone builds dense layers and refuses the slim tensors because of their shapes.
 """
 
 
 def _inputs(model: Any) -> Mapping[str, Any]:
-    """One picture of the native size, and one text as long as there are positions."""
+    """Return one image of the native size and one text of the maximum length."""
     side, length = (
         model.config.vision_config.image_size,
         model.config.text_config.max_position_embeddings,
@@ -81,44 +81,48 @@ def _inputs(model: Any) -> Mapping[str, Any]:
 
 
 @torch.no_grad()
-def _heads_by_width(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
-    """Refuse an attention that cannot have fewer heads, as older versions wrote it; tried out."""
+def _check_head_count(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
+    """Refuse a version of transformers whose attention cannot run with fewer heads.
+
+    Runs the forward pass of one attention with cut linear layers; one of them is enough, because
+    all of them are of the same class.
+    """
     cuts = cuts_of(checkpoint, layout)
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
-        mine = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
-        if not layer.is_whole_attention or path is None or not mine:
+        own_cuts = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
+        if not layer.is_whole_attention or path is None or not own_cuts:
             continue
         attention = model.get_submodule(path)
-        tried = copy.copy(attention)
-        tried._modules = dict(attention._modules)
-        for cut in mine:
+        trial = copy.copy(attention)
+        trial._modules = dict(attention._modules)  # the model itself is not touched
+        for cut in own_cuts:
             leaf = cut.path.removeprefix(f"{path}.")
-            tried._modules[leaf] = slim_copy(model.get_submodule(cut.path), cut)
+            trial._modules[leaf] = slim_copy(model.get_submodule(cut.path), cut)
         weight = attention.get_parameter("out_proj.weight")
         try:
-            type(attention).forward(tried, hidden_states=weight.new_zeros(1, 2, weight.shape[0]))
+            type(attention).forward(trial, hidden_states=weight.new_zeros(1, 2, weight.shape[0]))
         except RuntimeError as error:
             raise TargetError(
                 f"{path} cannot have {layer.kept} of {layer.units} heads ({error}): this version "
-                "of transformers counts heads by its configuration; install one that counts them "
-                "by the width of the maps (5.6 or later)"
+                "of transformers takes the number of heads from its configuration; install one "
+                "that derives it from the width of the layers (5.6 or later)"
             ) from None
         return
 
 
 @TARGETS.register("clipseg")
 def clipseg() -> TableTarget:
-    """CLIPSeg of transformers: live models, and folders that save_pretrained wrote."""
+    """Target for CLIPSeg of transformers; live models, and folders that save_pretrained wrote."""
     return TableTarget(
         name="clipseg",
         framework="transformers' CLIPSegForImageSegmentation (transformers 5.6 or later)",
-        places=_PLACES,
+        key_map=_KEY_MAP,
         takes=("vit",),
         protects=_PROTECTS,
         trainable=("decoder.*", f"{_VISION}.*", "clip.visual_projection.weight"),
-        script=_LINES,
-        checks=(_heads_by_width,),
+        script=_SCRIPT,
+        checks=(_check_head_count,),
         inputs=_inputs,
         no_grad_methods=("clip.vision_model.forward",),
         files=(
@@ -132,5 +136,5 @@ def clipseg() -> TableTarget:
             "special_tokens_map.json",
             "added_tokens.json",
         ),
-        derived={"*.position_ids": "counted by the model itself since transformers 4.31"},
+        obsolete_keys={"*.position_ids": "computed by the model since transformers 4.31"},
     )

@@ -1,4 +1,4 @@
-"""Convert a framework's checkpoint to a slim one, key by key, with a report of every key."""
+"""Conversion of a framework's checkpoint to a slim one, with a report of every key."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ __all__ = ["Converted", "convert_state"]
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """A framework's state with the slim tower in it.
+    """Result of a conversion: a framework's state dict with the slim tower in it.
 
     Attributes:
-        state: Name in the framework's layout to tensor.
-        depth: Transformer blocks of the tower; 0 for a tower of another kind.
+        state: Name in the framework to tensor.
+        depth: Number of transformer blocks of the tower; 0 for a tower of another kind.
         cuts: Modules that must be slim before ``state`` is loaded.
-        replaced: Key to where its new value comes from.
-        kept: Key to why it stayed as it was.
-        dropped: Key (``slim: NAME`` for tensors of the slim checkpoint) to why it is not there.
+        replaced: Key to the source of its new value.
+        kept: Key to the reason why it was not changed.
+        dropped: Key (``slim: NAME`` for tensors of the slim checkpoint) to the reason why
+            ``state`` does not have it.
         weights: ``"slim"`` or ``"target"``.
-        reason: Why these weights.
-        complete: True if ``state`` is all that the framework saves; without a checkpoint of the
-            framework it holds CLIP alone.
+        reason: Reason for these weights.
+        complete: True if ``state`` has all tensors that the framework saves; False if it has CLIP
+            alone, since no checkpoint of the framework was given.
         notes: Remarks for the report.
     """
 
@@ -54,27 +55,27 @@ def convert_state(
     checkpoint: SlimCheckpoint,
     layout: Layout,
     choice: tuple[Weights, str],
-    derived: Mapping[str, str] | None = None,
+    obsolete_keys: Mapping[str, str] | None = None,
 ) -> Converted:
-    """Return the framework's state with the slim tower in it; everything was checked before.
+    """Return the framework's state with the slim tower in it. The caller has checked that it fits.
 
     Args:
         state: The framework's dense state, or None to write the slim checkpoint's CLIP alone.
         checkpoint: The slim checkpoint.
-        layout: Places of the tower's parts.
+        layout: Names of the tower's tensors in the framework.
         choice: ``"slim"`` or ``"target"``, and the reason.
-        derived: Patterns (``fnmatch``) of keys that older versions of the framework saved and
-            today's do not have, to why they are dropped.
+        obsolete_keys: Pattern (``fnmatch``) of keys that only older versions of the framework
+            saved, to the reason why they are dropped.
     """
     cuts = cuts_of(checkpoint, layout)
     if state is None:
         return _clip_alone(checkpoint, layout, choice, cuts)
     if choice[0] == "target":
         tower = cut_state(layout.tower_state(state), checkpoint.spec, checkpoint.mask)
-        source, same_as = "the framework's own weights, cut by the mask", "the framework's own"
+        source, unchanged = "the framework's own weights, cut by the mask", "the framework's own"
     else:
         tower = checkpoint.tower()
-        source, same_as = "the slim tower", "equal to the slim tower's"
+        source, unchanged = "the slim tower", "equal to the slim tower's"
     values = {
         name: value
         for canonical, tensor in tower.items()
@@ -84,9 +85,10 @@ def convert_state(
     result: dict[str, Tensor] = {}
     replaced, kept, dropped = {}, {}, _unused(checkpoint, layout, choice[0])
     for name, old in state.items():
-        gone = next((why for p, why in (derived or {}).items() if fnmatchcase(name, p)), None)
-        if gone is not None:
-            dropped[name] = gone
+        patterns = (obsolete_keys or {}).items()
+        obsolete = next((reason for key, reason in patterns if fnmatchcase(name, key)), None)
+        if obsolete is not None:
+            dropped[name] = obsolete
             continue
         new = values.get(name, old).to(old.dtype)
         same = new.shape == old.shape and torch.equal(new, old)
@@ -94,7 +96,7 @@ def convert_state(
         if not same:
             replaced[name] = f"{source}, {_cut_of(name, cuts)}"
         else:
-            kept[name] = _why_kept(name, layout, same_as if name in values else "")
+            kept[name] = _kept_because(name, layout, unchanged if name in values else "")
     return Converted(
         state=result,
         depth=layout.depth or 0,
@@ -114,12 +116,13 @@ def _clip_alone(
     choice: tuple[Weights, str],
     cuts: tuple[Cut, ...],
 ) -> Converted:
+    """Return the state of CLIP alone, with the framework's names."""
     result, replaced, dropped = {}, {}, {}
     for canonical, tensor in checkpoint.tower().items():
         values = layout.to_framework(canonical, tensor)
         if not values:
             raise TargetError(
-                f"{checkpoint.path} has a tensor {canonical} that has no place in this framework; "
+                f"{checkpoint.path} has a tensor {canonical} that this framework does not have; "
                 "prune the CLIP that the framework uses"
             )
         for name, value in values.items():
@@ -128,11 +131,11 @@ def _clip_alone(
     for canonical, tensor in checkpoint.text().items():
         values = {} if layout.text is None else layout.text.to_framework(canonical, tensor)
         if not values:
-            dropped[f"slim: {canonical}"] = "has no place in this framework"
+            dropped[f"slim: {canonical}"] = "this framework does not have it"
         for name, value in values.items():
             result[name] = value.contiguous()
-            replaced[name] = "the slim checkpoint's text tower, as the base has it"
-    notes = ("only CLIP was written; what the framework adds starts as the framework starts it",)
+            replaced[name] = "the slim checkpoint's text tower, not pruned"
+    notes = ("only CLIP was written; the framework initialises the parts that it adds",)
     return Converted(
         state=result,
         depth=layout.depth or 0,
@@ -147,11 +150,12 @@ def _clip_alone(
     )
 
 
-def _why_kept(name: str, layout: Layout, of_tower: str) -> str:
-    if of_tower:
-        return of_tower
+def _kept_because(name: str, layout: Layout, unchanged: str) -> str:
+    """Return why a tensor was kept; ``unchanged`` is the reason for a tensor that was compared."""
+    if unchanged:
+        return unchanged
     if (canonical := layout.canonical(name)) is not None:
-        return layout.stays.get(canonical, "read by nobody")
+        return layout.stays.get(canonical, "no forward pass reads it")
     if layout.text is not None and layout.text.canonical(name) is not None:
         return "the text tower was not pruned"
     return "no part of the image tower"
@@ -159,19 +163,19 @@ def _why_kept(name: str, layout: Layout, of_tower: str) -> str:
 
 def _cut_of(name: str, cuts: tuple[Cut, ...]) -> str:
     for cut in cuts:
-        if cut.makes(name):
+        if cut.owns(name):
             return str(cut)
     return "not cut"
 
 
 def _unused(checkpoint: SlimCheckpoint, layout: Layout, weights: Weights) -> dict[str, str]:
-    """Tensors of the slim checkpoint that the result does not have."""
+    """List the tensors of the slim checkpoint that the result does not have."""
     dropped = {}
     for name in checkpoint.tower():
-        own = "the framework's own was taken" if weights == "target" else None
-        why = layout.lacks(name) or own or layout.stays.get(name)
-        if why is not None:
-            dropped[f"slim: visual.{name}"] = why
+        replaced = "the framework's own was used" if weights == "target" else None
+        reason = layout.absent_reason(name) or replaced or layout.stays.get(name)
+        if reason is not None:
+            dropped[f"slim: visual.{name}"] = reason
     for name in checkpoint.text():
         dropped[f"slim: {name}"] = "the framework's own text tower was kept"
     return dropped

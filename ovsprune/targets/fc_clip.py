@@ -1,4 +1,4 @@
-"""FC-CLIP of bytedance/fc-clip (detectron2), on CLIP's residual networks and on ConvNeXts."""
+"""FC-CLIP (bytedance/fc-clip, detectron2) on CLIP's ResNets and on open_clip's ConvNeXts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovsprune.slim.attach import Swap
 from ovsprune.targets import TARGETS
-from ovsprune.targets.detectron2_rules import one_picture, script_for
+from ovsprune.targets.detectron2_rules import image_inputs, script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import clip_text
@@ -33,11 +33,12 @@ _CONVNEXT = replace(
 
 
 @dataclass
-class _OwnText:
-    """open_clip's own ``encode_text`` in the place of FC-CLIP's, which is the one of its time.
+class _EncodeText:
+    """Replacement of FC-CLIP's ``encode_text`` that calls the one of open_clip.
 
-    That one hands the text transformer [L, N, E]; open_clip reads [N, L, E] after 2.24. An object
-    and no function, so that a copied or pickled model gets one of its own.
+    FC-CLIP's version passes [L, N, E] to the text transformer; open_clip expects [N, L, E] after
+    2.24. This is an object rather than a function, so that a copied or pickled model refers to its
+    own backbone.
     """
 
     backbone: Any
@@ -47,41 +48,41 @@ class _OwnText:
         return encoded
 
 
-def _bridge_text(model: Any) -> Sequence[Swap]:
+def _fix_encode_text(model: Any) -> Sequence[Swap]:
+    """Return the exchange of ``encode_text``, or nothing if it was exchanged before."""
     backbone = model.backbone
-    if isinstance(backbone.__dict__.get("encode_text"), _OwnText):
+    if isinstance(backbone.__dict__.get("encode_text"), _EncodeText):
         return ()
-    new = _OwnText(backbone)
-    return (Swap.attribute("backbone.encode_text", backbone, "encode_text", new),)
+    return (Swap.attribute("backbone.encode_text", backbone, "encode_text", _EncodeText(backbone)),)
 
 
 def _prepare(model: Any) -> None:
-    """The names of the classes are encoded once for all pictures, so they do not count."""
+    """Set text embeddings: FC-CLIP encodes class names once, so their cost is not per image."""
     size = sum(model.test_num_templates), model.backbone.dim_latent
     model.test_text_classifier = torch.ones(size, device=model.device)
 
 
 @TARGETS.register("fc-clip")
 def fc_clip() -> TableTarget:
-    """FC-CLIP of bytedance/fc-clip on CLIP's RN50 and its kin, or ConvNeXt; live and on disk."""
+    """Target for FC-CLIP on a ResNet of CLIP or a ConvNeXt; live models and checkpoints."""
     return TableTarget(
         name="fc-clip",
         framework="bytedance/fc-clip at 2b0bbe2 (detectron2, open_clip)",
-        places=_RESNET,
-        builds=(_CONVNEXT,),
+        key_map=_RESNET,
+        variants=(_CONVNEXT,),
         takes=("resnet", "convnext"),
         protects={
-            "stage outputs": "the pixel decoder reads all four, at widths that the code names",
-            "stem": "its output has a width that the code names",
-            "attnpool": "its weights classify the masks, read one by one, with the dense heads",
-            "trunk.head": "with head it classifies the masks, by text embeddings' width",
-            "text tower": "the names of the classes are encoded with it",
-            "depth": "the stages are run one by one",
+            "stage outputs": "the pixel decoder reads all four, at widths that the code sets",
+            "stem": "its output has a width that the code sets",
+            "attnpool": "its weights classify masks and are read one by one, at the dense width",
+            "trunk.head": "it classifies masks with head, at the width of the text embeddings",
+            "text tower": "it encodes the class names",
+            "depth": "the framework runs the stages one by one",
         },
         trainable=("sem_seg_head.*", "void_embedding.*", f"{_CLIP}.visual.*"),
         script=script_for("bytedance/fc-clip"),
-        compat_fixes=(_bridge_text,),
-        inputs=one_picture,
+        compat_fixes=(_fix_encode_text,),
+        inputs=image_inputs,
         prepares=_prepare,
         no_grad_methods=("backbone.extract_features",),
     )

@@ -1,7 +1,8 @@
-"""Any model that holds a CLIP image tower, found by its structure.
+"""Target for any model that contains a CLIP image tower, which is found by its structure.
 
-Names are read as open_clip and OpenAI write them, or as transformers does, under any path. What
-cannot be seen from the outside (who else reads inside the tower) is said in the report's notes.
+The tower may be at any path and has the names of open_clip and OpenAI, or those of transformers.
+The notes of the report list what cannot be verified from outside, for example other code that reads
+inside the tower.
 """
 
 from __future__ import annotations
@@ -24,42 +25,42 @@ from ovsprune.targets.hooks import Hook
 from ovsprune.targets.key_map import KINDS, KeyMap, kind_of
 from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, Layout, hf_block
 
-__all__ = ["Found", "Generic", "find_towers"]
+__all__ = ["FoundTower", "Generic", "find_towers"]
 
-_WHAT = "a model with a CLIP tower in it"
+_DESCRIPTION = "a model with a CLIP tower in it"
 
-_UNPROVEN = (
-    "not proven: who else reads inside the tower (hooks on blocks, masks made for a number of "
-    "heads, slices of in_proj_weight); compare an output before and after"
+_UNVERIFIED = (
+    "not verified: other code that reads inside the tower (hooks on blocks, masks for a fixed "
+    "number of heads, slices of in_proj_weight); compare an output before and after"
 )
 
-_LINES = """\
-# where the model is built, before its optimiser is
+_SCRIPT = """\
+# where the model is built, before the optimiser is created
 import ovsprune.targets  # pip install --no-deps ovsprune
 
-ovsprune.targets.load_into(model, {output!r})  # slim modules, then every tensor
+ovsprune.targets.load_into(model, {output!r})  # replaces modules, loads every tensor
 
-# Do not load a dense checkpoint afterwards; those that this training saves are slim.
+# Do not load a dense checkpoint afterwards. Checkpoints that this training saves are slim.
 """
 
 
 @dataclass(frozen=True)
-class _Dialect:
-    """How a tower's parts are called, below its own path.
+class _NamingScheme:
+    """Naming scheme of a tower's parts, below the tower's path.
 
     Attributes:
-        says: Whose names they are.
+        naming: Description of the scheme.
         kind: Kind of tower.
         stem: Canonical name to path.
-        needs: Canonical tensor by which such a tower is told, beside the kind's own mark.
+        required: Canonical tensor that such a tower must have, in addition to the mark of its kind.
         stack: Path of the blocks, and their parts; None for residual networks.
         activation: Path of the first activation.
     """
 
-    says: str
+    naming: str
     kind: str
     stem: Mapping[str, str]
-    needs: str
+    required: str
     stack: BlockStack | None
     activation: str
 
@@ -74,90 +75,92 @@ _HF = {
     "ln_post": "post_layernorm",
 }
 
-_DIALECTS = (
-    _Dialect(
-        "open_clip's names",
-        "vit",
-        {name: name for name in _VIT},
-        "conv1.weight",
-        BlockStack("transformer.resblocks", BLOCK_PARTS),
-        "transformer.resblocks.0.mlp.gelu",
+_SCHEMES = (
+    _NamingScheme(
+        naming="open_clip's names",
+        kind="vit",
+        stem={name: name for name in _VIT},
+        required="conv1.weight",
+        stack=BlockStack("transformer.resblocks", BLOCK_PARTS),
+        activation="transformer.resblocks.0.mlp.gelu",
     ),
-    _Dialect(
-        "transformers' names",
-        "vit",
-        {k: f"vision_model.{v}" for k, v in _HF.items()} | {"proj": "visual_projection.weight"},
-        "conv1.weight",
-        BlockStack("vision_model.encoder.layers", hf_block()),
-        "vision_model.encoder.layers.0.mlp.activation_fn",
+    _NamingScheme(
+        naming="transformers' names",
+        kind="vit",
+        stem={canonical: f"vision_model.{path}" for canonical, path in _HF.items()}
+        | {"proj": "visual_projection.weight"},
+        required="conv1.weight",
+        stack=BlockStack("vision_model.encoder.layers", hf_block()),
+        activation="vision_model.encoder.layers.0.mlp.activation_fn",
     ),
-    _Dialect(
-        "open_clip's names",
-        "resnet",
-        {name: name for name in (*_RESNET, *(f"layer{i}" for i in range(1, 5)))},
-        "attnpool.c_proj.weight",
-        None,
-        "layer1.0.act1",
+    _NamingScheme(
+        naming="open_clip's names",
+        kind="resnet",
+        stem={name: name for name in (*_RESNET, *(f"layer{i}" for i in range(1, 5)))},
+        required="attnpool.c_proj.weight",
+        stack=None,
+        activation="layer1.0.act1",
     ),
 )
 
 
 @dataclass(frozen=True)
-class Found:
-    """A tower in a model.
+class FoundTower:
+    """Tower that was found in a model.
 
     Attributes:
-        path: Its path; ``""`` for the model itself.
-        kind: Of :data:`~ovsprune.targets.key_map.KINDS`.
-        says: Whose names it has.
-        places: Where its parts are.
+        path: Path of the tower; ``""`` for the model itself.
+        kind: Kind of tower, of :data:`~ovsprune.targets.key_map.KINDS`.
+        naming: Naming scheme.
+        key_map: Paths of its parts.
     """
 
     path: str
     kind: str
-    says: str
-    places: KeyMap
+    naming: str
+    key_map: KeyMap
 
 
-def find_towers(names: Iterable[str]) -> list[Found]:
-    """Every CLIP image tower that names of tensors tell of, in their order."""
+def find_towers(names: Iterable[str]) -> list[FoundTower]:
+    """Find the CLIP image towers in a model, given the names of its tensors."""
     names = list(names)
-    known, found = set(names), []
-    for dialect in _DIALECTS:
-        mark = _layout(dialect, "").places(KINDS[dialect.kind].mark)[0]
-        ends = [n for n in names if n == mark or n.endswith(f".{mark}")]
-        for prefix in (name.removesuffix(mark).rstrip(".") for name in ends):
-            if _layout(dialect, prefix).places(dialect.needs)[0] in known:
-                found.append(_found(dialect, prefix, known))
-    return found
+    known, towers = set(names), []
+    for scheme in _SCHEMES:
+        mark = _layout(scheme, "").paths(KINDS[scheme.kind].mark)[0]
+        matches = [n for n in names if n == mark or n.endswith(f".{mark}")]
+        for prefix in (name.removesuffix(mark).rstrip(".") for name in matches):
+            if _layout(scheme, prefix).paths(scheme.required)[0] in known:
+                towers.append(_tower(scheme, prefix, known))
+    return towers
 
 
-def _layout(dialect: _Dialect, prefix: str) -> Layout:
-    stem = {name: _under(prefix, path) for name, path in dialect.stem.items()}
-    if dialect.stack is None:
+def _layout(scheme: _NamingScheme, prefix: str) -> Layout:
+    stem = {name: _under(prefix, path) for name, path in scheme.stem.items()}
+    if scheme.stack is None:
         return Layout(stem=stem)
     return Layout(
-        stem=stem, stacks=(replace(dialect.stack, path=_under(prefix, dialect.stack.path)),)
+        stem=stem, stacks=(replace(scheme.stack, path=_under(prefix, scheme.stack.path)),)
     )
 
 
-def _found(dialect: _Dialect, prefix: str, known: set[str]) -> Found:
-    layout = _layout(dialect, prefix)
-    here = {
+def _tower(scheme: _NamingScheme, prefix: str, known: set[str]) -> FoundTower:
+    """Describe the tower under ``prefix``; parts that no name in ``known`` has are absent."""
+    layout = _layout(scheme, prefix)
+    present = {
         name: path
         for name, path in layout.stem.items()
         if any(k == path or k.startswith(f"{path}.") for k in known)
     }
-    gone = dict.fromkeys(layout.stem.keys() - here.keys(), "the model has no such part")
-    places = KeyMap(
-        framework=_WHAT,
-        stem=here,
+    absent = dict.fromkeys(layout.stem.keys() - present.keys(), "the model has no such part")
+    key_map = KeyMap(
+        framework=_DESCRIPTION,
+        stem=present,
         stacks=layout.stacks,
-        absent=gone,
-        transposed=("proj",) if dialect.says.startswith("transformers") else (),
-        activations=(_under(prefix, dialect.activation),),
+        absent=absent,
+        transposed=("proj",) if scheme.naming.startswith("transformers") else (),
+        activations=(_under(prefix, scheme.activation),),
     )
-    return Found(prefix, dialect.kind, dialect.says, places)
+    return FoundTower(prefix, scheme.kind, scheme.naming, key_map)
 
 
 def _under(prefix: str, path: str) -> str:
@@ -166,14 +169,14 @@ def _under(prefix: str, path: str) -> str:
 
 @TARGETS.register("generic")
 class Generic:
-    """Any model that holds a CLIP tower by structure; says what it found and could not prove."""
+    """Target for any model with a CLIP tower; the report lists what could not be verified."""
 
-    framework = "any model with a tower of open_clip's, OpenAI's or transformers' names"
+    framework = "any model with a tower that has the names of open_clip, OpenAI or transformers"
     takes = ("vit", "resnet")
     protects: Mapping[str, str] = {
-        "residual width": "what reads the stream is not known",
-        "projection": "what reads the embedding is not known",
-        "depth": "who counts blocks is not known",
+        "residual width": "other code may read the residual stream",
+        "projection": "other code may read the embedding",
+        "depth": "other code may count blocks",
     }
     trainable = ("*",)
     files: tuple[str, ...] = ()
@@ -181,48 +184,50 @@ class Generic:
     fallback = True
 
     def detect(self, model: nn.Module) -> bool:
-        """Whether there is a tower in ``model``."""
+        """Return True if ``model`` contains a tower."""
         return bool(find_towers(model.state_dict()))
 
     def towers(self, model: nn.Module) -> dict[str, str]:
-        """Whose names and which kind, to the path; raises TargetError without a tower."""
-        found = find_towers(model.state_dict())
-        if not found:
-            raise _none(type(model).__name__)
-        return {f"{tower.kind}, {tower.says} ({i})": tower.path for i, tower in enumerate(found)}
+        """Return the path of each tower; raise TargetError without one."""
+        towers = find_towers(model.state_dict())
+        if not towers:
+            raise _no_tower(type(model).__name__)
+        return {f"{tower.kind}, {tower.naming} ({i})": tower.path for i, tower in enumerate(towers)}
 
     def tower_names(self, model: nn.Module) -> frozenset[str]:
-        """Names of the tensors of all towers; raises TargetError without one."""
+        """Return the names of the tensors of all towers; raise TargetError without one."""
         names = model.state_dict()
-        found = find_towers(names)
-        if not found:
-            raise _none(type(model).__name__)
-        places = [tower.places for tower in found]
-        layouts = [p.layout(names, sum(p.depths(names))) for p in places]
-        return frozenset(n for n in names if any(x.canonical(n) is not None for x in layouts))
+        towers = find_towers(names)
+        if not towers:
+            raise _no_tower(type(model).__name__)
+        key_maps = [tower.key_map for tower in towers]
+        layouts = [key_map.layout(names, sum(key_map.depths(names))) for key_map in key_maps]
+        return frozenset(
+            name for name in names if any(layout.canonical(name) is not None for layout in layouts)
+        )
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
-        """Names in both directions; without ``names`` as open_clip has them under ``visual``."""
+        """Return the names in both directions; without ``names``, open_clip's under ``visual``."""
         kind = "vit" if depth else "resnet"
         if names is None:
-            dialect = next(d for d in _DIALECTS if d.kind == kind)
-            everything = {_under("visual", path) for path in dialect.stem.values()}
-            return _found(dialect, "visual", everything).places.layout(None, depth)
-        return _one(names, kind, "the checkpoint").places.layout(names, depth)
+            scheme = next(d for d in _SCHEMES if d.kind == kind)
+            all_parts = {_under("visual", path) for path in scheme.stem.values()}
+            return _tower(scheme, "visual", all_parts).key_map.layout(None, depth)
+        return _only_tower(names, kind, "the checkpoint").key_map.layout(names, depth)
 
     def example(self, model: nn.Module) -> Mapping[str, Any] | None:
-        """None: what the model takes is not known."""
+        """Return None: the input of the model is not known."""
         return None
 
     def prepare(self, model: nn.Module) -> None:
-        """Nothing: what the model does is not known."""
+        """Do nothing: the computations of the model are not known."""
 
     def apply_compat(self, model: nn.Module) -> Applied:
-        """Nothing: what the model needs is not known."""
+        """Change nothing: the requirements of the model are not known."""
         return Applied()
 
     def enable_tower_grad(self, model: nn.Module) -> Applied:
-        """Nothing: how the model runs its tower is not known."""
+        """Change nothing: it is not known how the model runs its tower."""
         return Applied()
 
     def check(
@@ -233,10 +238,10 @@ class Generic:
         weights: str = "auto",
         force: bool = False,
     ) -> tuple[Weights, str]:
-        """Whether the tower in ``model`` can take the slim one; TargetError says why not."""
+        """Check that the slim tower fits; return the weights that it would get, and why."""
         self.towers(model)
-        tabled, _ = self._tabled(model.state_dict(), checkpoint, type(model).__name__, model)
-        return tabled.check(model, checkpoint, weights=weights, force=force)
+        table, _ = self._table(model.state_dict(), checkpoint, type(model).__name__, model)
+        return table.check(model, checkpoint, weights=weights, force=force)
 
     def attach(
         self,
@@ -246,10 +251,10 @@ class Generic:
         weights: str = "auto",
         force: bool = False,
     ) -> Attached:
-        """Put the slim tower into ``model``, in place."""
+        """Replace the tower of ``model`` by the slim one, in place."""
         self.towers(model)
-        tabled, notes = self._tabled(model.state_dict(), checkpoint, type(model).__name__, model)
-        attached = tabled.attach(model, checkpoint, weights=weights, force=force)
+        table, notes = self._table(model.state_dict(), checkpoint, type(model).__name__, model)
+        attached = table.attach(model, checkpoint, weights=weights, force=force)
         attached.notes += notes
         return attached
 
@@ -261,71 +266,72 @@ class Generic:
         weights: str = "auto",
         force: bool = False,
     ) -> Converted:
-        """A saved state with the slim tower in it."""
+        """Return the model's state dict with the slim tower in it."""
         if state is None:
             raise TargetError(
-                "where the tower is, the model's own checkpoint tells; give one (--checkpoint FILE)"
+                "the target generic needs the model's checkpoint to locate the tower; give one "
+                "(--checkpoint FILE)"
             )
-        tabled, notes = self._tabled(state, checkpoint, "the checkpoint", None)
-        converted = tabled.convert(state, checkpoint, weights=weights, force=force)
+        table, notes = self._table(state, checkpoint, "the checkpoint", None)
+        converted = table.convert(state, checkpoint, weights=weights, force=force)
         return replace(converted, notes=(*converted.notes, *notes))
 
     def lines(self, output: str) -> str:
-        """Lines for the training script."""
-        return _LINES.format(output=output)
+        """Return the lines to add to the training script."""
+        return _SCRIPT.format(output=output)
 
-    def _tabled(
+    def _table(
         self,
         names: Mapping[str, object],
         checkpoint: SlimCheckpoint,
         given: str,
         model: nn.Module | None,
     ) -> tuple[TableTarget, tuple[str, ...]]:
-        """The target for the tower that is there, and what can and cannot be said of it."""
-        found = _one(names, kind_of(checkpoint, self.takes, _WHAT), given)
-        places = found.places
-        where = found.path or "the model itself"
-        notes = [f"found: a tower ({found.kind}) with {found.says}: {where}"]
-        if places.absent:
-            notes.append(f"not found: {', '.join(sorted(places.absent))}")
+        """Return a table for the tower that was found, and the notes of the report."""
+        tower = _only_tower(names, kind_of(checkpoint, self.takes, _DESCRIPTION), given)
+        key_map = tower.key_map
+        path = tower.path or "the model itself"
+        notes = [f"found: a tower ({tower.kind}) with {tower.naming}: {path}"]
+        if key_map.absent:
+            notes.append(f"not found: {', '.join(sorted(key_map.absent))}")
         modules = {name for name, _ in model.named_modules()} if model is not None else set()
-        if not set(places.activations) <= modules:
-            places = replace(places, activations=())
-            notes.append(f"not proven: that its activation is {checkpoint.spec.activation}")
-        tabled = TableTarget(
+        if not set(key_map.activations) <= modules:
+            key_map = replace(key_map, activations=())
+            notes.append(f"not verified: that its activation is {checkpoint.spec.activation}")
+        table = TableTarget(
             name="generic",
             framework=self.framework,
-            places=places,
+            key_map=key_map,
             takes=self.takes,
             protects=self.protects,
-            trainable=(f"{found.path}.*" if found.path else "*",),
-            script=_LINES,
+            trainable=(f"{tower.path}.*" if tower.path else "*",),
+            script=_SCRIPT,
         )
-        return tabled, (*notes, _UNPROVEN)
+        return table, (*notes, _UNVERIFIED)
 
 
-def _one(names: Iterable[str], kind: str, given: str) -> Found:
-    """The one tower of ``kind``.
+def _only_tower(names: Iterable[str], kind: str, given: str) -> FoundTower:
+    """Return the only tower of ``kind``.
 
     Raises:
         TargetError: There is none, or there are several.
     """
-    found = [tower for tower in find_towers(names) if tower.kind == kind]
-    if not found:
-        raise _none(given)
-    if len(found) > 1:
-        paths = ", ".join(tower.path or "the model itself" for tower in found)
+    towers = [tower for tower in find_towers(names) if tower.kind == kind]
+    if not towers:
+        raise _no_tower(given)
+    if len(towers) > 1:
+        paths = ", ".join(tower.path or "the model itself" for tower in towers)
         raise TargetError(
-            f"{given} holds {len(found)} such towers ({paths}); give the module that holds the one "
-            "that is meant"
+            f"{given} has {len(towers)} towers of the kind {kind} ({paths}); pass the module that "
+            "contains the intended one"
         )
-    return found[0]
+    return towers[0]
 
 
-def _none(given: str) -> TargetError:
+def _no_tower(given: str) -> TargetError:
     return TargetError(
-        f"{given} is not {_WHAT} that can be found: no blocks with the names of open_clip, OpenAI "
-        "or transformers beside a patch embedding, and no residual network with an attention "
-        "pool. Name the target if there is one for this framework, or give ovsprune.apply the "
-        "tower with a prefix_map"
+        f"{given} is not {_DESCRIPTION}: expected blocks with the names of open_clip, OpenAI or "
+        "transformers and a patch embedding, or a residual network with an attention pool. Name "
+        "the target if there is one for this framework, or call ovsprune.apply on the tower with "
+        "a prefix_map"
     )

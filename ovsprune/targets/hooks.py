@@ -1,4 +1,4 @@
-"""Exchanging functions of a framework, each named by its import path, when it gets imported."""
+"""Wrapping of a framework's functions, given by import path, when their modules are imported."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from typing import Any
 
 from ovsprune.core.import_hooks import watch
 
-__all__ = ["Hook", "Wrap", "apply_compat", "install", "put"]
+__all__ = ["Hook", "Wrap", "apply_compat", "install", "wrap_functions"]
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Makes of a function the one that takes its place."""
+"""Function that returns the replacement of a function."""
 
 _MARK = "_ovsprune_hook"
 
 
 @dataclass(frozen=True)
 class Hook:
-    """One function of a framework, and what takes its place.
+    """Function of a framework, and its replacement.
 
     Attributes:
         module: Pattern (``fnmatch``) of the full name of its module.
-        name: Its dotted name there (``"build_model"``, ``"Checkpointer._load_model"``).
-        wrap: The function, to the one that takes its place.
-        beside: Names that the module must have, too, where the pattern says little.
+        name: Dotted name in the module (``"build_model"``, ``"Checkpointer._load_model"``).
+        wrap: Receives the function and returns its replacement.
+        requires: Names that the module must also have, if the pattern alone is ambiguous.
     """
 
     module: str
     name: str
     wrap: Wrap
-    beside: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
-def put(hooks: Iterable[Hook], module: ModuleType) -> list[Hook]:
-    """Put the hooks that belong to ``module`` in place; those that are in place already stay.
+def wrap_functions(hooks: Iterable[Hook], module: ModuleType) -> list[Hook]:
+    """Wrap the functions of ``module`` that hooks name; wrapped functions are left unchanged.
 
     Returns:
-        The hooks that were put; one whose function the module lacks is left out.
+        The hooks that were applied. A hook whose function the module lacks is skipped.
     """
     return [
         hook
         for hook in hooks
         if fnmatchcase(module.__name__, hook.module)
-        and all(hasattr(module, name) for name in hook.beside)
-        and _put(hook, module)
+        and all(hasattr(module, name) for name in hook.requires)
+        and _wrap(hook, module)
     ]
 
 
-def _put(hook: Hook, module: ModuleType) -> bool:
+def _wrap(hook: Hook, module: ModuleType) -> bool:
+    """Wrap one function; return False if it is missing or wrapped already."""
     path, _, leaf = hook.name.rpartition(".")
     owner: Any = module
     for name in filter(None, path.split(".")):
         owner = getattr(owner, name, None)
-    found = vars(owner).get(leaf) if owner is not None else None
-    kind = type(found) if isinstance(found, classmethod | staticmethod) else None
-    function = found.__func__ if isinstance(found, classmethod | staticmethod) else found
+    # vars and not getattr, which would bind a classmethod
+    entry = vars(owner).get(leaf) if owner is not None else None
+    kind = type(entry) if isinstance(entry, classmethod | staticmethod) else None
+    function = entry.__func__ if isinstance(entry, classmethod | staticmethod) else entry
     if not callable(function) or getattr(function, _MARK, None) is hook:
         return False
     wrapper = hook.wrap(function)
@@ -70,25 +72,25 @@ _installed: set[Hook] = set()
 
 
 def install(hooks: Iterable[Hook]) -> None:
-    """Put hooks in place for this process: at once, or when their modules are imported.
+    """Install hooks in this process: at once, or when their modules are imported.
 
-    What is installed already stays as it is.
+    Hooks that are installed already are skipped.
     """
     new = tuple(hook for hook in hooks if hook not in _installed)
     _installed.update(new)
 
-    def told(module: ModuleType) -> None:
-        put(new, module)
+    def on_import(module: ModuleType) -> None:
+        wrap_functions(new, module)
 
     if new:
-        watch([hook.module for hook in new], told)
+        watch([hook.module for hook in new], on_import)
 
 
 def apply_compat(target: str) -> None:
-    """Let a framework run with the libraries of today, for this process; twice does nothing.
+    """Make a framework run with current libraries in this process; a second call does nothing.
 
-    The target's page lists the fixes; most targets have none. Call it before the framework builds
-    its model (``ovsprune launch`` does it by itself).
+    The page of the target lists the fixes; most targets have none. Call this before the framework
+    builds its model (``ovsprune launch`` calls it).
 
     Args:
         target: Name of the target.

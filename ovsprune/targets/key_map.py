@@ -1,4 +1,4 @@
-"""The table of one framework: which of its names are the image tower's, and what tells it."""
+"""Table of one framework: names of the tower's tensors, and how the framework is recognised."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.targets.layout import BlockStack, Layout, Place, numbers_of
+from ovsprune.targets.layout import BlockStack, Layout, PathSpec, match_stars
 
-__all__ = ["KINDS", "KeyMap", "depth_of", "kind_of", "places_of"]
+__all__ = ["KINDS", "KeyMap", "depth_of", "kind_of", "select_key_map"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of tower: what it is called in messages, and a tensor that all of it have."""
+    """Kind of tower: its description in messages, and a tensor that all such towers have."""
 
-    says: str
+    description: str
     mark: str
 
 
@@ -32,25 +32,27 @@ KINDS: Mapping[str, Kind] = {
         "trunk.stages.0.blocks.0.mlp.fc1.weight",
     ),
 }
-"""Kinds of towers that targets take, by the name that they give."""
+"""Kinds of towers that a target can take, by name."""
 
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Where one framework keeps what; see :class:`~ovsprune.targets.layout.Layout` for the rest.
+    """Paths of the tower's parts in one framework.
+
+    The fields that are not listed are those of :class:`~ovsprune.targets.layout.Layout`.
 
     Attributes:
-        framework: Its name in messages.
-        stem: Canonical name outside the stacks to its place.
+        framework: Name of the framework in messages.
+        stem: Canonical name outside the stacks to its path in the framework.
         stacks: Stacks of transformer blocks; none for a tower of another kind.
-        marks: Paths beside the tower that tell this framework from others.
-        activations: Paths of the activation between the units, one of each stack.
-        mask_only: Why the slim weights cannot be taken, only the mask; empty if they can.
-        text: The text tower's layout.
+        marks: Paths outside the tower that distinguish this framework from others.
+        activations: Paths of activation modules of the MLPs or bottlenecks, one for each stack.
+        mask_only: Reason why only the mask can be used and not the slim weights; empty if both can.
+        text: Layout of the text tower.
     """
 
     framework: str
-    stem: Mapping[str, Place]
+    stem: Mapping[str, PathSpec]
     activations: tuple[str, ...]
     stacks: tuple[BlockStack, ...] = ()
     marks: tuple[str, ...] = ()
@@ -62,17 +64,19 @@ class KeyMap:
     text: Layout | None = None
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Paths that the framework has and of which ``names`` (of tensors) tell nothing."""
+        """Return the required paths that contain none of the tensors ``names``."""
         names = list(names)
         paths = [stack.path for stack in self.stacks]
-        if not paths:  # a tower without stacks is told by the first part of every place
-            paths = [p for place in self.stem.values() for p in _paths(place)]
+        if not paths:  # a tower without stacks is recognised by its stem
+            paths = [path for spec in self.stem.values() for path in _paths(spec)]
         return [
-            path for path in (*paths, *self.marks) if not any(_below(name, path) for name in names)
+            path
+            for path in (*paths, *self.marks)
+            if not any(_is_below(name, path) for name in names)
         ]
 
     def depths(self, names: Iterable[str]) -> list[int]:
-        """Blocks of each stack that ``names`` tell of."""
+        """Count the blocks of each stack in the tensors ``names``."""
         names = list(names)
         counts = []
         for stack in self.stacks:
@@ -81,27 +85,36 @@ class KeyMap:
         return counts
 
     def check_names(self, names: Iterable[str], given: str) -> None:
-        """Refuse a model or a checkpoint that is not this framework's.
+        """Refuse a model or a checkpoint of another framework.
+
+        Args:
+            names: Names of its tensors.
+            given: Description of the model or checkpoint for the message.
 
         Raises:
-            TargetError: Something is missing by which it is told.
+            TargetError: A path that identifies this framework is missing.
         """
-        places_of((self,), names, given)
+        select_key_map((self,), names, given)
 
     def expected(self) -> str:
-        """By what the framework is told, for messages."""
+        """List the paths that identify the framework, for messages."""
         stacks = " and ".join(stack.path for stack in self.stacks)
-        found = [f"blocks under {stacks}"] if stacks else sorted(self._roots())
-        return ", ".join([*found, *self.marks])
+        required = [f"blocks under {stacks}"] if stacks else sorted(self._roots())
+        return ", ".join([*required, *self.marks])
 
     def _roots(self) -> set[str]:
-        return {path for place in self.stem.values() for path in _paths(place)}
+        return {path for spec in self.stem.values() for path in _paths(spec)}
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
-        """Names in both directions; without ``names`` the stacks have their default shares.
+        """Return the names of the tower's tensors, in both directions.
+
+        Args:
+            names: Names of the framework's tensors; without them every stack has its default
+                share of the blocks.
+            depth: Number of transformer blocks of the tower.
 
         Raises:
-            TargetError: ``names`` are another framework's, or have another number of blocks.
+            TargetError: ``names`` belong to another framework or have another number of blocks.
         """
         counts = [int(depth * stack.share) for stack in self.stacks]
         if names is not None:
@@ -110,8 +123,8 @@ class KeyMap:
             if self.stacks and sum(counts) != depth:
                 raise TargetError(
                     f"{self.framework} has {sum(counts)} CLIP blocks here, the slim tower has "
-                    f"{depth}; build the framework with the CLIP that was pruned, or prune the one "
-                    "it uses"
+                    f"{depth}; build the framework with the CLIP that was pruned, or prune the "
+                    "CLIP that the framework uses"
                 )
         starts = tuple(sum(counts[:i]) for i in range(len(counts)))
         return Layout(
@@ -127,29 +140,34 @@ class KeyMap:
         )
 
 
-def places_of(builds: Sequence[KeyMap], names: Iterable[str], given: str) -> KeyMap:
-    """The first of a framework's builds that ``names`` (of tensors) tell of.
+def select_key_map(key_maps: Sequence[KeyMap], names: Iterable[str], given: str) -> KeyMap:
+    """Return the first key map that the names of a model's tensors match.
+
+    Args:
+        key_maps: Key maps of one framework.
+        names: Names of the tensors.
+        given: Description of the model or checkpoint for the message.
 
     Raises:
-        TargetError: None of them.
+        TargetError: None of them matches.
     """
     names = list(names)
-    for places in builds:
-        if not places.missing(names):
-            return places
+    for key_map in key_maps:
+        if not key_map.missing(names):
+            return key_map
     raise TargetError(
-        f"{given} is not {builds[0].framework}: expected "
-        f"{'; or '.join(places.expected() for places in builds)}. "
-        "Give the framework's own model (unwrapped: model.module), or another --target "
+        f"{given} is not {key_maps[0].framework}: expected "
+        f"{'; or '.join(key_map.expected() for key_map in key_maps)}. "
+        "Pass the framework's model (unwrapped: model.module), or another --target "
         "(`ovsprune targets` lists them)"
     )
 
 
 def kind_of(checkpoint: SlimCheckpoint, takes: tuple[str, ...], framework: str) -> str:
-    """Which of the kinds in ``takes`` the slim tower is.
+    """Return the kind of the slim tower, one of ``takes``.
 
     Raises:
-        TargetError: None of them.
+        TargetError: The tower is of another kind.
     """
     tower = checkpoint.tower()
     for kind in takes:
@@ -158,21 +176,21 @@ def kind_of(checkpoint: SlimCheckpoint, takes: tuple[str, ...], framework: str) 
     raise TargetError(
         f"{checkpoint.path} holds a {checkpoint.spec.family} tower "
         f"({checkpoint.spec.base.model}); {framework} needs "
-        f"{' or '.join(KINDS[kind].says for kind in takes)}"
+        f"{' or '.join(KINDS[kind].description for kind in takes)}"
     )
 
 
 def depth_of(checkpoint: SlimCheckpoint) -> int:
-    """Transformer blocks of the slim tower; 0 for a tower of another kind."""
-    found = re.compile(r"transformer\.resblocks\.(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(found.match, checkpoint.tower()) if m), default=-1)
+    """Count the transformer blocks of the slim tower; 0 for a tower of another kind."""
+    pattern = re.compile(r"transformer\.resblocks\.(\d+)\.")
+    return 1 + max((int(m[1]) for m in map(pattern.match, checkpoint.tower()) if m), default=-1)
 
 
-def _below(name: str, path: str) -> bool:
+def _is_below(name: str, path: str) -> bool:
     if "*" in path:
-        return numbers_of(".".join(name.split(".")[: path.count(".") + 1]), path) is not None
+        return match_stars(".".join(name.split(".")[: path.count(".") + 1]), path) is not None
     return name == path or name.startswith(f"{path}.") or not path
 
 
-def _paths(place: Place) -> tuple[str, ...]:
-    return (place,) if isinstance(place, str) else place
+def _paths(spec: PathSpec) -> tuple[str, ...]:
+    return (spec,) if isinstance(spec, str) else spec

@@ -1,8 +1,8 @@
-"""Where a framework keeps the parts of an image tower, name by name and in both directions.
+"""Names of an image tower's tensors in a framework, in both directions.
 
 Canonical names are those of open_clip's image towers (``transformer.resblocks.3.mlp.c_fc.weight``,
 ``layer1.0.conv2.weight``). A framework may keep blocks in several stacks, each counted from 0, and
-one canonical tensor in several parts (queries, keys and values apart).
+one canonical tensor in several parts (queries, keys and values).
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ __all__ = [
     "POSITIONS",
     "BlockStack",
     "Layout",
-    "Place",
+    "PathSpec",
     "block_number",
     "clip_text",
     "hf_block",
-    "numbers_of",
+    "match_stars",
 ]
 
-Place = str | tuple[str, ...]
-"""Path of a module or tensor, or the paths of the parts that make it up, one below the other."""
+PathSpec = str | tuple[str, ...]
+"""Path of a module or tensor, or the paths of its parts, which are concatenated along axis 0."""
 
 POSITIONS = "positional_embedding"
 _TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)(?:\.(.+))?")
 
-BLOCK_PARTS: Mapping[str, Place] = {
+BLOCK_PARTS: Mapping[str, PathSpec] = {
     name: name for name in ("ln_1", "attn", "ln_2", "mlp.c_fc", "mlp.c_proj", "mlp.gelu")
 }
-"""Parts of a block of a framework that kept open_clip's names."""
+"""Parts of a block in a framework that uses open_clip's names."""
 
 
 def block_number(canonical: str) -> int:
-    """The number of the transformer block that a canonical name is in; -1 outside of them."""
-    found = _BLOCK.fullmatch(canonical)
-    return -1 if found is None else int(found[1])
+    """Return the number of the transformer block of a canonical name; -1 outside the blocks."""
+    match = _BLOCK.fullmatch(canonical)
+    return -1 if match is None else int(match[1])
 
 
-def hf_block() -> dict[str, Place]:
-    """Parts of a block of transformers' CLIP and its kin, whose q, k and v are layers apart."""
-    apart = {
+def hf_block() -> dict[str, PathSpec]:
+    """Return the parts of a block of transformers' CLIP, with separate layers for q, k and v."""
+    projections = {
         f"attn.in_proj_{what}": tuple(f"self_attn.{which}_proj.{what}" for which in "qkv")
         for what in ("weight", "bias")
     }
     return {
         "ln_1": "layer_norm1",
         "attn": "self_attn",
-        **apart,
+        **projections,
         "ln_2": "layer_norm2",
         "mlp.c_fc": "mlp.fc1",
         "mlp.c_proj": "mlp.fc2",
@@ -65,21 +65,21 @@ def hf_block() -> dict[str, Place]:
 
 @dataclass(frozen=True)
 class BlockStack:
-    """Blocks of a transformer under one path, counted from 0 there.
+    """Transformer blocks under one path, counted from 0 there.
 
     Attributes:
         path: Path of the list of blocks.
-        parts: Part of a block (``"mlp.c_fc"``) to its place in one.
-        share: Share of the tower's blocks that is here, as the framework has it by default.
+        parts: Part of a block (``"mlp.c_fc"``) to its path in a block of the framework.
+        share: Fraction of the tower's blocks in this stack, as the framework has it by default.
     """
 
     path: str
-    parts: Mapping[str, Place]
+    parts: Mapping[str, PathSpec]
     share: float = 1.0
 
     @cached_property
     def inverse(self) -> Mapping[str, tuple[str, int]]:
-        """Path in a block to the part of which it is which part."""
+        """Path in a block to the canonical part, and the index of the path among its paths."""
         return _inverse(self.parts)
 
 
@@ -88,20 +88,20 @@ class Layout:
     """Names and shapes of one tower inside one framework.
 
     Attributes:
-        stem: Canonical name of a module or tensor outside the stacks to its place; ``""`` stands
-            for the whole tower, of a framework that kept its names, and ``*`` for a number, the
-            same on both sides (``layer1.*.bn1``).
+        stem: Canonical name of a module or tensor outside the stacks to its path. ``""`` is the
+            whole tower, for a framework that uses the canonical names. ``*`` stands for a number,
+            the same on both sides (``layer1.*.bn1``).
         stacks: Stacks of transformer blocks, in the order of the blocks.
         starts: First block of every stack.
-        depth: Blocks in all; None for any number.
-        leading: Canonical tensor to the number of axes of length 1 that the framework puts first.
-        transposed: Canonical tensors that the framework keeps transposed.
-        stays: Canonical tensor to why the framework's own value stays, whatever the slim one is.
-        absent: Canonical module to why the framework has no such thing.
-        text: The text tower's layout, or None if the framework has none of CLIP's.
+        depth: Total number of blocks; None for any number.
+        leading: Canonical tensor to the number of leading axes of length 1 in the framework.
+        transposed: Canonical tensors that the framework stores transposed.
+        stays: Canonical tensor to the reason why the framework's value is kept in any case.
+        absent: Canonical module to the reason why the framework does not have it.
+        text: Layout of the text tower; None if the framework does not contain CLIP's.
     """
 
-    stem: Mapping[str, Place] = field(default_factory=dict)
+    stem: Mapping[str, PathSpec] = field(default_factory=dict)
     stacks: tuple[BlockStack, ...] = ()
     starts: tuple[int, ...] = (0,)
     depth: int | None = None
@@ -115,163 +115,169 @@ class Layout:
     def _inverse_stem(self) -> Mapping[str, tuple[str, int]]:
         return _inverse(self.stem)
 
-    def places(self, canonical: str) -> tuple[str, ...]:
-        """The framework's path or paths of a module or tensor of the tower; none without a place.
+    def paths(self, canonical: str) -> tuple[str, ...]:
+        """Return the framework's path or paths of a module or tensor; empty if it has none.
 
         Example:
-            >>> Layout(stacks=(Stack("encoder.layers", hf_block()),)).places(
+            >>> Layout(stacks=(BlockStack("encoder.layers", hf_block()),)).paths(
             ...     "transformer.resblocks.2.attn.in_proj_bias"
             ... )[0]
             'encoder.layers.2.self_attn.q_proj.bias'
         """
         block = _BLOCK.fullmatch(canonical) if self.stacks else None
         if block is None:
-            return _swap(canonical, self.stem)
+            return _translate(canonical, self.stem)
         index, rest = int(block[1]), block[2]
         if self.depth is not None and index >= self.depth:
             return ()
-        at = max(i for i, start in enumerate(self.starts) if start <= index)
-        root = f"{self.stacks[at].path}.{index - self.starts[at]}"
+        number = max(i for i, start in enumerate(self.starts) if start <= index)
+        stack = self.stacks[number]
+        root = f"{stack.path}.{index - self.starts[number]}"
         if rest is None:
             return (root,)
-        return tuple(f"{root}.{path}" for path in _swap(rest, self.stacks[at].parts))
+        return tuple(f"{root}.{path}" for path in _translate(rest, stack.parts))
 
     def name(self, canonical: str) -> str | None:
-        """The one path of a module or tensor, or None if it has no place or several."""
-        places = self.places(canonical)
-        return places[0] if len(places) == 1 else None
+        """Return the path of a module or tensor; None if it has no path or several."""
+        paths = self.paths(canonical)
+        return paths[0] if len(paths) == 1 else None
 
     def canonical(self, name: str) -> str | None:
-        """The canonical name of a tensor of the framework, or None if it is not the tower's."""
-        found = self._find(name)
-        return None if found is None else found[0]
+        """Return the canonical name of a tensor of the framework; None outside the tower."""
+        part = self._part(name)
+        return None if part is None else part[0]
 
-    def _find(self, name: str) -> tuple[str, int] | None:
-        """Canonical name, and which of its parts this is."""
+    def _part(self, name: str) -> tuple[str, int] | None:
+        """Return the canonical name, and the index of ``name`` among its paths."""
         for stack, first in zip(self.stacks, self.starts, strict=True):
             block = re.fullmatch(re.escape(stack.path) + r"\.(\d+)(?:\.(.+))?", name)
             if block is not None:
                 path = f"transformer.resblocks.{int(block[1]) + first}"
                 if block[2] is None:
                     return path, 0
-                part = _swap_back(block[2], stack.inverse)
+                part = _translate_back(block[2], stack.inverse)
                 return None if part is None else (f"{path}.{part[0]}", part[1])
-        return _swap_back(name, self._inverse_stem)
+        return _translate_back(name, self._inverse_stem)
 
-    def lacks(self, canonical: str) -> str | None:
-        """Why the framework has no such module or tensor; None if it should have it."""
-        for name, why in self.absent.items():
+    def absent_reason(self, canonical: str) -> str | None:
+        """Return why the framework lacks a module or tensor; None if it should have it."""
+        for name, reason in self.absent.items():
             if f"{canonical}.".startswith(f"{name}."):
-                return why
+                return reason
         return None
 
     def to_framework(self, canonical: str, tensor: Tensor) -> dict[str, Tensor]:
-        """``tensor`` of the canonical tower by the framework's names and shapes (views)."""
+        """Return views of a canonical tensor with the framework's names and shapes."""
         if canonical in self.transposed:
             tensor = tensor.T
         tensor = tensor.reshape((1,) * self.leading.get(canonical, 0) + tuple(tensor.shape))
-        places = self.places(canonical)
-        if len(places) < 2:
-            return dict.fromkeys(places, tensor)
-        parts = torch.split(tensor, [tensor.shape[0] // len(places)] * len(places))
-        return dict(zip(places, parts, strict=True))
+        paths = self.paths(canonical)
+        if len(paths) < 2:
+            return dict.fromkeys(paths, tensor)
+        # [3 * E, E] -> three of [E, E]
+        parts = torch.split(tensor, [tensor.shape[0] // len(paths)] * len(paths))
+        return dict(zip(paths, parts, strict=True))
 
     def tower_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tower's part of the framework's state, by canonical name and shape.
+        """Return the tower's part of the framework's state dict, by canonical name and shape.
 
-        Views, except for what is in parts there. A tensor of which a part is missing is left out.
+        The values are views, except for tensors that the framework stores in parts. A tensor with a
+        missing part is left out.
         """
         parts: dict[str, dict[int, Tensor]] = {}
         for name, tensor in state.items():
-            found = self._find(name)
-            if found is not None:
-                parts.setdefault(found[0], {})[found[1]] = tensor
-        joined = {}
-        for canonical, pieces in parts.items():
-            whole = [pieces[i] for i in sorted(pieces)]
-            alike = len({(t.shape[1:], t.dtype) for t in whole}) == 1
-            if len(whole) == len(self.places(canonical)) and alike:
-                joined[canonical] = self._to_canonical(
-                    canonical, whole[0] if len(whole) == 1 else torch.cat(whole)
+            part = self._part(name)
+            if part is not None:
+                canonical, index = part
+                parts.setdefault(canonical, {})[index] = tensor
+        tower = {}
+        for canonical, by_index in parts.items():
+            tensors = [by_index[i] for i in sorted(by_index)]
+            compatible = len({(t.shape[1:], t.dtype) for t in tensors}) == 1
+            if len(tensors) == len(self.paths(canonical)) and compatible:
+                tower[canonical] = self._to_canonical(
+                    canonical, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
                 )
-        return joined
+        return tower
 
     def _to_canonical(self, canonical: str, tensor: Tensor) -> Tensor:
         ones = self.leading.get(canonical, 0)
-        if tensor.shape[:ones] == (1,) * ones:  # another shape is for the check to report
+        if tensor.shape[:ones] == (1,) * ones:  # another shape is reported by check_fits
             tensor = tensor.reshape(tensor.shape[ones:])
         return tensor.T if canonical in self.transposed and tensor.dim() == 2 else tensor
 
 
-def numbers_of(name: str, pattern: str) -> list[str] | None:
-    """What stands in ``name`` for the stars of ``pattern``; None if it does not match.
+def match_stars(name: str, pattern: str) -> list[str] | None:
+    """Return the numbers in ``name`` at the stars of ``pattern``; None if it does not match.
 
     Example:
-        >>> numbers_of("layer1.12.downsample.0", "layer1.*.downsample.0")
+        >>> match_stars("layer1.12.downsample.0", "layer1.*.downsample.0")
         ['12']
     """
     parts, wanted = name.split("."), pattern.split(".")
-    alike = len(parts) == len(wanted) and all(
+    matches = len(parts) == len(wanted) and all(
         part == want or (want == "*" and part.isdigit())
         for part, want in zip(parts, wanted, strict=True)
     )
-    return [p for p, want in zip(parts, wanted, strict=True) if want == "*"] if alike else None
+    return [p for p, want in zip(parts, wanted, strict=True) if want == "*"] if matches else None
 
 
-def _key(name: str, places: Container[str], starred: Iterable[str]) -> str | None:
-    """The entry of ``places`` that speaks of ``name`` itself."""
-    if name in places:
+def _key(name: str, table: Container[str], starred: Iterable[str]) -> str | None:
+    """Return the key of ``table`` that matches ``name`` exactly; the starred keys come second."""
+    if name in table:
         return name
-    return next((key for key in starred if numbers_of(name, key) is not None), None)
+    return next((key for key in starred if match_stars(name, key) is not None), None)
 
 
-def _swap(name: str, places: Mapping[str, Place]) -> tuple[str, ...]:
-    """``name`` with the longest leading path in ``places`` exchanged; nothing if there is none."""
-    starred = [key for key in places if "*" in key]
+def _translate(name: str, table: Mapping[str, PathSpec]) -> tuple[str, ...]:
+    """Replace the longest prefix of ``name`` that ``table`` has; empty if it has none."""
+    starred = [key for key in table if "*" in key]
     head, tail = name, ""
     while True:
-        key = _key(head, places, starred)
+        key = _key(head, table, starred)
         if key is not None:
-            place, numbers = places[key], numbers_of(head, key) or []
-            found = (place,) if isinstance(place, str) else place
-            return tuple(".".join(filter(None, (_filled(path, numbers), tail))) for path in found)
+            spec, numbers = table[key], match_stars(head, key) or []
+            paths = (spec,) if isinstance(spec, str) else spec
+            return tuple(".".join(filter(None, (_fill(path, numbers), tail))) for path in paths)
         if not head:
             return ()
         head, _, last = head.rpartition(".")
         tail = f"{last}.{tail}" if tail else last
 
 
-def _filled(path: str, numbers: list[str]) -> str:
-    """``path`` with its stars exchanged for ``numbers``, in their order."""
-    left = iter(numbers)
-    return ".".join(next(left, part) if part == "*" else part for part in path.split("."))
+def _fill(path: str, numbers: list[str]) -> str:
+    """Replace the stars of ``path`` by ``numbers``, in order."""
+    remaining = iter(numbers)
+    return ".".join(next(remaining, part) if part == "*" else part for part in path.split("."))
 
 
-def _swap_back(name: str, inverse: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
-    found = _swap(name, {there: here for there, (here, _) in inverse.items()})
-    if not found:
+def _translate_back(name: str, inverse: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
+    """Return the canonical name of ``name``, and the index of its path among several."""
+    names = _translate(name, {path: canonical for path, (canonical, _) in inverse.items()})
+    if not names:
         return None
     starred = [key for key in inverse if "*" in key]
     head = name
     while (key := _key(head, inverse, starred)) is None:
         head = head.rpartition(".")[0]
-    return found[0], inverse[key][1]
+    return names[0], inverse[key][1]
 
 
-def _inverse(places: Mapping[str, Place]) -> dict[str, tuple[str, int]]:
+def _inverse(table: Mapping[str, PathSpec]) -> dict[str, tuple[str, int]]:
+    """Return the map from a path to the canonical name and the index of the path."""
     return {
-        path: (here, part)
-        for here, place in places.items()
-        for part, path in enumerate((place,) if isinstance(place, str) else place)
+        path: (canonical, index)
+        for canonical, spec in table.items()
+        for index, path in enumerate((spec,) if isinstance(spec, str) else spec)
     }
 
 
-def clip_text(path: str, parts: Mapping[str, Place] = BLOCK_PARTS) -> Layout:
+def clip_text(path: str, parts: Mapping[str, PathSpec] = BLOCK_PARTS) -> Layout:
     """Return the layout of the text tower of a CLIP with open_clip's names under ``path``.
 
     Args:
-        path: Path of the module that holds it.
-        parts: Places of the parts of a block.
+        path: Path of the module that contains the text tower.
+        parts: Part of a block to its path in a block.
     """
     return Layout(
         stem={name: f"{path}.{name}" for name in _TEXT},

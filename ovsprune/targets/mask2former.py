@@ -1,11 +1,11 @@
-"""Mask2Former (detectron2), with CLIP's residual network as OpenTrans has it, or a plain one."""
+"""Mask2Former (detectron2) on the CLIP ResNet of OpenTrans, or on detectron2's ResNet."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from ovsprune.targets import TARGETS
-from ovsprune.targets.detectron2_rules import one_picture, script_for
+from ovsprune.targets.detectron2_rules import image_inputs, script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 
@@ -23,14 +23,14 @@ _CLIP = KeyMap(
     stays={_POOL_POSITIONS: "the framework resizes its positions"},
     activations=("backbone.layer1.0.relu",),
 )
-# OpenTrans takes the attention pool out where it does not read it
+# OpenTrans removes the attention pool if it does not read it
 _CLIP_UNPOOLED = replace(
     _CLIP,
     stem={name: place for name, place in _CLIP.stem.items() if name != "attnpool"},
     stays={},
-    absent={"attnpool": "the framework took its attention pool out"},
+    absent={"attnpool": "the framework removed its attention pool"},
 )
-# detectron2's own ResNet, with the norms inside the convolutions
+# detectron2's ResNet, with the norms inside the convolutions
 _PLAIN = replace(
     _CLIP,
     stem={
@@ -46,32 +46,32 @@ _PLAIN = replace(
     stays={},
     absent={
         **dict.fromkeys(_STEM, "detectron2's stem is one convolution and a max pool"),
-        "attnpool": "the pixel decoder reads the last stage itself; there is no attention pool",
+        "attnpool": "the pixel decoder reads the last stage; there is no attention pool",
     },
-    activations=(),  # detectron2 calls the ReLU as a function
+    activations=(),  # detectron2 calls the ReLU as a function, so there is no module to check
     mask_only=(
-        "detectron2's ResNet has another stem than CLIP's and strides by convolutions, not by "
-        "means, so CLIP's weights would compute something else in it"
+        "detectron2's ResNet has another stem than CLIP's and downsamples by strided "
+        "convolutions, not by pooling, so CLIP's weights would compute another function in it"
     ),
 )
 
 
 @TARGETS.register("mask2former")
 def mask2former() -> TableTarget:
-    """Mask2Former on CLIP's ResNet (as OpenTrans has it) or detectron2's; live and on disk."""
+    """Target for Mask2Former on CLIP's ResNet (OpenTrans) or detectron2's ResNet."""
     return TableTarget(
         name="mask2former",
         framework="facebookresearch/Mask2Former at 9b0651c, and its fork in OpenTrans at aea33ff",
-        places=_CLIP,
-        builds=(_CLIP_UNPOOLED, _PLAIN),
+        key_map=_CLIP,
+        variants=(_CLIP_UNPOOLED, _PLAIN),
         takes=("resnet",),
         protects={
-            "stage outputs": "the pixel decoder reads all four, at widths that the code names",
-            "stem": "its channels are the first stage's stream",
-            "attnpool": "its heads are a number in the code, and its output is compared with text",
-            "depth": "the features are those of four stages",
+            "stage outputs": "the pixel decoder reads all four, at widths that the code sets",
+            "stem": "its channels are the residual stream of the first stage",
+            "attnpool": "the code sets its number of heads, and its output is compared with text",
+            "depth": "the pixel decoder reads four stages",
         },
         trainable=("backbone.*", "sem_seg_head.*"),
         script=script_for("Mask2Former (or of OpenTrans)"),
-        inputs=one_picture,
+        inputs=image_inputs,
     )

@@ -1,4 +1,4 @@
-"""Unstructured masks on the tower of a framework's model, whatever names it gives the layers."""
+"""Unstructured masks for the tower of a framework's model."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ __all__ = ["mask_tower"]
 def mask_tower(
     model: nn.Module, masks: Mapping[str, Tensor], target: str, *, hold: bool = False
 ) -> Applied:
-    """Set weights of a framework's tower to zero, where a mask of the CLIP tower is False.
+    """Set weights of a framework's tower to zero where a mask of the CLIP tower is False.
 
-    In place, as :func:`ovsprune.masks.apply_masks`, but for frameworks that rename layers, count
-    blocks in several stacks or keep queries, keys and values apart.
+    Works in place, like :func:`ovsprune.masks.apply_masks`, but for frameworks that rename layers,
+    split the blocks into several stacks or store queries, keys and values separately.
 
     Args:
-        model: The framework's live model, its tower dense.
-        masks: Name in open_clip's tower to bool of the weight's shape, True where the weight
-            stays: :func:`ovsprune.masks.read_masks`. Of a transformer, every block has one.
-        target: Name of the framework: ``ovsprune targets``.
+        model: The framework's live model with a dense tower.
+        masks: Name in open_clip's tower to a bool tensor of the weight's shape, True where the
+            weight is kept, as :func:`ovsprune.masks.read_masks` returns it. For a transformer,
+            every block has at least one mask.
+        target: Name of the target (``ovsprune targets`` lists them).
         hold: Mask the gradients too, so that training keeps the zeros.
 
     Returns:
-        Result. Masks of parts that the framework lacks are left out.
+        Record of the change. Masks of parts that the framework lacks are left out.
 
     Raises:
-        TargetError: ``model`` is not this framework's, or its tower is of another shape; nothing
-            was changed.
+        TargetError: ``model`` belongs to another framework, or its tower has another shape;
+            nothing was changed.
         UnknownNameError: There is no such target.
     """
     from ovsprune.targets import TARGETS
 
     layout = TARGETS.get(target).layout(model.state_dict(), _depth(masks))
-    placed = {
+    renamed = {
         name: part
         for canonical, mask in masks.items()
-        if layout.lacks(canonical) is None
+        if layout.absent_reason(canonical) is None
         for name, part in layout.to_framework(canonical, mask).items()
     }
-    return apply_masks(model, placed, prefix="", hold=hold)
+    return apply_masks(model, renamed, prefix="", hold=hold)
 
 
 def _depth(names: Iterable[str]) -> int:
-    """Blocks of the tower that the names are of; 0 of one without."""
+    """Count the transformer blocks in the names of a tower's tensors; 0 without blocks."""
     return max((block_number(name) + 1 for name in names), default=0)

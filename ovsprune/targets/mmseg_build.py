@@ -1,8 +1,7 @@
-"""Building mmsegmentation's SAN where no weights can be downloaded: for the demo and the tests.
+"""SAN of mmsegmentation without downloaded weights, for the demo and the tests.
 
-The model is built from the framework's own configuration file, and every parameter is initialised
-(the framework leaves two of its text encoder as uninitialised memory when it gets no weights).
-Users who have a SAN of their own need nothing of this.
+The model is built from the framework's configuration file. Every parameter is initialised; the
+framework leaves two parameters of the text encoder uninitialised if it gets no weights.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from ovsprune.targets import TARGETS
 __all__ = [
     "SanShape",
     "build_san",
-    "class_texts",
+    "load_tower",
     "mmcv_operators",
-    "put_tower",
     "run_san",
     "scale_bias",
+    "set_class_embeddings",
 ]
 
 
@@ -41,20 +40,20 @@ class SanShape:
 
     Attributes:
         width: Width of CLIP's image tower.
-        depth: Its blocks.
-        heads: Its heads.
-        patch: Its patch size in pixels.
-        size: Its native input size in pixels.
-        mlp: Width of its MLPs.
-        outputs: Width of its embedding.
+        depth: Number of blocks of the image tower.
+        heads: Number of heads of the image tower.
+        patch: Patch size in pixels.
+        size: Native input size of CLIP in pixels.
+        mlp: Width of the MLPs of the image tower.
+        outputs: Width of the embedding.
         activation: ``"quick_gelu"`` or ``"gelu"``.
         adapter: Width of the side adapter.
-        adapter_depth: Its blocks.
-        adapter_heads: Its heads.
-        queries: Mask proposals.
+        adapter_depth: Number of blocks of the side adapter.
+        adapter_heads: Number of heads of the side adapter.
+        queries: Number of mask proposals.
         text_width: Width of the text tower.
-        text_depth: Its blocks.
-        text_heads: Its heads.
+        text_depth: Number of blocks of the text tower.
+        text_heads: Number of heads of the text tower.
     """
 
     width: int = 768
@@ -77,11 +76,11 @@ class SanShape:
     def small(
         cls, tower: Mapping[str, Tensor], *, heads: int, size: int, activation: str
     ) -> SanShape:
-        """A SAN with a light side adapter around a small CLIP tower.
+        """Return the sizes of a SAN with a light side adapter for a small CLIP tower.
 
         Args:
             tower: Dense state of the tower, canonical name to tensor.
-            heads: Heads of its attention.
+            heads: Number of heads of its attention.
             size: Native input size in pixels.
             activation: ``"quick_gelu"`` or ``"gelu"``.
         """
@@ -108,11 +107,10 @@ class SanShape:
 
 @contextlib.contextmanager
 def mmcv_operators() -> Iterator[None]:
-    """Let mmsegmentation be imported where mmcv came without its compiled operators.
+    """Make mmsegmentation importable if mmcv was built without its compiled operators.
 
-    mmcv imports ``mmcv._ext`` when its operators are imported, and mmsegmentation imports those.
-    SAN runs none of them, so a stand-in is enough whose operators refuse to run. Where the
-    extension is there, nothing is done.
+    mmsegmentation imports mmcv's operators, and these import the extension ``mmcv._ext``. SAN runs
+    none of them, so a stub replaces a missing extension; its operators raise an error when called.
 
     Raises:
         MissingLibraryError: mmsegmentation, mmengine or mmcv is not installed.
@@ -127,24 +125,24 @@ def mmcv_operators() -> Iterator[None]:
     if "mmcv._ext" in sys.modules or _installed("mmcv._ext"):
         yield
         return
-    sys.modules["mmcv._ext"] = _StandIn("mmcv._ext")
+    sys.modules["mmcv._ext"] = _ExtensionStub("mmcv._ext")
     try:
         yield
     finally:
         del sys.modules["mmcv._ext"]
 
 
-class _StandIn(ModuleType):
-    """Has every operator, and runs none."""
+class _ExtensionStub(ModuleType):
+    """Module with every operator name; a call of an operator raises an error."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
 
-        def refuse(*args: object, **options: object) -> None:
+        def refuse(*args: object, **kwargs: object) -> None:
             raise MissingLibraryError(
-                f"mmcv's compiled operator {name} is needed here, but onedl-mmcv was built without "
-                "its extension; build it with MMCV_WITH_OPS=1"
+                f"mmcv's compiled operator {name} is needed, but onedl-mmcv was built without its "
+                "extension; build it with MMCV_WITH_OPS=1"
             )
 
         return refuse
@@ -164,18 +162,17 @@ def build_san(
 
     Args:
         vocabulary: Names of the classes.
-        shape: Its sizes; by default those of ``san_vit-b16.py``.
+        shape: Sizes of the model; by default those of ``san_vit-b16.py``.
         seed: Seed of the weights.
 
     Raises:
         MissingLibraryError: mmsegmentation is not installed.
-        OptionError: Sizes that the framework cannot build.
+        OptionError: The framework cannot build a model of these sizes.
     """
     shape = shape or SanShape()
     if shape.mlp % shape.width:
         raise OptionError(
-            f"the framework builds MLPs whose width is a multiple of the tower's; {shape.mlp} is "
-            f"none of {shape.width}"
+            f"mlp is {shape.mlp}, expected a multiple of the tower's width, {shape.width}"
         )
     with mmcv_operators(), contextlib.redirect_stdout(io.StringIO()), _seeded(seed):
         importlib.import_module("mmseg.models")
@@ -189,12 +186,12 @@ def build_san(
 
 
 def _config(vocabulary: Sequence[str], shape: SanShape) -> Any:
-    """The framework's own configuration with these sizes."""
+    """Return the framework's configuration with these sizes."""
     mmseg = importlib.import_module("mmseg")
     engine = importlib.import_module("mmengine")
     file = Path(str(mmseg.__file__)).parent / ".mim/configs/_base_/models/san_vit-b16.py"
     config = engine.Config.fromfile(str(file)).model
-    front = shape.depth * 3 // 4
+    front = shape.depth * 3 // 4  # blocks in the image encoder; the decode head has the others
     activation = {"type": "QuickGELU" if shape.activation == "quick_gelu" else "GELU"}
     tower = {
         "embed_dims": shape.width,
@@ -242,6 +239,7 @@ def _config(vocabulary: Sequence[str], shape: SanShape) -> Any:
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator; the former state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -249,45 +247,48 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @torch.no_grad()
 def _initialise(model: nn.Module) -> None:
-    """Initialise every parameter; the framework does it only from a file of weights."""
+    """Initialise every parameter; the framework initialises some only from a file of weights."""
     for module in (model.image_encoder, model.decode_head.side_adapter_network):  # type: ignore[union-attr]
         module.init_weights()  # type: ignore[operator, union-attr]
     for name, parameter in model.named_parameters():
         if name.startswith("text_encoder.") and parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02 if "transformer" in name else 0.1)
         elif name.endswith("logit_scale"):
-            parameter.fill_(4.6)  # CLIP's own, ln(100)
+            parameter.fill_(4.6)  # as in CLIP, ln(100)
 
 
 @torch.no_grad()
 def scale_bias(model: nn.Module, images: Tensor, *, std: float) -> None:
-    """Make the attention bias of an untrained SAN strong, and each head's its own.
+    """Scale the attention bias of an untrained SAN so that it is strong and differs between heads.
 
-    As the framework starts it, it is so flat that even a wrong order of heads changes nothing.
+    The framework's initial bias is almost constant, so a wrong order of heads would go unnoticed.
 
     Args:
-        model: From :func:`build_san`.
-        images: [B, 3, H, W], preprocessed, on which it is measured.
-        std: The standard deviation that every head's bias gets there.
+        model: Result of :func:`build_san`.
+        images: Preprocessed images [B, 3, H, W] on which the bias is measured.
+        std: Standard deviation of every head's bias on these images after scaling.
     """
     decoder: Any = model.get_submodule("decode_head.side_adapter_network.mask_decoder")
     last = decoder.attn_mlp.layers[-1]
     nn.init.orthogonal_(last.weight.view(last.weight.shape[0], -1))
     last.bias.zero_()
     decoder.bias_scaling.bias.zero_()
-    bias = run_san(model, images)["bias"]
-    per_head = bias.transpose(0, 1).flatten(1).std(dim=1)
+    bias = run_san(model, images)["bias"]  # [B, heads, queries, h, w]
+    per_head = bias.transpose(0, 1).flatten(1).std(dim=1)  # [heads]
     rows = per_head.repeat_interleave(last.weight.shape[0] // len(per_head))
     last.weight.mul_(std / rows[:, None, None, None])
 
 
 @torch.no_grad()
-def put_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
-    """Put a dense CLIP tower into a SAN of its sizes.
+def load_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
+    """Load a dense CLIP tower into a SAN of the same sizes.
 
     Args:
-        model: From :func:`build_san`.
+        model: Result of :func:`build_san`.
         tower: Canonical name to tensor.
+
+    Raises:
+        OptionError: The tower has other tensors than the model.
     """
     depth = len({name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")})
     layout = TARGETS.get("mmseg-san").layout(model.state_dict(), depth)
@@ -296,22 +297,22 @@ def put_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
         for canonical, tensor in tower.items()
         for name, value in layout.to_framework(canonical, tensor).items()
     }
-    own = {name for name in model.state_dict() if layout.canonical(name) is not None}
-    if own != set(values):
+    expected = {name for name in model.state_dict() if layout.canonical(name) is not None}
+    if expected != set(values):
         raise OptionError(
-            f"the tower's tensors are not this SAN's: {sorted(own ^ set(values))[:4]} are in one "
-            "of them only"
+            "the tower and this SAN do not have the same tensors: "
+            f"{sorted(expected ^ set(values))[:4]} are in one of them only"
         )
     model.load_state_dict(values, strict=False)
 
 
-def class_texts(model: nn.Module, embeddings: Mapping[str, Tensor], scale: float) -> None:
-    """Give a SAN the text embeddings of its classes, so that its text tower is not asked.
+def set_class_embeddings(model: nn.Module, embeddings: Mapping[str, Tensor], scale: float) -> None:
+    """Set the text embeddings of the classes, so that SAN does not run its text tower.
 
     Args:
-        model: From :func:`build_san`, built with ``embeddings``' names as its vocabulary.
+        model: Result of :func:`build_san`, with the names in ``embeddings`` as its vocabulary.
         embeddings: Class name to embedding [outputs], L2-normalised.
-        scale: CLIP's logit scale (100 for OpenAI's).
+        scale: Logit scale of CLIP (100 for OpenAI's weights).
     """
     encoder: Any = model.get_submodule("text_encoder")
     encoder.cache = dict(embeddings)
@@ -321,15 +322,15 @@ def class_texts(model: nn.Module, embeddings: Mapping[str, Tensor], scale: float
 
 @torch.no_grad()
 def run_san(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Run SAN on preprocessed pictures, and give what its head makes.
+    """Run SAN on preprocessed images and return the outputs of its decode head.
 
     Args:
         model: SAN in evaluation mode.
-        images: [B, 3, H, W]; CLIP sees them at half that size.
+        images: [B, 3, H, W]; CLIP reads them at half that size.
 
     Returns:
         ``masks`` [B, queries, h, w] (before the sigmoid), ``logits`` [B, queries, classes + 1],
-        ``bias`` [B, heads, queries, h, w] (before it is resized), and ``segmentation``
+        ``bias`` [B, heads, queries, h, w] (before resizing), and ``segmentation``
         [B, classes, h, w], the sum over queries of class probability times mask probability.
     """
     san: Any = model

@@ -1,4 +1,4 @@
-"""SAN as mmsegmentation ships it (mmengine): its own ViT, split over encoder and decode head."""
+"""SAN of mmsegmentation (mmengine): its own ViT, split over image encoder and decode head."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
-from ovsprune.targets.layout import BlockStack, Layout, Place
+from ovsprune.targets.layout import BlockStack, Layout, PathSpec
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _HEAD = "decode_head.rec_with_attnbias"
 _TEXT = ("token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale")
-# The head's blocks are mmcv's generic transformer layers, and so are those of the text tower.
-_GENERIC: Mapping[str, Place] = {
+# blocks of the decode head and of the text tower are mmcv's generic transformer layers
+_MMCV_PARTS: Mapping[str, PathSpec] = {
     "ln_1": "norms.0",
     "attn": "attentions.0.attn",
     "ln_2": "norms.1",
     "mlp.c_fc": "ffns.0.layers.0.0",
     "mlp.c_proj": "ffns.0.layers.1",
 }
-_FRONT: Mapping[str, Place] = {
+_ENCODER_PARTS: Mapping[str, PathSpec] = {
     "ln_1": "ln1",
     "attn": "attn.attn",
     "ln_2": "ln2",
@@ -31,7 +31,7 @@ _FRONT: Mapping[str, Place] = {
     "mlp.c_proj": "ffn.layers.1",
 }
 
-_PLACES = KeyMap(
+_KEY_MAP = KeyMap(
     framework="mmsegmentation's SAN",
     stem={
         "class_embedding": "image_encoder.cls_token",
@@ -42,8 +42,8 @@ _PLACES = KeyMap(
         "proj": f"{_HEAD}.proj.weight",
     },
     stacks=(
-        BlockStack("image_encoder.layers", _FRONT, share=0.75),
-        BlockStack(f"{_HEAD}.layers", _GENERIC, share=0.25),
+        BlockStack("image_encoder.layers", _ENCODER_PARTS, share=0.75),
+        BlockStack(f"{_HEAD}.layers", _MMCV_PARTS, share=0.25),
     ),
     leading={"class_embedding": 2, "positional_embedding": 1},
     transposed=("proj",),
@@ -51,37 +51,37 @@ _PLACES = KeyMap(
     activations=("image_encoder.layers.0.ffn.layers.0.1", f"{_HEAD}.layers.0.ffns.0.layers.0.1"),
     text=Layout(
         stem={name: f"text_encoder.{name}" for name in _TEXT},
-        stacks=(BlockStack("text_encoder.transformer", _GENERIC),),
+        stacks=(BlockStack("text_encoder.transformer", _MMCV_PARTS),),
     ),
 )
 
-_LINES = """\
-# tools/train.py of mmsegmentation, where the runner is made
+_SCRIPT = """\
+# tools/train.py of mmsegmentation, where the runner is created
 import ovsprune.targets  # pip install --no-deps ovsprune
 
 cfg.model.pretrained = None  # every tensor of CLIP comes from the slim checkpoint
 runner = Runner.from_cfg(cfg)
-ovsprune.targets.load_into(runner.model, {output!r})  # slim modules, then every tensor
-runner.model.is_init = True  # or mmengine would initialise it again
+ovsprune.targets.load_into(runner.model, {output!r})  # replaces modules, loads every tensor
+runner.model.is_init = True  # keeps mmengine from initialising it again
 runner.train()
 
-# Set neither load_from nor resume to a dense checkpoint; those that this training saves are slim
-# and load as usual.
+# Set neither load_from nor resume to a dense checkpoint. Checkpoints that this training saves are
+# slim and load as usual.
 """
 
 
 def _inputs(model: Any) -> Mapping[str, Any]:
-    """One picture of the size of san_vit-b16 and san_vit-l14; CLIP sees it at half that size."""
+    """Return one image of the size of san_vit-b16 and san_vit-l14; CLIP reads it at half size."""
     return {"inputs": torch.zeros(1, 3, 640, 640), "mode": "predict"}
 
 
 @TARGETS.register("mmseg-san")
 def mmseg_san() -> TableTarget:
-    """SAN as mmsegmentation ships it (mmengine): live models and checkpoints."""
+    """Target for SAN of mmsegmentation (mmengine); live models and checkpoints."""
     return TableTarget(
         name="mmseg-san",
         framework="mmsegmentation 1.x (onedl-mmsegmentation 1.4.2), san_vit-b16 and san_vit-l14",
-        places=_PLACES,
+        key_map=_KEY_MAP,
         takes=("vit",),
         protects=PROTECTS,
         trainable=(
@@ -90,7 +90,7 @@ def mmseg_san() -> TableTarget:
             "image_encoder.*",
             f"{_HEAD}.*",
         ),
-        script=_LINES,
+        script=_SCRIPT,
         inputs=_inputs,
         checks=(no_cross_attention(_HEAD),),
     )

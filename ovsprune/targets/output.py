@@ -1,7 +1,7 @@
-"""What ``ovsprune transfer`` writes, and putting it into a framework's fresh model.
+"""Output directory of ``ovsprune transfer``: writing it, and loading it into a new model.
 
-A directory with ``model.safetensors`` (the framework's names), ``transfer.json`` (which modules are
-slim, and the account of every key) and ``lines.py`` (what to add to the training script).
+It contains ``model.safetensors`` (tensors under the framework's names), ``transfer.json`` (slim
+modules, and a report on every key) and ``lines.py`` (lines to add to the training script).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ovsprune.targets.hooks import install
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut
 
-__all__ = ["LINES", "RECORD", "STATE", "check_place", "load_into", "write_output"]
+__all__ = ["LINES", "RECORD", "STATE", "check_transfer_output", "load_into", "write_output"]
 
 FORMAT = "ovsprune-transfer"
 STATE, RECORD, LINES = "model.safetensors", "transfer.json", "lines.py"
 
 
-def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
+def check_transfer_output(output: str | os.PathLike[str], overwrite: bool) -> Path:
     """Check that a transfer may be written to ``output``; return its full path.
 
     Raises:
@@ -44,13 +44,13 @@ def check_place(output: str | os.PathLike[str], overwrite: bool) -> Path:
     return check_output(
         output,
         overwrite=overwrite,
-        kind="what `ovsprune transfer` wrote",
+        kind="the output of `ovsprune transfer`",
         files=lambda path: {STATE, RECORD, LINES, *_listed(path)},
     )
 
 
 def _listed(path: Path) -> set[str]:
-    """Files that the record in a directory says were written beside the weights."""
+    """Read the names of the additional files from the record in a directory."""
     try:
         document = json.loads((path / RECORD).read_text(encoding="utf-8"))
         return {str(name) for name in document["files"]}
@@ -63,19 +63,19 @@ def write_output(
     converted: Converted,
     record: Mapping[str, Any],
     lines: str,
-    beside: Mapping[str, bytes] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the directory, so that afterwards there is all of it or nothing new.
+    """Write the output directory atomically.
 
     Args:
-        path: From :func:`check_place`.
+        path: Result of :func:`check_transfer_output`.
         converted: State and cuts.
-        record: The account of the transfer, plain JSON.
-        lines: What to add to the training script.
-        beside: More files, plain name to content.
+        record: Report of the transfer, JSON data.
+        lines: Lines to add to the training script.
+        extra_files: Additional files, name to content.
 
     Raises:
-        OutputError: It cannot be written (a full disk, ...); nothing was changed.
+        OutputError: The directory cannot be written (a full disk, ...); nothing was changed.
     """
     with staged(path) as scratch:
         save_tensors(converted.state, scratch / STATE)
@@ -90,7 +90,7 @@ def write_output(
         }
         (scratch / RECORD).write_text(json.dumps(document, indent=1), encoding="utf-8")
         (scratch / LINES).write_text(lines, encoding="utf-8")
-        for name, content in (beside or {}).items():
+        for name, content in (extra_files or {}).items():
             (scratch / name).write_bytes(content)
 
 
@@ -99,21 +99,21 @@ def load_into(
 ) -> list[str]:
     """Make a framework's freshly built, dense model slim and load a transferred checkpoint.
 
-    Call it before the optimiser is made. Everything is compared before a tensor is written; if
-    something does not fit, the model is as it was.
+    Call this before the optimiser is created. All names and shapes are compared before a tensor is
+    written; if something does not fit, the model is not changed.
 
     Args:
-        model: The framework's model, built as its own script builds it.
-        directory: What ``ovsprune transfer`` wrote.
-        strict: Refuse if anything outside the image tower is missing or of another shape, too.
+        model: The framework's model, built as its training script builds it.
+        directory: Output directory of ``ovsprune transfer``.
+        strict: Also refuse tensors outside the image tower that are missing or of another shape.
 
     Returns:
-        Tensors of ``model`` that the directory does not hold, which keep their values; without a
-        framework's checkpoint, that is all but CLIP.
+        Names of the tensors of ``model`` that the directory does not contain; they keep their
+        values. Without a checkpoint of the framework, these are all tensors outside CLIP.
 
     Raises:
-        CheckpointError: The directory is damaged, or no output of ``ovsprune transfer``.
-        TargetError: ``model`` is not the framework that it was written for, or not dense.
+        CheckpointError: The directory is damaged, or is not an output of ``ovsprune transfer``.
+        TargetError: ``model`` belongs to another framework than the directory, or is not dense.
     """
     from ovsprune.targets import TARGETS
 
@@ -128,32 +128,42 @@ def load_into(
     _check_dense(model, cuts)
     applied = attach_cuts(model, cuts)
     with undo_on_error(applied):
-        own = model.state_dict()
-        tower = {name for name in own if layout.canonical(name) is not None}
-        # CLIP alone knows nothing of what the framework makes of its positions
+        current = model.state_dict()
+        tower = {name for name in current if layout.canonical(name) is not None}
+        # without the framework's checkpoint, its own positions are unknown and may differ
         free = set() if document["complete"] else {n for n in tower if _stays(layout, n)}
-        _compare(own, state, tower - free, free, path, strict, bool(document["complete"]))
+        _compare(
+            current,
+            state,
+            tower=tower - free,
+            free=free,
+            path=path,
+            strict=strict,
+            complete=bool(document["complete"]),
+        )
     with torch.no_grad():
-        for name in own.keys() & state.keys():
-            if own[name].shape == state[name].shape:
-                own[name].copy_(state[name])
+        for name in current.keys() & state.keys():
+            if current[name].shape == state[name].shape:
+                current[name].copy_(state[name])
     add_guard(model, document["target"], layout, cuts)
     target.apply_compat(model)
-    return sorted(n for n in own if n not in state or own[n].shape != state[n].shape)
+    return sorted(n for n in current if n not in state or current[n].shape != state[n].shape)
 
 
 def _stays(layout: Layout, name: str) -> bool:
+    """Return True if the tensor keeps the framework's value in any case."""
     return layout.canonical(name) in layout.stays
 
 
 def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
+    """Check that every module to cut exists and is dense."""
     for cut in cuts:
         try:
             module = model.get_submodule(cut.path)
         except AttributeError:
             raise TargetError(
-                f"{type(model).__name__} has no {cut.path}; build the framework as it was built "
-                "for the checkpoint that was transferred"
+                f"{type(model).__name__} has no {cut.path}; build the framework with the "
+                "configuration of the checkpoint that was transferred"
             ) from None
         slim = hasattr(module, "kept_heads")
         if slim or (cut.heads is not None and getattr(module, "num_heads", 0) != cut.num_heads):
@@ -165,29 +175,39 @@ def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
 
 
 def _compare(
-    own: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
+    *,
     tower: set[str],
     free: set[str],
     path: Path,
     strict: bool,
     complete: bool,
 ) -> None:
-    """Compare names and shapes.
+    """Compare names and shapes of the model with those of the directory.
+
+    Args:
+        current: State of the model.
+        state: State in the directory.
+        tower: Names of tensors of the tower, which must fit.
+        free: Names of tensors that may be missing or of another shape.
+        path: The directory, for the message.
+        strict: Compare tensors outside the tower too.
+        complete: True if the directory has all tensors that the framework saves.
 
     Raises:
-        TargetError: Something does not fit.
+        TargetError: A name is missing or a shape differs.
     """
-    wanted = set(own) if strict and complete else tower
+    wanted = set(current) if strict and complete else tower
     problems = [f"it lacks {name}" for name in sorted(wanted - set(state))]
     for name in sorted(state):
-        if name not in own:
+        if name not in current:
             if strict:
                 problems.append(f"the model has no {name}")
         elif name in free:
             continue
-        elif own[name].shape != state[name].shape and (strict or name in tower):
-            shapes = tuple(state[name].shape), tuple(own[name].shape)
+        elif current[name].shape != state[name].shape and (strict or name in tower):
+            shapes = tuple(state[name].shape), tuple(current[name].shape)
             problems.append(f"{name} is {shapes[0]}, in the model {shapes[1]}")
     if problems:
         raise TargetError(
@@ -199,6 +219,7 @@ def _compare(
 
 
 def _cut_entry(cut: Cut) -> dict[str, Any]:
+    """Return the entry of a cut in the record; it has the widths but not the kept units."""
     if cut.heads is not None:
         return {"path": cut.path, "kept_heads": list(cut.heads), "num_heads": cut.num_heads}
     return {
@@ -209,7 +230,7 @@ def _cut_entry(cut: Cut) -> dict[str, Any]:
 
 
 def _cut(entry: Any, file: Path) -> Cut:
-    """A cut whose widths are right; which rows stay does not matter, since they are loaded."""
+    """Return a cut of the recorded widths. The choice of rows is irrelevant: values are loaded."""
     try:
         if "kept_heads" in entry:
             heads = tuple(int(head) for head in entry["kept_heads"])
@@ -222,6 +243,7 @@ def _cut(entry: Any, file: Path) -> Cut:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    """Read and check ``transfer.json``."""
     file = path / RECORD
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -231,24 +253,25 @@ def _read_record(path: Path) -> dict[str, Any]:
             "wrote"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{file} is no JSON ({error}); transfer again") from None
+        raise CheckpointError(f"{file} is not valid JSON ({error}); transfer again") from None
     needed = ("format", "format_version", "target", "depth", "complete", "cuts", "sha256")
     missing = [key for key in needed if not isinstance(document, dict) or key not in document]
     if missing or document["format"] != FORMAT or document["format_version"] != 1:
         raise CheckpointError(
-            f"{file} is not what this ovsprune's transfer writes"
+            f"{file} was not written by this version of `ovsprune transfer`"
             f"{' (it lacks ' + ', '.join(missing) + ')' if missing else ''}; transfer again"
         )
     return dict(document)
 
 
 def _read_state(path: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors, after a comparison of the file with its recorded hash."""
     file = path / STATE
     if not file.is_file():
         raise CheckpointError(f"{path} has no {STATE}; copy the whole directory, or transfer again")
     if file_digest(file) != document["sha256"]:
-        raise CheckpointError(f"{file} is not the file that was written; copy it again")
+        raise CheckpointError(f"{file} does not have the recorded SHA-256; copy it again")
     try:
         return dict(load_file(file))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: {error}") from None
+        raise CheckpointError(f"{file} is not a valid safetensors file: {error}") from None

@@ -12,7 +12,7 @@ _CLIP = "clip_adapter.clip_model"
 _VISUAL = f"{_CLIP}.visual"
 _VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
 
-_PLACES = KeyMap(
+_KEY_MAP = KeyMap(
     framework="facebookresearch/ov-seg",
     stem={name: f"{_VISUAL}.{name}" for name in _VISION},
     stacks=(BlockStack(f"{_VISUAL}.transformer.resblocks", BLOCK_PARTS),),
@@ -22,26 +22,27 @@ _PLACES = KeyMap(
 )
 
 _PROTECTS = {
-    "residual width": "mask_embedding takes tokens' places in it, before and between blocks",
+    "residual width": "mask_embedding replaces its tokens, before and between blocks",
     "depth": "mask_embedding counts the first blocks",
     "projection": "regions are compared with text embeddings of the dense width",
-    POSITIONS: "regions and mask_embedding have the patches of CLIP's own resolution",
+    POSITIONS: "regions and mask_embedding use the patch grid of CLIP's native resolution",
 }
 
 _ENDING = """\
-# Build with the dense CLIP (MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME): OVSeg's loader makes it by its
-# widths. Start without MODEL.WEIGHTS: detectron2 would drop what has another shape and only warn.
-# Files that this training saves are slim and load as usual (MODEL.WEIGHTS, --resume).
+# Build with the dense CLIP (MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME): OVSeg's loader derives the
+# architecture from the widths in that file. Leave MODEL.WEIGHTS empty: detectron2 skips tensors
+# with another shape and only logs a warning. Checkpoints that this training saves are slim and
+# load as usual (MODEL.WEIGHTS, --resume).
 """
 
 
 @TARGETS.register("ovseg")
 def ovseg() -> TableTarget:
-    """OVSeg: live models and checkpoints, whose finetuned CLIP is cut by the mask."""
+    """Target for OVSeg; live models and checkpoints. Its finetuned CLIP is cut by the mask."""
     return TableTarget(
         name="ovseg",
         framework="facebookresearch/ov-seg at 36f49d4 (detectron2, its own fork of CLIP)",
-        places=_PLACES,
+        key_map=_KEY_MAP,
         takes=("vit",),
         protects=_PROTECTS,
         trainable=(

@@ -1,4 +1,4 @@
-"""What a target is: one third-party framework that can take a slim tower."""
+"""Protocol of a target, a third-party framework that can take a slim tower."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ __all__ = ["Target"]
 
 
 class Target(Protocol):
-    """One framework, in one file of its own; nothing is inherited.
+    """Framework that can take a slim tower. Each target is one file; there is no base class.
 
-    Most are a table (:class:`~ovsprune.targets.framework.TableTarget`).
+    Most targets are tables (:class:`~ovsprune.targets.framework.TableTarget`).
 
     Attributes:
-        framework: What the framework is, with the version or commit that this was written for.
-        takes: Kinds of slim towers that it takes, of :data:`~ovsprune.targets.key_map.KINDS`.
-        protects: Canonical name (or what it is) to why the framework needs it as it is.
-        trainable: ``fnmatch`` patterns of the framework's parameters that a schedule may touch.
-        fallback: Whether it is only meant where no other target knows a model.
-        files: Names of files that belong beside the framework's checkpoint and go along with it.
-        hooks: Functions of the framework that are exchanged so that it runs, by import path.
+        framework: Name of the framework, with the version or commit that the target supports.
+        takes: Kinds of slim towers that are accepted, of
+            :data:`~ovsprune.targets.key_map.KINDS`.
+        protects: Canonical name (or description of a part) to the reason why the framework needs
+            it unchanged.
+        trainable: ``fnmatch`` patterns of the framework's parameters that a schedule may change.
+        fallback: True if the target is used only for models that no other target recognises.
+        files: Names of files that accompany the framework's checkpoint and are copied with it.
+        hooks: Functions of the framework that are wrapped so that it runs, by import path.
     """
 
     @property
@@ -55,70 +57,70 @@ class Target(Protocol):
     def hooks(self) -> tuple[Hook, ...]: ...
 
     def detect(self, model: nn.Module) -> bool:
-        """Whether ``model`` is this framework's."""
+        """Return True if ``model`` belongs to this framework."""
         ...
 
     def towers(self, model: nn.Module) -> dict[str, str]:
-        """What is where: part of the image tower (``"blocks 0-8"``) to its path in ``model``.
+        """Return the path in ``model`` of each part of the image tower (``"blocks 0-8"``).
 
         Raises:
-            TargetError: ``model`` is not this framework's.
+            TargetError: ``model`` belongs to another framework.
         """
         ...
 
     def tower_names(self, model: nn.Module) -> frozenset[str]:
-        """Names of the tensors of the image tower, in the model's own terms.
+        """Return the names of the image tower's tensors in ``model``.
 
         Raises:
-            TargetError: ``model`` is not this framework's.
+            TargetError: ``model`` belongs to another framework.
         """
         ...
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
-        """Names of the tower's parts, in both directions.
+        """Return the names of the tower's tensors, in both directions.
 
         Args:
-            names: Keys of the framework's state, which tell where the blocks are split; None for
-                the framework's default.
-            depth: Blocks of the tower.
+            names: Keys of the framework's state dict, which show where the blocks are split; None
+                for the framework's default.
+            depth: Number of transformer blocks of the tower.
 
         Raises:
-            TargetError: ``names`` are not this framework's, or have another number of blocks.
+            TargetError: ``names`` belong to another framework or have another number of blocks.
         """
         ...
 
     def example(self, model: nn.Module) -> Mapping[str, Any] | None:
-        """Arguments of one forward pass of ``model`` over one picture, to count its costs on.
+        """Return the arguments of one forward pass over one image, on which costs are counted.
 
-        None where they cannot be made without the framework's own data.
+        None if they cannot be created without the framework's own data.
         """
         ...
 
     def prepare(self, model: nn.Module) -> None:
-        """Make a copy of ``model`` ready to be run on ``example``, in place.
+        """Prepare a copy of ``model`` to be run on ``example``, in place.
 
-        Bridges it; and whatever it would do once for many pictures (encoding the classes' names) is
-        as good as done.
+        Applies the compatibility fixes, and replaces the results of computations that the framework
+        does once for many images (encoding class names), so that their cost is not counted.
         """
         ...
 
     def apply_compat(self, model: nn.Module) -> Applied:
-        """Let ``model``, dense or slim, run with today's libraries, in place.
+        """Make ``model``, dense or slim, run with current libraries, in place.
 
-        Attaching and loading do it, too. Without anything to do, nothing is changed.
+        Attaching and loading call this too. A model that needs no fix is not changed.
 
         Returns:
-            What was changed; its ``detach()`` undoes it.
+            Record of the changes; its ``detach()`` undoes them.
         """
         ...
 
     def enable_tower_grad(self, model: nn.Module) -> Applied:
-        """Let gradients reach the tower of a model in training mode, where they are shut out.
+        """Let gradients reach a tower that the framework runs without gradients.
 
-        What freezes parameters is not touched: a schedule sets that.
+        Takes effect in training mode. ``requires_grad`` is not changed; a schedule sets it.
 
         Returns:
-            What was changed; its ``detach()`` undoes it. Nothing for most frameworks.
+            Record of the changes, empty for most frameworks; its ``detach()`` undoes them.
         """
         ...
 
@@ -130,13 +132,13 @@ class Target(Protocol):
         weights: str = "auto",
         force: bool = False,
     ) -> tuple[Weights, str]:
-        """Ask whether ``model`` can take the slim tower; touches nothing.
+        """Check that ``model`` can take the slim tower; change nothing.
 
         Returns:
-            Which weights it would get (for ``"auto"``: decided here), and why.
+            The weights that it would get (``"auto"`` is resolved here), and the reason.
 
         Raises:
-            TargetError: It cannot, and why.
+            TargetError: It cannot take the tower; the message states the reason.
         """
         ...
 
@@ -148,10 +150,12 @@ class Target(Protocol):
         weights: str = "auto",
         force: bool = False,
     ) -> Attached:
-        """Put the slim tower into ``model``, in place; make the optimiser afterwards.
+        """Replace the tower of ``model`` by the slim one, in place.
+
+        Create the optimiser afterwards.
 
         Raises:
-            TargetError: ``check`` says no; nothing was changed.
+            TargetError: ``check`` refuses the model; nothing was changed.
         """
         ...
 
@@ -163,19 +167,19 @@ class Target(Protocol):
         weights: str = "auto",
         force: bool = False,
     ) -> Converted:
-        """The framework's saved state with the slim tower in it.
+        """Return the framework's state dict with the slim tower in it.
 
         Args:
-            state: The dense state, or None to write CLIP alone.
+            state: The dense state dict, or None to write CLIP alone.
             checkpoint: The slim checkpoint.
             weights: ``"slim"``, ``"target"`` or ``"auto"``.
-            force: Take a checkpoint whose base had random weights, too.
+            force: Accept a checkpoint whose base model had random weights.
 
         Raises:
-            TargetError: It does not fit.
+            TargetError: The slim tower does not fit.
         """
         ...
 
     def lines(self, output: str) -> str:
-        """Python lines to add to the framework's training script, for an ``output`` directory."""
+        """Return the lines to add to the training script, which load the directory ``output``."""
         ...

@@ -1,4 +1,4 @@
-"""Find the target that a live model belongs to."""
+"""Recognition of the target that a live model belongs to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recognise(model: nn.Module, target: str = "auto") -> str | None:
     names = [name for name in names if not TARGETS.get(name).fallback] or names
     if len(names) > 1:
         raise TargetError(
-            f"{type(model).__name__} looks like {' and like '.join(names)}; say which it is "
-            f"(target={names[0]!r}, or --target {names[0]})"
+            f"{type(model).__name__} matches several targets ({', '.join(names)}); name "
+            f"one of them (target={names[0]!r}, or --target {names[0]})"
         )
     return names[0] if names else None

@@ -12,7 +12,7 @@ from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _STEM = ("class_embedding", "positional_embedding", "conv1", "ln_pre")
 
-_PLACES = KeyMap(
+_KEY_MAP = KeyMap(
     framework="MendelXu/SAN",
     stem={
         **{name: f"clip_visual_extractor.{name}" for name in _STEM},
@@ -30,18 +30,18 @@ _PLACES = KeyMap(
     text=clip_text("ov_classifier"),
 )
 
-_BRIDGE = """\
-ovsprune.targets.apply_compat("san")  # lets SAN run with today's open_clip; nothing to do with 2.16
+_PRELUDE = """\
+ovsprune.targets.apply_compat("san")  # for open_clip newer than 2.16
 """
 
 
 @TARGETS.register("san")
 def san() -> TableTarget:
-    """SAN as MendelXu/SAN has it (detectron2): live models and checkpoints."""
+    """Target for SAN as published in MendelXu/SAN (detectron2); live models and checkpoints."""
     return TableTarget(
         name="san",
-        framework="MendelXu/SAN at e19262d (detectron2, open_clip 2.16.0 or today's)",
-        places=_PLACES,
+        framework="MendelXu/SAN at e19262d (detectron2, open_clip 2.16.0 or newer)",
+        key_map=_KEY_MAP,
         takes=("vit",),
         protects=PROTECTS,
         trainable=(
@@ -50,7 +50,7 @@ def san() -> TableTarget:
             "clip_visual_extractor.*",
             "clip_rec_head.*",
         ),
-        script=script_for("MendelXu/SAN", prelude=_BRIDGE),
-        checks=(no_cross_attention("clip_rec_head", served=VISUAL),),
+        script=script_for("MendelXu/SAN", prelude=_PRELUDE),
+        checks=(no_cross_attention("clip_rec_head", supported_in=VISUAL),),
         hooks=HOOKS,
     )

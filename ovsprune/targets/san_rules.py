@@ -1,4 +1,4 @@
-"""What SAN asks of a slim tower, in each of the frameworks that have it."""
+"""Requirements of SAN that both of its implementations (detectron2, mmengine) share."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ STAYS: Mapping[str, str] = {POSITIONS: "the framework resizes and trains its pos
 
 PROTECTS: Mapping[str, str] = {
     POSITIONS: "the framework resizes and trains its positions, so its own are kept",
-    "residual width": "the side adapter's fusion layers read the stream of four blocks",
+    "residual width": "the side adapter's fusion layers read the residual stream after four blocks",
     "projection": "mask embeddings are compared with text embeddings of the dense width",
-    "depth": "features are read and blocks are split at fixed depths",
+    "depth": "features are read at fixed depths, and the blocks are split at a fixed depth",
 }
 
 
-def no_cross_attention(path: str, served: str = "") -> Check:
-    """Refuse cut heads where SAN slices ``in_proj_weight`` at offsets of the dense width itself.
+def no_cross_attention(path: str, supported_in: str = "") -> Check:
+    """Build a check that refuses removed heads if SAN's cross attention needs all of them.
+
+    With ``cross_attn`` on, SAN slices ``in_proj_weight`` at offsets of the dense width.
 
     Args:
-        path: Of the module whose ``cross_attn`` says so.
-        served: Name of the framework's module in which a hook of ours serves cut heads, too.
+        path: Path of the module with the attribute ``cross_attn``.
+        supported_in: Name of a Python module of the framework. Its classes are accepted, because
+            a hook (:mod:`ovsprune.targets.san_compat`) makes their cross attention work with
+            removed heads.
     """
 
     def check(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
         head = model.get_submodule(path)
-        if not getattr(head, "cross_attn", False) or type(head).__module__ == served:
+        if not getattr(head, "cross_attn", False) or type(head).__module__ == supported_in:
             return
         cut = [
             layer.name
@@ -43,9 +47,9 @@ def no_cross_attention(path: str, served: str = "") -> Check:
         ]
         if cut:
             raise TargetError(
-                f"{path} has cross_attn on, which slices the dense attention weights itself, but "
-                f"the slim checkpoint cuts heads of {', '.join(cut)}; turn cross_attn off (the "
-                "default), or prune again with those layers protected (--protect)"
+                f"{path} has cross_attn on and slices attention weights of the dense width, but "
+                f"the slim checkpoint removes heads of {', '.join(cut)}; turn cross_attn off (the "
+                "default), or prune again with these layers protected (--protect)"
             )
 
     return check

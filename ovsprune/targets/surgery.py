@@ -1,4 +1,4 @@
-"""The modules of a framework that are cut, and their slim copies."""
+"""Modules of a framework that are cut, and their slim copies."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Cut:
     """Cut of one module of the tower.
 
     Attributes:
-        path: Its path in the framework.
-        heads: Kept heads, for an attention that is replaced as a whole; None for a layer.
+        path: Path of the module in the framework.
+        heads: Kept heads, for an attention that is replaced as one module; None for a layer.
         num_heads: Heads of the dense attention; 0 for a layer.
         rows: int64, kept outputs of a layer; None keeps all.
         columns: int64, kept inputs of a layer; None keeps all.
-        units: Name of the rows or columns in the report; by default outputs and inputs.
+        units: Description of the removed units for the report.
     """
 
     path: str
@@ -41,11 +41,10 @@ class Cut:
     columns: Tensor | None = None
     units: str = ""
 
-    def makes(self, name: str) -> bool:
-        """Return True if the slim module has its own tensor ``name``.
+    def owns(self, name: str) -> bool:
+        """Return True if the tensor ``name`` belongs to the slim module and not to the dense one.
 
-        A layer that was cut shares the modules inside it with the dense one; an attention has none
-        of the dense one's.
+        A cut layer shares its submodules with the dense layer; a slim attention shares nothing.
         """
         if self.heads is not None:
             return name.startswith(f"{self.path}.")
@@ -71,8 +70,8 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
         if layer.kept == layer.units:
             continue
         for module in (part.module for part in layer.slices):
-            if not module.startswith(f"{layer.block}."):  # it changes the stream between blocks
-                raise _needed(module)
+            if not module.startswith(f"{layer.block}."):  # it would change the residual stream
+                raise _protected(module)
         if layer.is_whole_attention:
             cuts += _head_cuts(layer, checkpoint.mask[layer.name], layout)
     for module, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
@@ -80,45 +79,44 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
             axis: keep_index(shapes[f"{module}.weight"][0 if axis == "out" else 1], runs)
             for axis, runs in axes.items()
         }
-        cuts.append(Cut(_place(layout, module), rows=index.get("out"), columns=index.get("in")))
+        cuts.append(Cut(_path(layout, module), rows=index.get("out"), columns=index.get("in")))
     return tuple(cuts)
 
 
 def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
-    """Cut the whole attention if it owns its in projection, else each of its linear layers."""
-    heads, parts = tuple(map(int, mask)), layout.places(f"{layer.name}.in_proj_weight")
-    own = layout.name(layer.name)
-    if all(part.rpartition(".")[0] == own for part in parts):  # one parameter, or three
-        return [Cut(_place(layout, layer.name), heads, layer.units)]
-    if not heads:  # layers of no width cannot make heads: the attention goes as a whole
-        return [Cut(_place(layout, layer.name), heads, layer.units)]
+    """Cut the attention as one module if it owns its in projection, else its linear layers."""
+    heads, parts = tuple(map(int, mask)), layout.paths(f"{layer.name}.in_proj_weight")
+    attention = layout.name(layer.name)
+    fused = all(part.rpartition(".")[0] == attention for part in parts)  # one or three parameters
+    if fused or not heads:  # without heads the framework's attention could not reshape its layers
+        return [Cut(_path(layout, layer.name), heads, layer.units)]
     kept = keep_index(
         layer.units * layer.unit_width, [Run(0, layer.units, layer.unit_width, mask, layer.name)]
     )
     units = f"{len(heads)} of {layer.units} heads"
     cuts = [Cut(part.removesuffix(".weight"), rows=kept, units=units) for part in parts]
-    return [*cuts, Cut(_place(layout, f"{layer.name}.out_proj"), columns=kept, units=units)]
+    return [*cuts, Cut(_path(layout, f"{layer.name}.out_proj"), columns=kept, units=units)]
 
 
-def _place(layout: Layout, module: str) -> str:
+def _path(layout: Layout, module: str) -> str:
     path = layout.name(module)
     if path is None:
-        raise _needed(module)
+        raise _protected(module)
     return path
 
 
-def _needed(module: str) -> TargetError:
+def _protected(module: str) -> TargetError:
     return TargetError(
-        f"the slim checkpoint cuts {module}, which this framework reads at full width; "
-        f"prune again with --protect '{module}'"
+        f"the slim checkpoint cuts {module}, which this framework reads at full width; prune "
+        f"again with --protect '{module}'"
     )
 
 
 class HeadlessAttention(nn.Module):
-    """Attention of transformers' kind without any head: it returns the out projection's bias.
+    """Attention of transformers without heads; returns the bias of the out projection.
 
     Args:
-        dense: With the linear layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
+        dense: Dense attention with the layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
     """
 
     kept_heads: tuple[int, ...] = ()
@@ -126,18 +124,18 @@ class HeadlessAttention(nn.Module):
     def __init__(self, dense: Any) -> None:
         super().__init__()
         self.num_heads: int = dense.num_heads
-        nothing = torch.empty(0, dtype=torch.int64)
+        no_rows = torch.empty(0, dtype=torch.int64)
         for name in ("q_proj", "k_proj", "v_proj"):
-            self.add_module(name, slim_module(getattr(dense, name), {"out": nothing}))
-        self.out_proj = slim_module(dense.out_proj, {"in": nothing})
+            self.add_module(name, slim_module(getattr(dense, name), {"out": no_rows}))
+        self.out_proj = slim_module(dense.out_proj, {"in": no_rows})
 
-    def forward(self, hidden_states: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, None]:
-        """[B, L, E] to the bias at every token, [B, L, E], and no attention weights."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Map [B, L, E] to the bias at every token, [B, L, E], and no attention weights."""
         return self.out_proj(hidden_states[..., :0]), None
 
 
 def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
-    """Make the slim copy of ``dense`` with the units that ``cut`` keeps.
+    """Create the slim copy of ``dense`` with the units that ``cut`` keeps.
 
     Device, dtype, training mode and ``requires_grad`` are those of ``dense``.
 
@@ -150,13 +148,15 @@ def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
             return slim_module(dense, {k: index for k, index in axes.items() if index is not None})
         except TargetError as error:
             raise TargetError(f"{cut.path}: {error}") from None
-    apart = isinstance(getattr(dense, "q_proj", None), nn.Linear)
-    if apart and cut.heads:
-        raise TargetError(f"{cut.path} has queries, keys and values apart; cut its layers instead")
-    slim: nn.Module = HeadlessAttention(dense) if apart else slim_attention(dense, cut.heads)
-    learns = {name: p.requires_grad for name, p in dense.named_parameters()}
+    separate = isinstance(getattr(dense, "q_proj", None), nn.Linear)
+    if separate and cut.heads:
+        raise TargetError(
+            f"{cut.path} has separate layers for queries, keys and values; cut these layers instead"
+        )
+    slim: nn.Module = HeadlessAttention(dense) if separate else slim_attention(dense, cut.heads)
+    trainable = {name: p.requires_grad for name, p in dense.named_parameters()}
     for name, parameter in slim.named_parameters():
-        parameter.requires_grad_(learns.get(name, False))
+        parameter.requires_grad_(trainable.get(name, False))
     return slim.train(dense.training)
 
 
@@ -164,19 +164,19 @@ def dense_shapes(checkpoint: SlimCheckpoint) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of every tensor of the tower before it was cut, by canonical name."""
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tower().items()}
     for layer in checkpoint.spec.layers:
-        gone = (layer.units - layer.kept) * layer.unit_width
+        removed = (layer.units - layer.kept) * layer.unit_width
         if layer.is_whole_attention:
             for part, axis, times in (
-                ("in_proj_weight", 0, 3),
+                ("in_proj_weight", 0, 3),  # rows of q, k and v
                 ("in_proj_bias", 0, 3),
                 ("out_proj.weight", 1, 1),
             ):
                 if f"{layer.name}.{part}" in shapes:
-                    shapes[f"{layer.name}.{part}"][axis] += gone * times
+                    shapes[f"{layer.name}.{part}"][axis] += removed * times
             continue
         for piece in layer.slices:
-            shapes[f"{piece.module}.weight"][0 if piece.axis == "out" else 1] += gone
-            for what in _ROWS if piece.axis == "out" else ():
-                if f"{piece.module}.{what}" in shapes:
-                    shapes[f"{piece.module}.{what}"][0] += gone
+            shapes[f"{piece.module}.weight"][0 if piece.axis == "out" else 1] += removed
+            for name in _ROWS if piece.axis == "out" else ():
+                if f"{piece.module}.{name}" in shapes:
+                    shapes[f"{piece.module}.{name}"][0] += removed
     return {name: tuple(shape) for name, shape in shapes.items()}

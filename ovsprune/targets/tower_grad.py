@@ -1,4 +1,4 @@
-"""Run a tower with gradients where its framework runs it without them."""
+"""Gradients for a tower that its framework runs under ``torch.no_grad()``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _WithGradients:
     model: nn.Module
     method: Callable[..., Any]
 
-    def __call__(self, *args: Any, **given: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.model.training:
-            return self.method(*args, **given)
+            return self.method(*args, **kwargs)
         with torch.enable_grad():
-            return self.method(*args, **given)
+            return self.method(*args, **kwargs)
 
 
 def enable_tower_grad(model: nn.Module, methods: Iterable[str]) -> Applied:

@@ -91,7 +91,7 @@ def test_a_schedule_is_made_by_the_lines(tmp_path: Path, slim: Path, checkpoint:
     model = MiniSan.with_tower(small_tower(seed=9))
     load_into(model, out)
     space = {"model": model, "total_steps": 8}
-    exec(record["lines"][record["lines"].index("# Which layers") :], space)
+    exec(record["lines"][record["lines"].index("# Schedule:") :], space)
     plan: Any = space["plan"]
     assert (plan.name, plan.total_steps) == ("last-k", 8)
     assert 0 < len(plan.chosen) <= len(plan.layers) / 4 + 1
@@ -100,7 +100,7 @@ def test_a_schedule_is_made_by_the_lines(tmp_path: Path, slim: Path, checkpoint:
         transfer(slim=slim, target="san", policy="alfa", output=tmp_path / "no")
     with pytest.raises(OptionError, match="fraction 2 is outside"):
         transfer(slim=slim, target="san", policy="alpha", fraction=2, output=tmp_path / "no")
-    with pytest.raises(OptionError, match="policy cannot go with a live model"):
+    with pytest.raises(OptionError, match="policy cannot be used with a live model"):
         transfer(model, slim, policy="alpha")
 
 
@@ -122,7 +122,7 @@ def test_newest_slim_is_taken_and_said(
     record = transfer(target="san", progress=progress)
     assert record["slim"].endswith("small-r0.5")
     assert record["output"] == str(tmp_path / "transfer" / "san-small-r0.5")
-    assert any("taking the newest, slim/small-r0.5" in note for note in progress.notes)
+    assert any("using the newest, slim/small-r0.5" in note for note in progress.notes)
 
 
 def test_without_a_slim_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,12 +227,14 @@ def test_example_that_cannot_be_run_changes_nothing(slim: Path) -> None:
 def test_model_that_looks_like_several(slim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MiniSan.with_tower(small_tower())
     monkeypatch.setattr(KeyMap, "missing", lambda self, names: [])
-    with pytest.raises(TargetError, match="looks like .*clipseg and like deeplabv3.*say which"):
+    with pytest.raises(TargetError, match="matches several targets .*clipseg, deeplabv3.*name one"):
         transfer(model, slim)
 
 
 def test_unknown_live_model(slim: Path) -> None:
-    with pytest.raises(TargetError, match="Linear is none of the frameworks .*mmseg-san, .*san"):
+    with pytest.raises(
+        TargetError, match="Linear belongs to none of the known frameworks .*mmseg-san, .*san"
+    ):
         transfer(nn.Linear(2, 2), slim)
 
 
@@ -242,11 +244,11 @@ def test_unknown_target_names_the_closest(slim: Path) -> None:
 
 
 def test_options_of_the_other_way(tmp_path: Path, slim: Path) -> None:
-    with pytest.raises(OptionError, match="output cannot go with a live model"):
+    with pytest.raises(OptionError, match="output cannot be used with a live model"):
         transfer(MiniSan(), slim, output=tmp_path)  # type: ignore[call-overload]
     with pytest.raises(OptionError, match="needs a live model; on disk name one of .*san"):
         transfer(slim=slim)
-    with pytest.raises(OptionError, match="example goes with a live model"):
+    with pytest.raises(OptionError, match="example is only used with a live model"):
         transfer(slim=slim, target="san", example=1)  # type: ignore[call-overload]
 
 
@@ -259,7 +261,7 @@ def test_existing_output(tmp_path: Path, slim: Path) -> None:
     transfer(slim=slim, target="mmseg-san", output=out, overwrite=True)
     assert (out / "transfer.json").read_bytes() != before
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="not part of what `ovsprune transfer` wrote"):
+    with pytest.raises(OutputError, match="not part of the output of `ovsprune transfer`"):
         transfer(slim=slim, target="san", output=out, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
 

@@ -190,7 +190,7 @@ def test_processes_that_it_starts_are_served(place: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sys.exit(3)", "ended with status 3, and until then it had built no model"),
+        ("sys.exit(3)", "ended with status 3 before it built a model"),
         (
             "from framework import clip\nclip.load('small', width=64)",
             r"nothing was replaced: Module: .* class_embedding has shape \(64,\)",
@@ -247,7 +247,7 @@ def test_command_line(place: Path) -> None:
     assert "out\n" in done.stderr
     done = ovsprune("--", *script(place, "import os; assert 'HF_HUB_VERBOSITY' not in os.environ"))
     assert done.returncode == 2
-    assert "Error: nothing was replaced: no builder that is known gave" in done.stderr
+    assert "Error: nothing was replaced: no known builder returned" in done.stderr
     assert ovsprune("--", *script(place, text + "sys.exit(5)")).returncode == 5
 
 
@@ -260,8 +260,8 @@ def test_with_torch_and_safetensors_alone(place: Path) -> None:
     )
     (place / "alone.py").write_text(child)
     parent = (
-        f"{GUARD}\nfrom ovsprune.launching.command import _alone\n"
-        "sys.exit(_alone(['--slim', 'slim', '--', sys.executable, 'alone.py']))\n"
+        f"{GUARD}\nfrom ovsprune.launching.command import main\n"
+        "sys.exit(main(['--slim', 'slim', '--', sys.executable, 'alone.py']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", parent],
@@ -355,17 +355,17 @@ def test_mmsegmentation_trains_and_its_tower_stays_slim(
     needs_mmseg()
     import mmseg
 
-    from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower
+    from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower
 
     tower = small_tower()
     slim = small_slim(tower)
     saved(slim, tmp_path / "slim")
     shape = SanShape.small(tower, heads=4, size=32, activation="quick_gelu")
     dense = build_san(["a", "b"], shape)
-    put_tower(dense, tower)
+    load_tower(dense, tower)
     config = mmseg_config(tmp_path, dense, shape)
     if tuned:
-        put_tower(dense, {name: value * 1.05 for name, value in tower.items()})
+        load_tower(dense, {name: value * 1.05 for name, value in tower.items()})
         torch.save({"state_dict": dense.state_dict()}, tmp_path / "tuned.pth")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(NO_OPERATORS)

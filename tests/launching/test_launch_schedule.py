@@ -11,7 +11,7 @@ import pytest
 
 from ovsprune.core.errors import OptionError, ScheduleError, UnknownNameError
 from ovsprune.launching.command import launch
-from ovsprune.launching.training_loops import _Scheduled
+from ovsprune.launching.training_loops import _ScheduleHooks
 from tests.launching.test_launch import ALONE, place, run, script
 from tests.schedules.helpers import model
 
@@ -157,7 +157,7 @@ def test_what_the_framework_froze_is_opened_for_its_optimiser(rest: str, norms: 
     net = model()
     net.requires_grad_(False)
     settings = {"policy": "alpha-refresh", "target": "auto", "pool": ["blocks.*"], "rest": rest}
-    _Scheduled(settings, lambda record: None).open(net)
+    _ScheduleHooks(settings, lambda record: None).enable_gradients(net)
     opened = {name for name, p in net.named_parameters() if p.requires_grad}
     assert "blocks.1.up.weight" in opened and "head.weight" not in opened
     assert ("blocks.1.norm.weight" in opened) == norms

@@ -75,7 +75,7 @@ def test_the_repair_brings_the_frameworks_own_features_back(slim: Path, backbone
     repaired = ovsprune.transfer(model, slim, **asked, **PICTURES)
     assert error(features(backbone, model), wanted) < 0.8 * plain
     assert repaired.weights == "target"
-    assert "repaired by closed-form on pictures of procedural: relative error 0." in repaired.reason
+    assert "repaired by closed-form on images of procedural: relative error 0." in repaired.reason
     repaired.detach()
     assert unchanged(model, before)
     assert torch.equal(features(backbone, model), wanted)
@@ -103,7 +103,7 @@ def test_on_disk_as_live(slim: Path, backbone: Backbone, tmp_path: Path) -> None
 def test_slim_weights_are_not_repaired_again(slim: Path, backbone: Backbone) -> None:
     model = framework(backbone)
     before = snapshot(model)
-    with pytest.raises(OptionError, match="which are repaired already; leave the pictures out"):
+    with pytest.raises(OptionError, match="which are repaired already; leave out calibration"):
         ovsprune.transfer(model, slim, weights="slim", force=True, **PICTURES)
     assert unchanged(model, before)
 

@@ -22,10 +22,10 @@ def vit_b() -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def _san(vit_b: dict[str, Tensor]) -> nn.Module:
     needs_mmseg()
-    from ovsprune.targets.mmseg_build import build_san, put_tower, scale_bias
+    from ovsprune.targets.mmseg_build import build_san, load_tower, scale_bias
 
     model = build_san(CLASSES, seed=0)
-    put_tower(model, vit_b)
+    load_tower(model, vit_b)
     scale_bias(model, load_pictures(1, 320), std=2.0)
     return model
 

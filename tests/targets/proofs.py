@@ -226,13 +226,13 @@ def tuned_weights_are_cut(case: Case, model: Any) -> None:
     cut = cut_state(own, case.slim.spec, case.slim.mask)
     wanted = case.masked(model)
     with torch.no_grad(), case.target.attach(model, case.slim) as attached:
-        assert attached.weights == "target" and "it tuned its CLIP" in attached.reason
+        assert attached.weights == "target" and "finetuned CLIP" in attached.reason
         found = layout.tower_state(model.state_dict())
         assert found.keys() == cut.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in cut.items())
         assert max(error(case.run(model), wanted).values()) <= BOUND
     with torch.no_grad(), case.target.attach(model, case.slim, weights="slim") as attached:
-        assert attached.weights == "slim" and attached.reason == "as asked"
+        assert attached.weights == "slim" and attached.reason == "as requested"
         found = layout.tower_state(model.state_dict())
         assert all(torch.equal(found[name], t) for name, t in case.slim.tower().items())
 

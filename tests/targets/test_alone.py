@@ -59,4 +59,4 @@ def test_transfers_with_torch_and_safetensors_alone(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "done nothing, since the target has no inputs" in done.stdout
+    assert "done nothing, since the target has no input" in done.stdout

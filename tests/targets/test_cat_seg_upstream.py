@@ -58,7 +58,7 @@ def test_is_recognised(case: Case, model: Any) -> None:
     assert [name for name in knowing if not TARGETS.get(name).fallback] == ["cat-seg"]
     assert case.target.check(model, case.slim) == (
         "slim",
-        f"all {len(case.tower)} tensors of the framework's tower are the base's",
+        f"all {len(case.tower)} tensors of the framework's tower equal the base's",
     )
 
 

@@ -198,7 +198,7 @@ def test_finetuned_tower_keeps_its_own_weights_cut_by_the_mask() -> None:
     model, slim = clipseg(tuned), small_slim()
     wanted = dense_masked(model, slim)
     with TARGET.attach(model, slim) as attached:
-        assert attached.weights == "target" and "it tuned its CLIP" in attached.reason
+        assert attached.weights == "target" and "finetuned CLIP" in attached.reason
         state = TARGET.layout(model.state_dict(), 4).tower_state(model.state_dict())
         cut = cut_state(tuned, slim.spec, slim.mask)
         assert all(torch.equal(state[name], tensor) for name, tensor in cut.items())
@@ -375,7 +375,7 @@ def test_clip_alone_has_the_framework_s_names() -> None:
     state = clipseg(small_tower()).state_dict()
     assert converted.state.keys() < state.keys()
     assert "clip.text_model.encoder.layers.1.self_attn.k_proj.weight" in converted.state
-    assert converted.dropped == {"slim: attn_mask": "has no place in this framework"}
+    assert converted.dropped == {"slim: attn_mask": "this framework does not have it"}
 
 
 def test_half_precision_checkpoint_is_still_the_base() -> None:

@@ -29,7 +29,7 @@ def cases(name: str, **options: Any) -> list[tuple[dict[str, Tensor], SlimCheckp
 def state_of(name: str, tower: dict[str, Tensor], depth: int) -> dict[str, Any]:
     """A checkpoint as the framework would save it, as far as the tables tell."""
     target: Any = TARGETS.get(name)
-    marks = target.places.marks if hasattr(target, "places") else ()
+    marks = target.key_map.marks if hasattr(target, "key_map") else ()
     layout = target.layout(None, depth)
     beside = [f"{mark}.weight" for mark in marks if layout.canonical(f"{mark}.weight") is None]
     state: dict[str, Any] = {name: torch.ones(2) for name in [*beside, "adapter.weight"]}
@@ -48,14 +48,14 @@ def test_has_a_page_and_a_summary(name: str) -> None:
 def test_names_go_both_ways_for_every_tensor(name: str) -> None:
     for tower, _, depth in cases(name):
         layout = TARGETS.get(name).layout(None, depth)
-        here = {k: v for k, v in tower.items() if layout.lacks(k) is None}
-        places = {canonical: layout.places(canonical) for canonical in here}
+        here = {k: v for k, v in tower.items() if layout.absent_reason(k) is None}
+        places = {canonical: layout.paths(canonical) for canonical in here}
         every = [path for paths in places.values() for path in paths]
         assert all(places.values()) and len(set(every)) == len(every) >= len(here) > 0
         for canonical, paths in places.items():
             assert {layout.canonical(path) for path in paths} == {canonical}
             assert set(layout.to_framework(canonical, tower[canonical])) == set(paths)
-        assert not any(layout.places(canonical) for canonical in tower.keys() - here.keys())
+        assert not any(layout.paths(canonical) for canonical in tower.keys() - here.keys())
         back = layout.tower_state(in_framework(here, layout))
         assert back.keys() == here.keys()
         assert all(torch.equal(back[k], v) for k, v in here.items())

@@ -237,7 +237,7 @@ def test_what_cannot_be_taken_is_refused_untouched(
 
 def test_slim_weights_are_refused(slim: SlimCheckpoint) -> None:
     model = deeplab()
-    with pytest.raises(TargetError, match="only the mask carries over: .*--weights target"):
+    with pytest.raises(TargetError, match="only the mask can be used: .*--weights target"):
         TARGET.attach(model, slim, weights="slim")
     with pytest.raises(TargetError, match="no checkpoint of it was given; give one"):
         TARGET.convert(None, slim)

@@ -50,7 +50,7 @@ def test_detach_gives_all_of_it_back(kind: str) -> None:
     for _ in range(2):
         attached = TARGET.attach(model, slim)
         assert all(name.startswith("backbone.clip_model.visual.") for name in attached.replaced)
-        assert "bridged to today's libraries: backbone.encode_text" in attached.notes
+        assert "adapted to current libraries: backbone.encode_text" in attached.notes
         attached.detach()
         assert unchanged(model, before) and vars(model.backbone) == own
         now = dict(model.named_modules())

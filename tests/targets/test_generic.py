@@ -138,7 +138,7 @@ def test_the_report_says_what_was_found_and_what_is_not_proven(name: str) -> Non
     with TARGET.attach(model, slim) as report:
         first, last = report.notes[0], report.notes[-1]
         assert first.startswith("found: a tower") and "encoder.visual" in first
-        assert last.startswith("not proven: who else reads inside the tower")
+        assert last.startswith("not verified: other code that reads inside the tower")
         assert all(note in str(report) for note in report.notes)
         assert report.trainable == ("encoder.visual.*",)
 
@@ -198,7 +198,9 @@ def test_several_towers_are_named() -> None:
     model, slim, _ = case("open_clip")
     model.teacher = open_clip_vit()
     before = snapshot(model)
-    with pytest.raises(TargetError, match=r"holds 2 such towers \(encoder.visual, teacher\)"):
+    with pytest.raises(
+        TargetError, match=r"has 2 towers of the kind vit \(encoder.visual, teacher\)"
+    ):
         TARGET.attach(model, slim)
     assert unchanged(model, before)
     TARGET.attach(model.encoder, slim).detach()
@@ -207,7 +209,7 @@ def test_several_towers_are_named() -> None:
 def test_without_a_tower_and_without_a_checkpoint() -> None:
     with pytest.raises(TargetError, match="Linear is not a model with a CLIP tower .*prefix_map"):
         TARGET.attach(nn.Linear(2, 2), small_slim())
-    with pytest.raises(TargetError, match="tells; give one"):
+    with pytest.raises(TargetError, match="to locate the tower; give one"):
         TARGET.convert(None, small_slim())
     model, _, _ = case("resnet")
     with pytest.raises(TargetError, match="Segmenter is not a model with a CLIP tower"):

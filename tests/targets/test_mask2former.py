@@ -140,7 +140,7 @@ def test_the_attention_pool_may_be_missing_and_no_more() -> None:
 
 def test_slim_weights_of_clip_are_refused_by_a_plain_network() -> None:
     model, slim = made("plain")
-    with pytest.raises(TargetError, match="only the mask carries over: .*another stem"):
+    with pytest.raises(TargetError, match="only the mask can be used: .*another stem"):
         TARGET.attach(model, slim, weights="slim")
 
 

@@ -25,11 +25,11 @@ def masks_of(tower: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def mmseg_san(tower: dict[str, Tensor]) -> nn.Module:
     needs_mmseg()
-    from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower
+    from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower
 
     shape = SanShape.small(tower, heads=4, size=32, activation="quick_gelu")
     model = build_san(["a", "b"], shape)
-    put_tower(model, tower)
+    load_tower(model, tower)
     return model
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import MissingLibraryError, OptionError, TargetError
 from ovsprune.jobs.transfer import transfer
 from ovsprune.targets import TARGETS, load_into, mmseg_build
-from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower, run_san
+from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower, run_san
 from tests.targets.by_hand import needs_mmseg, saved, small_slim, small_tower
 
 pytestmark = pytest.mark.framework
@@ -26,7 +26,7 @@ def small_san(tower: dict[str, Tensor], seed: int = 0) -> nn.Module:
     needs_mmseg()
     shape = SanShape.small(tower, heads=4, size=32, activation="quick_gelu")
     model = build_san(CLASSES, shape, seed=seed)
-    put_tower(model, tower)
+    load_tower(model, tower)
     with torch.no_grad():  # as training would
         model.get_parameter("image_encoder.pos_embed").add_(0.25)
     return model
@@ -104,7 +104,7 @@ def test_clip_alone_names_are_the_framework_s(tmp_path: Path) -> None:
     )
     converted = TARGET.convert(None, slim)
     assert converted.state.keys() < small_san(small_tower()).state_dict().keys()
-    assert converted.dropped == {"slim: attn_mask": "has no place in this framework"}
+    assert converted.dropped == {"slim: attn_mask": "this framework does not have it"}
     assert converted.state["text_encoder.transformer.0.ffns.0.layers.1.weight"].shape == (32, 128)
 
 
@@ -118,7 +118,9 @@ def test_every_parameter_is_initialised() -> None:
 
 def test_builder_refuses_what_the_framework_cannot_build() -> None:
     needs_mmseg()
-    with pytest.raises(OptionError, match="multiple of the tower's; 100 is none of 32"):
+    with pytest.raises(
+        OptionError, match="mlp is 100, expected a multiple of the tower's width, 32"
+    ):
         build_san(CLASSES, SanShape(width=32, mlp=100))
 
 
@@ -126,7 +128,7 @@ def test_put_tower_refuses_another_depth() -> None:
     tower = small_tower()
     model = small_san(tower)
     with pytest.raises(TargetError, match="has 4 CLIP blocks here, the slim tower has 3"):
-        put_tower(model, {k: v for k, v in tower.items() if "resblocks.3" not in k})
+        load_tower(model, {k: v for k, v in tower.items() if "resblocks.3" not in k})
 
 
 def test_put_tower_refuses_a_tower_with_a_part_missing() -> None:
@@ -134,7 +136,7 @@ def test_put_tower_refuses_a_tower_with_a_part_missing() -> None:
     model = small_san(tower)
     tower.pop("ln_post.bias")
     with pytest.raises(OptionError, match="ln_post.bias'] are in one of them only"):
-        put_tower(model, tower)
+        load_tower(model, tower)
 
 
 def test_stand_in_operators_refuse_to_run_and_go_away() -> None:
@@ -142,7 +144,7 @@ def test_stand_in_operators_refuse_to_run_and_go_away() -> None:
     before = sys.modules.get("mmcv._ext")
     with mmseg_build.mmcv_operators():
         extension: Any = sys.modules["mmcv._ext"]
-        if isinstance(extension, mmseg_build._StandIn):
+        if isinstance(extension, mmseg_build._ExtensionStub):
             with pytest.raises(MissingLibraryError, match="compiled operator nms is needed"):
                 extension.nms(1)
     assert sys.modules.get("mmcv._ext") is before

@@ -152,7 +152,7 @@ def test_target_weights_are_cut_by_the_mask(san: nn.Module, slim: SlimCheckpoint
 def test_auto_tells_base_from_finetuned(san: nn.Module, slim: SlimCheckpoint) -> None:
     weights, reason = TARGET.check(san, slim)
     assert weights == "slim"
-    assert reason == "all 151 tensors of the framework's tower are the base's"
+    assert reason == "all 151 tensors of the framework's tower equal the base's"
     name = "transformer.resblocks.5.mlp.c_fc.weight"
     other = {**slim.spec.base.tensors, name: "0" * 64}
     base = replace(slim.spec.base, tensors=other, half={})

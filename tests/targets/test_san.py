@@ -14,7 +14,7 @@ from ovsprune.core.errors import CheckpointError, OptionError, TargetError
 from ovsprune.slim import SlimAttention, SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
 from ovsprune.targets import TARGETS, load_into
-from ovsprune.targets.output import check_place, write_output
+from ovsprune.targets.output import check_transfer_output, write_output
 from tests.targets.by_hand import MiniSan, error, masked, slim_by_hand, small_slim, small_tower
 
 SAN = TARGETS.get("san")
@@ -102,7 +102,7 @@ def test_finetuned_tower_keeps_its_own_weights_cut_by_the_mask() -> None:
     layout = SAN.layout(model.state_dict(), 4)
     wanted = cut_state(tuned, slim.spec, slim.mask)
     with SAN.attach(model, slim) as attached:
-        assert attached.weights == "target" and "it tuned its CLIP" in attached.reason
+        assert attached.weights == "target" and "finetuned CLIP" in attached.reason
         state = model.state_dict()
         for canonical, tensor in wanted.items():
             if canonical != "positional_embedding":
@@ -259,7 +259,7 @@ def test_load_leaves_a_model_that_does_not_fit_as_it_was(tmp_path: Path) -> None
 def test_load_refuses_damage(tmp_path: Path) -> None:
     model, slim = MiniSan.with_tower(small_tower()), small_slim()
     out = tmp_path / "out"
-    write_output(check_place(out, False), converted(model, slim), {"target": "san"}, "")
+    write_output(check_transfer_output(out, False), converted(model, slim), {"target": "san"}, "")
     with pytest.raises(CheckpointError, match="cannot be read.*`ovsprune transfer` wrote"):
         load_into(model, tmp_path)
     record = (out / "transfer.json").read_text()
@@ -267,10 +267,10 @@ def test_load_refuses_damage(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lacks cuts"):
         load_into(model, out)
     (out / "transfer.json").write_text(record[:50])
-    with pytest.raises(CheckpointError, match="is no JSON"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         load_into(model, out)
     (out / "transfer.json").write_text(record)
     raw = (out / "model.safetensors").read_bytes()
     (out / "model.safetensors").write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="is not the file that was written"):
+    with pytest.raises(CheckpointError, match="does not have the recorded SHA-256"):
         load_into(model, out)

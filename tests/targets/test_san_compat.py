@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ovsprune.core.errors import UnknownNameError
 from ovsprune.slim import SlimAttention
 from ovsprune.targets import apply_compat
-from ovsprune.targets.san_compat import attend_and_self, make_old
+from ovsprune.targets.san_compat import cross_attention_with_self, restore_old_interface
 
 VISUAL = """
 class FeatureExtractor:
@@ -99,10 +99,10 @@ def test_blocks_take_the_old_order_after_the_bridge(san: None) -> None:
 
 def test_what_has_the_old_form_stays() -> None:
     model = clip()
-    make_old(model.visual)
+    restore_old_interface(model.visual)
     mark = model.visual.patchnorm_pre_ln
     model.visual.input_patchnorm = True
-    make_old(model.visual)
+    restore_old_interface(model.visual)
     assert model.visual.input_patchnorm is True and model.visual.patchnorm_pre_ln is mark
 
 
@@ -131,10 +131,10 @@ def test_cross_attention_at_kept_heads(san: None, kept: tuple[int, ...]) -> None
     gone[list(kept)] = False
     dense.out_proj.weight[:, gone.repeat_interleave(8)] = 0
     wanted = dense_cross(dense, q, memory, bias)
-    assert torch.allclose(attend_and_self(slim, q, memory, bias), wanted, atol=1e-5)
+    assert torch.allclose(cross_attention_with_self(slim, q, memory, bias), wanted, atol=1e-5)
     if 0 < len(kept) < 4:
         rolled = bias.unflatten(0, (2, 4)).roll(1, dims=1).flatten(0, 1)
-        assert (attend_and_self(slim, q, memory, rolled) - wanted).abs().max() > 0.01
+        assert (cross_attention_with_self(slim, q, memory, rolled) - wanted).abs().max() > 0.01
     apply_compat("san")
     helper = importlib.import_module("san.model.attn_helper")
     found, weights = helper.cross_attn_with_self_bias(slim, q, memory, memory, attn_mask=bias)

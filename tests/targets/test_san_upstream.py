@@ -89,7 +89,7 @@ def test_it_is_recognised(built: Built) -> None:
     }
     weights, reason = TARGET.check(model, slim)
     assert weights == "slim"
-    assert reason == f"all {len(tower()) - 1} tensors of the framework's tower are the base's"
+    assert reason == f"all {len(tower()) - 1} tensors of the framework's tower equal the base's"
 
 
 @pytest.mark.parametrize("side", [128, 192])

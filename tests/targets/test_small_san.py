@@ -39,9 +39,9 @@ def san(tiny: Any, images: Tensor) -> nn.Module:
     from ovsprune.targets.mmseg_build import (
         SanShape,
         build_san,
-        class_texts,
-        put_tower,
+        load_tower,
         scale_bias,
+        set_class_embeddings,
     )
 
     names = list(CLASS_NAMES)
@@ -51,9 +51,9 @@ def san(tiny: Any, images: Tensor) -> nn.Module:
         tower, heads=heads, size=tiny.preprocess.size[0], activation=tiny.activation
     )
     model = build_san(names, shape)
-    put_tower(model, tower)
+    load_tower(model, tower)
     texts = tiny.encode_text([f"a photo of a {name}" for name in names])
-    class_texts(model, dict(zip(names, texts, strict=True)), 100.0)
+    set_class_embeddings(model, dict(zip(names, texts, strict=True)), 100.0)
     scale_bias(model, images, std=1.0)
     return model
 

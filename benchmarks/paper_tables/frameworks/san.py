@@ -22,7 +22,7 @@ class San(nn.Module):
 
     def __init__(self, tower: Any, classes: int, seed: int) -> None:
         super().__init__()
-        from ovsprune.targets.mmseg_build import SanShape, build_san, put_tower
+        from ovsprune.targets.mmseg_build import SanShape, build_san, load_tower
 
         state = tower.state_dict()
         heads = tower.transformer.resblocks[0].attn.num_heads
@@ -30,7 +30,7 @@ class San(nn.Module):
         shape = SanShape.small(state, heads=heads, size=side, activation="gelu")
         self.names = [str(i) for i in range(classes)]
         self.model: Any = build_san(self.names, shape, seed=seed)
-        put_tower(self.model, state)
+        load_tower(self.model, state)
         # Its text tower is never run: the texts are given.
         self.model.text_encoder.logit_scale.data.fill_(4.0)
         for name, parameter in self.model.named_parameters():

@@ -1,6 +1,7 @@
-"""Runs at the start of every Python that a launched command starts, before its script.
+"""Startup code of every Python process of a launched command; runs before its script.
 
-No large library is imported before a watched module is: most processes never build a model.
+No large library is imported until a watched module is imported, because most processes never build
+a model.
 """
 
 import importlib
@@ -9,27 +10,28 @@ import os
 import sys
 
 
-def _others() -> None:
+def _run_shadowed() -> None:
     """Run the sitecustomize that this one shadows, if there is one."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
-    mine = sys.modules.pop("sitecustomize", None)
+    directory = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != directory]
+    this_module = sys.modules.pop("sitecustomize", None)
     try:
         importlib.import_module("sitecustomize")
     except ImportError as error:
         if error.name != "sitecustomize":
             raise
-        if mine is not None:
-            sys.modules["sitecustomize"] = mine
+        if this_module is not None:
+            sys.modules["sitecustomize"] = this_module
 
 
 def _watch(document: str) -> None:
+    """Call the handler of the parent process when a watched module is imported."""
     try:
         from ovsprune.core.import_hooks import watch
     except ImportError as error:
         from importlib.util import find_spec
 
-        if find_spec("torch") is not None:  # it could run a framework: do not let it, dense
+        if find_spec("torch") is not None:  # it could train a dense model unnoticed
             sys.exit(
                 f"ovsprune: {sys.executable} cannot import ovsprune ({error}); install it there "
                 "(pip install --no-deps ovsprune)"
@@ -38,13 +40,13 @@ def _watch(document: str) -> None:
 
     settings = json.loads(document)
 
-    def told(module: object) -> None:
-        # the parent names its own module, so that nothing here imports a room above
-        importlib.import_module(settings["handler"]).told(module, document)
+    def on_import(module: object) -> None:
+        # the parent process names the handler, so that this file imports nothing but the core
+        importlib.import_module(settings["handler"]).on_import(module, document)
 
-    watch(settings["watched"], told)
+    watch(settings["watched"], on_import)
 
 
 if os.environ.get("OVSPRUNE_LAUNCHED"):
     _watch(os.environ["OVSPRUNE_LAUNCHED"])
-_others()  # afterwards: it may import a framework
+_run_shadowed()  # after _watch, because it may import a framework
