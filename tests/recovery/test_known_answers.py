@@ -166,7 +166,7 @@ def test_massive_tokens_do_not_dominate_the_selection() -> None:
 
 
 def test_kept_units_take_over_the_function_of_cut_units(case: Case) -> None:
-    """Units with equal columns can be replaced by their sum, which only the producer can compute."""
+    """Units with equal columns can be replaced by their sum; only the producer can compute it."""
     group = mlp(case)
     first = producer(case, group)
     consumer = case.dense.get_submodule(group.consumer)
