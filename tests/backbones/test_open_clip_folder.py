@@ -58,7 +58,7 @@ def test_weights_of_the_image_tower_alone_give_a_model_without_text(folder: Path
     images = torch.randn(1, 3, 48, 48)
     assert torch.equal(bare.dense(images), whole.dense(images))
     assert not bare.has_text
-    with pytest.raises(WeightsError, match="no text tower"):
+    with pytest.raises(WeightsError, match="without a text tower"):
         bare.encode_text(["a cat"])
 
 

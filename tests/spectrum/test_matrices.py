@@ -43,7 +43,7 @@ def test_queries_keys_and_values_are_told_apart_and_the_output_projection_counts
 def test_slim_attention_with_fused_and_apart_weights() -> None:
     slim = SlimAttention(16, 4, (0, 2, 3))
     assert [m.weight.shape[0] for m in matrices(slim)] == [12, 12, 12, 16]
-    apart = SlimAttention(16, 4, (0, 2), apart=True)
+    apart = SlimAttention(16, 4, (0, 2), separate_qkv=True)
     assert list(named(apart)) == ["q", "k", "v", "out_proj"]
     assert named(apart)["k"][0] == "k_proj_weight"
     nothing = SlimAttention(16, 4, ())
