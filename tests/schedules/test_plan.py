@@ -360,7 +360,7 @@ def test_the_pool_is_stated_and_can_be_changed():
         (
             {"policy": "alpha-refresh"},
             OptionError,
-            "alpha-refresh changes its choice .*total_steps",
+            "alpha-refresh changes .*total_steps",
         ),
         ({"total_steps": 0}, OptionError, "total_steps 0 must be 1 or more"),
         ({"every": 0}, OptionError, "every 0 must be 1 step or more"),
