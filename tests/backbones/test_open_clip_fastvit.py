@@ -174,6 +174,7 @@ torch.save((tower(images), tower.dense(images)), sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
     """A model that timm itself has; its last stage attends, and is all that is cut."""
     vision = {"timm_model_name": "fastvit_sa12", "timm_proj": None, "image_size": 64}

@@ -171,6 +171,7 @@ def test_the_checkpoint_comes_back_and_goes_on_a_tower(
     assert not torch.equal(mine(images), done.tower(images))  # cut, and not repaired
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_another_process_loads_both_bit_for_bit(tmp_path: Path) -> None:
     """The process knows timm's models and these two."""

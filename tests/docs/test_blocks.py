@@ -63,8 +63,17 @@ def test_blocks_that_run_are_found() -> None:
     assert {"README.md", "docs/quickstart.md", "docs/extend/criterion.md"} <= set(found)
 
 
+SLOW = {"docs/export.md", "docs/how-it-works/importance.md", "docs/recipes.md"}
+"""Pages with several prunes or exports of ``tiny``, of which other tests run small ones."""
+
+
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(b.mark == "run" for b in blocks(p))], ids=name_of
+    "page",
+    [
+        pytest.param(p, id=name_of(p), marks=pytest.mark.slow if name_of(p) in SLOW else ())
+        for p in PAGES
+        if any(b.mark == "run" for b in blocks(p))
+    ],
 )
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of a page in a directory of their own and with one set of Python names.

@@ -111,6 +111,7 @@ torch.save((tower(torch.load(sys.argv[2])), tower.dense(torch.load(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
     """A model that timm itself has."""
     config = {
