@@ -143,11 +143,7 @@ def _pruned(state: Mapping[str, Any]) -> list[str]:
 
 
 def _mask(state: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
-    """Return the bool mask of a parameter.
-
-    Raises:
-        CheckpointError: It is not binary, or its shape is not that of the weight.
-    """
+    """Return the mask of a parameter, checked, as bool of the weight's shape."""
     mask = state[f"{name}_mask"]
     if not ((mask == 0) | (mask == 1)).all():
         raise CheckpointError(
@@ -178,11 +174,7 @@ def _check_form(path: Path, form: str, weights: Mapping[str, Tensor] | None) -> 
 def _torch_form(
     masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Return the state dict in the format of torch.nn.utils.prune.
-
-    Raises:
-        CheckpointError: A mask has no weight, or one of another shape.
-    """
+    """Return the state dict in the format of torch.nn.utils.prune."""
     if weights is None:
         return {f"{name}_mask": mask.float() for name, mask in masks.items()}
     for name, mask in masks.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,9 +46,7 @@ def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
     Raises:
         CheckpointError: ``packed`` has another length or dtype, or padding bits that are not 0.
     """
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
     size = -(-count // 8)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
         raise CheckpointError(
@@ -112,11 +111,7 @@ def is_packed(path: Path) -> bool:
 
 
 def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
-    """Parse the shapes in the header; ``at`` names the header in messages.
-
-    Raises:
-        CheckpointError: The header is invalid or has an unknown version.
-    """
+    """Parse the shapes in the header; ``at`` names the header in messages."""
     data = fields.record(fields.parse(document, at), at, ("format_version", "shapes"))
     version = fields.integer(data["format_version"], f"{at}: format_version", 1)
     if version != _VERSION:

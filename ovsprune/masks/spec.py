@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.records import Costs, Preprocess
 from ovsprune.slim import config, fields
-from ovsprune.slim.spec import ACTIVATIONS, BaseSpec, FileSpec
+from ovsprune.slim.spec import BaseSpec, FileSpec
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MASKS", "NOTE", "MaskedSpec", "WeightSpec"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "KIND", "MASKS", "NOTE", "MaskedSpec", "WeightSpec"]
 
 FORMAT = "ovsprune-unstructured"
 FORMAT_VERSION = 1
+KIND = "unstructured"
 MASKS = "masks.safetensors"
 NOTE = (
     "Unstructured: single weights are zero, and every tensor keeps its shape. This saves storage, "
@@ -24,30 +25,10 @@ NOTE = (
 )
 """Note in the config of every unstructured checkpoint."""
 
-_FIELDS = (
-    "format",
-    "format_version",
-    "kind",
-    "note",
-    "base",
-    "family",
-    "library",
-    "library_version",
-    "architecture",
-    "activation",
-    "preprocess",
-    "weights",
-    "excluded",
-    "dense",
-    "nonzero",
-    "files",
-    "provenance",
-)
-
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight under a mask.
+    """Weight under a mask.
 
     Attributes:
         name: Dotted name of the parameter in the tower.
@@ -62,10 +43,7 @@ class WeightSpec:
     @property
     def count(self) -> int:
         """Number of entries."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -118,30 +96,11 @@ class MaskedSpec:
         Raises:
             CheckpointError: ``architecture`` or ``provenance`` contain values that are not JSON.
         """
-        weights = [
-            {"name": w.name, "shape": list(w.shape), "zeros": w.zeros, "sparsity": w.sparsity}
-            for w in self.weights
-        ]
-        document = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "kind": "unstructured",
-            "note": NOTE,
-            "base": config.base_document(self.base),
-            "family": self.family,
-            "library": self.library,
-            "library_version": self.library_version,
-            "architecture": fields.json_value(self.architecture, "architecture"),
-            "activation": self.activation,
-            "preprocess": config.preprocess_document(self.preprocess),
-            "weights": weights,
-            "excluded": list(self.excluded),
-            "dense": {"macs": self.dense.macs, "params": self.dense.params},
-            "nonzero": {"macs": self.nonzero.macs, "params": self.nonzero.params},
-            "files": config.files_document(self.files),
-            "provenance": fields.json_value(self.provenance, "provenance"),
-        }
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        document = config.spec_document(self)
+        for entry, weight in zip(document["weights"], self.weights, strict=True):
+            entry["sparsity"] = weight.sparsity
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": KIND, "note": NOTE}
+        return config.to_text({**header, **document})
 
     @classmethod
     def from_json(cls, document: str | bytes, at: str) -> MaskedSpec:
@@ -166,34 +125,21 @@ class MaskedSpec:
                 f"{at}: format_version is {version}, but this version of ovsprune reads "
                 f"{FORMAT_VERSION}; install a newer version, or prune again with this one"
             )
-        fields.record(data, at, _FIELDS)
-        fields.choice(data["kind"], f"{at}: kind", ("unstructured",))
-        for name in ("architecture", "provenance"):
-            if not isinstance(data[name], dict):
-                raise CheckpointError(f"{at}: {name} is not an object; copy the file again")
+        header = ("format", "format_version", "kind", "note")
+        fields.record(data, at, (*header, *config.field_names(cls)))
+        fields.choice(data["kind"], f"{at}: kind", (KIND,))
         entries = fields.array(data["weights"], f"{at}: weights")
         weights = tuple(_weight(entry, f"{at}: weights[{i}]") for i, entry in enumerate(entries))
         if not weights or len({w.name for w in weights}) < len(weights):
             raise CheckpointError(f"{at}: weights is empty or lists a name twice; copy it again")
         return cls(
-            base=config.parse_base(data["base"], f"{at}: base"),
-            family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
-            library=fields.text(data["library"], f"{at}: library", r"[A-Za-z0-9_.-]+"),
-            library_version=fields.text(
-                data["library_version"], f"{at}: library_version", r"[A-Za-z0-9_.!+-]+"
-            ),
-            architecture=data["architecture"],
-            activation=fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
-            preprocess=config.parse_preprocess(data["preprocess"], f"{at}: preprocess"),
+            **config.parse_tower(data, at),
             weights=weights,
             excluded=tuple(
-                fields.text(item, f"{at}: excluded[{i}]", fields.DOTTED)
-                for i, item in enumerate(fields.array(data["excluded"], f"{at}: excluded"))
+                fields.text(name, f"{at}: excluded[{i}]", fields.DOTTED)
+                for i, name in enumerate(fields.array(data["excluded"], f"{at}: excluded"))
             ),
-            dense=config.parse_costs(data["dense"], f"{at}: dense"),
             nonzero=config.parse_costs(data["nonzero"], f"{at}: nonzero"),
-            files=config.parse_files(data["files"], f"{at}: files"),
-            provenance=data["provenance"],
         )
 
 

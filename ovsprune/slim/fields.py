@@ -1,7 +1,7 @@
 """Checks of values from untrusted JSON; each message names the field and the remedy.
 
-Each function returns its first argument ``value`` if it is valid. ``where`` is the location of the
-value, for messages.
+Each function returns its first argument ``value`` if it is valid, and raises a ``CheckpointError``
+otherwise. ``where`` is the location of the value, for messages.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def _shown(value: Any) -> str:
 
 
 def _wrong(where: str, value: Any, expected: str) -> CheckpointError:
+    """Return the error for a value that is not as expected."""
     return CheckpointError(
         f"{where} is {_shown(value)}, expected {expected}; the file was edited or damaged: copy "
         "or write the checkpoint again"
@@ -59,20 +60,20 @@ def parse(document: str | bytes, source: str) -> Any:
         CheckpointError: The document is invalid; the message names ``source`` and the position.
     """
 
-    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    def to_dict(entries: list[tuple[str, Any]]) -> dict[str, Any]:
         unique = dict(entries)
         if len(unique) < len(entries):
             names = [name for name, _ in entries]
-            double = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {_shown(double)} occurs twice in one object")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {_shown(repeated)} occurs twice in one object")
         return unique
 
-    def constant(name: str) -> Any:
+    def refuse_constant(name: str) -> Any:  # json accepts NaN and Infinity by default
         raise ValueError(f"{name} is no JSON number")
 
     try:
         decoded = document.decode("utf-8") if isinstance(document, bytes) else document
-        return json.loads(decoded, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(decoded, object_pairs_hook=to_dict, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{source} is not the JSON of a slim checkpoint ({str(error) or 'nested too deeply'}); "
@@ -83,11 +84,7 @@ def parse(document: str | bytes, source: str) -> Any:
 def record(
     value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Check that a value is a JSON object with all required keys and no unknown ones.
-
-    Raises:
-        CheckpointError: It is not an object, lacks a required key, or has an unknown one.
-    """
+    """Check that a value is a JSON object with all required keys and no unknown ones."""
     if not isinstance(value, dict):
         raise _wrong(where, value, "an object")
     missing = [key for key in required if key not in value]
@@ -107,13 +104,9 @@ def record(
     return value
 
 
-def text(value: Any, where: str, pattern: str | None = None, *, empty: bool = False) -> str:
-    """Check that a value is a printable string that fully matches ``pattern``.
-
-    Raises:
-        CheckpointError: It is not such a string, or has more than 4096 characters.
-    """
-    if not isinstance(value, str) or not (value or empty) or not value.isprintable():
+def text(value: Any, where: str, pattern: str | None = None) -> str:
+    """Check that a value is a printable string that fully matches ``pattern``, up to 4096 long."""
+    if not isinstance(value, str) or not value or not value.isprintable():
         raise _wrong(where, value, "a string of printable characters")
     if len(value) > 4096:
         raise _wrong(where, value, "a string of at most 4096 characters")
@@ -123,44 +116,28 @@ def text(value: Any, where: str, pattern: str | None = None, *, empty: bool = Fa
 
 
 def choice(value: Any, where: str, known: Sequence[str]) -> str:
-    """Check that a value is one of the strings in ``known``.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is one of the strings in ``known``."""
     if not isinstance(value, str) or value not in known:
         raise _wrong(where, value, f"one of {', '.join(known)}")
     return value
 
 
 def integer(value: Any, where: str, least: int = 0) -> int:
-    """Check that a value is an integer of at least ``least`` and at most 2**63 - 1.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is an integer of at least ``least`` and at most 2**63 - 1."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
         raise _wrong(where, value, f"a whole number of at least {least}")
     return value
 
 
 def boolean(value: Any, where: str) -> bool:
-    """Check that a value is true or false.
-
-    Raises:
-        CheckpointError: It is neither.
-    """
+    """Check that a value is true or false."""
     if not isinstance(value, bool):
         raise _wrong(where, value, "true or false")
     return value
 
 
 def array(value: Any, where: str, length: int | None = None) -> list[Any]:
-    """Check that a value is a JSON array, with ``length`` entries unless that is None.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is a JSON array, with ``length`` entries unless that is None."""
     expected = "an array" if length is None else f"an array of {length}"
     if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
         raise _wrong(where, value, expected)
@@ -168,16 +145,12 @@ def array(value: Any, where: str, length: int | None = None) -> list[Any]:
 
 
 def number(value: Any, where: str) -> float:
-    """Check that a value is a finite number, and return it as a float.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is a finite number, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _wrong(where, value, "a number")
     try:
         as_float = float(value)
-    except OverflowError:
+    except OverflowError:  # integers in JSON have no bound
         as_float = math.inf
     if not math.isfinite(as_float):
         raise _wrong(where, value, "a finite number")
@@ -185,11 +158,7 @@ def number(value: Any, where: str) -> float:
 
 
 def json_value(value: Any, where: str) -> Any:
-    """Return a copy of a value that consists of plain JSON data; mappings become dicts.
-
-    Raises:
-        CheckpointError: The value cannot be written as JSON.
-    """
+    """Return a copy of a value that consists of plain JSON data; mappings become dicts."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):  # File names can contain surrogates, which UTF-8 cannot encode.

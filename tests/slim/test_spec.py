@@ -112,8 +112,8 @@ def test_the_schema_says_what_the_reader_says() -> None:
 
 
 BAD: dict[str, tuple[Change, str]] = {
-    "another format": (lambda d: d.update(format="safetensors"), "no slim checkpoint"),
-    "no format": (lambda d: d.pop("format"), "no slim checkpoint"),
+    "another format": (lambda d: d.update(format="safetensors"), "not the config of a slim checkpoint"),
+    "no format": (lambda d: d.pop("format"), "not the config of a slim checkpoint"),
     "version 2": (lambda d: d.update(format_version=2), "format_version is 2, this ovsprune reads"),
     "version 3": (
         lambda d: d.update(format_version=3, interface=["transformer.stream"]),
@@ -178,10 +178,10 @@ def test_bad_documents_are_refused_by_reader_and_schema(name: str) -> None:
         (b"", "is not the JSON of a slim checkpoint"),
         (b"\xff\xfe{}", "is not the JSON of a slim checkpoint"),
         ("[" * 100_000, "nested too deeply|recursion"),
-        ("[]", "no slim checkpoint"),
+        ("[]", "not the config of a slim"),
         ('{"format": 1, "format": 2}', "'format' occurs twice"),
         ('{"format": NaN}', "NaN is no JSON number"),
-        ("9" * 5000, "is not the JSON|no slim checkpoint"),
+        ("9" * 5000, "is not the JSON|not the config of a slim"),
     ],
 )
 def test_what_is_no_json_object_is_refused(document: str | bytes, message: str) -> None:
