@@ -12,11 +12,11 @@ from ovsprune.core.records import Costs, Preprocess
 from ovsprune.slim import config, fields
 from ovsprune.slim.spec import BaseSpec, FileSpec
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "KIND", "MASKS", "NOTE", "MaskedSpec", "WeightSpec"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "MASKS", "NOTE", "MaskedSpec", "WeightSpec"]
 
 FORMAT = "ovsprune-unstructured"
 FORMAT_VERSION = 1
-KIND = "unstructured"
+_KIND = "unstructured"
 MASKS = "masks.safetensors"
 NOTE = (
     "Unstructured: single weights are zero, and every tensor keeps its shape. This saves storage, "
@@ -99,7 +99,7 @@ class MaskedSpec:
         document = config.spec_document(self)
         for entry, weight in zip(document["weights"], self.weights, strict=True):
             entry["sparsity"] = weight.sparsity
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": KIND, "note": NOTE}
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": _KIND, "note": NOTE}
         return config.to_text({**header, **document})
 
     @classmethod
@@ -127,7 +127,7 @@ class MaskedSpec:
             )
         header = ("format", "format_version", "kind", "note")
         fields.record(data, at, (*header, *config.field_names(cls)))
-        fields.choice(data["kind"], f"{at}: kind", (KIND,))
+        fields.choice(data["kind"], f"{at}: kind", (_KIND,))
         entries = fields.array(data["weights"], f"{at}: weights")
         weights = tuple(_weight(entry, f"{at}: weights[{i}]") for i, entry in enumerate(entries))
         if not weights or len({w.name for w in weights}) < len(weights):

@@ -104,7 +104,8 @@ def read_config(directory: str | os.PathLike[str]) -> tuple[bytes, Path]:
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(
-            f"{path} {problem}; name the directory of a slim checkpoint, as `ovsprune prune` writes it"
+            f"{path} {problem}; name the directory of a slim checkpoint, as `ovsprune prune` "
+            "writes it"
         )
     file = _file(path, CONFIG)
     try:
