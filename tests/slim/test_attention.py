@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.masks import gather_heads
+from ovsprune.slim.attention_masks import gather_heads
 
 N, L, S, E, H = 2, 5, 7, 48, 6
 KEPT = (0, 2, 3, 5)

@@ -112,8 +112,8 @@ def test_the_schema_says_what_the_reader_says() -> None:
 
 
 BAD: dict[str, tuple[Change, str]] = {
-    "another format": (lambda d: d.update(format="safetensors"), "not the config of a slim checkpoint"),
-    "no format": (lambda d: d.pop("format"), "not the config of a slim checkpoint"),
+    "another format": (lambda d: d.update(format="safetensors"), "not the config of a slim"),
+    "no format": (lambda d: d.pop("format"), "not the config of a slim"),
     "version 2": (lambda d: d.update(format_version=2), "format_version is 2, this ovsprune reads"),
     "version 3": (
         lambda d: d.update(format_version=3, interface=["transformer.stream"]),
