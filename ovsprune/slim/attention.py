@@ -32,8 +32,6 @@ from ovsprune.slim.linear import linear
 
 __all__ = ["SlimAttention"]
 
-Output = Tensor | tuple[Tensor, Tensor | None]
-
 _FUSED = "in_proj_weight"
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -126,7 +124,7 @@ class SlimAttention(nn.Module):
             return self._split(self.in_proj_weight)
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
-    def forward(self, *args: Any, **kwargs: Any) -> Output:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor | None]:
         """Call :meth:`attend` with the calling convention of the dense module."""
         x, weights = self.attend(**self.call.bind(args, kwargs))
         return (x, weights) if self.call.returns_tuple else x
@@ -310,7 +308,7 @@ class SlimAttention(nn.Module):
             batch_first: Order of the axes of inputs.
 
         Raises:
-            OptionError: The widths of the layers are neither those of the kept nor of all heads.
+            OptionError: The widths of the layers fit neither the kept nor all heads.
         """
         slim = cls(
             q.weight.shape[1],

@@ -76,11 +76,7 @@ def load_open_clip(
 
 
 def _transform(open_clip: Any, spec: SlimSpec, is_train: bool) -> Any:
-    """Build open_clip's image transform with the preprocessing of the checkpoint.
-
-    Raises:
-        MissingLibraryError: The installed version does not support that preprocessing.
-    """
+    """Build open_clip's image transform with the preprocessing of the checkpoint."""
     pre = spec.preprocess
     accepted = inspect.signature(open_clip.image_transform).parameters
     options = {"interpolation": pre.interpolation, "resize_mode": pre.resize_mode}
@@ -102,11 +98,7 @@ def _version() -> str:
 
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
-    """Build the model with open_clip and load the weights of both towers.
-
-    Raises:
-        CheckpointError: open_clip cannot build the model, or the text tower does not fit.
-    """
+    """Build the model with open_clip and load the weights of both towers."""
     if config["text_cfg"].get("hf_model_name"):
         raise CheckpointError(
             f"{checkpoint.path / CONFIG}: the text tower is the Hugging Face model "

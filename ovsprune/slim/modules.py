@@ -50,11 +50,8 @@ def slim_attention(
         OptionError: ``kept_heads`` are not valid.
     """
     heads = kept_heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
-    slim: SlimAttention | TimmAttention
-    if is_timm_attention(mha):
-        slim = TimmAttention(mha, heads)
-    else:
-        slim = SlimAttention.from_dense(mha, heads)
+    build = TimmAttention if is_timm_attention(mha) else SlimAttention.from_dense
+    slim: SlimAttention | TimmAttention = build(mha, heads)
     flags = {name: p.requires_grad for name, p in mha.named_parameters()}
     for name, parameter in slim.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
@@ -102,11 +99,7 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _check_sliceable(module: nn.Module, index: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-    """Return the weight of ``module``, and true if it is a depthwise convolution.
-
-    Raises:
-        TargetError: The module has no plain weight, or groups of several channels.
-    """
+    """Return the weight of ``module``, and true if it is a depthwise convolution."""
     # frozen norms (torchvision's FrozenBatchNorm2d) keep their weight in a buffer
     weight = {**module._buffers, **module._parameters}.get("weight")
     if weight is None:
@@ -131,6 +124,7 @@ def _slice_tensors(slim: nn.Module, axis: str, kept: Tensor) -> None:
         if old is not None:
             new = _select(old, 0 if axis == "out" else 1, kept)  # [kept, ...] or [out, kept, ...]
             slim._parameters[name] = nn.Parameter(new, old.requires_grad)
+    # also weight and bias: frozen norms keep them in buffers
     for name in ("weight", "bias", "running_mean", "running_var") if axis == "out" else ():
         statistics = slim._buffers.get(name)
         if statistics is not None:

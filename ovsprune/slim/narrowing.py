@@ -29,7 +29,7 @@ def build_narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -
     """
     spec, mask = checkpoint.spec, checkpoint.mask
     tower = build()
-    if _has_unsaved_buffers(tower):
+    if any(module._non_persistent_buffers_set for module in tower.modules()):
         # the checkpoint does not hold these buffers, so they must be computed, not left on "meta"
         with torch.device("cpu"):
             tower = build()
@@ -43,16 +43,8 @@ def build_narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -
     return tower
 
 
-def _has_unsaved_buffers(tower: nn.Module) -> bool:
-    """Return true if the tower has non-persistent buffers, which are not in a state dict."""
-    return any(module._non_persistent_buffers_set for module in tower.modules())
-
-
 def _replace(
-    checkpoint: SlimCheckpoint,
-    tower: nn.Module,
-    name: str,
-    change: Callable[[Any], Any],
+    checkpoint: SlimCheckpoint, tower: nn.Module, name: str, change: Callable[[Any], Any]
 ) -> None:
     """Replace the layer ``name`` by the result of ``change``."""
     parent_name, _, attribute = name.rpartition(".")

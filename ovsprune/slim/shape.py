@@ -84,11 +84,7 @@ def _eps(vision: Mapping[str, Any]) -> float:
 def _pooler(
     state: Mapping[str, Tensor], vision: Mapping[str, Any], width: int
 ) -> PoolerShape | None:
-    """Return the widths of the attention pool, or None if there is no pool.
-
-    Raises:
-        ValueError: ``attn_pooler_heads`` in the config does not divide the width of the pool.
-    """
+    """Return the widths of the attention pool, or None if there is no pool."""
     if "attn_pool.query" not in state:
         return None
     queries, pool_width = state["attn_pool.query"].shape
@@ -99,11 +95,7 @@ def _pooler(
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:
-    """Count the blocks.
-
-    Raises:
-        ValueError: There are none, or their numbers are not 0, 1, 2, ...
-    """
+    """Count the blocks; a ValueError reports numbers other than 0, 1, 2, ..."""
     prefix = "transformer.resblocks."
     numbers = {int(k[len(prefix) :].partition(".")[0]) for k in state if k.startswith(prefix)}
     if numbers != set(range(len(numbers))) or not numbers:
@@ -112,11 +104,7 @@ def _depth(state: Mapping[str, Tensor]) -> int:
 
 
 def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> BlockShape:
-    """Return the widths of block ``i``.
-
-    Raises:
-        ValueError: The width of the attention is no multiple of the head width.
-    """
+    """Return the widths of block ``i``."""
     block = f"transformer.resblocks.{i}"
     name = f"{block}.attn"
     inner = state[f"{name}.out_proj.weight"].shape[1]
@@ -138,11 +126,7 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
 
 
 def _head_dim(checkpoint: SlimCheckpoint) -> int:
-    """Return the head width that the config gives.
-
-    Raises:
-        ValueError: It is not a positive integer.
-    """
+    """Return the head width that the config gives."""
     head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
     if not isinstance(head_width, int) or head_width < 1:
         raise ValueError(f"head_width is {head_width!r}")
@@ -166,10 +150,9 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     height, width = checkpoint.spec.preprocess.size
     size = vision_config(checkpoint).get("image_size")
     sizes = [(height, width)]
-    if isinstance(size, int):
-        sizes.insert(0, (size, size))
-    elif isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int for n in size):
-        sizes.insert(0, (size[0], size[1]))
+    pair = [size, size] if isinstance(size, int) else size
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair):
+        sizes.insert(0, (pair[0], pair[1]))
     for rows, columns in ((h // patch[0], w // patch[1]) for h, w in sizes):
         if rows * columns == tokens:
             return rows, columns

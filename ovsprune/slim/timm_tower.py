@@ -22,7 +22,6 @@ from ovsprune.slim.read import SlimCheckpoint
 __all__ = [
     "build_timm_tower",
     "narrow_timm_tower",
-    "timm_dense",
     "timm_head_outputs",
     "timm_pooled_and_dense",
 ]
@@ -72,11 +71,6 @@ def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
         CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
     """
     return build_narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
-
-
-def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
-    """Compute the embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_pooled_and_dense(tower, images)[1]
 
 
 def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

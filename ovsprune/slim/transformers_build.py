@@ -45,13 +45,12 @@ def transformers_library() -> Any:
     """
     try:
         # imported by name: ovsprune.slim must not depend on a framework
-        library = importlib.import_module("transformers")
+        return importlib.import_module("transformers")
     except ImportError as error:
         raise MissingLibraryError(
             f"building this tower needs transformers ({error}); `pip install transformers`, or "
             "build the tower yourself and call ovsprune.apply"
         ) from error
-    return library
 
 
 def describe_architecture(model_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +127,7 @@ def narrow_tower(checkpoint: SlimCheckpoint) -> nn.Module:
 
 
 def _config(model_class: str, config: Mapping[str, Any]) -> Any:
-    """Build the configuration object of a model class.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: The class is in no table, or transformers rejects the configuration.
-    """
+    """Build the configuration object of a model class."""
     if model_class not in TOWER_LAYOUTS and model_class not in TWO_TOWER_CLASSES:
         raise CheckpointError(
             f"this ovsprune cannot build the transformers class {model_class[:80]!r}; supported "
