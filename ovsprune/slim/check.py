@@ -11,16 +11,17 @@ from torch import Tensor
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.cutting import tensor_axes
 from ovsprune.slim.fields import DOTTED
-from ovsprune.slim.spec import MASK, MODEL, LayerSpec, SlimSpec
+from ovsprune.slim.spec import LayerSpec, SlimSpec
 
-__all__ = ["TOWER", "check_mask", "check_tensors", "kept_width"]
+__all__ = ["TOWER", "check_mask", "check_tensors"]
 
 TOWER = "visual."
+"""Prefix of the image tower's tensors in a checkpoint."""
 
 _AGAIN = "copy or write the checkpoint again"
 
 
-def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> None:
+def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str) -> None:
     """Check that ``mask`` holds the kept indices of every layer of ``spec``, and nothing else.
 
     Args:
@@ -55,21 +56,14 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
                 f"{at}: the indices of {layer.name} are not strictly ascending: a unit is out of "
                 f"order or repeated; {_AGAIN}"
             )
-        if not kept.numel():
-            continue
-        if int(kept[0]) < 0 or int(kept[-1]) >= layer.units:
+        if kept.numel() and (int(kept[0]) < 0 or int(kept[-1]) >= layer.units):
             raise CheckpointError(
                 f"{at}: {layer.name} keeps units from {int(kept[0])} to {int(kept[-1])}, expected "
                 f"indices within [0, {layer.units}); {_AGAIN}"
             )
 
 
-def kept_width(layer: LayerSpec) -> int:
-    """Return the number of channels of the kept units of ``layer``."""
-    return layer.kept * layer.unit_width
-
-
-def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL) -> None:
+def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str) -> None:
     """Check that the shapes of ``tensors`` fit a tower that is cut according to ``spec``.
 
     Args:
@@ -91,26 +85,27 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
         if layer.is_whole_attention:
             _check_heads(layer, tensors, at)
             continue
+        width = layer.kept * layer.unit_width
         for part in layer.slices:
             module = f"{TOWER}{part.module}"
             # Without any tensor of the layer, look up its weight to report that it is missing.
             axes = tensor_axes(module, part.axis, tensors) or {f"{module}.weight": 0}
             for name, axis in axes.items():
-                shape = tuple(_tensor(tensors, name, at).shape)
+                shape = _shape(tensors, name, at)
                 # Several groups may have units on the same axis, so it can be wider.
-                if len(shape) <= axis or not shape or shape[axis] < kept_width(layer):
+                if len(shape) <= axis or shape[axis] < width:
                     raise CheckpointError(
-                        f"{at}: {name} has shape {shape}, expected at least {kept_width(layer)} "
+                        f"{at}: {name} has shape {shape}, expected at least {width} "
                         f"on axis {axis} for {layer.kept} units of {layer.name}; {_AGAIN}"
                     )
 
 
 def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> None:
     """Check the shapes of an attention module that is cut by head."""
-    width = kept_width(layer)
+    width = layer.kept * layer.unit_width
     for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, width):
         full = f"{TOWER}{layer.name}.{name}"
-        shape = tuple(_tensor(tensors, full, at).shape)
+        shape = _shape(tensors, full, at)
         if len(shape) != 2 or shape[axis] != size:
             raise CheckpointError(
                 f"{at}: {full} has shape {shape}, expected {size} on axis {axis} for "
@@ -130,8 +125,8 @@ def _head_tensors(
     return [("in_proj_weight", 0, 3 * width), ("out_proj.weight", 1, width)]
 
 
-def _tensor(tensors: Mapping[str, Tensor], name: str, at: str) -> Tensor:
-    try:
-        return tensors[name]
-    except KeyError:
-        raise CheckpointError(f"{at} lacks the tensor {name}; {_AGAIN}") from None
+def _shape(tensors: Mapping[str, Tensor], name: str, at: str) -> tuple[int, ...]:
+    """Return the shape of a tensor, which must exist."""
+    if name not in tensors:
+        raise CheckpointError(f"{at} lacks the tensor {name}; {_AGAIN}")
+    return tuple(tensors[name].shape)

@@ -69,10 +69,7 @@ def check_supported(module: nn.Module) -> None:
 
 
 def projection_tensors(attention: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the weights of queries, keys and values, and their biases, detached.
-
-    Args:
-        attention: An attention of timm.
+    """Return W_q, W_k and W_v of an attention of timm, and their biases, detached.
 
     Returns:
         Three weights [heads * head_dim, C]; three biases [heads * head_dim] or None.
@@ -128,10 +125,8 @@ def slice_norm(norm: nn.Module | None, channels: Tensor) -> nn.Module | None:
     if not isinstance(norm, nn.LayerNorm):
         return norm
     padded = ZeroPaddedLayerNorm(copy.copy(norm))
-    for name in ("weight", "bias"):
-        tensor = getattr(norm, name)
-        setattr(
-            padded, name, None if tensor is None else frozen_parameter(tensor.detach()[channels])
-        )
+    for name, tensor in norm._parameters.items():
+        value = None if tensor is None else frozen_parameter(tensor.detach()[channels])
+        setattr(padded, name, value)
     padded.normalized_shape = (len(channels),)
     return padded
