@@ -119,11 +119,10 @@ def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
             f"{at}: format_version is {version}, but this version of ovsprune reads {_VERSION}; "
             "install a newer version"
         )
-    if not isinstance(data["shapes"], dict):
-        raise CheckpointError(f"{at}: shapes is not an object; copy the file again")
+    shapes = fields.mapping(data["shapes"], f"{at}: shapes")
     return {
-        fields.text(name, f"{at}: a name", fields.DOTTED): tuple(
-            fields.integer(n, f"{at}: shapes.{name}") for n in fields.array(shape, f"{at}: {name}")
+        fields.text(name, f"{at}: a name", fields.DOTTED): fields.array(
+            shape, f"{at}: shapes.{name}", fields.integer
         )
-        for name, shape in data["shapes"].items()
+        for name, shape in shapes.items()
     }

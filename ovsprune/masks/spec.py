@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ovsprune.core.errors import CheckpointError
@@ -128,16 +129,14 @@ class MaskedSpec:
         header = ("format", "format_version", "kind", "note")
         fields.record(data, at, (*header, *config.field_names(cls)))
         fields.choice(data["kind"], f"{at}: kind", (_KIND,))
-        entries = fields.array(data["weights"], f"{at}: weights")
-        weights = tuple(_weight(entry, f"{at}: weights[{i}]") for i, entry in enumerate(entries))
+        weights = fields.array(data["weights"], f"{at}: weights", _weight)
         if not weights or len({w.name for w in weights}) < len(weights):
             raise CheckpointError(f"{at}: weights is empty or lists a name twice; copy it again")
         return cls(
             **config.parse_tower(data, at),
             weights=weights,
-            excluded=tuple(
-                fields.text(name, f"{at}: excluded[{i}]", fields.DOTTED)
-                for i, name in enumerate(fields.array(data["excluded"], f"{at}: excluded"))
+            excluded=fields.array(
+                data["excluded"], f"{at}: excluded", partial(fields.text, pattern=fields.DOTTED)
             ),
             nonzero=config.parse_costs(data["nonzero"], f"{at}: nonzero"),
         )
@@ -149,14 +148,9 @@ def _weight(value: Any, at: str) -> WeightSpec:
     fields.number(data["sparsity"], f"{at}.sparsity")
     weight = WeightSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
-        shape=tuple(
-            fields.integer(n, f"{at}.shape", 1) for n in fields.array(data["shape"], f"{at}.shape")
-        ),
+        shape=fields.array(data["shape"], f"{at}.shape", partial(fields.integer, least=1)),
         zeros=fields.integer(data["zeros"], f"{at}.zeros"),
     )
     if weight.zeros > weight.count:
-        raise CheckpointError(
-            f"{at}.zeros is {weight.zeros}, expected at most {weight.count}; the file was edited "
-            "or damaged: copy it again"
-        )
+        raise fields.invalid(f"{at}.zeros", weight.zeros, f"at most {weight.count}")
     return weight

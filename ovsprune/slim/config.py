@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,7 @@ def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
     data = fields.parse(document, at)
     _check_version(data, at)
     fields.record(data, at, ("format", "format_version", *field_names(SlimSpec)))
-    layers = tuple(
-        _layer(entry, f"{at}: layers[{i}]")
-        for i, entry in enumerate(fields.array(data["layers"], f"{at}: layers"))
-    )
+    layers = fields.array(data["layers"], f"{at}: layers", _layer)
     names = [layer.name for layer in layers]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -106,10 +104,7 @@ def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
     return SlimSpec(
         **parse_tower(data, at),
         layers=layers,
-        protected=tuple(
-            fields.text(entry, f"{at}: protected[{i}]")
-            for i, entry in enumerate(fields.array(data["protected"], f"{at}: protected"))
-        ),
+        protected=fields.array(data["protected"], f"{at}: protected", fields.text),
         slim=parse_costs(data["slim"], f"{at}: slim"),
     )
 
@@ -149,23 +144,17 @@ def parse_tower(data: Mapping[str, Any], at: str) -> dict[str, Any]:
     Raises:
         CheckpointError: A value is not valid; the message names the field.
     """
-    for name in ("architecture", "provenance"):
-        if not isinstance(data[name], dict):
-            raise CheckpointError(
-                f"{at}: {name} is {type(data[name]).__name__}, expected an object; copy or write "
-                "the checkpoint again"
-            )
     return {
         "base": _base(data["base"], f"{at}: base"),
         "family": fields.text(data["family"], f"{at}: family", _WORD),
         "library": fields.text(data["library"], f"{at}: library", _WORD),
         "library_version": fields.text(data["library_version"], f"{at}: library_version", _VERSION),
-        "architecture": data["architecture"],
+        "architecture": fields.mapping(data["architecture"], f"{at}: architecture"),
         "activation": fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
         "preprocess": _preprocess(data["preprocess"], f"{at}: preprocess"),
         "dense": parse_costs(data["dense"], f"{at}: dense"),
         "files": _files(data["files"], f"{at}: files"),
-        "provenance": data["provenance"],
+        "provenance": fields.mapping(data["provenance"], f"{at}: provenance"),
     }
 
 
@@ -188,10 +177,7 @@ def _layer(value: Any, at: str) -> LayerSpec:
     units = fields.integer(data["units"], f"{at}.units", 1)
     kept = fields.integer(data["kept"], f"{at}.kept")
     if kept > units:
-        raise CheckpointError(
-            f"{at}.kept is {kept}, expected at most units = {units}; the file was edited or "
-            "damaged: copy or write the checkpoint again"
-        )
+        raise fields.invalid(f"{at}.kept", kept, f"at most units = {units}")
     layer = LayerSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
         kind=fields.choice(data["kind"], f"{at}.kind", KINDS),
@@ -199,17 +185,11 @@ def _layer(value: Any, at: str) -> LayerSpec:
         units=units,
         kept=kept,
         unit_width=fields.integer(data["unit_width"], f"{at}.unit_width", 1),
-        slices=tuple(
-            _slice(entry, f"{at}.slices[{i}]")
-            for i, entry in enumerate(fields.array(data["slices"], f"{at}.slices"))
-        ),
+        slices=fields.array(data["slices"], f"{at}.slices", _slice),
     )
     # Attention modules alone can be cut without listed slices (LayerSpec.is_whole_attention).
     if layer.kind in ("mlp", "channels") and not layer.slices:
-        raise CheckpointError(
-            f"{at}.slices is empty, expected at least one for the kind {layer.kind!r}; the file "
-            "was edited or damaged: copy or write the checkpoint again"
-        )
+        raise fields.invalid(f"{at}.slices", [], f"at least one for the kind {layer.kind!r}")
     return layer
 
 
@@ -236,22 +216,18 @@ def _base(value: Any, at: str) -> BaseSpec:
 
 def _digests(value: Any, at: str) -> dict[str, str]:
     """Parse a map of tensor name to SHA-256."""
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{at} is {type(value).__name__}, expected an object of digests")
     return {
         fields.text(name, f"{at}: a tensor name", fields.DOTTED): fields.text(
             digest, f"{at}.{name}", fields.SHA256
         )
-        for name, digest in value.items()
+        for name, digest in fields.mapping(value, at).items()
     }
 
 
 def _files(value: Any, at: str) -> dict[str, FileSpec]:
     """Parse a map of file name to digest and size."""
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{at} is {type(value).__name__}, expected an object")
     files = {}
-    for name, entry in value.items():
+    for name, entry in fields.mapping(value, at).items():
         fields.text(name, f"{at}: a file name", fields.FILE_NAME)
         data = fields.record(entry, f"{at}.{name}", field_names(FileSpec))
         digest = fields.text(data["sha256"], f"{at}.{name}.sha256", fields.SHA256)
@@ -263,18 +239,14 @@ def _preprocess(value: Any, at: str) -> Preprocess:
     """Parse the preprocessing of images."""
     data = fields.record(value, at, field_names(Preprocess))
 
-    def numbers(name: str) -> Any:
-        values = fields.array(data[name], f"{at}.{name}", 3)
-        return tuple(fields.number(x, f"{at}.{name}") for x in values)
-
-    height, width = (
-        fields.integer(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
-    )
+    height, width = fields.array(data["size"], f"{at}.size", partial(fields.integer, least=1), 2)
+    mean: Any = fields.array(data["mean"], f"{at}.mean", fields.number, 3)
+    std: Any = fields.array(data["std"], f"{at}.std", fields.number, 3)
     interpolations, modes = ("bicubic", "bilinear"), ("shortest", "squash", "longest")
     return Preprocess(
         size=(height, width),
-        mean=numbers("mean"),
-        std=numbers("std"),
+        mean=mean,
+        std=std,
         interpolation=fields.choice(data["interpolation"], f"{at}.interpolation", interpolations),
         resize_mode=fields.choice(data["resize_mode"], f"{at}.resize_mode", modes),
     )

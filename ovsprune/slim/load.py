@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.check import TOWER
+from ovsprune.slim.narrowing import build_narrowed
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.resnet import ModifiedResNet
 from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
 from ovsprune.slim.spec import CONFIG
-from ovsprune.slim.timm_tower import narrow_timm_tower, timm_pooled_and_dense
+from ovsprune.slim.timm_tower import build_timm_tower, timm_pooled_and_dense
 from ovsprune.slim.timm_vit import timm_vit_pooled_and_dense
-from ovsprune.slim.transformers_build import narrow_tower
+from ovsprune.slim.transformers_build import build_tower
 from ovsprune.slim.transformers_tower import TransformersTower
 from ovsprune.slim.vit import VisionTransformer
 
@@ -185,7 +187,8 @@ class _Builder:
     set_size: Callable[[Any, tuple[int, int]], None] | None = None
 
 
-_TIMM = _Builder(narrow_timm_tower, timm_pooled_and_dense)
+_build_timm = partial(build_narrowed, build=build_timm_tower)
+_TIMM = _Builder(_build_timm, timm_pooled_and_dense)
 
 # Families whose towers can be built here, by their names in the config.
 _BUILDERS = {
@@ -200,6 +203,8 @@ _BUILDERS = {
     "open_clip-efficientnet": _TIMM,
     "open_clip-fastvit": _TIMM,
     "open_clip-swin": _TIMM,
-    "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_pooled_and_dense),
-    "transformers-vit": _Builder(narrow_tower, TransformersTower.outputs),
+    "open_clip-timm-vit": _Builder(_build_timm, timm_vit_pooled_and_dense),
+    "transformers-vit": _Builder(
+        partial(build_narrowed, build=build_tower), TransformersTower.outputs
+    ),
 }

@@ -17,22 +17,25 @@ from ovsprune.slim.read import SlimCheckpoint
 __all__ = ["build_narrowed"]
 
 
-def build_narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -> nn.Module:
+def build_narrowed(
+    checkpoint: SlimCheckpoint, build: Callable[[Mapping[str, Any]], nn.Module]
+) -> nn.Module:
     """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
     Args:
         checkpoint: Its config and mask give the kept units of each layer.
-        build: Builds the dense tower on torch's default device.
+        build: Builds the dense tower from the architecture, on torch's default device.
 
     Raises:
-        CheckpointError: The dense tower lacks a layer that the config names.
+        CheckpointError: The dense tower lacks a layer that the config names, or ``build`` fails.
+        MissingLibraryError: A library that ``build`` needs is not installed, or too old.
     """
     spec, mask = checkpoint.spec, checkpoint.mask
-    tower = build()
+    tower = build(spec.architecture)
     if any(module._non_persistent_buffers_set for module in tower.modules()):
         # the checkpoint does not hold these buffers, so they must be computed, not left on "meta"
         with torch.device("cpu"):
-            tower = build()
+            tower = build(spec.architecture)
     with torch.device("cpu"):  # the mask is on the CPU, even if the tower is on "meta"
         for layer in spec.layers:
             if layer.is_whole_attention and layer.kept < layer.units:

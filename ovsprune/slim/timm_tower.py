@@ -9,19 +9,15 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import build_narrowed
-from ovsprune.slim.read import SlimCheckpoint
 
 __all__ = [
     "build_timm_tower",
-    "narrow_timm_tower",
     "timm_head_outputs",
     "timm_pooled_and_dense",
 ]
@@ -61,16 +57,6 @@ def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
             "the library version that the config of the checkpoint names"
         ) from error
     return tower.eval().requires_grad_(False)
-
-
-def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
-    """Build a tower with the layer widths of ``checkpoint``, without its weights.
-
-    Raises:
-        MissingLibraryError: open_clip or timm is not installed.
-        CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
-    """
-    return build_narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
 
 
 def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

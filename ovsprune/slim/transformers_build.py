@@ -9,15 +9,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import build_narrowed
-from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.transformers_tower import TOWER_LAYOUTS, TransformersTower
 
 __all__ = [
@@ -25,7 +22,6 @@ __all__ = [
     "build_model",
     "build_tower",
     "describe_architecture",
-    "narrow_tower",
     "transformers_library",
 ]
 
@@ -114,16 +110,6 @@ def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
         projection = {k: config[k] for k in ("projection_dim",) if k in config}
         architecture = {"class": TWO_TOWER_CLASSES[name], "config": {**vision, **projection}}
     return TransformersTower(build_model(architecture))
-
-
-def narrow_tower(checkpoint: SlimCheckpoint) -> nn.Module:
-    """Build a tower with the layer widths of ``checkpoint``, without its weights.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
-    """
-    return build_narrowed(checkpoint, partial(build_tower, checkpoint.spec.architecture))
 
 
 def _config(model_class: str, config: Mapping[str, Any]) -> Any:

@@ -137,7 +137,7 @@ def flip(path: Path) -> None:
         ),
         (change_config(weights=lambda w: [{**w[0], "name": "../x"}, *w[1:]]), "name is '../x'"),
         (change_config(files=lambda f: {}), "files does not list model.safetensors"),
-        (change_config(architecture=[]), "architecture is list, expected an object"),
+        (change_config(architecture=[]), r"architecture is \[\], expected an object"),
         (change_config(excluded="x"), "excluded is 'x', expected an array"),
     ],
 )

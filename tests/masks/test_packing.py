@@ -74,7 +74,7 @@ BYTE = torch.zeros(1, dtype=torch.uint8)
             "format_version is 2, but this version of ovsprune reads 1",
         ),
         ({"format_version": 1}, "lacks 'shapes'"),
-        ({"format_version": 1, "shapes": [3]}, "shapes is not an object"),
+        ({"format_version": 1, "shapes": [3]}, r"shapes is \[3\], expected an object"),
         ({"format_version": 1, "shapes": {"w": [-1]}}, "is -1, expected a whole number"),
         ({"format_version": 1, "shapes": {"w": [2**62, 2**62]}}, r"w is torch.uint8 \(1,\)"),
         ({"format_version": 1, "shapes": {"../w": [3]}}, "a name is '../w'"),
