@@ -15,13 +15,7 @@ from ovsprune.masks.packing import read_packed, save_packed
 from ovsprune.masks.spec import FORMAT, MASKS, MaskedSpec
 from ovsprune.slim import fields
 from ovsprune.slim.check import TOWER
-from ovsprune.slim.read import (
-    TowerTensors,
-    check_files,
-    describe_files,
-    read_config,
-    read_tensors,
-)
+from ovsprune.slim.read import TowerTensors, check_files, describe_files, read_config, read_tensors
 from ovsprune.slim.spec import CARD, CONFIG, MODEL
 from ovsprune.slim.write import save_tensors
 

@@ -15,15 +15,7 @@ from torch import Tensor
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.spec import LayerSpec, SlimSpec
 
-__all__ = [
-    "Run",
-    "cut_state",
-    "fuse_qkv",
-    "head_runs",
-    "keep_index",
-    "layer_runs",
-    "tensor_axes",
-]
+__all__ = ["Run", "cut_state", "fuse_qkv", "head_runs", "keep_index", "layer_runs", "tensor_axes"]
 
 _SPLIT = re.compile(r"(?P<stem>.+)\.(?P<letter>[qkv])_proj[._](?P<tensor>weight|bias)")
 _OUT_PROJECTIONS = ("out_proj.weight", "proj.weight")

@@ -16,11 +16,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 
-__all__ = [
-    "build_timm_tower",
-    "timm_head_outputs",
-    "timm_pooled_and_dense",
-]
+__all__ = ["build_timm_tower", "timm_head_outputs", "timm_pooled_and_dense"]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:

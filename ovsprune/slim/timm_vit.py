@@ -35,9 +35,7 @@ ATTENTION_POOL = "trunk.attn_pool"
 _STEM = "trunk.patch_embed.backbone"
 
 Parts = tuple[
-    Callable[[Tensor], Tensor],
-    dict[str, nn.Module],
-    Callable[[Tensor], tuple[Tensor, Tensor]],
+    Callable[[Tensor], Tensor], dict[str, nn.Module], Callable[[Tensor], tuple[Tensor, Tensor]]
 ]
 
 
