@@ -54,22 +54,13 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class MaskedSpec:
-    """Content of ``config.json``.
+    """Content of ``config.json``; fields not listed are those of a slim checkpoint's spec.
 
     Attributes:
-        base: The dense model.
-        family: Name of the family that builds the tower.
-        library: Distribution that built the tower.
-        library_version: Version of that distribution.
-        architecture: Numbers that the family builds the tower from (plain JSON).
-        activation: Activation function, as in a slim checkpoint.
-        preprocess: Preprocessing of images.
         weights: Every weight under a mask, in the order in which the tower uses them.
         excluded: Weights without a mask: the first layer and protected ones.
         dense: Costs of the tower; masks do not change them.
         nonzero: Parameters and MACs without zero weights, as OpenTrans counts them.
-        files: Map of file name to digest and size; filled in when written.
-        provenance: Record of the pruning (plain JSON).
     """
 
     base: BaseSpec

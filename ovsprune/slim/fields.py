@@ -96,14 +96,14 @@ def record(
     value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Check that a value is a JSON object with all required keys and no unknown ones."""
-    mapping(value, where)
-    missing = [key for key in required if key not in value]
+    data = mapping(value, where)
+    missing = [key for key in required if key not in data]
     if missing:
         raise CheckpointError(
             f"{where} lacks {', '.join(map(repr, missing))}; the file was edited or damaged: copy "
             "or write the checkpoint again"
         )
-    unknown = [key for key in value if key not in required and key not in optional]
+    unknown = [key for key in data if key not in required and key not in optional]
     if unknown:
         known = ", ".join((*required, *optional))
         raise CheckpointError(
@@ -111,7 +111,7 @@ def record(
             f"knows {known}. Move additional information to provenance; if a newer ovsprune wrote "
             "the file, read it with that version"
         )
-    return value
+    return data
 
 
 def text(value: Any, where: str, pattern: str | None = None) -> str:

@@ -80,6 +80,7 @@ def match(state: Mapping[str, Tensor], base: BaseSpec) -> dict[str, Match]:
 
 
 def _compare(tensor: Tensor | None, name: str, base: BaseSpec) -> Match:
+    """Compare a tensor with the tensor ``name`` of the base model."""
     if tensor is None:
         return "missing"
     if tensor_hash(tensor) == base.tensors[name]:
@@ -90,4 +91,5 @@ def _compare(tensor: Tensor | None, name: str, base: BaseSpec) -> Match:
 
 
 def _half(tensor: Tensor) -> Tensor:
+    """Round to float16, on the CPU."""
     return tensor.detach().to("cpu", torch.float32).half()

@@ -25,7 +25,7 @@ from ovsprune.slim.timm_projections import (
     BIASES,
     PROJECTIONS,
     check_supported,
-    copy_without_projections,
+    copy_with,
     frozen_linear,
     frozen_parameter,
     is_timm_attention,
@@ -34,6 +34,9 @@ from ovsprune.slim.timm_projections import (
 )
 
 __all__ = ["HeadIndex", "TimmAttention", "is_timm_attention"]
+
+_HEAD_DEPENDENT = (*PROJECTIONS, *BIASES, "qkv", "proj", "norm")
+"""Parts that lose rows or columns with a head."""
 
 _HEAD_INDEPENDENT = ("q_norm", "k_norm", "rel_pos", "proj_drop")
 """Parts that do not depend on the heads, or that stay for all dense heads."""
@@ -121,9 +124,10 @@ class TimmAttention(nn.Module):
         self.separate_qkv, self.windows_per_image = separate_qkv, windows_per_image
         self.num_prefix_tokens = int(getattr(source, "num_prefix_tokens", 0))
         self.rotate_half = bool(getattr(source, "rotate_half", False))
-        # Template for to_dense. The tuple keeps it from being registered as a submodule.
+        # Template for to_dense. Without projections it holds no dense weights, but records their
+        # layout. The tuple keeps it from being registered as a submodule.
         self._template: tuple[Any, ...] = getattr(source, "_template", None) or (
-            copy_without_projections(dense),
+            copy_with(dense, dict.fromkeys(_HEAD_DEPENDENT)),
         )
         self.heads = HeadIndex(torch.tensor(kept))
         rows = head_index([present.index(head) for head in kept], self.head_dim)  # [h * d]
@@ -167,16 +171,9 @@ class TimmAttention(nn.Module):
                 "needs all heads"
             )
         current = TimmAttention(self)
-        dense = copy.copy(self._template[0])
-        dense._modules = dict(dense._modules)
-        dense._parameters = dict(dense._parameters)
-        for table, names in (
-            (dense._modules, (*PROJECTIONS, *_HEAD_INDEPENDENT, "qkv", "proj", "norm")),
-            (dense._parameters, (*BIASES, _TABLE)),
-        ):
-            table.update({name: getattr(current, name) for name in names if name in table})
-        dense.train(self.training)
-        return dense  # type: ignore[no-any-return]
+        names = (*_HEAD_DEPENDENT, *_HEAD_INDEPENDENT, _TABLE)
+        dense: nn.Module = copy_with(self._template[0], {n: getattr(current, n) for n in names})
+        return dense.train(self.training)
 
     def forward(
         self,

@@ -8,6 +8,7 @@ timm stores queries, keys and values in one linear layer ``qkv`` or in three (``
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ __all__ = [
     "BIASES",
     "PROJECTIONS",
     "check_supported",
-    "copy_without_projections",
+    "copy_with",
     "frozen_linear",
     "frozen_parameter",
     "is_timm_attention",
@@ -85,20 +86,12 @@ def projection_tensors(attention: Any) -> tuple[list[Tensor], list[Tensor | None
     return weights, [None] * 3 if bias is None else list(bias.detach().chunk(3))
 
 
-def copy_without_projections(attention: nn.Module) -> nn.Module:
-    """Copy an attention without its projections, as a template for :meth:`TimmAttention.to_dense`.
-
-    The names of the projections stay, with the value None, and record the layout of the original.
-    """
-    template = copy.copy(attention)
-    template._modules = dict(attention._modules)
-    template._parameters = dict(attention._parameters)
-    for table, names in (
-        (template._modules, (*PROJECTIONS, "qkv", "proj", "norm")),
-        (template._parameters, BIASES),
-    ):
-        table.update({name: None for name in names if name in table})
-    return template
+def copy_with(attention: nn.Module, entries: Mapping[str, Any]) -> Any:
+    """Copy a module with some submodules and parameters exchanged; unknown names are ignored."""
+    other = copy.copy(attention)
+    other._modules = {n: entries.get(n, old) for n, old in attention._modules.items()}
+    other._parameters = {n: entries.get(n, old) for n, old in attention._parameters.items()}
+    return other
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -61,18 +61,13 @@ def write(
 
 
 def check_output(output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Check that a slim checkpoint may be written to ``output``; call this before long work.
+    """Check that a slim checkpoint may be written to ``output``; return the resolved path.
 
-    Args:
-        output: The directory to create.
-        overwrite: Allow an existing slim checkpoint to be replaced.
-
-    Returns:
-        The absolute path, with links resolved.
+    Call this before long work.
 
     Raises:
         OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
-            something else.
+            files that do not belong to a slim checkpoint.
     """
     return files.check_output(
         output,
