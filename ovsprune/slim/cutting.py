@@ -15,12 +15,21 @@ from torch import Tensor
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.spec import LayerSpec, SlimSpec
 
-__all__ = ["Run", "cut_state", "fuse_qkv", "head_runs", "keep_index", "layer_runs", "tensor_axes"]
+__all__ = [
+    "AXIS_TENSORS",
+    "Run",
+    "cut_state",
+    "fuse_qkv",
+    "head_runs",
+    "keep_index",
+    "layer_runs",
+    "tensor_axes",
+]
 
 _SPLIT = re.compile(r"(?P<stem>.+)\.(?P<letter>[qkv])_proj[._](?P<tensor>weight|bias)")
 _OUT_PROJECTIONS = ("out_proj.weight", "proj.weight")
-# Tensors of a layer that have the channels of an axis.
-_TENSORS = {"out": ("weight", "bias", "running_mean", "running_var"), "in": ("weight",)}
+# Parameters and buffers of a layer that have the channels of an axis.
+AXIS_TENSORS = {"out": ("weight", "bias", "running_mean", "running_var"), "in": ("weight",)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +125,7 @@ def tensor_axes(module: str, axis: str, names: Container[str]) -> dict[str, int]
     """
     if f"{module}.weight" not in names:
         return {}
-    candidates = (f"{module}.{tensor}" for tensor in _TENSORS[axis])
+    candidates = (f"{module}.{tensor}" for tensor in AXIS_TENSORS[axis])
     return {name: 0 if axis == "out" else 1 for name in candidates if name in names}
 
 
