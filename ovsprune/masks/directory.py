@@ -71,8 +71,9 @@ def write_unstructured(
     """
     path = check_place(output, overwrite=overwrite)
     _check(spec, masks, tensors, "the result to be written")
+    # Nothing may be written that this version cannot read.
     MaskedSpec.from_json(spec.to_json(), "the config to be written")
-    with staged(path) as scratch:
+    with staged(path) as scratch:  # a new directory, renamed to the path when it is complete
         save_tensors(tensors, scratch / MODEL)
         save_packed(masks, scratch / MASKS)
         listed = replace(spec, files=describe_files(scratch, (MODEL, MASKS)))

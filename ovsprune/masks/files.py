@@ -79,6 +79,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 "read it with read_masks"
             )
         masked[name] = state[f"{name}_orig"].masked_fill(~_mask(state, name, path), 0)
+    # As prune.remove does: the masked weight takes the place of its two tensors.
     replaced = {f"{name}{end}" for name in masked for end in ("_orig", "_mask")}
     return {**{k: v for k, v in state.items() if k not in replaced}, **masked}
 
@@ -175,7 +176,7 @@ def _torch_form(
     masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
     """Return the state dict in the format of torch.nn.utils.prune."""
-    if weights is None:
+    if weights is None:  # without a weight, its type is unknown; torch's default is float32
         return {f"{name}_mask": mask.float() for name, mask in masks.items()}
     for name, mask in masks.items():
         if name not in weights or weights[name].shape != mask.shape:

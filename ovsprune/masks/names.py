@@ -77,10 +77,11 @@ def match(module: nn.Module, masks: Mapping[str, Tensor], prefix: str | None = N
         # Shorter removed prefixes come first, and win if placements are equal.
         best = _best([*best, *candidates])
         if best and len(best[0].names) == len(masks):
-            break
+            break  # every mask has its parameter
     if not best or not (best[0].names or best[0].shapes):
         raise TargetError(_no_match_message(masks, shapes, prefix))
     least = [p for p in best if len(p.removed) == min(len(q.removed) for q in best)]
+    # The module itself is preferred to a submodule of it that fits equally well.
     exact = [p for p in least if not p.added and len(p.names) == len(masks)]
     if len(least) > 1 and not exact:
         raise TargetError(
@@ -97,6 +98,7 @@ def _best(placements: list[Placement]) -> list[Placement]:
     kept: dict[tuple[str, ...], Placement] = {}
     for placement in placements:
         if (len(placement.names), len(placement.shapes)) == most:
+            # Different prefixes can give the same assignment.
             kept.setdefault((*placement.names.values(), *placement.shapes), placement)
     return list(kept.values())
 
@@ -133,7 +135,7 @@ def _prefixes_by_suffix(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _common_prefixes(masks: Iterable[str]) -> list[str]:
     """Return the prefixes that all names share, shortest first; the last part is never included."""
-    parts = [name.split(".")[:-1] for name in masks]
+    parts = [name.split(".")[:-1] for name in masks]  # without the parameter's own name
     count = 0
     while all(len(p) > count for p in parts) and len({p[count] for p in parts}) == 1:
         count += 1

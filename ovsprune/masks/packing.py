@@ -28,10 +28,11 @@ def pack(mask: Tensor) -> Tensor:
     [5]
     """
     flat = mask.detach().cpu().reshape(-1).to(torch.uint8)
+    # Pad with zeros to whole bytes.
     flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)  # [bytes, 8]
     packed = torch.zeros(len(flat), dtype=torch.uint8)
     for bit in range(8):
-        packed |= flat[:, bit] << bit
+        packed |= flat[:, bit] << bit  # the first entry gets the lowest bit
     return packed
 
 
@@ -47,7 +48,7 @@ def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
         CheckpointError: ``packed`` has another length or dtype, or padding bits that are not 0.
     """
     count = math.prod(shape)
-    size = -(-count // 8)
+    size = -(-count // 8)  # rounded up
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
         raise CheckpointError(
             f"{where} is {packed.dtype} {tuple(packed.shape)}, expected torch.uint8 ({size},) for "
@@ -56,6 +57,7 @@ def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
         )
     bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1)  # [bytes, 8]
     bits = bits.reshape(-1).bool()
+    # Padding bits must be 0, so that a mask has a single valid encoding.
     if bits[count:].any():
         raise CheckpointError(
             f"{where} has bits beyond the end of a mask of shape {tuple(shape)}; the file was "

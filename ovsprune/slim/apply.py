@@ -77,9 +77,10 @@ def map_name(name: str, prefix_map: Mapping[str, str]) -> str:
         'layers.1.attn'
     """
     parts = name.split(".")
-    for end in range(len(parts), 0, -1):
+    for end in range(len(parts), 0, -1):  # longest prefix first
         prefix = ".".join(parts[:end])
         if prefix in prefix_map:
+            # A prefix may be mapped to the empty path, the tower itself.
             return ".".join([x for x in (prefix_map[prefix], *parts[end:]) if x])
     return name
 

@@ -149,6 +149,7 @@ class Replacements:
         self.model = model
         self.modules: dict[str, tuple[nn.Module, nn.Module]] = {}
         self.tensors: dict[str, tuple[Tensor, Tensor]] = {}
+        # Tensors of the model, to tell them from those of the replacement modules.
         self._originals = {id(t) for t in (*model.parameters(), *model.buffers())}
 
     def find(self, path: str) -> Tensor | None:
@@ -158,6 +159,7 @@ class Replacements:
         owner: Any = self.model
         *parts, name = path.split(".")
         for i, part in enumerate(parts):
+            # Follow the path through replacement modules, as it will be after the commit.
             pair = self.modules.get(".".join(parts[: i + 1]))
             owner = getattr(owner, part, None) if pair is None else pair[1]
             if not isinstance(owner, nn.Module):
@@ -194,7 +196,7 @@ class Replacements:
         elif id(tensor) in self._originals:
             self.tensors[path] = (tensor, fitted)
         else:
-            tensor.data = fitted.data
+            tensor.data = fitted.data  # not yet part of the model
         return True
 
     def commit(self, extra: Sequence[Swap] = ()) -> Applied:

@@ -121,7 +121,7 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
             f"this architecture ({error}); install open_clip_torch "
             f"{checkpoint.spec.library_version}, or load the image tower alone with ovsprune.load"
         ) from error
-    apply(model.visual, checkpoint)
+    apply(model.visual, checkpoint)  # open_clip built a dense image tower
     text = checkpoint.text()
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
     wrong = [

@@ -61,7 +61,7 @@ def spec_document(spec: Any) -> dict[str, Any]:
     document = dataclasses.asdict(dataclasses.replace(spec, **plain))
     base = document["base"]
     base["tensors"] = dict(sorted(base["tensors"].items()))
-    half = base.pop("half")
+    half = base.pop("half")  # optional in the file
     if half:
         base["half"] = dict(sorted(half.items()))
     document["files"] = dict(sorted(document["files"].items()))

@@ -77,6 +77,7 @@ def keep_index(size: int, runs: Sequence[Run]) -> Tensor:
             )
         is_kept = torch.zeros(run.units, dtype=torch.bool)  # [units]
         is_kept[run.kept.to("cpu")] = True
+        # Runs may overlap: an index is kept if every run keeps it.
         keep[run.offset : run.end] &= is_kept.repeat_interleave(run.unit_width)
     return keep.nonzero().flatten()
 

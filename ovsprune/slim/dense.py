@@ -42,7 +42,7 @@ def check_heads(num_heads: int, kept_heads: Sequence[int]) -> tuple[int, ...]:
 def head_index(heads: Sequence[int], head_dim: int) -> Tensor:
     """Return the channels of ``heads``, in their order, int64 [len(heads) * head_dim]."""
     first = torch.as_tensor(list(heads), dtype=torch.int64) * head_dim
-    return (first[:, None] + torch.arange(head_dim)).reshape(-1)
+    return (first[:, None] + torch.arange(head_dim)).reshape(-1)  # [heads, head_dim] -> [channels]
 
 
 @torch.no_grad()

@@ -156,6 +156,7 @@ def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     for path, module in tower.named_modules():
         prefix = f"{path}." if path else ""
+        # Replaced, not filled: the parameters are on "meta" and may have another type.
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 value = state[prefix + name].clone()

@@ -35,6 +35,7 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
                 block = f"layer{i}.{j}"
                 conv1, conv2 = (sizes[f"{block}.conv{k}.weight"][0] for k in (1, 2))
                 stages[-1].append((conv1, conv2))
+                # The first block of a stage changes width or stride, so its shortcut is a layer.
                 if f"{block}.downsample.0.weight" in sizes:
                     shortcuts.add(block)
             widths.append(sizes[f"layer{i}.0.conv3.weight"][0])

@@ -38,7 +38,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
             f"{spec.library} {spec.library_version} and call ovsprune.apply"
         )
     try:
-        width, _, *patch = state["conv1.weight"].shape
+        width, _, *patch = state["conv1.weight"].shape  # [D, 3, height, width]
         tokens = state["positional_embedding"].shape[0]
         blocks = [_block(checkpoint, state, i) for i in range(_depth(state))]
         output = state["proj"].shape[1] if "proj" in state else width
@@ -87,7 +87,7 @@ def _pooler(
     """Return the widths of the attention pool, or None if there is no pool."""
     if "attn_pool.query" not in state:
         return None
-    queries, pool_width = state["attn_pool.query"].shape
+    queries, pool_width = state["attn_pool.query"].shape  # [queries, width]
     heads = vision.get("attn_pooler_heads", 8)  # open_clip's default
     if not isinstance(heads, int) or heads < 1 or pool_width % heads:
         raise ValueError(f"attn_pooler_heads is {heads!r} for a width of {pool_width}")
@@ -107,7 +107,7 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
     """Return the widths of block ``i``."""
     block = f"transformer.resblocks.{i}"
     name = f"{block}.attn"
-    inner = state[f"{name}.out_proj.weight"].shape[1]
+    inner = state[f"{name}.out_proj.weight"].shape[1]  # kept heads * head width
     mlp_width = state[f"{block}.mlp.c_fc.weight"].shape[0]
     heads = {layer.name: layer for layer in checkpoint.spec.layers if layer.kind == "heads"}
     if name in heads:

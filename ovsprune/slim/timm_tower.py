@@ -40,7 +40,7 @@ def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
         ) from error
     config = deepcopy(dict(architecture))
     try:
-        config["vision_cfg"]["timm_model_pretrained"] = False
+        config["vision_cfg"]["timm_model_pretrained"] = False  # no download
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)

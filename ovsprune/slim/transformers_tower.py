@@ -125,6 +125,7 @@ class TransformersTower(nn.Module):
                 "pooled embedding; use a model with an attention pool"
             )
         self._model = (model,)  # in a tuple it is not registered as a submodule
+        # The same dict objects as the model's, not copies.
         for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[table] = model.__dict__[table]
         self.training = model.training

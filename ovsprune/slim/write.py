@@ -50,6 +50,7 @@ def write(
     path = check_output(output, overwrite=overwrite)
     check_mask(spec, mask, "the mask to be written")
     check_tensors(spec, tensors, "the tensors to be written")
+    # Nothing may be written that this version cannot read.
     config.parse(config.dump(spec), "the config to be written")
     with files.staged(path) as scratch:
         save_tensors(tensors, scratch / MODEL)
