@@ -204,7 +204,7 @@ def test_has_the_attributes_that_frameworks_read() -> None:
 
 
 def test_works_inside_transformer_encoder_layer() -> None:
-    """The fused path of the layer assumes square projections and must not be taken."""
+    """Avoid the fused path of the layer, which assumes square projections."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(E, H, 64, activation="gelu", batch_first=True).eval()
     masked = copy.deepcopy(layer)
