@@ -69,11 +69,9 @@ def match(module: nn.Module, masks: Mapping[str, Tensor], prefix: str | None = N
     prefixes = _prefixes_by_suffix(shapes)
     best: list[Placement] = []
     for removed in _common_prefixes(masks):
-        candidates = [
-            p
-            for added in _added_prefixes(masks, removed, prefixes)
-            if (p := _place(masks, shapes, removed, added)) and prefix in (None, p.added)
-        ]
+        # Prefixes with which at least one name is that of a parameter, in order, without copies.
+        added = dict.fromkeys(p for name in masks for p in prefixes.get(_stem(name, removed), ()))
+        candidates = [_place(masks, shapes, removed, p) for p in added if prefix in (None, p)]
         # Shorter removed prefixes come first, and win if placements are equal.
         best = _best([*best, *candidates])
         if best and len(best[0].names) == len(masks):
@@ -111,7 +109,8 @@ def _place(
     missing: list[str] = []
     differ: dict[str, tuple[Shape, Shape]] = {}
     for name, mask in masks.items():
-        target = _join(added, _stem(name, removed))
+        target = _stem(name, removed)
+        target = f"{added}.{target}" if added else target
         if target not in shapes:
             missing.append(name)
         elif shapes[target] != tuple(mask.shape):
@@ -142,25 +141,15 @@ def _common_prefixes(masks: Iterable[str]) -> list[str]:
     return [".".join(parts[0][:i]) for i in range(count + 1)]
 
 
-def _added_prefixes(
-    masks: Iterable[str], removed: str, prefixes: Mapping[str, list[str]]
-) -> dict[str, None]:
-    """Return the prefixes with which at least one name is that of a parameter, in order."""
-    return dict.fromkeys(p for name in masks for p in prefixes.get(_stem(name, removed), ()))
-
-
 def _stem(name: str, removed: str) -> str:
     """Remove a prefix and its dot."""
     return name[len(removed) + 1 :] if removed else name
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 def _no_match_message(
     masks: Mapping[str, Tensor], shapes: Mapping[str, Shape], prefix: str | None
 ) -> str:
+    """Return the message for masks of which none has a parameter."""
     where = "" if prefix is None else f" under the prefix {prefix!r}"
     message = (
         f"none of the {len(masks)} masks has a parameter{where} in the module: the masks are named "

@@ -14,6 +14,7 @@ import torch
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.apply import apply
+from ovsprune.slim.load import shape_mismatches
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.spec import CONFIG, MODEL, SlimSpec
 
@@ -124,16 +125,12 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
     apply(model.visual, checkpoint)  # open_clip built a dense image tower
     text = checkpoint.text()
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    wrong = [
-        name
-        for name in sorted(expected.keys() | text.keys())
-        if name not in expected or name not in text or expected[name].shape != text[name].shape
-    ]
+    wrong = shape_mismatches(text, expected)
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.path / MODEL}: the text tower does not fit the architecture in "
-            f"{CONFIG} (missing, unexpected or of another shape: {', '.join(wrong[:4])}); copy the "
-            "checkpoint again, or write it again from the pruned model"
+            f"{checkpoint.path / MODEL}: the text tower does not fit the architecture in {CONFIG} "
+            f"({', '.join(wrong[:4])}); copy the checkpoint again, or write it again from the "
+            "pruned model"
         )
     model.load_state_dict(text, strict=False)
     pre = checkpoint.spec.preprocess

@@ -25,7 +25,7 @@ from ovsprune.slim.transformers_build import build_tower
 from ovsprune.slim.transformers_tower import TransformersTower
 from ovsprune.slim.vit import VisionTransformer
 
-__all__ = ["SlimTower", "load", "tower_of"]
+__all__ = ["SlimTower", "load", "shape_mismatches", "tower_of"]
 
 
 class SlimTower(nn.Module):
@@ -133,12 +133,7 @@ def tower_of(checkpoint: SlimCheckpoint) -> SlimTower:
     state = checkpoint.tower()
     with torch.device("meta"):  # allocates no memory and skips the initialisation
         tower = builder.build(checkpoint)
-    expected = tower.state_dict()
-    wrong = [
-        f"{name} {_shape(state, name)} instead of {_shape(expected, name)}"
-        for name in sorted(expected.keys() | state.keys())
-        if _shape(expected, name) != _shape(state, name)
-    ]
+    wrong = shape_mismatches(state, tower.state_dict())
     if wrong:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors do not make the tower that {CONFIG} describes: "
@@ -166,9 +161,14 @@ def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
                 module._buffers[name] = state[prefix + name].clone()
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    """Return the shape of a tensor, or None if there is none of that name."""
-    return tuple(state[name].shape) if name in state else None
+def shape_mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Describe the tensors that are missing, unexpected or of another shape, by name."""
+    shapes, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, expected))
+    return [
+        f"{name} {shapes.get(name)} instead of {wanted.get(name)}"
+        for name in sorted(shapes.keys() | wanted.keys())
+        if shapes.get(name) != wanted.get(name)
+    ]
 
 
 @dataclass(frozen=True)

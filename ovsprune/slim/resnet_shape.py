@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.resnet import STRIDE, ModifiedResNet
-from ovsprune.slim.shape import native_grid, vision_config
+from ovsprune.slim.shape import head_width, native_grid
 
 __all__ = ["build_modified_resnet"]
 
@@ -42,7 +42,11 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
         first, second, third = (sizes[f"conv{k}.weight"][0] for k in (1, 2, 3))
         output, width = sizes["attnpool.c_proj.weight"]
         tokens = sizes["attnpool.positional_embedding"][0]
-        heads = _heads(checkpoint, width)
+        heads, rest = divmod(width, head_width(checkpoint))
+        if rest:
+            raise ValueError(
+                f"head_width is {head_width(checkpoint)}, which does not divide {width}"
+            )
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors do not form CLIP's residual network ({error}); copy "
@@ -66,11 +70,3 @@ def _count(names: Iterable[str], prefix: str) -> int:
     if not numbers or numbers != set(range(start, start + len(numbers))) or start > 1:
         raise ValueError(f"{prefix}{sorted(numbers)}")
     return len(numbers)
-
-
-def _heads(checkpoint: SlimCheckpoint, width: int) -> int:
-    """Return the number of heads of the attention pool."""
-    head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
-    if not isinstance(head_width, int) or head_width < 1 or width % head_width:
-        raise ValueError(f"head_width is {head_width!r}, which does not divide {width}")
-    return width // head_width

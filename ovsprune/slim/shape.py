@@ -15,7 +15,7 @@ from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
 
-__all__ = ["build_vision_transformer", "native_grid", "vision_config"]
+__all__ = ["build_vision_transformer", "head_width", "native_grid", "vision_config"]
 
 
 def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
@@ -116,7 +116,7 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
         return BlockShape(head.units, kept, head.unit_width, mlp_width)
     # The config lists pruned layers only. This one has all heads, as wide as those of the others.
     widths = [layer.unit_width for layer in heads.values()]
-    head_dim = widths[0] if widths else _head_dim(checkpoint)
+    head_dim = widths[0] if widths else head_width(checkpoint)
     count, rest = divmod(inner, head_dim)
     if rest or not count:
         raise ValueError(
@@ -125,12 +125,16 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
     return BlockShape(count, tuple(range(count)), head_dim, mlp_width)
 
 
-def _head_dim(checkpoint: SlimCheckpoint) -> int:
-    """Return the head width that the config gives."""
-    head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
-    if not isinstance(head_width, int) or head_width < 1:
-        raise ValueError(f"head_width is {head_width!r}")
-    return head_width
+def head_width(checkpoint: SlimCheckpoint) -> int:
+    """Return the width of one head that the config gives.
+
+    Raises:
+        ValueError: It is not a positive integer.
+    """
+    width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"head_width is {width!r}")
+    return width
 
 
 def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
