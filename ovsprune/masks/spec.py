@@ -96,11 +96,7 @@ class MaskedSpec:
 
     @classmethod
     def from_json(cls, document: str | bytes, at: str) -> MaskedSpec:
-        """Parse and check ``config.json``.
-
-        Args:
-            document: The text.
-            at: Its origin, for messages.
+        """Parse and check the text of ``config.json``; ``at`` is its origin, for messages.
 
         Raises:
             CheckpointError: The text is not a valid spec, or has another format version.

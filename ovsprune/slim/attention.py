@@ -297,15 +297,8 @@ class SlimAttention(nn.Module):
     ) -> SlimAttention:
         """Build the slim attention from separate linear layers of all heads or the kept ones.
 
-        Args:
-            q: Query layer, weight [kept * head_dim, embed_dim], or num_heads * head_dim rows.
-            k: Key layer, of the same shape.
-            v: Value layer, of the same shape.
-            out: Output projection; its weight has as many columns as ``q`` has rows.
-            num_heads: As in the constructor; likewise the other arguments.
-            kept_heads: Dense indices of the kept heads.
-            head_dim: Width of one head.
-            batch_first: Order of the axes of inputs.
+        The weights of ``q``, ``k`` and ``v`` are [heads * head_dim, embed_dim], that of ``out`` is
+        [embed_dim, heads * head_dim]. The other arguments are those of the class.
 
         Raises:
             OptionError: The widths of the layers fit neither the kept nor all heads.

@@ -24,13 +24,10 @@ _AGAIN = "copy or write the checkpoint again"
 def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str) -> None:
     """Check that ``mask`` holds the kept indices of every layer of ``spec``, and nothing else.
 
-    Args:
-        spec: Spec that the mask must fit.
-        mask: Layer name to int64 [kept], strictly ascending within [0, units).
-        at: Origin of the mask, for messages.
+    The indices are int64 [kept], strictly ascending within [0, units).
 
     Raises:
-        CheckpointError: The mask does not fit; the message names the layer.
+        CheckpointError: The mask does not fit; the message names its origin ``at`` and the layer.
     """
     names = {layer.name for layer in spec.layers}
     for problem, layers in (("lacks", names - set(mask)), ("has unknown", set(mask) - names)):
@@ -64,15 +61,11 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str) -> None:
 
 
 def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str) -> None:
-    """Check that the shapes of ``tensors`` fit a tower that is cut according to ``spec``.
-
-    Args:
-        spec: Spec that the tensors must fit.
-        tensors: All tensors of the file; names of the tower's tensors begin with ``visual.``.
-        at: Origin of the tensors, for messages.
+    """Check that all ``tensors`` of a file fit a tower that is cut according to ``spec``.
 
     Raises:
-        CheckpointError: The tensors do not fit; the message names the tensor.
+        CheckpointError: The tensors do not fit; the message names their origin ``at`` and the
+            tensor.
     """
     for name in tensors:
         if re.fullmatch(DOTTED, name) is None:

@@ -81,13 +81,9 @@ def field_names(record: type) -> tuple[str, ...]:
 def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
     """Return the spec that the text of a ``config.json`` describes.
 
-    Args:
-        document: The text.
-        source: Where it comes from, for messages.
-
     Raises:
         CheckpointError: The text is not valid, or has another format version; the message names
-            the field.
+            its origin ``source`` and the field.
     """
     at = str(source)
     data = fields.parse(document, at)
@@ -131,15 +127,11 @@ def _check_version(data: Any, at: str) -> None:
 
 
 def parse_tower(data: Mapping[str, Any], at: str) -> dict[str, Any]:
-    """Return the fields by which every config describes the tower and its base model.
+    """Return the fields of a spec that slim and unstructured checkpoints share.
 
     Args:
         data: Parsed JSON object that has these fields, and may have others.
         at: Location of the object, for messages.
-
-    Returns:
-        Keyword arguments ``base``, ``family``, ``library``, ``library_version``, ``architecture``,
-        ``activation``, ``preprocess``, ``dense``, ``files`` and ``provenance`` of a spec.
 
     Raises:
         CheckpointError: A value is not valid; the message names the field.

@@ -115,10 +115,7 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
 def tensor_axes(module: str, axis: str, names: Container[str]) -> dict[str, int]:
     """Map the tensors of a layer that have its ``axis`` to the number of that axis.
 
-    Args:
-        module: Dotted name of the layer.
-        axis: ``"out"`` or ``"in"``.
-        names: Names of the existing tensors; without the layer's weight the result is empty.
+    Only tensors in ``names`` count; without the layer's weight the result is empty.
 
     Example:
         >>> tensor_axes("ln", "out", {"ln.weight", "ln.bias"})

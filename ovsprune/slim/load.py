@@ -173,18 +173,14 @@ def shape_mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class _Builder:
-    """Functions of a family's towers.
-
-    Attributes:
-        build: Builds the tower without weights.
-        outputs: Maps (tower, images) to pooled and dense output in one pass; None for two passes.
-        dense: Maps (tower, images) to the dense output alone; None to use ``outputs``.
-        set_size: Changes the native size in place; None if the tower has none.
-    """
+    """Functions that build a family's tower, without weights, and compute its outputs."""
 
     build: Callable[[SlimCheckpoint], nn.Module]
+    # pooled and dense output in one pass; without it, two passes
     outputs: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    # dense output alone; by default from ``outputs``
     dense: Callable[[Any, Tensor], Tensor] | None = None
+    # change of the native size in place, if the tower has one
     set_size: Callable[[Any, tuple[int, int]], None] | None = None
 
 

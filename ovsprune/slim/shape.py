@@ -146,7 +146,7 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     Args:
         checkpoint: Checkpoint of a CLIP tower.
         patch: Height and width in pixels of the area of one position.
-        tokens: Number of positions in the positional embedding, without the class token.
+        tokens: Number of positions, without the class token.
 
     Raises:
         CheckpointError: None of these grids has ``tokens`` positions.

@@ -62,7 +62,7 @@ def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Ten
 
 
 def timm_head_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute pooled and dense outputs from the features of the trunk.
+    """Compute pooled [B, C] and dense [B, C, h, w] outputs from the features of the trunk.
 
     For the dense output each position passes through the head (norm and projection included) as
     an image of one position, as in FC-CLIP (Yu et al., NeurIPS 2023). If the head is linear and
@@ -72,9 +72,6 @@ def timm_head_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tenso
     Args:
         tower: open_clip's ``TimmModel``.
         features: [B, K, h, w], or [B, h, w, K] if ``output_fmt`` of the trunk is ``"NHWC"``.
-
-    Returns:
-        (pooled [B, C], dense [B, C, h, w]).
     """
     model: Any = tower
     axis = -1 if getattr(model.trunk, "output_fmt", "NCHW") == "NHWC" else 1

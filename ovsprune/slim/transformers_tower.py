@@ -196,7 +196,7 @@ class TransformersTower(nn.Module):
     def read_out(
         self, stream: Tensor, grid: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map the stream after the last block to pooled and dense embeddings.
+        """Map the stream after the last block to pooled [B, C] and dense [B, C, h, w] embeddings.
 
         The dense embedding of a position is the pooled embedding for that position alone: the
         position replaces the class token, or is the only token of the attention pool.
@@ -204,9 +204,6 @@ class TransformersTower(nn.Module):
         Args:
             stream: [B, 1 + h * w, D].
             grid: h and w; those of the native size by default.
-
-        Returns:
-            (pooled [B, C], dense [B, C, h, w]).
         """
         if self.layout.pool is None:
             stream = self.trunk_module(self.layout.post_norm)(stream)

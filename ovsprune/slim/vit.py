@@ -62,7 +62,7 @@ class BlockShape:
 
 
 class LayerScale(nn.Module):
-    """Multiplication by a learnt factor for each channel."""
+    """Multiplication by a learnt factor for each channel (Touvron et al., ICCV 2021, CaiT)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -135,8 +135,8 @@ class VisionTransformer(nn.Module):
         pooler: Widths of the attention pool that reduces the tokens to its queries. ``pool`` then
             selects the first query or the mean of the others. None for no attention pool.
 
-    All methods that take images raise an ``OptionError`` if these are smaller than one patch, or
-    are not [B, 3, H, W].
+    All methods that take images or a size raise an ``OptionError`` if these are smaller than one
+    patch, or are not [B, 3, H, W].
     """
 
     def __init__(
@@ -196,16 +196,10 @@ class VisionTransformer(nn.Module):
         return self._pooled(x), self._dense(x, self.grid(images))
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Make ``size`` the native input size.
+        """Make ``size``, height and width in pixels, the native input size.
 
         The positions are interpolated once, so images of that size need no interpolation later.
         The outputs stay the same up to rounding.
-
-        Args:
-            size: Height and width in pixels.
-
-        Raises:
-            OptionError: ``size`` is smaller than one patch.
         """
         grid = self.grid(torch.empty(1, 3, *size, device="meta"))
         old = self.positional_embedding
@@ -284,20 +278,12 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
 
 
 def bicubic_matrix(old: int, new: int, device: torch.device) -> Tensor:
-    """Return bicubic interpolation along one axis as a matrix.
+    """Return bicubic interpolation of ``old`` to ``new`` values as a matrix, float32 [new, old].
 
     Equals ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)`` on one axis: the
     kernel of Keys (IEEE ASSP 1981, equation 15, a = -1/2), widened by old / new when downsampling,
     with weights normalised to sum to 1, also at the borders. Unlike torch's operator, the matrix
     product can be exported with dynamic sizes.
-
-    Args:
-        old: Number of input values.
-        new: Number of output values.
-        device: Device of the matrix.
-
-    Returns:
-        float32 [new, old]; the identity if ``old`` equals ``new``.
     """
     step = torch.ones((), dtype=torch.float32, device=device) * (old / new)
     # pixel centres of both grids, in units of the old one
