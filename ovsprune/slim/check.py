@@ -94,28 +94,23 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str) -> Non
 
 
 def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> None:
-    """Check the shapes of an attention module that is cut by head."""
-    width = layer.kept * layer.unit_width
-    for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, width):
-        full = f"{TOWER}{layer.name}.{name}"
+    """Check the weights of an attention module that is cut by head, by the names of its library."""
+    path, width = f"{TOWER}{layer.name}", layer.kept * layer.unit_width
+    if f"{path}.qkv.weight" in tensors:
+        inputs, output = {"qkv.weight": 3 * width}, "proj.weight"
+    elif f"{path}.q_proj.weight" in tensors:
+        inputs = {f"{letter}_proj.weight": width for letter in "qkv"}
+        output = "proj.weight" if f"{path}.proj.weight" in tensors else "out_proj.weight"
+    else:
+        inputs, output = {"in_proj_weight": 3 * width}, "out_proj.weight"
+    for name, size in {**inputs, output: width}.items():
+        full, axis = f"{path}.{name}", 1 if name == output else 0
         shape = _shape(tensors, full, at)
         if len(shape) != 2 or shape[axis] != size:
             raise CheckpointError(
                 f"{at}: {full} has shape {shape}, expected {size} on axis {axis} for "
                 f"{layer.kept} heads of width {layer.unit_width}; {_AGAIN}"
             )
-
-
-def _head_tensors(
-    path: str, tensors: Mapping[str, Tensor], width: int
-) -> list[tuple[str, int, int]]:
-    """Return (name, cut axis, expected size) of the weights of the attention module at ``path``."""
-    if f"{path}.qkv.weight" in tensors:
-        return [("qkv.weight", 0, 3 * width), ("proj.weight", 1, width)]
-    if f"{path}.q_proj.weight" in tensors:
-        out = "proj.weight" if f"{path}.proj.weight" in tensors else "out_proj.weight"
-        return [*((f"{which}_proj.weight", 0, width) for which in "qkv"), (out, 1, width)]
-    return [("in_proj_weight", 0, 3 * width), ("out_proj.weight", 1, width)]
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, at: str) -> tuple[int, ...]:

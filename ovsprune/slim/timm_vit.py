@@ -131,7 +131,7 @@ def _front(
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, nn.Module]]:
     """Return the stem and the blocks before the transformer blocks."""
     if not bottlenecks:
-        return partial(_stem, trunk), {}
+        return lambda images: _positioned(trunk, trunk.patch_embed(images)), {}
     backbone = trunk.patch_embed.backbone
     to_tokens = with_forward(backbone.pool, partial(_to_tokens, trunk))
     return backbone.stem, {**bottlenecks, f"{_STEM}.pool": to_tokens}
@@ -142,11 +142,6 @@ def _to_tokens(trunk: Any, x: Tensor) -> Tensor:
     embed = trunk.patch_embed
     pool = embed.backbone.pool
     return _positioned(trunk, embed.proj(type(pool).forward(pool, x)).flatten(2).transpose(1, 2))
-
-
-def _stem(trunk: Any, images: Tensor) -> Tensor:
-    """Embed the patches of images, [B, 3, H, W] -> [B, N, D]."""
-    return _positioned(trunk, trunk.patch_embed(images))
 
 
 def _positioned(trunk: Any, x: Tensor) -> Tensor:
