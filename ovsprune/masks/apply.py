@@ -78,6 +78,7 @@ def apply_masks(
             f"the masks do not fit {type(module).__name__}: {placement}. Give a model of the "
             "architecture that they were made for, or pass strict=False to apply those that fit"
         )
+    # Shared parameters have several names; a mask may use any of them.
     parameters = dict(module.named_parameters(remove_duplicate=False))
     placed = {target: masks[name] for name, target in placement.names.items()}
     zero(parameters, placed)
@@ -102,6 +103,7 @@ def zero(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
 
 def _mask_gradient(parameter: Tensor, mask: Tensor) -> RemovableHandle:
     """Register a hook that multiplies the gradient by the mask."""
+    # Without a gradient, weight decay and new momentum keep a weight at zero.
     mask = mask.to(parameter.device)
     handle: RemovableHandle = parameter.register_hook(  # type: ignore[no-untyped-call]
         lambda gradient: gradient * mask

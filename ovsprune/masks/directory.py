@@ -15,8 +15,8 @@ from ovsprune.masks.packing import read_packed, save_packed
 from ovsprune.masks.spec import FORMAT, MASKS, MaskedSpec
 from ovsprune.slim import fields
 from ovsprune.slim.check import TOWER
-from ovsprune.slim.read import check_files, file_digest, read_config, read_tensors
-from ovsprune.slim.spec import CARD, CONFIG, MODEL, FileSpec
+from ovsprune.slim.read import TowerTensors, check_files, describe_files, read_config, read_tensors
+from ovsprune.slim.spec import CARD, CONFIG, MODEL
 from ovsprune.slim.write import save_tensors
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class MaskedCheckpoint:
+class MaskedCheckpoint(TowerTensors):
     """Unstructured checkpoint in memory, on the CPU.
 
     Attributes:
@@ -44,14 +44,6 @@ class MaskedCheckpoint:
     spec: MaskedSpec
     masks: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
-
-    def tower(self) -> dict[str, Tensor]:
-        """Return the image tower's tensors by canonical name (without ``visual.``)."""
-        return {k[len(TOWER) :]: v for k, v in self.tensors.items() if k.startswith(TOWER)}
-
-    def text(self) -> dict[str, Tensor]:
-        """Return the other tensors: the text tower and the logit scale; may be empty."""
-        return {k: v for k, v in self.tensors.items() if not k.startswith(TOWER)}
 
 
 def write_unstructured(
@@ -79,15 +71,13 @@ def write_unstructured(
     """
     path = check_place(output, overwrite=overwrite)
     _check(spec, masks, tensors, "the result to be written")
+    # Nothing may be written that this version cannot read.
     MaskedSpec.from_json(spec.to_json(), "the config to be written")
-    with staged(path) as scratch:
+    with staged(path) as scratch:  # a new directory, renamed to the path when it is complete
         save_tensors(tensors, scratch / MODEL)
         save_packed(masks, scratch / MASKS)
-        files = {
-            name: FileSpec(file_digest(scratch / name), (scratch / name).stat().st_size)
-            for name in (MODEL, MASKS)
-        }
-        (scratch / CONFIG).write_text(replace(spec, files=files).to_json(), encoding="utf-8")
+        listed = replace(spec, files=describe_files(scratch, (MODEL, MASKS)))
+        (scratch / CONFIG).write_text(listed.to_json(), encoding="utf-8")
         (scratch / CARD).write_text(card, encoding="utf-8")
     return path
 
@@ -121,12 +111,7 @@ def read_unstructured(
     """
     path = Path(directory)
     spec = _read_spec(path)
-    for name in (MODEL, MASKS):
-        if name not in spec.files:
-            raise CheckpointError(
-                f"{path / CONFIG}: the entry files does not list {name}; write it again"
-            )
-    check_files(path, spec.files, verify=verify)
+    check_files(path, spec.files, (MODEL, MASKS), verify=verify)
     masks, tensors = read_packed(path / MASKS), read_tensors(path / MODEL)
     _check(spec, masks, tensors, str(path))
     return MaskedCheckpoint(path=path, spec=spec, masks=masks, tensors=tensors)
@@ -143,6 +128,7 @@ def is_unstructured(directory: Path) -> bool:
 
 
 def _read_spec(path: Path) -> MaskedSpec:
+    """Read ``config.json``."""
     document, file = read_config(path)
     return MaskedSpec.from_json(document, str(file))
 
@@ -150,17 +136,7 @@ def _read_spec(path: Path) -> MaskedSpec:
 def _check(
     spec: MaskedSpec, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
 ) -> None:
-    """Check that masks and weights match the spec.
-
-    Args:
-        spec: The spec.
-        masks: The masks by parameter name.
-        tensors: The tensors of the model.
-        source: Origin of these objects, for messages.
-
-    Raises:
-        CheckpointError: They do not match.
-    """
+    """Check that masks and weights match the spec; ``source`` is their origin, for messages."""
     remedy = "copy it again, or prune again"
     unmatched = sorted({w.name for w in spec.weights} ^ set(masks))
     if unmatched:

@@ -79,6 +79,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 "read it with read_masks"
             )
         masked[name] = state[f"{name}_orig"].masked_fill(~_mask(state, name, path), 0)
+    # As prune.remove does: the masked weight takes the place of its two tensors.
     replaced = {f"{name}{end}" for name in masked for end in ("_orig", "_mask")}
     return {**{k: v for k, v in state.items() if k not in replaced}, **masked}
 
@@ -143,11 +144,7 @@ def _pruned(state: Mapping[str, Any]) -> list[str]:
 
 
 def _mask(state: Mapping[str, Tensor], name: str, path: Path) -> Tensor:
-    """Return the bool mask of a parameter.
-
-    Raises:
-        CheckpointError: It is not binary, or its shape is not that of the weight.
-    """
+    """Return the mask of a parameter, checked, as bool of the weight's shape."""
     mask = state[f"{name}_mask"]
     if not ((mask == 0) | (mask == 1)).all():
         raise CheckpointError(
@@ -178,12 +175,8 @@ def _check_form(path: Path, form: str, weights: Mapping[str, Tensor] | None) -> 
 def _torch_form(
     masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Return the state dict in the format of torch.nn.utils.prune.
-
-    Raises:
-        CheckpointError: A mask has no weight, or one of another shape.
-    """
-    if weights is None:
+    """Return the state dict in the format of torch.nn.utils.prune."""
+    if weights is None:  # without a weight, its type is unknown; torch's default is float32
         return {f"{name}_mask": mask.float() for name, mask in masks.items()}
     for name, mask in masks.items():
         if name not in weights or weights[name].shape != mask.shape:

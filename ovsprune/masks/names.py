@@ -69,18 +69,17 @@ def match(module: nn.Module, masks: Mapping[str, Tensor], prefix: str | None = N
     prefixes = _prefixes_by_suffix(shapes)
     best: list[Placement] = []
     for removed in _common_prefixes(masks):
-        candidates = [
-            p
-            for added in _added_prefixes(masks, removed, prefixes)
-            if (p := _place(masks, shapes, removed, added)) and prefix in (None, p.added)
-        ]
+        # Prefixes with which at least one name is that of a parameter, in order, without copies.
+        added = dict.fromkeys(p for name in masks for p in prefixes.get(_stem(name, removed), ()))
+        candidates = [_place(masks, shapes, removed, p) for p in added if prefix in (None, p)]
         # Shorter removed prefixes come first, and win if placements are equal.
         best = _best([*best, *candidates])
         if best and len(best[0].names) == len(masks):
-            break
+            break  # every mask has its parameter
     if not best or not (best[0].names or best[0].shapes):
         raise TargetError(_no_match_message(masks, shapes, prefix))
     least = [p for p in best if len(p.removed) == min(len(q.removed) for q in best)]
+    # The module itself is preferred to a submodule of it that fits equally well.
     exact = [p for p in least if not p.added and len(p.names) == len(masks)]
     if len(least) > 1 and not exact:
         raise TargetError(
@@ -97,6 +96,7 @@ def _best(placements: list[Placement]) -> list[Placement]:
     kept: dict[tuple[str, ...], Placement] = {}
     for placement in placements:
         if (len(placement.names), len(placement.shapes)) == most:
+            # Different prefixes can give the same assignment.
             kept.setdefault((*placement.names.values(), *placement.shapes), placement)
     return list(kept.values())
 
@@ -109,7 +109,8 @@ def _place(
     missing: list[str] = []
     differ: dict[str, tuple[Shape, Shape]] = {}
     for name, mask in masks.items():
-        target = _join(added, _stem(name, removed))
+        target = _stem(name, removed)
+        target = f"{added}.{target}" if added else target
         if target not in shapes:
             missing.append(name)
         elif shapes[target] != tuple(mask.shape):
@@ -133,18 +134,11 @@ def _prefixes_by_suffix(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _common_prefixes(masks: Iterable[str]) -> list[str]:
     """Return the prefixes that all names share, shortest first; the last part is never included."""
-    parts = [name.split(".")[:-1] for name in masks]
+    parts = [name.split(".")[:-1] for name in masks]  # without the parameter's own name
     count = 0
     while all(len(p) > count for p in parts) and len({p[count] for p in parts}) == 1:
         count += 1
     return [".".join(parts[0][:i]) for i in range(count + 1)]
-
-
-def _added_prefixes(
-    masks: Iterable[str], removed: str, prefixes: Mapping[str, list[str]]
-) -> dict[str, None]:
-    """Return the prefixes with which at least one name is that of a parameter, in order."""
-    return dict.fromkeys(p for name in masks for p in prefixes.get(_stem(name, removed), ()))
 
 
 def _stem(name: str, removed: str) -> str:
@@ -152,13 +146,10 @@ def _stem(name: str, removed: str) -> str:
     return name[len(removed) + 1 :] if removed else name
 
 
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
-
-
 def _no_match_message(
     masks: Mapping[str, Tensor], shapes: Mapping[str, Shape], prefix: str | None
 ) -> str:
+    """Return the message for masks of which none has a parameter."""
     where = "" if prefix is None else f" under the prefix {prefix!r}"
     message = (
         f"none of the {len(masks)} masks has a parameter{where} in the module: the masks are named "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def pack(mask: Tensor) -> Tensor:
     [5]
     """
     flat = mask.detach().cpu().reshape(-1).to(torch.uint8)
+    # Pad with zeros to whole bytes.
     flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)  # [bytes, 8]
     packed = torch.zeros(len(flat), dtype=torch.uint8)
     for bit in range(8):
-        packed |= flat[:, bit] << bit
+        packed |= flat[:, bit] << bit  # the first entry gets the lowest bit
     return packed
 
 
@@ -45,10 +47,8 @@ def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
     Raises:
         CheckpointError: ``packed`` has another length or dtype, or padding bits that are not 0.
     """
-    count = 1
-    for length in shape:
-        count *= length
-    size = -(-count // 8)
+    count = math.prod(shape)
+    size = -(-count // 8)  # rounded up
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (size,):
         raise CheckpointError(
             f"{where} is {packed.dtype} {tuple(packed.shape)}, expected torch.uint8 ({size},) for "
@@ -57,6 +57,7 @@ def unpack(packed: Tensor, shape: Sequence[int], where: str) -> Tensor:
         )
     bits = torch.stack([(packed >> bit) & 1 for bit in range(8)], dim=1)  # [bytes, 8]
     bits = bits.reshape(-1).bool()
+    # Padding bits must be 0, so that a mask has a single valid encoding.
     if bits[count:].any():
         raise CheckpointError(
             f"{where} has bits beyond the end of a mask of shape {tuple(shape)}; the file was "
@@ -112,11 +113,7 @@ def is_packed(path: Path) -> bool:
 
 
 def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
-    """Parse the shapes in the header; ``at`` names the header in messages.
-
-    Raises:
-        CheckpointError: The header is invalid or has an unknown version.
-    """
+    """Parse the shapes in the header; ``at`` names the header in messages."""
     data = fields.record(fields.parse(document, at), at, ("format_version", "shapes"))
     version = fields.integer(data["format_version"], f"{at}: format_version", 1)
     if version != _VERSION:
@@ -124,11 +121,10 @@ def _shapes(document: str, at: str) -> dict[str, tuple[int, ...]]:
             f"{at}: format_version is {version}, but this version of ovsprune reads {_VERSION}; "
             "install a newer version"
         )
-    if not isinstance(data["shapes"], dict):
-        raise CheckpointError(f"{at}: shapes is not an object; copy the file again")
+    shapes = fields.mapping(data["shapes"], f"{at}: shapes")
     return {
-        fields.text(name, f"{at}: a name", fields.DOTTED): tuple(
-            fields.integer(n, f"{at}: shapes.{name}") for n in fields.array(shape, f"{at}: {name}")
+        fields.text(name, f"{at}: a name", fields.DOTTED): fields.array(
+            shape, f"{at}: shapes.{name}", fields.integer
         )
-        for name, shape in data["shapes"].items()
+        for name, shape in shapes.items()
     }

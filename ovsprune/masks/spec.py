@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.records import Costs, Preprocess
 from ovsprune.slim import config, fields
-from ovsprune.slim.spec import ACTIVATIONS, BaseSpec, FileSpec
+from ovsprune.slim.spec import BaseSpec, FileSpec
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MASKS", "NOTE", "MaskedSpec", "WeightSpec"]
 
 FORMAT = "ovsprune-unstructured"
 FORMAT_VERSION = 1
+_KIND = "unstructured"
 MASKS = "masks.safetensors"
 NOTE = (
     "Unstructured: single weights are zero, and every tensor keeps its shape. This saves storage, "
@@ -24,30 +26,10 @@ NOTE = (
 )
 """Note in the config of every unstructured checkpoint."""
 
-_FIELDS = (
-    "format",
-    "format_version",
-    "kind",
-    "note",
-    "base",
-    "family",
-    "library",
-    "library_version",
-    "architecture",
-    "activation",
-    "preprocess",
-    "weights",
-    "excluded",
-    "dense",
-    "nonzero",
-    "files",
-    "provenance",
-)
-
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight under a mask.
+    """Weight under a mask.
 
     Attributes:
         name: Dotted name of the parameter in the tower.
@@ -62,10 +44,7 @@ class WeightSpec:
     @property
     def count(self) -> int:
         """Number of entries."""
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        return math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -75,22 +54,13 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class MaskedSpec:
-    """Content of ``config.json``.
+    """Content of ``config.json``; fields not listed are those of a slim checkpoint's spec.
 
     Attributes:
-        base: The dense model.
-        family: Name of the family that builds the tower.
-        library: Distribution that built the tower.
-        library_version: Version of that distribution.
-        architecture: Numbers that the family builds the tower from (plain JSON).
-        activation: Activation function, as in a slim checkpoint.
-        preprocess: Preprocessing of images.
         weights: Every weight under a mask, in the order in which the tower uses them.
         excluded: Weights without a mask: the first layer and protected ones.
         dense: Costs of the tower; masks do not change them.
         nonzero: Parameters and MACs without zero weights, as OpenTrans counts them.
-        files: Map of file name to digest and size; filled in when written.
-        provenance: Record of the pruning (plain JSON).
     """
 
     base: BaseSpec
@@ -118,38 +88,15 @@ class MaskedSpec:
         Raises:
             CheckpointError: ``architecture`` or ``provenance`` contain values that are not JSON.
         """
-        weights = [
-            {"name": w.name, "shape": list(w.shape), "zeros": w.zeros, "sparsity": w.sparsity}
-            for w in self.weights
-        ]
-        document = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "kind": "unstructured",
-            "note": NOTE,
-            "base": config.base_document(self.base),
-            "family": self.family,
-            "library": self.library,
-            "library_version": self.library_version,
-            "architecture": fields.json_value(self.architecture, "architecture"),
-            "activation": self.activation,
-            "preprocess": config.preprocess_document(self.preprocess),
-            "weights": weights,
-            "excluded": list(self.excluded),
-            "dense": {"macs": self.dense.macs, "params": self.dense.params},
-            "nonzero": {"macs": self.nonzero.macs, "params": self.nonzero.params},
-            "files": config.files_document(self.files),
-            "provenance": fields.json_value(self.provenance, "provenance"),
-        }
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        document = config.spec_document(self)
+        for entry, weight in zip(document["weights"], self.weights, strict=True):
+            entry["sparsity"] = weight.sparsity
+        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": _KIND, "note": NOTE}
+        return config.to_text({**header, **document})
 
     @classmethod
     def from_json(cls, document: str | bytes, at: str) -> MaskedSpec:
-        """Parse and check ``config.json``.
-
-        Args:
-            document: The text.
-            at: Its origin, for messages.
+        """Parse and check the text of ``config.json``; ``at`` is its origin, for messages.
 
         Raises:
             CheckpointError: The text is not a valid spec, or has another format version.
@@ -166,34 +113,19 @@ class MaskedSpec:
                 f"{at}: format_version is {version}, but this version of ovsprune reads "
                 f"{FORMAT_VERSION}; install a newer version, or prune again with this one"
             )
-        fields.record(data, at, _FIELDS)
-        fields.choice(data["kind"], f"{at}: kind", ("unstructured",))
-        for name in ("architecture", "provenance"):
-            if not isinstance(data[name], dict):
-                raise CheckpointError(f"{at}: {name} is not an object; copy the file again")
-        entries = fields.array(data["weights"], f"{at}: weights")
-        weights = tuple(_weight(entry, f"{at}: weights[{i}]") for i, entry in enumerate(entries))
+        header = ("format", "format_version", "kind", "note")
+        fields.record(data, at, (*header, *config.field_names(cls)))
+        fields.choice(data["kind"], f"{at}: kind", (_KIND,))
+        weights = fields.array(data["weights"], f"{at}: weights", _weight)
         if not weights or len({w.name for w in weights}) < len(weights):
             raise CheckpointError(f"{at}: weights is empty or lists a name twice; copy it again")
         return cls(
-            base=config.parse_base(data["base"], f"{at}: base"),
-            family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
-            library=fields.text(data["library"], f"{at}: library", r"[A-Za-z0-9_.-]+"),
-            library_version=fields.text(
-                data["library_version"], f"{at}: library_version", r"[A-Za-z0-9_.!+-]+"
-            ),
-            architecture=data["architecture"],
-            activation=fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
-            preprocess=config.parse_preprocess(data["preprocess"], f"{at}: preprocess"),
+            **config.parse_tower(data, at),
             weights=weights,
-            excluded=tuple(
-                fields.text(item, f"{at}: excluded[{i}]", fields.DOTTED)
-                for i, item in enumerate(fields.array(data["excluded"], f"{at}: excluded"))
+            excluded=fields.array(
+                data["excluded"], f"{at}: excluded", partial(fields.text, pattern=fields.DOTTED)
             ),
-            dense=config.parse_costs(data["dense"], f"{at}: dense"),
             nonzero=config.parse_costs(data["nonzero"], f"{at}: nonzero"),
-            files=config.parse_files(data["files"], f"{at}: files"),
-            provenance=data["provenance"],
         )
 
 
@@ -203,14 +135,9 @@ def _weight(value: Any, at: str) -> WeightSpec:
     fields.number(data["sparsity"], f"{at}.sparsity")
     weight = WeightSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
-        shape=tuple(
-            fields.integer(n, f"{at}.shape", 1) for n in fields.array(data["shape"], f"{at}.shape")
-        ),
+        shape=fields.array(data["shape"], f"{at}.shape", partial(fields.integer, least=1)),
         zeros=fields.integer(data["zeros"], f"{at}.zeros"),
     )
     if weight.zeros > weight.count:
-        raise CheckpointError(
-            f"{at}.zeros is {weight.zeros}, expected at most {weight.count}; the file was edited "
-            "or damaged: copy it again"
-        )
+        raise fields.invalid(f"{at}.zeros", weight.zeros, f"at most {weight.count}")
     return weight

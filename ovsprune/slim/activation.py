@@ -1,6 +1,6 @@
-"""Which activation function a built tower has; the wrong one is refused.
+"""Find the activation functions of a built tower, and refuse a wrong one.
 
-With GELU instead of QuickGELU everything loads and runs, and the features are quietly wrong.
+A tower with GELU instead of QuickGELU loads and runs without an error, but its features are wrong.
 """
 
 from __future__ import annotations
@@ -28,27 +28,28 @@ _NAMES = {
     "swish": "silu",
 }
 
-_POSITIONS = "relposmlp"
-"""timm's network for biases by relative position, in lower case."""
+# timm's network that computes the biases of relative positions, in lower case
+_POSITION_NETWORK = "relposmlp"
 
 
 def find_activations(modules: Iterable[nn.Module]) -> set[str]:
-    """Activation functions that occur in ``modules``, as the spec names them.
+    """Return the activation functions among ``modules``, by their names in the spec.
 
-    Not those of a network that makes the biases of relative positions: it reads no pictures.
+    Those of networks that compute the biases of relative positions are ignored: these networks do
+    not process images.
     """
     known = list(modules)
-    positions = [m for m in known if type(m).__name__.lower() == _POSITIONS]
-    apart = {id(part) for network in positions for part in network.modules()}
-    found = set()
-    for module in (m for m in known if id(m) not in apart):
+    networks = [m for m in known if type(m).__name__.lower() == _POSITION_NETWORK]
+    ignored = {id(part) for network in networks for part in network.modules()}
+    activations = set()
+    for module in (m for m in known if id(m) not in ignored):
         name = type(module).__name__.lower()
         if name in _NAMES:
-            found.add(_NAMES[name])
+            activations.add(_NAMES[name])
         elif name == "gelu":
             tanh = getattr(module, "approximate", "none") == "tanh"
-            found.add("gelu_tanh" if tanh else "gelu")
-    return found
+            activations.add("gelu_tanh" if tanh else "gelu")
+    return activations
 
 
 def check_activation(modules: Iterable[nn.Module], expected: str, given: str | None = None) -> None:
@@ -56,27 +57,27 @@ def check_activation(modules: Iterable[nn.Module], expected: str, given: str | N
 
     Args:
         modules: Modules of its blocks.
-        expected: What the spec says.
-        given: What the caller says that the tower has, where no module shows it.
+        expected: Activation function in the spec.
+        given: Activation function of the tower, if it is no module (a call of ``F.gelu``).
 
     Raises:
-        TargetError: It has another one, or none that can be seen and none was given.
-        OptionError: ``given`` is no activation.
+        TargetError: The tower has another activation function, or none was found nor given.
+        OptionError: ``given`` is no activation function.
     """
     if given is not None:
         if given not in ACTIVATIONS:
             raise OptionError(f"activation is {given!r}, expected one of {', '.join(ACTIVATIONS)}")
-        found = {given}
+        present = {given}
     else:
-        found = find_activations(modules)
-    if not found:
+        present = find_activations(modules)
+    if not present:
         raise TargetError(
-            "no activation function can be seen in the tower's blocks; say which one it has by "
-            f"activation=..., one of {', '.join(ACTIVATIONS)} (the checkpoint's is {expected!r})"
+            "the tower's blocks contain no known activation module; name the activation function "
+            f"by activation=..., one of {', '.join(ACTIVATIONS)} (the checkpoint's is {expected!r})"
         )
-    if found != {expected}:
+    if present != {expected}:
         raise TargetError(
-            f"the tower uses {' and '.join(sorted(found))}, the checkpoint was pruned with "
+            f"the tower uses {' and '.join(sorted(present))}, the checkpoint was pruned with "
             f"{expected}; build the tower with {expected} (open_clip: a model name "
             f"{'with' if expected == 'quick_gelu' else 'without'} '-quickgelu')"
         )

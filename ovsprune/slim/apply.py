@@ -1,9 +1,9 @@
-"""Slim a built tower in place, so that the original can be put back."""
+"""Slim a built tower in place, reversibly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +35,23 @@ def apply(
 ) -> Applied:
     """Slim a dense tower in place. Everything is checked before anything is changed.
 
-    Changed parameters are new objects, so make the optimiser afterwards.
+    Changed parameters are new objects, so create the optimiser afterwards.
 
     Args:
-        tower: A dense tower of the architecture that was pruned, or a model that holds one.
-        checkpoint: From :func:`ovsprune.read`.
-        weights: ``"slim"`` loads the checkpoint's tensors; ``"target"`` cuts the tower's own
-            weights by the mask, for a tower that was finetuned.
-        prefix_map: Where the tower does not have canonical names: dotted canonical prefix to
-            dotted path in ``tower``; the longest prefix wins, names without one stay.
-        keep: Canonical names (or dotted prefixes) of tensors that the tower keeps as they are.
-        activation: What the tower's MLPs compute, where no module shows it.
+        tower: Dense tower of the architecture that was pruned, or a model that contains it.
+        checkpoint: Result of :func:`ovsprune.read`.
+        weights: ``"slim"`` loads the checkpoint's tensors; ``"target"`` keeps the weights of the
+            tower, without the removed units, for a tower that was finetuned.
+        prefix_map: Map of dotted canonical prefix to dotted path in ``tower``, if the tower does
+            not have canonical names. The longest matching prefix is replaced; other names stay.
+        keep: Canonical names (or dotted prefixes) of tensors that are not loaded.
+        activation: Activation function of the tower, if it is no module (a call of ``F.gelu``).
 
     Returns:
-        Record of the changes; its ``detach()`` puts the original back.
+        Record of the changes; its ``detach()`` restores the original.
 
     Raises:
-        TargetError: The tower is not dense, of another architecture, or has another activation.
+        TargetError: The tower is not dense, or has another architecture or activation function.
         OptionError: ``weights`` or ``activation`` is unknown.
     """
     if weights not in ("slim", "target"):
@@ -59,31 +59,34 @@ def apply(
     if isinstance(tower, torch.jit.ScriptModule):
         raise TargetError("the tower is a TorchScript module; load it without jit and try again")
     plan = _Plan(tower, checkpoint, dict(prefix_map or {}), tuple(keep))
-    plan.find_tensors()
+    plan.check_names()
     check_activation(plan.block_modules(), checkpoint.spec.activation, activation)
     plan.replace_modules()
     if weights == "slim":
         plan.load_tensors()
-    return plan.commit()
+    applied = plan.new.commit()
+    applied.unused = tuple(name for name in checkpoint.tower() if plan.is_kept(name))
+    return applied
 
 
 def map_name(name: str, prefix_map: Mapping[str, str]) -> str:
-    """``name`` with its longest dotted prefix in ``prefix_map`` exchanged.
+    """Replace the longest dotted prefix of ``name`` that is in ``prefix_map``.
 
     Example:
         >>> map_name("transformer.resblocks.1.attn", {"transformer.resblocks": "layers"})
         'layers.1.attn'
     """
     parts = name.split(".")
-    for end in range(len(parts), 0, -1):
+    for end in range(len(parts), 0, -1):  # longest prefix first
         prefix = ".".join(parts[:end])
         if prefix in prefix_map:
+            # A prefix may be mapped to the empty path, the tower itself.
             return ".".join([x for x in (prefix_map[prefix], *parts[end:]) if x])
     return name
 
 
 class _Plan:
-    """Checks of a tower against a checkpoint, and the replacements that follow from it."""
+    """Checks of a tower against a checkpoint, and the replacements to make."""
 
     def __init__(
         self,
@@ -93,52 +96,53 @@ class _Plan:
         keep: tuple[str, ...],
     ) -> None:
         self.tower = tower
+        self.spec, self.mask = checkpoint.spec, checkpoint.mask
         self.checkpoint = checkpoint
+        self.state = checkpoint.tower()
         self.prefix_map = prefix_map
         self.keep = keep
         self.new = Replacements(tower)
-        self.modules, self.tensors = self.new.modules, self.new.tensors
 
     def path(self, name: str) -> str:
+        """Return the path in the tower of a canonical name."""
         return map_name(name, self.prefix_map)
 
-    def kept(self, name: str) -> bool:
+    def is_kept(self, name: str) -> bool:
+        """Return True if the tensor ``name`` is not to be loaded."""
         return any(name == k or name.startswith(f"{k}.") for k in self.keep)
 
     def module(self, name: str) -> nn.Module:
+        """Return the dense module with a canonical name."""
         try:
             return self.tower.get_submodule(self.path(name))
         except AttributeError:
-            raise TargetError(
-                f"the tower has no module {self.path(name)}; expected the tower of a dense "
-                f"{self.checkpoint.spec.base.model} ({self._hint()})"
-            ) from None
+            raise self._wrong_tower(f"module {self.path(name)}") from None
 
-    def find_tensors(self) -> None:
+    def check_names(self) -> None:
         """Check that the tower has every tensor of the checkpoint, whichever weights are used."""
-        missing = [
-            self.path(name)
-            for name in self.checkpoint.tower()
-            if not self.kept(name) and _tensor(self.tower, self.path(name)) is None
-        ]
+        paths = [self.path(name) for name in self.state if not self.is_kept(name)]
+        missing = [path for path in paths if self.new.find(path) is None]
         if missing:
-            raise TargetError(
-                f"the tower has no tensor {', '.join(missing[:4])}"
-                f"{f' and {len(missing) - 4} more' if len(missing) > 4 else ''}; expected the "
-                f"tower of a dense {self.checkpoint.spec.base.model} ({self._hint()})"
-            )
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise self._wrong_tower(f"tensor {', '.join(missing[:4])}{more}")
 
-    def _hint(self) -> str:
+    def _wrong_tower(self, missing: str) -> TargetError:
+        """Return the error for a tower that lacks something."""
+        hint = "a framework with other names needs its target or a prefix_map"
         for part in ("visual", "vision_model"):
             if hasattr(self.tower, part):
-                return f"this looks like a whole CLIP: pass its .{part}"
-        return "a framework with other names needs its target or a prefix_map"
+                hint = f"this looks like a whole CLIP: pass its .{part}"
+                break
+        return TargetError(
+            f"the tower has no {missing}; expected the tower of a dense {self.spec.base.model} "
+            f"({hint})"
+        )
 
     def block_modules(self) -> Iterator[nn.Module]:
-        """Modules of the blocks in which something can be cut."""
-        for layer in self.checkpoint.spec.layers:
+        """Yield the modules of the blocks that have prunable units."""
+        for layer in self.spec.layers:
             for part in layer.slices:
-                # a map may know the layers, but not their block
+                # prefix_map may map the layers without mapping their block
                 for scope in (self.path(layer.block), self.path(part.module).rpartition(".")[0]):
                     try:
                         yield from self.tower.get_submodule(scope).modules()
@@ -147,52 +151,54 @@ class _Plan:
                     break
 
     def replace_modules(self) -> None:
-        spec, mask = self.checkpoint.spec, self.checkpoint.mask
-        for layer in spec.layers:
+        """Build the slim copies of all modules that lose units."""
+        for layer in self.spec.layers:
             if layer.is_whole_attention:
-                self._replace_heads(layer, mask[layer.name])
-        for name, axes in layer_runs(spec, mask).items():
+                self._replace_attention(layer, self.mask[layer.name])
+        for name, axes in layer_runs(self.spec, self.mask).items():
             index = {}
             for axis, runs in axes.items():
-                self._check_size(name, axis)
-                index[axis] = keep_index(self._dense_size(name, axis), runs)
-            old = self.module(name)
-            self.modules[self.path(name)] = (old, slim_module(old, index))
-
-    def _check_size(self, name: str, axis: str) -> None:
-        """The tower must have what the checkpoint's base had on an axis."""
-        dense = self._dense_size(name, axis)
-        for tensor, dim in tensor_axes(name, axis, self.checkpoint.tower()).items():
-            found = _tensor(self.tower, self.path(tensor))
-            if found is not None and (found.dim() <= dim or found.shape[dim] != dense):
-                raise TargetError(
-                    f"{self.path(name)} has a {tensor.rpartition('.')[2]} of shape "
-                    f"{tuple(found.shape)}, expected {dense} on axis {dim} for a dense "
-                    f"{self.checkpoint.spec.base.model}; detach a slim tower, or check the model's "
-                    "name"
-                )
+                size = self._dense_size(name, axis)
+                self._check_size(name, axis, size)
+                index[axis] = keep_index(size, runs)
+            dense = self.module(name)
+            self.new.modules[self.path(name)] = (dense, slim_module(dense, index))
 
     def _dense_size(self, name: str, axis: str) -> int:
-        """Channels that a layer had before the cut: those it has now, and those cut."""
-        spec, state = self.checkpoint.spec, self.checkpoint.tower()
-        size = max(state[n].shape[dim] for n, dim in tensor_axes(name, axis, state).items())
-        for layer in spec.layers:
-            for part in layer.slices:
-                if part.module == name and part.axis == axis:
-                    size += (layer.units - layer.kept) * layer.unit_width
-        return size
+        """Return the channels of a layer in the base model: the stored and the removed ones."""
+        size = max(self.state[n].shape[d] for n, d in tensor_axes(name, axis, self.state).items())
+        removed = (
+            (layer.units - layer.kept) * layer.unit_width
+            for layer in self.spec.layers
+            for part in layer.slices
+            if part.module == name and part.axis == axis
+        )
+        return size + sum(removed)
 
-    def _replace_heads(self, layer: LayerSpec, kept: Tensor) -> None:
-        old, path = self.module(layer.name), self.path(layer.name)
-        if isinstance(old, SlimAttention | TimmAttention):
+    def _check_size(self, name: str, axis: str, size: int) -> None:
+        """Check that the tensors of a layer of the tower have ``size`` channels on an axis."""
+        for tensor_name, dim in tensor_axes(name, axis, self.state).items():
+            tensor = self.new.find(self.path(tensor_name))
+            if tensor is not None and (tensor.dim() <= dim or tensor.shape[dim] != size):
+                raise TargetError(
+                    f"{self.path(name)} has a {tensor_name.rpartition('.')[2]} of shape "
+                    f"{tuple(tensor.shape)}, expected {size} on axis {dim} for a dense "
+                    f"{self.spec.base.model}; detach a slim tower, or check the model's name"
+                )
+
+    def _replace_attention(self, layer: LayerSpec, kept: Tensor) -> None:
+        """Build the slim copy of an attention module, if it loses heads."""
+        dense: Any = self.module(layer.name)
+        path = self.path(layer.name)
+        if isinstance(dense, SlimAttention | TimmAttention):
             raise TargetError(f"{path} is slim already; detach the slim tower first")
-        if getattr(old, "num_heads", layer.units) != layer.units:
+        if getattr(dense, "num_heads", layer.units) != layer.units:
             raise TargetError(
-                f"{path} has {old.num_heads} heads, expected {layer.units} of a dense "
-                f"{self.checkpoint.spec.base.model}; check the model's name"
+                f"{path} has {dense.num_heads} heads, expected {layer.units} of a dense "
+                f"{self.spec.base.model}; check the model's name"
             )
         for name, (axis, runs) in head_runs(layer, kept).items():
-            tensor = _tensor(old, name)
+            tensor = self.new.find(f"{path}.{name}")
             size = max(run.end for run in runs)
             if tensor is not None and tensor.shape[axis] != size:
                 raise TargetError(
@@ -201,17 +207,17 @@ class _Plan:
                     "model's name"
                 )
         if layer.kept < layer.units:
-            self.modules[path] = (old, slim_attention(old, kept))
+            self.new.modules[path] = (dense, slim_attention(dense, kept))
 
     def load_tensors(self) -> None:
-        """The checkpoint's values, into the new modules and for the tower's other tensors."""
+        """Give the slim copies and the other tensors of the tower the checkpoint's values."""
         wrong = []
-        for name, value in self.checkpoint.tower().items():
-            if self.kept(name):
+        for name, value in self.state.items():
+            if self.is_kept(name):
                 continue
             path = self.path(name)
             old = self.new.find(path)
-            assert old is not None  # find_tensors, and slim copies have the tensors of the dense
+            assert old is not None  # check_names found it, and slim copies have the same names
             if name in ("positional_embedding", "attnpool.positional_embedding"):
                 value = self._positions(name, value, old)
             if not self.new.load(path, value):
@@ -223,37 +229,20 @@ class _Plan:
             )
 
     def _positions(self, name: str, value: Tensor, old: Tensor) -> Tensor:
-        """Positions of a CLIP ViT, or of an attention pool, for the tower's own grid.
+        """Interpolate the positions of a CLIP ViT or an attention pool to the tower's grid.
 
-        A tower that does not tell its grid has the checkpoint's if it has as many positions, and
-        otherwise a square one, or one that does not fit.
+        Without an attribute ``grid_size``, a tower with another number of positions than the
+        checkpoint is assumed to have a square grid.
         """
-        kernel = self.checkpoint.tower()["conv1.weight"].shape[-2:]
+        kernel = self.state["conv1.weight"].shape[-2:]
         step = (kernel[0], kernel[1]) if name == "positional_embedding" else (STRIDE, STRIDE)
         native = native_grid(self.checkpoint, step, value.shape[0] - 1)
-        count = old.shape[-2] - 1 if old.dim() > 1 else 0
+        count = old.shape[-2] - 1 if old.dim() > 1 else 0  # without the class token
         side = round(count**0.5) if count > 0 else 0
         owner = self.tower.get_submodule(self.path(name).rpartition(".")[0])
-        told = getattr(owner, "grid_size", None)
-        if isinstance(told, (tuple, list)) and len(told) == 2 and told[0] * told[1] == count:
-            return resize_positions(value, native, (told[0], told[1]))
+        grid = getattr(owner, "grid_size", None)
+        if isinstance(grid, (tuple, list)) and len(grid) == 2 and grid[0] * grid[1] == count:
+            return resize_positions(value, native, (grid[0], grid[1]))
         if count != value.shape[0] - 1 and side * side == count > 0:
             return resize_positions(value, native, (side, side))
         return value
-
-    def commit(self) -> Applied:
-        """Exchange everything, wherever in the tower it is registered."""
-        applied = self.new.commit()
-        applied.unused = tuple(name for name in self.checkpoint.tower() if self.kept(name))
-        return applied
-
-
-def _tensor(root: nn.Module, path: str) -> Tensor | None:
-    """Parameter or buffer at a dotted path, or None."""
-    parent, _, name = path.rpartition(".")
-    try:
-        owner = root.get_submodule(parent)
-    except AttributeError:
-        return None
-    found = owner._parameters.get(name)
-    return owner._buffers.get(name) if found is None else found

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +17,9 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 
-__all__ = ["ABSENT", "Applied", "Replacements", "Swap", "exchange", "undo_on_error"]
+__all__ = ["Applied", "Replacements", "Swap", "exchange", "undo_on_error"]
 
-ABSENT = object()
-"""Old value of an entry that did not exist."""
+_ABSENT = object()  # old value of an entry that did not exist
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +31,7 @@ class Swap:
         owner: The module that owns the table.
         table: ``"_modules"``, ``"_parameters"``, ``"_buffers"`` or ``"__dict__"``.
         name: Key in the table.
-        old: Original value, :data:`ABSENT` for none.
+        old: Original value; a sentinel if there was none.
         new: Value after the exchange.
     """
 
@@ -47,12 +45,12 @@ class Swap:
     @classmethod
     def attribute(cls, path: str, owner: nn.Module, name: str, new: Any) -> Swap:
         """Return the exchange of a plain attribute (a method, for example) of ``owner``."""
-        old = vars(owner).get(name, ABSENT)
+        old = vars(owner).get(name, _ABSENT)
         return cls(path=path, owner=owner, table="__dict__", name=name, old=old, new=new)
 
     def put(self, value: Any) -> None:
         """Store ``value``, one of ``old`` and ``new``, in the table."""
-        if value is ABSENT:
+        if value is _ABSENT:
             getattr(self.owner, self.table).pop(self.name, None)
         else:
             getattr(self.owner, self.table)[self.name] = value
@@ -103,12 +101,7 @@ class Applied:
     def __enter__(self) -> Applied:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
 
@@ -156,6 +149,7 @@ class Replacements:
         self.model = model
         self.modules: dict[str, tuple[nn.Module, nn.Module]] = {}
         self.tensors: dict[str, tuple[Tensor, Tensor]] = {}
+        # Tensors of the model, to tell them from those of the replacement modules.
         self._originals = {id(t) for t in (*model.parameters(), *model.buffers())}
 
     def find(self, path: str) -> Tensor | None:
@@ -165,12 +159,13 @@ class Replacements:
         owner: Any = self.model
         *parts, name = path.split(".")
         for i, part in enumerate(parts):
+            # Follow the path through replacement modules, as it will be after the commit.
             pair = self.modules.get(".".join(parts[: i + 1]))
             owner = getattr(owner, part, None) if pair is None else pair[1]
             if not isinstance(owner, nn.Module):
                 return None
-        found: Tensor | None = owner._parameters.get(name)
-        return owner._buffers.get(name) if found is None else found
+        parameter: Tensor | None = owner._parameters.get(name)
+        return owner._buffers.get(name) if parameter is None else parameter
 
     def is_new(self, path: str) -> bool:
         """Return True if the tensor at ``path`` belongs to a replacement module alone."""
@@ -201,7 +196,7 @@ class Replacements:
         elif id(tensor) in self._originals:
             self.tensors[path] = (tensor, fitted)
         else:
-            tensor.data = fitted.data
+            tensor.data = fitted.data  # not yet part of the model
         return True
 
     def commit(self, extra: Sequence[Swap] = ()) -> Applied:
@@ -210,29 +205,24 @@ class Replacements:
         Args:
             extra: Exchanges to carry out in the same step.
         """
-        new: dict[int, tuple[str, nn.Module | Tensor]] = {}
-        new.update({id(old): (path, fresh) for path, (old, fresh) in self.modules.items()})
-        new.update({id(old): (path, fresh) for path, (old, fresh) in self.tensors.items()})
-        swaps = [
-            Swap(
-                path=new[id(entry)][0],
-                owner=owner,
-                table=table,
-                name=name,
-                old=entry,
-                new=new[id(entry)][1],
-            )
-            for owner in self._owners()
-            for table in ("_modules", "_parameters", "_buffers")
-            for name, entry in getattr(owner, table).items()
-            if id(entry) in new
-        ]
+        # Keyed by the original object, because a model can register it under several names.
+        new: dict[int, tuple[str, Any]] = {
+            id(old): (path, replacement)
+            for path, (old, replacement) in (*self.modules.items(), *self.tensors.items())
+        }
+        swaps = []
+        for owner in self._owners():
+            for table in ("_modules", "_parameters", "_buffers"):
+                for name, entry in getattr(owner, table).items():
+                    if id(entry) in new:
+                        path, replacement = new[id(entry)]
+                        swaps.append(Swap(path, owner, table, name, old=entry, new=replacement))
         applied = exchange([*swaps, *extra])
         applied.replaced, applied.loaded = tuple(self.modules), tuple(self.tensors)
         return applied
 
     def _owners(self) -> Iterator[nn.Module]:
-        """Modules that the model will have after the commit, each once.
+        """Yield the modules that the model will have after the commit, each once.
 
         A replacement module is walked instead of its original: it may share modules with the
         original that are replaced, too (the norm inside a convolution of detectron2).
@@ -252,8 +242,9 @@ class Replacements:
 
 def _fit(value: Tensor, old: Tensor) -> Tensor | None:
     """Return ``value`` with the shape, type, device and flag of ``old``; None if it cannot fit."""
+    # Some frameworks add leading axes of size 1, for example to positional embeddings.
     squeezed = [[n for n in t.shape if n != 1] for t in (value, old)]
-    if squeezed[0] != squeezed[1]:  # some frameworks keep leading axes of one
+    if squeezed[0] != squeezed[1]:
         return None
     fitted = value.detach().reshape(old.shape).to(old.device, old.dtype, copy=True)
     return nn.Parameter(fitted, old.requires_grad) if isinstance(old, nn.Parameter) else fitted

@@ -3,6 +3,9 @@
 ``num_heads`` is the number of heads of the dense module, because frameworks check it and build
 their masks from it. From a mask with one row per dense head, the rows of the kept heads are
 selected here, so callers stay unchanged.
+
+Letters: N images, L queries, S keys, E the width of the residual stream, h kept heads,
+d channels per head.
 """
 
 from __future__ import annotations
@@ -15,12 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
-from ovsprune.slim.attention_math import (
-    attend_heads,
-    check_inputs,
-    project_separately,
-    split_heads,
-)
+from ovsprune.slim.attention_masks import combine_masks
 from ovsprune.slim.calls import TORCH_CALL, CallConvention, call_convention
 from ovsprune.slim.dense import (
     Projections,
@@ -31,11 +29,8 @@ from ovsprune.slim.dense import (
     refuse_extras,
 )
 from ovsprune.slim.linear import linear
-from ovsprune.slim.masks import combine_masks
 
 __all__ = ["SlimAttention"]
-
-Output = Tensor | tuple[Tensor, Tensor | None]
 
 _FUSED = "in_proj_weight"
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -46,9 +41,7 @@ class SlimAttention(nn.Module):
 
     The output equals that of the dense module whose removed heads are masked to zero before the
     output projection. Without any head it is the bias of that projection. The parameters have the
-    names of ``nn.MultiheadAttention``: ``in_proj_weight`` (queries, keys, values)
-    [3 * kept * head_dim, embed_dim], or ``q_proj_weight``, ``k_proj_weight`` and
-    ``v_proj_weight`` if ``separate_qkv``; ``in_proj_bias``, ``out_proj``.
+    names of ``nn.MultiheadAttention``; ``in_proj_weight`` is [3 * kept * head_dim, embed_dim].
 
     Args:
         embed_dim: Width of the residual stream.
@@ -58,12 +51,10 @@ class SlimAttention(nn.Module):
         bias: True if the input projection has a bias.
         batch_first: Inputs are [N, L, E] if true, else [L, N, E].
         dropout: Probability of dropping an attention weight in training.
-        call: Calling convention: order of the arguments and type of the result. By default that
-            of ``nn.MultiheadAttention``; for callers of open_clip's ``Attention`` see
+        call: Calling convention, by default that of ``nn.MultiheadAttention``; see
             :mod:`ovsprune.slim.calls`.
-        separate_qkv: Store the weights of queries, keys and values as three parameters.
-            ``nn.MultiheadAttention`` does so for inputs of different widths, CAT-Seg to train
-            only some of the three.
+        separate_qkv: Store W_q, W_k and W_v as three parameters ``q_proj_weight`` and so on, as
+            CAT-Seg does to train only some of them.
 
     Raises:
         OptionError: ``kept_heads`` are not valid, or ``embed_dim`` is no multiple of
@@ -133,14 +124,8 @@ class SlimAttention(nn.Module):
             return self._split(self.in_proj_weight)
         return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
-    def forward(self, *args: Any, **kwargs: Any) -> Output:
-        """Attend, with the calling convention of the dense module.
-
-        See :meth:`attend` for the arguments.
-
-        Returns:
-            The result of :meth:`attend`, or only its first element, depending on ``call``.
-        """
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Call :meth:`attend` with the calling convention of the dense module."""
         x, weights = self.attend(**self.call.bind(args, kwargs))
         return (x, weights) if self.call.returns_tuple else x
 
@@ -192,16 +177,9 @@ class SlimAttention(nn.Module):
             dtype=q.dtype,
             device=q.device,
         )
-        x, weights = attend_heads(
-            q,
-            k,
-            v,
-            mask,
-            scale=self.head_dim**-0.5,
-            dropout=self.dropout if self.training else 0.0,
-            need_weights=need_weights,
-            average_weights=average_attn_weights,
-        )  # [N, kept, L, head_dim]
+        x, weights = self._attend_heads(q, k, v, mask, need_weights)  # [N, h, L, d]
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)  # [N, L, S]
         x = self.out_proj(x.transpose(1, 2).flatten(2))  # [N, L, E]
         x = x if self.batch_first else x.transpose(0, 1)
         return x, weights
@@ -218,19 +196,46 @@ class SlimAttention(nn.Module):
         return x, query.new_zeros(shape if average else (shape[0], 0, *shape[1:]))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project to queries, keys and values, each [N, kept, length, head_dim]."""
-        check_inputs(query, key, value, embed_dim=self.embed_dim, batch_first=self.batch_first)
+        """Project to queries, keys and values, each [N, h, length, d]."""
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+                order = "[N, L, E]" if self.batch_first else "[L, N, E]"
+                raise OptionError(
+                    f"{name} has shape {tuple(x.shape)}, expected {order} with E = "
+                    f"{self.embed_dim}; add the batch axis to an unbatched input"
+                )
+        bias = self.in_proj_bias
         if query is key and key is value and self.in_proj_weight is not None:
             # self-attention with a fused weight: one product instead of three
-            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)  # [N, L, 3 * h * d]
+            qkv = F.linear(query, self.in_proj_weight, bias)  # [N, L, 3 * h * d]
             flat = self._split(qkv, dim=-1)
         else:
-            bias = self.in_proj_bias
             biases = (None,) * 3 if bias is None else self._split(bias)
-            flat = project_separately((query, key, value), self._weights(), biases)
-        count = len(self.kept_heads)
-        q, k, v = (split_heads(x, count, self.head_dim, batch_first=self.batch_first) for x in flat)
+            parts = zip((query, key, value), self._weights(), biases, strict=True)
+            flat = tuple(F.linear(x, W, b) for x, W, b in parts)  # each [N, length, h * d]
+        q, k, v = (self._split_heads(x) for x in flat)
         return q, k, v
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """Reshape [N, L, h * d] (or [L, N, h * d]) -> [N, h, L, d]."""
+        x = x if self.batch_first else x.transpose(0, 1)  # [N, L, h * d]
+        return x.reshape(*x.shape[:2], len(self.kept_heads), self.head_dim).transpose(1, 2)
+
+    def _attend_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute softmax(q k^T / sqrt(d) + mask) v and the weights [N, h, L, S] for each head.
+
+        Source: Vaswani et al., Attention is all you need, NeurIPS 2017, equation 1.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if not need_weights:  # the fused kernel does not return the weights
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+        scale = self.head_dim**-0.5  # a Python number, so that an exporter records a constant
+        logits = (q * scale) @ k.transpose(-2, -1)  # [N, h, L, S]
+        weights = (logits if mask is None else logits + mask).softmax(dim=-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        return weights.to(v.dtype) @ v, weights  # [N, h, L, d]
 
     def extra_repr(self) -> str:
         """Return width, kept and dense heads for ``print(model)``."""
@@ -240,8 +245,6 @@ class SlimAttention(nn.Module):
     @classmethod
     def from_dense(cls, mha: nn.Module, kept_heads: Sequence[int]) -> SlimAttention:
         """Build the slim attention that keeps some heads of ``mha``, with their weights.
-
-        If ``mha`` has separate weights of queries, keys and values, the result has too.
 
         Args:
             mha: ``nn.MultiheadAttention`` or a module with its parameters (open_clip's
@@ -267,6 +270,7 @@ class SlimAttention(nn.Module):
             dense.weights[0].shape[1],
             num_heads,
             kept,
+            # not read from the tensors of a slim attention: it may have no head
             head_dim=mha.head_dim if isinstance(mha, SlimAttention) else dense.head_dim,
             bias=any(bias is not None for bias in dense.biases),
             batch_first=is_batch_first(mha),
@@ -291,29 +295,20 @@ class SlimAttention(nn.Module):
         head_dim: int,
         batch_first: bool = True,
     ) -> SlimAttention:
-        """Build the slim attention from separate linear layers.
+        """Build the slim attention from separate linear layers of all heads or the kept ones.
 
-        Layers of all dense heads are reduced to the kept ones.
-
-        Args:
-            q: Query layer, weight [kept * head_dim, embed_dim], or num_heads * head_dim rows.
-            k: Key layer, of the same shape.
-            v: Value layer, of the same shape.
-            out: Output projection; its weight has as many columns as ``q`` has rows.
-            num_heads: Heads of the dense module.
-            kept_heads: Dense indices of the kept heads.
-            head_dim: Width of one head.
-            batch_first: Inputs are [N, L, E] if true, else [L, N, E].
+        The weights of ``q``, ``k`` and ``v`` are [heads * head_dim, embed_dim], that of ``out`` is
+        [embed_dim, heads * head_dim]. The other arguments are those of the class.
 
         Raises:
-            OptionError: The widths of the layers are neither those of the kept nor of all heads.
+            OptionError: The widths of the layers fit neither the kept nor all heads.
         """
         slim = cls(
             q.weight.shape[1],
             num_heads,
             kept_heads,
             head_dim=head_dim,
-            bias=any(m.bias is not None for m in (q, k, v)),
+            bias=any(layer.bias is not None for layer in (q, k, v)),
             batch_first=batch_first,
         ).to(device=q.weight.device, dtype=q.weight.dtype)
         kept = slim.kept_heads

@@ -36,20 +36,13 @@ class CallConvention:
     true_means_attend: bool = False
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Translate a call to the arguments of ``nn.MultiheadAttention``.
+        """Translate the arguments of a call to those of ``nn.MultiheadAttention``, by name.
 
         A bool mask is inverted if its meaning is the opposite of torch's.
 
         Example:
             >>> OPEN_CLIP_KV_CALL.bind(("x", None, None, "mask"), {})["attn_mask"]
             'mask'
-
-        Args:
-            args: Positional arguments of the call.
-            kwargs: Keyword arguments of the call, by the names of any convention.
-
-        Returns:
-            Arguments by their names in ``nn.MultiheadAttention``.
 
         Raises:
             TypeError: There are too many positional arguments, or one argument is given twice.

@@ -11,25 +11,23 @@ from torch import Tensor
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.cutting import tensor_axes
 from ovsprune.slim.fields import DOTTED
-from ovsprune.slim.spec import MASK, MODEL, LayerSpec, SlimSpec
+from ovsprune.slim.spec import LayerSpec, SlimSpec
 
-__all__ = ["TOWER", "check_mask", "check_tensors", "kept_width"]
+__all__ = ["TOWER", "check_mask", "check_tensors"]
 
 TOWER = "visual."
+"""Prefix of the image tower's tensors in a checkpoint."""
 
 _AGAIN = "copy or write the checkpoint again"
 
 
-def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> None:
+def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str) -> None:
     """Check that ``mask`` holds the kept indices of every layer of ``spec``, and nothing else.
 
-    Args:
-        spec: Spec that the mask must fit.
-        mask: Layer name to int64 [kept], strictly ascending within [0, units).
-        at: Origin of the mask, for messages.
+    The indices are int64 [kept], strictly ascending within [0, units).
 
     Raises:
-        CheckpointError: The mask does not fit; the message names the layer.
+        CheckpointError: The mask does not fit; the message names its origin ``at`` and the layer.
     """
     names = {layer.name for layer in spec.layers}
     for problem, layers in (("lacks", names - set(mask)), ("has unknown", set(mask) - names)):
@@ -55,30 +53,19 @@ def check_mask(spec: SlimSpec, mask: Mapping[str, Tensor], at: str = MASK) -> No
                 f"{at}: the indices of {layer.name} are not strictly ascending: a unit is out of "
                 f"order or repeated; {_AGAIN}"
             )
-        if not kept.numel():
-            continue
-        if int(kept[0]) < 0 or int(kept[-1]) >= layer.units:
+        if kept.numel() and (int(kept[0]) < 0 or int(kept[-1]) >= layer.units):
             raise CheckpointError(
                 f"{at}: {layer.name} keeps units from {int(kept[0])} to {int(kept[-1])}, expected "
                 f"indices within [0, {layer.units}); {_AGAIN}"
             )
 
 
-def kept_width(layer: LayerSpec) -> int:
-    """Return the number of channels of the kept units of ``layer``."""
-    return layer.kept * layer.unit_width
-
-
-def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL) -> None:
-    """Check that the shapes of ``tensors`` fit a tower that is cut according to ``spec``.
-
-    Args:
-        spec: Spec that the tensors must fit.
-        tensors: All tensors of the file; names of the tower's tensors begin with ``visual.``.
-        at: Origin of the tensors, for messages.
+def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str) -> None:
+    """Check that all ``tensors`` of a file fit a tower that is cut according to ``spec``.
 
     Raises:
-        CheckpointError: The tensors do not fit; the message names the tensor.
+        CheckpointError: The tensors do not fit; the message names their origin ``at`` and the
+            tensor.
     """
     for name in tensors:
         if re.fullmatch(DOTTED, name) is None:
@@ -91,26 +78,34 @@ def check_tensors(spec: SlimSpec, tensors: Mapping[str, Tensor], at: str = MODEL
         if layer.is_whole_attention:
             _check_heads(layer, tensors, at)
             continue
+        width = layer.kept * layer.unit_width
         for part in layer.slices:
             module = f"{TOWER}{part.module}"
             # Without any tensor of the layer, look up its weight to report that it is missing.
             axes = tensor_axes(module, part.axis, tensors) or {f"{module}.weight": 0}
             for name, axis in axes.items():
-                shape = tuple(_tensor(tensors, name, at).shape)
+                shape = _shape(tensors, name, at)
                 # Several groups may have units on the same axis, so it can be wider.
-                if len(shape) <= axis or not shape or shape[axis] < kept_width(layer):
+                if len(shape) <= axis or shape[axis] < width:
                     raise CheckpointError(
-                        f"{at}: {name} has shape {shape}, expected at least {kept_width(layer)} "
+                        f"{at}: {name} has shape {shape}, expected at least {width} "
                         f"on axis {axis} for {layer.kept} units of {layer.name}; {_AGAIN}"
                     )
 
 
 def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> None:
-    """Check the shapes of an attention module that is cut by head."""
-    width = kept_width(layer)
-    for name, axis, size in _head_tensors(f"{TOWER}{layer.name}", tensors, width):
-        full = f"{TOWER}{layer.name}.{name}"
-        shape = tuple(_tensor(tensors, full, at).shape)
+    """Check the weights of an attention module that is cut by head, by the names of its library."""
+    path, width = f"{TOWER}{layer.name}", layer.kept * layer.unit_width
+    if f"{path}.qkv.weight" in tensors:
+        inputs, output = {"qkv.weight": 3 * width}, "proj.weight"
+    elif f"{path}.q_proj.weight" in tensors:
+        inputs = {f"{letter}_proj.weight": width for letter in "qkv"}
+        output = "proj.weight" if f"{path}.proj.weight" in tensors else "out_proj.weight"
+    else:
+        inputs, output = {"in_proj_weight": 3 * width}, "out_proj.weight"
+    for name, size in {**inputs, output: width}.items():
+        full, axis = f"{path}.{name}", 1 if name == output else 0
+        shape = _shape(tensors, full, at)
         if len(shape) != 2 or shape[axis] != size:
             raise CheckpointError(
                 f"{at}: {full} has shape {shape}, expected {size} on axis {axis} for "
@@ -118,20 +113,8 @@ def _check_heads(layer: LayerSpec, tensors: Mapping[str, Tensor], at: str) -> No
             )
 
 
-def _head_tensors(
-    path: str, tensors: Mapping[str, Tensor], width: int
-) -> list[tuple[str, int, int]]:
-    """Return (name, cut axis, expected size) of the weights of the attention module at ``path``."""
-    if f"{path}.qkv.weight" in tensors:
-        return [("qkv.weight", 0, 3 * width), ("proj.weight", 1, width)]
-    if f"{path}.q_proj.weight" in tensors:
-        out = "proj.weight" if f"{path}.proj.weight" in tensors else "out_proj.weight"
-        return [*((f"{which}_proj.weight", 0, width) for which in "qkv"), (out, 1, width)]
-    return [("in_proj_weight", 0, 3 * width), ("out_proj.weight", 1, width)]
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str, at: str) -> Tensor:
-    try:
-        return tensors[name]
-    except KeyError:
-        raise CheckpointError(f"{at} lacks the tensor {name}; {_AGAIN}") from None
+def _shape(tensors: Mapping[str, Tensor], name: str, at: str) -> tuple[int, ...]:
+    """Return the shape of a tensor, which must exist."""
+    if name not in tensors:
+        raise CheckpointError(f"{at} lacks the tensor {name}; {_AGAIN}")
+    return tuple(tensors[name].shape)

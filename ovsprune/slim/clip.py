@@ -14,6 +14,7 @@ import torch
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.apply import apply
+from ovsprune.slim.load import shape_mismatches
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.spec import CONFIG, MODEL, SlimSpec
 
@@ -76,11 +77,7 @@ def load_open_clip(
 
 
 def _transform(open_clip: Any, spec: SlimSpec, is_train: bool) -> Any:
-    """Build open_clip's image transform with the preprocessing of the checkpoint.
-
-    Raises:
-        MissingLibraryError: The installed version does not support that preprocessing.
-    """
+    """Build open_clip's image transform with the preprocessing of the checkpoint."""
     pre = spec.preprocess
     accepted = inspect.signature(open_clip.image_transform).parameters
     options = {"interpolation": pre.interpolation, "resize_mode": pre.resize_mode}
@@ -102,11 +99,7 @@ def _version() -> str:
 
 
 def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -> Any:
-    """Build the model with open_clip and load the weights of both towers.
-
-    Raises:
-        CheckpointError: open_clip cannot build the model, or the text tower does not fit.
-    """
+    """Build the model with open_clip and load the weights of both towers."""
     if config["text_cfg"].get("hf_model_name"):
         raise CheckpointError(
             f"{checkpoint.path / CONFIG}: the text tower is the Hugging Face model "
@@ -129,19 +122,15 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
             f"this architecture ({error}); install open_clip_torch "
             f"{checkpoint.spec.library_version}, or load the image tower alone with ovsprune.load"
         ) from error
-    apply(model.visual, checkpoint)
+    apply(model.visual, checkpoint)  # open_clip built a dense image tower
     text = checkpoint.text()
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    wrong = [
-        name
-        for name in sorted(expected.keys() | text.keys())
-        if name not in expected or name not in text or expected[name].shape != text[name].shape
-    ]
+    wrong = shape_mismatches(text, expected)
     if wrong:
         raise CheckpointError(
-            f"{checkpoint.path / MODEL}: the text tower does not fit the architecture in "
-            f"{CONFIG} (missing, unexpected or of another shape: {', '.join(wrong[:4])}); copy the "
-            "checkpoint again, or write it again from the pruned model"
+            f"{checkpoint.path / MODEL}: the text tower does not fit the architecture in {CONFIG} "
+            f"({', '.join(wrong[:4])}); copy the checkpoint again, or write it again from the "
+            "pruned model"
         )
     model.load_state_dict(text, strict=False)
     pre = checkpoint.spec.preprocess

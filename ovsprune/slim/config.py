@@ -5,8 +5,10 @@ The parser treats its input as untrusted: every field is checked, and unknown fi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +28,10 @@ from ovsprune.slim.spec import (
     SlimSpec,
 )
 
-__all__ = [
-    "base_document",
-    "dump",
-    "files_document",
-    "parse",
-    "parse_base",
-    "parse_costs",
-    "parse_files",
-    "parse_preprocess",
-    "preprocess_document",
-]
+__all__ = ["dump", "field_names", "parse", "parse_costs", "parse_tower", "spec_document", "to_text"]
 
-_FIELDS = (
-    "format",
-    "format_version",
-    "base",
-    "family",
-    "library",
-    "library_version",
-    "architecture",
-    "activation",
-    "preprocess",
-    "layers",
-    "protected",
-    "dense",
-    "slim",
-    "files",
-    "provenance",
-)
+_WORD = r"[A-Za-z0-9_.-]+"
+_VERSION = r"[A-Za-z0-9_.!+-]+"
 
 
 def dump(spec: SlimSpec) -> str:
@@ -63,70 +40,69 @@ def dump(spec: SlimSpec) -> str:
     Raises:
         CheckpointError: ``architecture`` or ``provenance`` contain a value that is not plain JSON.
     """
-    document = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base": base_document(spec.base),
-        "family": spec.family,
-        "library": spec.library,
-        "library_version": spec.library_version,
-        "architecture": fields.json_value(spec.architecture, "architecture"),
-        "activation": spec.activation,
-        "preprocess": preprocess_document(spec.preprocess),
-        "layers": [_layer_document(layer) for layer in spec.layers],
-        "protected": list(spec.protected),
-        "dense": {"macs": spec.dense.macs, "params": spec.dense.params},
-        "slim": {"macs": spec.slim.macs, "params": spec.slim.params},
-        "files": files_document(spec.files),
-        "provenance": fields.json_value(spec.provenance, "provenance"),
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    return to_text({**header, **spec_document(spec)})
+
+
+def spec_document(spec: Any) -> dict[str, Any]:
+    """Return the JSON object of a spec, with the names of its fields in their order.
+
+    Args:
+        spec: :class:`~ovsprune.slim.spec.SlimSpec`, or another dataclass that has its fields
+            ``base``, ``architecture``, ``files`` and ``provenance``.
+
+    Raises:
+        CheckpointError: ``architecture`` or ``provenance`` contain a value that is not plain JSON.
+    """
+    plain = {
+        name: fields.json_value(getattr(spec, name), name)
+        for name in ("architecture", "provenance")
     }
+    document = dataclasses.asdict(dataclasses.replace(spec, **plain))
+    base = document["base"]
+    base["tensors"] = dict(sorted(base["tensors"].items()))
+    half = base.pop("half")  # optional in the file
+    if half:
+        base["half"] = dict(sorted(half.items()))
+    document["files"] = dict(sorted(document["files"].items()))
+    return document
+
+
+def to_text(document: Mapping[str, Any]) -> str:
+    """Return the text of a JSON object, as all config files of checkpoints are written."""
     return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def field_names(record: type) -> tuple[str, ...]:
+    """Return the names of the fields of a dataclass."""
+    return tuple(field.name for field in dataclasses.fields(record))
 
 
 def parse(document: str | bytes, source: str | Path = CONFIG) -> SlimSpec:
     """Return the spec that the text of a ``config.json`` describes.
 
-    Args:
-        document: The text.
-        source: Where it comes from, for messages.
-
     Raises:
         CheckpointError: The text is not valid, or has another format version; the message names
-            the field.
+            its origin ``source`` and the field.
     """
     at = str(source)
     data = fields.parse(document, at)
     _check_version(data, at)
-    fields.record(data, at, _FIELDS)
-    architecture, provenance = data["architecture"], data["provenance"]
-    for name, value in (("architecture", architecture), ("provenance", provenance)):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{at}: {name} is {type(value).__name__}, expected an object")
-    spec = SlimSpec(
-        base=parse_base(data["base"], f"{at}: base"),
-        family=fields.text(data["family"], f"{at}: family", r"[A-Za-z0-9_.-]+"),
-        library=fields.text(data["library"], f"{at}: library", r"[A-Za-z0-9_.-]+"),
-        library_version=fields.text(
-            data["library_version"], f"{at}: library_version", r"[A-Za-z0-9_.!+-]+"
-        ),
-        architecture=architecture,
-        activation=fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
-        preprocess=parse_preprocess(data["preprocess"], f"{at}: preprocess"),
-        layers=tuple(
-            _layer(entry, f"{at}: layers[{i}]")
-            for i, entry in enumerate(fields.array(data["layers"], f"{at}: layers"))
-        ),
-        protected=tuple(
-            fields.text(entry, f"{at}: protected[{i}]")
-            for i, entry in enumerate(fields.array(data["protected"], f"{at}: protected"))
-        ),
-        dense=parse_costs(data["dense"], f"{at}: dense"),
+    fields.record(data, at, ("format", "format_version", *field_names(SlimSpec)))
+    layers = fields.array(data["layers"], f"{at}: layers", _layer)
+    names = [layer.name for layer in layers]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise CheckpointError(
+            f"{at}: layers contains {', '.join(repeated)} more than once; the file was edited or "
+            "damaged: copy or write the checkpoint again"
+        )
+    return SlimSpec(
+        **parse_tower(data, at),
+        layers=layers,
+        protected=fields.array(data["protected"], f"{at}: protected", fields.text),
         slim=parse_costs(data["slim"], f"{at}: slim"),
-        files=parse_files(data["files"], f"{at}: files"),
-        provenance=provenance,
     )
-    _check_names(spec, at)
-    return spec
 
 
 def _check_version(data: Any, at: str) -> None:
@@ -150,111 +126,75 @@ def _check_version(data: Any, at: str) -> None:
         )
 
 
-def _check_names(spec: SlimSpec, at: str) -> None:
-    names = [layer.name for layer in spec.layers]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise CheckpointError(
-            f"{at}: layers contains {', '.join(double)} more than once; the file was edited or "
-            "damaged: copy or write the checkpoint again"
-        )
+def parse_tower(data: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """Return the fields of a spec that slim and unstructured checkpoints share.
 
+    Args:
+        data: Parsed JSON object that has these fields, and may have others.
+        at: Location of the object, for messages.
 
-def base_document(base: BaseSpec) -> dict[str, Any]:
-    """Return the JSON object that :func:`parse_base` reads."""
-    document: dict[str, Any] = {
-        "model": base.model,
-        "pretrained": base.pretrained,
-        "trained": base.trained,
-        "tensors": dict(sorted(base.tensors.items())),
-    }
-    if base.half:
-        document["half"] = dict(sorted(base.half.items()))
-    return document
-
-
-def preprocess_document(preprocess: Preprocess) -> dict[str, Any]:
-    """Return the JSON object that :func:`parse_preprocess` reads."""
+    Raises:
+        CheckpointError: A value is not valid; the message names the field.
+    """
     return {
-        "size": list(preprocess.size),
-        "mean": list(preprocess.mean),
-        "std": list(preprocess.std),
-        "interpolation": preprocess.interpolation,
-        "resize_mode": preprocess.resize_mode,
+        "base": _base(data["base"], f"{at}: base"),
+        "family": fields.text(data["family"], f"{at}: family", _WORD),
+        "library": fields.text(data["library"], f"{at}: library", _WORD),
+        "library_version": fields.text(data["library_version"], f"{at}: library_version", _VERSION),
+        "architecture": fields.mapping(data["architecture"], f"{at}: architecture"),
+        "activation": fields.choice(data["activation"], f"{at}: activation", ACTIVATIONS),
+        "preprocess": _preprocess(data["preprocess"], f"{at}: preprocess"),
+        "dense": parse_costs(data["dense"], f"{at}: dense"),
+        "files": _files(data["files"], f"{at}: files"),
+        "provenance": fields.mapping(data["provenance"], f"{at}: provenance"),
     }
 
 
-def files_document(files: Mapping[str, FileSpec]) -> dict[str, Any]:
-    """Return the JSON object that :func:`parse_files` reads."""
-    return {
-        name: {"sha256": entry.sha256, "bytes": entry.bytes}
-        for name, entry in sorted(files.items())
-    }
+def parse_costs(value: Any, at: str) -> Costs:
+    """Return the MACs and parameters that a parsed JSON value states.
 
-
-def _layer_document(layer: LayerSpec) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "block": layer.block,
-        "units": layer.units,
-        "kept": layer.kept,
-        "unit_width": layer.unit_width,
-        "slices": [
-            {"module": part.module, "axis": part.axis, "offset": part.offset}
-            for part in layer.slices
-        ],
-    }
+    Raises:
+        CheckpointError: The value is not valid; the message begins with its location ``at``.
+    """
+    data = fields.record(value, at, ("macs", "params"))
+    return Costs(
+        macs=fields.integer(data["macs"], f"{at}.macs", 1),
+        params=fields.integer(data["params"], f"{at}.params", 1),
+    )
 
 
 def _layer(value: Any, at: str) -> LayerSpec:
-    known = ("name", "kind", "block", "units", "kept", "unit_width", "slices")
-    data = fields.record(value, at, known)
+    """Parse an entry of ``layers``."""
+    data = fields.record(value, at, field_names(LayerSpec))
     units = fields.integer(data["units"], f"{at}.units", 1)
     kept = fields.integer(data["kept"], f"{at}.kept")
-    kind = fields.choice(data["kind"], f"{at}.kind", KINDS)
     if kept > units:
-        raise CheckpointError(
-            f"{at}.kept is {kept}, expected at most units = {units}; the file was edited or "
-            "damaged: copy or write the checkpoint again"
-        )
+        raise fields.invalid(f"{at}.kept", kept, f"at most units = {units}")
     layer = LayerSpec(
         name=fields.text(data["name"], f"{at}.name", fields.DOTTED),
-        kind=kind,
+        kind=fields.choice(data["kind"], f"{at}.kind", KINDS),
         block=fields.text(data["block"], f"{at}.block", fields.DOTTED),
         units=units,
         kept=kept,
         unit_width=fields.integer(data["unit_width"], f"{at}.unit_width", 1),
-        slices=tuple(
-            _slice(entry, f"{at}.slices[{i}]")
-            for i, entry in enumerate(fields.array(data["slices"], f"{at}.slices"))
-        ),
+        slices=fields.array(data["slices"], f"{at}.slices", _slice),
     )
+    # Attention modules alone can be cut without listed slices (LayerSpec.is_whole_attention).
     if layer.kind in ("mlp", "channels") and not layer.slices:
-        raise CheckpointError(
-            f"{at}.slices is empty, expected at least one for the kind {layer.kind!r}; the file "
-            "was edited or damaged: copy or write the checkpoint again"
-        )
+        raise fields.invalid(f"{at}.slices", [], f"at least one for the kind {layer.kind!r}")
     return layer
 
 
 def _slice(value: Any, at: str) -> SliceSpec:
-    data = fields.record(value, at, ("module", "axis", "offset"))
+    """Parse an entry of a layer's ``slices``."""
+    data = fields.record(value, at, field_names(SliceSpec))
     axis: Any = fields.choice(data["axis"], f"{at}.axis", ("out", "in"))
     module = fields.text(data["module"], f"{at}.module", fields.DOTTED)
     return SliceSpec(module, axis, fields.integer(data["offset"], f"{at}.offset"))
 
 
-def parse_base(value: Any, at: str) -> BaseSpec:
-    """Return the base model that ``value`` describes.
-
-    Args:
-        value: Parsed JSON value.
-        at: Location of the value, for messages.
-
-    Raises:
-        CheckpointError: ``value`` is not a valid description; the message names the field.
-    """
+def _base(value: Any, at: str) -> BaseSpec:
+    """Parse the description of the base model."""
     data = fields.record(value, at, ("model", "pretrained", "trained", "tensors"), ("half",))
     pretrained = data["pretrained"]
     return BaseSpec(
@@ -267,81 +207,38 @@ def parse_base(value: Any, at: str) -> BaseSpec:
 
 
 def _digests(value: Any, at: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{at} is {type(value).__name__}, expected an object of digests")
+    """Parse a map of tensor name to SHA-256."""
     return {
         fields.text(name, f"{at}: a tensor name", fields.DOTTED): fields.text(
             digest, f"{at}.{name}", fields.SHA256
         )
-        for name, digest in value.items()
+        for name, digest in fields.mapping(value, at).items()
     }
 
 
-def parse_files(value: Any, at: str) -> dict[str, FileSpec]:
-    """Return the digests and sizes of files by name.
-
-    Args:
-        value: Parsed JSON value.
-        at: Location of the value, for messages.
-
-    Raises:
-        CheckpointError: ``value`` is not a valid description; the message names the field.
-    """
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{at} is {type(value).__name__}, expected an object")
+def _files(value: Any, at: str) -> dict[str, FileSpec]:
+    """Parse a map of file name to digest and size."""
     files = {}
-    for name, entry in value.items():
+    for name, entry in fields.mapping(value, at).items():
         fields.text(name, f"{at}: a file name", fields.FILE_NAME)
-        data = fields.record(entry, f"{at}.{name}", ("sha256", "bytes"))
+        data = fields.record(entry, f"{at}.{name}", field_names(FileSpec))
         digest = fields.text(data["sha256"], f"{at}.{name}.sha256", fields.SHA256)
         files[name] = FileSpec(digest, fields.integer(data["bytes"], f"{at}.{name}.bytes"))
     return files
 
 
-def parse_costs(value: Any, at: str) -> Costs:
-    """Return the MACs and parameters that ``value`` states.
+def _preprocess(value: Any, at: str) -> Preprocess:
+    """Parse the preprocessing of images."""
+    data = fields.record(value, at, field_names(Preprocess))
 
-    Args:
-        value: Parsed JSON value.
-        at: Location of the value, for messages.
-
-    Raises:
-        CheckpointError: ``value`` is not a valid description; the message names the field.
-    """
-    data = fields.record(value, at, ("macs", "params"))
-    return Costs(
-        macs=fields.integer(data["macs"], f"{at}.macs", 1),
-        params=fields.integer(data["params"], f"{at}.params", 1),
-    )
-
-
-def parse_preprocess(value: Any, at: str) -> Preprocess:
-    """Return the preprocessing that ``value`` describes.
-
-    Args:
-        value: Parsed JSON value.
-        at: Location of the value, for messages.
-
-    Raises:
-        CheckpointError: ``value`` is not a valid description; the message names the field.
-    """
-    known = ("size", "mean", "std", "interpolation", "resize_mode")
-    data = fields.record(value, at, known)
-    height, width = (
-        fields.integer(x, f"{at}.size", 1) for x in fields.array(data["size"], f"{at}.size", 2)
-    )
-
-    def three(name: str) -> tuple[float, float, float]:
-        r, g, b = (
-            fields.number(x, f"{at}.{name}") for x in fields.array(data[name], f"{at}.{name}", 3)
-        )
-        return r, g, b
-
+    height, width = fields.array(data["size"], f"{at}.size", partial(fields.integer, least=1), 2)
+    mean: Any = fields.array(data["mean"], f"{at}.mean", fields.number, 3)
+    std: Any = fields.array(data["std"], f"{at}.std", fields.number, 3)
     interpolations, modes = ("bicubic", "bilinear"), ("shortest", "squash", "longest")
     return Preprocess(
         size=(height, width),
-        mean=three("mean"),
-        std=three("std"),
+        mean=mean,
+        std=std,
         interpolation=fields.choice(data["interpolation"], f"{at}.interpolation", interpolations),
         resize_mode=fields.choice(data["resize_mode"], f"{at}.resize_mode", modes),
     )

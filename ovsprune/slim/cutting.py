@@ -1,4 +1,7 @@
-"""Cutting tensors by a mask: plain state dicts, with queries, keys and values fused or apart."""
+"""Remove the masked units from the tensors of a state dict.
+
+The weights of queries, keys and values may be fused in one tensor or separate.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.spec import LayerSpec, SlimSpec
 
 __all__ = [
+    "AXIS_TENSORS",
     "Run",
     "cut_state",
     "fuse_qkv",
@@ -22,20 +26,21 @@ __all__ = [
     "tensor_axes",
 ]
 
-_SPLIT = re.compile(r"(?P<stem>.+)\.(?P<which>[qkv])_proj[._](?P<what>weight|bias)")
+_SPLIT = re.compile(r"(?P<stem>.+)\.(?P<letter>[qkv])_proj[._](?P<tensor>weight|bias)")
 _OUT_PROJECTIONS = ("out_proj.weight", "proj.weight")
-_TENSORS = {"out": ("weight", "bias", "running_mean", "running_var"), "in": ("weight",)}
+# Parameters and buffers of a layer that have the channels of an axis.
+AXIS_TENSORS = {"out": ("weight", "bias", "running_mean", "running_var"), "in": ("weight",)}
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Units that lie one after another on an axis, and which of them stay.
+    """Consecutive units on an axis of a tensor, some of which are kept.
 
     Attributes:
-        offset: Where unit 0 starts.
-        units: How many there are.
-        unit_width: Indices that make up one.
-        kept: int64 [kept], ascending.
+        offset: First index of unit 0.
+        units: Number of units.
+        unit_width: Number of indices per unit.
+        kept: int64 [kept], the kept units, ascending.
         layer: Name of the layer, for messages.
     """
 
@@ -47,12 +52,12 @@ class Run:
 
     @property
     def end(self) -> int:
-        """First index behind the last unit."""
+        """First index after the last unit."""
         return self.offset + self.units * self.unit_width
 
 
 def keep_index(size: int, runs: Sequence[Run]) -> Tensor:
-    """int64: the indices within [0, size) that stay when ``runs`` are cut.
+    """Return the indices within [0, size) that remain without the removed units, int64 [remaining].
 
     Example:
         >>> import torch
@@ -70,47 +75,47 @@ def keep_index(size: int, runs: Sequence[Run]) -> Tensor:
                 f"{run.offset} on, which needs {run.end} channels, but there are {size}; these are "
                 "not the dense weights of the model that the mask was made for"
             )
-        unit = torch.zeros(run.units, dtype=torch.bool)
-        unit[run.kept.to("cpu")] = True
-        keep[run.offset : run.end] &= unit.repeat_interleave(run.unit_width)
+        is_kept = torch.zeros(run.units, dtype=torch.bool)  # [units]
+        is_kept[run.kept.to("cpu")] = True
+        # Runs may overlap: an index is kept if every run keeps it.
+        keep[run.offset : run.end] &= is_kept.repeat_interleave(run.unit_width)
     return keep.nonzero().flatten()
 
 
 def head_runs(layer: LayerSpec, kept: Tensor) -> dict[str, tuple[int, list[Run]]]:
-    """Tensor of an attention module, by its name there, to the axis and the runs that are cut."""
+    """Map the possible tensor names of an attention module to axis and runs of its heads."""
     width = layer.units * layer.unit_width
 
     def runs(*offsets: int) -> list[Run]:
         return [Run(o, layer.units, layer.unit_width, kept, layer.name) for o in offsets]
 
+    # Fused: the rows of all queries, then those of all keys, then those of all values.
     fused = ("in_proj_weight", "in_proj_bias", "qkv.weight", "qkv.bias")
-    found = {name: (0, runs(0, width, 2 * width)) for name in fused}
-    found |= {name: (1, runs(0)) for name in _OUT_PROJECTIONS}
-    for which in "qkv":
-        for what in ("_proj_weight", "_proj.weight", "_proj.bias", "_bias"):
-            found[which + what] = (0, runs(0))
-    return found | {name: (0, runs(0)) for name in ("norm.weight", "norm.bias")}
+    ends = ("_proj_weight", "_proj.weight", "_proj.bias", "_bias")
+    separate = [letter + end for letter in "qkv" for end in ends]
+    return {
+        **{name: (0, runs(0, width, 2 * width)) for name in fused},
+        **{name: (1, runs(0)) for name in _OUT_PROJECTIONS},
+        **{name: (0, runs(0)) for name in (*separate, "norm.weight", "norm.bias")},
+    }
 
 
 def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str, list[Run]]]:
-    """Layer of the tower to axis (``"out"``, ``"in"``) to the cut runs; whole attentions apart."""
-    found: dict[str, dict[str, list[Run]]] = {}
+    """Map each layer to its runs per axis; without uncut layers and attention cut by head."""
+    result: dict[str, dict[str, list[Run]]] = {}
     for layer in spec.layers:
         if layer.is_whole_attention or layer.kept == layer.units:
             continue
         for part in layer.slices:
             run = Run(part.offset, layer.units, layer.unit_width, mask[layer.name], layer.name)
-            found.setdefault(part.module, {}).setdefault(part.axis, []).append(run)
-    return found
+            result.setdefault(part.module, {}).setdefault(part.axis, []).append(run)
+    return result
 
 
 def tensor_axes(module: str, axis: str, names: Container[str]) -> dict[str, int]:
-    """Tensors that a slice means, and the axis of each that it cuts; none if they are not there.
+    """Map the tensors of a layer that have its ``axis`` to the number of that axis.
 
-    Args:
-        module: Dotted name of a layer.
-        axis: ``"out"`` or ``"in"``.
-        names: Of the tensors that there are.
+    Only tensors in ``names`` count; without the layer's weight the result is empty.
 
     Example:
         >>> tensor_axes("ln", "out", {"ln.weight", "ln.bias"})
@@ -118,26 +123,26 @@ def tensor_axes(module: str, axis: str, names: Container[str]) -> dict[str, int]
     """
     if f"{module}.weight" not in names:
         return {}
-    found = (f"{module}.{what}" for what in _TENSORS[axis])
-    return {name: 0 if axis == "out" else 1 for name in found if name in names}
+    candidates = (f"{module}.{tensor}" for tensor in AXIS_TENSORS[axis])
+    return {name: 0 if axis == "out" else 1 for name in candidates if name in names}
 
 
 def cut_state(
     state: Mapping[str, Tensor], spec: SlimSpec, mask: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Cut a dense tower's tensors by a mask; what the mask does not touch is passed on.
+    """Remove the masked units from the tensors of a dense tower.
 
     Args:
-        state: Canonical name to tensor, dense; attention may be fused (``attn.in_proj_weight``)
-            or apart (``attn.q_proj_weight``, ``attn.q_proj.weight``), and stays as it is.
-        spec: Of the slim checkpoint.
-        mask: Its kept indices.
+        state: Canonical name to tensor of the dense tower. Queries, keys and values may be fused
+            (``attn.in_proj_weight``) or separate (``attn.q_proj_weight``, ``attn.q_proj.weight``).
+        spec: Spec of the slim checkpoint.
+        mask: Mask of the slim checkpoint.
 
     Returns:
-        The same names, in the same order, with copies of what was cut.
+        The same names in the same order. Tensors that lost units are copies, others are shared.
 
     Raises:
-        CheckpointError: A tensor is missing, or not of the model that the mask was made for.
+        CheckpointError: A tensor is missing, or does not belong to the model of the mask.
     """
     cut = dict(state)
     for layer in spec.layers:
@@ -145,17 +150,18 @@ def cut_state(
             _cut_heads(cut, layer, mask[layer.name])
     for module, axes in layer_runs(spec, mask).items():
         for axis, runs in axes.items():
-            found = tensor_axes(module, axis, cut)
-            if not found:
+            dims = tensor_axes(module, axis, cut)
+            if not dims:
                 raise CheckpointError(
                     f"the tensor {module}.weight is missing; expected a dense tower"
                 )
-            for name, dim in found.items():
+            for name, dim in dims.items():
                 cut[name] = _select(cut[name], dim, runs)
     return cut
 
 
 def _cut_heads(state: dict[str, Tensor], layer: LayerSpec, kept: Tensor) -> None:
+    """Remove heads from the tensors of an attention module, in place."""
     runs = head_runs(layer, kept)
     present = [name for name in runs if f"{layer.name}.{name}" in state]
     if not set(_OUT_PROJECTIONS) & set(present) or len(present) < 2:
@@ -167,37 +173,35 @@ def _cut_heads(state: dict[str, Tensor], layer: LayerSpec, kept: Tensor) -> None
     for name in present:
         axis, parts = runs[name]
         full = f"{layer.name}.{name}"
-        size = state[full].shape[axis]
-        if size != max(run.end for run in parts):
+        size, expected = state[full].shape[axis], max(run.end for run in parts)
+        if size != expected:
             raise CheckpointError(
-                f"{full} has {size} channels on axis {axis}, expected "
-                f"{max(run.end for run in parts)} for {layer.units} heads of width "
-                f"{layer.unit_width}; these are not the dense weights of the model that the mask "
-                "was made for"
+                f"{full} has {size} channels on axis {axis}, expected {expected} for "
+                f"{layer.units} heads of width {layer.unit_width}; these are not the dense weights "
+                "of the model that the mask was made for"
             )
         state[full] = _select(state[full], axis, parts)
 
 
 def _select(tensor: Tensor, axis: int, runs: Sequence[Run]) -> Tensor:
+    """Return a copy without the removed units."""
     index = keep_index(tensor.shape[axis], runs)
     return tensor.detach().index_select(axis, index.to(tensor.device))
 
 
 def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put separate queries, keys and values together as ``nn.MultiheadAttention`` names them.
+    """Fuse separate weights of queries, keys and values, with ``nn.MultiheadAttention``'s names.
 
     ``x.q_proj.weight`` or ``x.q_proj_weight`` (with its k and v) becomes ``x.in_proj_weight``, and
-    ``x.q_proj.bias`` becomes ``x.in_proj_bias``; every other tensor is passed on, and so are
-    queries, keys and values that read different widths, which have no fused form.
+    ``x.q_proj.bias`` becomes ``x.in_proj_bias``. All other tensors are unchanged, also queries,
+    keys and values of inputs of different widths, which have no fused form.
     """
     fused = dict(state)
     parts: dict[tuple[str, str], dict[str, str]] = {}
     for name in state:
-        found = _SPLIT.fullmatch(name)
-        if found:
-            key = found["stem"], found["what"]
-            parts.setdefault(key, {})[found["which"]] = name
-    for (stem, what), names in parts.items():
+        if split := _SPLIT.fullmatch(name):
+            parts.setdefault((split["stem"], split["tensor"]), {})[split["letter"]] = name
+    for (stem, tensor), names in parts.items():
         if set(names) == set("qkv") and len({state[n].shape[1:] for n in names.values()}) == 1:
-            fused[f"{stem}.in_proj_{what}"] = torch.cat([fused.pop(names[w]) for w in "qkv"])
+            fused[f"{stem}.in_proj_{tensor}"] = torch.cat([fused.pop(names[x]) for x in "qkv"])
     return fused

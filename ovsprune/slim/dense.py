@@ -1,4 +1,4 @@
-"""A dense attention module, whoever wrote it: its projections, its call, what a cut cannot keep."""
+"""Read projections and properties of the dense attention modules of several libraries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ __all__ = [
 
 
 def check_heads(num_heads: int, kept_heads: Sequence[int]) -> tuple[int, ...]:
-    """Kept heads as a tuple of ints.
+    """Return the kept heads as a tuple.
 
     Raises:
         OptionError: They are not strictly ascending within [0, num_heads).
@@ -39,73 +40,68 @@ def check_heads(num_heads: int, kept_heads: Sequence[int]) -> tuple[int, ...]:
 
 
 def head_index(heads: Sequence[int], head_dim: int) -> Tensor:
-    """int64 [len(heads) * head_dim]: the channels that belong to ``heads``, in their order."""
+    """Return the channels of ``heads``, in their order, int64 [len(heads) * head_dim]."""
     first = torch.as_tensor(list(heads), dtype=torch.int64) * head_dim
-    return (first[:, None] + torch.arange(head_dim)).reshape(-1)
+    return (first[:, None] + torch.arange(head_dim)).reshape(-1)  # [heads, head_dim] -> [channels]
 
 
 @torch.no_grad()
 def is_batch_first(mha: nn.Module) -> bool:
-    """Whether ``mha`` reads [N, L, E], not [L, N, E]; tried out where it does not say.
+    """Return True if ``mha`` reads [N, L, E], false if it reads [L, N, E].
 
-    open_clip's own ``Attention`` read [L, N, E] up to 2.24 and [N, L, E] from 3.0 on, and has no
-    attribute that tells.
+    open_clip's own ``Attention`` reads [L, N, E] up to version 2.24 and [N, L, E] from 3.0 on. It
+    has no attribute that tells, so it is applied to a small input.
     """
-    own = getattr(mha, "batch_first", None)
-    if own is not None:
-        return bool(own)
+    declared = getattr(mha, "batch_first", None)
+    if declared is not None:
+        return bool(declared)
     if call_convention(mha).returns_tuple:
         return True
-    tried = copy.deepcopy(mha).eval().float()  # torch 2.0 has no half precision on CPUs
-    weight = tried.get_parameter("out_proj.weight")
+    probe = copy.deepcopy(mha).eval().float()  # torch 2.0 has no half precision on CPUs
+    weight = probe.get_parameter("out_proj.weight")
     x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(2, 2, len(weight))
-    other = x.clone()
-    other[1] = x[1].flip(-1)
-    # the first entry of a batch does not depend on the second; the first token does
-    return torch.equal(type(mha).forward(tried, x)[0], type(mha).forward(tried, other)[0])
+    changed = x.clone()
+    changed[1] = x[1].flip(-1)
+    # The first image does not depend on the second image, but the first token does on the second.
+    return torch.equal(type(mha).forward(probe, x)[0], type(mha).forward(probe, changed)[0])
 
 
 def refuse_extras(mha: nn.Module) -> None:
-    """Refuse what a cut by heads would not leave as it was.
+    """Refuse an attention with components that do not support the removal of heads.
 
     Raises:
-        TargetError: ``mha`` is no attention that we know, or has such a thing.
+        TargetError: ``mha`` has such a component, or is no supported attention.
     """
-    needed = [n for n in ("num_heads", "out_proj") if not hasattr(mha, n)]
-    if needed:
+    missing = [n for n in ("num_heads", "out_proj") if not hasattr(mha, n)]
+    if missing:
         raise TargetError(
-            f"{type(mha).__name__} has no {' and no '.join(needed)}; expected "
+            f"{type(mha).__name__} has no {' and no '.join(missing)}; expected "
             "nn.MultiheadAttention or a module with its parameters"
         )
-    found = [
-        name
-        for name in ("bias_k", "bias_v", "logit_scale", "head_scale")
-        if getattr(mha, name, None) is not None
-    ]
-    found += [
-        name
-        for name in ("ln_q", "ln_k", "ln_inner")
-        if not isinstance(getattr(mha, name, None), (nn.Identity, type(None)))
-    ]
+    tensors = ("bias_k", "bias_v", "logit_scale", "head_scale")
+    extras = [name for name in tensors if getattr(mha, name, None) is not None]
+    for name in ("ln_q", "ln_k", "ln_inner"):
+        if not isinstance(getattr(mha, name, None), (nn.Identity, type(None))):
+            extras.append(name)
     if getattr(mha, "add_zero_attn", False):
-        found.append("add_zero_attn")
-    if found:
+        extras.append("add_zero_attn")
+    if extras:
         raise TargetError(
-            f"{type(mha).__name__} uses {', '.join(found)}, which a slim attention does not have; "
+            f"{type(mha).__name__} uses {', '.join(extras)}, which a slim attention does not have; "
             "protect this block"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """The linear maps of an attention, taken apart.
+    """Linear maps of an attention.
 
     Attributes:
-        weights: Of the queries, keys and values, each [heads * head_dim, embed_dim].
-        biases: Theirs, [heads * head_dim], or None.
-        columns: Weight of the out projection, [embed_dim, heads * head_dim].
-        out_bias: Its bias, or None.
-        heads: How many heads they have.
+        weights: W_q, W_k and W_v, each [heads * head_dim, embed_dim].
+        biases: Their biases, each [heads * head_dim] or None.
+        columns: Weight of the output projection, [embed_dim, heads * head_dim].
+        out_bias: Bias of the output projection, or None.
+        heads: Number of heads.
     """
 
     weights: tuple[Tensor, ...]
@@ -116,7 +112,7 @@ class Projections:
 
     @classmethod
     def of(cls, parts: Sequence[nn.Linear], out: nn.Linear, heads: int) -> Projections:
-        """Of separate layers, (q, k, v) and the out projection."""
+        """Read separate layers: those of queries, keys and values, and the output projection."""
         weights, biases = tuple(m.weight for m in parts), tuple(m.bias for m in parts)
         return cls(weights, biases, out.weight, out.bias, heads)
 
@@ -134,44 +130,32 @@ class Projections:
 
 
 def projections_of(mha: nn.Module, heads: int) -> Projections:
-    """The linear maps of an attention of ``heads`` heads.
+    """Read the linear maps of an attention that has ``heads`` heads.
 
     Raises:
-        TargetError: It has none, or q, k and v read different widths.
+        TargetError: ``mha`` has none, or its inputs have different widths.
     """
-    weight, bias = _in_projection(mha)
-    out = mha.out_proj
-    assert isinstance(out, nn.Linear)
-    inner = out.weight.shape[1]
-    rows = [inner] * 3
-    biases = (None, None, None) if bias is None else torch.split(bias, rows)
-    return Projections(torch.split(weight, rows), biases, out.weight, out.bias, heads)
-
-
-def _in_projection(mha: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Fused in projection [q, k and v rows, embed_dim] and its bias.
-
-    Raises:
-        TargetError: It has none, or q, k and v read different widths.
-    """
-    weight = getattr(mha, "in_proj_weight", None)
-    if weight is None:
-        parts = [getattr(mha, f"{n}_proj_weight", None) for n in "qkv"]
-        if any(not isinstance(p, Tensor) for p in parts):
-            raise TargetError(
-                f"{type(mha).__name__} has neither in_proj_weight nor q/k/v_proj_weight; "
-                "expected nn.MultiheadAttention or a module with its parameters"
-            )
-        widths = {p.shape[1] for p in parts if p is not None}
-        if len(widths) > 1:
-            raise TargetError(f"q, k and v read different widths {sorted(widths)}; not supported")
-        weight = torch.cat([p.detach() for p in parts if p is not None])
-    bias = getattr(mha, "in_proj_bias", None)
-    return weight.detach(), None if bias is None else bias.detach()
+    fused, bias = getattr(mha, "in_proj_weight", None), getattr(mha, "in_proj_bias", None)
+    separate = [getattr(mha, f"{letter}_proj_weight", None) for letter in "qkv"]
+    weights = tuple(weight.detach() for weight in separate if isinstance(weight, Tensor))
+    if fused is None and len(weights) < 3:
+        raise TargetError(
+            f"{type(mha).__name__} has neither in_proj_weight nor q/k/v_proj_weight; "
+            "expected nn.MultiheadAttention or a module with its parameters"
+        )
+    widths = {weight.shape[1] for weight in weights}
+    if len(widths) > 1:
+        raise TargetError(f"q, k and v read different widths {sorted(widths)}; not supported")
+    out: Any = mha.out_proj
+    rows = [out.weight.shape[1]] * 3
+    if fused is not None:
+        weights = torch.split(fused.detach(), rows)
+    biases = (None, None, None) if bias is None else torch.split(bias.detach(), rows)
+    return Projections(weights, biases, out.weight, out.bias, heads)
 
 
 def dropout(mha: nn.Module) -> float:
-    """Probability of dropping an attention weight."""
+    """Return the probability of dropping an attention weight."""
     drop: object = getattr(mha, "dropout", getattr(mha, "attn_drop", 0.0))
     if isinstance(drop, nn.Dropout):
         return drop.p

@@ -1,7 +1,7 @@
 """Checks of values from untrusted JSON; each message names the field and the remedy.
 
-Each function returns its first argument ``value`` if it is valid. ``where`` is the location of the
-value, for messages.
+Each function returns its first argument ``value`` if it is valid, and raises a ``CheckpointError``
+otherwise. ``where`` is the location of the value, for messages.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ovsprune.core.errors import CheckpointError
 
@@ -22,7 +22,9 @@ __all__ = [
     "boolean",
     "choice",
     "integer",
+    "invalid",
     "json_value",
+    "mapping",
     "number",
     "parse",
     "record",
@@ -35,6 +37,8 @@ DOTTED = r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*"
 FILE_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 SHA256 = r"[0-9a-f]{64}"
 
+T = TypeVar("T")
+
 # Largest int64; no size of a tensor or file can exceed it.
 _LARGEST = 2**63 - 1
 
@@ -45,7 +49,8 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def _wrong(where: str, value: Any, expected: str) -> CheckpointError:
+def invalid(where: str, value: Any, expected: str) -> CheckpointError:
+    """Return the error for a value that is not as expected."""
     return CheckpointError(
         f"{where} is {_shown(value)}, expected {expected}; the file was edited or damaged: copy "
         "or write the checkpoint again"
@@ -59,20 +64,20 @@ def parse(document: str | bytes, source: str) -> Any:
         CheckpointError: The document is invalid; the message names ``source`` and the position.
     """
 
-    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    def to_dict(entries: list[tuple[str, Any]]) -> dict[str, Any]:
         unique = dict(entries)
         if len(unique) < len(entries):
             names = [name for name, _ in entries]
-            double = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {_shown(double)} occurs twice in one object")
+            repeated = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {_shown(repeated)} occurs twice in one object")
         return unique
 
-    def constant(name: str) -> Any:
+    def refuse_constant(name: str) -> Any:  # json accepts NaN and Infinity by default
         raise ValueError(f"{name} is no JSON number")
 
     try:
         decoded = document.decode("utf-8") if isinstance(document, bytes) else document
-        return json.loads(decoded, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(decoded, object_pairs_hook=to_dict, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{source} is not the JSON of a slim checkpoint ({str(error) or 'nested too deeply'}); "
@@ -80,23 +85,25 @@ def parse(document: str | bytes, source: str) -> Any:
         ) from None
 
 
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """Check that a value is a JSON object."""
+    if not isinstance(value, dict):
+        raise invalid(where, value, "an object")
+    return value
+
+
 def record(
     value: Any, where: str, required: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Check that a value is a JSON object with all required keys and no unknown ones.
-
-    Raises:
-        CheckpointError: It is not an object, lacks a required key, or has an unknown one.
-    """
-    if not isinstance(value, dict):
-        raise _wrong(where, value, "an object")
-    missing = [key for key in required if key not in value]
+    """Check that a value is a JSON object with all required keys and no unknown ones."""
+    data = mapping(value, where)
+    missing = [key for key in required if key not in data]
     if missing:
         raise CheckpointError(
             f"{where} lacks {', '.join(map(repr, missing))}; the file was edited or damaged: copy "
             "or write the checkpoint again"
         )
-    unknown = [key for key in value if key not in required and key not in optional]
+    unknown = [key for key in data if key not in required and key not in optional]
     if unknown:
         known = ", ".join((*required, *optional))
         raise CheckpointError(
@@ -104,92 +111,69 @@ def record(
             f"knows {known}. Move additional information to provenance; if a newer ovsprune wrote "
             "the file, read it with that version"
         )
-    return value
+    return data
 
 
-def text(value: Any, where: str, pattern: str | None = None, *, empty: bool = False) -> str:
-    """Check that a value is a printable string that fully matches ``pattern``.
-
-    Raises:
-        CheckpointError: It is not such a string, or has more than 4096 characters.
-    """
-    if not isinstance(value, str) or not (value or empty) or not value.isprintable():
-        raise _wrong(where, value, "a string of printable characters")
+def text(value: Any, where: str, pattern: str | None = None) -> str:
+    """Check that a value is a printable string that fully matches ``pattern``, up to 4096 long."""
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise invalid(where, value, "a string of printable characters")
     if len(value) > 4096:
-        raise _wrong(where, value, "a string of at most 4096 characters")
+        raise invalid(where, value, "a string of at most 4096 characters")
     if pattern is not None and re.fullmatch(pattern, value) is None:
-        raise _wrong(where, value, f"a string that matches {pattern}")
+        raise invalid(where, value, f"a string that matches {pattern}")
     return value
 
 
 def choice(value: Any, where: str, known: Sequence[str]) -> str:
-    """Check that a value is one of the strings in ``known``.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is one of the strings in ``known``."""
     if not isinstance(value, str) or value not in known:
-        raise _wrong(where, value, f"one of {', '.join(known)}")
+        raise invalid(where, value, f"one of {', '.join(known)}")
     return value
 
 
 def integer(value: Any, where: str, least: int = 0) -> int:
-    """Check that a value is an integer of at least ``least`` and at most 2**63 - 1.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is an integer of at least ``least`` and at most 2**63 - 1."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
-        raise _wrong(where, value, f"a whole number of at least {least}")
+        raise invalid(where, value, f"a whole number of at least {least}")
     return value
 
 
 def boolean(value: Any, where: str) -> bool:
-    """Check that a value is true or false.
-
-    Raises:
-        CheckpointError: It is neither.
-    """
+    """Check that a value is true or false."""
     if not isinstance(value, bool):
-        raise _wrong(where, value, "true or false")
+        raise invalid(where, value, "true or false")
     return value
 
 
-def array(value: Any, where: str, length: int | None = None) -> list[Any]:
+def array(
+    value: Any, where: str, check: Callable[[Any, str], T], length: int | None = None
+) -> tuple[T, ...]:
     """Check that a value is a JSON array, with ``length`` entries unless that is None.
 
-    Raises:
-        CheckpointError: It is not.
+    Returns:
+        Results of ``check``, which gets each entry and its location.
     """
-    expected = "an array" if length is None else f"an array of {length}"
     if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-        raise _wrong(where, value, expected)
-    return list(value)
+        raise invalid(where, value, "an array" if length is None else f"an array of {length}")
+    return tuple(check(entry, f"{where}[{i}]") for i, entry in enumerate(value))
 
 
 def number(value: Any, where: str) -> float:
-    """Check that a value is a finite number, and return it as a float.
-
-    Raises:
-        CheckpointError: It is not.
-    """
+    """Check that a value is a finite number, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _wrong(where, value, "a number")
+        raise invalid(where, value, "a number")
     try:
         as_float = float(value)
-    except OverflowError:
+    except OverflowError:  # integers in JSON have no bound
         as_float = math.inf
     if not math.isfinite(as_float):
-        raise _wrong(where, value, "a finite number")
+        raise invalid(where, value, "a finite number")
     return as_float
 
 
 def json_value(value: Any, where: str) -> Any:
-    """Return a copy of a value that consists of plain JSON data; mappings become dicts.
-
-    Raises:
-        CheckpointError: The value cannot be written as JSON.
-    """
+    """Return a copy of a value that consists of plain JSON data; mappings become dicts."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):  # File names can contain surrogates, which UTF-8 cannot encode.
@@ -198,8 +182,8 @@ def json_value(value: Any, where: str) -> Any:
         return number(value, where)
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise _wrong(where, value, "an object with strings as keys")
+            raise invalid(where, value, "an object with strings as keys")
         return {key: json_value(entry, f"{where}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_value(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
-    raise _wrong(where, value, "plain JSON data")
+    raise invalid(where, value, "plain JSON data")

@@ -48,14 +48,7 @@ def tensors_hash(hashes: Mapping[str, str]) -> str:
 def base_spec(
     model: str, pretrained: str | None, trained: bool, state: Mapping[str, Tensor]
 ) -> BaseSpec:
-    """Describe a base model, with hashes by which its weights can be recognised.
-
-    Args:
-        model: Name of the model.
-        pretrained: Tag or file name of the weights, or None.
-        trained: False if the weights are random.
-        state: Tensors of the tower by canonical name.
-    """
+    """Describe a base model, with hashes of its tensors ``state`` (by canonical name)."""
     tensors = state_hashes(state)
     rounded = {name: tensor_hash(_half(tensor)) for name, tensor in state.items()}
     half = {name: digest for name, digest in rounded.items() if digest != tensors[name]}
@@ -80,6 +73,7 @@ def match(state: Mapping[str, Tensor], base: BaseSpec) -> dict[str, Match]:
 
 
 def _compare(tensor: Tensor | None, name: str, base: BaseSpec) -> Match:
+    """Compare a tensor with the tensor ``name`` of the base model."""
     if tensor is None:
         return "missing"
     if tensor_hash(tensor) == base.tensors[name]:
@@ -90,4 +84,5 @@ def _compare(tensor: Tensor | None, name: str, base: BaseSpec) -> Match:
 
 
 def _half(tensor: Tensor) -> Tensor:
+    """Round to float16, on the CPU."""
     return tensor.detach().to("cpu", torch.float32).half()

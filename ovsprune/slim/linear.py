@@ -12,13 +12,7 @@ def linear(inputs: int, outputs: int, bias: bool = True, device: str | None = No
     """Build an ``nn.Linear`` that may have no units.
 
     ``nn.Linear`` itself warns when it initialises an empty weight, so a layer whose units are all
-    removed gets its parameters here.
-
-    Args:
-        inputs: Input channels; with 0 the output is the bias.
-        outputs: Output channels, at least 0.
-        bias: True if the layer has a bias.
-        device: Device of the parameters.
+    removed gets its parameters here. With 0 ``inputs``, its output is the bias.
     """
     layer = nn.Linear(max(inputs, 1), max(outputs, 1), bias, device=device)
     if not inputs or not outputs:

@@ -1,11 +1,11 @@
-"""Building a slim tower from nothing but its checkpoint."""
+"""Build a slim tower from its checkpoint alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,77 +13,74 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
 from ovsprune.slim.check import TOWER
+from ovsprune.slim.narrowing import build_narrowed
 from ovsprune.slim.read import SlimCheckpoint, read
 from ovsprune.slim.resnet import ModifiedResNet
 from ovsprune.slim.resnet_shape import build_modified_resnet
 from ovsprune.slim.shape import build_vision_transformer
-from ovsprune.slim.spec import CONFIG, SlimSpec
-from ovsprune.slim.timm_tower import narrow_timm_tower, timm_dense, timm_pooled_and_dense
-from ovsprune.slim.timm_vit import timm_vit_dense, timm_vit_pooled_and_dense
-from ovsprune.slim.transformers_build import narrow_tower
+from ovsprune.slim.spec import CONFIG
+from ovsprune.slim.timm_tower import build_timm_tower, timm_pooled_and_dense
+from ovsprune.slim.timm_vit import timm_vit_pooled_and_dense
+from ovsprune.slim.transformers_build import build_tower
 from ovsprune.slim.transformers_tower import TransformersTower
 from ovsprune.slim.vit import VisionTransformer
 
-__all__ = ["SlimTower", "build", "load", "tower_of"]
+__all__ = ["SlimTower", "load", "shape_mismatches", "tower_of"]
 
 
 class SlimTower(nn.Module):
-    """An image tower that was loaded from a slim checkpoint.
+    """Image tower that was loaded from a slim checkpoint.
 
     Attributes:
-        tower: The module itself, its parameters by their canonical names.
-        spec: What the checkpoint's config says.
-        mask: Layer name to int64 [kept], in the base model's coordinates.
-        path: Directory that it was loaded from.
+        tower: The module itself, with parameters by canonical names.
+        spec: Content of the checkpoint's config.
+        mask: Layer name to int64 [kept], indices of units of the base model.
+        path: Directory of the checkpoint.
     """
 
-    def __init__(
-        self,
-        tower: nn.Module,
-        spec: SlimSpec,
-        mask: Mapping[str, Tensor],
-        *,
-        path: Path = Path(),
-    ) -> None:
+    def __init__(self, tower: nn.Module, checkpoint: SlimCheckpoint) -> None:
         super().__init__()
         self.tower = tower
-        self.spec = spec
-        self.mask = mask
-        self.path = path
+        self.spec = checkpoint.spec
+        self.mask = checkpoint.mask
+        self.path = checkpoint.path
 
     def checkpoint(self) -> SlimCheckpoint:
-        """The tower as it is now (trained on, perhaps), as :func:`ovsprune.read` gives one.
+        """Return the current, perhaps trained, tower in the form of :func:`ovsprune.read`.
 
-        There is no text tower in it. Tensors are those of the tower, not copies.
+        It has no text tower. Its tensors share memory with the parameters.
         """
         tensors = {f"{TOWER}{name}": t.detach() for name, t in self.tower.state_dict().items()}
         return SlimCheckpoint(self.path, self.spec, self.mask, tensors)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embedding of each picture, [B, 3, H, W] -> [B, C], not normalised."""
+        """Compute the embedding of each image, [B, 3, H, W] -> [B, C], not normalised."""
         out: Tensor = self.tower(images)
         return out
 
     def dense(self, images: Tensor) -> Tensor:
-        """Embedding of each patch, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-        return _BUILDERS[self.spec.family].dense(self.tower, images)
+        """Compute the embedding of each patch, [B, 3, H, W] -> [B, C, h, w], not normalised."""
+        builder = _BUILDERS[self.spec.family]
+        if builder.dense is None:
+            return self.outputs(images)[1]
+        return builder.dense(self.tower, images)
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, [B, 3, H, W] -> ([B, C], [B, C, h, w]), in one pass where the family can."""
+        """Compute :meth:`forward` and :meth:`dense`, in one pass if the family supports it."""
         builder = _BUILDERS[self.spec.family]
         if builder.outputs is None:
             return self(images), self.dense(images)
         return builder.outputs(self.tower, images)
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Make ``size`` (height and width in pixels) the one that costs no interpolation.
+        """Interpolate the positions once, for images of ``size`` (height and width in pixels).
 
         Raises:
-            OptionError: It is too small for the tower.
+            OptionError: ``size`` is too small for the tower.
         """
-        fix = _BUILDERS[self.spec.family].set_size
-        if fix is not None:
-            fix(self.tower, size)
+        resize = _BUILDERS[self.spec.family].set_size
+        if resize is not None:
+            resize(self.tower, size)
 
 
 def load(
@@ -93,23 +90,22 @@ def load(
     dtype: torch.dtype | None = None,
     size: tuple[int, int] | None = None,
 ) -> SlimTower:
-    """Load a slim tower, in evaluation mode; needs the library of no framework for a CLIP tower.
+    """Load a slim tower, in evaluation mode.
 
-    A tower of timm's is built by open_clip and timm, one of transformers' by that library, which
-    must be installed.
+    CLIP's own towers need no other library. Towers of timm are built by open_clip and timm, those
+    of transformers by transformers, which must be installed.
 
     Args:
-        directory: What ``ovsprune prune`` wrote.
-        device: Where to.
-        dtype: Of the parameters; as they were stored by default.
-        size: Height and width in pixels of the pictures that will come, for which positions are
-            then interpolated once. Without it pictures of any size are taken too, and the positions
-            for another size than the native one are interpolated whenever they come.
+        directory: Directory that ``ovsprune prune`` wrote.
+        device: Device of the tower.
+        dtype: Type of the parameters; by default the stored one.
+        size: Height and width in pixels of the images, for which the positions are interpolated
+            once. Without it, images of any size are supported, too, but positions for another
+            size than the native one are interpolated in each pass.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or its parts do not fit each other.
-        MissingLibraryError: The family is not one that this version builds, or what it needs for
-            that is not installed.
+        CheckpointError: The checkpoint is damaged or inconsistent.
+        MissingLibraryError: This version does not build the family, or a library is not installed.
         OptionError: ``size`` is too small for the tower.
     """
     loaded = tower_of(read(directory))
@@ -119,28 +115,11 @@ def load(
 
 
 def tower_of(checkpoint: SlimCheckpoint) -> SlimTower:
-    """The tower of a checkpoint in memory, in evaluation mode on the CPU.
+    """Build the tower of a checkpoint, with its weights, in evaluation mode on the CPU.
 
     Raises:
-        CheckpointError: The tensors do not make the tower that the config describes.
-        MissingLibraryError: The family is not one that this version builds, or what it needs for
-            that is not installed.
-    """
-    return SlimTower(
-        build(checkpoint),
-        checkpoint.spec,
-        checkpoint.mask,
-        path=checkpoint.path,
-    ).eval()
-
-
-def build(checkpoint: SlimCheckpoint) -> nn.Module:
-    """The tower of ``checkpoint``, with its weights, on the CPU.
-
-    Raises:
-        CheckpointError: The tensors do not make the tower that the config describes.
-        MissingLibraryError: The family is not one that this version builds, or what it needs for
-            that is not installed.
+        CheckpointError: The tensors do not fit the tower that the config describes.
+        MissingLibraryError: This version does not build the family, or a library is not installed.
     """
     spec = checkpoint.spec
     builder = _BUILDERS.get(spec.family)
@@ -152,14 +131,9 @@ def build(checkpoint: SlimCheckpoint) -> nn.Module:
             "ovsprune.read(directory))"
         )
     state = checkpoint.tower()
-    with torch.device("meta"):
+    with torch.device("meta"):  # allocates no memory and skips the initialisation
         tower = builder.build(checkpoint)
-    own = tower.state_dict()
-    wrong = [
-        f"{name} {_shape(state, name)} instead of {_shape(own, name)}"
-        for name in sorted(own.keys() | state.keys())
-        if _shape(own, name) != _shape(state, name)
-    ]
+    wrong = shape_mismatches(state, tower.state_dict())
     if wrong:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors do not make the tower that {CONFIG} describes: "
@@ -167,16 +141,17 @@ def build(checkpoint: SlimCheckpoint) -> nn.Module:
             "checkpoint again"
         )
     _fill(tower, state)
-    return tower
+    return SlimTower(tower, checkpoint).eval()
 
 
 def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put tensors, as stored, so that what is loaded is bit for bit what was saved, in a tower.
+    """Replace the tensors of ``tower`` by copies of the stored ones, with the stored type.
 
     Buffers that are not saved stay as the builder made them.
     """
     for path, module in tower.named_modules():
         prefix = f"{path}." if path else ""
+        # Replaced, not filled: the parameters are on "meta" and may have another type.
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 value = state[prefix + name].clone()
@@ -186,40 +161,47 @@ def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
                 module._buffers[name] = state[prefix + name].clone()
 
 
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None
+def shape_mismatches(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Describe the tensors that are missing, unexpected or of another shape, by name."""
+    shapes, wanted = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, expected))
+    return [
+        f"{name} {shapes.get(name)} instead of {wanted.get(name)}"
+        for name in sorted(shapes.keys() | wanted.keys())
+        if shapes.get(name) != wanted.get(name)
+    ]
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """How a family's tower is built, without weights, and what it gives.
-
-    Attributes:
-        build: The tower.
-        dense: (tower, images) to the dense output.
-        outputs: (tower, images) to the pooled and the dense output, in one pass; None for two.
-        set_size: Makes, in place, a size the tower's native one; None where it has none.
-    """
+    """Functions that build a family's tower, without weights, and compute its outputs."""
 
     build: Callable[[SlimCheckpoint], nn.Module]
-    dense: Callable[[Any, Tensor], Tensor]
+    # pooled and dense output in one pass; without it, two passes
     outputs: Callable[[Any, Tensor], tuple[Tensor, Tensor]] | None = None
+    # dense output alone; by default from ``outputs``
+    dense: Callable[[Any, Tensor], Tensor] | None = None
+    # change of the native size in place, if the tower has one
     set_size: Callable[[Any, tuple[int, int]], None] | None = None
 
 
-# Families whose towers can be built here, by the name that the config gives.
+_build_timm = partial(build_narrowed, build=build_timm_tower)
+_TIMM = _Builder(_build_timm, timm_pooled_and_dense)
+
+# Families whose towers can be built here, by their names in the config.
 _BUILDERS = {
     "open_clip-vit": _Builder(
         build_vision_transformer,
-        VisionTransformer.dense,
-        VisionTransformer.outputs,
-        VisionTransformer.set_size,
+        outputs=VisionTransformer.outputs,
+        dense=VisionTransformer.dense,
+        set_size=VisionTransformer.set_size,
     ),
-    "open_clip-resnet": _Builder(build_modified_resnet, ModifiedResNet.dense),
-    "open_clip-convnext": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
-    "open_clip-efficientnet": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
-    "open_clip-fastvit": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
-    "open_clip-swin": _Builder(narrow_timm_tower, timm_dense, timm_pooled_and_dense),
-    "open_clip-timm-vit": _Builder(narrow_timm_tower, timm_vit_dense, timm_vit_pooled_and_dense),
-    "transformers-vit": _Builder(narrow_tower, TransformersTower.dense, TransformersTower.outputs),
+    "open_clip-resnet": _Builder(build_modified_resnet, dense=ModifiedResNet.dense),
+    "open_clip-convnext": _TIMM,
+    "open_clip-efficientnet": _TIMM,
+    "open_clip-fastvit": _TIMM,
+    "open_clip-swin": _TIMM,
+    "open_clip-timm-vit": _Builder(_build_timm, timm_vit_pooled_and_dense),
+    "transformers-vit": _Builder(
+        partial(build_narrowed, build=build_tower), TransformersTower.outputs
+    ),
 }

@@ -10,11 +10,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim.attention import SlimAttention
+from ovsprune.slim.cutting import AXIS_TENSORS
 from ovsprune.slim.norms import ZeroPaddedLayerNorm
 from ovsprune.slim.timm_attention import TimmAttention, is_timm_attention
 
@@ -50,11 +50,8 @@ def slim_attention(
         OptionError: ``kept_heads`` are not valid.
     """
     heads = kept_heads.tolist() if isinstance(kept_heads, Tensor) else list(kept_heads)
-    slim: SlimAttention | TimmAttention
-    if is_timm_attention(mha):
-        slim = TimmAttention(mha, heads)
-    else:
-        slim = SlimAttention.from_dense(mha, heads)
+    build = TimmAttention if is_timm_attention(mha) else SlimAttention.from_dense
+    slim: SlimAttention | TimmAttention = build(mha, heads)
     flags = {name: p.requires_grad for name, p in mha.named_parameters()}
     for name, parameter in slim.named_parameters():
         parameter.requires_grad_(flags.get(name, True))
@@ -77,13 +74,6 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
             index exceeds the size of the weight.
     """
     weight, depthwise = _check_sliceable(module, index)
-    slim = copy.copy(module)
-    slim._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad)
-        for name, p in module._parameters.items()
-    }
-    slim._buffers = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
-    slim._modules = dict(module._modules)
     for axis, kept in index.items():
         dim = 0 if axis == "out" else 1
         if weight.dim() <= dim or (kept.numel() and int(kept.max()) >= weight.shape[dim]):
@@ -92,7 +82,16 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
                 f"for index {int(kept.max())} on axis {dim}; check that the mask belongs to this "
                 "model"
             )
-        _slice_tensors(slim, axis, kept)
+    slim = copy.copy(module)
+    slim._parameters = {
+        n: None if p is None else nn.Parameter(_select(n, p.detach(), index), p.requires_grad)
+        for n, p in module._parameters.items()
+    }
+    slim._buffers = {
+        n: None if b is None else _select(n, b, index) for n, b in module._buffers.items()
+    }
+    slim._modules = dict(module._modules)
+    for axis, kept in index.items():
         for name in (*_WIDTH_ATTRIBUTES[axis], *(("in_channels", "groups") if depthwise else ())):
             if hasattr(slim, name):
                 slim.__dict__[name] = kept.numel()
@@ -102,11 +101,7 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _check_sliceable(module: nn.Module, index: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-    """Return the weight of ``module``, and true if it is a depthwise convolution.
-
-    Raises:
-        TargetError: The module has no plain weight, or groups of several channels.
-    """
+    """Return the weight of ``module``, and true if it is a depthwise convolution."""
     # frozen norms (torchvision's FrozenBatchNorm2d) keep their weight in a buffer
     weight = {**module._buffers, **module._parameters}.get("weight")
     if weight is None:
@@ -124,19 +119,6 @@ def _check_sliceable(module: nn.Module, index: Mapping[str, Tensor]) -> tuple[Te
     return weight, depthwise
 
 
-def _slice_tensors(slim: nn.Module, axis: str, kept: Tensor) -> None:
-    """Replace the tensors of ``slim`` by their entries ``kept`` along an axis."""
-    for name in ("weight", "bias") if axis == "out" else ("weight",):
-        old = slim._parameters.get(name)
-        if old is not None:
-            new = _select(old, 0 if axis == "out" else 1, kept)  # [kept, ...] or [out, kept, ...]
-            slim._parameters[name] = nn.Parameter(new, old.requires_grad)
-    for name in ("weight", "bias", "running_mean", "running_var") if axis == "out" else ():
-        statistics = slim._buffers.get(name)
-        if statistics is not None:
-            slim._buffers[name] = _select(statistics, 0, kept)  # [kept]
-
-
 def _zero_padded(dense: nn.LayerNorm, slim: Any) -> ZeroPaddedLayerNorm:
     """Convert a slim layer norm to one that counts the removed channels as zeros."""
     padded = ZeroPaddedLayerNorm(slim)
@@ -146,7 +128,10 @@ def _zero_padded(dense: nn.LayerNorm, slim: Any) -> ZeroPaddedLayerNorm:
     return padded
 
 
-@torch.no_grad()
-def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Return the entries ``index`` of axis ``dim``, without gradient."""
-    return tensor.detach().index_select(dim, index.to(tensor.device))
+def _select(name: str, tensor: Tensor, index: Mapping[str, Tensor]) -> Tensor:
+    """Return a copy of a parameter or buffer with the kept channels, [kept, ...] or [out, kept]."""
+    copied = tensor
+    for axis, kept in index.items():
+        if name in AXIS_TENSORS[axis]:
+            copied = copied.index_select(0 if axis == "out" else 1, kept.to(tensor.device))
+    return tensor.clone() if copied is tensor else copied

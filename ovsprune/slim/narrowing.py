@@ -17,55 +17,44 @@ from ovsprune.slim.read import SlimCheckpoint
 __all__ = ["build_narrowed"]
 
 
-def build_narrowed(checkpoint: SlimCheckpoint, build: Callable[[], nn.Module]) -> nn.Module:
+def build_narrowed(
+    checkpoint: SlimCheckpoint, build: Callable[[Mapping[str, Any]], nn.Module]
+) -> nn.Module:
     """Build a tower with the layer widths of ``checkpoint``, without its weights.
 
     Args:
         checkpoint: Its config and mask give the kept units of each layer.
-        build: Builds the dense tower on torch's default device.
+        build: Builds the dense tower from the architecture, on torch's default device.
 
     Raises:
-        CheckpointError: The dense tower lacks a layer that the config names.
+        CheckpointError: The dense tower lacks a layer that the config names, or ``build`` fails.
+        MissingLibraryError: A library that ``build`` needs is not installed, or too old.
     """
     spec, mask = checkpoint.spec, checkpoint.mask
-    tower = build()
-    if _has_unsaved_buffers(tower):
+    tower = build(spec.architecture)
+    if any(module._non_persistent_buffers_set for module in tower.modules()):
         # the checkpoint does not hold these buffers, so they must be computed, not left on "meta"
         with torch.device("cpu"):
-            tower = build()
-    with torch.device("cpu"):  # the mask is on the CPU, even if the tower is on "meta"
-        for layer in spec.layers:
-            if layer.is_whole_attention and layer.kept < layer.units:
-                heads = partial(slim_attention, kept_heads=mask[layer.name])
-                _replace(checkpoint, tower, layer.name, heads)
-        for name, axes in layer_runs(spec, mask).items():
-            _replace(checkpoint, tower, name, partial(_narrow, axes=axes))
+            tower = build(spec.architecture)
+    changes: dict[str, Callable[[Any], nn.Module]] = {
+        layer.name: partial(slim_attention, kept_heads=mask[layer.name])
+        for layer in spec.layers
+        if layer.is_whole_attention and layer.kept < layer.units
+    }
+    changes |= {n: partial(_narrow, axes=axes) for n, axes in layer_runs(spec, mask).items()}
+    for name, change in changes.items():
+        parent_name, _, attribute = name.rpartition(".")
+        try:
+            parent = tower.get_submodule(parent_name)
+            with torch.device("cpu"):  # the mask is on the CPU, even if the tower is on "meta"
+                setattr(parent, attribute, change(getattr(parent, attribute)))
+        except AttributeError:
+            raise CheckpointError(
+                f"{checkpoint.path}: the architecture has no layer {name}, which the config lists; "
+                f"install {spec.library} {spec.library_version}, with which the checkpoint was "
+                "made, or copy the checkpoint again"
+            ) from None
     return tower
-
-
-def _has_unsaved_buffers(tower: nn.Module) -> bool:
-    """Return true if the tower has non-persistent buffers, which are not in a state dict."""
-    return any(module._non_persistent_buffers_set for module in tower.modules())
-
-
-def _replace(
-    checkpoint: SlimCheckpoint,
-    tower: nn.Module,
-    name: str,
-    change: Callable[[Any], Any],
-) -> None:
-    """Replace the layer ``name`` by the result of ``change``."""
-    parent_name, _, attribute = name.rpartition(".")
-    try:
-        parent = tower.get_submodule(parent_name)
-        setattr(parent, attribute, change(getattr(parent, attribute)))
-    except AttributeError:
-        spec = checkpoint.spec
-        raise CheckpointError(
-            f"{checkpoint.path}: the architecture has no layer {name}, which the config lists; "
-            f"install {spec.library} {spec.library_version}, with which the checkpoint was made, "
-            "or copy the checkpoint again"
-        ) from None
 
 
 def _narrow(layer: Any, axes: Mapping[str, Sequence[Run]]) -> nn.Module:

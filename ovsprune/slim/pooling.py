@@ -51,18 +51,11 @@ class AttentionalPooler(nn.Module):
 
 
 def pool_each_position(pooler: nn.Module, tokens: Tensor) -> Tensor:
-    """Apply an attention pool to each token as if it were the only one.
+    """Apply an attention pool to each token alone, [B, N, context] -> [B, N, width].
 
     Attention to a single token has weight 1, so the output is the projected value of that token,
     for every query. MaskCLIP (Zhou, Loy and Dai, ECCV 2022, section 3.2) takes the same dense
-    features from CLIP's attention pool.
-
-    Args:
-        pooler: open_clip's attentional pooler or :class:`AttentionalPooler`.
-        tokens: [B, N, context].
-
-    Returns:
-        [B, N, width].
+    features from CLIP's attention pool. ``pooler`` is open_clip's, or :class:`AttentionalPooler`.
     """
     pool: Any = pooler
     attention = pool.attn

@@ -1,10 +1,10 @@
-"""Reading a slim checkpoint: checked from end to end, nothing unpickled, nothing imported."""
+"""Read a slim checkpoint; every file is checked, and none can name code to run or import."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from ovsprune.slim.spec import CONFIG, MASK, MODEL, FileSpec, SlimSpec
 
 __all__ = [
     "SlimCheckpoint",
+    "TowerTensors",
     "check_files",
+    "describe_files",
     "file_digest",
     "newest_slim",
     "read",
@@ -28,19 +30,33 @@ __all__ = [
     "read_tensors",
 ]
 
-# A config of a thousand layers and tensors has some hundred kilobytes.
+# In bytes. A config of a thousand layers and tensors has a few hundred kilobytes.
 _LARGEST_CONFIG = 64 * 2**20
 
 
+class TowerTensors:
+    """Access to the tensors of a checkpoint, of which those of the image tower have a prefix."""
+
+    tensors: Mapping[str, Tensor]
+
+    def tower(self) -> dict[str, Tensor]:
+        """Return the image tower's tensors by canonical name (without ``visual.``)."""
+        return {k[len(TOWER) :]: v for k, v in self.tensors.items() if k.startswith(TOWER)}
+
+    def text(self) -> dict[str, Tensor]:
+        """Return the other tensors: the text tower and the logit scale; may be empty."""
+        return {k: v for k, v in self.tensors.items() if not k.startswith(TOWER)}
+
+
 @dataclass(frozen=True, eq=False)
-class SlimCheckpoint:
-    """A slim checkpoint in memory, on the CPU.
+class SlimCheckpoint(TowerTensors):
+    """Slim checkpoint in memory, on the CPU.
 
     Attributes:
         path: The directory.
-        spec: Its ``config.json``.
-        mask: Layer name to int64 [kept], ascending indices in the base model's coordinates.
-        tensors: Every tensor of ``model.safetensors``, by its name there.
+        spec: Content of ``config.json``.
+        mask: Layer name to int64 [kept], ascending indices of units of the base model.
+        tensors: Tensors of ``model.safetensors`` by name.
     """
 
     path: Path
@@ -48,31 +64,20 @@ class SlimCheckpoint:
     mask: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
 
-    def tower(self) -> dict[str, Tensor]:
-        """The image tower's tensors by canonical name (without ``visual.``)."""
-        return {k[len(TOWER) :]: v for k, v in self.tensors.items() if k.startswith(TOWER)}
-
-    def text(self) -> dict[str, Tensor]:
-        """Every other tensor: the text tower and the logit scale; empty if there is none."""
-        return {k: v for k, v in self.tensors.items() if not k.startswith(TOWER)}
-
 
 def read(directory: str | os.PathLike[str], *, verify: bool = True) -> SlimCheckpoint:
     """Read a slim checkpoint.
 
     Args:
-        directory: What ``ovsprune prune`` wrote.
+        directory: Directory that ``ovsprune prune`` wrote.
         verify: Also compare every file's SHA-256 with the config (about a second per GB).
 
     Raises:
-        CheckpointError: A file is missing, damaged, or does not fit the others.
+        CheckpointError: A file is missing, damaged, or inconsistent with the others.
     """
     path = Path(directory)
     spec = read_spec(path)
-    for name in (MODEL, MASK):
-        if name not in spec.files:
-            raise CheckpointError(f"{path / CONFIG}: files does not list {name}; write it again")
-    check_files(path, spec.files, verify=verify)
+    check_files(path, spec.files, (MODEL, MASK), verify=verify)
     mask = read_tensors(path / MASK)
     check_mask(spec, mask, str(path / MASK))
     tensors = read_tensors(path / MODEL)
@@ -81,26 +86,26 @@ def read(directory: str | os.PathLike[str], *, verify: bool = True) -> SlimCheck
 
 
 def read_spec(directory: str | os.PathLike[str]) -> SlimSpec:
-    """The spec of a slim checkpoint alone, without a look at its tensors.
+    """Read the spec of a slim checkpoint, without its tensors.
 
     Raises:
         CheckpointError: The directory or its config is missing or damaged.
     """
-    document, file = read_config(directory)
-    return parse(document, file)
+    return parse(*read_config(directory))
 
 
 def read_config(directory: str | os.PathLike[str]) -> tuple[bytes, Path]:
-    """The bytes of a checkpoint's ``config.json``, and its path.
+    """Read the bytes of a checkpoint's ``config.json``; also return its path.
 
     Raises:
-        CheckpointError: The directory or the file is missing, or no config by its size.
+        CheckpointError: The directory or the file is missing, or the file is too large.
     """
     path = Path(directory)
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+        problem = "is a file" if path.exists() else "does not exist"
         raise CheckpointError(
-            f"{path} {what}; name the directory of a slim checkpoint, as `ovsprune prune` writes it"
+            f"{path} {problem}; name the directory of a slim checkpoint, as `ovsprune prune` "
+            "writes it"
         )
     file = _file(path, CONFIG)
     try:
@@ -115,17 +120,29 @@ def read_config(directory: str | os.PathLike[str]) -> tuple[bytes, Path]:
     return document, file
 
 
-def check_files(path: Path, files: Mapping[str, FileSpec], *, verify: bool) -> None:
-    """Check that the files of a checkpoint are those that its config lists.
+def describe_files(directory: Path, names: Iterable[str]) -> dict[str, FileSpec]:
+    """Return digest and size of some files of a directory."""
+    files = {name: directory / name for name in names}
+    return {n: FileSpec(file_digest(file), file.stat().st_size) for n, file in files.items()}
+
+
+def check_files(
+    path: Path, files: Mapping[str, FileSpec], required: Iterable[str], *, verify: bool
+) -> None:
+    """Check the files of a checkpoint against the list in its config.
 
     Args:
         path: The directory.
-        files: What the config says.
-        verify: Compare the SHA-256 too, not the sizes alone.
+        files: The list: file name to digest and size.
+        required: File names that must be in the list.
+        verify: Compare SHA-256 and size, not the size alone.
 
     Raises:
-        CheckpointError: A file is missing, or another one.
+        CheckpointError: A file is missing or differs from the list.
     """
+    for name in required:
+        if name not in files:
+            raise CheckpointError(f"{path / CONFIG}: files does not list {name}; write it again")
     for name, expected in files.items():
         file = _file(path, name)
         size = file.stat().st_size
@@ -142,10 +159,10 @@ def check_files(path: Path, files: Mapping[str, FileSpec], *, verify: bool) -> N
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
+    """Return the SHA-256 of a file's content, in hexadecimal.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: The file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -158,6 +175,7 @@ def file_digest(file: Path) -> str:
 
 
 def _file(path: Path, name: str) -> Path:
+    """Return the path of a file of a checkpoint, which must exist."""
     file = path / name
     if not file.is_file():
         raise CheckpointError(
@@ -168,10 +186,10 @@ def _file(path: Path, name: str) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
-        CheckpointError: It is none.
+        CheckpointError: The file is no valid safetensors file.
     """
     try:
         return load_file(file)
@@ -188,10 +206,11 @@ def newest_slim(root: str | os.PathLike[str] = "slim") -> Path:
     Raises:
         CheckpointError: There is no slim checkpoint under ``root``.
     """
-    found = [path.parent for path in Path(root).glob(f"*/{CONFIG}")]
-    if not found:
+    configs = list(Path(root).glob(f"*/{CONFIG}"))
+    if not configs:
         raise CheckpointError(
             f"no slim checkpoint was named, and there is none under {Path(root).resolve()}; run "
             "`ovsprune prune` first, or name one (--slim DIR)"
         )
-    return max(found, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name))
+    newest = max(configs, key=lambda config: (config.stat().st_mtime_ns, config.parent.name))
+    return newest.parent

@@ -162,11 +162,7 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(inputs, heads, output_dim, grid_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the embedding of each image, [B, 3, H, W] -> [B, C].
-
-        Raises:
-            OptionError: The images are smaller than 32 x 32 pixels, or are not [B, 3, H, W].
-        """
+        """Compute the embedding of each image, [B, 3, H, W] -> [B, C]."""
         out: Tensor = self.attnpool(self.features(images))
         return out
 
@@ -176,9 +172,6 @@ class ModifiedResNet(nn.Module):
         Applies the value and output projections of the attention pool to each position of the
         last feature map, without the mean token and without positional embedding, as MaskCLIP
         does (Zhou, Loy and Dai, ECCV 2022, section 3.3).
-
-        Raises:
-            OptionError: The images are smaller than 32 x 32 pixels, or are not [B, 3, H, W].
         """
         out: Tensor = self.attnpool.dense(self.features(images))
         return out
@@ -194,7 +187,7 @@ class ModifiedResNet(nn.Module):
                 f"images have shape {tuple(images.shape)}, expected [B, 3, H, W] with H and W of "
                 f"at least {STRIDE} pixels"
             )
-        x: Tensor = images
+        x = images
         stem = [f"{layer}{i}" for i in range(1, 4) for layer in ("conv", "bn", "act")]
         for name in (*stem, "avgpool", *self.stages):
             x = self.get_submodule(name)(x)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from ovsprune.core.errors import CheckpointError
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.resnet import STRIDE, ModifiedResNet
-from ovsprune.slim.shape import native_grid, vision_config
+from ovsprune.slim.shape import head_width, native_grid
 
 __all__ = ["build_modified_resnet"]
 
@@ -33,15 +33,20 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
             stages.append([])
             for j in range(_count(sizes, f"layer{i}.")):
                 block = f"layer{i}.{j}"
-                inner = (sizes[f"{block}.conv{k}.weight"][0] for k in (1, 2))
-                stages[-1].append((next(inner), next(inner)))
+                conv1, conv2 = (sizes[f"{block}.conv{k}.weight"][0] for k in (1, 2))
+                stages[-1].append((conv1, conv2))
+                # The first block of a stage changes width or stride, so its shortcut is a layer.
                 if f"{block}.downsample.0.weight" in sizes:
                     shortcuts.add(block)
             widths.append(sizes[f"layer{i}.0.conv3.weight"][0])
         first, second, third = (sizes[f"conv{k}.weight"][0] for k in (1, 2, 3))
         output, width = sizes["attnpool.c_proj.weight"]
         tokens = sizes["attnpool.positional_embedding"][0]
-        heads = _heads(checkpoint, width)
+        heads, rest = divmod(width, head_width(checkpoint))
+        if rest:
+            raise ValueError(
+                f"head_width is {head_width(checkpoint)}, which does not divide {width}"
+            )
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.path}: the tensors do not form CLIP's residual network ({error}); copy "
@@ -59,25 +64,9 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """Count the numbers that follow ``prefix`` in the names.
-
-    Raises:
-        ValueError: The numbers are not consecutive, starting with 0 or 1.
-    """
+    """Count the numbers after ``prefix`` in the names; they must be consecutive, from 0 or 1."""
     numbers = {int(n[len(prefix) :].partition(".")[0]) for n in names if n.startswith(prefix)}
     start = min(numbers, default=0)
     if not numbers or numbers != set(range(start, start + len(numbers))) or start > 1:
         raise ValueError(f"{prefix}{sorted(numbers)}")
     return len(numbers)
-
-
-def _heads(checkpoint: SlimCheckpoint, width: int) -> int:
-    """Return the number of heads of the attention pool.
-
-    Raises:
-        ValueError: ``head_width`` in the config is not a divisor of ``width``.
-    """
-    head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
-    if not isinstance(head_width, int) or head_width < 1 or width % head_width:
-        raise ValueError(f"head_width is {head_width!r}, which does not divide {width}")
-    return width // head_width

@@ -15,7 +15,7 @@ from ovsprune.slim.pooling import PoolerShape
 from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.vit import BlockShape, VisionTransformer
 
-__all__ = ["build_vision_transformer", "native_grid", "vision_config"]
+__all__ = ["build_vision_transformer", "head_width", "native_grid", "vision_config"]
 
 
 def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
@@ -38,7 +38,7 @@ def build_vision_transformer(checkpoint: SlimCheckpoint) -> VisionTransformer:
             f"{spec.library} {spec.library_version} and call ovsprune.apply"
         )
     try:
-        width, _, *patch = state["conv1.weight"].shape
+        width, _, *patch = state["conv1.weight"].shape  # [D, 3, height, width]
         tokens = state["positional_embedding"].shape[0]
         blocks = [_block(checkpoint, state, i) for i in range(_depth(state))]
         output = state["proj"].shape[1] if "proj" in state else width
@@ -84,14 +84,10 @@ def _eps(vision: Mapping[str, Any]) -> float:
 def _pooler(
     state: Mapping[str, Tensor], vision: Mapping[str, Any], width: int
 ) -> PoolerShape | None:
-    """Return the widths of the attention pool, or None if there is no pool.
-
-    Raises:
-        ValueError: ``attn_pooler_heads`` in the config does not divide the width of the pool.
-    """
+    """Return the widths of the attention pool, or None if there is no pool."""
     if "attn_pool.query" not in state:
         return None
-    queries, pool_width = state["attn_pool.query"].shape
+    queries, pool_width = state["attn_pool.query"].shape  # [queries, width]
     heads = vision.get("attn_pooler_heads", 8)  # open_clip's default
     if not isinstance(heads, int) or heads < 1 or pool_width % heads:
         raise ValueError(f"attn_pooler_heads is {heads!r} for a width of {pool_width}")
@@ -99,11 +95,7 @@ def _pooler(
 
 
 def _depth(state: Mapping[str, Tensor]) -> int:
-    """Count the blocks.
-
-    Raises:
-        ValueError: There are none, or their numbers are not 0, 1, 2, ...
-    """
+    """Count the blocks; a ValueError reports numbers other than 0, 1, 2, ..."""
     prefix = "transformer.resblocks."
     numbers = {int(k[len(prefix) :].partition(".")[0]) for k in state if k.startswith(prefix)}
     if numbers != set(range(len(numbers))) or not numbers:
@@ -112,14 +104,10 @@ def _depth(state: Mapping[str, Tensor]) -> int:
 
 
 def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> BlockShape:
-    """Return the widths of block ``i``.
-
-    Raises:
-        ValueError: The width of the attention is no multiple of the head width.
-    """
+    """Return the widths of block ``i``."""
     block = f"transformer.resblocks.{i}"
     name = f"{block}.attn"
-    inner = state[f"{name}.out_proj.weight"].shape[1]
+    inner = state[f"{name}.out_proj.weight"].shape[1]  # kept heads * head width
     mlp_width = state[f"{block}.mlp.c_fc.weight"].shape[0]
     heads = {layer.name: layer for layer in checkpoint.spec.layers if layer.kind == "heads"}
     if name in heads:
@@ -128,7 +116,7 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
         return BlockShape(head.units, kept, head.unit_width, mlp_width)
     # The config lists pruned layers only. This one has all heads, as wide as those of the others.
     widths = [layer.unit_width for layer in heads.values()]
-    head_dim = widths[0] if widths else _head_dim(checkpoint)
+    head_dim = widths[0] if widths else head_width(checkpoint)
     count, rest = divmod(inner, head_dim)
     if rest or not count:
         raise ValueError(
@@ -137,16 +125,16 @@ def _block(checkpoint: SlimCheckpoint, state: Mapping[str, Tensor], i: int) -> B
     return BlockShape(count, tuple(range(count)), head_dim, mlp_width)
 
 
-def _head_dim(checkpoint: SlimCheckpoint) -> int:
-    """Return the head width that the config gives.
+def head_width(checkpoint: SlimCheckpoint) -> int:
+    """Return the width of one head that the config gives.
 
     Raises:
         ValueError: It is not a positive integer.
     """
-    head_width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
-    if not isinstance(head_width, int) or head_width < 1:
-        raise ValueError(f"head_width is {head_width!r}")
-    return head_width
+    width = vision_config(checkpoint).get("head_width", 64)  # open_clip's default
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"head_width is {width!r}")
+    return width
 
 
 def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int) -> tuple[int, int]:
@@ -158,7 +146,7 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     Args:
         checkpoint: Checkpoint of a CLIP tower.
         patch: Height and width in pixels of the area of one position.
-        tokens: Number of positions in the positional embedding, without the class token.
+        tokens: Number of positions, without the class token.
 
     Raises:
         CheckpointError: None of these grids has ``tokens`` positions.
@@ -166,10 +154,9 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     height, width = checkpoint.spec.preprocess.size
     size = vision_config(checkpoint).get("image_size")
     sizes = [(height, width)]
-    if isinstance(size, int):
-        sizes.insert(0, (size, size))
-    elif isinstance(size, (list, tuple)) and len(size) == 2 and all(type(n) is int for n in size):
-        sizes.insert(0, (size[0], size[1]))
+    pair = [size, size] if isinstance(size, int) else size
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair):
+        sizes.insert(0, (pair[0], pair[1]))
     for rows, columns in ((h // patch[0], w // patch[1]) for h, w in sizes):
         if rows * columns == tokens:
             return rows, columns

@@ -25,7 +25,7 @@ from ovsprune.slim.timm_projections import (
     BIASES,
     PROJECTIONS,
     check_supported,
-    copy_without_projections,
+    copy_with,
     frozen_linear,
     frozen_parameter,
     is_timm_attention,
@@ -34,6 +34,9 @@ from ovsprune.slim.timm_projections import (
 )
 
 __all__ = ["HeadIndex", "TimmAttention", "is_timm_attention"]
+
+_HEAD_DEPENDENT = (*PROJECTIONS, *BIASES, "qkv", "proj", "norm")
+"""Parts that lose rows or columns with a head."""
 
 _HEAD_INDEPENDENT = ("q_norm", "k_norm", "rel_pos", "proj_drop")
 """Parts that do not depend on the heads, or that stay for all dense heads."""
@@ -80,8 +83,6 @@ class TimmAttention(nn.Module):
 
     Attributes:
         num_heads: Heads of the dense module.
-        separate_qkv: The argument.
-        windows_per_image: The argument.
         head_dim: Width of one head.
 
     Raises:
@@ -111,44 +112,41 @@ class TimmAttention(nn.Module):
         check_supported(dense)
         source: Any = dense
         self.num_heads = int(source.num_heads)
-        present = dense.kept_heads if isinstance(dense, TimmAttention) else range(self.num_heads)
-        kept = check_heads(self.num_heads, tuple(present if kept_heads is None else kept_heads))
+        is_slim = isinstance(dense, TimmAttention)
+        present = tuple(source.kept_heads if is_slim else range(self.num_heads))
+        kept = check_heads(self.num_heads, present if kept_heads is None else kept_heads)
         if not set(kept) <= set(present):
             raise OptionError(
-                f"kept_heads is {kept}, but only the heads {tuple(present)} are left; choose among "
-                "these"
+                f"kept_heads is {kept}, but only the heads {present} are left; choose among these"
             )
         weights, biases = projection_tensors(source)
-        is_slim = isinstance(dense, TimmAttention)
         self.head_dim = int(source.head_dim if is_slim else weights[0].shape[0] // self.num_heads)
         self.separate_qkv, self.windows_per_image = separate_qkv, windows_per_image
         self.num_prefix_tokens = int(getattr(source, "num_prefix_tokens", 0))
         self.rotate_half = bool(getattr(source, "rotate_half", False))
-        # Template for to_dense. The tuple keeps it from being registered as a submodule.
+        # Template for to_dense. Without projections it holds no dense weights, but records their
+        # layout. The tuple keeps it from being registered as a submodule.
         self._template: tuple[Any, ...] = getattr(source, "_template", None) or (
-            copy_without_projections(dense),
+            copy_with(dense, dict.fromkeys(_HEAD_DEPENDENT)),
         )
         self.heads = HeadIndex(torch.tensor(kept))
-        rows = head_index([list(present).index(head) for head in kept], self.head_dim)  # [h * d]
+        rows = head_index([present.index(head) for head in kept], self.head_dim)  # [h * d]
         rows = rows.to(weights[0].device)
         self._modules |= dict.fromkeys((*PROJECTIONS, "qkv"))
         self._parameters |= dict.fromkeys(BIASES)
         self._set_projections(
             [weight[rows] for weight in weights],
             [None if bias is None else bias[rows] for bias in biases],
-            separate_qkv,
         )
-        self._modules |= {
-            name: copy.deepcopy(getattr(source, name, None)) for name in _HEAD_INDEPENDENT
-        }
+        for name in _HEAD_INDEPENDENT:
+            self._modules[name] = copy.deepcopy(getattr(source, name, None))
         table = getattr(source, _TABLE, None)
         self._parameters[_TABLE] = None if table is None else frozen_parameter(table.detach())
         self.register_buffer(_INDEX, getattr(source, _INDEX, None), persistent=False)
         self.norm = slice_norm(getattr(source, "norm", None), rows)
+        bias = source.proj.bias
         columns = source.proj.weight.detach()[:, rows]  # [C, h * d]
-        self.proj = frozen_linear(
-            columns, None if source.proj.bias is None else source.proj.bias.detach()
-        )
+        self.proj = frozen_linear(columns, None if bias is None else bias.detach())
         self.train(dense.training)
 
     @property
@@ -173,16 +171,9 @@ class TimmAttention(nn.Module):
                 "needs all heads"
             )
         current = TimmAttention(self)
-        dense = copy.copy(self._template[0])
-        dense._modules = dict(dense._modules)
-        dense._parameters = dict(dense._parameters)
-        for table, names in (
-            (dense._modules, (*PROJECTIONS, *_HEAD_INDEPENDENT, "qkv", "proj", "norm")),
-            (dense._parameters, (*BIASES, _TABLE)),
-        ):
-            table.update({name: getattr(current, name) for name in names if name in table})
-        dense.train(self.training)
-        return dense  # type: ignore[no-any-return]
+        names = (*_HEAD_DEPENDENT, *_HEAD_INDEPENDENT, _TABLE)
+        dense: nn.Module = copy_with(self._template[0], {n: getattr(current, n) for n in names})
+        return dense.train(self.training)
 
     def forward(
         self,
@@ -246,8 +237,8 @@ class TimmAttention(nn.Module):
         if rope is not None:
             q, k = (self._rotate(y, rope).to(v) for y in (q, k))
         if bias is not None:
-            # With separate layers a dependency graph is traced through this module. Detached, the
-            # head axis of the bias does not become a channel axis of that graph.
+            # With separate layers, a dependency graph is traced through this module. The bias is
+            # detached, so that its head axis does not become a channel axis of that graph.
             bias = self._select_heads(bias.detach() if self.separate_qkv else bias)
             attn_mask = bias if attn_mask is None else bias + attn_mask
         # [B, h, N, d]
@@ -304,27 +295,16 @@ class TimmAttention(nn.Module):
             return mask
         return mask.index_select(mask.ndim - 3, self.heads.weight.to(mask.device))
 
-    def _set_projections(
-        self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], separate: bool
-    ) -> None:
-        """Register the projections of queries, keys and values.
-
-        Args:
-            weights: W_q, W_k and W_v, each [h * d, C].
-            biases: Their biases, each [h * d] or None.
-            separate: Use three layers, whatever the layout of timm's module.
-        """
-        template: Any = self._template[0]
-        if separate or "qkv" not in template._modules:
+    def _set_projections(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+        """Register W_q, W_k and W_v, each [h * d, C], and their biases, each [h * d] or None."""
+        if self.separate_qkv or "qkv" not in self._template[0]._modules:
             for name, weight, bias in zip(PROJECTIONS, weights, biases, strict=True):
                 self._modules[name] = frozen_linear(weight, bias)
             return
-        fused = torch.cat(list(weights))  # [3 * h * d, C]
         q_bias, k_bias, v_bias = biases
-        if q_bias is None or v_bias is None:
-            self._modules["qkv"] = frozen_linear(fused, None)
-        elif k_bias is None:
-            self._modules["qkv"] = frozen_linear(fused, None)
+        fused_bias = None
+        if q_bias is not None and k_bias is not None and v_bias is not None:
+            fused_bias = torch.cat([q_bias, k_bias, v_bias])
+        elif q_bias is not None and v_bias is not None:  # BEiT: keys have no bias
             self.q_bias, self.v_bias = frozen_parameter(q_bias), frozen_parameter(v_bias)
-        else:
-            self._modules["qkv"] = frozen_linear(fused, torch.cat([q_bias, k_bias, v_bias]))
+        self.qkv = frozen_linear(torch.cat(weights), fused_bias)  # weight [3 * h * d, C]

@@ -8,6 +8,7 @@ timm stores queries, keys and values in one linear layer ``qkv`` or in three (``
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ __all__ = [
     "BIASES",
     "PROJECTIONS",
     "check_supported",
-    "copy_without_projections",
+    "copy_with",
     "frozen_linear",
     "frozen_parameter",
     "is_timm_attention",
@@ -69,10 +70,7 @@ def check_supported(module: nn.Module) -> None:
 
 
 def projection_tensors(attention: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Return the weights of queries, keys and values, and their biases, detached.
-
-    Args:
-        attention: An attention of timm.
+    """Return W_q, W_k and W_v of an attention of timm, and their biases, detached.
 
     Returns:
         Three weights [heads * head_dim, C]; three biases [heads * head_dim] or None.
@@ -88,20 +86,12 @@ def projection_tensors(attention: Any) -> tuple[list[Tensor], list[Tensor | None
     return weights, [None] * 3 if bias is None else list(bias.detach().chunk(3))
 
 
-def copy_without_projections(attention: nn.Module) -> nn.Module:
-    """Copy an attention without its projections, as a template for :meth:`TimmAttention.to_dense`.
-
-    The names of the projections stay, with the value None, and record the layout of the original.
-    """
-    template = copy.copy(attention)
-    template._modules = dict(attention._modules)
-    template._parameters = dict(attention._parameters)
-    for table, names in (
-        (template._modules, (*PROJECTIONS, "qkv", "proj", "norm")),
-        (template._parameters, BIASES),
-    ):
-        table.update({name: None for name in names if name in table})
-    return template
+def copy_with(attention: nn.Module, entries: Mapping[str, Any]) -> Any:
+    """Copy a module with some submodules and parameters exchanged; unknown names are ignored."""
+    other = copy.copy(attention)
+    other._modules = {n: entries.get(n, old) for n, old in attention._modules.items()}
+    other._parameters = {n: entries.get(n, old) for n, old in attention._parameters.items()}
+    return other
 
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -128,10 +118,8 @@ def slice_norm(norm: nn.Module | None, channels: Tensor) -> nn.Module | None:
     if not isinstance(norm, nn.LayerNorm):
         return norm
     padded = ZeroPaddedLayerNorm(copy.copy(norm))
-    for name in ("weight", "bias"):
-        tensor = getattr(norm, name)
-        setattr(
-            padded, name, None if tensor is None else frozen_parameter(tensor.detach()[channels])
-        )
+    for name, tensor in norm._parameters.items():
+        value = None if tensor is None else frozen_parameter(tensor.detach()[channels])
+        setattr(padded, name, value)
     padded.normalized_shape = (len(channels),)
     return padded

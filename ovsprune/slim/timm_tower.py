@@ -9,23 +9,14 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import build_narrowed
-from ovsprune.slim.read import SlimCheckpoint
 
-__all__ = [
-    "build_timm_tower",
-    "narrow_timm_tower",
-    "timm_dense",
-    "timm_head_outputs",
-    "timm_pooled_and_dense",
-]
+__all__ = ["build_timm_tower", "timm_head_outputs", "timm_pooled_and_dense"]
 
 
 def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
@@ -49,7 +40,7 @@ def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
         ) from error
     config = deepcopy(dict(architecture))
     try:
-        config["vision_cfg"]["timm_model_pretrained"] = False
+        config["vision_cfg"]["timm_model_pretrained"] = False  # no download
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
@@ -64,21 +55,6 @@ def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
     return tower.eval().requires_grad_(False)
 
 
-def narrow_timm_tower(checkpoint: SlimCheckpoint) -> nn.Module:
-    """Build a tower with the layer widths of ``checkpoint``, without its weights.
-
-    Raises:
-        MissingLibraryError: open_clip or timm is not installed.
-        CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
-    """
-    return build_narrowed(checkpoint, partial(build_timm_tower, checkpoint.spec.architecture))
-
-
-def timm_dense(tower: nn.Module, images: Tensor) -> Tensor:
-    """Compute the embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_pooled_and_dense(tower, images)[1]
-
-
 def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute pooled [B, C] and dense [B, C, h, w] outputs of images [B, 3, H, W] in one pass."""
     trunk: Any = tower.trunk
@@ -86,7 +62,7 @@ def timm_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Ten
 
 
 def timm_head_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute pooled and dense outputs from the features of the trunk.
+    """Compute pooled [B, C] and dense [B, C, h, w] outputs from the features of the trunk.
 
     For the dense output each position passes through the head (norm and projection included) as
     an image of one position, as in FC-CLIP (Yu et al., NeurIPS 2023). If the head is linear and
@@ -96,9 +72,6 @@ def timm_head_outputs(tower: nn.Module, features: Tensor) -> tuple[Tensor, Tenso
     Args:
         tower: open_clip's ``TimmModel``.
         features: [B, K, h, w], or [B, h, w, K] if ``output_fmt`` of the trunk is ``"NHWC"``.
-
-    Returns:
-        (pooled [B, C], dense [B, C, h, w]).
     """
     model: Any = tower
     axis = -1 if getattr(model.trunk, "output_fmt", "NCHW") == "NHWC" else 1

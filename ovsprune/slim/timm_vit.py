@@ -25,7 +25,6 @@ __all__ = [
     "attention_pool",
     "timm_vit_blocks",
     "timm_vit_bottlenecks",
-    "timm_vit_dense",
     "timm_vit_parts",
     "timm_vit_pooled_and_dense",
 ]
@@ -36,9 +35,7 @@ ATTENTION_POOL = "trunk.attn_pool"
 _STEM = "trunk.patch_embed.backbone"
 
 Parts = tuple[
-    Callable[[Tensor], Tensor],
-    dict[str, nn.Module],
-    Callable[[Tensor], tuple[Tensor, Tensor]],
+    Callable[[Tensor], Tensor], dict[str, nn.Module], Callable[[Tensor], tuple[Tensor, Tensor]]
 ]
 
 
@@ -105,11 +102,6 @@ def timm_vit_parts(tower: nn.Module) -> Parts:
     return stem, blocks, head
 
 
-def timm_vit_dense(tower: nn.Module, images: Tensor) -> Tensor:
-    """Compute the embedding of each position, [B, 3, H, W] -> [B, C, h, w], not normalised."""
-    return timm_vit_pooled_and_dense(tower, images)[1]
-
-
 def timm_vit_pooled_and_dense(tower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Compute pooled [B, C] and dense [B, C, h, w] outputs in one pass, not normalised."""
     stem, blocks, head = timm_vit_parts(tower)
@@ -139,7 +131,7 @@ def _front(
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, nn.Module]]:
     """Return the stem and the blocks before the transformer blocks."""
     if not bottlenecks:
-        return partial(_stem, trunk), {}
+        return lambda images: _positioned(trunk, trunk.patch_embed(images)), {}
     backbone = trunk.patch_embed.backbone
     to_tokens = with_forward(backbone.pool, partial(_to_tokens, trunk))
     return backbone.stem, {**bottlenecks, f"{_STEM}.pool": to_tokens}
@@ -150,11 +142,6 @@ def _to_tokens(trunk: Any, x: Tensor) -> Tensor:
     embed = trunk.patch_embed
     pool = embed.backbone.pool
     return _positioned(trunk, embed.proj(type(pool).forward(pool, x)).flatten(2).transpose(1, 2))
-
-
-def _stem(trunk: Any, images: Tensor) -> Tensor:
-    """Embed the patches of images, [B, 3, H, W] -> [B, N, D]."""
-    return _positioned(trunk, trunk.patch_embed(images))
 
 
 def _positioned(trunk: Any, x: Tensor) -> Tensor:
@@ -175,17 +162,9 @@ def _pooled(trunk: Any, tokens: Tensor) -> Tensor:
 
 
 def _pool_each(trunk: Any, pool: Any, stream: Tensor) -> Tensor:
-    """Apply the attention pool to all tokens, and to each patch token alone.
+    """Apply the attention pool to all tokens and to each alone, [B, N, D] -> [B, 1 + h * w, D].
 
     Attention to a single token has weight 1, so its output is the projected value of that token.
-
-    Args:
-        trunk: timm's vision transformer.
-        pool: Its attention pool.
-        stream: [B, N, D].
-
-    Returns:
-        [B, 1 + h * w, D]: the pooled token, then one token per position.
     """
     tokens = trunk.norm(stream)
     prefix = trunk.num_prefix_tokens

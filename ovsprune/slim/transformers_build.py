@@ -1,7 +1,8 @@
 """Build models of transformers from a class name in a fixed table and plain configuration values.
 
 A checkpoint cannot name other classes or bring code. The library is not imported before a model is
-built.
+built. The functions raise a ``MissingLibraryError`` if it is not installed or too old for the
+class, and a ``CheckpointError`` if it cannot build the class.
 """
 
 from __future__ import annotations
@@ -9,15 +10,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ovsprune.core.errors import CheckpointError, MissingLibraryError
-from ovsprune.slim.narrowing import build_narrowed
-from ovsprune.slim.read import SlimCheckpoint
 from ovsprune.slim.transformers_tower import TOWER_LAYOUTS, TransformersTower
 
 __all__ = [
@@ -25,7 +23,6 @@ __all__ = [
     "build_model",
     "build_tower",
     "describe_architecture",
-    "narrow_tower",
     "transformers_library",
 ]
 
@@ -38,20 +35,15 @@ TWO_TOWER_CLASSES = {
 
 
 def transformers_library() -> Any:
-    """Import and return the library.
-
-    Raises:
-        MissingLibraryError: transformers is not installed.
-    """
+    """Import and return the library."""
     try:
         # imported by name: ovsprune.slim must not depend on a framework
-        library = importlib.import_module("transformers")
+        return importlib.import_module("transformers")
     except ImportError as error:
         raise MissingLibraryError(
             f"building this tower needs transformers ({error}); `pip install transformers`, or "
             "build the tower yourself and call ovsprune.apply"
         ) from error
-    return library
 
 
 def describe_architecture(model_class: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,24 +54,12 @@ def describe_architecture(model_class: str, config: Mapping[str, Any]) -> dict[s
             :data:`TWO_TOWER_CLASSES`.
         config: Content of its ``config.json``. Entries that do not belong to the architecture
             (code to import, choice of kernels) are dropped.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: The class is in no table, or transformers rejects the configuration.
     """
     return {"class": model_class, "config": _declared_values(_config(model_class, config))}
 
 
 def build_model(architecture: Mapping[str, Any]) -> nn.Module:
-    """Build the model of an architecture, with random weights from a fixed seed.
-
-    Args:
-        architecture: Result of :func:`describe_architecture`.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: transformers cannot build this architecture.
-    """
+    """Build the model that :func:`describe_architecture` described, with fixed random weights."""
     name, values = architecture.get("class"), architecture.get("config")
     if not isinstance(name, str) or not isinstance(values, Mapping):
         raise CheckpointError(
@@ -98,12 +78,7 @@ def build_model(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
-    """Build the image tower of an architecture; a text tower in it is ignored.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: transformers cannot build this architecture.
-    """
+    """Build the image tower of an architecture; a text tower in it is ignored."""
     name, config = architecture.get("class"), architecture.get("config")
     if name in TWO_TOWER_CLASSES and isinstance(config, Mapping):
         vision = config.get("vision_config")
@@ -117,23 +92,8 @@ def build_tower(architecture: Mapping[str, Any]) -> TransformersTower:
     return TransformersTower(build_model(architecture))
 
 
-def narrow_tower(checkpoint: SlimCheckpoint) -> nn.Module:
-    """Build a tower with the layer widths of ``checkpoint``, without its weights.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: The architecture in the config cannot be built, or lacks a pruned layer.
-    """
-    return build_narrowed(checkpoint, partial(build_tower, checkpoint.spec.architecture))
-
-
 def _config(model_class: str, config: Mapping[str, Any]) -> Any:
-    """Build the configuration object of a model class.
-
-    Raises:
-        MissingLibraryError: transformers is not installed, or too old.
-        CheckpointError: The class is in no table, or transformers rejects the configuration.
-    """
+    """Build the configuration object of a model class."""
     if model_class not in TOWER_LAYOUTS and model_class not in TWO_TOWER_CLASSES:
         raise CheckpointError(
             f"this ovsprune cannot build the transformers class {model_class[:80]!r}; supported "
@@ -167,7 +127,7 @@ def _declared_values(config: Any) -> dict[str, Any]:
 
 def _build_error(name: str, error: Exception) -> CheckpointError:
     """Return the error for a class that transformers cannot build."""
-    reason = " ".join(str(error).split())[:200]
+    reason = " ".join(str(error).split())[:200]  # messages of the library span many lines
     return CheckpointError(
         f"the installed transformers cannot build this {name} ({reason}); install the library "
         "version that the config of the checkpoint names"

@@ -125,13 +125,14 @@ class TransformersTower(nn.Module):
                 "pooled embedding; use a model with an attention pool"
             )
         self._model = (model,)  # in a tuple it is not registered as a submodule
+        # The same dict objects as the model's, not copies.
         for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[table] = model.__dict__[table]
         self.training = model.training
 
     @property
     def model(self) -> Any:
-        """The model of transformers."""
+        """Wrapped model of transformers."""
         return self._model[0]
 
     @property
@@ -172,11 +173,9 @@ class TransformersTower(nn.Module):
     def stem(self, images: Tensor) -> Tensor:
         """Embed patches and positions, [B, 3, H, W] -> [B, N, D]."""
         stream: Tensor = self.trunk_module("embeddings")(**self.layout.inputs(self.model, images))
-        return (
-            stream
-            if self.layout.pre_norm is None
-            else self.trunk_module(self.layout.pre_norm)(stream)
-        )
+        if self.layout.pre_norm is not None:
+            stream = self.trunk_module(self.layout.pre_norm)(stream)
+        return stream
 
     def steps(self) -> dict[str, nn.Module]:
         """Return the blocks by dotted name; each maps the stream [B, N, D] to the stream.
@@ -189,18 +188,15 @@ class TransformersTower(nn.Module):
             for name, block in self.blocks.items()
         }
         if self.layout.pool is not None:
-            pool, norm = (
-                self.trunk_module(self.layout.pool),
-                self.trunk_module(self.layout.post_norm),
-            )
-            forward = partial(_pool_each, pool, norm)
+            pool = self.trunk_module(self.layout.pool)
+            forward = partial(_pool_each, pool, self.trunk_module(self.layout.post_norm))
             blocks[self.trunk_path(self.layout.pool)] = with_forward(pool, forward)
         return blocks
 
     def read_out(
         self, stream: Tensor, grid: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Map the stream after the last block to pooled and dense embeddings.
+        """Map the stream after the last block to pooled [B, C] and dense [B, C, h, w] embeddings.
 
         The dense embedding of a position is the pooled embedding for that position alone: the
         position replaces the class token, or is the only token of the attention pool.
@@ -208,9 +204,6 @@ class TransformersTower(nn.Module):
         Args:
             stream: [B, 1 + h * w, D].
             grid: h and w; those of the native size by default.
-
-        Returns:
-            (pooled [B, C], dense [B, C, h, w]).
         """
         if self.layout.pool is None:
             stream = self.trunk_module(self.layout.post_norm)(stream)
@@ -226,10 +219,6 @@ class TransformersTower(nn.Module):
         for block in self.steps().values():
             stream = block(stream)
         return self.read_out(stream, self._grid(images.shape[-2:]))
-
-    def dense(self, images: Tensor) -> Tensor:
-        """Compute dense embeddings [B, C, h, w] of images [B, 3, H, W]."""
-        return self.outputs(images)[1]
 
     def _grid(self, size: Any) -> tuple[int, int]:
         """Return rows and columns of patches in an image of ``size`` pixels."""
@@ -249,17 +238,9 @@ def _forward(block: nn.Module, stream: Tensor) -> Tensor:
 
 
 def _pool_each(pool: Any, norm: nn.Module, stream: Tensor) -> Tensor:
-    """Apply the attention pool to all tokens, and to each token alone.
+    """Apply SigLIP's attention pool to all tokens and to each alone, [B, N, D] -> [B, 1 + N, D].
 
     Attention to a single token has weight 1, so its output is the projected value of that token.
-
-    Args:
-        pool: Attention pool of transformers' SigLIP.
-        norm: Norm before the pool.
-        stream: [B, N, D].
-
-    Returns:
-        [B, 1 + N, D]: the pooled token, then one token per position.
     """
     tokens, attention = norm(stream), pool.attention  # [B, N, D]
     # [B, 1, D]

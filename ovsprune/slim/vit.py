@@ -62,7 +62,7 @@ class BlockShape:
 
 
 class LayerScale(nn.Module):
-    """Multiplication by a learnt factor for each channel."""
+    """Multiplication by a learnt factor for each channel (Touvron et al., ICCV 2021, CaiT)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -81,12 +81,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
-        self.attn = SlimAttention(
-            width,
-            shape.num_heads,
-            shape.kept_heads,
-            head_dim=shape.head_dim,
-        )
+        self.attn = SlimAttention(width, shape.num_heads, shape.kept_heads, head_dim=shape.head_dim)
         self.ls_1: nn.Module = LayerScale(width) if layer_scale else nn.Identity()
         self.ln_2 = nn.LayerNorm(width, eps)
         parts: list[tuple[str, nn.Module]] = [
@@ -107,20 +102,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Sequence of blocks."""
+    """Sequence of blocks, under the name that open_clip gives them."""
 
-    def __init__(
-        self,
-        width: int,
-        shapes: Sequence[BlockShape],
-        activation: str,
-        layer_scale: bool,
-        eps: float,
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block]) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(
-            [Block(width, shape, activation, layer_scale, eps) for shape in shapes]
-        )
+        self.resblocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the residual stream [B, N, D] -> [B, N, D]."""
@@ -148,6 +134,9 @@ class VisionTransformer(nn.Module):
         eps: Constant that the LayerNorms add to the variance.
         pooler: Widths of the attention pool that reduces the tokens to its queries. ``pool`` then
             selects the first query or the mean of the others. None for no attention pool.
+
+    All methods that take images or a size raise an ``OptionError`` if these are smaller than one
+    patch, or are not [B, 3, H, W].
     """
 
     def __init__(
@@ -180,18 +169,16 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(tokens, width))
         self.ln_pre: nn.Module = nn.LayerNorm(width, eps) if pre_norm else nn.Identity()
-        self.transformer = Transformer(width, blocks, activation, layer_scale, eps)
+        self.transformer = Transformer(
+            [Block(width, shape, activation, layer_scale, eps) for shape in blocks]
+        )
         self.attn_pool = None if pooler is None else AttentionalPooler(pooler, eps)
         width = width if pooler is None else pooler.width
         self.ln_post = nn.LayerNorm(width, eps)
         self.proj = nn.Parameter(torch.zeros(width, output_dim)) if projection else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the embedding of each image, [B, 3, H, W] -> [B, C].
-
-        Raises:
-            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
-        """
+        """Compute the embedding of each image, [B, 3, H, W] -> [B, C]."""
         return self._pooled(self.tokens(images))
 
     def dense(self, images: Tensor) -> Tensor:
@@ -200,32 +187,19 @@ class VisionTransformer(nn.Module):
         ``ln_post`` and ``proj`` are applied to every patch token as they are to the class token.
         A tower with an attention pool first applies
         :func:`ovsprune.slim.pooling.pool_each_position`.
-
-        Raises:
-            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
         """
         return self._dense(self.tokens(images), self.grid(images))
 
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute :meth:`forward` and :meth:`dense`, [B, C] and [B, C, h, w], in one pass.
-
-        Raises:
-            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
-        """
+        """Compute :meth:`forward` and :meth:`dense`, [B, C] and [B, C, h, w], in one pass."""
         x = self.tokens(images)
         return self._pooled(x), self._dense(x, self.grid(images))
 
     def set_size(self, size: tuple[int, int]) -> None:
-        """Make ``size`` the native input size.
+        """Make ``size``, height and width in pixels, the native input size.
 
         The positions are interpolated once, so images of that size need no interpolation later.
         The outputs stay the same up to rounding.
-
-        Args:
-            size: Height and width in pixels.
-
-        Raises:
-            OptionError: ``size`` is smaller than one patch.
         """
         grid = self.grid(torch.empty(1, 3, *size, device="meta"))
         old = self.positional_embedding
@@ -256,11 +230,7 @@ class VisionTransformer(nn.Module):
         return out
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Compute class and patch tokens after the last block, [B, 1 + h * w, D].
-
-        Raises:
-            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
-        """
+        """Compute class and patch tokens after the last block, [B, 1 + h * w, D]."""
         grid = self.grid(images)
         x = self.conv1(images).flatten(2).transpose(1, 2)  # [B, h * w, D]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, D]
@@ -271,11 +241,7 @@ class VisionTransformer(nn.Module):
         return out
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Return the rows and columns of patches in ``images`` [B, 3, H, W].
-
-        Raises:
-            OptionError: The images are smaller than one patch, or are not [B, 3, H, W].
-        """
+        """Return the rows and columns of patches in ``images`` [B, 3, H, W]."""
         rows, columns = (n // p for n, p in zip(images.shape[-2:], self.patch_size, strict=True))
         if images.dim() != 4 or images.shape[1] != 3 or not rows or not columns:
             raise OptionError(
@@ -286,9 +252,7 @@ class VisionTransformer(nn.Module):
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate a positional embedding to another grid.
-
-    Bicubic with antialiasing, as in open_clip.
+    """Interpolate a positional embedding to another grid: bicubic, antialiased, as in open_clip.
 
     Args:
         positions: [1 + h_old * w_old, D]; the first row belongs to the class token.
@@ -314,20 +278,12 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
 
 
 def bicubic_matrix(old: int, new: int, device: torch.device) -> Tensor:
-    """Return bicubic interpolation along one axis as a matrix.
+    """Return bicubic interpolation of ``old`` to ``new`` values as a matrix, float32 [new, old].
 
     Equals ``F.interpolate(mode="bicubic", antialias=True, align_corners=False)`` on one axis: the
     kernel of Keys (IEEE ASSP 1981, equation 15, a = -1/2), widened by old / new when downsampling,
     with weights normalised to sum to 1, also at the borders. Unlike torch's operator, the matrix
     product can be exported with dynamic sizes.
-
-    Args:
-        old: Number of input values.
-        new: Number of output values.
-        device: Device of the matrix.
-
-    Returns:
-        float32 [new, old]; the identity if ``old`` equals ``new``.
     """
     step = torch.ones((), dtype=torch.float32, device=device) * (old / new)
     # pixel centres of both grids, in units of the old one

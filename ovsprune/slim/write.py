@@ -1,4 +1,4 @@
-"""Write a slim checkpoint, complete or not at all (see :mod:`ovsprune.core.files`)."""
+"""Write a slim checkpoint atomically (see :mod:`ovsprune.core.files`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from torch import Tensor
 from ovsprune.core import files
 from ovsprune.slim import config
 from ovsprune.slim.check import check_mask, check_tensors
-from ovsprune.slim.read import file_digest, read_spec
-from ovsprune.slim.spec import CARD, CONFIG, MASK, MODEL, FileSpec, SlimSpec
+from ovsprune.slim.read import describe_files, read_spec
+from ovsprune.slim.spec import CARD, CONFIG, MASK, MODEL, SlimSpec
 
 __all__ = ["check_output", "save_tensors", "write"]
-
-_OWN = (CONFIG, MODEL, MASK, CARD)
 
 
 def write(
@@ -31,15 +29,15 @@ def write(
     card: str,
     overwrite: bool = False,
 ) -> Path:
-    """Write a slim checkpoint, complete or not at all.
+    """Write a slim checkpoint atomically: completely, or not at all.
 
     Args:
-        output: The directory to make.
-        spec: What ``config.json`` says; ``files`` is filled in here.
-        tensors: The tower's tensors with the prefix ``visual.``, and the text tower's.
-        mask: Layer name to int64 [kept], in the base model's coordinates.
+        output: The directory to create.
+        spec: Content of ``config.json``; ``files`` is filled in here.
+        tensors: Tensors of the tower with the prefix ``visual.``, and those of the text tower.
+        mask: Layer name to int64 [kept], indices of units of the base model.
         card: Text of the model card, ``README.md``.
-        overwrite: Swap an existing slim checkpoint for the new one.
+        overwrite: Replace an existing slim checkpoint.
 
     Returns:
         The directory.
@@ -47,54 +45,37 @@ def write(
     Raises:
         OutputError: ``output`` exists (and ``overwrite`` is false, or it is no slim checkpoint),
             or cannot be written, for example because the disk is full. Nothing was changed.
-        CheckpointError: ``spec``, ``mask`` and ``tensors`` do not fit each other.
+        CheckpointError: ``spec``, ``mask`` and ``tensors`` are inconsistent.
     """
     path = check_output(output, overwrite=overwrite)
     check_mask(spec, mask, "the mask to be written")
     check_tensors(spec, tensors, "the tensors to be written")
+    # Nothing may be written that this version cannot read.
     config.parse(config.dump(spec), "the config to be written")
     with files.staged(path) as scratch:
-        _fill(scratch, spec, tensors, mask, card)
+        save_tensors(tensors, scratch / MODEL)
+        save_tensors(mask, scratch / MASK)
+        listed = replace(spec, files=describe_files(scratch, (MODEL, MASK)))
+        (scratch / CONFIG).write_text(config.dump(listed), encoding="utf-8")
+        (scratch / CARD).write_text(card, encoding="utf-8")
     return path
 
 
 def check_output(output: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Check that a slim checkpoint may be written to ``output``; call this before long work.
+    """Check that a slim checkpoint may be written to ``output``; return the resolved path.
 
-    Args:
-        output: The directory to make.
-        overwrite: Allow an existing slim checkpoint to be replaced.
-
-    Returns:
-        The absolute path, with links resolved.
+    Call this before long work.
 
     Raises:
         OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
-            something else.
+            files that do not belong to a slim checkpoint.
     """
     return files.check_output(
         output,
         overwrite=overwrite,
         kind="a slim checkpoint",
-        files=lambda path: {*_OWN, *read_spec(path).files},
+        files=lambda path: {CONFIG, MODEL, MASK, CARD, *read_spec(path).files},
     )
-
-
-def _fill(
-    scratch: Path,
-    spec: SlimSpec,
-    tensors: Mapping[str, Tensor],
-    mask: Mapping[str, Tensor],
-    card: str,
-) -> None:
-    save_tensors(tensors, scratch / MODEL)
-    save_tensors(mask, scratch / MASK)
-    listed = {
-        name: FileSpec(file_digest(scratch / name), (scratch / name).stat().st_size)
-        for name in (MODEL, MASK)
-    }
-    (scratch / CONFIG).write_text(config.dump(replace(spec, files=listed)), encoding="utf-8")
-    (scratch / CARD).write_text(card, encoding="utf-8")
 
 
 def save_tensors(
@@ -104,19 +85,19 @@ def save_tensors(
 
     Args:
         tensors: On any device, contiguous or not, sharing memory or not.
-        file: Where to.
-        header: Key and value of the header's metadata; a single one, since the order of several is
-            not fixed.
+        file: File to write.
+        header: Key and value of the header's metadata; a single pair, because safetensors does not
+            fix the order of several.
 
     Raises:
-        OSError: It could not be written; SafetensorError likewise.
+        OSError: The file could not be written; a SafetensorError has the same reason.
     """
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         storage = tensor.untyped_storage()
-        # safetensors refuses tensors that share or only partly use their memory
+        # safetensors refuses tensors that share memory or use only a part of it
         if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         seen.add(tensor.untyped_storage().data_ptr())
@@ -124,4 +105,4 @@ def save_tensors(
     file.touch()
     mode = file.stat().st_mode
     save_file(plain, file, metadata=dict([header]))
-    file.chmod(mode)  # safetensors leaves a file that only its owner can read
+    file.chmod(mode)  # safetensors creates files that only their owner can read

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ovsprune.slim import SlimAttention
-from ovsprune.slim.masks import gather_heads
+from ovsprune.slim.attention_masks import gather_heads
 from ovsprune.targets.hooks import Hook
 
 __all__ = ["HOOKS", "VISUAL", "cross_attention_with_self", "restore_old_interface"]

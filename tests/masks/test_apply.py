@@ -1,4 +1,4 @@
-"""Masks on weights: other weights, training on, and what torch's own pruning gives."""
+"""Tests of applied masks: other weights, training, and equality with torch's pruning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovsprune.masks import apply_masks
 from tests.masks.towers import Tower, holding, random_masks
 
 
-def test_other_weights_of_the_architecture() -> None:
+def test_masks_apply_to_other_weights() -> None:
     tower, masks = Tower(7), random_masks(Tower(0))
     before = {k: v.clone() for k, v in tower.state_dict().items()}
     applied = apply_masks(tower, masks)
@@ -25,7 +25,7 @@ def test_other_weights_of_the_architecture() -> None:
     assert applied.sparsity == gone / applied.weights and applied.held == ()
 
 
-def test_the_same_as_torch_prune() -> None:
+def test_equals_torch_prune() -> None:
     ours, theirs, masks = Tower(3), Tower(3), random_masks(Tower())
     apply_masks(ours, masks)
     for name, mask in masks.items():
@@ -35,7 +35,7 @@ def test_the_same_as_torch_prune() -> None:
     assert torch.equal(ours(images), theirs(images))
 
 
-def test_a_weight_that_is_no_number_is_zero_too() -> None:
+def test_masked_nan_becomes_zero() -> None:
     tower, masks = Tower(), {"stem.weight": torch.zeros(4, 3, 2, 2, dtype=torch.bool)}
     with torch.no_grad():
         tower.stem.weight.fill_(float("nan"))
@@ -51,7 +51,7 @@ def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
-def test_held_masks_outlive_training(
+def test_held_masks_persist_in_training(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
 ) -> None:
     model, masks = holding("backbone", Tower(1)), random_masks(Tower())

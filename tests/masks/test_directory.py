@@ -1,4 +1,4 @@
-"""An unstructured result on disk: what comes back, and what is refused."""
+"""Tests of unstructured checkpoints: reading, writing and refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def written(tmp_path: Path) -> Path:
     return write_unstructured(tmp_path / "imp", spec, tensors, masks, card="a card\n")
 
 
-def test_all_of_it_comes_back(written: Path) -> None:
+def test_read_equals_written(written: Path) -> None:
     spec, tensors, masks = parts()
     found = read_unstructured(written)
     assert replace(found.spec, files={}) == spec
@@ -69,7 +69,7 @@ def test_all_of_it_comes_back(written: Path) -> None:
     assert is_unstructured(written) and (written / "README.md").read_text() == "a card\n"
 
 
-def test_the_config_says_what_it_is(written: Path) -> None:
+def test_config_states_kind_and_note(written: Path) -> None:
     said = json.loads((written / "config.json").read_text())
     assert (said["format"], said["kind"]) == ("ovsprune-unstructured", "unstructured")
     assert said["note"] == NOTE and "saves storage" in NOTE and "no time" in NOTE
@@ -137,11 +137,13 @@ def flip(path: Path) -> None:
         ),
         (change_config(weights=lambda w: [{**w[0], "name": "../x"}, *w[1:]]), "name is '../x'"),
         (change_config(files=lambda f: {}), "files does not list model.safetensors"),
-        (change_config(architecture=[]), "architecture is not an object"),
+        (change_config(architecture=[]), r"architecture is \[\], expected an object"),
         (change_config(excluded="x"), "excluded is 'x', expected an array"),
     ],
 )
-def test_damage_is_named(written: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_damaged_checkpoints_are_refused(
+    written: Path, damage: Callable[[Path], None], said: str
+) -> None:
     damage(written)
     with pytest.raises(CheckpointError, match=said):
         read_unstructured(written)
@@ -160,7 +162,7 @@ def test_damage_is_named(written: Path, damage: Callable[[Path], None], said: st
         (lambda t, m: m.pop("stem.weight"), "stem.weight is missing in the config or in the masks"),
     ],
 )
-def test_what_does_not_fit_is_not_written(tmp_path: Path, change: Any, said: str) -> None:
+def test_inconsistent_input_is_not_written(tmp_path: Path, change: Any, said: str) -> None:
     spec, tensors, masks = parts()
     change(tensors, masks)
     with pytest.raises(CheckpointError, match=said):
@@ -168,7 +170,7 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path, change: Any, said: str
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwriting(written: Path) -> None:
+def test_overwrite(written: Path) -> None:
     spec, tensors, masks = parts()
     with pytest.raises(OutputError, match="exists already"):
         write_unstructured(written, spec, tensors, masks, card="")
@@ -179,7 +181,7 @@ def test_overwriting(written: Path) -> None:
         write_unstructured(written, spec, tensors, masks, card="", overwrite=True)
 
 
-def test_something_else_is_not_overwritten(tmp_path: Path) -> None:
+def test_other_directories_are_not_overwritten(tmp_path: Path) -> None:
     spec, tensors, masks = parts()
     (tmp_path / "config.json").write_text('{"format": "other"}')
     with pytest.raises(OutputError, match="is not overwritten.*ovsprune-unstructured"):
@@ -187,7 +189,7 @@ def test_something_else_is_not_overwritten(tmp_path: Path) -> None:
     assert not is_unstructured(tmp_path) and not is_unstructured(tmp_path / "missing")
 
 
-def test_a_safetensors_reader_is_enough_for_the_weights(written: Path) -> None:
+def test_weights_are_a_plain_safetensors_file(written: Path) -> None:
     state = load_file(written / "model.safetensors")
     tower = Tower(3)
     tower.load_state_dict({k[7:]: v for k, v in state.items() if k.startswith("visual.")})

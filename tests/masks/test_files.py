@@ -1,4 +1,4 @@
-"""Mask files: ours, and the form of torch.nn.utils.prune."""
+"""Tests of mask files, in the format of ovsprune and of torch.nn.utils.prune."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     ],
     ids=["plain", "parallel", "model", "OpenTrans"],
 )
-def test_what_torch_prune_saved_is_read(tmp_path: Path, wrap: Any) -> None:
+def test_state_dicts_of_torch_prune_are_read(tmp_path: Path, wrap: Any) -> None:
     tower, masks = pruned_by_torch()
     torch.save(wrap(tower.state_dict()), tmp_path / "imp.pth")
     assert same(read_masks(tmp_path / "imp.pth"), masks)
@@ -54,7 +54,7 @@ def test_what_torch_prune_saved_is_read(tmp_path: Path, wrap: Any) -> None:
     assert same(read_weights(tmp_path / "imp.pth"), dict(expected.state_dict()))
 
 
-def test_what_is_written_for_torch_prune_is_loaded_by_it(tmp_path: Path) -> None:
+def test_torch_form_is_loaded_by_torch_prune(tmp_path: Path) -> None:
     masks, weights = random_masks(Tower()), Tower(5)
     file = write_masks(
         tmp_path / "new" / "imp.pth", masks, form="torch", weights=weights.state_dict()
@@ -71,7 +71,7 @@ def test_what_is_written_for_torch_prune_is_loaded_by_it(tmp_path: Path) -> None
     assert same(dict(fresh.state_dict()), read_weights(file))
 
 
-def test_masks_alone(tmp_path: Path) -> None:
+def test_files_without_weights(tmp_path: Path) -> None:
     masks = random_masks(Tower())
     torch_file = write_masks(tmp_path / "imp.pth", masks, form="torch")
     ours = write_masks(tmp_path / "imp.safetensors", masks)
@@ -82,13 +82,13 @@ def test_masks_alone(tmp_path: Path) -> None:
     assert set(torch.load(torch_file, weights_only=True)) == {f"{name}_mask" for name in masks}
 
 
-def test_a_safetensors_file_in_the_form_of_torch(tmp_path: Path) -> None:
+def test_torch_form_in_a_safetensors_file(tmp_path: Path) -> None:
     tower, masks = pruned_by_torch()
     save_file({k: v.clone() for k, v in tower.state_dict().items()}, tmp_path / "x.safetensors")
     assert same(read_masks(tmp_path / "x.safetensors"), masks)
 
 
-def test_other_masks_are_none(tmp_path: Path) -> None:
+def test_other_masks_are_ignored(tmp_path: Path) -> None:
     tower, masks = pruned_by_torch()
     torch.save({**tower.state_dict(), "attn_mask": torch.full((2, 2), -1.0)}, tmp_path / "x.pth")
     assert same(read_masks(tmp_path / "x.pth"), masks)
@@ -109,7 +109,9 @@ def test_other_masks_are_none(tmp_path: Path) -> None:
         (Tower().state_dict(), "holds no masks"),
     ],
 )
-def test_bad_state_dicts_are_named(tmp_path: Path, state: dict[str, Tensor], said: str) -> None:
+def test_invalid_state_dicts_are_refused(
+    tmp_path: Path, state: dict[str, Tensor], said: str
+) -> None:
     torch.save(state, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match=f"bad.pth.*{said}"):
         read_masks(tmp_path / "bad.pth")
@@ -120,7 +122,7 @@ class _Hostile:
         return os.mkdir, (str(Path.cwd() / "owned"),)
 
 
-def test_nothing_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tower, masks = pruned_by_torch()
     torch.save({"backbone": tower.state_dict(), "hook": _Hostile()}, tmp_path / "x.pth")
@@ -132,14 +134,14 @@ def test_nothing_in_a_file_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "missing.safetensors", "junk.pth", "empty"])
-def test_files_that_are_none(tmp_path: Path, name: str) -> None:
+def test_other_files_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "junk.pth").write_bytes(b"junk" * 100)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=name):
         read_masks(tmp_path / name)
 
 
-def test_bad_requests_to_write(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     masks = random_masks(Tower())
     for wrong, said in (
         ({"form": "numpy"}, "form 'numpy' is unknown; known forms: ovsprune, torch"),
@@ -159,7 +161,7 @@ def test_bad_requests_to_write(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_exists(tmp_path: Path) -> None:
+def test_existing_file_is_refused(tmp_path: Path) -> None:
     file = write_masks(tmp_path / "x.safetensors", random_masks(Tower()))
     with pytest.raises(OutputError, match="exists already"):
         write_masks(file, random_masks(Tower(), 1))
@@ -170,7 +172,7 @@ def test_a_file_that_exists(tmp_path: Path) -> None:
         write_masks(tmp_path / "d.safetensors", random_masks(Tower()), overwrite=True)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_masks(tmp_path / "x.pth", random_masks(Tower()), form="torch")
     before = file.read_bytes()
 

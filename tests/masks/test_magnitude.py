@@ -1,4 +1,4 @@
-"""Global magnitude: which weights go, and how many a round."""
+"""Tests of global magnitude pruning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_layers_are_ranked_together() -> None:
     assert found["b.weight"].flatten().tolist() == [False, True]
 
 
-def test_of_equal_weights_as_many_go_as_asked() -> None:
+def test_count_is_exact_among_equal_weights() -> None:
     weights = {"a": torch.ones(4), "b": torch.tensor([1.0, 2.0, -1.0])}
     for keep in range(8):
         found = keep_largest(weights, ones(weights), keep)
@@ -31,7 +31,7 @@ def test_of_equal_weights_as_many_go_as_asked() -> None:
     assert keep_largest(weights, ones(weights), 2)["b"].tolist() == [False, True, True]
 
 
-def test_what_is_gone_stays_gone_whatever_its_size() -> None:
+def test_removed_weights_stay_removed() -> None:
     weights = {"a": torch.tensor([5.0, 1.0, 2.0, 3.0])}
     masks = {"a": torch.tensor([False, True, True, True])}
     assert keep_largest(weights, masks, 2)["a"].tolist() == [False, False, True, True]
@@ -51,13 +51,13 @@ def test_rounds_are_exact_to_one_weight(total: int) -> None:
 
 @pytest.mark.parametrize("total", [1000, 552_960, 23_454_912, 12_345_677])
 @pytest.mark.parametrize("rounds", [1, 2, 7, 22])
-def test_a_ratio_of_whole_rounds_takes_those_rounds(total: int, rounds: int) -> None:
+def test_number_of_rounds_is_minimal(total: int, rounds: int) -> None:
     kept = kept_by_round(total, 1 - 0.9**rounds)
     assert len(kept) == rounds
     assert abs(kept[-1] - total * 0.9**rounds) <= 1
 
 
-def test_the_same_as_torch_in_one_round() -> None:
+def test_one_round_equals_torch() -> None:
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(20, 10)]
     weights = {str(i): layer.weight.detach().clone() for i, layer in enumerate(layers)}

@@ -1,4 +1,4 @@
-"""Masks find their parameters by name and shape, in towers and in what holds them."""
+"""Tests that masks are matched to parameters by name and shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovsprune.masks import apply_masks, match
 from tests.masks.towers import Tower, holding, random_masks
 
 
-def test_names_as_they_are() -> None:
+def test_equal_names_match() -> None:
     masks = random_masks(Tower())
     found = match(Tower(), masks)
     assert (found.removed, found.added, found.missing, found.shapes) == ("", "", (), {})
@@ -20,7 +20,7 @@ def test_names_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("place", ["backbone", "sem_seg_head.predictor.clip_model.visual"])
-def test_a_tower_inside_a_framework(place: str) -> None:
+def test_tower_inside_a_model(place: str) -> None:
     masks = random_masks(Tower())
     found = match(holding(place, Tower(1)), masks)
     assert found.added == place
@@ -28,22 +28,22 @@ def test_a_tower_inside_a_framework(place: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module", "module.visual"])
-def test_a_prefix_that_only_the_masks_have(prefix: str) -> None:
+def test_common_prefix_of_the_masks_is_removed(prefix: str) -> None:
     masks = {f"{prefix}.{name}": mask for name, mask in random_masks(Tower()).items()}
     found = match(holding("backbone", Tower()), masks)
     assert (found.removed, found.added) == (prefix, "backbone")
     assert found.names[f"{prefix}.stem.weight"] == "backbone.stem.weight"
 
 
-def test_masks_of_one_block_go_to_that_block() -> None:
-    """All blocks have the same shapes, so stripping their common prefix would fit each of them."""
+def test_masks_of_one_block_match_that_block() -> None:
+    """Do not remove the common prefix: all blocks have the same shapes and would match."""
     masks = {k: v for k, v in random_masks(Tower()).items() if k.startswith("blocks.1.")}
     for model, place in ((Tower(), ""), (holding("backbone", Tower()), "backbone.")):
         found = match(model, masks)
         assert found.names == {name: f"{place}{name}" for name in masks}
 
 
-def test_two_towers_are_ambiguous_until_one_is_named() -> None:
+def test_two_towers_need_a_prefix() -> None:
     masks = random_masks(Tower())
     model = nn.ModuleDict({"student": Tower(1), "teacher": Tower(2)})
     with pytest.raises(
@@ -56,13 +56,13 @@ def test_two_towers_are_ambiguous_until_one_is_named() -> None:
     assert all(torch.equal(v, before[k]) for k, v in model["student"].state_dict().items())
 
 
-def test_a_tower_that_holds_another_takes_its_own() -> None:
+def test_outer_tower_takes_precedence() -> None:
     tower = Tower(1)
     tower.teacher = Tower(2)
     assert match(tower, random_masks(Tower())).added == ""
 
 
-def test_what_does_not_match_is_reported_and_nothing_is_changed() -> None:
+def test_mismatches_are_reported_without_changes() -> None:
     masks = random_masks(Tower())
     masks["attnpool.weight"] = torch.ones(2, 2, dtype=torch.bool)
     masks["stem.weight"] = torch.ones(3, dtype=torch.bool)
@@ -78,7 +78,7 @@ def test_what_does_not_match_is_reported_and_nothing_is_changed() -> None:
     assert torch.equal(tower.stem.weight, before["stem.weight"])
 
 
-def test_nothing_that_matches() -> None:
+def test_no_match_is_refused() -> None:
     masks = random_masks(Tower())
     with pytest.raises(TargetError, match=r"none of the 5 masks .*stem.weight.*, the parameters"):
         match(nn.Linear(2, 2), masks)
@@ -90,7 +90,7 @@ def test_nothing_that_matches() -> None:
         match(Tower(), {})
 
 
-def test_a_module_that_torch_has_pruned() -> None:
+def test_module_pruned_by_torch_is_refused() -> None:
     layer = nn.Linear(3, 2)
     mask = torch.ones(2, 3)
     prune.custom_from_mask(layer, "weight", mask)

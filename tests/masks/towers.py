@@ -1,4 +1,4 @@
-"""A small tower, something that holds it, and masks for it."""
+"""Small tower, a model that contains it, and masks for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Tower(nn.Module):
-    """A convolution and two equal blocks; ``seed`` makes other weights of the architecture."""
+    """Convolution and two equal blocks; ``seed`` gives other weights of the architecture."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Tower(nn.Module):
 
 
 def holding(place: str, tower: nn.Module) -> nn.Module:
-    """A model that has ``tower`` at the dotted name ``place``, and a layer of its own."""
+    """Return a model with ``tower`` at the dotted name ``place``, and another layer."""
     model: nn.Module = tower
     for name in reversed(place.split(".")):
         outer = nn.Module()
@@ -36,7 +36,7 @@ def holding(place: str, tower: nn.Module) -> nn.Module:
 
 
 def random_masks(tower: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Masks of every weight with two axes and more, about half of each kept."""
+    """Return masks of all weights with two or more axes, about half of each kept."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(p.shape, generator=generator) > 0.5

@@ -1,4 +1,4 @@
-"""A small CLIP image tower, as open_clip builds it, and slim checkpoints of it."""
+"""Fixtures: a small CLIP image tower of open_clip, and slim checkpoints of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _threads() -> None:
 
 @pytest.fixture
 def make_tower() -> Callable[..., nn.Module]:
-    """Builds a dense tower with random weights everywhere, biases and norms included."""
+    """Return a builder of dense towers with random weights, biases and norms included."""
     from open_clip.transformer import QuickGELU, Transformer, VisionTransformer
 
     def make(
@@ -73,7 +73,7 @@ def make_tower() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def slim_spec() -> Callable[..., tuple[SlimSpec, dict[str, Tensor]]]:
-    """Spec and mask of a tower that lost some heads and some MLP units."""
+    """Return a builder of spec and mask of a tower that lost some heads and MLP units."""
 
     def make(
         state: dict[str, Tensor], activation: str = "quick_gelu", **changes: Any
@@ -120,7 +120,7 @@ def slim_spec() -> Callable[..., tuple[SlimSpec, dict[str, Tensor]]]:
 def write_slim(
     tmp_path: Path, slim_spec: Callable[..., tuple[SlimSpec, dict[str, Tensor]]]
 ) -> Callable[..., Path]:
-    """Writes the slim checkpoint of a dense tower."""
+    """Return a function that writes the slim checkpoint of a dense tower."""
 
     def make(tower: nn.Module, name: str = "slim", **changes: Any) -> Path:
         state = tower.state_dict()
@@ -133,13 +133,13 @@ def write_slim(
 
 @pytest.fixture
 def checkpoint(make_tower: Any, write_slim: Any) -> SlimCheckpoint:
-    """The slim checkpoint of ``make_tower()``."""
+    """Return the slim checkpoint of ``make_tower()``."""
     return read(write_slim(make_tower()))
 
 
 @pytest.fixture
 def masked() -> Callable[[nn.Module, SlimCheckpoint], nn.Module]:
-    """Masks, in place, what a checkpoint's mask cuts: its consumers read zeros there."""
+    """Return a function that sets the removed units of a dense tower to zero, in place."""
 
     @torch.no_grad()
     def mask_units(tower: nn.Module, checkpoint: SlimCheckpoint) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which activation function is seen in a tower's blocks."""
+"""Tests of the search for activation functions."""
 
 from timm.models.vision_transformer_relpos import RelPosBlock
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 from ovsprune.slim.activation import find_activations
 
 
-def test_a_network_of_relative_positions_has_one_of_its_own() -> None:
+def test_activations_of_position_networks_are_ignored() -> None:
     block = RelPosBlock(24, 4, rel_pos_cls=_rel_pos)
     assert any(isinstance(module, nn.ReLU) for module in block.attn.rel_pos.modules())
     assert find_activations(block.modules()) == {"gelu"}

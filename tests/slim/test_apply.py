@@ -17,7 +17,7 @@ Make = Callable[..., nn.Module]
 
 
 def identity(tower: nn.Module) -> dict[str, Any]:
-    """Every module, parameter and buffer of a tower, as objects, with the values' copies."""
+    """Return modules, parameters and buffers of a tower as objects, with copies of the values."""
     return {
         "modules": dict(tower.named_modules(remove_duplicate=False)),
         "parameters": dict(tower.named_parameters(remove_duplicate=False)),
@@ -64,7 +64,7 @@ def test_equals_the_masked_dense_tower(
 
 
 @pytest.mark.parametrize("weights", ["slim", "target"])
-def test_detach_gives_the_original_back(
+def test_detach_restores_the_original(
     make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor, weights: Any
 ) -> None:
     tower = make_tower(seed=5)
@@ -87,7 +87,7 @@ def test_detach_gives_the_original_back(
     assert_same(before, identity(tower))
 
 
-def test_it_is_a_context_manager(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_context_manager_detaches(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower()
     before = identity(tower)
     with apply(tower, checkpoint) as applied:
@@ -95,7 +95,7 @@ def test_it_is_a_context_manager(make_tower: Make, checkpoint: SlimCheckpoint) -
     assert_same(before, identity(tower))
 
 
-def test_the_state_is_the_checkpoints(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_state_equals_the_checkpoint(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower(seed=5)
     applied = apply(tower, checkpoint)
     state = tower.state_dict()
@@ -106,7 +106,7 @@ def test_the_state_is_the_checkpoints(make_tower: Make, checkpoint: SlimCheckpoi
     assert "proj" in applied.loaded and applied.unused == ()
 
 
-def test_what_the_target_keeps(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_kept_tensors_are_not_loaded(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower(seed=5)
     own = tower.positional_embedding
     norm = tower.transformer.resblocks[0].ln_1.weight
@@ -118,13 +118,13 @@ def test_what_the_target_keeps(make_tower: Make, checkpoint: SlimCheckpoint) -> 
     assert torch.equal(tower.proj, checkpoint.tower()["proj"])
 
 
-def test_dtype_and_layout_of_the_tower_stay(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_dtype_and_layout_are_kept(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower().to(torch.bfloat16)
     apply(tower, checkpoint)
     assert {p.dtype for p in tower.parameters()} == {torch.bfloat16}
 
 
-def test_hooks_stay(make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor) -> None:
+def test_hooks_are_kept(make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor) -> None:
     tower, calls = make_tower(), []
     for name in ("attn", "mlp.c_fc"):
         module = tower.get_submodule(f"transformer.resblocks.0.{name}")
@@ -134,7 +134,7 @@ def test_hooks_stay(make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor
     assert calls == ["SlimAttention", "Linear"]
 
 
-def test_a_subclass_stays_one(make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor) -> None:
+def test_subclasses_are_kept(make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor) -> None:
     class Loud(nn.Linear):
         pass
 
@@ -146,7 +146,7 @@ def test_a_subclass_stays_one(make_tower: Make, checkpoint: SlimCheckpoint, imag
     assert fc.out_features == fc.weight.shape[0] == 48
 
 
-def test_a_copy_of_a_slim_tower_works(
+def test_slim_tower_can_be_copied(
     make_tower: Make, checkpoint: SlimCheckpoint, images: Tensor
 ) -> None:
     tower = make_tower()
@@ -155,7 +155,7 @@ def test_a_copy_of_a_slim_tower_works(
 
 
 class Framework(nn.Module):
-    """Blocks split into two parts under other names, as SAN does, and shared with a second list."""
+    """Tower split in two lists of blocks, as in SAN, with some layers registered twice."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Framework(nn.Module):
         self.head = nn.Module()
         self.head.layers, self.head.ln_post = blocks[2:], tower.ln_post
         self.head.proj = tower.proj
-        self.again = nn.ModuleList([block.mlp.c_fc for block in blocks])
+        self.shared = nn.ModuleList([block.mlp.c_fc for block in blocks])
         self.other = nn.GELU()  # not the tower's
 
 
@@ -184,13 +184,13 @@ PREFIXES = {
 }
 
 
-def test_a_tower_that_was_taken_apart(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_tower_split_in_parts(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     model = Framework(make_tower(seed=5))
     before = identity(model)
     applied = apply(model, checkpoint, prefix_map=PREFIXES)
     assert isinstance(model.encoder.layers[1].attn, SlimAttention)
-    assert model.again[2] is model.head.layers[0].mlp.c_fc  # wherever it is registered
-    assert model.again[2].weight.shape == (50, 48)
+    assert model.shared[2] is model.head.layers[0].mlp.c_fc  # in every place
+    assert model.shared[2].weight.shape == (50, 48)
     assert model.encoder.pos.shape == (1, 17, 48)
     assert torch.equal(model.encoder.pos[0], checkpoint.tower()["positional_embedding"])
     assert "head.layers.0.mlp.c_fc" in applied.replaced
@@ -198,7 +198,7 @@ def test_a_tower_that_was_taken_apart(make_tower: Make, checkpoint: SlimCheckpoi
     assert_same(before, identity(model))
 
 
-def test_renaming_takes_the_longest_prefix_of_whole_words() -> None:
+def test_map_name_replaces_the_longest_dotted_prefix() -> None:
     assert map_name("transformer.resblocks.2.attn", PREFIXES) == "head.layers.0.attn"
     assert map_name("transformer.resblocks.20.attn", PREFIXES) == "encoder.layers.20.attn"
     assert map_name("ln_pre.weight", PREFIXES) == "encoder.ln_pre.weight"
@@ -243,7 +243,7 @@ def no_activation(tower: nn.Module) -> None:
     [
         ({"activation": "gelu"}, None, "the tower uses gelu, the checkpoint was pruned with quick"),
         ({"heads": 8}, None, r"resblocks\.0\.attn has 8 heads, expected 4 of a dense ViT-T-16"),
-        ({}, no_activation, "no activation function can be seen .* by activation="),
+        ({}, no_activation, "contain no known activation module; .* by activation="),
         ({}, wide_mlp, r"c_fc has a weight of shape \(128, 48\), expected 96 on axis 0 for a"),
         ({}, linear_instead, r"has no tensor transformer\.resblocks\.0\.mlp\.c_fc\.bias"),
         (
@@ -254,7 +254,7 @@ def no_activation(tower: nn.Module) -> None:
         ({}, other_width, r"in_proj_weight has shape \(96, 48\), expected 144 on axis 0"),
     ],
 )
-def test_a_tower_that_does_not_fit_is_not_touched(
+def test_wrong_tower_is_refused_and_unchanged(
     make_tower: Make,
     checkpoint: SlimCheckpoint,
     make: dict[str, Any],
@@ -270,9 +270,7 @@ def test_a_tower_that_does_not_fit_is_not_touched(
     assert_same(before, identity(tower))
 
 
-def test_an_activation_that_cannot_be_seen_can_be_said(
-    make_tower: Make, checkpoint: SlimCheckpoint
-) -> None:
+def test_activation_function_can_be_given(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower()
     no_activation(tower)
     with pytest.raises(TargetError, match="the tower uses gelu, the checkpoint"):
@@ -282,7 +280,7 @@ def test_an_activation_that_cannot_be_seen_can_be_said(
     assert apply(tower, checkpoint, activation="quick_gelu").replaced
 
 
-def test_a_slim_tower_is_not_slimmed_again(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_slim_tower_is_refused(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower()
     apply(tower, checkpoint)
     before = identity(tower)
@@ -292,10 +290,8 @@ def test_a_slim_tower_is_not_slimmed_again(make_tower: Make, checkpoint: SlimChe
 
 
 @pytest.mark.parametrize("weights", ["slim", "target"])
-def test_a_whole_clip_is_refused(
-    make_tower: Make, checkpoint: SlimCheckpoint, weights: Any
-) -> None:
-    """Its text tower has blocks of the same names, which must not be cut instead."""
+def test_clip_model_is_refused(make_tower: Make, checkpoint: SlimCheckpoint, weights: Any) -> None:
+    """Leave the text tower alone, whose blocks have the same names."""
     clip = nn.Module()
     clip.transformer = make_tower(seed=9).transformer
     clip.visual = make_tower()
@@ -305,7 +301,7 @@ def test_a_whole_clip_is_refused(
     assert_same(before, identity(clip))
 
 
-def test_unknown_weights(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_unknown_weights_option_is_refused(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     with pytest.raises(OptionError, match="weights is 'mine', expected 'slim' or 'target'"):
         apply(make_tower(), checkpoint, weights="mine")  # type: ignore[arg-type]
 
@@ -316,7 +312,7 @@ def test_torchscript_is_refused(checkpoint: SlimCheckpoint) -> None:
         apply(torch.jit.script(nn.Linear(1, 1)), checkpoint)
 
 
-def test_detach_after_somebody_elses_change(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
+def test_detach_after_another_change(make_tower: Make, checkpoint: SlimCheckpoint) -> None:
     tower = make_tower()
     applied = apply(tower, checkpoint)
     slim = tower.transformer.resblocks[0].attn

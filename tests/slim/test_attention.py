@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.slim.attention import SlimAttention
-from ovsprune.slim.masks import gather_heads
+from ovsprune.slim.attention_masks import gather_heads
 
 N, L, S, E, H = 2, 5, 7, 48, 6
 KEPT = (0, 2, 3, 5)
@@ -204,7 +204,7 @@ def test_has_the_attributes_that_frameworks_read() -> None:
 
 
 def test_works_inside_transformer_encoder_layer() -> None:
-    """The fused path of the layer assumes square projections and must not be taken."""
+    """Avoid the fused path of the layer, which assumes square projections."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(E, H, 64, activation="gelu", batch_first=True).eval()
     masked = copy.deepcopy(layer)

@@ -16,7 +16,7 @@ ATTN = "transformer.resblocks.0.attn"
 
 
 def split(state: dict[str, Tensor], form: str) -> dict[str, Tensor]:
-    """Queries, keys and values apart: as transformers or as torch names them."""
+    """Separate queries, keys and values, with the names of transformers or torch."""
     result = {}
     for name, tensor in state.items():
         if "in_proj_" not in name:
@@ -73,7 +73,7 @@ def test_cut_state_takes_the_kept_rows_and_columns(
 
 
 @pytest.mark.parametrize("form", ["transformers", "torch"])
-def test_separate_projections_give_the_same_and_stay_separate(
+def test_separate_projections_stay_separate(
     make_tower: Callable[..., nn.Module], slim_spec: Any, form: str
 ) -> None:
     state = make_tower().state_dict()
@@ -89,7 +89,7 @@ def test_separate_projections_give_the_same_and_stay_separate(
     assert all(torch.equal(fused[name], expected[name]) for name in expected)
 
 
-def test_fusing_needs_all_three() -> None:
+def test_incomplete_projections_are_not_fused() -> None:
     two = {"a.q_proj.weight": torch.ones(1), "a.k_proj.weight": torch.ones(1)}
     assert fuse_qkv(two).keys() == two.keys()
 
@@ -121,7 +121,7 @@ def test_channels_of_a_convolution_and_its_norm(
     assert cut["bn1.num_batches_tracked"] == 3 and cut["conv2.bias"].shape == (1,)
 
 
-def test_heads_with_slices_are_cut_by_them(
+def test_heads_with_slices_are_cut_by_slices(
     make_tower: Callable[..., nn.Module], slim_spec: Any
 ) -> None:
     from dataclasses import replace
@@ -157,7 +157,7 @@ BAD: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_other_weights_are_refused(
+def test_weights_of_another_model_are_refused(
     make_tower: Callable[..., nn.Module], slim_spec: Any, name: str
 ) -> None:
     change, message = BAD[name]

@@ -1,4 +1,4 @@
-"""The format, byte for byte: what version 1 wrote once is what is written and read for ever."""
+"""Tests that the bytes of format version 1 do not change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MASK = {
 
 
 def exact(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Numbers that look random and are exact in float32 on every machine."""
+    """Return pseudo-random numbers that are exact in float32 on every machine."""
     count = torch.Size(shape).numel()
     return (((torch.arange(count) * 7919 + seed * 104729) % 251 - 125) / 256.0).reshape(shape)
 
@@ -92,13 +92,13 @@ def golden(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_writing_gives_the_golden_bytes(tmp_path: Path, name: str) -> None:
+def test_written_bytes_equal_the_golden_files(tmp_path: Path, name: str) -> None:
     written = golden(tmp_path / "slim")
     assert sorted(f.name for f in written.iterdir()) == sorted(FILES)
     assert (written / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
-def test_the_golden_checkpoint_is_read() -> None:
+def test_golden_checkpoint_is_read() -> None:
     checkpoint = read(GOLDEN)
     assert json.loads((GOLDEN / "config.json").read_text())["format_version"] == FORMAT_VERSION
     assert checkpoint.spec.provenance["note"] == "für immer"
@@ -114,7 +114,7 @@ def test_the_golden_checkpoint_is_read() -> None:
     assert checkpoint.spec.base == base_spec("ViT-golden", None, False, state)
 
 
-def test_the_golden_checkpoint_still_computes_the_same() -> None:
+def test_golden_checkpoint_computes_the_same_outputs() -> None:
     with torch.no_grad():
         slim = load(GOLDEN)
         images = exact((1, 3, 8, 8), 77)
@@ -123,8 +123,8 @@ def test_the_golden_checkpoint_still_computes_the_same() -> None:
     torch.testing.assert_close(dense, torch.tensor(DENSE), atol=1e-5, rtol=1e-5)
 
 
-def test_the_mask_as_somebody_without_any_library_reads_it() -> None:
-    """As docs/format.md says: a length, a JSON header, and int64 little-endian indices."""
+def test_mask_file_has_the_documented_bytes() -> None:
+    """Check docs/format.md: a length, a JSON header, and int64 little-endian indices."""
     content = (GOLDEN / "mask.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])

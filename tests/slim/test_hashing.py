@@ -11,7 +11,7 @@ from torch import nn
 from ovsprune.slim.hashing import base_spec, match, state_hashes, tensor_hash
 
 
-def test_the_hash_is_that_of_float32_little_endian_bytes() -> None:
+def test_hash_covers_float32_little_endian_bytes() -> None:
     values = (1.0, -2.5, 3e-9)
     expected = hashlib.sha256(struct.pack("<3f", *values)).hexdigest()
     tensor = torch.tensor(values)
@@ -27,7 +27,7 @@ def test_the_hash_is_that_of_float32_little_endian_bytes() -> None:
     assert state_hashes({"a": tensor}) == {"a": expected}
 
 
-def test_the_base_is_recognised(make_tower: Callable[..., nn.Module]) -> None:
+def test_base_model_is_recognised(make_tower: Callable[..., nn.Module]) -> None:
     state = make_tower().state_dict()
     base = base_spec("ViT-T-16", "test", True, state)
     assert set(match(state, base).values()) == {"equal"}
@@ -38,7 +38,7 @@ def test_the_base_is_recognised(make_tower: Callable[..., nn.Module]) -> None:
     assert set(match({}, base).values()) == {"missing"}
 
 
-def test_a_base_in_half_precision_is_recognised_in_single(
+def test_half_precision_base_is_recognised_in_float32(
     make_tower: Callable[..., nn.Module],
 ) -> None:
     half = {name: tensor.half() for name, tensor in make_tower().state_dict().items()}
@@ -48,7 +48,7 @@ def test_a_base_in_half_precision_is_recognised_in_single(
     assert set(match(make_tower().state_dict(), base).values()) == {"equal-after-half"}
 
 
-def test_one_finetuned_tensor_is_found(make_tower: Callable[..., nn.Module]) -> None:
+def test_single_finetuned_tensor_is_different(make_tower: Callable[..., nn.Module]) -> None:
     state = dict(make_tower().state_dict())
     base = base_spec("ViT-T-16", "test", True, state)
     state["positional_embedding"] = state["positional_embedding"] * 1.001

@@ -23,7 +23,7 @@ Make = Callable[..., nn.Module]
 
 @pytest.fixture
 def load_dense(slim_spec: Any, tmp_path: Path) -> Callable[..., SlimTower]:
-    """Our own tower with all the weights of a dense one."""
+    """Return a function that loads a tower with all weights of a dense one."""
 
     def make(tower: nn.Module, **changes: Any) -> SlimTower:
         state = tower.state_dict()
@@ -37,7 +37,7 @@ def load_dense(slim_spec: Any, tmp_path: Path) -> Callable[..., SlimTower]:
 
 
 def dense_features(tower: Any, images: Tensor) -> Tensor:
-    """What open_clip's tower says of every patch."""
+    """Compute the dense features of open_clip's tower, independently of the package."""
     stream = tower.transformer(tower._embeds(images))
     tokens = tower.ln_post(stream[:, 1:]) @ tower.proj
     return tokens.transpose(1, 2).unflatten(2, tower.grid_size)
@@ -45,7 +45,7 @@ def dense_features(tower: Any, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 @torch.no_grad()
-def test_equals_open_clips_tower(
+def test_loaded_tower_equals_open_clip(
     make_tower: Make, load_dense: Any, images: Tensor, activation: str
 ) -> None:
     tower = make_tower(activation)
@@ -72,7 +72,7 @@ def test_equals_open_clips_tower(
     ],
 )
 @torch.no_grad()
-def test_equals_open_clips_variants(
+def test_loaded_variants_equal_open_clip(
     make_tower: Make, load_dense: Any, images: Tensor, options: Any, config: Any
 ) -> None:
     tower = make_tower(**options)
@@ -83,7 +83,7 @@ def test_equals_open_clips_variants(
 
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (80, 48)])
 @torch.no_grad()
-def test_other_input_sizes_equal_open_clips_after_its_own_interpolation(
+def test_other_input_sizes_equal_open_clip(
     make_tower: Make, load_dense: Any, size: tuple[int, int]
 ) -> None:
     from open_clip.model import resize_pos_embed
@@ -104,7 +104,7 @@ def test_other_input_sizes_equal_open_clips_after_its_own_interpolation(
 
 
 @torch.no_grad()
-def test_a_slim_tower_equals_the_masked_dense_one(
+def test_slim_tower_equals_the_masked_dense_tower(
     make_tower: Make, write_slim: Any, masked: Any, images: Tensor
 ) -> None:
     path = write_slim(make_tower())
@@ -122,7 +122,7 @@ def test_a_slim_tower_equals_the_masked_dense_one(
     assert sizes["transformer.resblocks.0.mlp.c_fc.weight"] == (48, 48)
 
 
-def test_what_is_loaded_is_bit_for_bit_what_was_saved(checkpoint: SlimCheckpoint) -> None:
+def test_loaded_tensors_equal_the_saved_ones_bit_for_bit(checkpoint: SlimCheckpoint) -> None:
     slim = load(checkpoint.path)
     state = slim.tower.state_dict()
     assert state.keys() == checkpoint.tower().keys()
@@ -135,7 +135,7 @@ def test_what_is_loaded_is_bit_for_bit_what_was_saved(checkpoint: SlimCheckpoint
     assert not torch.equal(load(checkpoint.path).tower.proj, slim.tower.proj)
 
 
-def test_dtype_and_a_second_save(
+def test_dtype_option_and_second_save(
     checkpoint: SlimCheckpoint, tmp_path: Path, images: Tensor
 ) -> None:
     half = load(checkpoint.path, dtype=torch.bfloat16)
@@ -150,7 +150,7 @@ def test_dtype_and_a_second_save(
     assert copy.deepcopy(half).tower.proj.dtype == torch.bfloat16
 
 
-def test_heads_that_the_config_does_not_list_are_whole(
+def test_unlisted_attentions_keep_all_heads(
     make_tower: Make, slim_spec: Any, tmp_path: Path, images: Tensor
 ) -> None:
     tower = make_tower()
@@ -163,7 +163,7 @@ def test_heads_that_the_config_does_not_list_are_whole(
     assert own.tower.transformer.resblocks[0].attn.kept_heads == (0, 1, 2, 3)
 
 
-def test_a_grid_that_is_not_square(
+def test_grid_that_is_not_square(
     make_tower: Make, slim_spec: Any, load_dense: Any, images: Tensor
 ) -> None:
     tower = make_tower(size=(64, 32))
@@ -189,7 +189,7 @@ def test_resizing_positions_back_and_forth_keeps_the_class_token() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 3, 15, 64), (1, 1, 64, 64)])
-def test_pictures_of_another_shape_are_refused(
+def test_images_of_another_shape_are_refused(
     checkpoint: SlimCheckpoint, shape: tuple[int, ...]
 ) -> None:
     slim = load(checkpoint.path)
@@ -199,7 +199,7 @@ def test_pictures_of_another_shape_are_refused(
         slim.dense(torch.zeros(shape))
 
 
-def test_a_family_that_we_do_not_build(make_tower: Make, write_slim: Any) -> None:
+def test_unknown_family_is_refused(make_tower: Make, write_slim: Any) -> None:
     path = write_slim(make_tower(), family="timm-convnext", library="timm", library_version="1.0")
     with pytest.raises(
         MissingLibraryError, match=r"family 'timm-convnext'.* build the tower with timm 1"
@@ -207,13 +207,13 @@ def test_a_family_that_we_do_not_build(make_tower: Make, write_slim: Any) -> Non
         load(path)
 
 
-def test_two_poolers_are_not_ours(make_tower: Make, write_slim: Any) -> None:
+def test_two_attention_pools_are_refused(make_tower: Make, write_slim: Any) -> None:
     path = write_slim(make_tower(attentional_pool="cascade", attn_pooler_heads=4))
     with pytest.raises(MissingLibraryError, match="has two attention pools"):
         load(path)
 
 
-def test_a_pooler_whose_heads_do_not_divide_its_width(make_tower: Make, write_slim: Any) -> None:
+def test_invalid_pooler_heads_are_refused(make_tower: Make, write_slim: Any) -> None:
     tower = make_tower(attentional_pool=True, attn_pooler_heads=4)
     path = write_slim(tower, architecture={"vision_cfg": {"attn_pooler_heads": 5}})
     with pytest.raises(CheckpointError, match="attn_pooler_heads is 5 for a width of 24"):
@@ -243,7 +243,7 @@ def put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], Any]:
         (put("visual.transformer.resblocks.x.ln_1.bias", 48), "do not form a CLIP vision"),
     ],
 )
-def test_tensors_that_make_no_tower(
+def test_inconsistent_tensors_are_refused(
     checkpoint: SlimCheckpoint, tmp_path: Path, change: Any, message: str
 ) -> None:
     tensors = dict(checkpoint.tensors)

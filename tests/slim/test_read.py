@@ -24,7 +24,7 @@ def directory(make_tower: Callable[[], nn.Module], write_slim: Callable[..., Pat
 
 
 def relist(directory: Path) -> None:
-    """Have the config list the files as they are now, as whoever means harm would."""
+    """List the files as they are now in the config, as an attacker would."""
     config = json.loads((directory / "config.json").read_text())
     for name in config["files"]:
         content = (directory / name).read_bytes()
@@ -35,7 +35,7 @@ def relist(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def test_what_was_written_is_read_bit_for_bit(
+def test_read_equals_written_bit_for_bit(
     directory: Path, make_tower: Callable[[], nn.Module]
 ) -> None:
     checkpoint = read(directory)
@@ -51,8 +51,8 @@ def test_what_was_written_is_read_bit_for_bit(
     assert checkpoint.mask["transformer.resblocks.0.attn"].tolist() == [0, 2]
 
 
-def test_a_path_may_be_a_string_and_files_may_be_links(directory: Path, tmp_path: Path) -> None:
-    """A hub's cache is made of links."""
+def test_string_paths_and_linked_files(directory: Path, tmp_path: Path) -> None:
+    """Read the cache of a hub, which consists of links."""
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for file in directory.iterdir():
@@ -60,20 +60,20 @@ def test_a_path_may_be_a_string_and_files_may_be_links(directory: Path, tmp_path
     assert read(str(snapshot)).spec == read(directory).spec
 
 
-def test_other_files_beside_are_ignored(directory: Path) -> None:
+def test_other_files_are_ignored(directory: Path) -> None:
     (directory / "notes.txt").write_text("mine")
     (directory / "README.md").unlink()
     assert read(directory).spec.activation == "quick_gelu"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "mask.safetensors"])
-def test_a_missing_file_is_named(directory: Path, name: str) -> None:
+def test_missing_file_is_named(directory: Path, name: str) -> None:
     (directory / name).unlink()
     with pytest.raises(CheckpointError, match=f"has no file {name}.*copy the whole directory"):
         read(directory)
 
 
-def test_no_directory(tmp_path: Path) -> None:
+def test_missing_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere does not exist; name the directory"):
         read(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
@@ -82,21 +82,21 @@ def test_no_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_pipe_in_place_of_a_file_does_not_hang(directory: Path) -> None:
+def test_pipe_is_refused(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     os.mkfifo(directory / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has no file model\.safetensors"):
         read(directory)
 
 
-def test_a_truncated_file_is_noticed_by_its_size(directory: Path) -> None:
+def test_truncated_file_is_refused(directory: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes, the config says"):
         read(directory)
 
 
-def test_an_exchanged_byte_is_noticed_by_the_digest(directory: Path) -> None:
+def test_changed_byte_is_refused(directory: Path) -> None:
     file = directory / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -106,13 +106,13 @@ def test_an_exchanged_byte_is_noticed_by_the_digest(directory: Path) -> None:
     assert read(directory, verify=False).spec.family == "open_clip-vit"
 
 
-def test_a_large_config_is_not_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_config_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("ovsprune.slim.read"), "_LARGEST_CONFIG", 100)
     with pytest.raises(CheckpointError, match="expected at most 100; it is no config"):
         read(directory)
 
 
-def test_files_that_are_not_listed(directory: Path) -> None:
+def test_unlisted_files_are_refused(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     del config["files"]["model.safetensors"]
     (directory / "config.json").write_text(json.dumps(config))
@@ -147,7 +147,7 @@ HOSTILE_FILES = {
 
 @pytest.mark.parametrize("file", ["model.safetensors", "mask.safetensors"])
 @pytest.mark.parametrize("content", HOSTILE_FILES.values(), ids=HOSTILE_FILES.keys())
-def test_hostile_safetensors_files(directory: Path, content: bytes, file: str) -> None:
+def test_invalid_safetensors_files_are_refused(directory: Path, content: bytes, file: str) -> None:
     (directory / file).write_bytes(content)
     relist(directory)
     with pytest.raises(CheckpointError, match=f"{file} is no valid safetensors file .*copy it"):
@@ -176,7 +176,7 @@ BAD_MASKS: dict[str, tuple[Callable[[Mask], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_MASKS)
-def test_a_mask_that_does_not_fit(directory: Path, name: str) -> None:
+def test_invalid_masks_are_refused(directory: Path, name: str) -> None:
     change, message = BAD_MASKS[name]
     mask = load_file(directory / "mask.safetensors")
     change(mask)
@@ -203,7 +203,7 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_TENSORS)
-def test_tensors_that_do_not_fit(directory: Path, name: str) -> None:
+def test_invalid_tensors_are_refused(directory: Path, name: str) -> None:
     change, message = BAD_TENSORS[name]
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
@@ -215,7 +215,7 @@ def test_tensors_that_do_not_fit(directory: Path, name: str) -> None:
 
 
 def test_nothing_that_a_config_names_is_imported(directory: Path) -> None:
-    """A hostile config can name code in every free place; reading it runs none."""
+    """Read a hostile config that names code in every free field; none is run."""
     config = json.loads((directory / "config.json").read_text())
     (directory / "evil_module.py").write_text("raise SystemExit('imported')")
     config["library"] = config["family"] = "evil_module"

@@ -116,7 +116,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_equals_open_clips_tower(whole: SlimTower, images: Tensor) -> None:
+def test_loaded_tower_equals_open_clip(whole: SlimTower, images: Tensor) -> None:
     tower = make_tower()
     close(whole(images), tower(images))
     close(whole.dense(images), dense_features(tower, images))
@@ -126,7 +126,7 @@ def test_equals_open_clips_tower(whole: SlimTower, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def test_a_slim_tower_equals_the_masked_dense_one(saved: Path, images: Tensor) -> None:
+def test_slim_tower_equals_the_masked_dense_tower(saved: Path, images: Tensor) -> None:
     checkpoint, slim, masked = read(saved), load(saved), make_tower()
     for layer in checkpoint.spec.layers:
         removed = torch.ones(layer.units, dtype=torch.bool)

@@ -38,7 +38,7 @@ def pool(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.fixture
 def written(make_tower: Make, write_slim: Any, pool: dict[str, Any]) -> Path:
-    """A slim checkpoint of the native size 64 x 64."""
+    """Return a slim checkpoint of the native size 64 x 64."""
     config = {"image_size": 64, "head_width": 12, **pool}
     found = write_slim(make_tower(**pool), architecture={"vision_cfg": config})
     assert isinstance(found, Path)

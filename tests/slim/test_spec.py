@@ -79,21 +79,21 @@ def test_heads_may_have_slices() -> None:
     jsonschema.validate(json.loads(dump(spec)), schema())
 
 
-def test_a_layer_may_have_lost_all_its_units() -> None:
+def test_layers_without_units_are_valid() -> None:
     layers = tuple(dataclasses.replace(layer, kept=0) for layer in SPEC.layers)
     spec = dataclasses.replace(SPEC, layers=layers)
     assert parse(dump(spec)) == spec
     jsonschema.validate(json.loads(dump(spec)), schema())
 
 
-def test_what_the_spec_computes() -> None:
+def test_ratio_and_layer() -> None:
     assert SPEC.ratio == 0.5
     assert SPEC.layer("blocks.0.mlp").kept == 1500
     with pytest.raises(KeyError, match="nowhere"):
         SPEC.layer("nowhere")
 
 
-def test_the_schema_says_what_the_reader_says() -> None:
+def test_schema_has_the_fields_of_the_spec() -> None:
     found = schema()
     jsonschema.Draft202012Validator.check_schema(found)
     jsonschema.validate(json.loads(dump(SPEC)), found)
@@ -112,10 +112,7 @@ def test_the_schema_says_what_the_reader_says() -> None:
 
 
 BAD: dict[str, tuple[Change, str]] = {
-    "another format": (
-        lambda d: d.update(format="safetensors"),
-        "not the config of a slim",
-    ),
+    "another format": (lambda d: d.update(format="safetensors"), "not the config of a slim"),
     "no format": (lambda d: d.pop("format"), "not the config of a slim"),
     "version 2": (lambda d: d.update(format_version=2), "format_version is 2, this ovsprune reads"),
     "version 3": (
@@ -149,14 +146,17 @@ BAD: dict[str, tuple[Change, str]] = {
     "boolean as number": (lambda d: d["layers"][0].update(units=True), "units is True"),
     "huge number": (lambda d: d["layers"][0].update(units=2**70), "units is 1180591"),
     "fraction": (lambda d: d["dense"].update(macs=1.5), "dense.macs is 1.5"),
-    "no slices": (lambda d: d["layers"][1].update(slices=[]), "slices is empty"),
+    "no slices": (
+        lambda d: d["layers"][1].update(slices=[]),
+        r"slices is \[\], expected at least one",
+    ),
     "unknown kind": (lambda d: d["layers"][0].update(kind="neurons"), "kind is 'neurons'"),
     "unknown axis": (lambda d: d["layers"][1]["slices"][0].update(axis=0), "axis is 0"),
     "unknown activation": (lambda d: d.update(activation="swish"), "activation is 'swish'"),
     "trained as text": (lambda d: d["base"].update(trained="yes"), "base.trained is 'yes'"),
     "one side": (lambda d: d["preprocess"].update(size=[224]), "preprocess.size is"),
-    "text as mean": (lambda d: d["preprocess"].update(mean=["a", 1, 1]), "preprocess.mean is 'a'"),
-    "list as architecture": (lambda d: d.update(architecture=[]), "architecture is list"),
+    "text as mean": (lambda d: d["preprocess"].update(mean=["a", 1, 1]), r"mean\[0\] is 'a'"),
+    "list as architecture": (lambda d: d.update(architecture=[]), r"architecture is \[\]"),
     "control characters": (lambda d: d["base"].update(model="a\x1b[2J"), "printable"),
     "layers as object": (lambda d: d.update(layers={}), "layers is {}, expected an array"),
     "long text": (lambda d: d["base"].update(model="x" * 5000), "at most 4096"),
@@ -164,7 +164,7 @@ BAD: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_documents_are_refused_by_reader_and_schema(name: str) -> None:
+def test_invalid_documents_are_refused_by_parser_and_schema(name: str) -> None:
     change, message = BAD[name]
     document = changed(change)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -187,18 +187,18 @@ def test_bad_documents_are_refused_by_reader_and_schema(name: str) -> None:
         ("9" * 5000, "is not the JSON|not the config of a slim"),
     ],
 )
-def test_what_is_no_json_object_is_refused(document: str | bytes, message: str) -> None:
+def test_invalid_json_is_refused(document: str | bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse(document)
 
 
-def test_a_layer_twice_is_refused() -> None:
+def test_repeated_layer_is_refused() -> None:
     document = changed(lambda d: d["layers"].append(d["layers"][0]))
     with pytest.raises(CheckpointError, match=r"layers contains blocks\.0\.attn more than once"):
         parse(document)
 
 
-def test_provenance_is_plain_data() -> None:
+def test_provenance_must_be_plain_json() -> None:
     with pytest.raises(CheckpointError, match=r"provenance.path is .*expected plain JSON data"):
         dump(dataclasses.replace(SPEC, provenance={"path": object()}))
     with pytest.raises(CheckpointError, match=r"provenance.loss is nan, expected a finite"):
@@ -216,7 +216,7 @@ JSON = st.recursive(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), JSON)
-def test_any_value_in_any_place_is_read_or_refused_clearly(data: Any, value: Any) -> None:
+def test_any_value_is_parsed_or_refused(data: Any, value: Any) -> None:
     document = json.loads(dump(SPEC))
     node: Any = document
     while True:

@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture
 def save(make_tower: Callable[..., nn.Module], slim_spec: Any) -> Write:
-    """Writes a checkpoint of the given seed to a path."""
+    """Return a function that writes a checkpoint of the given seed to a path."""
 
     def to(path: Path, seed: int = 0, **options: Any) -> Path:
         state = make_tower(seed=seed).state_dict()
@@ -55,7 +55,7 @@ def test_equal_input_gives_equal_bytes(save: Write, tmp_path: Path) -> None:
     assert tree(save(tmp_path / "a")) == tree(save(tmp_path / "b"))
 
 
-def test_permissions_are_those_of_a_new_directory(save: Write, tmp_path: Path) -> None:
+def test_permissions_of_the_output(save: Write, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").touch()
     slim = save(tmp_path / "slim")
@@ -64,7 +64,7 @@ def test_permissions_are_those_of_a_new_directory(save: Write, tmp_path: Path) -
     assert modes == {(tmp_path / "plain" / "file").stat().st_mode}
 
 
-def test_tensors_that_share_memory_or_lie_strided(
+def test_shared_and_strided_tensors_are_written(
     make_tower: Callable[..., nn.Module], slim_spec: Any, tmp_path: Path
 ) -> None:
     state = make_tower().state_dict()
@@ -78,7 +78,7 @@ def test_tensors_that_share_memory_or_lie_strided(
     assert back["b"].tolist() == [3, 4, 5, 6]
 
 
-def test_an_existing_output_is_refused(save: Write, tmp_path: Path) -> None:
+def test_existing_output_is_refused(save: Write, tmp_path: Path) -> None:
     path = save(tmp_path / "slim")
     before = tree(tmp_path)
     with pytest.raises(OutputError, match=r"slim exists already; .* pass --overwrite"):
@@ -87,7 +87,7 @@ def test_an_existing_output_is_refused(save: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("atomic", [True, False])
-def test_overwrite_swaps(
+def test_overwrite_replaces_the_checkpoint(
     save: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, atomic: bool
 ) -> None:
     if not atomic:
@@ -101,7 +101,7 @@ def test_overwrite_swaps(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="exchange is a Linux call")
-def test_linux_swaps_in_one_step(tmp_path: Path) -> None:
+def test_linux_exchanges_in_one_step(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "mark").touch()
@@ -111,7 +111,7 @@ def test_linux_swaps_in_one_step(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "mark").exists()
 
 
-def test_a_swap_that_fails_gives_the_old_one_back(
+def test_failed_exchange_restores_the_old_output(
     save: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path / "slim")
@@ -130,7 +130,7 @@ def test_a_swap_that_fails_gives_the_old_one_back(
     assert tree(tmp_path) == before
 
 
-def test_overwrite_spares_what_is_no_checkpoint(save: Write, tmp_path: Path) -> None:
+def test_overwrite_refuses_other_directories(save: Write, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("years of work")
@@ -147,12 +147,12 @@ def test_overwrite_spares_what_is_no_checkpoint(save: Write, tmp_path: Path) -> 
     assert (home / "thesis.tex").exists() and (path / "thesis.tex").exists() and file.exists()
 
 
-def test_an_empty_directory_may_be_overwritten(save: Write, tmp_path: Path) -> None:
+def test_empty_directory_is_overwritten(save: Write, tmp_path: Path) -> None:
     (tmp_path / "slim").mkdir()
     assert read(save(tmp_path / "slim", overwrite=True)).spec.family == "open_clip-vit"
 
 
-def test_a_link_is_followed(save: Write, tmp_path: Path) -> None:
+def test_link_is_followed(save: Write, tmp_path: Path) -> None:
     save(tmp_path / "slim")
     (tmp_path / "latest").symlink_to(tmp_path / "slim")
     assert save(tmp_path / "latest", seed=1, overwrite=True) == tmp_path / "slim"
@@ -160,7 +160,7 @@ def test_a_link_is_followed(save: Write, tmp_path: Path) -> None:
     assert (tmp_path / "slim" / "README.md").read_text() == "# Seed 1\n"
 
 
-def test_check_output_before_the_work(tmp_path: Path) -> None:
+def test_check_output_refuses_existing_output(tmp_path: Path) -> None:
     assert check_output(tmp_path / "new") == tmp_path / "new"
     with pytest.raises(OutputError, match="exists already"):
         check_output(tmp_path)
@@ -168,7 +168,7 @@ def test_check_output_before_the_work(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["fsync", "save_file", "rename"])
 @pytest.mark.parametrize("existing", [True, False])
-def test_a_full_disk_leaves_nothing(
+def test_full_disk_leaves_nothing(
     save: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, existing: bool
 ) -> None:
     out = tmp_path / "parent" / "slim"
@@ -190,8 +190,8 @@ def test_a_full_disk_leaves_nothing(
     assert tree(tmp_path) == before
 
 
-def test_a_system_that_takes_no_more_bytes(checkpoint: SlimCheckpoint, tmp_path: Path) -> None:
-    """The error of a real system call, in the middle of the tensors."""
+def test_file_size_limit_leaves_nothing(checkpoint: SlimCheckpoint, tmp_path: Path) -> None:
+    """Provoke the error of a real system call while the tensors are written."""
     resource = pytest.importorskip("resource", reason="no limits on a file's size here")
     target = tmp_path / "new" / "out"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -204,7 +204,7 @@ def test_a_system_that_takes_no_more_bytes(checkpoint: SlimCheckpoint, tmp_path:
     assert not target.parent.exists()
 
 
-def test_an_interrupted_write_leaves_nothing(
+def test_interrupted_write_leaves_nothing(
     save: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **options: Any) -> None:
@@ -217,7 +217,7 @@ def test_an_interrupted_write_leaves_nothing(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_may_not_be_written(save: Write, tmp_path: Path) -> None:
+def test_unwritable_directory_is_refused(save: Write, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OutputError, match="Permission denied"):
@@ -226,14 +226,14 @@ def test_a_directory_that_may_not_be_written(save: Write, tmp_path: Path) -> Non
         tmp_path.chmod(0o700)
 
 
-def test_a_parent_that_is_a_file(save: Write, tmp_path: Path) -> None:
+def test_file_as_parent_is_refused(save: Write, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="could not be written"):
         save(tmp_path / "file" / "slim")
     assert (tmp_path / "file").read_text() == "x"
 
 
-def test_what_could_not_be_read_is_not_written(
+def test_inconsistent_input_is_not_written(
     make_tower: Callable[..., nn.Module], slim_spec: Any, tmp_path: Path
 ) -> None:
     state = make_tower().state_dict()

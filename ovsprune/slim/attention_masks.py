@@ -1,4 +1,7 @@
-"""Attention masks: every form that callers of nn.MultiheadAttention use, at the kept heads."""
+"""Attention masks in every form that ``nn.MultiheadAttention`` accepts, for the kept heads.
+
+Letters: N images, L queries, S keys.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def combine_masks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor | None:
-    """One additive mask that broadcasts to [N, kept, L, S], or None.
+    """Combine masks to one additive mask that broadcasts to [N, kept, L, S], or None.
 
     Args:
         attn_mask: As in :meth:`ovsprune.slim.attention.SlimAttention.attend`.
@@ -32,13 +35,13 @@ def combine_masks(
         batch: N.
         lengths: (L, S).
         num_heads: Heads of the dense module.
-        kept_heads: Dense indices of the heads that stay.
-        is_causal: Mask the future where there is no ``attn_mask``.
-        dtype: Of the result.
-        device: Of the result.
+        kept_heads: Dense indices of the kept heads.
+        is_causal: Mask later keys if there is no ``attn_mask``.
+        dtype: Type of the result.
+        device: Device of the result.
 
     Raises:
-        OptionError: A mask has a shape that fits nothing, or one that fits two readings.
+        OptionError: A mask has an unexpected or ambiguous shape.
     """
     if attn_mask is None and is_causal:
         attn_mask = torch.ones(lengths, dtype=torch.bool, device=device).triu(1)
@@ -62,16 +65,16 @@ def combine_masks(
 
 
 def gather_heads(mask: Tensor, batch: int, num_heads: int, kept_heads: Sequence[int]) -> Tensor:
-    """``mask`` as [N or 1, kept or 1, L, S], its dense heads gathered at the kept ones.
+    """Reshape ``mask`` to [N or 1, kept or 1, L, S], with the rows of the kept heads only.
 
     Args:
         mask: [L, S], [heads or N * heads, L, S] or [N or 1, heads or 1, L, S].
         batch: N.
         num_heads: Heads of the dense module.
-        kept_heads: Dense indices of the heads that stay.
+        kept_heads: Dense indices of the kept heads.
 
     Raises:
-        OptionError: The leading axes fit no reading, or two.
+        OptionError: The leading axes have an unexpected or ambiguous size.
     """
     kept = len(kept_heads)
     shape = tuple(mask.shape)
@@ -79,7 +82,7 @@ def gather_heads(mask: Tensor, batch: int, num_heads: int, kept_heads: Sequence[
         return mask[None, None]
     if mask.dim() == 3:
         rows = mask.shape[0]
-        if rows == batch * num_heads:  # what nn.MultiheadAttention takes: it wins
+        if rows == batch * num_heads:  # the form of nn.MultiheadAttention takes precedence
             mask = mask.reshape(batch, num_heads, *shape[1:])
         elif rows == batch * kept and rows == num_heads:
             raise OptionError(
@@ -109,7 +112,7 @@ def gather_heads(mask: Tensor, batch: int, num_heads: int, kept_heads: Sequence[
 
 
 def _additive(mask: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A mask to be added to the logits; true entries of a bool mask are left out."""
+    """Return a mask to add to the logits; true entries of a bool mask become -inf."""
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, dtype=dtype, device=device)
         return zeros.masked_fill(mask.to(device), float("-inf"))
