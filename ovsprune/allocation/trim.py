@@ -139,9 +139,7 @@ def largest_fit(
 
 
 def trim(
-    ctx: AllocationContext,
-    widths: Widths,
-    worth: Callable[[Group, int, int], float],
+    ctx: AllocationContext, widths: Widths, worth: Callable[[Group, int, int], float]
 ) -> Widths:
     """Widen the group of highest worth, step by step, until no step fits the budget.
 

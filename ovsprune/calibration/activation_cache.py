@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -106,12 +106,10 @@ def collect_images(pictures: Pictures, batch_size: int) -> Tensor:
 
 
 def _concatenated(parts: Iterable[Tensor], count: int) -> Tensor:
-    """Return the parts [b, ...] as one tensor, float32 [count, ...] on the CPU.
-
-    Unlike ``torch.cat``, this allocates the result first and may place it on disk.
-    """
+    """Return the parts [b, ...] as one tensor, float32 [count, ...] on the CPU or on disk."""
     result: Tensor | None = None
     done = 0
+    # torch.cat would need twice the memory, so the result is allocated with the first part.
     for part in parts:
         if result is None:
             result = allocate((count, *part.shape[1:]))
@@ -121,8 +119,8 @@ def _concatenated(parts: Iterable[Tensor], count: int) -> Tensor:
     return result
 
 
-class Capture(dict[tuple[str, str], Tensor]):
-    """Tensors recorded in the last forward pass: (layer, ``"input"`` or ``"output"``) to tensor."""
+Capture = dict[tuple[str, str], Tensor]
+"""Tensors recorded in the last forward pass: (layer, ``"input"`` or ``"output"``) to tensor."""
 
 
 class StopForward(Exception):
@@ -144,7 +142,8 @@ def capture(
     Yields:
         The recorded tensors; updated by each forward pass.
     """
-    captured, wanted = Capture(), set(hook_points)
+    captured: Capture = {}
+    wanted = set(hook_points)
 
     def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -155,15 +154,11 @@ def capture(
 
         return hook
 
-    handles = []
-    for name, side in wanted:
-        layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
-        handles.append(layer.register_forward_hook(hook_for((name, side))))
-    try:
+    with ExitStack() as hooks:
+        for name, side in wanted:
+            layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
+            hooks.enter_context(layer.register_forward_hook(hook_for((name, side))))
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -22,32 +22,16 @@ The names are those of SparseGPT and ZipLM: W, H, Hinv, losses.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Elimination", "prune_columns"]
+from ovsprune.core.protocols import Ranking
+
+__all__ = ["prune_columns"]
 
 _LAZY = 64
 """Number of rank-one updates that are collected and then applied as one matrix product."""
-
-
-@dataclass(frozen=True, eq=False)
-class Elimination:
-    """Result of :func:`prune_columns`.
-
-    Attributes:
-        order: int64 [units], units in the order of removal.
-        costs: float64 [units], the loss of each unit: the increase of the squared error, summed
-            over outputs, at the time of its removal.
-        weights: Width to float64 [m, n]: the refitted weight with that number of units left. The
-            columns of removed units are zero.
-    """
-
-    order: Tensor
-    costs: Tensor
-    weights: dict[int, Tensor] = field(default_factory=dict)
 
 
 def prune_columns(
@@ -57,7 +41,7 @@ def prune_columns(
     *,
     order: Tensor | None = None,
     snapshots: Collection[int] = (),
-) -> Elimination:
+) -> Ranking:
     """Remove units one by one, always the one with the least loss, and update the other columns.
 
     Args:
@@ -68,7 +52,9 @@ def prune_columns(
         snapshots: Widths (numbers of remaining units) for which to return the refitted weight.
 
     Returns:
-        The order of removal, the loss of each unit, and the weights at ``snapshots``.
+        ``costs`` are the losses: the increase of the squared error, summed over outputs, at the
+        time of the removal. ``weights`` holds the refitted weight [m, n] of each width in
+        ``snapshots``, with zeros in the columns of removed units.
 
     Raises:
         torch.linalg.LinAlgError: ``covariance`` is not positive definite.
@@ -88,7 +74,7 @@ def prune_columns(
         if units - len(removed) in wanted:
             assert snapshot is not None
             weights[units - len(removed)] = snapshot
-    return Elimination(torch.tensor(removed), losses, weights)
+    return Ranking(losses, torch.tensor(removed), weights)
 
 
 Step = tuple[int, float, Tensor | None]
@@ -102,13 +88,6 @@ def _remove_blocks(
 
     As in :func:`_remove_single_columns`, Hinv is updated lazily. W and the diagonal blocks of Hinv,
     from which the losses of all units are computed, are updated at every step.
-
-    Args:
-        W: float64 [m, n].
-        Hinv: float64 [n, n].
-        columns: int64 [units, width].
-        order: int64 [units], or None for the greedy order.
-        wanted: Widths for which to yield W.
     """
     (m, n), width = W.shape, columns.shape[1]
     alive = torch.arange(len(columns))  # [units], indices of the remaining units
@@ -164,13 +143,6 @@ def _remove_single_columns(
     current weight is ``W - V U^T``, with one column of U and V per removed unit. Only the diagonal
     of Hinv, the squared column norms of W, and the two columns of the removed unit are updated at
     every step.
-
-    Args:
-        W: float64 [m, n].
-        Hinv: float64 [n, n].
-        columns: int64 [units, 1].
-        order: int64 [units], or None for the greedy order.
-        wanted: Widths for which to yield W.
     """
     m, n = W.shape
     alive = columns.flatten()  # [units], column in the full W at each position

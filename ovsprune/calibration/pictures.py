@@ -135,7 +135,7 @@ class RenderedPictures:
 
     def endless(self) -> Iterator[Tensor]:
         """Yield further images [3, H, W] of the same kind, none of which is used elsewhere."""
-        return map(self._fresh, itertools.cycle(_ENDLESS))
+        return (self._preprocessed(self._rendered(i)) for i in itertools.cycle(_ENDLESS))
 
     def _picture(self, index: int) -> Tensor:
         if self._cache is None:
@@ -148,9 +148,6 @@ class RenderedPictures:
             self._cache[index] = self._rendered(index)
             self._cached[index] = True
         return self._preprocessed(self._cache[index])
-
-    def _fresh(self, index: int) -> Tensor:
-        return self._preprocessed(self._rendered(index))
 
     def _rendered(self, index: int) -> NDArray[np.uint8]:
         return self._render(self._start + index, self._seed, max(self._preprocess.size))

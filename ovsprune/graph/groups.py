@@ -7,8 +7,7 @@ tower must equal the masked dense tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Costs, Group, Plan, Slice
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.graph.cut import cut
-from ovsprune.graph.layers import is_channelwise, weight_of
+from ovsprune.graph.layers import is_channelwise, requires_grad_as, weight_of
 from ovsprune.graph.norms import FoldedNorm
 from ovsprune.graph.products import find_products
 from ovsprune.graph.rows import reads_all_channels
@@ -49,7 +48,8 @@ def find_groups(
         return []
     example = torch.zeros(1, 3, *size)
     names = {module: name for name, module in tower.named_modules()}
-    with torch.enable_grad(), _differentiable(tower):
+    # torch-pruning reads its graph from autograd's, so all parameters must require gradients.
+    with torch.enable_grad(), requires_grad_as(tower, True):
         graph = torch_pruning.DependencyGraph().build_dependency(
             tower,
             example_inputs=example.to(next(tower.parameters())),
@@ -61,19 +61,6 @@ def find_groups(
         _group_of(graph, tower.get_submodule(entry.layer), entry, names) for entry in prunable
     ]
     return with_costs(tower, groups, size)
-
-
-@contextmanager
-def _differentiable(tower: nn.Module) -> Iterator[None]:
-    """Let all parameters require gradients; torch-pruning reads its graph from autograd's."""
-    frozen = [p for p in tower.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def _group_of(

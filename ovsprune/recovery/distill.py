@@ -15,17 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import (
-    ActivationCache,
-    collect_images,
-    evenly_spaced,
-)
-from ovsprune.calibration.feature_loss import (
-    OUTPUT_WEIGHTS,
-    Features,
-    feature_loss,
-    total_variance,
-)
+from ovsprune.calibration.activation_cache import ActivationCache, collect_images, evenly_spaced
+from ovsprune.calibration.feature_loss import OUTPUT_WEIGHTS, Features, feature_loss, total_variance
 from ovsprune.calibration.refit import held_out_mask
 from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import OptionError
