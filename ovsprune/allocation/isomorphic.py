@@ -27,9 +27,6 @@ class Isomorphic:
         Isomorphic Pruning (Fang et al., ECCV 2024): scores of different structures follow
         different distributions and are not compared. Scores of equal structures are compared
         without normalisation.
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
         """
         classes: dict[Hashable, dict[str, WidthSteps]] = {}
         for group in ctx.groups:

@@ -25,6 +25,7 @@ __all__ = [
     "allocate",
     "capture",
     "collect_images",
+    "concatenate",
     "evenly_spaced",
     "run_block",
     "run_stem",
@@ -97,15 +98,15 @@ def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> ActivationC
     device = next(next(iter(stages.blocks.values())).parameters()).device
     batches = pictures.batches(batch_size)
     parts = (stages.stem(images.to(device)) for images in batches)
-    return ActivationCache(_concatenated(parts, len(pictures)))
+    return ActivationCache(concatenate(parts, len(pictures)))
 
 
 def collect_images(pictures: Pictures, batch_size: int) -> Tensor:
     """Return all images as one tensor, float32 [images, 3, H, W], for random access."""
-    return _concatenated(pictures.batches(batch_size), len(pictures))
+    return concatenate(pictures.batches(batch_size), len(pictures))
 
 
-def _concatenated(parts: Iterable[Tensor], count: int) -> Tensor:
+def concatenate(parts: Iterable[Tensor], count: int) -> Tensor:
     """Return the parts [b, ...] as one tensor, float32 [count, ...] on the CPU or on disk."""
     result: Tensor | None = None
     done = 0

@@ -166,9 +166,9 @@ def _mask_hook(
 def _columns(objective: Objective, values: Tensor, count: int) -> Sequence[Tensor]:
     """Return the objective's values as r tensors [b], after checking them."""
     if not isinstance(values, Tensor) or values.ndim not in (1, 2) or len(values) != count:
-        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise OptionError(
-            f"{_name(objective)} returned {given} for {count} images, expected a tensor [{count}] "
+            f"{_name(objective)} returned {shape} for {count} images, expected a tensor [{count}] "
             f"or [{count}, r]. Return one value, or r values, per image, and not their mean"
         )
     if not values.requires_grad:

@@ -99,9 +99,9 @@ class JointMoments:
         # Differences of the means, [n] and [m].
         x, e = other.inputs.mean - self.inputs.mean, other.mean - self.mean
 
-        def merged(mine: Tensor, theirs: Tensor, between: Tensor) -> Tensor:
+        def merged(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
             # Second moments within the sets, plus the part between the two means.
-            return a * mine + b * theirs + a * b * between
+            return a * first + b * second + a * b * between
 
         return JointMoments(
             total=total,

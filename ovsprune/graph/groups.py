@@ -182,11 +182,8 @@ class _CostCounter:
         self.cache: dict[Any, Costs] = {}
 
     def saved(self, *groups: Group) -> Costs:
-        """Return the costs that cutting one unit of each group saves.
-
-        A group with a single unit and a convolution is skipped, because torch has no convolution
-        without channels.
-        """
+        """Return the costs that cutting one unit of each group saves."""
+        # The last channel of a convolution cannot be cut: torch has none without channels.
         groups = tuple(g for g in groups if g.units > 1 or not self._has_convolution(g))
         key = tuple(map(self._signature, groups))
         if key not in self.cache:
@@ -206,10 +203,8 @@ class _CostCounter:
         return any(weight_of(self.tower.get_submodule(s.module)).ndim > 2 for s in group.slices)
 
     def _signature(self, group: Group) -> Any:
-        """Return a key that is equal for groups of equal costs.
-
-        The MACs of the layers are part of it: equal shapes cost more at a higher resolution.
-        """
+        """Return a key that is equal for groups of equal costs."""
+        # MACs are included because equal shapes cost more at a higher resolution.
         layers = tuple(
             (
                 tuple(weight_of(self.tower.get_submodule(s.module)).shape),

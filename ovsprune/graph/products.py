@@ -59,11 +59,7 @@ def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
 
 
 class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the MACs of operations for each parameter among their operands.
-
-    Args:
-        names: Id of a parameter's storage to the parameter's name.
-    """
+    """Counter of the MACs of operations per parameter; names by id of the parameter's storage."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,14 +73,8 @@ class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count_flops = flop_registry.get(func._overloadpacket)
         if count_flops is not None:
             flops = count_flops(*args, **(kwargs or {}), out_val=out)
-            for operand in args:
-                name = self._name_of(operand)
-                if name is not None:
-                    self.macs[name] = self.macs.get(name, 0) + int(flops) // 2
+            # Views (a transposed weight, a third of fused q, k, v) share the parameter's storage.
+            storages = [a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)]
+            for name in (self.names[s] for s in storages if s in self.names):
+                self.macs[name] = self.macs.get(name, 0) + int(flops) // 2
         return out
-
-    def _name_of(self, operand: Any) -> str | None:
-        # Views (a transposed weight, a third of fused q, k, v) share the parameter's storage.
-        if not isinstance(operand, Tensor):
-            return None
-        return self.names.get(operand.untyped_storage()._cdata)

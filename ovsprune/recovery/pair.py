@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ovsprune.calibration.activation_cache import (
     ActivationCache,
     Capture,
-    allocate,
+    concatenate,
     run_block,
     run_stem,
 )
@@ -221,14 +221,10 @@ class BlockPair:
         They are computed once per consumer, even if it is refitted several times.
         """
         if self._references_of is None or self._references_of[0] != target.consumer:
-            references: ActivationCache | None = None
-            for part, captured in run_block(
+            batches = run_block(
                 self.dense, self.dense_cache, self.batch_size, [target.hook_point], self.name
-            ):
-                rows = target.reference(layer, captured[target.hook_point]).float().cpu()
-                if references is None:
-                    references = ActivationCache(allocate((len(self.held_out), *rows.shape[1:])))
-                references[part] = rows
-            assert references is not None
+            )
+            rows = (target.reference(layer, captured[target.hook_point]) for _, captured in batches)
+            references = ActivationCache(concatenate(rows, len(self.held_out)))
             self._references_of = target.consumer, references, median_norm(references)
         return self._references_of[1:]
