@@ -11,7 +11,7 @@ __all__ = ["Global"]
 
 @ALLOCATIONS.register("global")
 class Global:
-    """One ranking over the units of all groups, by importance per MAC (or other cost)."""
+    """Ranking over the units of all groups together, by importance per MAC (or other cost)."""
 
     needs_curves = False
     needs_spectra = False

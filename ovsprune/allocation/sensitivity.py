@@ -38,12 +38,12 @@ class Sensitivity:
         curves = {g.name: error_curve(ctx, g) for g in ctx.groups}
         options = {g.name: _thin(widths_of(g, ctx.round_to)) for g in ctx.groups}
         bin_size = max(left / _BINS, 1e-9)
-        best = np.zeros(_BINS + 1)
+        best = np.zeros(_BINS + 1)  # best[j]: least total error at a budget of j bins
         choices: list[NDArray[np.int64]] = []
         for group in ctx.groups:
             best, choice = _add(ctx, group, options[group.name], curves[group.name], best, bin_size)
             choices.append(choice)
-        # Walk the choices back from the full budget.
+        # Walk the choices back from the full budget: the position is the budget that is left.
         widths, position = {}, _BINS
         for group, choice in zip(reversed(ctx.groups), reversed(choices), strict=True):
             widths[group.name] = options[group.name][int(choice[position])]

@@ -90,6 +90,7 @@ class SharedCostAllocator:
 
 def _linearised(ctx: AllocationContext, point: Mapping[str, float]) -> AllocationContext:
     """Return the context with additive prices that are exact at the widths ``point``."""
+    # Letters of the module: d* units removed, price b_gh that a unit of g and one of h share.
     shared, budget = shared_costs(ctx), ctx.budget
     removed = {g.name: g.units - point[g.name] for g in ctx.groups}  # d*
     discount = {  # sum_h b_gh d*_h

@@ -134,7 +134,7 @@ def largest_fit(
         The part and its widths.
     """
     low, high = 0.0, 1.0
-    for _ in range(60):
+    for _ in range(60):  # beyond the 53 bits of a float64
         middle = (low + high) / 2
         if cost(ctx, widths_at(middle)) <= ctx.budget.target:
             low = middle
@@ -162,7 +162,7 @@ def trim(
         for group in ctx.groups:
             now, steps = widths[group.name], options[group.name]
             index = bisect_right(steps, now)
-            if index == len(steps):
+            if index == len(steps):  # the group is at its full width
                 continue
             wider = steps[index]
             price = step_cost(ctx.budget, group, wider, widths, shared)

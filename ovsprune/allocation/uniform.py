@@ -11,7 +11,7 @@ __all__ = ["Uniform"]
 
 @ALLOCATIONS.register("uniform")
 class Uniform:
-    """The same fraction of units in every group."""
+    """Same fraction of units in every group."""
 
     needs_curves = False
     needs_spectra = False

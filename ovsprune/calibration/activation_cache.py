@@ -49,10 +49,7 @@ class ActivationCache:
 
     It is read and written in batches, in the order of the images. A batch of the same shape
     overwrites the old one. If a block changes the shape, the new batches are collected in separate
-    storage, which replaces the old one after the last batch.
-
-    Args:
-        tensor: [images, ...]; it is written to.
+    storage, which replaces the old one after the last batch. The given tensor is written to.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -144,19 +141,19 @@ def capture(
         The recorded tensors; updated by each forward pass.
     """
     captured: Capture = {}
-    wanted = set(hook_points)
+    points = set(hook_points)
 
     def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             # The output is cloned because the next layer may change it in place.
             captured[key] = args[0] if key[1] == "input" else out.clone()
-            if stop and len(captured) == len(wanted):
+            if stop and len(captured) == len(points):
                 raise StopForward
 
         return hook
 
     with ExitStack() as hooks:
-        for name, side in wanted:
+        for name, side in points:
             layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
             hooks.enter_context(layer.register_forward_hook(hook_for((name, side))))
         yield captured
@@ -199,9 +196,7 @@ def run_block(
                 cache[part] = out.float().cpu()
 
 
-def evenly_spaced(count: int, wanted: int) -> Tensor:
-    """Return at most ``wanted`` of ``count`` indices, evenly spaced, int64.
-
-    The first indices would be a biased sample, because a folder may be sorted.
-    """
-    return torch.linspace(0, count - 1, min(wanted, count)).round().long()
+def evenly_spaced(count: int, limit: int) -> Tensor:
+    """Return at most ``limit`` of ``count`` indices, evenly spaced, int64."""
+    # The first indices would be a biased sample, because a folder may be sorted.
+    return torch.linspace(0, count - 1, min(limit, count)).round().long()

@@ -64,14 +64,13 @@ def prune_columns(
     steps = _remove_single_columns if columns.shape[1] == 1 else _remove_blocks
     units = columns.shape[0]
     removed, losses = [], torch.zeros(units, dtype=torch.float64)
-    wanted = set(snapshots)
     weights: dict[int, Tensor] = {}
-    if units in wanted:
+    if units in snapshots:
         weights[units] = weight.double().clone()
-    for unit, loss, snapshot in steps(weight.double(), Hinv, columns, order, wanted):
+    for unit, loss, snapshot in steps(weight.double(), Hinv, columns, order, set(snapshots)):
         removed.append(unit)
         losses[unit] = loss
-        if units - len(removed) in wanted:
+        if units - len(removed) in snapshots:
             assert snapshot is not None
             weights[units - len(removed)] = snapshot
     return Ranking(losses, torch.tensor(removed), weights)
@@ -82,7 +81,7 @@ Step = tuple[int, float, Tensor | None]
 
 
 def _remove_blocks(
-    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
+    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, snapshots: Collection[int]
 ) -> Iterator[Step]:
     """Remove units of several columns: attention heads, input channels of k x k convolutions.
 
@@ -124,7 +123,7 @@ def _remove_blocks(
             Hinv_pp[~remaining], Wt[~remaining] = identity, 0.0
             step += 1
             snapshot = None
-            if int(remaining.sum()) in wanted:
+            if int(remaining.sum()) in snapshots:
                 snapshot = W.new_zeros(m, n)
                 snapshot[:, flat] = Wt.flatten(0, 1).T
             yield int(alive[p]), float(losses[p]), snapshot
@@ -134,7 +133,7 @@ def _remove_blocks(
 
 
 def _remove_single_columns(
-    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
+    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, snapshots: Collection[int]
 ) -> Iterator[Step]:
     """Remove units of one column each: the thousands of hidden units of an MLP.
 
@@ -172,7 +171,7 @@ def _remove_single_columns(
             step += 1
             left = int(remaining.sum())
             snapshot = None
-            if left in wanted:
+            if left in snapshots:
                 current = W - V[:, : t + 1] @ U[:, : t + 1].T  # [m, units]
                 snapshot = W.new_zeros(m, n)
                 snapshot[:, alive[remaining]] = current[:, remaining]

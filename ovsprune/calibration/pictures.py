@@ -160,12 +160,7 @@ class RenderedPictures:
 
 
 class FilePictures:
-    """Images from files.
-
-    Args:
-        files: Image files that can be decoded (see :func:`readable`).
-        preprocess: Preprocessing of the tower.
-    """
+    """Images from files that can be decoded (see :func:`readable`)."""
 
     def __init__(self, files: Sequence[Path], preprocess: Preprocess) -> None:
         self.files = tuple(files)

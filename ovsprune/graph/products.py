@@ -38,13 +38,12 @@ class Product:
 def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
     """Return the weights of ``tower`` that multiply activations, in the order of first use.
 
+    These are the parameters with two or more axes whose name ends in ``weight`` and that a matrix
+    product or convolution reads. A bare projection matrix, such as CLIP's ``proj``, is excluded.
+
     Args:
         tower: Image tower.
         size: Native height and width in pixels, for the costs.
-
-    Returns:
-        Parameters with two or more axes whose name ends in ``weight`` and that a matrix product or
-        convolution reads. A bare projection matrix, such as CLIP's ``proj``, is not included.
     """
     meta_tower = on_meta(tower)
     names = {

@@ -78,14 +78,11 @@ class RefitTarget:
         return self._keep_rows(output_rows(layer, output))
 
     def reference(self, layer: nn.Module, captured: Tensor) -> Tensor:
-        """Return the reference of the fit, as rows [b, ..., m].
+        """Return the reference of the fit as rows [b, ..., m]: channels that the slim tower has.
 
         Args:
             layer: Consumer in the dense tower.
             captured: Tensor at the hook point in the dense tower.
-
-        Returns:
-            The channels at the hook point that also exist in the slim tower.
         """
         if self.uses_own_output:
             return self.kept_output(layer, captured)

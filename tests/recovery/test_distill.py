@@ -105,7 +105,7 @@ def test_rendered_images_are_new_at_every_step_and_others_augmented(case: Case) 
         batches = student._batches()
         seen.append(torch.cat([next(batches) for _ in range(3)]))
     assert torch.equal(seen[0], seen[1])  # reproducible
-    assert len({picture.sum().ctx() for picture in seen[0]}) == len(seen[0]) > len(rendered)
+    assert len({picture.sum().item() for picture in seen[0]}) == len(seen[0]) > len(rendered)
     assert not any(torch.equal(new, old) for new in seen[0] for old in first)
     means = first.mean((2, 3))
     near = torch.cdist(seen[2].mean((2, 3)), means).min(1).values

@@ -22,7 +22,7 @@ _OUTLINE = 2.6  # width of the pen in 1/112 of the side; its outer half lies out
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object of a scene.
+    """Object of a scene.
 
     Attributes:
         combination: colour, material and shape; the shape is the class name.
@@ -39,7 +39,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered scene.
+    """Rendered scene.
 
     Attributes:
         image: sRGB, uint8 [size, size, 3].

@@ -12,7 +12,7 @@ Mode = Literal["add", "cut", "mark"]
 
 
 class Part(NamedTuple):
-    """A polygon of a shape.
+    """Polygon of a shape.
 
     Attributes:
         points: corners [n, 2], x and y in -1..1.

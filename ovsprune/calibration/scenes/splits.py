@@ -10,7 +10,7 @@ _RANGE = 1_000_000
 
 
 class Split(NamedTuple):
-    """A range of scene numbers.
+    """Range of scene numbers.
 
     Attributes:
         start: number of the first scene.

@@ -36,7 +36,7 @@ MATERIALS: tuple[str, ...] = ("plain", "striped", "dotted", "metallic")
 
 
 class Combination(NamedTuple):
-    """A colour, a material and a shape, by name."""
+    """Colour, material and shape, by name."""
 
     colour: str
     material: str
