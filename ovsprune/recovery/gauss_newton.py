@@ -149,7 +149,7 @@ class _ProducerStep:
         return reduce(add_scaled, parts)
 
     def _batches(self, every: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield indices of images, slim inputs [b, ...] and weights [b, ...] of every n-th batch."""
+        """Yield image indices, slim inputs and row weights [b, ...] of every n-th batch."""
         # Batches have the size of those in _collect(), to which self.weights belong.
         device, size = weight_of(self.layer).device, self.pair.batch_size
         for number in range(0, len(self.weights), every):

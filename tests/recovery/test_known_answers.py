@@ -152,7 +152,7 @@ def test_massive_tokens_do_not_dominate_the_refit(
 
 
 def test_massive_tokens_do_not_dominate_the_selection() -> None:
-    """A default prune of such a tower is better than a random selection with recovery."""
+    """Compare a default prune of such a tower with a random selection and recovery."""
     case = with_outliers()
 
     def errors(**parts: str) -> list[float]:
@@ -183,7 +183,7 @@ def test_kept_units_take_over_the_function_of_cut_units(case: Case) -> None:
 
 
 def test_a_second_bias_compensation_changes_nothing(case: Case) -> None:
-    """In iterative pruning, a recovery gets a tower that was repaired before."""
+    """Recover a tower that was repaired before, as in iterative pruning."""
     plan = case.random_plan(0)
     slim = repaired(case, plan, "bias")
     once = deepcopy(slim.state_dict())
