@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ovsprune.core.progress import Silent
 from ovsprune.core.records import Group, Plan
 from ovsprune.jobs.prune import prune
-from ovsprune.recovery import RECOVERIES, closed_form_symmetric, pair
+from ovsprune.recovery import RECOVERIES, dense, pair
 from tests.contracts.conftest import Case, open_clip_vit, prepared
 
 
@@ -144,7 +144,7 @@ def test_massive_tokens_do_not_dominate_the_refit(
     plan = case.random_plan(3)
     before = ordinary_error(case, case.cut(plan))
     weighted = ordinary_error(case, repaired(case, plan, name))
-    for module in (pair, closed_form_symmetric):
+    for module in (pair, dense):
         monkeypatch.setattr(module, "row_weights", lambda rows, median: torch.ones(rows.shape[:-1]))
     plain = ordinary_error(case, repaired(case, plan, name))
     assert weighted < 0.5 * before
