@@ -11,7 +11,7 @@ __all__ = ["Global"]
 
 @ALLOCATIONS.register("global")
 class Global:
-    """One ranking over the units of all groups, by importance per MAC (or other cost)."""
+    """Ranking over the units of all groups together, by importance per MAC (or other cost)."""
 
     needs_curves = False
     needs_spectra = False
@@ -25,13 +25,10 @@ class Global:
         per price, the ``mean`` normaliser of DepGraph's code (Fang et al. 2023) applied per price.
         The L2 norm of Molchanov et al. 2017 (eq. 8) would favour groups of few units (heads) over
         groups of thousands (MLPs).
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
         """
         steps = {g.name: width_steps(ctx, g) for g in ctx.groups}
         worths = {
-            name: found.worths / (1.0 if ctx.comparable or found.mean <= 0 else found.mean)
-            for name, found in steps.items()
+            name: s.worths / (1.0 if ctx.comparable or s.mean <= 0 else s.mean)
+            for name, s in steps.items()
         }
         return select_steps(ctx, steps, worths)

@@ -27,9 +27,6 @@ class Isomorphic:
         Isomorphic Pruning (Fang et al., ECCV 2024): scores of different structures follow
         different distributions and are not compared. Scores of equal structures are compared
         without normalisation.
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
         """
         classes: dict[Hashable, dict[str, WidthSteps]] = {}
         for group in ctx.groups:
@@ -44,10 +41,8 @@ class Isomorphic:
 
 
 def _structure(group: Group) -> Hashable:
-    """Return the class of a group: unit kind, shapes of slices, parameters per unit.
-
-    The parameters per unit represent the other dimension of the sliced weights.
-    """
+    """Return the class of a group: unit kind, shapes of slices, parameters per unit."""
+    # The parameters per unit represent the other dimension of the sliced weights.
     slices = tuple((part.axis, tuple(part.rows.shape)) for part in group.slices)
     return group.kind, group.units, slices, len(group.norms), group.params
 
@@ -59,7 +54,7 @@ def _quantiles(members: dict[str, WidthSteps]) -> dict[str, Array]:
     """
     prices = np.concatenate([steps.prices for steps in members.values()])
     worths = np.concatenate([steps.worths for steps in members.values()])
-    floors = sum(steps.floor for steps in members.values())
+    floors = sum(steps.floor for steps in members.values())  # cost that no step can remove
     ranked = np.argsort(-worths, kind="stable")
     before = np.cumsum(prices[ranked]) - prices[ranked] / 2
     # A step counts from its middle, so that no class is favoured by coarse steps.

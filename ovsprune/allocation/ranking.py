@@ -53,10 +53,11 @@ def width_steps(ctx: AllocationContext, group: Group) -> WidthSteps:
     costs = ctx.scores.costs[group.name].double().cpu().numpy()[order]
     # removed[k]: total score of the k units that are removed first
     removed = np.concatenate([[0.0], np.cumsum(np.maximum.accumulate(costs))])
-    widths = np.array(widths_of(group, ctx.round_to))
-    price = np.array([ctx.budget.price(group, int(w)) for w in widths])
+    widths = np.array(widths_of(group, ctx.round_to))  # [k + 1]
+    price = np.array([ctx.budget.price(group, int(w)) for w in widths])  # [k + 1]
+    # A step that costs nothing gets a tiny price, because worths are divided by it.
     prices = np.maximum(np.diff(price), 1e-15 * ctx.budget.dense)
-    values = -np.diff(removed[group.units - widths])
+    values = -np.diff(removed[group.units - widths])  # [k], score of the units of each step
     total = ctx.budget.price(group, group.units) - ctx.budget.price(group, 0)
     return WidthSteps(
         widths=widths,
@@ -85,12 +86,13 @@ def select_steps(
     lengths = [len(worths[n]) for n in names]
     if not sum(lengths):
         return {n: int(steps[n].widths[-1]) for n in names}
-    owner = np.repeat(np.arange(len(names)), lengths)
+    # Steps of all groups in one array; owner is the index of each step's group.
+    owner = np.repeat(np.arange(len(names)), lengths)  # [steps]
     # Stable sort: steps of one group with equal worth stay in ascending order of width.
     ranked = np.argsort(-np.concatenate([worths[n] for n in names]), kind="stable")
     spent = np.cumsum(np.concatenate([steps[n].prices for n in names])[ranked])
     taken = ranked[: int(np.searchsorted(spent, left + 1e-9 * ctx.budget.dense, side="right"))]
-    counts = np.bincount(owner[taken], minlength=len(names))
+    counts = np.bincount(owner[taken], minlength=len(names))  # [groups], steps taken
     widths = {n: int(steps[n].widths[k]) for n, k in zip(names, counts, strict=True)}
 
     def worth(group: Group, now: int, wider: int) -> float:
@@ -101,7 +103,7 @@ def select_steps(
 
 def _isotonic(values: Array, prices: Array) -> Array:
     """Return values per price, made non-increasing by pooling adjacent violators."""
-    pools: list[tuple[float, float, int]] = []
+    pools: list[tuple[float, float, int]] = []  # (value, price, number of steps)
     for value, price in zip(values.tolist(), prices.tolist(), strict=True):
         pool = (value, price, 1)
         while pools and pool[0] * pools[-1][1] > pools[-1][0] * pool[1]:

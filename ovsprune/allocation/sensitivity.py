@@ -33,20 +33,17 @@ class Sensitivity:
 
         The error of pruning all groups is approximated by the sum of the errors of pruning each
         group alone, as in ZipLM (Kurtic et al. 2023).
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
         """
         left = spare_budget(ctx)
         curves = {g.name: error_curve(ctx, g) for g in ctx.groups}
         options = {g.name: _thin(widths_of(g, ctx.round_to)) for g in ctx.groups}
         bin_size = max(left / _BINS, 1e-9)
-        best = np.zeros(_BINS + 1)
+        best = np.zeros(_BINS + 1)  # best[j]: least total error at a budget of j bins
         choices: list[NDArray[np.int64]] = []
         for group in ctx.groups:
             best, choice = _add(ctx, group, options[group.name], curves[group.name], best, bin_size)
             choices.append(choice)
-        # Walk the choices back from the full budget.
+        # Walk the choices back from the full budget: the position is the budget that is left.
         widths, position = {}, _BINS
         for group, choice in zip(reversed(ctx.groups), reversed(choices), strict=True):
             widths[group.name] = options[group.name][int(choice[position])]
@@ -82,21 +79,13 @@ def _add(
     best: Array,
     bin_size: float,
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Add one group to the dynamic program.
+    """Add one group, with its candidate widths and errors [units + 1], to the dynamic program.
 
-    Args:
-        ctx: Allocation context.
-        group: Group to add.
-        options: Its candidate widths.
-        errors: [units + 1], its error at every width.
-        best: [bins + 1], least total error of the groups so far for every budget.
-        bin_size: Cost per bin.
-
-    Returns:
-        Least total error with this group, [bins + 1], and the index of the option chosen for every
-        budget, int64 [bins + 1].
+    ``best`` [bins + 1] is the least total error of the groups so far for every budget. Returns the
+    least total error with this group, and the index of the option chosen, both for every budget.
     """
-    table = np.full((len(options), len(best)), np.inf)
+    # table[i, j]: least error if the group gets option i and the budget is j bins.
+    table = np.full((len(options), len(best)), np.inf)  # [options, bins + 1]
     for row, width in enumerate(options):
         used = _bins(ctx, group, width, bin_size)
         if used < len(best):

@@ -16,7 +16,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from ovsprune.allocation.trim import cost, floor_of, largest_fit, shared_costs, spare_budget, trim
+from ovsprune.allocation.trim import (
+    cost,
+    largest_fit,
+    minimum_widths,
+    shared_costs,
+    spare_budget,
+    trim,
+)
 from ovsprune.core.protocols import AllocationContext, Allocator
 from ovsprune.core.records import Group
 
@@ -42,20 +49,17 @@ class SharedCostAllocator:
         self.needs_curves, self.needs_spectra = allocator.needs_curves, allocator.needs_spectra
 
     def widths(self, ctx: AllocationContext) -> Widths:
-        """Return the units to keep in each group, below the budget by less than one unit.
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
-        """
+        """Return the units to keep in each group, below the budget by less than one unit."""
         if not shared_costs(ctx):
             return self.allocator.widths(ctx)
         spare_budget(ctx)
-        point: Mapping[str, float] = largest_fit(
+        floors = minimum_widths(ctx)
+        # Start at the largest equal fraction of all groups that fits the budget.
+        _, start = largest_fit(
             ctx,
-            lambda part: {
-                g.name: max(floor_of(g, ctx.round_to), round(part * g.units)) for g in ctx.groups
-            },
-        )[1]
+            lambda part: {g.name: max(floors[g.name], round(part * g.units)) for g in ctx.groups},
+        )
+        point: Mapping[str, float] = start
         for _ in range(ROUNDS):
             answer = self.allocator.widths(_linearised(ctx, point))
             point = {name: (width + answer[name]) / 2 for name, width in point.items()}
@@ -64,7 +68,7 @@ class SharedCostAllocator:
     def _bisect_target(self, ctx: AllocationContext, point: Mapping[str, float]) -> Widths:
         """Return the allocator's widths for the highest target whose exact cost fits."""
         linear = _linearised(ctx, point)
-        floors = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
+        floors = minimum_widths(ctx)
         least, most = cost(linear, floors), linear.budget.dense
         fits, beyond = floors, {g.name: g.units for g in ctx.groups}
         target = min(max(ctx.budget.target, least), most)
@@ -86,6 +90,7 @@ class SharedCostAllocator:
 
 def _linearised(ctx: AllocationContext, point: Mapping[str, float]) -> AllocationContext:
     """Return the context with additive prices that are exact at the widths ``point``."""
+    # Letters of the module: d* units removed, price b_gh that a unit of g and one of h share.
     shared, budget = shared_costs(ctx), ctx.budget
     removed = {g.name: g.units - point[g.name] for g in ctx.groups}  # d*
     discount = {  # sum_h b_gh d*_h

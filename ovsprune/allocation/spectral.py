@@ -30,9 +30,6 @@ class Spectral:
         Lu et al. 2024 (NeurIPS, AlphaPruning), section 3.2, with ``[s1, s2] = [1 - SPREAD,
         1 + SPREAD]`` and fractions capped at 1. ``eta`` is found by bisection so that the budget
         holds. Units left over by rounding go to the groups furthest below their fraction.
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
         """
         assert ctx.spectra is not None
         spare_budget(ctx)

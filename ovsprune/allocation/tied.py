@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ovsprune.allocation.curves import error_curve
-from ovsprune.allocation.trim import cost, floor_of, spare_budget
+from ovsprune.allocation.trim import cost, minimum_widths, spare_budget
 from ovsprune.core.protocols import AllocationContext, Allocator, Budget
 from ovsprune.core.records import Group
 
@@ -17,19 +17,12 @@ Widths = dict[str, int]
 
 @dataclass(frozen=True, eq=False)
 class _Tie:
-    """Groups that get one common width.
-
-    Attributes:
-        names: Names of the groups.
-        lowest: Minimum common width.
-        units: Maximum common width.
-        mean: Mean width that the allocator chose without the constraint.
-    """
+    """Groups that get one common width."""
 
     names: tuple[str, ...]
-    lowest: int
-    units: int
-    mean: float
+    lowest: int  # minimum common width
+    units: int  # maximum common width
+    mean: float  # mean width that the allocator chose without the constraint
 
 
 def tied_widths(allocator: Allocator, ctx: AllocationContext) -> Widths:
@@ -71,7 +64,7 @@ def tied_widths(allocator: Allocator, ctx: AllocationContext) -> Widths:
 def _candidates(ctx: AllocationContext, ties: Iterable[_Tie]) -> list[Widths]:
     """Return the three affordable head counts nearest to the means, nearest first."""
     ties = list(ties)
-    least = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
+    least = minimum_widths(ctx)
     candidates: dict[tuple[int, ...], Widths] = {}
     offsets = sorted(range(-max((t.units for t in ties), default=0), 2), key=lambda o: (abs(o), o))
     for offset in offsets:

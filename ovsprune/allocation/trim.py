@@ -14,6 +14,7 @@ __all__ = [
     "cost",
     "floor_of",
     "largest_fit",
+    "minimum_widths",
     "round_width",
     "shared_costs",
     "spare_budget",
@@ -44,6 +45,11 @@ def floor_of(group: Group, round_to: int) -> int:
     """Return the minimum width, a multiple of ``round_to`` for units of one column."""
     step = round_to if group.columns.shape[1] == 1 else 1
     return min(group.units, -(-group.min_units // step) * step)
+
+
+def minimum_widths(ctx: AllocationContext) -> Widths:
+    """Return the minimum width of every group."""
+    return {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
 
 
 def cost(ctx: AllocationContext, widths: Mapping[str, int]) -> float:
@@ -91,8 +97,7 @@ def spare_budget(ctx: AllocationContext) -> float:
     Raises:
         BudgetError: The minimum widths cost more than the budget.
     """
-    floors = {g.name: floor_of(g, ctx.round_to) for g in ctx.groups}
-    least = cost(ctx, floors)
+    least = cost(ctx, minimum_widths(ctx))
     left = ctx.budget.target - least
     if left < -1e-9 * ctx.budget.dense:
         asked = 1 - ctx.budget.target / ctx.budget.dense
@@ -129,7 +134,7 @@ def largest_fit(
         The part and its widths.
     """
     low, high = 0.0, 1.0
-    for _ in range(60):
+    for _ in range(60):  # beyond the 53 bits of a float64
         middle = (low + high) / 2
         if cost(ctx, widths_at(middle)) <= ctx.budget.target:
             low = middle
@@ -139,9 +144,7 @@ def largest_fit(
 
 
 def trim(
-    ctx: AllocationContext,
-    widths: Widths,
-    worth: Callable[[Group, int, int], float],
+    ctx: AllocationContext, widths: Widths, worth: Callable[[Group, int, int], float]
 ) -> Widths:
     """Widen the group of highest worth, step by step, until no step fits the budget.
 
@@ -159,7 +162,7 @@ def trim(
         for group in ctx.groups:
             now, steps = widths[group.name], options[group.name]
             index = bisect_right(steps, now)
-            if index == len(steps):
+            if index == len(steps):  # the group is at its full width
                 continue
             wider = steps[index]
             price = step_cost(ctx.budget, group, wider, widths, shared)

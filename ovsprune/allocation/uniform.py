@@ -11,17 +11,13 @@ __all__ = ["Uniform"]
 
 @ALLOCATIONS.register("uniform")
 class Uniform:
-    """The same fraction of units in every group."""
+    """Same fraction of units in every group."""
 
     needs_curves = False
     needs_spectra = False
 
     def widths(self, ctx: AllocationContext) -> dict[str, int]:
-        """Bisect for the fraction that fits, then add single units, narrowest group first.
-
-        Raises:
-            BudgetError: The minimum widths cost more than the budget.
-        """
+        """Bisect for the fraction that fits, then add single units, narrowest group first."""
         spare_budget(ctx)
         options = {g.name: widths_of(g, ctx.round_to) for g in ctx.groups}
         _, widths = largest_fit(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "allocate",
     "capture",
     "collect_images",
+    "concatenate",
     "evenly_spaced",
     "run_block",
     "run_stem",
@@ -48,10 +49,7 @@ class ActivationCache:
 
     It is read and written in batches, in the order of the images. A batch of the same shape
     overwrites the old one. If a block changes the shape, the new batches are collected in separate
-    storage, which replaces the old one after the last batch.
-
-    Args:
-        tensor: [images, ...]; it is written to.
+    storage, which replaces the old one after the last batch. The given tensor is written to.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -97,21 +95,19 @@ def run_stem(stages: Stages, pictures: Pictures, batch_size: int) -> ActivationC
     device = next(next(iter(stages.blocks.values())).parameters()).device
     batches = pictures.batches(batch_size)
     parts = (stages.stem(images.to(device)) for images in batches)
-    return ActivationCache(_concatenated(parts, len(pictures)))
+    return ActivationCache(concatenate(parts, len(pictures)))
 
 
 def collect_images(pictures: Pictures, batch_size: int) -> Tensor:
     """Return all images as one tensor, float32 [images, 3, H, W], for random access."""
-    return _concatenated(pictures.batches(batch_size), len(pictures))
+    return concatenate(pictures.batches(batch_size), len(pictures))
 
 
-def _concatenated(parts: Iterable[Tensor], count: int) -> Tensor:
-    """Return the parts [b, ...] as one tensor, float32 [count, ...] on the CPU.
-
-    Unlike ``torch.cat``, this allocates the result first and may place it on disk.
-    """
+def concatenate(parts: Iterable[Tensor], count: int) -> Tensor:
+    """Return the parts [b, ...] as one tensor, float32 [count, ...] on the CPU or on disk."""
     result: Tensor | None = None
     done = 0
+    # torch.cat would need twice the memory, so the result is allocated with the first part.
     for part in parts:
         if result is None:
             result = allocate((count, *part.shape[1:]))
@@ -121,8 +117,8 @@ def _concatenated(parts: Iterable[Tensor], count: int) -> Tensor:
     return result
 
 
-class Capture(dict[tuple[str, str], Tensor]):
-    """Tensors recorded in the last forward pass: (layer, ``"input"`` or ``"output"``) to tensor."""
+Capture = dict[tuple[str, str], Tensor]
+"""Tensors recorded in the last forward pass: (layer, ``"input"`` or ``"output"``) to tensor."""
 
 
 class StopForward(Exception):
@@ -144,26 +140,23 @@ def capture(
     Yields:
         The recorded tensors; updated by each forward pass.
     """
-    captured, wanted = Capture(), set(hook_points)
+    captured: Capture = {}
+    points = set(hook_points)
 
     def hook_for(key: tuple[str, str]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             # The output is cloned because the next layer may change it in place.
             captured[key] = args[0] if key[1] == "input" else out.clone()
-            if stop and len(captured) == len(wanted):
+            if stop and len(captured) == len(points):
                 raise StopForward
 
         return hook
 
-    handles = []
-    for name, side in wanted:
-        layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
-        handles.append(layer.register_forward_hook(hook_for((name, side))))
-    try:
+    with ExitStack() as hooks:
+        for name, side in points:
+            layer = root.get_submodule(name.removeprefix(prefix).removeprefix("."))
+            hooks.enter_context(layer.register_forward_hook(hook_for((name, side))))
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -203,9 +196,7 @@ def run_block(
                 cache[part] = out.float().cpu()
 
 
-def evenly_spaced(count: int, wanted: int) -> Tensor:
-    """Return at most ``wanted`` of ``count`` indices, evenly spaced, int64.
-
-    The first indices would be a biased sample, because a folder may be sorted.
-    """
-    return torch.linspace(0, count - 1, min(wanted, count)).round().long()
+def evenly_spaced(count: int, limit: int) -> Tensor:
+    """Return at most ``limit`` of ``count`` indices, evenly spaced, int64."""
+    # The first indices would be a biased sample, because a folder may be sorted.
+    return torch.linspace(0, count - 1, min(limit, count)).round().long()

@@ -12,6 +12,7 @@ bias b are changed to w' and b' such that the output stays the same:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -62,29 +63,24 @@ def recalibrate_batchnorm(
     if not norms:
         return
     with progress.stage("batch norms", 2) as advance:
-        moments = []
-        for tower in (dense, slim):
-            moments.append(_input_moments(tower, norms, stages(tower), pictures, batch_size))
-            advance(1)
+        dense_moments = _input_moments(dense, norms, stages(dense), pictures, batch_size)
+        advance(1)
+        slim_moments = _input_moments(slim, norms, stages(slim), pictures, batch_size)
+        advance(1)
     # Norms that did not run in both towers are skipped.
-    for name in moments[0].keys() & moments[1].keys():
+    for name in dense_moments.keys() & slim_moments.keys():
         kept = rows.get((name, "out"))
-        before, after = moments[0][name], moments[1][name]  # [2, channels], [2, kept channels]
+        before, after = dense_moments[name], slim_moments[name]  # [2, channels], [2, kept channels]
         before = before if kept is None else before[:, kept]
         if not torch.equal(before, after):
             _update(norms[name], before, after)
 
 
 def _update(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
-    """Update one norm.
-
-    Args:
-        norm: Norm of the slim tower.
-        before: Mean and variance of its input in the dense tower, float64 [2, channels].
-        after: Mean and variance of its input in the slim tower, float64 [2, channels].
-    """
+    """Update one slim norm, given mean and variance of its dense and slim input, [2, channels]."""
     mean, var = norm.running_mean, norm.running_var
     assert mean is not None and var is not None
+    # Variances include eps, which is part of what the norm divides by. All are [channels].
     old_mean, old_var = mean.cpu().double(), var.cpu().double() + norm.eps
     ratio = (after[1] + norm.eps) / (before[1] + norm.eps)
     new_mean = old_mean + after[0] - before[0]
@@ -98,11 +94,7 @@ def _update(norm: _BatchNorm, before: Tensor, after: Tensor) -> None:
 
 
 def _input_moments(
-    tower: nn.Module,
-    names: Iterable[str],
-    stages: Stages,
-    pictures: Pictures,
-    batch_size: int,
+    tower: nn.Module, names: Iterable[str], stages: Stages, pictures: Pictures, batch_size: int
 ) -> dict[str, Tensor]:
     """Return mean and variance of each norm's input, float64 [2, channels], if the norm ran."""
     sums: dict[str, Tensor] = {}
@@ -116,16 +108,14 @@ def _input_moments(
 
         return hook
 
-    handles = [
-        tower.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names
-    ]
     device = next(tower.parameters()).device
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            layer = tower.get_submodule(name)
+            hooks.enter_context(layer.register_forward_pre_hook(hook_for(name)))
         for images in pictures.batches(batch_size):
             stages.outputs(images.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    # E[x] and E[x^2]; the variance is E[x^2] - E[x]^2.
     means = {name: total[1:] / total[0] for name, total in sums.items()}
     return {
         name: torch.stack([first, (second - first.square()).clamp_min(0)])

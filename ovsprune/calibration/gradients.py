@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Forward, Objective, Pictures, Stages
 from ovsprune.core.records import Group
-from ovsprune.graph.layers import input_axis, weight_of
+from ovsprune.graph.layers import input_axis, requires_grad_as, weight_of
 
 __all__ = ["mask_gradients"]
 
@@ -61,7 +61,8 @@ def mask_gradients(
     generator = torch.Generator().manual_seed(seed)
     gradients: Tensor | None = None  # [samples, units of all groups]
     done = 0
-    with progress.stage("mask gradients", len(pictures)) as advance, _frozen(tower):
+    # Weights that required gradients would make the graph keep the input of every layer.
+    with progress.stage("mask gradients", len(pictures)) as advance, requires_grad_as(tower, False):
         for images in pictures.batches(max(1, batch_size // _BATCH_DIVISOR)):
             part = _batch(tower, stages, groups, objective, images, generator)
             if gradients is None:
@@ -112,7 +113,7 @@ def _batch(
 
 
 def _forward(stages: Stages, count: int) -> Forward:
-    """Return a forward function that accepts exactly ``count`` images."""
+    """Return the tower as a function of exactly ``count`` images."""
 
     def forward(images: Tensor) -> tuple[Tensor, Tensor]:
         if len(images) != count:
@@ -127,46 +128,23 @@ def _forward(stages: Stages, count: int) -> Forward:
 
 
 @contextmanager
-def _frozen(tower: nn.Module) -> Iterator[None]:
-    """Disable gradients of weights; otherwise the graph would keep the input of every layer."""
-    wanted = [p for p in tower.parameters() if p.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def _masked(
     tower: nn.Module, groups: Sequence[Group], masks: Mapping[str, Tensor]
 ) -> Iterator[None]:
     """Multiply the inputs of each group's readers by the units' masks [b, units]."""
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for group in groups:
             for part in group.readers:
                 layer = tower.get_submodule(part.module)
                 hook = _mask_hook(part.rows, layer, masks[group.name])
-                handles.append(layer.register_forward_pre_hook(hook))
+                hooks.enter_context(layer.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mask_hook(
     columns: Tensor, layer: nn.Module, mask: Tensor
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Return a pre-forward hook that applies masks to a layer's input.
-
-    Args:
-        columns: int64 [units, width], input channels of each unit.
-        layer: Layer that reads the units.
-        mask: [b, units].
-    """
+    """Return a hook that multiplies a layer's input channels [units, width] by [b, units]."""
     axis = input_axis(layer)
     units, width = columns.shape
     # Unit of each input channel. Channels of no unit get the index ``units``, whose factor is 1.
@@ -188,9 +166,9 @@ def _mask_hook(
 def _columns(objective: Objective, values: Tensor, count: int) -> Sequence[Tensor]:
     """Return the objective's values as r tensors [b], after checking them."""
     if not isinstance(values, Tensor) or values.ndim not in (1, 2) or len(values) != count:
-        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise OptionError(
-            f"{_name(objective)} returned {given} for {count} images, expected a tensor [{count}] "
+            f"{_name(objective)} returned {shape} for {count} images, expected a tensor [{count}] "
             f"or [{count}, r]. Return one value, or r values, per image, and not their mean"
         )
     if not values.requires_grad:

@@ -70,12 +70,7 @@ def render_leaves(index: int, *, seed: int, size: int) -> NDArray[np.uint8]:
 def _noise(rng: Rng, size: int, slope: float, stretch: float = 1.0, turn: float = 0.0) -> Array:
     """Return Gaussian noise [size, size] of unit variance with amplitude frequency^-slope.
 
-    Args:
-        rng: Random generator.
-        size: Side in pixels.
-        slope: Exponent of the spectrum; 1 is that of photographs.
-        stretch: Anisotropy: factor of the frequencies along one axis.
-        turn: Direction of that axis, in radians.
+    Frequencies along the axis with direction ``turn`` + 90 degrees are multiplied by ``stretch``.
     """
     # Frequencies of the real FFT, [size, 1] and [1, size // 2 + 1].
     down, across = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]

@@ -37,7 +37,7 @@ Tensors = dict[str, Tensor]
 
 
 class Segment:
-    """A block up to the output of a consumer, as a function of the producers' parameters.
+    """Part of a block up to a consumer's output, as a function of the producers' parameters.
 
     Args:
         block: Maps the stream to the stream.
@@ -59,28 +59,22 @@ class Segment:
         }
 
     def transposed_product(self, stream: Tensor, residual: Tensor) -> Tensors:
-        """Return ``J^T r``.
+        """Return ``J^T r``, one float64 tensor of each parameter's shape on the CPU.
 
         Args:
             stream: Input of the block, [b, ...].
             residual: r, in the shape of the consumer's output.
-
-        Returns:
-            One tensor of each parameter's shape, float64 on the CPU.
         """
         with _differentiable(self.parameters) as leaves:
             return _vjp(self._output(leaves, stream), leaves, residual)
 
     def normal_product(self, stream: Tensor, weight: Tensor, change: Tensors) -> Tensors:
-        """Return ``J^T w J D``, with one forward and one backward pass.
+        """Return ``J^T w J D`` in the layout of ``J^T r``, with one forward and one backward pass.
 
         Args:
             stream: Input of the block, [b, ...].
             weight: w, broadcastable to the consumer's output.
             change: D, one tensor of each parameter's shape.
-
-        Returns:
-            One tensor of each parameter's shape, float64 on the CPU.
         """
         with _differentiable(self.parameters) as leaves:
             with forward_ad.dual_level():
@@ -114,15 +108,14 @@ class Segment:
 
 @contextmanager
 def _differentiable(parameters: Tensors) -> Iterator[Tensors]:
-    """Yield the parameters as leaves of a graph.
-
-    Fused attention kernels have no forward-mode derivative, so the plain one is selected.
-    """
+    """Yield copies of the parameters as leaves of a graph."""
+    # Fused attention kernels have no forward-mode derivative, so the plain one is selected.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         yield {name: p.clone().requires_grad_() for name, p in parameters.items()}
 
 
 def _vjp(out: Tensor, leaves: Tensors, residual: Tensor) -> Tensors:
+    """Return ``J^T r`` by reverse mode, J being the derivative of ``out`` by ``leaves``."""
     gradients = torch.autograd.grad(out, list(leaves.values()), residual)
     return {name: part.double().cpu() for name, part in zip(leaves, gradients, strict=True)}
 

@@ -34,11 +34,7 @@ class SecondMoments:
         self._square = torch.zeros(width, width, dtype=torch.float64)  # of w (x-shift) (x-shift)^T
 
     def update(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Add rows.
-
-        Args:
-            rows: [..., n].
-            weight: [...], weight of each row; 1 by default.
+        """Add rows [..., n] with weights [...], 1 by default.
 
         Returns:
             The rows minus the shift, times their weights, [rows, n].
@@ -90,18 +86,15 @@ class JointMoments:
     power: Tensor
 
     def __add__(self, other: JointMoments) -> JointMoments:
-        """Return the moments of the union of both sets of rows.
-
-        Source: Chan, Golub and LeVeque 1983, pairwise updates.
-        """
+        """Return the moments of both sets of rows together (Chan, Golub and LeVeque 1983)."""
         total = self.total + other.total
         a, b = self.total / total, other.total / total
         # Differences of the means, [n] and [m].
         x, e = other.inputs.mean - self.inputs.mean, other.mean - self.mean
 
-        def merged(mine: Tensor, theirs: Tensor, between: Tensor) -> Tensor:
+        def merged(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
             # Second moments within the sets, plus the part between the two means.
-            return a * mine + b * theirs + a * b * between
+            return a * first + b * second + a * b * between
 
         return JointMoments(
             total=total,
@@ -136,9 +129,6 @@ class JointMoments:
         Args:
             weight: W, float64 [m, n].
             bias: b, float64 [m].
-
-        Returns:
-            float64 [m].
         """
         linear = 2 * (weight * self.cross.T).sum(1)  # [m], 2 w_i^T E[x e_i]
         quadratic = ((weight @ self.inputs.covariance) * weight).sum(1)  # [m], w_i^T Sigma w_i
@@ -148,12 +138,7 @@ class JointMoments:
 
 
 class CrossMoments:
-    """Accumulator of :class:`JointMoments` over batches.
-
-    Args:
-        inputs: Length n of x.
-        outputs: Length m of e.
-    """
+    """Accumulator of :class:`JointMoments` over batches, for inputs x [n] and outputs e [m]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         self._x = SecondMoments(inputs)
@@ -167,13 +152,7 @@ class CrossMoments:
         return self._x.count
 
     def update(self, x: Tensor, e: Tensor, weight: Tensor | None = None) -> None:
-        """Add rows.
-
-        Args:
-            x: Inputs [..., n].
-            e: Residuals [..., m].
-            weight: [...], weight of each row; 1 by default.
-        """
+        """Add rows: inputs [..., n], residuals [..., m] and weights [...], 1 by default."""
         e = e.flatten(0, -2)  # [rows, m]
         self._cross += (self._x.update(x, weight).T @ e).cpu().double()  # [n, m]
         weighted = e if weight is None else e * weight.reshape(-1, 1)

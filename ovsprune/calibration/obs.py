@@ -22,32 +22,16 @@ The names are those of SparseGPT and ZipLM: W, H, Hinv, losses.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Elimination", "prune_columns"]
+from ovsprune.core.protocols import Ranking
+
+__all__ = ["prune_columns"]
 
 _LAZY = 64
 """Number of rank-one updates that are collected and then applied as one matrix product."""
-
-
-@dataclass(frozen=True, eq=False)
-class Elimination:
-    """Result of :func:`prune_columns`.
-
-    Attributes:
-        order: int64 [units], units in the order of removal.
-        costs: float64 [units], the loss of each unit: the increase of the squared error, summed
-            over outputs, at the time of its removal.
-        weights: Width to float64 [m, n]: the refitted weight with that number of units left. The
-            columns of removed units are zero.
-    """
-
-    order: Tensor
-    costs: Tensor
-    weights: dict[int, Tensor] = field(default_factory=dict)
 
 
 def prune_columns(
@@ -57,7 +41,7 @@ def prune_columns(
     *,
     order: Tensor | None = None,
     snapshots: Collection[int] = (),
-) -> Elimination:
+) -> Ranking:
     """Remove units one by one, always the one with the least loss, and update the other columns.
 
     Args:
@@ -68,7 +52,9 @@ def prune_columns(
         snapshots: Widths (numbers of remaining units) for which to return the refitted weight.
 
     Returns:
-        The order of removal, the loss of each unit, and the weights at ``snapshots``.
+        ``costs`` are the losses: the increase of the squared error, summed over outputs, at the
+        time of the removal. ``weights`` holds the refitted weight [m, n] of each width in
+        ``snapshots``, with zeros in the columns of removed units.
 
     Raises:
         torch.linalg.LinAlgError: ``covariance`` is not positive definite.
@@ -78,17 +64,16 @@ def prune_columns(
     steps = _remove_single_columns if columns.shape[1] == 1 else _remove_blocks
     units = columns.shape[0]
     removed, losses = [], torch.zeros(units, dtype=torch.float64)
-    wanted = set(snapshots)
     weights: dict[int, Tensor] = {}
-    if units in wanted:
+    if units in snapshots:
         weights[units] = weight.double().clone()
-    for unit, loss, snapshot in steps(weight.double(), Hinv, columns, order, wanted):
+    for unit, loss, snapshot in steps(weight.double(), Hinv, columns, order, set(snapshots)):
         removed.append(unit)
         losses[unit] = loss
-        if units - len(removed) in wanted:
+        if units - len(removed) in snapshots:
             assert snapshot is not None
             weights[units - len(removed)] = snapshot
-    return Elimination(torch.tensor(removed), losses, weights)
+    return Ranking(losses, torch.tensor(removed), weights)
 
 
 Step = tuple[int, float, Tensor | None]
@@ -96,19 +81,12 @@ Step = tuple[int, float, Tensor | None]
 
 
 def _remove_blocks(
-    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
+    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, snapshots: Collection[int]
 ) -> Iterator[Step]:
     """Remove units of several columns: attention heads, input channels of k x k convolutions.
 
     As in :func:`_remove_single_columns`, Hinv is updated lazily. W and the diagonal blocks of Hinv,
     from which the losses of all units are computed, are updated at every step.
-
-    Args:
-        W: float64 [m, n].
-        Hinv: float64 [n, n].
-        columns: int64 [units, width].
-        order: int64 [units], or None for the greedy order.
-        wanted: Widths for which to yield W.
     """
     (m, n), width = W.shape, columns.shape[1]
     alive = torch.arange(len(columns))  # [units], indices of the remaining units
@@ -145,7 +123,7 @@ def _remove_blocks(
             Hinv_pp[~remaining], Wt[~remaining] = identity, 0.0
             step += 1
             snapshot = None
-            if int(remaining.sum()) in wanted:
+            if int(remaining.sum()) in snapshots:
                 snapshot = W.new_zeros(m, n)
                 snapshot[:, flat] = Wt.flatten(0, 1).T
             yield int(alive[p]), float(losses[p]), snapshot
@@ -155,7 +133,7 @@ def _remove_blocks(
 
 
 def _remove_single_columns(
-    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, wanted: Collection[int]
+    W: Tensor, Hinv: Tensor, columns: Tensor, order: Tensor | None, snapshots: Collection[int]
 ) -> Iterator[Step]:
     """Remove units of one column each: the thousands of hidden units of an MLP.
 
@@ -164,13 +142,6 @@ def _remove_single_columns(
     current weight is ``W - V U^T``, with one column of U and V per removed unit. Only the diagonal
     of Hinv, the squared column norms of W, and the two columns of the removed unit are updated at
     every step.
-
-    Args:
-        W: float64 [m, n].
-        Hinv: float64 [n, n].
-        columns: int64 [units, 1].
-        order: int64 [units], or None for the greedy order.
-        wanted: Widths for which to yield W.
     """
     m, n = W.shape
     alive = columns.flatten()  # [units], column in the full W at each position
@@ -200,7 +171,7 @@ def _remove_single_columns(
             step += 1
             left = int(remaining.sum())
             snapshot = None
-            if left in wanted:
+            if left in snapshots:
                 current = W - V[:, : t + 1] @ U[:, : t + 1].T  # [m, units]
                 snapshot = W.new_zeros(m, n)
                 snapshot[:, alive[remaining]] = current[:, remaining]

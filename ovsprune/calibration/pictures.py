@@ -135,7 +135,7 @@ class RenderedPictures:
 
     def endless(self) -> Iterator[Tensor]:
         """Yield further images [3, H, W] of the same kind, none of which is used elsewhere."""
-        return map(self._fresh, itertools.cycle(_ENDLESS))
+        return (self._preprocessed(self._rendered(i)) for i in itertools.cycle(_ENDLESS))
 
     def _picture(self, index: int) -> Tensor:
         if self._cache is None:
@@ -149,9 +149,6 @@ class RenderedPictures:
             self._cached[index] = True
         return self._preprocessed(self._cache[index])
 
-    def _fresh(self, index: int) -> Tensor:
-        return self._preprocessed(self._rendered(index))
-
     def _rendered(self, index: int) -> NDArray[np.uint8]:
         return self._render(self._start + index, self._seed, max(self._preprocess.size))
 
@@ -163,12 +160,7 @@ class RenderedPictures:
 
 
 class FilePictures:
-    """Images from files.
-
-    Args:
-        files: Image files that can be decoded (see :func:`readable`).
-        preprocess: Preprocessing of the tower.
-    """
+    """Images from files that can be decoded (see :func:`readable`)."""
 
     def __init__(self, files: Sequence[Path], preprocess: Preprocess) -> None:
         self.files = tuple(files)

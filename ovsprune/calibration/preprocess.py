@@ -1,4 +1,4 @@
-"""Converts images to input tensors of a tower."""
+"""Conversion of images to input tensors of a tower."""
 
 from __future__ import annotations
 
@@ -37,27 +37,22 @@ def to_tensor(image: Image.Image, preprocess: Preprocess) -> Tensor:
     resampling = _RESAMPLING[preprocess.interpolation]
     height, width = preprocess.size
     image = image.convert("RGB")
+    ratios = height / image.height, width / image.width
     match preprocess.resize_mode:
         case "squash":
             image = image.resize((width, height), resampling)
         case "shortest":
-            scale = max(height / image.height, width / image.width)
-            size = (
-                max(width, round(image.width * scale)),
-                max(height, round(image.height * scale)),
-            )
-            image = image.resize(size, resampling)
-            left, top = (image.width - width) // 2, (image.height - height) // 2
+            scale = max(ratios)
+            w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+            left, top = (w - width) // 2, (h - height) // 2
+            image = image.resize((w, h), resampling)
             image = image.crop((left, top, left + width, top + height))
         case "longest":
-            scale = min(height / image.height, width / image.width)
-            image = image.resize(
-                (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
-                resampling,
-            )
-            fill = tuple(round(255 * m) for m in preprocess.mean)
-            canvas = Image.new("RGB", (width, height), fill)
-            canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+            scale = min(ratios)
+            w, h = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+            mean_colour = tuple(round(255 * m) for m in preprocess.mean)
+            canvas = Image.new("RGB", (width, height), mean_colour)
+            canvas.paste(image.resize((w, h), resampling), ((width - w) // 2, (height - h) // 2))
             image = canvas
         case other:
             raise OptionError(f"unknown resize mode {other!r}; known: shortest, squash, longest")

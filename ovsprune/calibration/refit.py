@@ -30,19 +30,12 @@ HELD_OUT = 8
 
 
 def held_out_mask(images: int) -> Tensor:
-    """Return a mask of the held-out images.
+    """Return a mask of the held-out images, bool [images].
 
     Every eighth image is held out; of fewer than eight images the last one; of a single image none.
 
-    Args:
-        images: Number of images.
-
-    Returns:
-        bool [images].
-
-    Example:
-        >>> held_out_mask(3).tolist()
-        [False, False, True]
+    >>> held_out_mask(3).tolist()
+    [False, False, True]
     """
     mask = torch.zeros(images, dtype=torch.bool)  # deterministic: no random draw
     mask[HELD_OUT - 1 :: HELD_OUT] = True
@@ -64,8 +57,7 @@ def capped_weights(values: Tensor, reference: float | Tensor) -> Tensor:
 def positive_median(values: Tensor) -> Tensor:
     """Return the median of the nonzero entries of ``values`` [n] (>= 0), or 0 if there are none.
 
-    Zeros are excluded: rows or outputs that are fitted exactly do not tell which others are
-    massive.
+    Zeros are excluded: rows that are fitted exactly do not tell which others are massive.
     """
     positive = values[values > 0]
     return positive.median() if len(positive) else values.new_zeros(())
@@ -129,10 +121,7 @@ class Refit:
         """
         # Whole images are held out: rows of one image are correlated.
         held_out = self.held_out[part].to(x.device)  # [b]
-        for moments, chosen in (
-            (self._fit_moments, ~held_out),
-            (self._held_out_moments, held_out),
-        ):
+        for moments, chosen in ((self._fit_moments, ~held_out), (self._held_out_moments, held_out)):
             if chosen.any():
                 moments.update(x[chosen], e[chosen], weight[chosen])
 
@@ -148,6 +137,7 @@ class Refit:
             bias.copy_((bias.detach().double().cpu() + bias_change).to(bias))
 
     def _best_change(self) -> Change:
+        """Return the candidate with the least held-out error, solved again with all images."""
         fit = self._fit_moments.result()
         # A single image is not validated.
         if not self._held_out_moments.count:

@@ -21,7 +21,7 @@ __all__ = ["ResultFile"]
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A safetensors file with tensors and, in its header, their origin.
+    """Safetensors file with tensors and, in its header, their origin.
 
     Attributes:
         path: Path of the file, which need not exist yet.

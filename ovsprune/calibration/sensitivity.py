@@ -1,4 +1,4 @@
-"""Sensitivity curves: change of the final features if one group alone is narrowed and refitted."""
+"""Sensitivity curves: change of the final features if one group alone is cut and refitted."""
 
 from __future__ import annotations
 
@@ -97,13 +97,11 @@ def measure_curve(
         weights: Width to refitted weight [m, n], zero in the columns of removed units.
         run: Runs the rest of the tower and returns the error of its output.
     """
-    errors = {}
+    errors = {group.units: 0.0} if group.units in weights else {}
     for width, weight in weights.items():
-        if width == group.units:
-            errors[width] = 0.0
-            continue
-        with _patched(consumer, weight, moments.mean):
-            errors[width] = run()
+        if width < group.units:
+            with _patched(consumer, weight, moments.mean):
+                errors[width] = run()
     return errors
 
 

@@ -42,14 +42,13 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
     Raises:
         OutputError: ``path`` is a directory, or cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, costs in statistics.scores.costs.items():
-        tensors[f"costs/{name}"] = costs
-        tensors[f"order/{name}"] = statistics.scores.orders[name]
-    if statistics.curves is not None:
-        for name, widths in statistics.curves.widths.items():
-            tensors[f"widths/{name}"] = widths
-            tensors[f"errors/{name}"] = statistics.curves.errors[name]
+    scores, curves = statistics.scores, statistics.curves
+    by_kind = {"costs": scores.costs, "order": scores.orders}
+    if curves is not None:
+        by_kind |= {"widths": curves.widths, "errors": curves.errors}
+    tensors = {
+        f"{kind}/{name}": tensor for kind, t in by_kind.items() for name, tensor in t.items()
+    }
     statistics_file(path).write(tensors, statistics.origin)
 
 

@@ -6,9 +6,11 @@ second moments of the consumers' inputs are computed, and the criterion scores t
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +49,14 @@ from ovsprune.graph.rows import flat_columns, input_rows
 __all__ = ["Survey"]
 
 
+@dataclass(eq=False)
 class Survey:
     """Scores of the groups' units and sensitivity curves, computed block by block.
 
     The residual stream of all images is cached. Activations inside a block exist for one batch at a
     time, and the moments of one block are freed before those of the next are computed.
 
-    Args:
+    Attributes:
         tower: Dense tower in rewritten form.
         stages: The tower as a sequence of blocks.
         groups: Groups that may be cut.
@@ -66,26 +69,22 @@ class Survey:
         progress: Progress reporter.
     """
 
-    def __init__(
-        self,
-        tower: nn.Module,
-        stages: Stages,
-        groups: Sequence[Group],
-        criterion: Criterion,
-        pictures: Pictures,
-        *,
-        batch_size: int,
-        ridge: float,
-        seed: int,
-        probe: int,
-        progress: Progress,
-    ) -> None:
-        self.tower, self.stages, self.groups = tower, stages, groups
-        self.criterion, self.pictures = criterion, pictures
-        self.batch_size, self.ridge, self.seed, self.probe = batch_size, ridge, seed, probe
-        self.progress = progress
-        self.device = next(tower.parameters()).device
+    tower: nn.Module
+    stages: Stages
+    groups: Sequence[Group]
+    criterion: Criterion
+    pictures: Pictures
+    _: KW_ONLY
+    batch_size: int
+    ridge: float
+    seed: int
+    probe: int
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.device = next(self.tower.parameters()).device
         self._gradients: Mapping[str, Tensor] = {}
+        # Results by group name, see Scores and Curves.
         self._costs: dict[str, Tensor] = {}
         self._orders: dict[str, Tensor] = {}
         self._widths: dict[str, Tensor] = {}
@@ -107,67 +106,41 @@ class Survey:
         needs = self.criterion.needs
         self._check_norms()
         if "gradients" in needs:
-            self._gradients = self._differentiate()
+            self._gradients = mask_gradients(
+                self.tower,
+                self.stages,
+                self.groups,
+                cast(GradientCriterion, self.criterion).objective,
+                self.pictures,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=self.progress,
+            )
         if not ("moments" in needs or self.probe):
+            # The criterion reads weights or gradients only: no forward pass is needed.
             for group in self.groups:
-                self._record_ranking(group, self._rank(group, None))
+                self._rank(group, None)
             return Scores(self._costs, self._orders), None
         with self.progress.stage("calibration pictures", 1) as advance:
             cache = run_stem(self.stages, self.pictures, self.batch_size)
             advance(1)
         probe = evenly_spaced(len(cache), self.probe)  # int64 [probe]
-        error = self._final_error(cache[probe]) if self.probe else None
+        blocks = list(self.stages.blocks.values())
+        error = FeatureError(*self._finish(cache[probe], blocks)) if self.probe else None
         with self.progress.stage("measuring groups", len(self.groups)) as advance:
-            for name, block in self.stages.blocks.items():
+            for position, (name, block) in enumerate(self.stages.blocks.items()):
                 groups = [g for g in self.groups if g.block == name]
                 # Curves need the input of the block, which the cache overwrites with its output.
-                before = cache[probe].clone()
+                before = cache[probe].clone()  # [probe, ...]
                 moments = self._advance(name, block, groups, cache)
                 for group in groups:
-                    self._measure(group, moments[group.consumer], before, error)
+                    ranking = self._rank(group, moments[group.consumer])
+                    if error is not None:
+                        rest = partial(self._error_after, error, before, blocks[position:])
+                        self._measure_curve(group, moments[group.consumer], ranking, rest)
                     advance(1)
         curves = Curves(self._widths, self._errors) if self.probe else None
         return Scores(self._costs, self._orders), curves
-
-    def _measure(
-        self, group: Group, moments: Moments, before: Tensor, error: FeatureError | None
-    ) -> None:
-        ranking = self._rank(group, moments)
-        self._record_ranking(group, ranking)
-        if error is None:
-            return
-        names = list(self.stages.blocks)
-        remaining = [self.stages.blocks[name] for name in names[names.index(group.block) :]]
-        run = self._runner(before, remaining, error)
-        consumer = self.tower.get_submodule(group.consumer)
-        weights = ranking.weights or self._refits(group, consumer, moments, ranking.order)
-        errors = measure_curve(group, consumer, moments, weights, run)
-        self._record_curve(group, errors)
-
-    def _record_curve(self, group: Group, errors: Mapping[int, float]) -> None:
-        curve = dict(sorted(errors.items()))
-        self._widths[group.name] = torch.tensor(list(curve))
-        self._errors[group.name] = torch.tensor(list(curve.values()), dtype=torch.float64)
-
-    def _rank(self, group: Group, moments: Moments | None) -> Ranking:
-        # A generator per group: random scores do not depend on the other groups or their order.
-        generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(group.name.encode()))
-        layers = {s.module: self.tower.get_submodule(s.module) for s in group.slices}
-        widths = self._grid(group) if self.probe else ()
-        gradients = self._gradients.get(group.name)
-        if gradients is not None:
-            gradients = gradients.double()
-        return self.criterion.score(
-            GroupContext(
-                group=group,
-                layers=layers,
-                moments=moments,
-                ridge=self.ridge,
-                generator=generator,
-                snapshots=widths,
-                gradients=gradients,
-            )
-        )
 
     def _check_norms(self) -> None:
         if "norms" not in self.criterion.needs:
@@ -181,31 +154,42 @@ class Survey:
                 f"work for any group, or exclude the group with --protect {lacking[0].name!r}"
             )
 
-    def _differentiate(self) -> dict[str, Tensor]:
-        return mask_gradients(
-            self.tower,
-            self.stages,
-            self.groups,
-            cast(GradientCriterion, self.criterion).objective,
-            self.pictures,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            progress=self.progress,
+    def _rank(self, group: Group, moments: Moments | None) -> Ranking:
+        """Score the units of a group, and store the costs and the order."""
+        gradients = self._gradients.get(group.name)  # float32 [samples, units]
+        ranking = self.criterion.score(
+            GroupContext(
+                group=group,
+                layers={s.module: self.tower.get_submodule(s.module) for s in group.slices},
+                moments=moments,
+                ridge=self.ridge,
+                # A generator per group: random scores do not depend on the other groups.
+                generator=torch.Generator().manual_seed(self.seed ^ crc32(group.name.encode())),
+                snapshots=self._grid(group) if self.probe else (),
+                gradients=None if gradients is None else gradients.double(),
+            )
         )
-
-    def _record_ranking(self, group: Group, ranking: Ranking) -> None:
         self._costs[group.name], self._orders[group.name] = ranking.costs, ranking.order
+        return ranking
 
-    def _refits(
-        self, group: Group, consumer: nn.Module, moments: Moments, order: Tensor
-    ) -> dict[int, Tensor]:
-        return prune_columns(
-            weight_of(consumer).detach().flatten(1).cpu(),
-            regularised(moments.covariance, self.ridge),
-            flat_columns(consumer, group.columns),
-            order=order,
-            snapshots=self._grid(group),
-        ).weights
+    def _measure_curve(
+        self, group: Group, moments: Moments, ranking: Ranking, run: Callable[[], float]
+    ) -> None:
+        """Store the error by width of a group; ``run`` returns the error of the changed tower."""
+        consumer = self.tower.get_submodule(group.consumer)
+        weights = ranking.weights
+        if not weights:
+            # The criterion did not refit the consumer: do so in the order of removal it gave.
+            weights = prune_columns(
+                weight_of(consumer).detach().flatten(1).cpu(),
+                regularised(moments.covariance, self.ridge),
+                flat_columns(consumer, group.columns),
+                order=ranking.order,
+                snapshots=self._grid(group),
+            ).weights
+        curve = dict(sorted(measure_curve(group, consumer, moments, weights, run).items()))
+        self._widths[group.name] = torch.tensor(list(curve))
+        self._errors[group.name] = torch.tensor(list(curve.values()), dtype=torch.float64)
 
     def _grid(self, group: Group) -> tuple[int, ...]:
         """Return the widths at which the group's curve is measured."""
@@ -227,15 +211,13 @@ class Survey:
                 sums.update(x)
         return {consumer: sums.result() for consumer, sums in moments.items()}
 
-    def _final_error(self, stream: Tensor) -> FeatureError:
-        return FeatureError(*self._finish(stream, list(self.stages.blocks.values())))
-
-    def _runner(
-        self, before: Tensor, blocks: Sequence[nn.Module], error: FeatureError
-    ) -> Callable[[], float]:
-        return lambda: error(*self._finish(before, blocks))
+    def _error_after(
+        self, error: FeatureError, stream: Tensor, blocks: Sequence[nn.Module]
+    ) -> float:
+        return error(*self._finish(stream, blocks))
 
     def _finish(self, stream: Tensor, blocks: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+        """Run the last blocks; return pooled [probe, C] and dense [probe, C, h, w] features."""
         parts = []
         for start in range(0, len(stream), self.batch_size):
             part = stream[start : start + self.batch_size].to(self.device)

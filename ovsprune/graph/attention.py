@@ -62,17 +62,14 @@ class SeparateAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Compute self-attention of ``query``.
+        """Compute self-attention of ``query``, with the signature of ``nn.MultiheadAttention``.
 
         Args:
             query: [B, N, D], or [N, B, D] if the module is not ``batch_first``.
             key: Ignored; must be ``query``.
             value: Ignored; must be ``query``.
-            need_weights: Ignored; attention weights are never returned.
+            need_weights: Ignored; the attention weights in the result are always None.
             attn_mask: Mask as in ``nn.MultiheadAttention``, or None.
-
-        Returns:
-            Output in the layout of ``query``, and None.
         """
         x = query if self.batch_first else query.transpose(0, 1)  # [B, N, D]
         batch, tokens, _ = x.shape

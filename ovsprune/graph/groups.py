@@ -7,8 +7,7 @@ tower must equal the masked dense tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Costs, Group, Plan, Slice
 from ovsprune.graph.costs import macs, on_meta
 from ovsprune.graph.cut import cut
-from ovsprune.graph.layers import is_channelwise, weight_of
+from ovsprune.graph.layers import is_channelwise, requires_grad_as, weight_of
 from ovsprune.graph.norms import FoldedNorm
 from ovsprune.graph.products import find_products
 from ovsprune.graph.rows import reads_all_channels
@@ -49,7 +48,8 @@ def find_groups(
         return []
     example = torch.zeros(1, 3, *size)
     names = {module: name for name, module in tower.named_modules()}
-    with torch.enable_grad(), _differentiable(tower):
+    # torch-pruning reads its graph from autograd's, so all parameters must require gradients.
+    with torch.enable_grad(), requires_grad_as(tower, True):
         graph = torch_pruning.DependencyGraph().build_dependency(
             tower,
             example_inputs=example.to(next(tower.parameters())),
@@ -61,19 +61,6 @@ def find_groups(
         _group_of(graph, tower.get_submodule(entry.layer), entry, names) for entry in prunable
     ]
     return with_costs(tower, groups, size)
-
-
-@contextmanager
-def _differentiable(tower: nn.Module) -> Iterator[None]:
-    """Let all parameters require gradients; torch-pruning reads its graph from autograd's."""
-    frozen = [p for p in tower.parameters() if p.is_floating_point() and not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def _group_of(
@@ -195,11 +182,8 @@ class _CostCounter:
         self.cache: dict[Any, Costs] = {}
 
     def saved(self, *groups: Group) -> Costs:
-        """Return the costs that cutting one unit of each group saves.
-
-        A group with a single unit and a convolution is skipped, because torch has no convolution
-        without channels.
-        """
+        """Return the costs that cutting one unit of each group saves."""
+        # The last channel of a convolution cannot be cut: torch has none without channels.
         groups = tuple(g for g in groups if g.units > 1 or not self._has_convolution(g))
         key = tuple(map(self._signature, groups))
         if key not in self.cache:
@@ -219,10 +203,8 @@ class _CostCounter:
         return any(weight_of(self.tower.get_submodule(s.module)).ndim > 2 for s in group.slices)
 
     def _signature(self, group: Group) -> Any:
-        """Return a key that is equal for groups of equal costs.
-
-        The MACs of the layers are part of it: equal shapes cost more at a higher resolution.
-        """
+        """Return a key that is equal for groups of equal costs."""
+        # MACs are included because equal shapes cost more at a higher resolution.
         layers = tuple(
             (
                 tuple(weight_of(self.tower.get_submodule(s.module)).shape),

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from ovsprune.core.records import Axis
 
-__all__ = ["bias_of", "input_axis", "is_channelwise", "weight_axis", "weight_of"]
+__all__ = [
+    "bias_of",
+    "input_axis",
+    "is_channelwise",
+    "requires_grad_as",
+    "weight_axis",
+    "weight_of",
+]
 
 
 def weight_axis(axis: Axis) -> int:
@@ -46,3 +56,17 @@ def input_axis(layer: nn.Module) -> int:
     (weight [out, in, ...]).
     """
     return -1 if weight_of(layer).ndim == 2 else 1
+
+
+@contextmanager
+def requires_grad_as(tower: nn.Module, flag: bool) -> Iterator[None]:
+    """Set ``requires_grad`` of all parameters to ``flag`` while the context is open."""
+    # Integer parameters (of quantised layers) cannot have gradients.
+    changed = [p for p in tower.parameters() if p.is_floating_point() and p.requires_grad != flag]
+    try:
+        for parameter in changed:
+            parameter.requires_grad_(flag)
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not flag)

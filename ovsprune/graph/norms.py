@@ -80,10 +80,7 @@ def fold_norm(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, FoldedNorm]
 
 @torch.no_grad()
 def unfold_norm(
-    layer: nn.Module,
-    place: FoldedNorm,
-    columns: Tensor | None = None,
-    rows: Tensor | None = None,
+    layer: nn.Module, place: FoldedNorm, columns: Tensor | None = None, rows: Tensor | None = None
 ) -> tuple[nn.Module, nn.Module]:
     """Separate a folded layer into the layer and the norm, including changes made since.
 

@@ -38,13 +38,12 @@ class Product:
 def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
     """Return the weights of ``tower`` that multiply activations, in the order of first use.
 
+    These are the parameters with two or more axes whose name ends in ``weight`` and that a matrix
+    product or convolution reads. A bare projection matrix, such as CLIP's ``proj``, is excluded.
+
     Args:
         tower: Image tower.
         size: Native height and width in pixels, for the costs.
-
-    Returns:
-        Parameters with two or more axes whose name ends in ``weight`` and that a matrix product or
-        convolution reads. A bare projection matrix, such as CLIP's ``proj``, is not included.
     """
     meta_tower = on_meta(tower)
     names = {
@@ -59,11 +58,7 @@ def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
 
 
 class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the MACs of operations for each parameter among their operands.
-
-    Args:
-        names: Id of a parameter's storage to the parameter's name.
-    """
+    """Counter of the MACs of operations per parameter; names by id of the parameter's storage."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,14 +72,8 @@ class _MacsByWeight(TorchDispatchMode):  # type: ignore[no-untyped-call]
         count_flops = flop_registry.get(func._overloadpacket)
         if count_flops is not None:
             flops = count_flops(*args, **(kwargs or {}), out_val=out)
-            for operand in args:
-                name = self._name_of(operand)
-                if name is not None:
-                    self.macs[name] = self.macs.get(name, 0) + int(flops) // 2
+            # Views (a transposed weight, a third of fused q, k, v) share the parameter's storage.
+            storages = [a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)]
+            for name in (self.names[s] for s in storages if s in self.names):
+                self.macs[name] = self.macs.get(name, 0) + int(flops) // 2
         return out
-
-    def _name_of(self, operand: Any) -> str | None:
-        # Views (a transposed weight, a third of fused q, k, v) share the parameter's storage.
-        if not isinstance(operand, Tensor):
-            return None
-        return self.names.get(operand.untyped_storage()._cdata)

@@ -35,9 +35,9 @@ def input_rows(layer: nn.Module, read: Tensor) -> Tensor:
     return (read if _pointwise(layer) else _patches(layer, read)).movedim(1, -1)
 
 
-def output_rows(layer: nn.Module, given: Tensor) -> Tensor:
+def output_rows(layer: nn.Module, output: Tensor) -> Tensor:
     """Return an output of ``layer``, or a tensor of the same layout, as rows [b, ..., m]."""
-    return given if weight_of(layer).ndim == 2 else given.movedim(1, -1)
+    return output if weight_of(layer).ndim == 2 else output.movedim(1, -1)
 
 
 def output_from_rows(layer: nn.Module, rows: Tensor) -> Tensor:

@@ -18,13 +18,8 @@ class Reconstruction:
     needs = frozenset({"moments"})
 
     def score(self, ctx: GroupContext) -> Ranking:
-        """Run :func:`ovsprune.calibration.obs.prune_columns` and return its order and costs."""
+        """Run the optimal brain surgeon, :func:`ovsprune.calibration.obs.prune_columns`."""
         assert ctx.moments is not None
-        weight, columns = consumer_weight(ctx)
-        result = prune_columns(
-            weight,
-            regularised(ctx.moments.covariance, ctx.ridge),
-            columns,
-            snapshots=ctx.snapshots,
-        )
-        return Ranking(result.costs, result.order, result.weights)
+        W, columns = consumer_weight(ctx)  # [m, n], [units, k]
+        H = regularised(ctx.moments.covariance, ctx.ridge)  # [n, n]
+        return prune_columns(W, H, columns, snapshots=ctx.snapshots)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovsprune.calibration.refit import row_weights
 from ovsprune.core.protocols import RecoveryContext
 from ovsprune.graph.layers import bias_of
-from ovsprune.graph.rows import output_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.dense import consumer_batches
 
@@ -35,10 +33,7 @@ class Bias:
         sums: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         for batch in consumer_batches(ctx, "bias compensation"):
-            name = batch.target.consumer
-            layer = ctx.slim.get_submodule(name)
-            e = batch.output - output_rows(layer, layer(batch.kept_input))  # [b, ..., m]
-            w = row_weights(batch.reference, batch.median)  # [b, ...]
+            name, e, w = batch.consumer, batch.residual, batch.weight  # [b, ..., m], [b, ...]
             total = (e * w[..., None]).flatten(0, -2).sum(0, dtype=torch.float64)  # [m]
             sums[name] = sums[name] + total if name in sums else total
             weights[name] = weights.get(name, 0.0) + float(w.sum(dtype=torch.float64))

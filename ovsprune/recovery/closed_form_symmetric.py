@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ovsprune.calibration.refit import Refit, held_out_mask, row_weights
+from ovsprune.calibration.refit import Refit, held_out_mask
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.graph.rows import input_rows, output_rows
+from ovsprune.graph.rows import input_rows
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.dense import consumer_batches
 
@@ -36,11 +36,10 @@ class ClosedFormSymmetric:
             if batch.block != block:
                 _apply(refits)  # Only the moments of one block are in memory at a time.
                 block = batch.block
-            layer = ctx.slim.get_submodule(batch.target.consumer)
-            refit = refits.setdefault(batch.target.consumer, Refit(layer, held_out, ctx.ridge))
-            e = batch.output - output_rows(layer, layer(batch.kept_input))  # [b, ..., m]
+            layer = ctx.slim.get_submodule(batch.consumer)
+            refit = refits.setdefault(batch.consumer, Refit(layer, held_out, ctx.ridge))
             x = input_rows(layer, batch.kept_input)  # [b, ..., n]
-            refit.update(batch.part, x, e, row_weights(batch.reference, batch.median))
+            refit.update(batch.part, x, batch.residual, batch.weight)
         _apply(refits)
 
 

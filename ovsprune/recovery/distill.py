@@ -15,22 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import (
-    ActivationCache,
-    collect_images,
-    evenly_spaced,
-)
-from ovsprune.calibration.feature_loss import (
-    OUTPUT_WEIGHTS,
-    Features,
-    feature_loss,
-    total_variance,
-)
+from ovsprune.calibration.activation_cache import ActivationCache, collect_images, evenly_spaced
+from ovsprune.calibration.feature_loss import OUTPUT_WEIGHTS, Features, feature_loss, total_variance
 from ovsprune.calibration.refit import held_out_mask
 from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import OptionError
 from ovsprune.core.optimizers import optimizer_class
 from ovsprune.core.protocols import EndlessPictures, RecoveryContext
+from ovsprune.graph.layers import requires_grad_as
 from ovsprune.recovery import RECOVERIES
 from ovsprune.recovery.whitened import Whitened, whiten
 
@@ -79,17 +71,15 @@ class Distill:
         if best == 0.0:
             return  # Both towers are equal on the validation images: there is nothing to learn.
         state = _copy(ctx.slim)
-        flags = {p: p.requires_grad for p in ctx.slim.parameters()}
-        ctx.slim.requires_grad_(True)
-        try:
-            for _ in student.train():
-                error = student.error()
-                if error < best:
-                    best, state = error, _copy(ctx.slim)
-        finally:
-            ctx.slim.load_state_dict(state)
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag).grad = None
+        with requires_grad_as(ctx.slim, True):
+            try:
+                for _ in student.train():
+                    error = student.error()
+                    if error < best:
+                        best, state = error, _copy(ctx.slim)
+            finally:
+                ctx.slim.load_state_dict(state)
+                ctx.slim.zero_grad()  # sets gradients to None, which frees their memory
 
 
 class Student:
@@ -221,6 +211,7 @@ class Student:
         return whiten(self.slim.blocks, cache, self.ctx.batch_size)
 
     def _write_weights(self) -> None:
+        """Set the weights W of the whitened layers from the trained parameters V."""
         for layer in self.whitened:
             layer.write_weight()
 
@@ -263,21 +254,14 @@ class Student:
         return self.dense.outputs(images.to(self.device))
 
     def _loss_scales(self) -> list[float]:
-        """Return the total variance of the pooled and the dense features of the dense tower.
-
-        They are measured on a sample of the training images and on the validation images.
-        """
+        """Return the total variance of the dense tower's pooled and dense features."""
         sampled = [self._teacher(images) for images in self._split(self.sample)]
         kinds = zip(*sampled, *self.validation_features, strict=True)
         return [total_variance(F.normalize(torch.cat(kind), dim=1)) for kind in kinds]
 
 
 class _Schedule:
-    """Progress of a training, in steps or in time, and the learning rate schedule.
-
-    Args:
-        options: Limits of the training.
-    """
+    """Progress of a training, in steps or in time, and the learning rate schedule."""
 
     def __init__(self, options: Distillation) -> None:
         self.limit, self.seconds = options.limit, options.seconds
@@ -294,10 +278,7 @@ class _Schedule:
         return max(steps, 0.0 if self.seconds is None else passed / self.seconds)
 
     def rate_factor(self) -> float:
-        """Return the factor of the learning rate: linear warm-up, then cosine decay to zero.
-
-        Source: Loshchilov and Hutter 2017.
-        """
+        """Return the learning rate factor: linear warm-up, then cosine (Loshchilov and Hutter)."""
         fraction = min(self.fraction(), 1.0)
         # The first step has a positive rate even if no time has passed.
         if self.steps == 0 or fraction < _WARM_UP:

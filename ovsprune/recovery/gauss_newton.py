@@ -76,10 +76,6 @@ class _ProducerStep:
     Gating layers stay fixed. A gate acts on all positions of an image at once, so its curvature has
     a different scale from that of the other producers, and three steps of conjugate gradients are
     too few to resolve both.
-
-    Args:
-        pair: Pair of blocks.
-        target: Refit target of the consumer.
     """
 
     def __init__(self, pair: BlockPair, target: RefitTarget) -> None:
@@ -102,10 +98,7 @@ class _ProducerStep:
         return self._line_search(change)
 
     def _collect(self) -> tuple[ActivationCache, InputPreconditioner]:
-        """Return the residuals [images, ..., m] and the preconditioner, in one pass.
-
-        Also stores the row weights and the channel weights.
-        """
+        """Return the residuals [images, ..., m] and the preconditioner; store the weights."""
         layer_of, producers = self.pair.ctx.slim.get_submodule, tuple(self.target.direct_producers)
         preconditioner = InputPreconditioner(self.pair.ctx.ridge)
         residuals: ActivationCache | None = None
@@ -156,11 +149,7 @@ class _ProducerStep:
         return reduce(add_scaled, parts)
 
     def _batches(self, every: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield indices of images, the input of the slim block [b, ...], and the weights [b, ...].
-
-        Args:
-            every: Use every n-th batch only.
-        """
+        """Yield image indices, slim inputs and row weights [b, ...] of every n-th batch."""
         # Batches have the size of those in _collect(), to which self.weights belong.
         device, size = weight_of(self.layer).device, self.pair.batch_size
         for number in range(0, len(self.weights), every):
@@ -169,12 +158,7 @@ class _ProducerStep:
             yield part, self.pair.slim_cache[part].to(device), weight.to(device)
 
     def _weighted(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return weights, or weights times rows, in the layout of the consumer's output.
-
-        Args:
-            weight: w [b, ...].
-            rows: [b, ..., m]; ones by default.
-        """
+        """Return w, or w times rows [b, ..., m], in the layout of the consumer's output."""
         scale = weight.unsqueeze(-1) * self.channel_weights.to(weight)  # [b, ..., m]
         return output_from_rows(self.layer, scale if rows is None else scale * rows)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ovsprune.calibration.activation_cache import (
     ActivationCache,
     Capture,
-    allocate,
+    concatenate,
     run_block,
     run_stem,
 )
@@ -39,12 +39,8 @@ __all__ = ["BlockPair", "block_pairs"]
 def block_pairs(ctx: RecoveryContext, description: str) -> Iterator[BlockPair]:
     """Yield the pairs of blocks in order, from the first block that differs.
 
-    The consumer of the iterator may change the slim block. The slim cache then advances with the
-    changed block.
-
-    Args:
-        ctx: Context of the recovery.
-        description: Name of the stage in the progress display.
+    The caller may change the slim block of each pair; the slim cache then advances with the
+    changed block. ``description`` names the stage in the progress display.
     """
     dense, slim = ctx.stages(ctx.dense), ctx.stages(ctx.slim)
     # One step of progress for the stem, and one per block.
@@ -160,9 +156,9 @@ class BlockPair:
             self.dense, self.dense_cache, self.batch_size, outputs.values(), self.name
         )
         slim = run_block(self.slim, self.slim_cache, self.batch_size, both, self.name)
-        for (part, wanted), (_, captured) in zip(dense, slim, strict=True):
+        for (part, dense_outputs), (_, captured) in zip(dense, slim, strict=True):
             for (name, layer), median in zip(layers.items(), medians, strict=True):
-                reference = kept_units(name, wanted[outputs[name]])  # [b, ..., m]
+                reference = kept_units(name, dense_outputs[outputs[name]])  # [b, ..., m]
                 e = reference - output_rows(layer, captured[outputs[name]])  # [b, ..., m]
                 x = input_rows(layer, captured[name, "input"])  # [b, ..., n]
                 refits[name].update(part, x, e, row_weights(reference, median))
@@ -216,19 +212,13 @@ class BlockPair:
             yield part, row_weights(reference, median), reference - current, captured
 
     def _references(self, target: RefitTarget, layer: nn.Module) -> tuple[ActivationCache, float]:
-        """Return the dense rows at the hook point and the median of their squared norms.
-
-        They are computed once per consumer, even if it is refitted several times.
-        """
+        """Return the dense rows at the hook point and the median of their squared norms."""
+        # Computed once per consumer, even if it is refitted several times.
         if self._references_of is None or self._references_of[0] != target.consumer:
-            references: ActivationCache | None = None
-            for part, captured in run_block(
+            batches = run_block(
                 self.dense, self.dense_cache, self.batch_size, [target.hook_point], self.name
-            ):
-                rows = target.reference(layer, captured[target.hook_point]).float().cpu()
-                if references is None:
-                    references = ActivationCache(allocate((len(self.held_out), *rows.shape[1:])))
-                references[part] = rows
-            assert references is not None
+            )
+            rows = (target.reference(layer, captured[target.hook_point]) for _, captured in batches)
+            references = ActivationCache(concatenate(rows, len(self.held_out)))
             self._references_of = target.consumer, references, median_norm(references)
         return self._references_of[1:]

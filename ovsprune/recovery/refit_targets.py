@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ovsprune.calibration.activation_cache import ActivationCache, evenly_spaced, run_block
 from ovsprune.calibration.refit import positive_median, squared_norms
 from ovsprune.core.protocols import RecoveryContext
-from ovsprune.core.records import Group
 from ovsprune.graph.cut import kept_rows
 from ovsprune.graph.layers import is_channelwise
 from ovsprune.graph.rows import output_rows
@@ -79,14 +78,11 @@ class RefitTarget:
         return self._keep_rows(output_rows(layer, output))
 
     def reference(self, layer: nn.Module, captured: Tensor) -> Tensor:
-        """Return the reference of the fit, as rows [b, ..., m].
+        """Return the reference of the fit as rows [b, ..., m]: channels that the slim tower has.
 
         Args:
             layer: Consumer in the dense tower.
             captured: Tensor at the hook point in the dense tower.
-
-        Returns:
-            The channels at the hook point that also exist in the slim tower.
         """
         if self.uses_own_output:
             return self.kept_output(layer, captured)
@@ -97,12 +93,7 @@ class RefitTarget:
 
 
 def find_refit_targets(ctx: RecoveryContext, block: str) -> list[RefitTarget]:
-    """Return the refit targets of a block, in the order of its groups.
-
-    Args:
-        ctx: Context of the recovery.
-        block: Dotted name of the block.
-    """
+    """Return the refit targets of the block with this dotted name, in the order of its groups."""
     groups = [g for g in ctx.groups if g.block == block]
     rows, layer_of = kept_rows(ctx.dense, groups, ctx.plan), ctx.dense.get_submodule
     targets = []
@@ -119,7 +110,7 @@ def find_refit_targets(ctx: RecoveryContext, block: str) -> list[RefitTarget]:
         targets.append(
             RefitTarget(
                 consumer=consumer,
-                hook_point=_hook_point_of(read[0]),
+                hook_point=(stream.module, stream.side) if stream else (consumer, "output"),
                 kept_columns=rows[consumer, "in"],
                 producers={name: rows[name, "out"] for name in producers},
                 is_cut=is_cut,
@@ -139,12 +130,6 @@ def find_refit_targets(ctx: RecoveryContext, block: str) -> list[RefitTarget]:
             )
         )
     return targets
-
-
-def _hook_point_of(group: Group) -> HookPoint:
-    if group.stream is None:
-        return group.consumer, "output"
-    return group.stream.module, group.stream.side
 
 
 def median_norm(rows: ActivationCache) -> float:

@@ -46,7 +46,7 @@ def test_global_normalises_scores_that_are_not_comparable() -> None:
 
 
 def test_scores_are_made_monotone_along_the_order_of_removal() -> None:
-    """A unit of low score that is removed late has the running maximum of the scores before."""
+    """Give a unit of low score that is removed late the running maximum of the scores before."""
     groups = [group("a", 4, 1.0), group("b", 4, 1.0)]
     costs = {"a": torch.tensor([9.0, 1.0, 1.0, 9.0]), "b": torch.tensor([2.0, 3.0, 4.0, 5.0])}
     orders = {"a": torch.tensor([0, 1, 2, 3]), "b": torch.tensor([0, 1, 2, 3])}
@@ -109,7 +109,7 @@ def test_spectral_treats_infinite_alpha_as_the_largest() -> None:
 
 
 def test_steps_on_a_price_plateau_are_merged() -> None:
-    """The fourth unit costs 3, the fifth and sixth nothing: all three are worth the same."""
+    """Price the fourth unit at 3 and the fifth and sixth at 0: all three are worth the same."""
     only = group("a", 6, 1.0)
     context = ctx([only, group("b", 6, 1.0)], {n: [1.0, 1, 1, 1, 1, 1] for n in "ab"}, 0.0)
     table = [0.0, 1.0, 2.0, 3.0, 6.0, 6.0, 6.0]

@@ -130,7 +130,7 @@ def test_without_shared_costs_the_allocator_decides() -> None:
 
 
 def test_protected_groups_share_no_costs() -> None:
-    """The first group of each pair is protected and not in the list."""
+    """Protect the first group of each pair, so that it is not in the list."""
     context = ctx(0.6)
     context = replace(context, groups=[g for g in context.groups if g.shared])
     assert not shared_costs(context)
@@ -145,7 +145,7 @@ def test_tied_heads_support_shared_costs() -> None:
 
 
 def test_shared_part_of_measured_times_is_saved_once() -> None:
-    """A table holds what a group saves alone; the shared part follows the ratio of MACs."""
+    """Read the savings of a group alone from a table; the shared part follows the ratio of MACs."""
     context = ctx(0.7)
     tables = {g.name: [2e-3 * g.macs * w for w in range(g.units + 1)] for g in context.groups}
     budget = Budget("latency", 2e-3 * context.budget.dense, 1.4e-3 * context.budget.dense, tables)

@@ -17,7 +17,7 @@ from ovsprune.calibration.activation_cache import (
     run_block,
 )
 from ovsprune.calibration.refit import held_out_mask
-from ovsprune.recovery import RECOVERIES, gauss_newton, pair
+from ovsprune.recovery import RECOVERIES, gauss_newton
 from tests.contracts.conftest import open_clip_vit, prepared
 
 
@@ -49,8 +49,7 @@ def test_caches_of_the_closed_form_are_stored_on_disk(
     mapped: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the caches nor the references of a consumer are copied to memory."""
-    for module in (activation_cache, pair):
-        monkeypatch.setattr(module, "allocate", lambda shape: allocate(shape, limit=0))
+    monkeypatch.setattr(activation_cache, "allocate", lambda shape: allocate(shape, limit=0))
     case = prepared(open_clip_vit())
     plan = case.random_plan(0)
     RECOVERIES.get("closed-form").recover(case.context(case.cut(plan), plan))
@@ -61,7 +60,7 @@ def test_caches_of_the_closed_form_are_stored_on_disk(
 def test_held_out_activations_are_stored_on_disk(
     mapped: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (activation_cache, pair, gauss_newton):
+    for module in (activation_cache, gauss_newton):
         monkeypatch.setattr(module, "allocate", lambda shape: allocate(shape, limit=0))
     case = prepared(open_clip_vit())
     plan = case.random_plan(0)

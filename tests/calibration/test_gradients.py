@@ -154,7 +154,7 @@ def test_a_group_outside_of_the_objective_has_a_zero_gradient(tower: Tower) -> N
 
 
 def test_columns_of_no_unit_are_not_masked(tower: Tower) -> None:
-    """A group may cover only a part of the channels that its consumer reads."""
+    """Test a group that covers only a part of the channels that its consumer reads."""
     part = group("part", "first", "second", torch.tensor([[8], [2]]))
     all_units = run(tower)["mlp"]
     found = mask_gradients(

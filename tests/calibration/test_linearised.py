@@ -120,7 +120,7 @@ def test_conjugate_gradients_solve_and_stop_early() -> None:
 
 
 def test_the_preconditioner_solves_a_linear_layer_in_one_step() -> None:
-    """For J D = D x, the second moment of x is the normal matrix."""
+    """Use J D = D x, for which the second moment of x is the normal matrix."""
     torch.manual_seed(0)
     x = torch.randn(400, 5) @ torch.randn(5, 5)
     wanted = torch.randn(3, 5, dtype=torch.float64)

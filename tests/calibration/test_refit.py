@@ -117,7 +117,7 @@ def test_the_batch_size_does_not_matter() -> None:
 
 
 def test_a_refit_that_increases_the_held_out_error_is_rejected() -> None:
-    """The residual is noise, and there are more columns than rows."""
+    """Fit noise with more columns than rows."""
     weight, bias = normal(3, 64), normal(3, seed=1)
     layer = linear(weight, bias)
     x = normal(8, 5, 64, seed=2)
@@ -202,7 +202,7 @@ def test_a_single_image_is_fitted() -> None:
 
 
 def test_outputs_without_a_residual_do_not_prevent_the_refit_of_others() -> None:
-    """With zeros included, the median error would be 0 and all outputs would have weight 0."""
+    """Guard against a median error of 0, which would give all outputs weight 0."""
     x = normal(16, 5, 4, dtype=torch.float32)
     layer, true = linear(torch.zeros(8, 4)), normal(8, 4, seed=1)
     true[:5] = 0.0

@@ -11,7 +11,7 @@ from ovsprune.graph.copies import copy_model
 
 
 class Recording(nn.Module):
-    """A model whose hooks write into it, by a closure and by a method."""
+    """Model whose hooks write into it, by a closure and by a method."""
 
     def __init__(self) -> None:
         super().__init__()

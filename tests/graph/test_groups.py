@@ -95,7 +95,7 @@ def test_no_prunable_layers_give_no_groups() -> None:
 
 
 class Separable(nn.Module):
-    """A 1x1 layer, a convolution of ``groups`` groups between norms, and a 1x1 reader."""
+    """Tower of a 1x1 layer, a convolution of ``groups`` groups between norms, and a 1x1 reader."""
 
     def __init__(self, groups: int, stride: int = 1) -> None:
         super().__init__()

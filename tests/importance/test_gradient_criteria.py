@@ -69,7 +69,7 @@ def test_consistency_loss_has_a_nonzero_gradient_for_every_image() -> None:
 
 
 def test_flip_is_undone_in_the_tokens() -> None:
-    """A tower of 1x1 convolutions maps a flipped image to flipped tokens."""
+    """Use a tower of 1x1 convolutions, which maps a flipped image to flipped tokens."""
     images = normal(64, 3, 4, 4)
     values = consistency(tower(torch.ones(64, 3)), images, generator())
     assert float(values.mean()) < 0.1

@@ -45,7 +45,7 @@ def test_training_reduces_the_validation_loss(case: Case) -> None:
 
 
 def test_validation_images_are_unseen_by_the_refits(case: Case) -> None:
-    """The error on calibration images is too low, because the refits were fitted to them."""
+    """Compare with calibration images, whose error is too low because they were fitted."""
     plan = case.random_plan(0)
     slim = case.cut(plan)
     ctx = case.context(slim, plan)
@@ -85,7 +85,7 @@ def test_rendered_images_are_new_at_every_step_and_others_augmented(case: Case) 
     slim = case.cut(plan)
 
     class Files:
-        """The same images, without a source of further ones."""
+        """Images without a source of further ones."""
 
         def __init__(self, pictures: Pictures) -> None:
             self.pictures = pictures

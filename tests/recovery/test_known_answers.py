@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ovsprune.core.progress import Silent
 from ovsprune.core.records import Group, Plan
 from ovsprune.jobs.prune import prune
-from ovsprune.recovery import RECOVERIES, closed_form_symmetric, pair
+from ovsprune.recovery import RECOVERIES, dense, pair
 from tests.contracts.conftest import Case, open_clip_vit, prepared
 
 
@@ -144,7 +144,7 @@ def test_massive_tokens_do_not_dominate_the_refit(
     plan = case.random_plan(3)
     before = ordinary_error(case, case.cut(plan))
     weighted = ordinary_error(case, repaired(case, plan, name))
-    for module in (pair, closed_form_symmetric):
+    for module in (pair, dense):
         monkeypatch.setattr(module, "row_weights", lambda rows, median: torch.ones(rows.shape[:-1]))
     plain = ordinary_error(case, repaired(case, plan, name))
     assert weighted < 0.5 * before
@@ -152,7 +152,7 @@ def test_massive_tokens_do_not_dominate_the_refit(
 
 
 def test_massive_tokens_do_not_dominate_the_selection() -> None:
-    """A default prune of such a tower is better than a random selection with recovery."""
+    """Compare a default prune of such a tower with a random selection and recovery."""
     case = with_outliers()
 
     def errors(**parts: str) -> list[float]:
@@ -183,7 +183,7 @@ def test_kept_units_take_over_the_function_of_cut_units(case: Case) -> None:
 
 
 def test_a_second_bias_compensation_changes_nothing(case: Case) -> None:
-    """In iterative pruning, a recovery gets a tower that was repaired before."""
+    """Recover a tower that was repaired before, as in iterative pruning."""
     plan = case.random_plan(0)
     slim = repaired(case, plan, "bias")
     once = deepcopy(slim.state_dict())

@@ -18,29 +18,15 @@ Texture = Callable[[Array, Array, int, np.random.Generator], Array]
 
 @lru_cache(maxsize=8)
 def grid(size: int) -> tuple[Array, Array]:
-    """Return the pixel centres of a square image.
-
-    Args:
-        size: side in pixels.
-
-    Returns:
-        y of shape (size, 1) and x of shape (1, size), in 0..1 of the side.
-    """
+    """Return the pixel centres y [size, 1] and x [1, size] of a square image, in 0..1."""
     line = ((np.arange(size) + 0.5) / size).astype(np.float32)
     return line[:, None], line[None, :]
 
 
 def blobs(rng: np.random.Generator, size: int, cells: int, tall: int | None = None) -> Array:
-    """Return smooth noise.
+    """Return smooth noise [size, size] in -1..1, from a grid of ``cells`` by ``tall`` numbers.
 
-    Args:
-        rng: source of randomness; the same numbers are drawn at every size.
-        size: side in pixels.
-        cells: number of noise cells from left to right.
-        tall: number of noise cells from top to bottom; ``cells`` by default.
-
-    Returns:
-        Noise of shape (size, size), in -1..1.
+    The same numbers are drawn at every size.
     """
     small = rng.uniform(-1.0, 1.0, (tall or cells, cells)).astype(np.float32)
     image = Image.fromarray(small).resize((size, size), Image.Resampling.BILINEAR)
@@ -135,4 +121,4 @@ TEXTURES: dict[str, Texture] = {
     "sunset": _sunset,
     "storm clouds": _storm,
 }
-"""Map of background class to a function (y, x, size, rng) that returns sRGB (size, size, 3)."""
+"""Map of background class to a function (y, x, size, rng) that returns sRGB [size, size, 3]."""

@@ -74,12 +74,11 @@ class Layout:
     def caption(self, seen: Sequence[Combination], areas: Sequence[int]) -> str:
         """Return a sentence that names up to two of the largest objects and the background.
 
+        For example ``"a photo of a red striped mug and a blue plain key on sand"``.
+
         Args:
             seen: the visible objects.
             areas: number of visible pixels of each.
-
-        Returns:
-            For example ``"a photo of a red striped mug and a blue plain key on sand"``.
         """
         order = sorted(range(len(seen)), key=lambda i: -areas[i])[:2]
         things = " and ".join(_with_article(seen[i].phrase) for i in order) or "nothing"
@@ -94,15 +93,7 @@ def _with_article(phrase: str) -> str:
 
 
 def draw_layout(rng: np.random.Generator, split: str) -> Layout:
-    """Draw the layout of a scene.
-
-    Args:
-        rng: source of randomness.
-        split: a name in `SPLITS`; determines which combinations may occur.
-
-    Returns:
-        The layout, with two to four objects.
-    """
+    """Draw the layout of a scene with two to four objects, of the combinations of a split."""
     combinations = HELD_OUT if SPLITS[split].held_out else SEEN
     sky: str | None = SKIES[rng.integers(len(SKIES))]
     ground: str | None = GROUNDS[rng.integers(len(GROUNDS))]

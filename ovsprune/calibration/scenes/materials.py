@@ -1,4 +1,4 @@
-"""Surfaces of the objects: computes pixels from a colour and a material."""
+"""Surfaces of the objects: pixels from a colour and a material."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ from ovsprune.calibration.scenes.vocabulary import COLOURS
 Array = NDArray[np.float32]
 
 
-def second_tone(colour: Array) -> Array:
-    """Return the tone of stripes, dots and marks: lighter on dark colours, darker on light ones.
-
-    Args:
-        colour: sRGB of shape (3,), in 0..255.
-
-    Returns:
-        sRGB of shape (3,), in 0..255.
-    """
+def _second_tone(colour: Array) -> Array:
+    """Return the tone [3] of stripes, dots and marks: lighter on dark colours, else darker."""
     luma = float(colour @ np.array((0.299, 0.587, 0.114), dtype=np.float32))
     return colour * 0.5 if luma > 110.0 else colour * 0.5 + 120.0
 
@@ -37,18 +30,18 @@ def paint(
     Args:
         colour: a name in `COLOURS`.
         material: a name in `MATERIALS`.
-        u: horizontal coordinate in the object, shape (h, w), in 1/112 of the image's side.
-        v: vertical coordinate in the object, shape (h, w), in the same units.
-        mark: coverage of the marks, shape (h, w), in 0..1.
+        u: horizontal coordinate in the object, [h, w], in 1/112 of the image's side.
+        v: vertical coordinate in the object, [h, w], in the same units.
+        mark: coverage of the marks, [h, w], in 0..1.
         light: direction of the light, a unit vector in u and v.
         jitter: three numbers in -1..1: hue and brightness, texture scale, texture phase.
 
     Returns:
-        sRGB of shape (h, w, 3), in 0..255 before clipping.
+        sRGB [h, w, 3], in 0..255 before clipping.
     """
     tint, scale, phase = jitter
     base = np.array(COLOURS[colour], dtype=np.float32) * (1.0 + 0.1 * tint)
-    other = second_tone(base)
+    other = _second_tone(base)
     wave = 1.0 + 0.15 * scale
     slope = np.float32(0.006) * (u * light[0] + v * light[1])
     share = np.zeros_like(u)
@@ -68,5 +61,5 @@ def paint(
         shiny = base_map + (250.0 - base_map) * (0.85 * share_white)[..., None]
         return shiny * (1.0 - 0.45 * mark)[..., None]
     surface = base + (other - base) * share[..., None]
-    surface = surface + (second_tone(base) - surface) * (0.75 * mark)[..., None]
+    surface = surface + (_second_tone(base) - surface) * (0.75 * mark)[..., None]
     return surface * tone[..., None]

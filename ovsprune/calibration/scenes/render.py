@@ -1,4 +1,4 @@
-"""Renders one scene: a pure function of seed, index, split and size."""
+"""Rendering of one scene: a pure function of seed, index, split and size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OUTLINE = 2.6  # width of the pen in 1/112 of the side; its outer half lies out
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object of a scene.
+    """Object of a scene.
 
     Attributes:
         combination: colour, material and shape; the shape is the class name.
@@ -39,12 +39,12 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A rendered scene.
+    """Rendered scene.
 
     Attributes:
-        image: sRGB, uint8 of shape (size, size, 3).
-        labels: class ids, uint8 of shape (size, size); every pixel has a class.
-        instances: uint8 of shape (size, size): 0 is background, i + 1 is ``objects[i]``.
+        image: sRGB, uint8 [size, size, 3].
+        labels: class ids, uint8 [size, size]; every pixel has a class.
+        instances: uint8 [size, size]: 0 is background, i + 1 is ``objects[i]``.
         objects: the objects with at least one visible pixel, from back to front.
         backgrounds: names of the sky and the ground in the image.
         caption: a sentence about the scene.
@@ -103,15 +103,15 @@ def _background(
 ) -> tuple[Array, NDArray[np.uint8]]:
     """Render sky and ground: the canvas [size, size, 3] and its labels [size, size]."""
     y, x = grid(size)
-    labels = np.empty((size, size), dtype=np.uint8)
     if layout.sky is None or layout.ground is None:
         name = layout.backgrounds[0]
-        labels[:] = CLASS_NAMES.index(name)
+        labels = np.full((size, size), CLASS_NAMES.index(name), dtype=np.uint8)
         return TEXTURES[name](y, x, size, rng), labels
     edge = layout.horizon + 0.03 * layout.hilly * np.sin(7.0 * x + layout.phase)
     above = y < edge
     sky = TEXTURES[layout.sky](y, x, size, rng)
     ground = TEXTURES[layout.ground](y, x, size, rng)
+    labels = np.empty((size, size), dtype=np.uint8)
     labels[:] = np.where(above, CLASS_NAMES.index(layout.sky), CLASS_NAMES.index(layout.ground))
     return np.where(above[..., None], sky, ground), labels
 
@@ -154,9 +154,7 @@ def _coverage(
     turn = np.array([[cos, sin], [-sin, cos]]) * (placement.radius * side * s)
     scale = np.array([placement.stretch, 1.0])
     offset = np.array(centre) * s
-    body = Image.new("L", (extent[0] * s, extent[1] * s))
-    marks = Image.new("L", body.size)
-    lines = Image.new("L", body.size)
+    body, marks, lines = (Image.new("L", (extent[0] * s, extent[1] * s)) for _ in range(3))
     on_body, on_marks, on_lines = (ImageDraw.Draw(layer) for layer in (body, marks, lines))
     pen = max(1, round(_OUTLINE * s * side / 112.0))
     for points, mode in SHAPES[placement.combination.shape]:

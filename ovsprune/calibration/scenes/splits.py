@@ -10,7 +10,7 @@ _RANGE = 1_000_000
 
 
 class Split(NamedTuple):
-    """A range of scene numbers.
+    """Range of scene numbers.
 
     Attributes:
         start: number of the first scene.
@@ -34,16 +34,9 @@ SPLITS: dict[str, Split] = {
 
 
 def scene_entropy(index: int, split: str, seed: int, size: int) -> tuple[int, int]:
-    """Return the numbers that seed the random generator of a scene.
+    """Return the seed and the number of a scene, which is unique over all splits.
 
-    Args:
-        index: index of the scene in the split.
-        split: a name in `SPLITS`.
-        seed: seed of the data set, not negative.
-        size: side in pixels; it is checked and not used.
-
-    Returns:
-        The seed and the number of the scene, which is unique over all splits.
+    Both seed the random generator of the scene. The size, in pixels, is only checked.
 
     Raises:
         DataError: An argument is out of range.

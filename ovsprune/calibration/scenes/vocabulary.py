@@ -5,32 +5,9 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-OBJECTS: tuple[str, ...] = (
-    "ball",
-    "star",
-    "heart",
-    "moon",
-    "ring",
-    "cross",
-    "arrow",
-    "mug",
-    "house",
-    "tree",
-    "fish",
-    "bird",
-    "car",
-    "boat",
-    "mushroom",
-    "bottle",
-    "flower",
-    "leaf",
-    "bell",
-    "butterfly",
-    "snowman",
-    "rocket",
-    "cactus",
-    "crown",
-)
+from ovsprune.calibration.scenes.shapes import SHAPES
+
+OBJECTS: tuple[str, ...] = tuple(SHAPES)
 """Names of the object classes; the index in this tuple is the class id."""
 
 GROUNDS: tuple[str, ...] = ("grass", "sand", "water", "road", "snow", "brick floor")
@@ -59,7 +36,7 @@ MATERIALS: tuple[str, ...] = ("plain", "striped", "dotted", "metallic")
 
 
 class Combination(NamedTuple):
-    """A colour, a material and a shape, by name."""
+    """Colour, material and shape, by name."""
 
     colour: str
     material: str
@@ -77,12 +54,6 @@ def is_held_out(combination: Combination) -> bool:
     The rule is ``(shape + colour + 3 * material) % 8 == 0`` on the indices in `OBJECTS`,
     `COLOURS` and `MATERIALS`. It holds out an eighth of all combinations: one colour for every
     shape and material, so that every pair of words still occurs in training.
-
-    Args:
-        combination: names from the vocabulary.
-
-    Returns:
-        True for a held-out combination.
     """
     shape = OBJECTS.index(combination.shape)
     colour = tuple(COLOURS).index(combination.colour)
