@@ -63,13 +63,9 @@ def recipe_of(checkpoint: SlimCheckpoint) -> str:
         base["model"] = spec.base.model
         if spec.base.pretrained not in OWN_WEIGHTS:
             base["pretrained"] = spec.base.pretrained or "none"
-    base["dtype"] = _dtype(checkpoint)
-    if all(name.startswith("visual.") for name in checkpoint.tensors):
+    tower = [t for name, t in checkpoint.tensors.items() if name.startswith("visual.")]
+    dtype = next(t.dtype for t in tower if t.is_floating_point())
+    base["dtype"] = str(dtype).removeprefix("torch.")
+    if len(tower) == len(checkpoint.tensors):
         base["text"] = False
     return to_toml(values, {BASE: base})
-
-
-def _dtype(checkpoint: SlimCheckpoint) -> str:
-    """Return the type of the tower's floating-point tensors."""
-    kinds = (t.dtype for n, t in checkpoint.tensors.items() if n.startswith("visual."))
-    return next(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point)
