@@ -13,7 +13,7 @@ from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone
 
-__all__ = ["DTYPES", "cast", "check_dtype", "open_dense", "open_model"]
+__all__ = ["DTYPES", "cast", "check_dtype", "open_model"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Data types in which a tower can be saved."""
@@ -51,28 +51,6 @@ def open_model(
         progress.note(note)
     if not model.trained:
         progress.note(f"{model.name} has random weights: the result is marked as untrained")
-    return model
-
-
-def open_dense(
-    model: str | Backbone,
-    pretrained: str | None,
-    activation: str | None,
-    device: str,
-    progress: Progress,
-    clock: Clock,
-) -> Backbone:
-    """Return the model like :func:`open_model`, and refuse a slim one.
-
-    Raises:
-        OptionError: The model is slim already.
-        WeightsError: The weights cannot be loaded.
-    """
-    model = open_model(model, pretrained, activation, device, progress, clock)
-    if model.slim is not None:
-        raise OptionError(
-            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
-        )
     return model
 
 

@@ -74,7 +74,7 @@ def test_an_interrupted_training_goes_on_to_the_same_tower(
     trained(None)
     progress = Silent()
     again = job(small, RATIO, imp_rounds=str(file), progress=progress, **options)
-    assert any("going on after round 2" in note for note in progress.notes)
+    assert any("training continues after round 2" in note for note in progress.notes)
     assert_same(whole.tower, again.tower)
     if job is imp:
         assert whole.rounds == again.rounds
