@@ -66,15 +66,10 @@ class RoundsFile:
     def resume(
         self, student: nn.Module, check: Callable[[list[Any]], None] | None = None
     ) -> tuple[dict[str, Tensor], list[Any]]:
-        """Load the weights of the last round into ``student``.
+        """Load the last round into ``student``, and return what :meth:`save` received.
 
-        Args:
-            student: Tower that is trained; unchanged if an error is raised.
-            check: Receives the records of the rounds; raises an error if they cannot be continued.
-
-        Returns:
-            Masks by name, and the record of every round, as given to :meth:`save`; both empty if
-            there is no file yet.
+        Masks and records are empty if there is no file yet. ``check`` raises an error if the
+        records cannot be continued; the student is then unchanged.
 
         Raises:
             DataError: The file is damaged, or belongs to another training.
@@ -92,12 +87,7 @@ class RoundsFile:
         return masks, rounds
 
     def save(self, student: nn.Module, masks: Mapping[str, Tensor], rounds: Sequence[Any]) -> None:
-        """Replace the previous round by this one.
-
-        Args:
-            student: Tower that is trained.
-            masks: Name to bool tensor.
-            rounds: Record of every round, as JSON values.
+        """Replace the previous round by weights, bool masks by name, and one record per round.
 
         Raises:
             OutputError: The file cannot be written; the previous one remains.

@@ -27,7 +27,7 @@ from ovsprune.pruning.config import PruneConfig
 from ovsprune.pruning.search_space import min_units_by_group
 from ovsprune.pruning.selection import Selection, SelectionContext
 
-__all__ = ["ImpSelector", "imp_selector", "prune_units", "remove_smallest", "unit_sizes"]
+__all__ = ["ImpSelector", "imp_selector"]
 
 
 class ImpSelector:
@@ -94,21 +94,7 @@ def prune_units(
 ) -> tuple[Plan, nn.Module]:
     """Alternate pruning and training until the budget is met.
 
-    Args:
-        dense: Rewritten tower; it is not changed.
-        groups: Groups that may be cut.
-        budget: Cost that must remain.
-        pictures: Calibration images.
-        stages: Returns a tower as a sequence of blocks.
-        settings: Configuration of the prune.
-        rounds: File of the last round, from which an interrupted run continues.
-        progress: Progress reporter.
-
-    Returns:
-        The plan, and a trained copy of the tower that is not cut: weights of removed units are 0.
-
-    Raises:
-        BudgetError: The minimum units of the groups cost more than the budget.
+    Return the plan, and a trained copy of the tower in which removed units are zero, not cut.
     """
     ctx = AllocationContext(groups, Scores({}, {}), budget, None)
     spare_budget(ctx)  # raises BudgetError before any training
@@ -175,15 +161,8 @@ def remove_smallest(
     removed units that fit into the budget are restored. The budget is thus met up to the cost of
     the cheapest unit.
 
-    Args:
-        ctx: Groups and budget.
-        kept: Group name to bool [units]: units that remain before the round.
-        sizes: Group name to float64 [units]: present magnitude of each unit.
-        dense_sizes: Group name to float64 [units]: magnitude in the dense tower, by which removed
-            units are ranked.
-
-    Returns:
-        Group name to bool [units]: units that remain after the round.
+    ``kept`` and the result map group names to bool [units]; ``sizes`` and ``dense_sizes`` map them
+    to float64 [units]. Removed units are ranked by their size in the dense tower.
     """
     groups = {g.name: g for g in ctx.groups}
     kept = {name: mask.clone() for name, mask in kept.items()}

@@ -107,7 +107,7 @@ class TorchPruning:
         tower: Original or rewritten tower; it is not changed.
         groups: Groups that may be cut, found on the rewritten tower.
         size: Height and width of the images in pixels.
-        gradients: Name of a parameter to its gradient; required by ``method.taylor``.
+        gradients: Gradient by name of a parameter; required by ``method.taylor``.
         budget: Cost that a ratio refers to: ``"macs"`` or ``"params"``.
         round_to: ``round_to`` of the library: widths are multiples of this.
 
@@ -233,7 +233,7 @@ class TorchPruning:
         yield max(_GRID, key=lambda heads: self._at((_GRID[-2], heads)))
 
     def _bisect(self, ratio: float, pair: Callable[[float], Pair]) -> list[Pair]:
-        """Return the pairs that were tried: up the grid to the target, then within its last step."""
+        """Return the pairs that were tried: up the grid to the target, then in its last step."""
         low, high = 0.0, 0.0
         tried = []
         for high in _GRID:
@@ -282,27 +282,19 @@ def feature_gradients(
     batch_size: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Return the gradients of a label-free feature loss, for the library's Taylor importance.
+    """Return the gradients of a label-free feature loss by parameter, for Taylor importance.
 
     The distance between equal features has no gradient, so Gaussian noise is added to each image,
     with a tenth of the standard deviation of the image. The loss is the mean squared distance
     between the L2-normalised dense tokens of the noisy and the clean image, summed over images.
-
-    Args:
-        tower: Original or rewritten tower; it is not changed.
-        stages: Returns a tower as a sequence of blocks.
-        pictures: Calibration images.
-        batch_size: Number of images per batch.
-        seed: Seed of the noise.
-
-    Returns:
-        Name of a parameter to its gradient, for all parameters that have one.
     """
     tower = deepcopy(tower).eval().requires_grad_(True)
     parts = stages(tower)
     device = next(tower.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    for clean, noisy in _pairs(pictures, batch_size, generator):
+    for clean in pictures.batches(batch_size):  # [b, 3, H, W]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = clean + 0.1 * clean.std((1, 2, 3), keepdim=True) * noise
         with torch.no_grad():
             target = _tokens(parts, clean.to(device))  # [b, C, h, w]
         tokens = _tokens(parts, noisy.to(device))
@@ -313,14 +305,6 @@ def feature_gradients(
         for name, parameter in tower.named_parameters()
         if parameter.grad is not None
     }
-
-
-def _pairs(
-    pictures: Pictures, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for images in pictures.batches(batch_size):
-        noise = torch.randn(images.shape, generator=generator)
-        yield images, images + 0.1 * images.std((1, 2, 3), keepdim=True) * noise
 
 
 def _tokens(stages: Stages, images: Tensor) -> Tensor:

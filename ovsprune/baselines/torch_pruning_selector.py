@@ -40,12 +40,12 @@ class TorchPruningRuns:
         *,
         rewritten: bool,
     ) -> TorchPruning:
-        """Return Torch-Pruning for a tower; equal runs share one object.
+        """Return Torch-Pruning for a tower, original or rewritten; equal runs share one object.
 
         Args:
             method: Name in :data:`TORCH_PRUNING_METHODS`.
-            config: Gives budget, rounding, batch size and seed.
-            tower: Original or rewritten tower; it is not changed.
+            config: Configuration; gives budget, rounding, batch size and seed.
+            tower: Tower; it is not changed.
             groups: Groups that may be cut.
             pictures: Calibration images.
             rewritten: True if ``tower`` is rewritten.
