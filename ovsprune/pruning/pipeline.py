@@ -1,4 +1,4 @@
-"""The steps of a prune on a loaded backbone: search space, selection, cut, recovery, check."""
+"""Steps of a prune on a loaded backbone: search space, selection, cut, recovery, check."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ovsprune.allocation.trim import cost
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.batch_norms import recalibrate_batchnorm
 from ovsprune.calibration.fidelity import Fidelity, fidelity
@@ -15,13 +16,19 @@ from ovsprune.calibration.pictures import open_pictures, unseen_pictures
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import BudgetError
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import Backbone, Budget, Family, Pictures, RecoveryContext
-from ovsprune.core.records import Costs, Group, Plan
+from ovsprune.core.protocols import (
+    AllocationContext,
+    Backbone,
+    Budget,
+    Family,
+    Pictures,
+    RecoveryContext,
+)
+from ovsprune.core.records import Costs, Group, Plan, Scores
 from ovsprune.graph.costs import count_costs
 from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import with_costs
-from ovsprune.profiling.latency import compare_latency
-from ovsprune.pruning.budgets import counted_budget, plan_cost, timed_budget
+from ovsprune.profiling.latency import compare_latency, latency_budget
 from ovsprune.pruning.config import TOLERANCE, PruneConfig
 from ovsprune.pruning.criterion_selector import CriterionSelector
 from ovsprune.pruning.provenance import make_spec, provenance
@@ -67,7 +74,7 @@ class _Cut:
 
 
 class Pipeline:
-    """One prune of one loaded backbone.
+    """Prune of a loaded backbone.
 
     Args:
         backbone: Model to prune; it is not changed.
@@ -157,7 +164,7 @@ class Pipeline:
         )
 
     def _copy(self) -> nn.Module:
-        """Return a float32 copy of the tower: moments and repairs need that precision."""
+        """Return a float32 copy of the tower; moments and recoveries need that precision."""
         return deepcopy(self.backbone.tower).float().eval().requires_grad_(False)
 
     def _open_pictures(self) -> tuple[Pictures, Pictures]:
@@ -189,13 +196,10 @@ class Pipeline:
         slim: nn.Module | None = None
         plan = keep_all(groups)
         steps = ratios(self.config.ratio, self.config.rounds)
-        cost = 0.0
         with self.progress.stage("pruning", len(steps)) as advance:
             for number, ratio in enumerate(steps, 1):
                 ctx = self._context(space, slim, plan, base, ratio, pictures)
                 selection = self._select(ctx, number, len(steps))
-                budget = ctx.budget
-                cost = plan_cost(ctx.groups, budget, selection.plan)
                 if slim is None:
                     slim = selection.trained or deepcopy(dense)
                 cut(slim, ctx.groups, selection.plan)
@@ -204,7 +208,9 @@ class Pipeline:
                 self.clock.lap("recover")
                 advance(1)
         assert slim is not None
-        return _Cut(plan=plan, tower=slim, budget=budget, cost=cost)
+        widths = {g.name: selection.plan.width(g.name) for g in ctx.groups}
+        remaining = cost(AllocationContext(ctx.groups, Scores({}, {}), ctx.budget, None), widths)
+        return _Cut(plan=plan, tower=slim, budget=ctx.budget, cost=remaining)
 
     def _context(
         self,
@@ -223,11 +229,14 @@ class Pipeline:
         if slim is not None:
             groups = with_costs(slim, groups, size)
             current = self._current_costs(base, space.tower, slim)
-        if self.config.budget == "latency":
-            budget = timed_budget(tower, groups, self.family, size, self.config, self.progress)
+        kind = self.config.budget
+        if kind == "latency":
+            table = self.config.latency_table
+            budget = latency_budget(tower, groups, self.family, size, ratio, table, self.progress)
             self.clock.lap("layer times")
         else:
-            budget = counted_budget(self.config.budget, base, current, ratio)
+            # The ratio refers to the dense tower, also in later rounds.
+            budget = Budget(kind, float(current.of(kind)), base.of(kind) * (1 - ratio))
         return SelectionContext(
             tower=tower, groups=groups, budget=budget, pictures=pictures, is_dense=slim is None
         )

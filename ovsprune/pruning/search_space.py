@@ -93,9 +93,7 @@ def split_protected(
 ) -> tuple[list[PrunableLayer], dict[str, str]]:
     """Split layers into those that may be cut, and the names of the others with the reason.
 
-    Args:
-        layers: Prunable layers, some of them protected by the family.
-        patterns: Further layers to protect; matched against names of groups, blocks and layers.
+    ``patterns`` protect further layers; they match names of groups, blocks and layers.
 
     Raises:
         OptionError: A pattern matches nothing, or everything is protected.
@@ -122,9 +120,7 @@ def split_protected(
 def raise_min_units(groups: Sequence[Group], floors: Sequence[str]) -> list[Group]:
     """Return the groups with their minimum units raised to those of all matching floors.
 
-    Args:
-        groups: Groups that may be cut.
-        floors: ``"PATTERN=N"`` each; patterns match the names of a group, its block and its layers.
+    A floor is ``"PATTERN=N"``; patterns match the names of a group, its block and its layers.
 
     Raises:
         OptionError: A floor cannot be parsed, matches nothing, or exceeds the units of a group.
@@ -161,21 +157,14 @@ def allow_empty_groups(tower: nn.Module, groups: Sequence[Group]) -> list[Group]
     This needs a residual connection around the group. A group with a norm or a convolution keeps a
     unit, because PyTorch has no such layers without channels.
 
-    Args:
-        tower: Rewritten tower.
-        groups: Groups of the tower.
-
     Raises:
         OptionError: No group can be emptied.
     """
 
     def can_be_empty(group: Group) -> bool:
         weights = (weight_of(tower.get_submodule(s.module)) for s in group.slices)
-        return (
-            group.stream is not None
-            and not group.norms
-            and all(weight.ndim < 3 for weight in weights)
-        )
+        linear = all(weight.ndim < 3 for weight in weights)
+        return group.stream is not None and not group.norms and linear
 
     emptied = [replace(group, min_units=0) if can_be_empty(group) else group for group in groups]
     if all(group.min_units for group in emptied):

@@ -89,13 +89,9 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def _followed(
     name: str, allowed: Sequence[str], weights: Sequence[str], *, after: bool
 ) -> Iterable[str]:
-    """Return the weights that a parameter follows.
+    """Return the weight matrices among ``allowed`` that a parameter follows.
 
-    Args:
-        name: Name of the parameter.
-        allowed: Names of all parameters that the schedule may change, in the order of the model.
-        weights: Those of them that are weight matrices.
-        after: True if the parameter follows the weight before it instead of the one after it.
+    With ``after``, a parameter follows the weight before it instead of the one after it.
     """
     module, _, last = name.rpartition(".")
     same_module = [weight for weight in weights if weight.rpartition(".")[0] == module]
