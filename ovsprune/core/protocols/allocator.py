@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ovsprune.core.records import (
-    Curves,
-    Group,
-    Scores,
-)
+from ovsprune.core.records import Curves, Group, Scores
 
 __all__ = ["AllocationContext", "Allocator", "Budget"]
 

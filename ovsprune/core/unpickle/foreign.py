@@ -107,15 +107,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _collect(
-    path: Path,
-    root: Any,
-    inert: tuple[str, ...],
-    wanted: Wanted | None,
-    what: str,
+    path: Path, root: Any, inert: tuple[str, ...], wanted: Wanted | None, what: str
 ) -> Foreign:
     """Find the model's state in the content of the file."""
     state, container = _plain(root), None
-    accept = wanted or bool
+    accept = wanted or bool  # bool: there is at least one tensor
     if not accept(_tensors(state)):
         others = [] if wanted is None else [key for key in state if isinstance(key, str)]
         for key in (*_CONTAINERS, *others):
@@ -144,11 +140,7 @@ def _collect(
 
 
 def _flatten_modules(root: Any) -> dict[str, Any]:
-    """Return the attributes of nested TorchScript modules by their dotted names.
-
-    Raises:
-        CheckpointError: There are too many modules, or they are nested too deeply.
-    """
+    """Return the attributes of nested TorchScript modules by their dotted names."""
     attributes: dict[str, Any] = {}
     todo, visited = [("", 0, root)], 0
     while todo:
