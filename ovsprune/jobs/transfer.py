@@ -11,7 +11,7 @@ from torch import nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress, Silent
-from ovsprune.core.unpickle.folder import sibling_files, read_folder
+from ovsprune.core.unpickle.folder import read_folder, sibling_files
 from ovsprune.core.unpickle.foreign import Foreign, read_foreign
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.attach import undo_on_error

@@ -357,7 +357,11 @@ def test_the_pool_is_stated_and_can_be_changed():
         ({"policy": "alfa"}, UnknownNameError, "Did you mean 'alpha'"),
         ({"fraction": 1.2}, OptionError, r"fraction 1\.2 is outside \[0, 1\]"),
         ({"count": -1}, OptionError, "count -1 must be 0 or more"),
-        ({"policy": "alpha-refresh"}, OptionError, "alpha-refresh chooses again .*total_steps"),
+        (
+            {"policy": "alpha-refresh"},
+            OptionError,
+            "alpha-refresh changes its choice .*total_steps",
+        ),
         ({"total_steps": 0}, OptionError, "total_steps 0 must be 1 or more"),
         ({"every": 0}, OptionError, "every 0 must be 1 step or more"),
         ({"rest": "drop"}, OptionError, "rest is 'drop', expected one of follow"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.unpickle.foreign import Foreign, read_foreign
 
-__all__ = ["sibling_files", "read_folder"]
+__all__ = ["read_folder", "sibling_files"]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
