@@ -114,7 +114,7 @@ def test_another_training_is_refused(
 ) -> None:
     job, file = untrained
     content = file.read_bytes()
-    with pytest.raises(DataError, match=f"trained on something else: .*{said}"):
+    with pytest.raises(DataError, match=f"trained with other inputs: .*{said}"):
         job(small, RATIO, imp_rounds=str(file), **{**QUICK, "imp_steps": 0, **change})
     assert file.read_bytes() == content
 

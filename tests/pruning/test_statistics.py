@@ -70,7 +70,7 @@ def test_statistics_of_another_origin_are_refused(
 ) -> None:
     file = str(tmp_path / "statistics.safetensors")
     prune(small, 0.5, statistics=file, **OPTIONS)
-    with pytest.raises(DataError, match=f"measured on something else.*{said}"):
+    with pytest.raises(DataError, match=f"measured with other inputs.*{said}"):
         prune(small, 0.5, statistics=file, **{**OPTIONS, **change})
 
 
