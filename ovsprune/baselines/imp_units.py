@@ -47,12 +47,7 @@ class ImpSelector:
         self.progress, self.clock = progress, clock
 
     def select(self, ctx: SelectionContext) -> Selection:
-        """Return the units to keep, and the trained tower.
-
-        Raises:
-            BudgetError: The minimum units of the groups cost more than the budget.
-            DataError: The file of rounds belongs to another training.
-        """
+        """Return the units to keep, and the trained tower."""
         ranked = {
             "groups": min_units_by_group(ctx.groups),
             "budget": ctx.budget.kind,

@@ -85,11 +85,7 @@ class TorchPruningSelector:
         self.runs, self.method, self.config = runs, method, config
 
     def select(self, ctx: SelectionContext) -> Selection:
-        """Select units.
-
-        Raises:
-            BudgetError: Torch-Pruning cannot reach the budget on this tower.
-        """
+        """Return the units that Torch-Pruning keeps within the budget."""
         run = self.runs.run(
             self.method, self.config, ctx.tower, ctx.groups, ctx.pictures, rewritten=True
         )

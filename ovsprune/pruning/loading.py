@@ -27,15 +27,9 @@ def open_model(
     progress: Progress,
     clock: Clock,
 ) -> Backbone:
-    """Return the model to prune, loaded if it is a name; report its notes.
+    """Return the model to prune, loaded if it is a name, and report its notes.
 
-    Args:
-        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
-        pretrained: Tag, file, or ``"none"``.
-        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
-        device: Device of the tower.
-        progress: Progress reporter.
-        clock: Receives the seconds of loading.
+    The arguments are those of :func:`ovsprune.backbones.load_backbone`.
 
     Raises:
         WeightsError: The weights cannot be loaded.
@@ -55,11 +49,7 @@ def open_model(
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse an unknown data type.
-
-    Raises:
-        OptionError: ``dtype`` is not in :data:`DTYPES`.
-    """
+    """Raise OptionError if ``dtype`` is not in :data:`DTYPES`."""
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
 

@@ -58,19 +58,12 @@ class Pruned:
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """Slim tower after the last round.
+    """Slim tower after the last round, still rewritten."""
 
-    Attributes:
-        plan: Kept units in the coordinates of the search space.
-        tower: Slim tower, rewritten.
-        budget: Budget of the last round.
-        cost: Cost of the tower, in the budget's unit and by the budget's prices.
-    """
-
-    plan: Plan
+    plan: Plan  # in the coordinates of the search space
     tower: nn.Module
-    budget: Budget
-    cost: float
+    budget: Budget  # of the last round
+    cost: float  # by the budget's prices
 
 
 class Pipeline:
@@ -115,6 +108,7 @@ class Pipeline:
         """
         size, config = self.backbone.preprocess.size, self.config
         dense = self._copy()
+        # Rewriting changes the counts slightly, so the costs are those of the original tower.
         base = count_costs(dense, size)
         space = SearchSpace.build(
             self.backbone,
@@ -128,7 +122,7 @@ class Pipeline:
         pictures, held_out = self._open_pictures()
         result = self._prune_in_rounds(space, base, pictures)
         slim, plan = result.tower, result.plan
-        self.family.finish(slim, space.groups, plan)
+        self.family.finish(slim, space.groups, plan)  # undoes the rewriting
         if config.repairs:
             # The rewritten dense tower has its norms folded: a fresh copy still has them.
             recalibrate_batchnorm(
@@ -198,6 +192,7 @@ class Pipeline:
         steps = ratios(self.config.ratio, self.config.rounds)
         with self.progress.stage("pruning", len(steps)) as advance:
             for number, ratio in enumerate(steps, 1):
+                # Selection works in the coordinates of the present tower, the plan in dense ones.
                 ctx = self._context(space, slim, plan, base, ratio, pictures)
                 selection = self._select(ctx, number, len(steps))
                 if slim is None:

@@ -58,6 +58,7 @@ def in_base(checkpoint: SlimCheckpoint | None, plan: Plan) -> Plan:
     if checkpoint is None:
         return plan
     mask = checkpoint.mask
+    # mask[name] maps units of the slim model to units of the base: [units] -> base indices.
     kept = {name: mask[name][i] if name in mask else i for name, i in plan.kept.items()}
     return Plan({**mask, **kept})
 
@@ -73,7 +74,7 @@ def layers_in_base(
     merged = {layer.name: layer for layer in checkpoint.spec.layers}
     for layer in layers:
         before = merged.get(layer.name)
-        if before is None:
+        if before is None:  # not cut until now, but its slices may have moved
             slices = tuple(_slice_in_base(checkpoint, part) for part in layer.slices)
             merged[layer.name] = replace(layer, slices=slices)
         else:
@@ -92,6 +93,7 @@ def _slice_in_base(checkpoint: SlimCheckpoint, part: SliceSpec) -> SliceSpec:
         return part
     weight = checkpoint.tensors[f"visual.{part.module}.weight"]
     size = weight.shape[0 if part.axis == "out" else 1]
+    # Add the channels that earlier cuts removed, to get the size of the axis in the base.
     size += sum((run.units - run.kept.numel()) * run.unit_width for run in runs)
     return replace(part, offset=int(keep_index(size, runs)[part.offset]))
 

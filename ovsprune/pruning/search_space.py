@@ -140,6 +140,7 @@ def raise_min_units(groups: Sequence[Group], floors: Sequence[str]) -> list[Grou
             )
         for i in hits:
             group = raised[i]
+            # The offset keeps rounding errors (0.3 * 10 = 3.0000000000000004) from adding a unit.
             least = math.ceil(value * group.units - 1e-9) if value < 1 else int(value)
             if least > group.units:
                 raise OptionError(

@@ -469,6 +469,6 @@ def test_an_invalid_criterion_is_refused(small: Backbone, criterion: Any, said: 
 
 
 def test_a_criterion_without_its_inputs_is_refused(small: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"resblocks\.0\.attn .* has none before .*out_proj"):
+    with pytest.raises(OptionError, match=r"resblocks\.0\.attn .* has no norm .*out_proj"):
         prune(small, 0.5, criterion="bn-scale", output=tmp_path / "slim", **QUICK)
     assert not list(tmp_path.iterdir())
