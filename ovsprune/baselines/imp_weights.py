@@ -176,6 +176,7 @@ class _WeightPruning:
     ) -> tuple[dict[str, Tensor], list[Round]]:
         settings = self.settings
         parameters = dict(self.student.named_parameters())
+        # Parameters of the student: training changes them, and the next round ranks them.
         weights = {product.name: parameters[product.name] for product in ranked}
         total = sum(w.numel() for w in weights.values())
         plan = kept_by_round(total, settings.ratio)
@@ -194,7 +195,7 @@ class _WeightPruning:
             done=len(rounds) * settings.imp.steps,
         )
         for number, keep in enumerate(plan[len(rounds) :], start=len(rounds) + 1):
-            masks = keep_largest(weights, masks, keep)
+            masks = keep_largest(weights, masks, keep)  # by magnitude over all layers
             if settings.imp.rewind:
                 training.rewind()
             title = f"round {number} of {len(plan)}"
@@ -271,7 +272,7 @@ def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[P
     Raises:
         OptionError: A pattern matches nothing, or nothing is left.
     """
-    excluded = {products[0].name}
+    excluded = {products[0].name}  # the paper does not prune the first layer
     for pattern in patterns:
         hits = {p.name for p in products if fnmatchcase(p.name, pattern)}
         if not hits:

@@ -52,6 +52,7 @@ class MaskedTraining:
         self._student, self._teacher = stages(student), stages(teacher)
         self._device = next(student.parameters()).device
         self._images = collect_images(pictures, batch_size)
+        # [batch_size] indices per step; an interrupted run has used the first `done` of them.
         self._batches = islice(_endless(len(self._images), batch_size, seed), done, None)
 
     @torch.no_grad()
@@ -90,6 +91,7 @@ class MaskedTraining:
         parameters = dict(self.student.named_parameters())
         masks = {name: mask.to(self._device) for name, mask in masks.items()}
         zero(parameters, masks)
+        # A new optimiser per round, so that a resumed training is exact.
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.rate, weight_decay=0.0)
         losses = []
         for _ in range(steps):
@@ -100,10 +102,11 @@ class MaskedTraining:
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            zero(parameters, masks)
+            zero(parameters, masks)  # the optimiser moves masked weights, too
             losses.append(loss.item())
             self._check(len(losses), loss.isfinite())
             advance(1)
+        # The last step may have produced parameters that no loss has seen.
         self._check(steps, torch.stack([p.isfinite().all() for p in parameters.values()]).all())
         optimizer.zero_grad()
         return losses

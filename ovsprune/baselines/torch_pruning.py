@@ -133,7 +133,7 @@ class TorchPruning:
         self.groups = [g for g in groups if all(s.module in present for s in g.slices)]
         self.not_cut = [g.name for g in groups if g not in self.groups]
         self._dense = self._cost(tower)
-        self._tried: dict[Pair, float] = {}
+        self._tried: dict[Pair, float] = {}  # a prune takes seconds, so its result is kept
 
     def reach(self, ratio: float) -> TorchPruningResult:
         """Bisect the library's pruning ratio until the measured cost fits.
@@ -183,6 +183,7 @@ class TorchPruning:
         return count_costs(tower, self.size).of(self.budget)
 
     def _pruner(self, tower: nn.Module, widths: float, heads: float) -> torch_pruning.BasePruner:
+        # Everything that our default does not cut is ignored by the library.
         free = {s.module for g in self.groups for s in g.slices if s.axis == "out"}
         roots = (nn.Linear, nn.modules.conv._ConvNd)
         return torch_pruning.BasePruner(
@@ -204,7 +205,7 @@ class TorchPruning:
                 for s in g.slices
                 if g.kind == "heads" and s.axis == "out"
             },
-            prune_num_heads=True,
+            prune_num_heads=True,  # whole heads; head dimensions stay
             prune_head_dims=False,
             round_to=self.round_to if self.round_to > 1 else None,
             # The library changes its default dicts in place, which all pruners would share.
@@ -227,9 +228,11 @@ class TorchPruning:
         """Yield ratios of the heads to fix while the ratio of the widths is bisected."""
         if not any(group.kind == "heads" for group in self.groups):
             return
+        # Below the jump: the last common ratio that stays short of the target.
         below = list(takewhile(lambda r: self._at((r, r)) < ratio, _GRID))
         if below:
             yield max(below, key=lambda r: self._at((r, r)))
+        # Where the library removes most at nearly full removal of widths.
         yield max(_GRID, key=lambda heads: self._at((_GRID[-2], heads)))
 
     def _bisect(self, ratio: float, pair: Callable[[float], Pair]) -> list[Pair]:

@@ -34,7 +34,7 @@ class Config:
         for declared in fields(self):  # type: ignore[arg-type]
             value = getattr(self, declared.name)
             if isinstance(value, list):
-                object.__setattr__(self, declared.name, tuple(value))
+                object.__setattr__(self, declared.name, tuple(value))  # the class is frozen
 
     @property
     def variant(self) -> str:
@@ -94,6 +94,7 @@ class Config:
         options = options_of(type(self))
         for declared in options:
             check_value(declared, self.value(declared))
+        # None and the value that switches an option off are accepted with every method.
         changed = [
             o for o in options if o.changed(self.value(o)) and self.value(o) not in (None, o.off)
         ]
@@ -146,6 +147,7 @@ class Config:
         values.pop(BASE, None)
         try:
             values = _known_options(cls, values)
+            # Check now, so that messages name the file; FOLDER and the like are no valid values.
             for declared in options_of(cls):
                 if declared.name in values and not cls.unrecorded(declared.name, values):
                     check_value(declared, values[declared.name])
@@ -178,7 +180,7 @@ class Config:
         known = {o.name: o for o in options_of(cls)}
         flat = _flatten(provenance)
         values = {k: v for k, v in flat.items() if k in known and v is not None}
-        draft = cls.from_options(values)
+        draft = cls.from_options(values)  # knows which options its method ignores
         return {k: v for k, v in values.items() if draft.applies(known[k])}
 
     def to_toml(self, base: Mapping[str, Any] | None = None) -> str:

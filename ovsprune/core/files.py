@@ -114,7 +114,7 @@ def staged_file(path: Path, *, what: str = "", remedy: str = _REMEDY) -> Iterato
     with _reported(what or str(path), remedy), _parents(path.parent), _scratch(path) as scratch:
         new = scratch / path.name
         yield new
-        flush(new)
+        flush(new)  # otherwise a crash could leave an empty file under the final name
         os.replace(new, path)
 
 
@@ -167,6 +167,7 @@ def _exchange(a: Path, b: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
         return False
+    # Linux 3.15 and later, on most file systems.
     paths = os.fsencode(a), os.fsencode(b)
     return bool(renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
 
@@ -185,7 +186,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _parents(parent: Path) -> Iterator[None]:
     """Make ``parent`` and the directories above it; remove the new ones if the block fails."""
-    made = []
+    made = []  # innermost first
     missing = parent
     while not missing.exists():
         made.append(missing)
@@ -195,7 +196,7 @@ def _parents(parent: Path) -> Iterator[None]:
         yield
     except BaseException:
         for directory in made:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # not empty: another process uses it
                 directory.rmdir()
         raise
 

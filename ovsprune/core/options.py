@@ -197,7 +197,7 @@ def options_of(config: type) -> tuple[Option, ...]:
     for declared_field in fields(config):
         declared = declared_field.metadata.get(_METADATA)
         name = declared_field.name
-        if isinstance(declared, _Section):
+        if isinstance(declared, _Section):  # inline its options: distill.lr becomes distill_lr
             options += [
                 replace(
                     inner,
@@ -214,7 +214,7 @@ def options_of(config: type) -> tuple[Option, ...]:
 
 def _value_type(hint: Any) -> dict[str, Any]:
     """Return ``value_type``, ``optional``, ``repeated`` and ``objects`` of a type annotation."""
-    members = typing.get_args(hint) or (hint,)
+    members = typing.get_args(hint) or (hint,)  # (str, NoneType), (str, ...) of a tuple, (str,)
     return {
         "value_type": next(member for member in members if member in _TYPES),
         "optional": NoneType in members,
@@ -244,9 +244,10 @@ def check_value(declared: Option, value: Any) -> None:
 def _check_one(declared: Option, value: Any) -> None:
     if not (declared.objects and not isinstance(value, str)):
         _check_type(declared, value)
+    # An object given from Python has no name; `validate` checks it.
     names = declared.names() if isinstance(value, str) else ()
     if names and value not in names:
-        if callable(declared.choices):
+        if callable(declared.choices):  # the names of a registry: name the closest one
             raise UnknownNameError(declared.name.replace("_", " "), value, names)
         raise OptionError(f"{declared.label} {value!r} is unknown; known: {', '.join(names)}")
     if declared.value_type in (int, float) and isinstance(value, Real):

@@ -59,7 +59,7 @@ def recipe_of(checkpoint: SlimCheckpoint) -> str:
     if reason is not None:
         raise OptionError(f"{checkpoint.path}: the criterion is missing in the recipe: {reason}")
     base: dict[str, Any] = {}
-    if "given" not in spec.provenance:
+    if "given" not in spec.provenance:  # the base is what was pruned, not its slim result
         base["model"] = spec.base.model
         if spec.base.pretrained not in OWN_WEIGHTS:
             base["pretrained"] = spec.base.pretrained or "none"

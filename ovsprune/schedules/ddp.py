@@ -57,6 +57,7 @@ def check_averaged(wrapper: DistributedDataParallel, expected: int) -> None:
             "DistributedDataParallel waits for the gradients of all parameters that it registered; "
             f"{_REMEDY}"
         )
+    # torch has no public way to ask a wrapper which parameters it averages.
     registered = int(wrapper._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
     if registered < expected:
         raise ScheduleError(

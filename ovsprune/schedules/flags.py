@@ -107,7 +107,7 @@ def parameter_groups(
     multipliers: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """Group parameters by learning rate and decay; see ``TrainPlan.groups``."""
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}  # (lr, weight decay) to its group
     for name, parameter in parameters.items():
         factor = next((f for p, f in multipliers.items() if fnmatchcase(name, p)), 1.0)
         key = lr * factor, weight_decay if parameter.ndim > 1 else 0.0

@@ -95,15 +95,17 @@ def _followed(
     """
     module, _, last = name.rpartition(".")
     same_module = [weight for weight in weights if weight.rpartition(".")[0] == module]
-    if same_module:
+    if same_module:  # a bias
         return same_module
     if last in PROJECTIONS:
         prefix = f"{module}." if module else ""
+        # The module applies its projection after all of its layers.
         inside = [weight for weight in weights if weight.startswith(prefix)]
         return (inside[-1] if inside else weights[-1],)
     known = set(weights)
     position = allowed.index(name)
     previous = next((other for other in reversed(allowed[:position]) if other in known), None)
     following = next((other for other in allowed[position + 1 :] if other in known), None)
+    # A batch norm may have no convolution before it, and the last norm no layer after it.
     candidates = (previous, following) if after else (following, weights[-1])
     return (next(other for other in candidates if other is not None),)

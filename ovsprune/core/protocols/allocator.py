@@ -47,6 +47,7 @@ class Budget:
             return 0.0
         if self.kind != "latency":
             return float(shared.of(self.kind))
+        # Milliseconds per MAC of either group at full width.
         times = [self.price(g, g.units) / (g.units * g.macs) for g in (group, other)]
         return shared.macs * sum(times) / 2
 

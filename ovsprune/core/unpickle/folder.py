@@ -52,6 +52,7 @@ def _shards(index: Path) -> list[str]:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = []
+    # A name with a folder in it could point anywhere on the disk.
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise CheckpointError(f"{index} lists no weight files of its own folder; copy it again")
     return names

@@ -113,6 +113,7 @@ def _collect(
     state, container = _plain(root), None
     accept = wanted or bool  # bool: there is at least one tensor
     if not accept(_tensors(state)):
+        # Without `wanted`, any tensors fit, so only the usual containers are searched.
         others = [] if wanted is None else [key for key in state if isinstance(key, str)]
         for key in (*_CONTAINERS, *others):
             if accept(_tensors(_plain(state.get(key)))):
@@ -126,6 +127,7 @@ def _collect(
             )
     inner = state if container is None else _plain(state[container])
     tensors = _tensors(inner)
+    # Data-parallel training puts "module." before every name.
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     other = set(_names(k for k in state if k != container)) if container else set()
     other |= set(_names(k for k in inner if k not in tensors))

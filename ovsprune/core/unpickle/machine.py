@@ -80,13 +80,13 @@ class PickleReader:
             return lambda storage, offset, size, stride, *rest: tensor_stub(
                 storage, offset, size, stride
             )
-        if key == "torch._utils._rebuild_parameter":
+        if key == "torch._utils._rebuild_parameter":  # a parameter is read as its tensor
             return lambda data, *rest: data
         if key == "torch.Size":
             return lambda sizes=(): tuple(sizes)
         if (array := self._arrays.replacement(key)) is not None:
             return array
-        if module.split(".")[0] == "__torch__":
+        if module.split(".")[0] == "__torch__":  # classes of TorchScript archives
             self.is_scripted = True
             return _fresh_module()
         self.unknown_names.add(key)
@@ -110,7 +110,7 @@ class PickleReader:
 
             def load(tag: Any) -> Storage:
                 dtype, key, count = _storage_tag(tag)
-                if key not in storages:
+                if key not in storages:  # several tensors may share a storage
                     raw = archive.read(f"{base}data/{key}")
                     storages[key] = Storage(_numbers(raw, dtype, count))
                 return storages[key]
@@ -141,7 +141,7 @@ class PickleReader:
             return storages[key]
 
         first = self._unpickle(stream, load)
-        if type(first) is dict and stream.tell() == size:
+        if type(first) is dict and stream.tell() == size:  # one pickle of arrays
             return first
         if first != _MAGIC:
             raise CheckpointError("it is no torch checkpoint (a bare pickle, or another format)")
@@ -151,7 +151,7 @@ class PickleReader:
         for key in self._unpickle(stream, load):
             target = storages[key].data
             count = int.from_bytes(stream.read(8), "little")
-            raw = stream.read(count * target.element_size())
+            raw = stream.read(count * target.element_size())  # checked by _numbers
             target.copy_(_numbers(raw, target.dtype, target.numel()))
         return root
 
