@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from ovsprune.pruning.config import PruneConfig, config_of
 from ovsprune.pruning.loading import cast, check_dtype, open_model
 from ovsprune.pruning.pipeline import HELD_OUT
 from ovsprune.pruning.reprune import check_reprune
+from ovsprune.pruning.search_space import match_names
 from ovsprune.report.unstructured import unstructured_card
 from ovsprune.slim.hashing import base_spec
 
@@ -267,20 +267,11 @@ class _WeightPruning:
 
 
 def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[Product], list[str]]:
-    """Return the ranked weights, and the names of the first layer's and the protected weights.
-
-    Raises:
-        OptionError: A pattern matches nothing, or nothing is left.
-    """
+    """Return the ranked weights, and the names of the first layer's and the protected weights."""
     excluded = {products[0].name}  # the paper does not prune the first layer
+    names = {p.name: (p.name,) for p in products}
     for pattern in patterns:
-        hits = {p.name for p in products if fnmatchcase(p.name, pattern)}
-        if not hits:
-            raise OptionError(
-                f"--protect {pattern!r} matches no weight; weights are named like "
-                f"{', '.join(p.name for p in products[:2])}, and * stands for anything"
-            )
-        excluded |= hits
+        excluded |= set(match_names(f"--protect {pattern!r}", pattern, names, "weight"))
     ranked = [p for p in products if p.name not in excluded]
     if not ranked:
         raise OptionError("everything is protected; there is nothing to prune")

@@ -52,7 +52,7 @@ def layers_to_train(ctx: ScheduleContext, fraction: float | None = None) -> int:
     if ctx.count is not None and fraction is None:
         return min(ctx.count, n)
     share = ctx.fraction if fraction is None else fraction
-    # The small offset keeps rounding errors (0.3 * 10 = 3.0000000000000004) from adding a layer.
+    # The small offset keeps rounding errors (0.28 * 25 = 7.000000000000001) from adding a layer.
     return min(n, math.ceil(n * share - 1e-9))
 
 

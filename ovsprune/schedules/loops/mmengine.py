@@ -29,7 +29,7 @@ class ScheduleHook(Hook):  # type: ignore[misc]
         follower: Holds the ``plan`` once the training has begun.
     """
 
-    priority = "ABOVE_NORMAL"  # before the hooks that step the optimiser and save checkpoints
+    priority = "ABOVE_NORMAL"  # before hooks of the default priority
 
     def __init__(self, plan: PlanOrFactory) -> None:
         self.follower, self._accumulation = PlanFollower(plan), 1
