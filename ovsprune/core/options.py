@@ -189,9 +189,13 @@ def deferred(module: str, name: str) -> Callable[..., Any]:
     return lambda *args: attrgetter(name)(import_module(module))(*args)
 
 
-@cache
 def options_of(config: type) -> tuple[Option, ...]:
     """Return the options of a configuration class in the order of declaration, sections inlined."""
+    return _options(config)  # mypy does not accept subclasses of Config as arguments of a cache
+
+
+@cache
+def _options(config: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(config)
     options: list[Option] = []
     for declared_field in fields(config):
