@@ -71,10 +71,7 @@ class ImpResult:
             "dense": costs,
             "slim": costs,
             "nonzero": {**asdict(spec.nonzero), "flops": 2 * spec.nonzero.macs},
-            "fidelity": {
-                "cosine": self.fidelity.cosine,
-                "relative_error": self.fidelity.relative_error,
-            },
+            "fidelity": asdict(self.fidelity),
             "seed": self.settings.seed,
             **self.settings.described(),
             "rounds": [{**asdict(r), "loss": list(r.loss)} for r in self.rounds],
