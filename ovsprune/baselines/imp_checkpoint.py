@@ -1,4 +1,4 @@
-"""The last round of iterative magnitude pruning, in a file, from which the next one goes on."""
+"""File with the last complete round of iterative magnitude pruning."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _WEIGHT, _MASK = "weight/", "mask/"
 
 
 class RoundsFile:
-    """Weights and masks after a round, written over those of the round before.
+    """Weights and masks after a round; each round replaces the previous one.
 
-    An optimiser begins anew in every round, so they are all that the next one depends on, with the
-    place in the order of the pictures, which follows from how many rounds there were.
+    Every round starts with a new optimiser, so the next round depends only on these tensors and on
+    the position in the order of the images, which follows from the number of rounds.
 
     Args:
-        settings: ``imp.rounds`` names the file; None keeps nothing.
-        backbone: What is pruned.
-        pictures: What it trains on.
-        ranked: What else decides a round, as JSON values.
-        progress: Is told where it goes on.
+        settings: Configuration; ``imp.rounds`` names the file, None keeps nothing.
+        backbone: Model to prune.
+        pictures: Calibration images.
+        ranked: Further JSON values that determine a round.
+        progress: Receives a note if a training is resumed.
 
     Raises:
         OutputError: The file cannot be written.
@@ -45,7 +45,7 @@ class RoundsFile:
         ranked: Mapping[str, Any],
         progress: Progress,
     ) -> None:
-        self._progress, self._origin = progress, {}
+        self._progress = progress
         self._file: ResultFile | None = None
         if settings.imp.rounds is None:
             return
@@ -66,18 +66,13 @@ class RoundsFile:
     def resume(
         self, student: nn.Module, check: Callable[[list[Any]], None] | None = None
     ) -> tuple[dict[str, Tensor], list[Any]]:
-        """Put the weights of the last round into ``student``.
+        """Load the last round into ``student``, and return what :meth:`save` received.
 
-        Args:
-            student: The tower; left as it is if this raises.
-            check: Looks at what every round did, and raises if this training cannot go on there.
-
-        Returns:
-            What :meth:`save` was given: masks, and what every round did; both empty where there is
-            no file yet.
+        Masks and records are empty if there is no file yet. ``check`` raises an error if the
+        records cannot be continued; the student is then unchanged.
 
         Raises:
-            DataError: The file is damaged, or of another training.
+            DataError: The file is damaged, or belongs to another training.
         """
         if self._file is None or not self._file.path.exists():
             return {}, []
@@ -88,19 +83,14 @@ class RoundsFile:
         weights = {n.removeprefix(_WEIGHT): t for n, t in tensors.items() if n.startswith(_WEIGHT)}
         student.load_state_dict(weights)
         masks = {n.removeprefix(_MASK): t for n, t in tensors.items() if n.startswith(_MASK)}
-        self._progress.note(f"{self._file.path}: going on after round {len(rounds)}")
+        self._progress.note(f"{self._file.path}: training continues after round {len(rounds)}")
         return masks, rounds
 
     def save(self, student: nn.Module, masks: Mapping[str, Tensor], rounds: Sequence[Any]) -> None:
-        """Keep this round, in place of the one before.
-
-        Args:
-            student: The tower.
-            masks: Name to bool tensor.
-            rounds: What every round did, as JSON values.
+        """Replace the previous round by weights, bool masks by name, and one record per round.
 
         Raises:
-            OutputError: The file cannot be written; the one before is left.
+            OutputError: The file cannot be written; the previous one remains.
         """
         if self._file is None:
             return

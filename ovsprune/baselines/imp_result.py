@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,7 @@ class ImpResult:
     def record(self) -> dict[str, Any]:
         """Return the record that ``ovsprune prune --method imp --json`` prints."""
         spec = self.spec
-        costs = {"macs": spec.dense.macs, "params": spec.dense.params}
-        nonzero = {"macs": spec.nonzero.macs, "params": spec.nonzero.params}
+        costs = asdict(spec.dense)
         return {
             "model": spec.base.model,
             "pretrained": spec.base.pretrained,
@@ -71,16 +70,11 @@ class ImpResult:
             "achieved": spec.sparsity,
             "dense": costs,
             "slim": costs,
-            "nonzero": {**nonzero, "flops": 2 * spec.nonzero.macs},
-            "fidelity": {
-                "cosine": self.fidelity.cosine,
-                "relative_error": self.fidelity.relative_error,
-            },
+            "nonzero": {**asdict(spec.nonzero), "flops": 2 * spec.nonzero.macs},
+            "fidelity": asdict(self.fidelity),
             "seed": self.settings.seed,
             **self.settings.described(),
-            "rounds": [
-                {"kept": r.kept, "sparsity": r.sparsity, "loss": list(r.loss)} for r in self.rounds
-            ],
+            "rounds": [{**asdict(r), "loss": list(r.loss)} for r in self.rounds],
             "weights": [
                 {"name": w.name, "count": w.count, "zeros": w.zeros, "sparsity": w.sparsity}
                 for w in spec.weights

@@ -27,11 +27,11 @@ from ovsprune.pruning.config import PruneConfig
 from ovsprune.pruning.search_space import min_units_by_group
 from ovsprune.pruning.selection import Selection, SelectionContext
 
-__all__ = ["ImpSelector", "imp_selector", "prune_units", "remove_smallest", "unit_sizes"]
+__all__ = ["ImpSelector", "imp_selector"]
 
 
 class ImpSelector:
-    """Selects units by iterative magnitude pruning, and trains the tower in between.
+    """Selector that removes units by magnitude and trains the tower between the rounds.
 
     Args:
         backbone: Model to prune.
@@ -47,12 +47,7 @@ class ImpSelector:
         self.progress, self.clock = progress, clock
 
     def select(self, ctx: SelectionContext) -> Selection:
-        """Select units, and return the trained tower with them.
-
-        Raises:
-            BudgetError: The minimum units of the groups cost more than the budget.
-            DataError: The file of rounds belongs to another training.
-        """
+        """Return the units to keep, and the trained tower."""
         ranked = {
             "groups": min_units_by_group(ctx.groups),
             "budget": ctx.budget.kind,
@@ -92,28 +87,14 @@ def prune_units(
     rounds: RoundsFile,
     progress: Progress,
 ) -> tuple[Plan, nn.Module]:
-    """Remove a tenth of the units that remain a round, training in between, down to the budget.
+    """Alternate pruning and training until the budget is met.
 
-    Args:
-        dense: The rewritten tower; left as it is.
-        groups: What may be cut.
-        budget: What must remain.
-        pictures: Calibration pictures.
-        stages: A tower's blocks and head.
-        settings: Of the prune.
-        rounds: Where the last round is kept, and may be there already.
-        progress: Shows the rounds.
-
-    Returns:
-        The plan, and a trained copy of the tower, not cut yet, whose removed units are zero.
-
-    Raises:
-        BudgetError: The floors cost more than the budget.
+    Return the plan, and a trained copy of the tower in which removed units are zero, not cut.
     """
     ctx = AllocationContext(groups, Scores({}, {}), budget, None)
-    spare_budget(ctx)
+    spare_budget(ctx)  # raises BudgetError before any training
     student = deepcopy(dense)
-    resumed, done = rounds.resume(student)
+    resumed, widths_by_round = rounds.resume(student)
     training = MaskedTraining(
         student,
         dense,
@@ -122,40 +103,41 @@ def prune_units(
         batch_size=settings.batch_size,
         rate=settings.imp.lr,
         seed=settings.seed,
-        done=len(done) * settings.imp.steps,
+        done=len(widths_by_round) * settings.imp.steps,
     )
     kept = resumed or {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
     masks = _masks(student, groups, kept)
-    first = unit_sizes(dense, groups)
-    while cost(ctx, {name: int(k.sum()) for name, k in kept.items()}) > budget.target:
-        before, kept = masks, remove_smallest(ctx, kept, unit_sizes(student, groups), first)
+    dense_sizes = unit_sizes(dense, groups)
+    while cost(ctx, _widths(kept)) > budget.target:
+        previous = masks
+        kept = remove_smallest(ctx, kept, unit_sizes(student, groups), dense_sizes)
         masks = _masks(student, groups, kept)
-        # what came back in the last round comes with its dense weights
-        training.rewind(
-            None if settings.imp.rewind else {n: m & ~before[n] for n, m in masks.items()}
-        )
-        with progress.stage(f"round {len(done) + 1}", settings.imp.steps) as advance:
+        # Without rewinding, only units that the last round restores get their dense weights.
+        restored = {name: mask & ~previous[name] for name, mask in masks.items()}
+        training.rewind(None if settings.imp.rewind else restored)
+        title = f"round {len(widths_by_round) + 1}"
+        with progress.stage(title, settings.imp.steps) as advance:
             training.run(masks, settings.imp.steps, advance)
-        done.append({name: int(k.sum()) for name, k in kept.items()})
-        rounds.save(student, kept, done)
-    plan = Plan({name: k.nonzero().flatten() for name, k in kept.items()})
+        widths_by_round.append(_widths(kept))
+        rounds.save(student, kept, widths_by_round)
+    plan = Plan({name: mask.nonzero().flatten() for name, mask in kept.items()})
     return plan, student.requires_grad_(False)
 
 
 @torch.no_grad()
 def unit_sizes(tower: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
-    """Mean absolute value of the weights that go with each unit: group name to float64 [units]."""
+    """Return the mean absolute weight of each unit: group name to float64 [units]."""
     sizes = {}
     for group in groups:
         total = torch.zeros(group.units, dtype=torch.float64)
-        count = 0
+        count = 0  # weights per unit
         for part in group.slices:
             weight = weight_of(tower.get_submodule(part.module))
             if weight.ndim == 1:
-                continue  # the scale of a norm is no size of the unit
+                continue  # the scale of a norm does not measure the unit
             axis = 0 if part.axis == "out" else 1
-            lines = weight.double().abs().sum([d for d in range(weight.ndim) if d != axis])
-            total += lines.cpu()[part.rows].sum(1)
+            sums = weight.double().abs().sum([d for d in range(weight.ndim) if d != axis])
+            total += sums.cpu()[part.rows].sum(1)  # sums: [channels]; rows: [units, width]
             count += weight.numel() // weight.shape[axis] * part.rows.shape[1]
         sizes[group.name] = total / count
     return sizes
@@ -165,55 +147,51 @@ def remove_smallest(
     ctx: AllocationContext,
     kept: dict[str, Tensor],
     sizes: dict[str, Tensor],
-    first: dict[str, Tensor],
+    dense_sizes: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """One round: a tenth of the units that remain go, the smallest first, none below a floor.
+    """Remove the smallest tenth of the remaining units; no group falls below its minimum.
 
-    Near the budget, a unit whose removal would go beyond it is passed over for finer ones. When
-    none is fine enough any more, one of the cheapest ends it, and of all units that are gone, the
-    largest that fit come back. So the budget is met within the finest unit.
+    In the last round, a unit whose removal would leave less than the budget is skipped, and smaller
+    costs are tried. If no unit is cheap enough, one of the cheapest is removed, and the largest
+    removed units that fit into the budget are restored. The budget is thus met up to the cost of
+    the cheapest unit.
 
-    Args:
-        ctx: Groups and budget.
-        kept: Group name to bool [units], what is left before.
-        sizes: Group name to float64 [units], now.
-        first: The same in the dense tower, for those that are gone.
-
-    Returns:
-        What is left after.
+    ``kept`` and the result map group names to bool [units]; ``sizes`` and ``dense_sizes`` map them
+    to float64 [units]. Removed units are ranked by their size in the dense tower.
     """
     groups = {g.name: g for g in ctx.groups}
     kept = {name: mask.clone() for name, mask in kept.items()}
-    widths = {name: int(mask.sum()) for name, mask in kept.items()}
+    widths = _widths(kept)
     quota = max(1, round(RATE * sum(widths.values())))
-    now, target, shared = cost(ctx, widths), ctx.budget.target, shared_costs(ctx)
-    left = [(float(sizes[n][u]), n, int(u)) for n in kept for u in kept[n].nonzero().flatten()]
-    left.sort(key=lambda entry: entry[0])
+    current, target, shared = cost(ctx, widths), ctx.budget.target, shared_costs(ctx)
+    ranked = [(float(sizes[n][u]), n, int(u)) for n in kept for u in kept[n].nonzero().flatten()]
+    ranked.sort(key=lambda entry: entry[0])
 
     def unit_price(name: str) -> float:
         return -step_cost(ctx.budget, groups[name], widths[name] - 1, widths, shared)
 
-    def remove(within: Callable[[float], bool], most: int) -> int:
-        nonlocal now
-        gone = 0
-        for _, name, unit in left:
-            price = unit_price(name)
+    def remove(allowed: Callable[[float], bool], limit: int) -> int:
+        """Remove up to ``limit`` units of an allowed price; return their number."""
+        nonlocal current
+        removed = 0
+        for _, name, unit in ranked:
             if not kept[name][unit] or widths[name] <= groups[name].min_units:
                 continue
-            if gone < most and within(price):
+            price = unit_price(name)
+            if removed < limit and allowed(price):
                 kept[name][unit] = False
                 widths[name] -= 1
-                now -= price
-                gone += 1
-        return gone
+                current -= price
+                removed += 1
+        return removed
 
-    gone = remove(lambda price: now - price >= target, quota)
-    if gone < quota and now > target:
+    removed = remove(lambda price: current - price >= target, quota)
+    if removed < quota and current > target:
         free = [g for g in ctx.groups if widths[g.name] > g.min_units]
         cheapest = min(unit_price(g.name) for g in free)
         remove(lambda price: price <= cheapest, 1)
-        away = [(float(first[n][u]), n, int(u)) for n in kept for u in (~kept[n]).nonzero()]
-        for _, name, unit in sorted(away, key=lambda entry: -entry[0]):
+        lost = [(float(dense_sizes[n][u]), n, int(u)) for n in kept for u in (~kept[n]).nonzero()]
+        for _, name, unit in sorted(lost, key=lambda entry: -entry[0]):
             wider = {**widths, name: widths[name] + 1}
             if cost(ctx, wider) <= target:
                 kept[name][unit] = True
@@ -221,16 +199,20 @@ def remove_smallest(
     return kept
 
 
-def _masks(tower: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of what goes with removed units; a layer may be in several groups.
+def _widths(kept: dict[str, Tensor]) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in kept.items()}
 
-    Where a norm stands between units and consumer, the biases of what makes them are masked too:
-    the norm would see them, and the slim tower's does not.
+
+def _masks(tower: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return masks that zero the weights of removed units; a layer may be in several groups.
+
+    If a norm lies between the units and their consumer, the biases of the units are masked too: the
+    norm would see them, and the slim tower has none.
     """
     masks: dict[str, Tensor] = {}
 
-    def clear(name: str, like: Tensor, axis: int, rows: Tensor) -> None:
-        mask = masks.setdefault(name, torch.ones(like.shape, dtype=torch.bool))
+    def clear(name: str, parameter: Tensor, axis: int, rows: Tensor) -> None:
+        mask = masks.setdefault(name, torch.ones(parameter.shape, dtype=torch.bool))
         mask.index_fill_(axis, rows, False)
 
     for group in groups:

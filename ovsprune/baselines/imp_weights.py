@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,10 @@ from ovsprune.masks.spec import MaskedSpec, WeightSpec
 from ovsprune.profiling.timing import thread_limit
 from ovsprune.pruning.command_line import command_of
 from ovsprune.pruning.config import PruneConfig, config_of
-from ovsprune.pruning.loading import cast, check_dtype, open_dense
+from ovsprune.pruning.loading import cast, check_dtype, open_model
 from ovsprune.pruning.pipeline import HELD_OUT
+from ovsprune.pruning.reprune import check_reprune
+from ovsprune.pruning.search_space import match_names
 from ovsprune.report.unstructured import unstructured_card
 from ovsprune.slim.hashing import base_spec
 
@@ -100,13 +101,14 @@ def imp(
     target = _target(model, settings.ratio, output, overwrite, dry_run)
     clock = Clock()
     with thread_limit(threads):
-        model = open_dense(model, pretrained, activation, device, progress, clock)
+        model = open_model(model, pretrained, activation, device, progress, clock)
+        check_reprune(model, settings.method)
         settings = settings.for_model(model)
         result = _WeightPruning(model, settings, progress, clock).run()
     if target is not None:
         command = command_of(model, settings, dtype, text)
-        made = {**result.spec.provenance, "command": command}
-        result.spec = replace(result.spec, provenance=made)
+        provenance = {**result.spec.provenance, "command": command}
+        result.spec = replace(result.spec, provenance=provenance)
         state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
         result.path = write_unstructured(
             target,
@@ -149,13 +151,12 @@ class _WeightPruning:
         masks, rounds = self._rounds(ranked, pictures)
         self.clock.lap("imp")
         self.student.requires_grad_(False)
-        device = next(self.dense.parameters()).device
-        closeness = fidelity(
+        agreement = fidelity(
             self._dense_features(self.dense),
             self._dense_features(self.student),
             held_out,
             settings.batch_size,
-            device,
+            next(self.dense.parameters()).device,
         )
         self.clock.lap("check")
         spec = self._spec(ranked, excluded, masks, base, pictures)
@@ -166,7 +167,7 @@ class _WeightPruning:
             rounds=rounds,
             path=None,
             settings=settings,
-            fidelity=closeness,
+            fidelity=agreement,
             seconds=self.clock.seconds,
         )
 
@@ -175,13 +176,13 @@ class _WeightPruning:
     ) -> tuple[dict[str, Tensor], list[Round]]:
         settings = self.settings
         parameters = dict(self.student.named_parameters())
+        # Parameters of the student: training changes them, and the next round ranks them.
         weights = {product.name: parameters[product.name] for product in ranked}
         total = sum(w.numel() for w in weights.values())
         plan = kept_by_round(total, settings.ratio)
-        kept = RoundsFile(
-            settings, self.backbone, pictures, {"ranked": list(weights)}, self.progress
-        )
-        masks, rounds = self._resumed(kept, plan)
+        ranked_names = {"ranked": list(weights)}
+        file = RoundsFile(settings, self.backbone, pictures, ranked_names, self.progress)
+        masks, rounds = self._resumed(file, plan)
         masks = masks or {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
         training = MaskedTraining(
             self.student,
@@ -194,7 +195,7 @@ class _WeightPruning:
             done=len(rounds) * settings.imp.steps,
         )
         for number, keep in enumerate(plan[len(rounds) :], start=len(rounds) + 1):
-            masks = keep_largest(weights, masks, keep)
+            masks = keep_largest(weights, masks, keep)  # by magnitude over all layers
             if settings.imp.rewind:
                 training.rewind()
             title = f"round {number} of {len(plan)}"
@@ -202,25 +203,26 @@ class _WeightPruning:
                 losses = training.run(masks, settings.imp.steps, advance)
             ends = (losses[0], losses[-1]) if losses else ()
             rounds.append(Round(keep, 1 - keep / total, ends))
-            if number < len(plan):  # the last one goes as far as this ratio, and serves no other
-                kept.save(self.student, masks, [asdict(r) for r in rounds])
+            # The last round stops at this ratio, so a run to a higher ratio cannot continue it.
+            if number < len(plan):
+                file.save(self.student, masks, [asdict(r) for r in rounds])
         return {name: mask.cpu() for name, mask in masks.items()}, rounds
 
     def _resumed(
-        self, kept: RoundsFile, plan: Sequence[int]
+        self, file: RoundsFile, plan: Sequence[int]
     ) -> tuple[dict[str, Tensor], list[Round]]:
         """Return masks and rounds of the file, and load its weights into the student."""
 
-        def check(told: list[dict[str, Any]]) -> None:
-            if [r["kept"] for r in told] != list(plan[: len(told)]):
+        def check(records: list[dict[str, Any]]) -> None:
+            if [r["kept"] for r in records] != list(plan[: len(records)]):
                 raise OptionError(
-                    f"--imp-rounds {self.settings.imp.rounds} has {len(told)} rounds, which "
-                    f"removed {told[-1]['sparsity']:.3f} of the weights, more than --ratio "
+                    f"--imp-rounds {self.settings.imp.rounds} has {len(records)} rounds, which "
+                    f"removed {records[-1]['sparsity']:.3f} of the weights, more than --ratio "
                     f"{self.settings.ratio:g}: name another file"
                 )
 
-        masks, told = kept.resume(self.student, check)
-        rounds = [Round(r["kept"], r["sparsity"], tuple(r["loss"])) for r in told]
+        masks, records = file.resume(self.student, check)
+        rounds = [Round(r["kept"], r["sparsity"], tuple(r["loss"])) for r in records]
         device = next(self.student.parameters()).device
         return {name: mask.to(device) for name, mask in masks.items()}, rounds
 
@@ -265,20 +267,11 @@ class _WeightPruning:
 
 
 def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[Product], list[str]]:
-    """Return the ranked weights, and the names of the first layer's and the protected weights.
-
-    Raises:
-        OptionError: A pattern matches nothing, or nothing is left.
-    """
-    excluded = {products[0].name}
+    """Return the ranked weights, and the names of the first layer's and the protected weights."""
+    excluded = {products[0].name}  # the paper does not prune the first layer
+    names = {p.name: (p.name,) for p in products}
     for pattern in patterns:
-        hits = {p.name for p in products if fnmatchcase(p.name, pattern)}
-        if not hits:
-            raise OptionError(
-                f"--protect {pattern!r} matches no weight; weights are named like "
-                f"{', '.join(p.name for p in products[:2])}, and * stands for anything"
-            )
-        excluded |= hits
+        excluded |= set(match_names(f"--protect {pattern!r}", pattern, names, "weight"))
     ranked = [p for p in products if p.name not in excluded]
     if not ranked:
         raise OptionError("everything is protected; there is nothing to prune")
@@ -288,9 +281,9 @@ def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[P
 def _target(
     model: str | Backbone, ratio: float, output: str | Path | None, overwrite: bool, dry_run: bool
 ) -> Path | None:
-    """Return the output directory, checked before the work begins; ``slim/`` is for transfer."""
+    """Return the output directory, checked before the work begins."""
     if dry_run or (output is None and isinstance(model, Backbone)):
         return None
     name = model if isinstance(model, str) else model.name
-    place = Path("unstructured") / f"{backbones.canonical(name)}-r{ratio:g}"
-    return check_place(output or place, overwrite=overwrite)
+    default = Path("unstructured") / f"{backbones.canonical(name)}-r{ratio:g}"
+    return check_place(output or default, overwrite=overwrite)

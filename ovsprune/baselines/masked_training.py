@@ -1,4 +1,4 @@
-"""A few steps of feature distillation in which masked weights stay zero."""
+"""Feature distillation in which masked weights stay zero."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["MaskedTraining"]
 
 
 class MaskedTraining:
-    """Trains one tower to have another's features.
+    """Training of a tower to reproduce the features of the dense tower.
 
-    Both stay in evaluation mode: the statistics of norms are the dense tower's, and nothing is
-    dropped. Every parameter trains, those of the first layer and the norms too.
+    Both towers stay in evaluation mode, so batch norms keep the dense statistics and dropout is
+    off. All parameters train, including the first layer and the norms.
 
     Args:
-        student: The tower that is trained; its parameters are made to need gradients.
-        teacher: The dense tower.
-        stages: A tower's blocks and head.
-        pictures: Without labels; held in memory, or on disk above 1 GiB.
-        batch_size: Pictures a step.
-        rate: Learning rate of AdamW, which has no weight decay here: it would pull all weights to
-            zero and so take part in the ranking.
-        seed: Of the order of the pictures.
-        done: Steps that were taken before, by an interrupted run; the order goes on after them.
+        student: Tower that is trained; ``requires_grad`` of its parameters is set.
+        teacher: Dense tower.
+        stages: Returns a tower as a sequence of blocks.
+        pictures: Calibration images; kept in memory, or on disk above 1 GiB.
+        batch_size: Number of images per step.
+        rate: Learning rate of AdamW. Its weight decay is 0, because decay would move all weights
+            towards zero and affect the ranking.
+        seed: Seed of the order of the images.
+        done: Steps that an interrupted run has taken; their images are skipped.
     """
 
     def __init__(
@@ -52,39 +52,38 @@ class MaskedTraining:
         self._student, self._teacher = stages(student), stages(teacher)
         self._device = next(student.parameters()).device
         self._images = collect_images(pictures, batch_size)
+        # [batch_size] indices per step; an interrupted run has used the first `done` of them.
         self._batches = islice(_endless(len(self._images), batch_size, seed), done, None)
 
     @torch.no_grad()
     def rewind(self, where: Mapping[str, Tensor] | None = None) -> None:
-        """Give the student the teacher's parameters again (Frankle and Carbin 2019).
+        """Reset the student's parameters to those of the teacher (Frankle and Carbin 2019).
 
         Args:
-            where: Parameter's name to bool of its shape, the entries that are meant; by default
-                every entry of every parameter.
+            where: Name of a parameter to bool of its shape: entries to reset; None resets all.
         """
-        first = dict(self.teacher.named_parameters())
+        dense = dict(self.teacher.named_parameters())
         for name, parameter in self.student.named_parameters():
             if where is None:
-                parameter.copy_(first[name])
+                parameter.copy_(dense[name])
             elif name in where:
-                parameter.copy_(
-                    torch.where(where[name].to(parameter.device), first[name], parameter)
-                )
+                mask = where[name].to(parameter.device)
+                parameter.copy_(torch.where(mask, dense[name], parameter))
 
     @torch.enable_grad()
     def run(
         self, masks: Mapping[str, Tensor], steps: int, advance: Callable[[int], None]
     ) -> list[float]:
-        """Take ``steps`` steps.
+        """Take ``steps`` training steps.
 
         Args:
-            masks: Parameter's name to bool of its shape; where it is False, the parameter is zero
-                before, between and after the steps.
-            steps: 0 sets the zeros, and no more.
-            advance: Is told of every step.
+            masks: Name of a parameter to bool of its shape; entries with False are zero before,
+                between and after the steps.
+            steps: Number of steps; with 0, only the zeros are set.
+            advance: Called with 1 after every step.
 
         Returns:
-            The loss before every step.
+            Loss before every step.
 
         Raises:
             OptionError: The training diverged.
@@ -92,20 +91,22 @@ class MaskedTraining:
         parameters = dict(self.student.named_parameters())
         masks = {name: mask.to(self._device) for name, mask in masks.items()}
         zero(parameters, masks)
+        # A new optimiser per round, so that a resumed training is exact.
         optimizer = torch.optim.AdamW(parameters.values(), lr=self.rate, weight_decay=0.0)
         losses = []
         for _ in range(steps):
             images = self._images[next(self._batches)].to(self._device)
             with torch.no_grad():
-                wanted = self._teacher.outputs(images)
-            loss = feature_loss(self._student.outputs(images), wanted)
+                target = self._teacher.outputs(images)
+            loss = feature_loss(self._student.outputs(images), target)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            zero(parameters, masks)
+            zero(parameters, masks)  # the optimiser moves masked weights, too
             losses.append(loss.item())
             self._check(len(losses), loss.isfinite())
             advance(1)
+        # The last step may have produced parameters that no loss has seen.
         self._check(steps, torch.stack([p.isfinite().all() for p in parameters.values()]).all())
         optimizer.zero_grad()
         return losses
@@ -119,11 +120,12 @@ class MaskedTraining:
 
 
 def _endless(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Indices of batches, in a new order at every pass; a pass's rest waits for the next."""
+    """Yield indices of batches in a new order per pass; an incomplete batch joins the next pass."""
     generator = torch.Generator().manual_seed(seed)
-    waiting = torch.empty(0, dtype=torch.int64)
+    size = min(size, count)
+    queue = torch.empty(0, dtype=torch.int64)
     while True:
-        while len(waiting) < min(size, count):
-            waiting = torch.cat([waiting, torch.randperm(count, generator=generator)])
-        yield waiting[: min(size, count)]
-        waiting = waiting[min(size, count) :]
+        while len(queue) < size:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:size]
+        queue = queue[size:]

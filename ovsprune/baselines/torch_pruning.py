@@ -1,11 +1,11 @@
-"""Stock baselines: Torch-Pruning through its own API, brought to the same measured cost.
+"""Torch-Pruning baselines, run through the library's own API to a given measured cost.
 
-A stock method is run in one of two forms. Alone, it prunes the tower as its library builds it, as a
-user of Torch-Pruning would: of ``nn.MultiheadAttention`` it can then cut nothing, so that only MLPs
-(or channels) go. Before a recovery of ours, it selects on the tower whose attention is rewritten to
-separate linear maps, with whole heads offered to it (``num_heads``, ``prune_num_heads=True``,
-``prune_head_dims=False``): the selection at its best. In both forms it may cut what our own default
-may cut, and every other layer is in ``ignored_layers``.
+A method is run in one of two forms. Alone, it prunes the original tower, as a user of Torch-Pruning
+would. The library cannot cut ``nn.MultiheadAttention``, so only MLPs or channels are pruned. Before
+one of our recoveries, it selects units on the rewritten tower, whose attention consists of separate
+linear layers, and may remove whole heads (``num_heads``, ``prune_num_heads=True``,
+``prune_head_dims=False``). In both forms it may cut the layers that our default method may cut; all
+others are in ``ignored_layers``.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class TorchPruningMethod:
     """Arguments of Torch-Pruning's ``BasePruner``.
 
     Attributes:
-        summary: One line about it.
-        taylor: ``GroupTaylorImportance`` instead of ``GroupMagnitudeImportance``.
-        global_pruning: One ranking over all layers instead of one for each.
-        isomorphic: One ranking for each set of equal structures (Fang et al., ECCV 2024).
+        summary: Description in one line.
+        taylor: True for ``GroupTaylorImportance``, False for ``GroupMagnitudeImportance``.
+        global_pruning: True for one ranking over all layers, False for one per layer.
+        isomorphic: True for one ranking per set of equal structures (Fang et al., ECCV 2024).
     """
 
     summary: str
@@ -55,10 +55,10 @@ class TorchPruningMethod:
 
     @property
     def importance(self) -> Callable[..., Tensor]:
-        """A fresh importance of the library's, with the library's own defaults."""
+        """New importance object of the library, with the library's defaults."""
         name = "GroupTaylorImportance" if self.taylor else "GroupMagnitudeImportance"
-        made: Callable[..., Tensor] = getattr(torch_pruning.importance, name)()
-        return made
+        importance: Callable[..., Tensor] = getattr(torch_pruning.importance, name)()
+        return importance
 
 
 TORCH_PRUNING_METHODS: Mapping[str, TorchPruningMethod] = {
@@ -73,24 +73,24 @@ TORCH_PRUNING_METHODS: Mapping[str, TorchPruningMethod] = {
         "Torch-Pruning: group magnitude, ranked within isomorphic groups", isomorphic=True
     ),
 }
-"""Stock methods by the name that ``--methods`` takes."""
+"""Methods by their name in ``--methods``."""
 
 _GRID = (*(0.05 * step for step in range(1, 20)), 0.98)
-"""Ratios of the library's own that are tried before bisecting between two of them."""
+"""Pruning ratios of the library that are tried before bisection between two of them."""
 _BISECTIONS = 12
 
 Pair = tuple[float, float]
-"""The library's own pruning ratios: of widths, and of heads."""
+"""Pruning ratios of the library: of widths, and of heads."""
 
 
 @dataclass(frozen=True, eq=False)
 class TorchPruningResult:
-    """What Torch-Pruning did at one ratio of its own.
+    """Result of one run of Torch-Pruning.
 
     Attributes:
-        tower: The tower that it cut, in place.
-        plan: The units that it kept.
-        achieved: Share of the measured cost (MACs or parameters) that went.
+        tower: Pruned copy of the tower.
+        plan: Kept units.
+        achieved: Removed fraction of the measured cost (MACs or parameters).
     """
 
     tower: nn.Module
@@ -99,17 +99,20 @@ class TorchPruningResult:
 
 
 class TorchPruning:
-    """One stock method on one tower, at any number of budgets.
+    """Torch-Pruning on one tower, for any number of ratios.
 
     Args:
-        name: Its name, for messages.
-        method: How the library is called.
-        tower: The tower, original or rewritten; it is not changed.
-        groups: What may be cut, found on the rewritten tower.
-        size: Native height and width in pixels.
-        gradients: Name of a parameter to its gradient, where ``method.taylor`` needs them.
-        budget: What a ratio counts: ``"macs"`` or ``"params"``.
-        round_to: The library's own ``round_to``: channels stay in multiples of this.
+        name: Name of the method, for messages.
+        method: Arguments of the library.
+        tower: Original or rewritten tower; it is not changed.
+        groups: Groups that may be cut, found on the rewritten tower.
+        size: Height and width of the images in pixels.
+        gradients: Gradient by name of a parameter; required by ``method.taylor``.
+        budget: Cost that a ratio refers to: ``"macs"`` or ``"params"``.
+        round_to: ``round_to`` of the library: widths are multiples of this.
+
+    Attributes:
+        not_cut: Names of groups whose layers this form of the tower does not have.
     """
 
     def __init__(
@@ -128,58 +131,59 @@ class TorchPruning:
         self.budget, self.round_to = budget, round_to
         present = {name for name, _ in tower.named_modules()}
         self.groups = [g for g in groups if all(s.module in present for s in g.slices)]
-        self.left_alone = [g.name for g in groups if g not in self.groups]
+        self.not_cut = [g.name for g in groups if g not in self.groups]
         self._dense = self._cost(tower)
-        self._tried: dict[Pair, float] = {}
+        self._tried: dict[Pair, float] = {}  # a prune takes seconds, so its result is kept
 
     def reach(self, ratio: float) -> TorchPruningResult:
-        """Bisect the library's own ratio until the measured cost is what was asked for.
+        """Bisect the library's pruning ratio until the measured cost fits.
 
-        One ratio serves widths and heads at first, as in the library's examples. Heads are coarse,
-        and a layer all of whose heads fall below the threshold is left whole by the library, so
-        that the cost may jump over the goal or stay short of it: then the heads' ratio is held,
-        below the jump or where the library goes furthest, and the widths' ratio is bisected alone.
+        The search begins with one ratio for widths and heads, as in the library's examples. Heads
+        are coarse, and the library skips a layer all of whose heads are below the threshold, so the
+        cost may jump over the target or stay short of it. The ratio of the heads is then fixed,
+        below the jump or where the library removes most, and that of the widths is bisected alone.
 
         Args:
-            ratio: Share of the cost that should go, in (0, 1).
+            ratio: Fraction of the cost to remove, in (0, 1).
 
         Raises:
-            BudgetError: It cannot be reached within 0.01; the message says how far it came.
+            BudgetError: The ratio cannot be reached within 0.01; the message names the largest.
         """
         tried = self._bisect(ratio, lambda widths: (widths, widths))
-        for heads in self._held(ratio) if self._off(tried, ratio) > TOLERANCE else ():
+        for heads in self._head_ratios(ratio) if self._error(tried, ratio) > TOLERANCE else ():
             tried += self._bisect(ratio, lambda widths, heads=heads: (widths, heads))  # type: ignore[misc]
-        if self._off(tried, ratio) > TOLERANCE:
-            raise BudgetError(self._too_far(tried, ratio))
-        return self.prune(*min(tried, key=lambda pair: self._off([pair], ratio)))
+        if self._error(tried, ratio) > TOLERANCE:
+            raise BudgetError(self._failure(tried, ratio))
+        return self.prune(*min(tried, key=lambda pair: self._error([pair], ratio)))
 
     def prune(self, widths: float, heads: float) -> TorchPruningResult:
-        """Run ``BasePruner`` once on a copy, with these pruning ratios of its own."""
+        """Run ``BasePruner`` once on a copy, with its pruning ratios of widths and heads."""
         tower = deepcopy(self.tower).requires_grad_(True)
         for name, parameter in tower.named_parameters():
             if name in self.gradients:
                 parameter.grad = self.gradients[name].clone()
-        gone: dict[str, list[int]] = {}
+        removed: dict[str, list[int]] = {}  # consumer to the input columns that it lost
         with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # Of its own guesses about unwrapped parameters.
+            warnings.simplefilter("ignore")  # The library warns of unwrapped parameters.
             pruner = self._pruner(tower, widths, heads)
             names = {module: name for name, module in tower.named_modules()}
-            for found in pruner.step(interactive=True):
-                for dependency, indices in found:
+            for coupled in pruner.step(interactive=True):
+                for dependency, indices in coupled:
                     reads = pruner.DG.is_in_channel_pruning_fn(dependency.handler)
                     if reads and dependency.target.module in names:
-                        gone[names[dependency.target.module]] = [int(i) for i in indices]
-                found.prune()
+                        removed[names[dependency.target.module]] = [int(i) for i in indices]
+                coupled.prune()
         tower.requires_grad_(False)
         for parameter in tower.parameters():
             parameter.grad = None
         achieved = 1 - self._cost(tower) / self._dense
-        return TorchPruningResult(tower, self._plan(gone), achieved)
+        return TorchPruningResult(tower, self._plan(removed), achieved)
 
     def _cost(self, tower: nn.Module) -> int:
         return count_costs(tower, self.size).of(self.budget)
 
     def _pruner(self, tower: nn.Module, widths: float, heads: float) -> torch_pruning.BasePruner:
+        # Everything that our default does not cut is ignored by the library.
         free = {s.module for g in self.groups for s in g.slices if s.axis == "out"}
         roots = (nn.Linear, nn.modules.conv._ConvNd)
         return torch_pruning.BasePruner(
@@ -201,35 +205,38 @@ class TorchPruning:
                 for s in g.slices
                 if g.kind == "heads" and s.axis == "out"
             },
-            prune_num_heads=True,
+            prune_num_heads=True,  # whole heads; head dimensions stay
             prune_head_dims=False,
             round_to=self.round_to if self.round_to > 1 else None,
-            # Its defaults are shared between pruners, and it writes into them.
+            # The library changes its default dicts in place, which all pruners would share.
             in_channel_groups={},
             out_channel_groups={},
         )
 
-    def _plan(self, gone: Mapping[str, Sequence[int]]) -> Plan:
-        """Units none of whose columns were taken from the consumer."""
+    def _plan(self, removed: Mapping[str, Sequence[int]]) -> Plan:
+        """Return the units whose columns the consumer still has."""
         kept = {}
         for group in self.groups:
-            lost = torch.isin(group.columns, torch.tensor(gone.get(group.consumer, ())).long())
+            columns = torch.tensor(removed.get(group.consumer, ())).long()
+            lost = torch.isin(group.columns, columns)  # [units, width]
             if bool((lost.any(1) != lost.all(1)).any()):
-                raise AssertionError(f"{self.name} cut a unit of {group.name} in pieces")
+                raise AssertionError(f"{self.name} removed a part of a unit of {group.name}")
             kept[group.name] = (~lost.any(1)).nonzero().flatten()
         return Plan(kept)
 
-    def _held(self, ratio: float) -> Iterator[float]:
-        """Ratios of the heads that are worth holding while the widths' ratio is bisected."""
+    def _head_ratios(self, ratio: float) -> Iterator[float]:
+        """Yield ratios of the heads to fix while the ratio of the widths is bisected."""
         if not any(group.kind == "heads" for group in self.groups):
             return
+        # Below the jump: the last common ratio that stays short of the target.
         below = list(takewhile(lambda r: self._at((r, r)) < ratio, _GRID))
         if below:
             yield max(below, key=lambda r: self._at((r, r)))
+        # Where the library removes most at nearly full removal of widths.
         yield max(_GRID, key=lambda heads: self._at((_GRID[-2], heads)))
 
     def _bisect(self, ratio: float, pair: Callable[[float], Pair]) -> list[Pair]:
-        """Own ratios that were tried: up the grid to the goal, then bisecting the last step."""
+        """Return the pairs that were tried: up the grid to the target, then in its last step."""
         low, high = 0.0, 0.0
         tried = []
         for high in _GRID:
@@ -238,7 +245,7 @@ class TorchPruning:
                 break
             low = high
         for _ in range(_BISECTIONS if low < high else 0):
-            if self._off(tried, ratio) <= TOLERANCE / 10:
+            if self._error(tried, ratio) <= TOLERANCE / 10:
                 break
             middle = (low + high) / 2
             tried.append(pair(middle))
@@ -250,23 +257,24 @@ class TorchPruning:
             self._tried[pair] = self.prune(*pair).achieved
         return self._tried[pair]
 
-    def _off(self, pairs: Sequence[Pair], ratio: float) -> float:
-        """How far the closest of these stays from the goal."""
+    def _error(self, pairs: Sequence[Pair], ratio: float) -> float:
+        """Return the smallest distance of these pairs from the target."""
         return min(abs(self._at(pair) - ratio) for pair in pairs)
 
-    def _too_far(self, tried: Sequence[Pair], ratio: float) -> str:
+    def _failure(self, tried: Sequence[Pair], ratio: float) -> str:
+        """Return the message for a ratio that cannot be reached."""
         most = max(self._at(pair) for pair in tried)
         nearest = min((self._at(pair) for pair in tried), key=lambda value: abs(value - ratio))
-        said = f"{self.name} took at most {most:.3f} of the {budget_name(self.budget)}; "
-        said += f"{ratio:.3f} were asked for"
+        message = f"{self.name} removed at most {most:.3f} of the {budget_name(self.budget)}, not "
+        message += f"the requested {ratio:.3f}"
         if nearest != most:
-            said += f", and the nearest is {nearest:.3f}"
-        if self.left_alone:
-            said += (
-                f". It cannot cut {len(self.left_alone)} of the groups on this tower "
-                f"({', '.join(self.left_alone[:2])}{', ...' if len(self.left_alone) > 2 else ''})"
+            message += f"; the nearest is {nearest:.3f}"
+        if self.not_cut:
+            message += (
+                f". It cannot cut {len(self.not_cut)} of the groups on this tower "
+                f"({', '.join(self.not_cut[:2])}{', ...' if len(self.not_cut) > 2 else ''})"
             )
-        return said
+        return message
 
 
 @torch.enable_grad()
@@ -277,38 +285,29 @@ def feature_gradients(
     batch_size: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Gradients of a label-free feature loss, for the stock Taylor importance.
+    """Return the gradients of a label-free feature loss by parameter, for Taylor importance.
 
-    The distance of the dense tower to itself has no gradient, so the tower sees a picture with
-    Gaussian noise of a tenth of the picture's own standard deviation, and should answer as it does
-    to the clean one: mean squared distance of the L2-normalised dense tokens, summed over pictures.
-
-    Returns:
-        Name of a parameter to its gradient, of all parameters that have one.
+    The distance between equal features has no gradient, so Gaussian noise is added to each image,
+    with a tenth of the standard deviation of the image. The loss is the mean squared distance
+    between the L2-normalised dense tokens of the noisy and the clean image, summed over images.
     """
     tower = deepcopy(tower).eval().requires_grad_(True)
     parts = stages(tower)
     device = next(tower.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    for clean, noisy in _pairs(pictures, batch_size, generator):
+    for clean in pictures.batches(batch_size):  # [b, 3, H, W]
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = clean + 0.1 * clean.std((1, 2, 3), keepdim=True) * noise
         with torch.no_grad():
-            wanted = _tokens(parts, clean.to(device))
-        found = _tokens(parts, noisy.to(device))
-        loss = (found - wanted).square().sum(1).mean((1, 2)).sum()
+            target = _tokens(parts, clean.to(device))  # [b, C, h, w]
+        tokens = _tokens(parts, noisy.to(device))
+        loss = (tokens - target).square().sum(1).mean((1, 2)).sum()
         torch.autograd.backward(loss)
     return {
         name: parameter.grad.detach()
         for name, parameter in tower.named_parameters()
         if parameter.grad is not None
     }
-
-
-def _pairs(
-    pictures: Pictures, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for images in pictures.batches(batch_size):
-        noise = torch.randn(images.shape, generator=generator)
-        yield images, images + 0.1 * images.std((1, 2, 3), keepdim=True) * noise
 
 
 def _tokens(stages: Stages, images: Tensor) -> Tensor:

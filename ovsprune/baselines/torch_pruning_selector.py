@@ -1,8 +1,6 @@
-"""Torch-Pruning behind the interface of a unit selector, and on the original tower."""
+"""Unit selector that runs Torch-Pruning."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -20,15 +18,6 @@ from ovsprune.pruning.selection import Selection, SelectionContext
 __all__ = ["TorchPruningRuns", "TorchPruningSelector"]
 
 
-@dataclass(frozen=True)
-class _Key:
-    """Everything that tells two runs of Torch-Pruning apart, other than the ratio."""
-
-    method: str
-    rewritten: bool
-    seed: int | None
-
-
 class TorchPruningRuns:
     """Runs of Torch-Pruning on one model; rows of a comparison share gradients and tried ratios.
 
@@ -38,7 +27,8 @@ class TorchPruningRuns:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self._runs: dict[_Key, TorchPruning] = {}
+        # The key is everything except the ratio that distinguishes two runs.
+        self._runs: dict[tuple[str, bool, int | None], TorchPruning] = {}
 
     def run(
         self,
@@ -50,18 +40,18 @@ class TorchPruningRuns:
         *,
         rewritten: bool,
     ) -> TorchPruning:
-        """Return Torch-Pruning on a tower, from an earlier call if there was one.
+        """Return Torch-Pruning for a tower, original or rewritten; equal runs share one object.
 
         Args:
             method: Name in :data:`TORCH_PRUNING_METHODS`.
-            config: Gives budget, rounding, batch size and seed.
-            tower: Original or rewritten tower; it is not changed.
+            config: Configuration; gives budget, rounding, batch size and seed.
+            tower: Tower; it is not changed.
             groups: Groups that may be cut.
             pictures: Calibration images.
             rewritten: True if ``tower`` is rewritten.
         """
         options = TORCH_PRUNING_METHODS[method]
-        key = _Key(method, rewritten, config.seed if options.taylor else None)
+        key = (method, rewritten, config.seed if options.taylor else None)
         if key not in self._runs:
             gradients = {}
             if options.taylor:
@@ -83,7 +73,7 @@ class TorchPruningRuns:
 
 
 class TorchPruningSelector:
-    """Selects the units that Torch-Pruning keeps on the rewritten tower.
+    """Selector of the units that Torch-Pruning keeps on the rewritten tower.
 
     Args:
         runs: Shared runs.
@@ -95,11 +85,7 @@ class TorchPruningSelector:
         self.runs, self.method, self.config = runs, method, config
 
     def select(self, ctx: SelectionContext) -> Selection:
-        """Select units.
-
-        Raises:
-            BudgetError: Torch-Pruning cannot reach the budget on this tower.
-        """
+        """Return the units that Torch-Pruning keeps within the budget."""
         run = self.runs.run(
             self.method, self.config, ctx.tower, ctx.groups, ctx.pictures, rewritten=True
         )

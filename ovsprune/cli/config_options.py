@@ -32,6 +32,7 @@ def config_options(
     options = [o for o in options_of(config) if o.command and compare in (None, o.compare)]
 
     def decorate(function: Callback) -> Callback:
+        # Decorators apply from the last to the first, so the help page keeps the order.
         for declared in reversed(options):
             hidden = (without or {}).get(declared.name, ())
             function = _click_option(declared, hidden)(function)
@@ -64,7 +65,7 @@ def _click_option(declared: Option, hidden: tuple[str, ...]) -> Callable[[Callba
         attributes["type"] = declared.value_type
     if declared.repeated:
         attributes["multiple"] = True
-    elif not declared.required and declared.factory is None:
+    elif not declared.required and declared.factory is None:  # a factory may import torch
         attributes["default"] = declared.default
     if declared.default_text is not None:
         attributes["show_default"] = declared.default_text

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import reduce
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ovsprune.core.errors import OptionError, UnknownNameError
-from ovsprune.core.options import Option, check_value, options_of, sections_of
-from ovsprune.core.toml import read_toml, to_toml, write_toml
+from ovsprune.core.files import write_text
+from ovsprune.core.options import Option, check_value, options_of
+from ovsprune.core.toml import read_toml, to_toml
 
 __all__ = ["BASE", "Config"]
 
@@ -32,7 +34,7 @@ class Config:
         for declared in fields(self):  # type: ignore[arg-type]
             value = getattr(self, declared.name)
             if isinstance(value, list):
-                object.__setattr__(self, declared.name, tuple(value))
+                object.__setattr__(self, declared.name, tuple(value))  # the class is frozen
 
     @property
     def variant(self) -> str:
@@ -51,24 +53,30 @@ class Config:
             UnknownNameError: There is no such option; the message names the closest.
             OptionError: A required option is missing.
         """
-        plain, nested = _split(cls, values)
-        missing = [o.label for o in options_of(cls) if o.required and o.name not in plain]
+        flat = _known_options(cls, values)
+        required = [o for o in options_of(cls) if o.required]
+        missing = [o.label for o in required if o.name not in flat]
         if missing:
             raise OptionError(f"{missing[0]} is missing: give {' and '.join(missing)}")
-        return _nested(cls(**plain), nested)
+        return cls(**{o.name: flat[o.name] for o in required}).with_options(flat)
 
     def with_options(self: C, values: Mapping[str, Any]) -> C:
         """Return a copy with other values; see :meth:`from_options`."""
-        plain, nested = _split(type(self), values)
-        changed: C = replace(self, **plain)  # type: ignore[type-var]
-        return _nested(changed, nested)
+        flat = _known_options(type(self), values)
+        changed: dict[str, Any] = {}
+        sections: dict[str, dict[str, Any]] = {}
+        for declared in options_of(type(self)):
+            if declared.name in flat:
+                *section, field = declared.path
+                target = sections.setdefault(section[0], {}) if section else changed
+                target[field] = flat[declared.name]
+        for name, inner in sections.items():
+            changed[name] = replace(getattr(self, name), **inner)
+        return replace(self, **changed)  # type: ignore[type-var]
 
     def value(self, declared: Option) -> Any:
         """Return the value of an option."""
-        found: Any = self
-        for name in declared.path:
-            found = getattr(found, name)
-        return found
+        return reduce(getattr, declared.path, self)
 
     def applies(self, declared: Option) -> bool:
         """Return True if the option belongs to the chosen method and its condition holds."""
@@ -86,6 +94,7 @@ class Config:
         options = options_of(type(self))
         for declared in options:
             check_value(declared, self.value(declared))
+        # None and the value that switches an option off are accepted with every method.
         changed = [
             o for o in options if o.changed(self.value(o)) and self.value(o) not in (None, o.off)
         ]
@@ -105,15 +114,14 @@ class Config:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that belong in the provenance, with JSON values."""
-        found: dict[str, Any] = {}
+        recorded: dict[str, Any] = {}
         for declared in options_of(type(self)):
             value = self.value(declared)
-            skipped = declared.provenance == "never" or (
-                declared.provenance == "changed" and not declared.changed(value)
-            )
-            if not skipped and self.applies(declared):
-                found[declared.name] = list(value) if declared.repeated else value
-        return found
+            if declared.provenance == "never" or not self.applies(declared):
+                continue
+            if declared.provenance == "always" or declared.changed(value):
+                recorded[declared.name] = list(value) if declared.repeated else value
+        return recorded
 
     def measurement_key(self) -> tuple[Any, ...]:
         """Return the values of all options on which measured statistics depend."""
@@ -137,11 +145,15 @@ class Config:
         """
         values = read_toml(path, "--config")
         values.pop(BASE, None)
-        with _located(path):
-            values = _flat(cls, values)
+        try:
+            values = _known_options(cls, values)
+            # Check now, so that messages name the file; FOLDER and the like are no valid values.
             for declared in options_of(cls):
                 if declared.name in values and not cls.unrecorded(declared.name, values):
                     check_value(declared, values[declared.name])
+        except (OptionError, UnknownNameError) as error:
+            error.args = (f"{os.fspath(path)}: {error}",)
+            raise
         return cls.from_recorded({**values, **options})
 
     @classmethod
@@ -166,13 +178,9 @@ class Config:
     def recorded_options(cls, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options in a provenance by name, without those that the method ignores."""
         known = {o.name: o for o in options_of(cls)}
-        values = dict(provenance)
-        for name in sections_of(cls):
-            inner = values.pop(name, None)
-            if isinstance(inner, Mapping):
-                values |= {f"{name}_{key}": value for key, value in inner.items()}
-        values = {k: v for k, v in values.items() if k in known and v is not None}
-        draft = cls.from_options(values)
+        flat = _flatten(provenance)
+        values = {k: v for k, v in flat.items() if k in known and v is not None}
+        draft = cls.from_options(values)  # knows which options its method ignores
         return {k: v for k, v in values.items() if draft.applies(known[k])}
 
     def to_toml(self, base: Mapping[str, Any] | None = None) -> str:
@@ -205,59 +213,26 @@ class Config:
             OptionError: A value is an object that only Python can give.
             OutputError: The file cannot be written.
         """
-        write_toml(path, self.to_toml(base))
+        write_text(Path(path), self.to_toml(base))
 
 
-def _split(
-    config: type, values: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Split option values into those of the fields and those of the sections' fields."""
-    known = {o.name: o for o in options_of(config)}
-    sections = sections_of(config)
-    plain: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        if name in sections and not isinstance(value, Mapping):
-            plain[name] = value
-            continue
-        inner = {f"{name}_{key}": v for key, v in value.items()} if name in sections else None
-        for flat, one in (inner or ({name: value} if inner is None else {})).items():
-            if flat not in known:
-                raise UnknownNameError("option", flat, known)
-            first, *rest = known[flat].path
-            if rest:
-                nested.setdefault(first, {})[rest[0]] = one
-            else:
-                plain[first] = one
-    return plain, nested
-
-
-def _nested(config: C, nested: Mapping[str, Mapping[str, Any]]) -> C:
-    changed = {name: replace(getattr(config, name), **values) for name, values in nested.items()}
-    return replace(config, **changed) if changed else config  # type: ignore[type-var]
-
-
-def _flat(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a recipe by name; a table holds the options of a section."""
-    known = [o.name for o in options_of(config)]
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return option values by name; a section that is given as a whole gives its options."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            {f"{name}_{key}": inner for key, inner in value.items()}
-            if isinstance(value, Mapping)
-            else {name: value}
-        )
+        inner = vars(value) if isinstance(value, Config) else value
+        if isinstance(inner, Mapping):
+            flat |= {f"{name}_{key}": inner_value for key, inner_value in inner.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _known_options(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten option values, and refuse a name that is not an option."""
+    known = [o.name for o in options_of(config)]
+    flat = _flatten(values)
     for name in flat:
         if name not in known:
             raise UnknownNameError("option", name, known)
     return flat
-
-
-@contextmanager
-def _located(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Put the file's name before the message of an error."""
-    try:
-        yield
-    except (OptionError, UnknownNameError) as error:
-        error.args = (f"{os.fspath(path)}: {error}",)
-        raise

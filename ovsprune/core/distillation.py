@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ovsprune.core.config import Config
 from ovsprune.core.option_docs import documented
-from ovsprune.core.options import option
+from ovsprune.core.options import deferred, option
 
 __all__ = ["Distillation"]
 
@@ -16,12 +16,6 @@ def _default_optimizer() -> str:
     import torch  # the declarations are read by the command line, which starts without torch
 
     return "Muon" if hasattr(torch.optim, "Muon") else "AdamW"
-
-
-def _check_optimizer(name: str) -> None:
-    from ovsprune.core.optimizers import optimizer_class
-
-    optimizer_class(name)
 
 
 @documented
@@ -43,7 +37,7 @@ class Distillation(Config):
     )
     optimizer: str = option(
         factory=_default_optimizer,
-        validate=_check_optimizer,
+        validate=deferred("ovsprune.core.optimizers", "optimizer_class"),
         metavar="NAME",
         default_text="Muon for matrices and AdamW for the rest, or AdamW alone before torch 2.9",
         help="Optimiser, a class of torch.optim.",

@@ -30,47 +30,47 @@ class OvspruneError(Exception):
 
 
 class OptionError(OvspruneError, ValueError):
-    """An option or argument is outside its range, or two of them contradict each other."""
+    """Option or argument outside its range, or two that contradict each other."""
 
 
 class BudgetError(OvspruneError):
-    """The requested budget cannot be reached; the message names the nearest one that can."""
+    """Budget that cannot be reached; the message names the nearest one that can."""
 
 
 class CheckpointError(OvspruneError):
-    """A slim checkpoint or a foreign checkpoint is damaged, incomplete, or inconsistent."""
+    """Slim or foreign checkpoint that is damaged, incomplete, or inconsistent."""
 
 
 class WeightsError(OvspruneError):
-    """Weights of a base model cannot be loaded, or do not fit the named model."""
+    """Weights of a base model that cannot be loaded, or do not fit the named model."""
 
 
 class DataError(OvspruneError):
-    """Images, labels, or text embeddings cannot be read or do not match."""
+    """Images, labels, or text embeddings that cannot be read or do not match."""
 
 
 class ExportError(OvspruneError):
-    """A tower cannot be exported, or the exported model computes something else."""
+    """Tower that cannot be exported, or whose exported model computes something else."""
 
 
 class OutputError(OvspruneError):
-    """An output exists already, or cannot be written."""
+    """Output that exists already, or cannot be written."""
 
 
 class TargetError(OvspruneError):
-    """A framework's model cannot take the slim tower or its mask; nothing was changed."""
+    """Framework's model that cannot take the slim tower or its mask; nothing was changed."""
 
 
 class ScheduleError(OvspruneError):
-    """A schedule does not fit the model, the optimiser, or the training that it is resumed in."""
+    """Schedule that does not fit the model, the optimiser, or the resumed training."""
 
 
 class MissingLibraryError(OvspruneError, ImportError):
-    """A library that this step needs is not installed; the message names it and its version."""
+    """Required library that is not installed; the message names it and its version."""
 
 
 class UnknownNameError(OvspruneError, LookupError):
-    """A name that is in no registry.
+    """Unknown name of a plug-in or value.
 
     Args:
         kind: Kind of plug-in or value, for example ``"criterion"``.

@@ -19,7 +19,6 @@ from ovsprune.core.errors import CheckpointError, OutputError
 __all__ = [
     "check_output",
     "flush",
-    "move_into_place",
     "staged",
     "staged_file",
     "write_text",
@@ -61,13 +60,11 @@ def check_output(
             f"{path} exists already; choose another output, or pass --overwrite (overwrite=True)"
         )
     if not path.is_dir():
-        raise OutputError(f"{path} is a file, not {kind}; choose another output")
+        raise OutputError(f"{path} is a file, not {kind}; {_REMEDY}")
     try:
         entries = {entry.name for entry in path.iterdir()}
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be listed ({error.strerror}); choose another output"
-        ) from error
+        raise OutputError(f"{path} cannot be listed ({error.strerror}); {_REMEDY}") from error
     if not entries:
         return path
     try:
@@ -90,11 +87,7 @@ def check_output(
 def staged(path: Path) -> Iterator[Path]:
     """Yield a new directory to fill; it replaces ``path`` when the block ends without an error.
 
-    Args:
-        path: The output. An existing directory is replaced, so call :func:`check_output` first.
-
-    Yields:
-        The directory to fill, on the same file system.
+    An existing directory is replaced, so call :func:`check_output` first.
 
     Raises:
         OutputError: A file could not be written, here or in the block. Nothing was changed.
@@ -115,16 +108,13 @@ def staged_file(path: Path, *, what: str = "", remedy: str = _REMEDY) -> Iterato
         what: Name of the output in messages; the path by default.
         remedy: Advice in messages, where the disk is not full.
 
-    Yields:
-        The file to write, in a directory of its own; it does not exist yet.
-
     Raises:
         OutputError: The file could not be written, here or in the block. Nothing was changed.
     """
     with _reported(what or str(path), remedy), _parents(path.parent), _scratch(path) as scratch:
         new = scratch / path.name
         yield new
-        flush(new)
+        flush(new)  # otherwise a crash could leave an empty file under the final name
         os.replace(new, path)
 
 
@@ -139,11 +129,7 @@ def write_text(path: Path, text: str, *, what: str = "", remedy: str = _REMEDY) 
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file or directory to its disk.
-
-    Raises:
-        OSError: The system could not.
-    """
+    """Have the system write a file or directory to its disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -156,23 +142,20 @@ def move_into_place(new: Path, path: Path) -> None:
 
     On Linux the two are exchanged in one step, so a reader finds one of them complete at any time.
     Elsewhere the old directory is renamed first, and renamed back if the move fails.
-
-    Raises:
-        OSError: The move failed; ``path`` is as it was.
     """
     if not path.exists():
         new.rename(path)
     elif _exchange(new, path):
         shutil.rmtree(new, ignore_errors=True)
     else:
-        aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
-        path.rename(aside)
+        old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
+        path.rename(old)
         try:
             new.rename(path)
         except BaseException:
-            aside.rename(path)
+            old.rename(path)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     # The move succeeded. If this flush fails, only its durability is up to the system.
     with contextlib.suppress(OSError):
         flush(path.parent)
@@ -184,6 +167,7 @@ def _exchange(a: Path, b: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):
         return False
+    # Linux 3.15 and later, on most file systems.
     paths = os.fsencode(a), os.fsencode(b)
     return bool(renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0)
 
@@ -202,7 +186,7 @@ def _scratch(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _parents(parent: Path) -> Iterator[None]:
     """Make ``parent`` and the directories above it; remove the new ones if the block fails."""
-    made = []
+    made = []  # innermost first
     missing = parent
     while not missing.exists():
         made.append(missing)
@@ -212,7 +196,7 @@ def _parents(parent: Path) -> Iterator[None]:
         yield
     except BaseException:
         for directory in made:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # not empty: another process uses it
                 directory.rmdir()
         raise
 

@@ -60,7 +60,7 @@ class ImportWatcher(MetaPathFinder):
         run = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            vars(loader).pop("exec_module", None)
+            vars(loader).pop("exec_module", None)  # a reload runs unpatched
             run(module)
             self.callback(module)
 
@@ -86,5 +86,5 @@ def watch(patterns: Iterable[str], callback: ImportCallback) -> ImportWatcher:
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and finder.matches(name):
             callback(module)
-    sys.meta_path.insert(0, finder)
+    sys.meta_path.insert(0, finder)  # before the finders that it delegates to
     return finder

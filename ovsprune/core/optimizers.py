@@ -15,12 +15,11 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     Raises:
         UnknownNameError: ``torch.optim`` has none of that name.
     """
+    base = torch.optim.Optimizer
     known = {
         key: value
         for key, value in vars(torch.optim).items()
-        if isinstance(value, type)
-        and issubclass(value, torch.optim.Optimizer)
-        and value is not torch.optim.Optimizer
+        if isinstance(value, type) and issubclass(value, base) and value is not base
     }
     if name not in known:
         raise UnknownNameError("optimizer", name, known)

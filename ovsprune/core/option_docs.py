@@ -7,24 +7,19 @@ from typing import TypeVar
 
 from ovsprune.core.options import Option, options_of
 
-__all__ = ["attributes", "documented", "options_table", "range_text"]
+__all__ = ["documented", "options_table", "range_text"]
 
 T = TypeVar("T", bound=type)
 
 
 def documented(config: T) -> T:
     """Add an ``Attributes`` section with every option to the docstring of a configuration."""
-    config.__doc__ = f"{(config.__doc__ or '').rstrip()}\n\n{attributes(config)}"
-    return config
-
-
-def attributes(config: type) -> str:
-    """Return the ``Attributes`` section of a docstring."""
-    lines = ["    Attributes:"]
+    lines = [(config.__doc__ or "").rstrip(), "", "    Attributes:"]
     for declared in options_of(config):
         text = f"{declared.name}: {_sentences(declared)}"
         lines += textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
-    return "\n".join(lines) + "\n"
+    config.__doc__ = "\n".join(lines) + "\n"
+    return config
 
 
 def options_table(config: type) -> str:
@@ -42,10 +37,8 @@ def options_table(config: type) -> str:
 
 
 def _kind(declared: Option) -> str:
-    names = {bool: "flag", int: "integer", float: "number", str: "text"}
-    kind = names[declared.value_type]
-    if declared.objects:
-        kind += " or object"
+    kind = {bool: "flag", int: "integer", float: "number", str: "text"}[declared.value_type]
+    kind += " or object" if declared.objects else ""
     return f"list of {kind}" if declared.repeated else kind
 
 
@@ -69,16 +62,11 @@ def _sentences(declared: Option, *, default: bool = True) -> str:
         parts.append(f"Default: {_default(declared)}.")
     if isinstance(declared.choices, tuple):
         parts.append(f"One of {', '.join(f'`{name}`' for name in declared.choices)}.")
-    bounds = range_text(declared)
-    if bounds:
+    if bounds := range_text(declared):
         parts.append(f"{bounds}.")
-    if declared.methods is not None:
-        # "--method imp" includes "--method imp --imp-structured"
-        shortest = [
-            name
-            for name in declared.methods
-            if not any(name.startswith(f"{other} ") for other in declared.methods)
-        ]
+    if methods := declared.methods:
+        # "--method imp" includes "--method imp --imp-structured".
+        shortest = [m for m in methods if not any(m.startswith(f"{other} ") for other in methods)]
         parts.append(f"With {' or '.join(f'`{name}`' for name in shortest)}.")
     if declared.requires is not None:
         parts.append(f"Needs `{declared.requires.label}`.")

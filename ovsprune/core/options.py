@@ -16,7 +16,10 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
+from importlib import import_module
 from numbers import Integral, Real
+from operator import attrgetter
+from types import NoneType
 from typing import Any, Literal
 
 from ovsprune.core.errors import OptionError, UnknownNameError
@@ -25,13 +28,19 @@ __all__ = [
     "Option",
     "Requirement",
     "check_value",
+    "deferred",
     "option",
     "options_of",
     "section",
-    "sections_of",
 ]
 
-_TYPES = (bool, int, float, str)
+_TYPES: Mapping[type, tuple[Any, str]] = {
+    bool: (bool, "give true or false"),
+    int: (Integral, "give a whole number"),
+    float: (Real, "give a number"),
+    str: (str | os.PathLike, "give a text"),
+}
+"""Types of options: accepted values, and the advice in messages about others."""
 _METADATA = "ovsprune.option"
 
 
@@ -168,9 +177,21 @@ def section(config: type, **common: Any) -> Any:
     )
 
 
+def deferred(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports ``module`` when it is called, and calls ``name`` in it.
+
+    The command line reads the declarations before torch is imported.
+
+    Args:
+        module: Full name of a module.
+        name: Name of a function in it, or of a method of an object (``"CRITERIA.names"``).
+    """
+    return lambda *args: attrgetter(name)(import_module(module))(*args)
+
+
 def options_of(config: type) -> tuple[Option, ...]:
     """Return the options of a configuration class in the order of declaration, sections inlined."""
-    return _options(config)
+    return _options(config)  # mypy does not accept subclasses of Config as arguments of a cache
 
 
 @cache
@@ -180,7 +201,7 @@ def _options(config: type) -> tuple[Option, ...]:
     for declared_field in fields(config):
         declared = declared_field.metadata.get(_METADATA)
         name = declared_field.name
-        if isinstance(declared, _Section):
+        if isinstance(declared, _Section):  # inline its options: distill.lr becomes distill_lr
             options += [
                 replace(
                     inner,
@@ -195,25 +216,14 @@ def _options(config: type) -> tuple[Option, ...]:
     return tuple(options)
 
 
-def sections_of(config: type) -> dict[str, type]:
-    """Return the nested configurations of a configuration class by field name."""
-    declared = {f.name: f.metadata.get(_METADATA) for f in fields(config)}
-    return {n: found.config for n, found in declared.items() if isinstance(found, _Section)}
-
-
 def _value_type(hint: Any) -> dict[str, Any]:
     """Return ``value_type``, ``optional``, ``repeated`` and ``objects`` of a type annotation."""
-    members = typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return {"value_type": members[0], "repeated": True}
-    if not members:
-        return {"value_type": hint}
-    plain = [member for member in members if member in _TYPES]
-    others = [member for member in members if member not in (*_TYPES, type(None))]
+    members = typing.get_args(hint) or (hint,)  # (str, NoneType), (str, ...) of a tuple, (str,)
     return {
-        "value_type": plain[0],
-        "optional": type(None) in members,
-        "objects": bool(others),
+        "value_type": next(member for member in members if member in _TYPES),
+        "optional": NoneType in members,
+        "repeated": typing.get_origin(hint) is tuple,
+        "objects": any(member not in (*_TYPES, NoneType, ...) for member in members),
     }
 
 
@@ -231,16 +241,17 @@ def check_value(declared: Option, value: Any) -> None:
         return
     if isinstance(value, str) or not isinstance(value, tuple | list):
         raise OptionError(f"{declared.label} {value!r}: give a list of strings, not one string")
-    for one in value:
-        _check_one(declared, one)
+    for element in value:
+        _check_one(declared, element)
 
 
 def _check_one(declared: Option, value: Any) -> None:
     if not (declared.objects and not isinstance(value, str)):
         _check_type(declared, value)
+    # An object given from Python has no name; `validate` checks it.
     names = declared.names() if isinstance(value, str) else ()
     if names and value not in names:
-        if callable(declared.choices):
+        if callable(declared.choices):  # the names of a registry: name the closest one
             raise UnknownNameError(declared.name.replace("_", " "), value, names)
         raise OptionError(f"{declared.label} {value!r} is unknown; known: {', '.join(names)}")
     if declared.value_type in (int, float) and isinstance(value, Real):
@@ -250,16 +261,11 @@ def _check_one(declared: Option, value: Any) -> None:
 
 
 def _check_type(declared: Option, value: Any) -> None:
-    kinds: dict[type, tuple[Any, str]] = {
-        bool: (bool, "give true or false"),
-        int: (Integral, "give a whole number"),
-        float: (Real, "give a number"),
-        str: (str | os.PathLike, "give a text"),
-    }
-    expected, words = kinds[declared.value_type]
-    number = declared.value_type in (int, float)
-    if not isinstance(value, expected) or (number and isinstance(value, bool)):
-        raise OptionError(f"{declared.label} {value!r}: {words}")
+    expected, advice = _TYPES[declared.value_type]
+    # In Python, True is a number.
+    is_flag = isinstance(value, bool) and declared.value_type is not bool
+    if is_flag or not isinstance(value, expected):
+        raise OptionError(f"{declared.label} {value!r}: {advice}")
 
 
 def _check_range(declared: Option, value: Any) -> None:

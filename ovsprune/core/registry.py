@@ -98,6 +98,6 @@ class Registry(Generic[T]):
         package = importlib.import_module(self.room)
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             importlib.import_module(module.name)
-        self._loaded = True
+        self._loaded = True  # before the entry points, which may look up names
         for entry in entry_points(group=ENTRY_POINT_GROUP):
             entry.load()

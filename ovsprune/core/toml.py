@@ -1,4 +1,4 @@
-"""Reading and writing of TOML files."""
+"""Conversion from and to TOML."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ovsprune.core.errors import OptionError, OutputError
-from ovsprune.core.files import write_text
+from ovsprune.core.errors import OptionError
 
-__all__ = ["read_toml", "to_toml", "write_toml"]
+__all__ = ["read_toml", "to_toml"]
 
 
 def read_toml(path: str | os.PathLike[str], option: str) -> dict[str, Any]:
@@ -61,25 +60,11 @@ def to_toml(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) 
     return "\n".join(lines) + "\n"
 
 
-def write_toml(path: str | os.PathLike[str], text: str) -> None:
-    """Write a TOML document to a file, completely or not at all.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    try:
-        write_text(Path(path), text)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror or error}; name another file"
-        ) from error
-
-
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_value(one) for one in value)}]"
+        return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, float):
         if not math.isfinite(value):
             raise OptionError(f"{value} cannot be written to a recipe; give a finite number")

@@ -33,10 +33,10 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
 
     checkpoint = read(Path(directory))
     if recipe is not None:
-        from ovsprune.core.toml import write_toml
+        from ovsprune.core.files import write_text
         from ovsprune.pruning.recipes import recipe_of
 
-        write_toml(recipe, recipe_of(checkpoint))
+        write_text(Path(recipe), recipe_of(checkpoint))
     spec = checkpoint.spec
     layers = []
     for layer in spec.layers:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress, Silent
-from ovsprune.core.unpickle.folder import files_beside, read_folder
+from ovsprune.core.unpickle.folder import read_folder, sibling_files
 from ovsprune.core.unpickle.foreign import Foreign, read_foreign
 from ovsprune.slim import SlimCheckpoint, SlimTower, read
 from ovsprune.slim.attach import undo_on_error
@@ -270,7 +270,7 @@ def _on_disk(
         record["lines"] = target.lines(str(directory)) + (
             "" if plan is None else _PLAN.format(**plan)
         )
-        extra = {} if checkpoint is None else files_beside(Path(checkpoint), target.files)
+        extra = {} if checkpoint is None else sibling_files(Path(checkpoint), target.files)
         record["files"] = sorted(extra)
         if not dry_run:
             record["output"] = str(directory)

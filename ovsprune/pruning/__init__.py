@@ -1,1 +1,1 @@
-"""The pruning pipeline: search space, selection of units, cutting, repair, provenance."""
+"""Pruning pipeline: search space, selection of units, cutting, repair, provenance."""

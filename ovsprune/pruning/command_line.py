@@ -26,6 +26,7 @@ def command_of(model: Backbone, config: PruneConfig, dtype: str, text: bool) -> 
     words = ["ovsprune", "prune", "--model", name, "--ratio", f"{config.ratio:g}"]
     if model.slim is None and model.pretrained not in OWN_WEIGHTS:
         words += ["--pretrained", model.pretrained or "none"]
+    # "auto" is resolved by now, so the default of the calibration depends on the model.
     defaults = PruneConfig(ratio=config.ratio).for_model(model)
     for option in options_of(type(config)):
         value = config.value(option)
@@ -34,8 +35,8 @@ def command_of(model: Backbone, config: PruneConfig, dtype: str, text: bool) -> 
         default = defaults.calibration if option.name == "calibration" else option.default_value()
         if value == default or (option.objects and not isinstance(value, str)):
             continue  # a command line cannot give an object; the comment below names it
-        for one in value if option.repeated else (value,):
-            words += [option.label] if one is True else [option.label, str(one)]
+        for element in value if option.repeated else (value,):
+            words += [option.label] if element is True else [option.label, str(element)]
     if dtype != "float32":
         words += ["--dtype", dtype]
     line = shlex.join([*words, *([] if text else ["--no-text"])])

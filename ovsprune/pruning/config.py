@@ -10,8 +10,8 @@ from ovsprune.core.config import Config
 from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import OptionError
 from ovsprune.core.option_docs import documented
-from ovsprune.core.options import Requirement, option, section
-from ovsprune.pruning import registries
+from ovsprune.core.options import Requirement, deferred, option, section
+from ovsprune.pruning.floors import parse_floor
 from ovsprune.pruning.imp_config import ImpConfig
 
 if TYPE_CHECKING:
@@ -80,22 +80,22 @@ class PruneConfig(Config):
     )
     criterion: str | Criterion = option(
         "reconstruction",
-        choices=registries.criteria,
-        validate=registries.check_criterion,
+        choices=deferred("ovsprune.importance", "CRITERIA.names"),
+        validate=deferred("ovsprune.importance", "find_criterion"),
         methods=(_DEFAULT,),
         help="Importance score that ranks the units of a layer (`ovsprune criteria` lists them). "
         "From Python also an object, such as ovsprune.importance.taylor.Taylor.",
     )
     allocation: str = option(
         "sensitivity",
-        choices=registries.allocations,
+        choices=deferred("ovsprune.allocation", "ALLOCATIONS.names"),
         methods=(_DEFAULT,),
         measured=False,
         help="Distribution of the budget over the layers (`ovsprune criteria` lists them).",
     )
     recovery: str = option(
         "gauss-newton",
-        choices=registries.recoveries,
+        choices=deferred("ovsprune.recovery", "RECOVERIES.names"),
         methods=(_DEFAULT,),
         off="none",
         measured=False,
@@ -119,7 +119,7 @@ class PruneConfig(Config):
     floor: tuple[str, ...] = option(
         (),
         metavar="PATTERN=N",
-        validate=registries.check_floor,
+        validate=parse_floor,
         methods=(_DEFAULT, _IMP_UNITS),
         compare="method",
         help="Minimum number of units (or fraction of them, below 1) to keep in matching layers. "
@@ -274,20 +274,20 @@ class PruneConfig(Config):
         from ovsprune.calibration.pictures import RENDERED
         from ovsprune.importance import criterion_name
 
-        found = super().recorded()
-        if "criterion" in found:
-            found["criterion"] = criterion_name(self.criterion)
+        recorded = super().recorded()
+        if "criterion" in recorded:
+            recorded["criterion"] = criterion_name(self.criterion)
         if self.calibration not in RENDERED:
-            found["calibration"] = FOLDER
-        return found | self.described()
+            recorded["calibration"] = FOLDER
+        return recorded | self.described()
 
     def described(self) -> dict[str, Any]:
         """Return the description of a method other than the default, for records."""
         if self.method == "default":
             return {}
-        own = {k: v for k, v in super().recorded().items() if k.startswith("imp_")}
+        options = {k: v for k, v in super().recorded().items() if k.startswith("imp_")}
         fixed = {"criterion": "l1", "allocation": "global", "recovery": "none"}
-        return {"method": self.method, **fixed, **own}
+        return {"method": self.method, **fixed, **options}
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any], **options: Any) -> PruneConfig:
@@ -332,7 +332,7 @@ def config_of(ratio: float | None, config: PruneConfig | None, options: Any) -> 
         OptionError: A value is out of its range, or there is no ratio.
         UnknownNameError: A name is unknown.
     """
-    given = dict(options) if ratio is None else {"ratio": ratio, **options}
-    found = PruneConfig.from_options(given) if config is None else config.with_options(given)
-    found.check()
-    return found
+    values = dict(options) if ratio is None else {"ratio": ratio, **options}
+    result = PruneConfig.from_options(values) if config is None else config.with_options(values)
+    result.check()
+    return result

@@ -64,11 +64,7 @@ class CriterionSelector:
         self.allocator = ALLOCATIONS.get(config.allocation)
 
     def select(self, ctx: SelectionContext) -> Selection:
-        """Select the units of highest importance in each group, within the budget.
-
-        Raises:
-            BudgetError: The budget cannot be reached.
-        """
+        """Return the most important units of each group, within the budget."""
         scores, curves = self._survey(ctx)
         spectra = None
         if self.allocator.needs_spectra:
@@ -97,7 +93,7 @@ class CriterionSelector:
         """Return rankings and error curves; they depend on neither the ratio nor the recovery."""
         probe = self.config.probe_pictures if self.allocator.needs_curves else 0
         start = time.perf_counter()
-        if not ctx.is_dense:
+        if not ctx.is_dense:  # a tower between two rounds, which no other prune shares
             scores, curves = self._measure(ctx, probe)
             self.clock.add("survey", time.perf_counter() - start)
             return scores, curves
@@ -115,7 +111,7 @@ class CriterionSelector:
             return self._measure(ctx, probe)
         path = Path(self.config.statistics)
         if not path.is_file():
-            statistics_file(path).check_writable()
+            statistics_file(path).check_writable()  # before the survey, which takes minutes
         origin = self._origin(ctx, probe)
         if path.exists():
             stored = read_statistics(path, origin)

@@ -13,7 +13,7 @@ from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone
 
-__all__ = ["DTYPES", "cast", "check_dtype", "open_dense", "open_model"]
+__all__ = ["DTYPES", "cast", "check_dtype", "open_model"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Data types in which a tower can be saved."""
@@ -27,15 +27,9 @@ def open_model(
     progress: Progress,
     clock: Clock,
 ) -> Backbone:
-    """Return the model to prune, loaded if it is a name; report its notes.
+    """Return the model to prune, loaded if it is a name, and report its notes.
 
-    Args:
-        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
-        pretrained: Tag, file, or ``"none"``.
-        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
-        device: Device of the tower.
-        progress: Progress reporter.
-        clock: Receives the seconds of loading.
+    The arguments are those of :func:`ovsprune.backbones.load_backbone`.
 
     Raises:
         WeightsError: The weights cannot be loaded.
@@ -54,34 +48,8 @@ def open_model(
     return model
 
 
-def open_dense(
-    model: str | Backbone,
-    pretrained: str | None,
-    activation: str | None,
-    device: str,
-    progress: Progress,
-    clock: Clock,
-) -> Backbone:
-    """Return the model like :func:`open_model`, and refuse a slim one.
-
-    Raises:
-        OptionError: The model is slim already.
-        WeightsError: The weights cannot be loaded.
-    """
-    model = open_model(model, pretrained, activation, device, progress, clock)
-    if model.slim is not None:
-        raise OptionError(
-            f"{model.slim.path} is slim already: prune {model.name} again with a higher ratio"
-        )
-    return model
-
-
 def check_dtype(dtype: str) -> None:
-    """Refuse an unknown data type.
-
-    Raises:
-        OptionError: ``dtype`` is not in :data:`DTYPES`.
-    """
+    """Raise OptionError if ``dtype`` is not in :data:`DTYPES`."""
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
 

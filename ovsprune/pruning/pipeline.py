@@ -1,4 +1,4 @@
-"""The steps of a prune on a loaded backbone: search space, selection, cut, recovery, check."""
+"""Steps of a prune on a loaded backbone: search space, selection, cut, recovery, check."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ovsprune.allocation.trim import cost
 from ovsprune.backbones import FAMILIES
 from ovsprune.calibration.batch_norms import recalibrate_batchnorm
 from ovsprune.calibration.fidelity import Fidelity, fidelity
@@ -15,13 +16,19 @@ from ovsprune.calibration.pictures import open_pictures, unseen_pictures
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import BudgetError
 from ovsprune.core.progress import Progress
-from ovsprune.core.protocols import Backbone, Budget, Family, Pictures, RecoveryContext
-from ovsprune.core.records import Costs, Group, Plan
+from ovsprune.core.protocols import (
+    AllocationContext,
+    Backbone,
+    Budget,
+    Family,
+    Pictures,
+    RecoveryContext,
+)
+from ovsprune.core.records import Costs, Group, Plan, Scores
 from ovsprune.graph.costs import count_costs
 from ovsprune.graph.cut import cut, kept_rows
 from ovsprune.graph.groups import with_costs
-from ovsprune.profiling.latency import compare_latency
-from ovsprune.pruning.budgets import counted_budget, plan_cost, timed_budget
+from ovsprune.profiling.latency import compare_latency, latency_budget
 from ovsprune.pruning.config import TOLERANCE, PruneConfig
 from ovsprune.pruning.criterion_selector import CriterionSelector
 from ovsprune.pruning.provenance import make_spec, provenance
@@ -51,23 +58,16 @@ class Pruned:
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """Slim tower after the last round.
+    """Slim tower after the last round, still rewritten."""
 
-    Attributes:
-        plan: Kept units in the coordinates of the search space.
-        tower: Slim tower, rewritten.
-        budget: Budget of the last round.
-        cost: Cost of the tower, in the budget's unit and by the budget's prices.
-    """
-
-    plan: Plan
+    plan: Plan  # in the coordinates of the search space
     tower: nn.Module
-    budget: Budget
-    cost: float
+    budget: Budget  # of the last round
+    cost: float  # by the budget's prices
 
 
 class Pipeline:
-    """One prune of one loaded backbone.
+    """Prune of a loaded backbone.
 
     Args:
         backbone: Model to prune; it is not changed.
@@ -108,6 +108,7 @@ class Pipeline:
         """
         size, config = self.backbone.preprocess.size, self.config
         dense = self._copy()
+        # Rewriting changes the counts slightly, so the costs are those of the original tower.
         base = count_costs(dense, size)
         space = SearchSpace.build(
             self.backbone,
@@ -121,7 +122,7 @@ class Pipeline:
         pictures, held_out = self._open_pictures()
         result = self._prune_in_rounds(space, base, pictures)
         slim, plan = result.tower, result.plan
-        self.family.finish(slim, space.groups, plan)
+        self.family.finish(slim, space.groups, plan)  # undoes the rewriting
         if config.repairs:
             # The rewritten dense tower has its norms folded: a fresh copy still has them.
             recalibrate_batchnorm(
@@ -157,7 +158,7 @@ class Pipeline:
         )
 
     def _copy(self) -> nn.Module:
-        """Return a float32 copy of the tower: moments and repairs need that precision."""
+        """Return a float32 copy of the tower; moments and recoveries need that precision."""
         return deepcopy(self.backbone.tower).float().eval().requires_grad_(False)
 
     def _open_pictures(self) -> tuple[Pictures, Pictures]:
@@ -189,13 +190,11 @@ class Pipeline:
         slim: nn.Module | None = None
         plan = keep_all(groups)
         steps = ratios(self.config.ratio, self.config.rounds)
-        cost = 0.0
         with self.progress.stage("pruning", len(steps)) as advance:
             for number, ratio in enumerate(steps, 1):
+                # Selection works in the coordinates of the present tower, the plan in dense ones.
                 ctx = self._context(space, slim, plan, base, ratio, pictures)
                 selection = self._select(ctx, number, len(steps))
-                budget = ctx.budget
-                cost = plan_cost(ctx.groups, budget, selection.plan)
                 if slim is None:
                     slim = selection.trained or deepcopy(dense)
                 cut(slim, ctx.groups, selection.plan)
@@ -204,7 +203,9 @@ class Pipeline:
                 self.clock.lap("recover")
                 advance(1)
         assert slim is not None
-        return _Cut(plan=plan, tower=slim, budget=budget, cost=cost)
+        widths = {g.name: selection.plan.width(g.name) for g in ctx.groups}
+        remaining = cost(AllocationContext(ctx.groups, Scores({}, {}), ctx.budget, None), widths)
+        return _Cut(plan=plan, tower=slim, budget=ctx.budget, cost=remaining)
 
     def _context(
         self,
@@ -223,11 +224,14 @@ class Pipeline:
         if slim is not None:
             groups = with_costs(slim, groups, size)
             current = self._current_costs(base, space.tower, slim)
-        if self.config.budget == "latency":
-            budget = timed_budget(tower, groups, self.family, size, self.config, self.progress)
+        kind = self.config.budget
+        if kind == "latency":
+            table = self.config.latency_table
+            budget = latency_budget(tower, groups, self.family, size, ratio, table, self.progress)
             self.clock.lap("layer times")
         else:
-            budget = counted_budget(self.config.budget, base, current, ratio)
+            # The ratio refers to the dense tower, also in later rounds.
+            budget = Budget(kind, float(current.of(kind)), base.of(kind) * (1 - ratio))
         return SelectionContext(
             tower=tower, groups=groups, budget=budget, pictures=pictures, is_dense=slim is None
         )

@@ -1,4 +1,4 @@
-"""Spec and provenance of a slim checkpoint: layers, costs, configuration."""
+"""Spec and provenance of a slim checkpoint."""
 
 from __future__ import annotations
 
@@ -29,15 +29,7 @@ def make_spec(
     costs: tuple[Costs, Costs],
     provenance: dict[str, Any],
 ) -> SlimSpec:
-    """Return the spec of a slim tower.
-
-    Args:
-        backbone: Model that was pruned.
-        space: Search space of the prune.
-        plan: Kept units.
-        costs: Costs of the tower before and after the prune.
-        provenance: Result of :func:`provenance`.
-    """
+    """Return the spec of a slim tower; ``costs`` are those before and after the prune."""
     state = backbone.tower.state_dict()
     layers = tuple(_layer_spec(g, plan, state) for g in space.groups)
     if backbone.slim is None:
@@ -64,12 +56,7 @@ def make_spec(
 
 
 def provenance(config: PruneConfig, pictures: Pictures) -> dict[str, Any]:
-    """Return the origin of a slim tower as JSON values; no path of this machine.
-
-    Args:
-        config: Configuration of the prune.
-        pictures: Calibration images.
-    """
+    """Return the origin of a slim tower as JSON values, without paths of this machine."""
     return {
         **config.recorded(),
         "calibration_hash": calibration_hash(pictures),
@@ -79,12 +66,7 @@ def provenance(config: PruneConfig, pictures: Pictures) -> dict[str, Any]:
 
 
 def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
-    """Return everything that measurements of a model on images depend on, as JSON values.
-
-    Args:
-        backbone: Model that is measured.
-        pictures: Images on which it is measured.
-    """
+    """Return everything that measurements of a model on images depend on, as JSON values."""
     return {
         "model": backbone.name,
         "weights": tensors_hash(state_hashes(backbone.tower.state_dict())),
@@ -96,15 +78,10 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
 
 
 def _layer_spec(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
-    """Return the spec of a group.
-
-    Args:
-        group: Group that may be cut.
-        plan: Kept units.
-        base: Names of the base tower's tensors. If rewriting split a fused attention, its parts are
-            not among them; the attention is then cut as a whole, and the spec lists no slices.
-    """
+    """Return the spec of a group; ``base`` has the names of the base tower's tensors."""
     slices: dict[SliceSpec, None] = {}
+    # Rewriting split a fused attention if the base lacks its parts. Such an attention is cut as a
+    # whole, and the spec lists no slices.
     fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)
     if not fused:
         for part in group.slices:

@@ -59,17 +59,13 @@ def recipe_of(checkpoint: SlimCheckpoint) -> str:
     if reason is not None:
         raise OptionError(f"{checkpoint.path}: the criterion is missing in the recipe: {reason}")
     base: dict[str, Any] = {}
-    if "given" not in spec.provenance:
+    if "given" not in spec.provenance:  # the base is what was pruned, not its slim result
         base["model"] = spec.base.model
         if spec.base.pretrained not in OWN_WEIGHTS:
             base["pretrained"] = spec.base.pretrained or "none"
-    base["dtype"] = _dtype(checkpoint)
-    if all(name.startswith("visual.") for name in checkpoint.tensors):
+    tower = [t for name, t in checkpoint.tensors.items() if name.startswith("visual.")]
+    dtype = next(t.dtype for t in tower if t.is_floating_point())
+    base["dtype"] = str(dtype).removeprefix("torch.")
+    if len(tower) == len(checkpoint.tensors):
         base["text"] = False
     return to_toml(values, {BASE: base})
-
-
-def _dtype(checkpoint: SlimCheckpoint) -> str:
-    """Return the type of the tower's floating-point tensors."""
-    kinds = (t.dtype for n, t in checkpoint.tensors.items() if n.startswith("visual."))
-    return next(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point)

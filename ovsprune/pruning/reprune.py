@@ -8,10 +8,8 @@ hashes and dense costs are those of the first dense model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
-
-from torch import Tensor
 
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone
@@ -26,13 +24,8 @@ __all__ = ["check_reprune", "in_base", "layers_in_base", "mark_cut_before", "pro
 def check_reprune(model: Backbone, method: str) -> None:
     """Refuse a slim model that cannot be pruned again; accept every dense model.
 
-    Args:
-        model: Model to prune.
-        method: Pruning method, ``"default"`` or ``"imp"``.
-
     Raises:
-        OptionError: The model is an unstructured result, or a slim model is to be pruned by
-            iterative magnitude pruning.
+        OptionError: The model is an unstructured result, or it is slim and the method is ``"imp"``.
     """
     checkpoint = model.slim
     if checkpoint is None:
@@ -59,15 +52,13 @@ def mark_cut_before(checkpoint: SlimCheckpoint | None, groups: Iterable[Group]) 
 def in_base(checkpoint: SlimCheckpoint | None, plan: Plan) -> Plan:
     """Return a plan for a slim model in the coordinates of its base.
 
-    Units that the slim model lost in groups that the plan does not name stay removed.
-
-    Args:
-        checkpoint: Slim model; None for a dense model, whose plan is returned unchanged.
-        plan: Units to keep, in the coordinates of the slim model.
+    Groups that the plan does not name stay as they are in the slim model. The plan of a dense model
+    (``checkpoint=None``) is returned unchanged.
     """
     if checkpoint is None:
         return plan
     mask = checkpoint.mask
+    # mask[name] maps units of the slim model to units of the base: [units] -> base indices.
     kept = {name: mask[name][i] if name in mask else i for name, i in plan.kept.items()}
     return Plan({**mask, **kept})
 
@@ -77,15 +68,13 @@ def layers_in_base(
 ) -> tuple[LayerSpec, ...]:
     """Return every layer that was cut before or now, in the coordinates of the base.
 
-    Args:
-        checkpoint: Slim model.
-        layers: Layers of the present cut, in the coordinates of the slim model.
-        order: Names of all layers, in the order of the blocks.
+    ``layers`` are those of the present cut, in the coordinates of the slim model; ``order`` lists
+    the names of all layers in the order of the blocks.
     """
     merged = {layer.name: layer for layer in checkpoint.spec.layers}
     for layer in layers:
         before = merged.get(layer.name)
-        if before is None:
+        if before is None:  # not cut until now, but its slices may have moved
             slices = tuple(_slice_in_base(checkpoint, part) for part in layer.slices)
             merged[layer.name] = replace(layer, slices=slices)
         else:
@@ -102,20 +91,14 @@ def _slice_in_base(checkpoint: SlimCheckpoint, part: SliceSpec) -> SliceSpec:
     runs = layer_runs(checkpoint.spec, checkpoint.mask).get(part.module, {}).get(part.axis, [])
     if not runs:
         return part
-    size = _weight(checkpoint, part.module).shape[0 if part.axis == "out" else 1]
+    weight = checkpoint.tensors[f"visual.{part.module}.weight"]
+    size = weight.shape[0 if part.axis == "out" else 1]
+    # Add the channels that earlier cuts removed, to get the size of the axis in the base.
     size += sum((run.units - run.kept.numel()) * run.unit_width for run in runs)
     return replace(part, offset=int(keep_index(size, runs)[part.offset]))
 
 
-def _weight(checkpoint: SlimCheckpoint, module: str) -> Tensor:
-    return checkpoint.tensors[f"visual.{module}.weight"]
-
-
 def provenance_of(checkpoint: SlimCheckpoint) -> dict[str, Any]:
     """Return the costs and the provenance of a slim model as JSON values; no path."""
-    slim = checkpoint.spec.slim
-    return {
-        "macs": slim.macs,
-        "params": slim.params,
-        "provenance": dict(checkpoint.spec.provenance),
-    }
+    spec = checkpoint.spec
+    return {**asdict(spec.slim), "provenance": dict(spec.provenance)}

@@ -32,12 +32,11 @@ def keep_all(groups: Sequence[Group]) -> Plan:
 
 
 def compose(first: Plan, then: Plan) -> Plan:
-    """Return two successive plans as one, in the coordinates of the first.
+    """Return two successive plans as one, in dense coordinates.
 
-    Args:
-        first: Plan in dense coordinates.
-        then: Plan in the coordinates of the units that ``first`` kept.
+    ``then`` is in the coordinates of the units that ``first`` kept.
     """
+    # A group that an earlier round emptied is not in the later plan.
     kept = {n: units[then.kept[n]] if n in then.kept else units for n, units in first.kept.items()}
     return Plan(kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +22,7 @@ from ovsprune.pruning.reprune import mark_cut_before
 __all__ = [
     "SearchSpace",
     "allow_empty_groups",
+    "match_names",
     "min_units_by_group",
     "raise_min_units",
     "split_protected",
@@ -93,25 +94,15 @@ def split_protected(
 ) -> tuple[list[PrunableLayer], dict[str, str]]:
     """Split layers into those that may be cut, and the names of the others with the reason.
 
-    Args:
-        layers: Prunable layers, some of them protected by the family.
-        patterns: Further layers to protect; matched against names of groups, blocks and layers.
+    ``patterns`` protect further layers; they match names of groups, blocks and layers.
 
     Raises:
         OptionError: A pattern matches nothing, or everything is protected.
     """
     protected = {layer.name: layer.protected for layer in layers if layer.protected}
+    names = {layer.name: (layer.name, layer.block, layer.layer) for layer in layers}
     for pattern in patterns:
-        hits = [
-            layer.name
-            for layer in layers
-            if _any_match((layer.name, layer.block, layer.layer), pattern)
-        ]
-        if not hits:
-            raise OptionError(
-                f"--protect {pattern!r} matches no group; groups are named like "
-                f"{', '.join(layer.name for layer in layers[:2])}, and * stands for anything"
-            )
+        hits = match_names(f"--protect {pattern!r}", pattern, names, "group")
         protected |= dict.fromkeys(hits, f"--protect {pattern}")
     free = [layer for layer in layers if layer.name not in protected]
     if not free:
@@ -122,36 +113,26 @@ def split_protected(
 def raise_min_units(groups: Sequence[Group], floors: Sequence[str]) -> list[Group]:
     """Return the groups with their minimum units raised to those of all matching floors.
 
-    Args:
-        groups: Groups that may be cut.
-        floors: ``"PATTERN=N"`` each; patterns match the names of a group, its block and its layers.
+    A floor is ``"PATTERN=N"``; patterns match the names of a group, its block and its layers.
 
     Raises:
         OptionError: A floor cannot be parsed, matches nothing, or exceeds the units of a group.
     """
-    raised = list(groups)
+    raised = {g.name: g for g in groups}
+    names = {g.name: (g.name, g.block, *(part.module for part in g.slices)) for g in groups}
     for text in floors:
         pattern, value = parse_floor(text)
-        hits = [
-            i
-            for i, g in enumerate(raised)
-            if _any_match((g.name, g.block, *(part.module for part in g.slices)), pattern)
-        ]
-        if not hits:
-            raise OptionError(
-                f"--floor {text!r} matches no group that may be cut; groups are named like "
-                f"{', '.join(g.name for g in raised[:2])}, and * stands for anything"
-            )
-        for i in hits:
-            group = raised[i]
+        for name in match_names(f"--floor {text!r}", pattern, names, "group that may be cut"):
+            group = raised[name]
+            # The offset keeps rounding errors (0.28 * 25 = 7.000000000000001) from adding a unit.
             least = math.ceil(value * group.units - 1e-9) if value < 1 else int(value)
             if least > group.units:
                 raise OptionError(
                     f"--floor {text!r}: {group.name} has only {group.units} {group.kind}; give a "
                     "fraction, or a pattern that does not match it"
                 )
-            raised[i] = replace(group, min_units=max(group.min_units, least))
-    return raised
+            raised[name] = replace(group, min_units=max(group.min_units, least))
+    return list(raised.values())
 
 
 def allow_empty_groups(tower: nn.Module, groups: Sequence[Group]) -> list[Group]:
@@ -161,21 +142,14 @@ def allow_empty_groups(tower: nn.Module, groups: Sequence[Group]) -> list[Group]
     This needs a residual connection around the group. A group with a norm or a convolution keeps a
     unit, because PyTorch has no such layers without channels.
 
-    Args:
-        tower: Rewritten tower.
-        groups: Groups of the tower.
-
     Raises:
         OptionError: No group can be emptied.
     """
 
     def can_be_empty(group: Group) -> bool:
         weights = (weight_of(tower.get_submodule(s.module)) for s in group.slices)
-        return (
-            group.stream is not None
-            and not group.norms
-            and all(weight.ndim < 3 for weight in weights)
-        )
+        linear = all(weight.ndim < 3 for weight in weights)
+        return group.stream is not None and not group.norms and linear
 
     emptied = [replace(group, min_units=0) if can_be_empty(group) else group for group in groups]
     if all(group.min_units for group in emptied):
@@ -193,5 +167,18 @@ def _offer_all_heads(layers: Sequence[PrunableLayer], model: str) -> list[Prunab
     return [replace(x, protected=None) if x.kind == "heads" else x for x in layers]
 
 
-def _any_match(names: Sequence[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)
+def match_names(
+    option: str, pattern: str, names: Mapping[str, Sequence[str]], kind: str
+) -> list[str]:
+    """Return the keys of which one of the names matches an ``fnmatch`` pattern.
+
+    Raises:
+        OptionError: The pattern matches nothing; the message begins with ``option``.
+    """
+    hits = [key for key, values in names.items() if any(fnmatchcase(v, pattern) for v in values)]
+    if not hits:
+        raise OptionError(
+            f"{option} matches no {kind}; {kind.split()[0]}s are named like "
+            f"{', '.join(list(names)[:2])}, and * stands for anything"
+        )
+    return hits

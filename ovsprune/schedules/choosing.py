@@ -1,26 +1,24 @@
-"""Control policies, and the helpers that all policies share."""
+"""Control policies, and helpers of all policies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
-from ovsprune.core.protocols import Layer, ScheduleContext
+from ovsprune.core.protocols import ScheduleContext
 from ovsprune.schedules import POLICIES
 
 __all__ = [
     "AdaptersOnly",
     "Everything",
     "FirstK",
-    "Inverse",
     "LastK",
     "Nothing",
     "Once",
     "Random",
     "layers_to_train",
-    "top_layers",
 ]
 
 
@@ -30,7 +28,7 @@ class Once:
     needs_current_spectra = False
     needs_spectra = False
 
-    def decision_steps(self, total_steps: int, every: int) -> tuple[int, ...]:
+    def decision_steps(self, total_steps: int, every: int) -> Sequence[int]:
         """Return step 0 as the only decision step."""
         return (0,)
 
@@ -54,22 +52,13 @@ def layers_to_train(ctx: ScheduleContext, fraction: float | None = None) -> int:
     if ctx.count is not None and fraction is None:
         return min(ctx.count, n)
     share = ctx.fraction if fraction is None else fraction
-    # The small offset keeps rounding errors (0.3 * 10 = 3.0000000000000004) from adding a layer.
+    # The small offset keeps rounding errors (0.28 * 25 = 7.000000000000001) from adding a layer.
     return min(n, math.ceil(n * share - 1e-9))
-
-
-def top_layers(ctx: ScheduleContext, count: int, key: Callable[[Layer], float]) -> set[str]:
-    """Return the names of the ``count`` layers with the largest ``key``.
-
-    Ties go to the layer that comes first in the model: ``sorted`` is stable, also in reverse.
-    """
-    ranked = sorted(ctx.layers, key=key, reverse=True)
-    return {layer.name for layer in ranked[:count]}
 
 
 @POLICIES.register("all")
 class Everything(Once):
-    """All layers of the pool."""
+    """Train all layers of the pool."""
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return every name."""
@@ -78,7 +67,7 @@ class Everything(Once):
 
 @POLICIES.register("none")
 class Nothing(Once):
-    """No layer of the pool; only parameters outside the pool train."""
+    """Train no layer of the pool, only parameters outside it."""
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return an empty set."""
@@ -87,7 +76,7 @@ class Nothing(Once):
 
 @POLICIES.register("first-k")
 class FirstK(Once):
-    """The first layers in the order of the model, as many as ``count`` or ``fraction`` asks for."""
+    """Train the first layers in the order of the model, by ``count`` or ``fraction``."""
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return the names of the first layers."""
@@ -96,7 +85,7 @@ class FirstK(Once):
 
 @POLICIES.register("last-k")
 class LastK(Once):
-    """The last layers in the order of the model, as many as ``count`` or ``fraction`` asks for."""
+    """Train the last layers in the order of the model, by ``count`` or ``fraction``."""
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return the names of the last layers."""
@@ -105,7 +94,7 @@ class LastK(Once):
 
 @POLICIES.register("random")
 class Random(Once):
-    """Layers drawn at random with the seed; the baseline for every other policy."""
+    """Train layers drawn at random with the seed; the baseline for every other policy."""
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Draw names without replacement; equal seeds and models give equal draws."""
@@ -113,22 +102,9 @@ class Random(Once):
         return {ctx.layers[i].name for i in order[: layers_to_train(ctx)].tolist()}
 
 
-@POLICIES.register("inverse")
-class Inverse(Once):
-    """Layers with the smallest alphas before training; the control for ``alpha``."""
-
-    needs_spectra = True
-
-    def choose(self, ctx: ScheduleContext) -> set[str]:
-        """Return the fraction ``ctx.fraction`` of the layers with the smallest alphas."""
-        alphas = ctx.alphas
-        assert alphas is not None
-        return top_layers(ctx, layers_to_train(ctx), lambda layer: -alphas[layer.name])
-
-
 @POLICIES.register("adapters-only")
 class AdaptersOnly(Once):
-    """Layers of the pool outside the image tower; the tower stays frozen."""
+    """Train the layers of the pool outside the image tower; the tower stays frozen."""
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return the names outside the tower; none if the pool is the tower alone (default)."""

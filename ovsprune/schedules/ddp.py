@@ -30,9 +30,7 @@ def process_count() -> int:
 def check_wrapped_before(wrapper: DistributedDataParallel, all_required_grad: bool) -> None:
     """Check a model that was wrapped before its plan was made.
 
-    Args:
-        wrapper: The wrapped model.
-        all_required_grad: True if every parameter that will train required gradients before.
+    ``all_required_grad`` is True if every parameter that will train required gradients then.
 
     Raises:
         ScheduleError: The wrapper waits for gradients of parameters that the plan freezes, or did
@@ -48,11 +46,7 @@ def check_wrapped_before(wrapper: DistributedDataParallel, all_required_grad: bo
 
 
 def check_averaged(wrapper: DistributedDataParallel, expected: int) -> None:
-    """Check the wrapper of a model whose plan changes during the training.
-
-    Args:
-        wrapper: The wrapped model.
-        expected: Number of parameter tensors that train at some step.
+    """Check the wrapper of a changing plan, which trains ``expected`` tensors at some step.
 
     Raises:
         ScheduleError: The wrapper waits for the gradients of all parameters, or averages fewer
@@ -63,6 +57,7 @@ def check_averaged(wrapper: DistributedDataParallel, expected: int) -> None:
             "DistributedDataParallel waits for the gradients of all parameters that it registered; "
             f"{_REMEDY}"
         )
+    # torch has no public way to ask a wrapper which parameters it averages.
     registered = int(wrapper._get_ddp_logging_data()["num_parameter_tensors"])  # type: ignore[no-untyped-call]
     if registered < expected:
         raise ScheduleError(
@@ -72,11 +67,7 @@ def check_averaged(wrapper: DistributedDataParallel, expected: int) -> None:
 
 
 def check_process_count(policy: str, processes: int) -> None:
-    """Refuse a plan that changes during the training and was never opened before wrapping.
-
-    Args:
-        policy: Name of the policy, for the message.
-        processes: Number of processes that train.
+    """Refuse several processes for a changing plan that was never opened before wrapping.
 
     Raises:
         ScheduleError: There are several processes.

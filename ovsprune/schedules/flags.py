@@ -1,4 +1,4 @@
-"""The ``requires_grad`` flags of a model's parameters, and optimiser groups."""
+"""Flags ``requires_grad`` of a model's parameters, and optimiser groups."""
 
 from __future__ import annotations
 
@@ -106,19 +106,8 @@ def parameter_groups(
     weight_decay: float,
     multipliers: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """Group parameters by learning rate and weight decay.
-
-    Args:
-        parameters: Parameters by name.
-        lr: Learning rate.
-        weight_decay: Weight decay of parameters with two or more axes; the others get 0.
-        multipliers: Map of an ``fnmatch`` pattern of names to a factor of the learning rate. The
-            first pattern that matches is used.
-
-    Returns:
-        One dictionary ``{"params", "lr", "weight_decay", "names"}`` per group.
-    """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    """Group parameters by learning rate and decay; see ``TrainPlan.groups``."""
+    groups: dict[tuple[float, float], dict[str, Any]] = {}  # (lr, weight decay) to its group
     for name, parameter in parameters.items():
         factor = next((f for p, f in multipliers.items() if fnmatchcase(name, p)), 1.0)
         key = lr * factor, weight_decay if parameter.ndim > 1 else 0.0

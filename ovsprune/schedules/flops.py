@@ -56,8 +56,8 @@ class TrainingFlops(StepFlops):
 
     def record(self) -> dict[str, int]:
         """Return plain JSON data."""
-        parts = {"forward": self.forward, "activations": self.activations, "weights": self.weights}
-        return {**parts, "step": self.step, "total": self.total}
+        names = ("forward", "activations", "weights", "step", "total")
+        return {name: getattr(self, name) for name in names}
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
@@ -129,9 +129,7 @@ def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
     finally:
         for name, parameter in parameters.items():
             parameter.grad = gradients[name]
-    weights = 0
-    if value.requires_grad:
-        weights = sum(
-            n for name, n in forward.by_parameter.items() if parameters[name].requires_grad
-        )
+    # Without a backward pass, no gradient is computed.
+    counted = forward.by_parameter.items() if value.requires_grad else ()
+    weights = sum(flops for name, flops in counted if parameters[name].requires_grad)
     return StepFlops(forward.total, backward.total - weights, weights)

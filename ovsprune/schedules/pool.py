@@ -89,25 +89,23 @@ def matching(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 def _followed(
     name: str, allowed: Sequence[str], weights: Sequence[str], *, after: bool
 ) -> Iterable[str]:
-    """Return the weights that a parameter follows.
+    """Return the weight matrices among ``allowed`` that a parameter follows.
 
-    Args:
-        name: Name of the parameter.
-        allowed: Names of all parameters that the schedule may change, in the order of the model.
-        weights: Those of them that are weight matrices.
-        after: True if the parameter follows the weight before it instead of the one after it.
+    With ``after``, a parameter follows the weight before it instead of the one after it.
     """
     module, _, last = name.rpartition(".")
     same_module = [weight for weight in weights if weight.rpartition(".")[0] == module]
-    if same_module:
+    if same_module:  # a bias
         return same_module
     if last in PROJECTIONS:
         prefix = f"{module}." if module else ""
+        # The module applies its projection after all of its layers.
         inside = [weight for weight in weights if weight.startswith(prefix)]
         return (inside[-1] if inside else weights[-1],)
     known = set(weights)
     position = allowed.index(name)
     previous = next((other for other in reversed(allowed[:position]) if other in known), None)
     following = next((other for other in allowed[position + 1 :] if other in known), None)
+    # A batch norm may have no convolution before it, and the last norm no layer after it.
     candidates = (previous, following) if after else (following, weights[-1])
     return (next(other for other in candidates if other is not None),)

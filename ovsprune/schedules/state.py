@@ -25,6 +25,7 @@ def check_state(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
             f"the state of a plan has version {state.get('version')!r}, expected {STATE_VERSION}"
         )
     for key, expected in settings.items():
+        # A tuple becomes a list when the state is saved as JSON.
         saved = list(state[key]) if key == "layers" else state[key]
         if saved == expected:
             continue

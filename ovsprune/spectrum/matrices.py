@@ -23,7 +23,7 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A weight matrix of a model.
+    """Weight matrix of a model.
 
     Attributes:
         name: Dotted name of the layer or of a part of it (``"resblocks.0.attn.q"``).

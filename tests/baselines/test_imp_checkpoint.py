@@ -1,4 +1,4 @@
-"""``--imp-rounds FILE``: what was interrupted goes on, to the same result."""
+"""``--imp-rounds FILE``: an interrupted training continues to the same result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small() -> Backbone:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[int]]:
-    """Counts rounds, and interrupts the one that is asked for."""
+    """Count rounds, and interrupt the given one."""
     original = MaskedTraining.run
 
     def until(number: int | None) -> list[int]:
@@ -61,7 +61,7 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
 
 @pytest.mark.parametrize("rewind", [False, True])
 @pytest.mark.parametrize("job", [imp, units])
-def test_an_interrupted_training_goes_on_to_the_same_tower(
+def test_an_interrupted_training_continues_to_the_same_tower(
     small: Backbone, tmp_path: Path, trained: Any, job: Any, rewind: bool
 ) -> None:
     options = {**QUICK, "imp_rewind": rewind}
@@ -74,17 +74,17 @@ def test_an_interrupted_training_goes_on_to_the_same_tower(
     trained(None)
     progress = Silent()
     again = job(small, RATIO, imp_rounds=str(file), progress=progress, **options)
-    assert any("going on after round 2" in note for note in progress.notes)
+    assert any("training continues after round 2" in note for note in progress.notes)
     assert_same(whole.tower, again.tower)
     if job is imp:
         assert whole.rounds == again.rounds
         assert "imp_rounds" not in again.spec.to_json()
 
 
-def test_a_larger_ratio_goes_on_from_a_smaller_one(
+def test_a_larger_ratio_continues_from_a_smaller_one(
     small: Backbone, tmp_path: Path, trained: Any
 ) -> None:
-    """Its last round, which stopped at its own ratio, is taken anew."""
+    """Repeat the last round of the smaller ratio, which stopped at that ratio."""
     file = str(tmp_path / "rounds.safetensors")
     imp(small, 0.25, imp_rounds=file, **QUICK)
     done = trained(None)
@@ -99,7 +99,7 @@ def test_a_larger_ratio_goes_on_from_a_smaller_one(
 def untrained(
     request: pytest.FixtureRequest, small: Backbone, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, Path]:
-    """A job and its file of rounds without training steps. Tests must not change the file."""
+    """Return a job and its file of rounds without training. Tests must not change the file."""
     job: Any = request.param
     file = tmp_path_factory.mktemp("imp") / "rounds.safetensors"
     job(small, RATIO, imp_rounds=str(file), **{**QUICK, "imp_steps": 0})
@@ -119,7 +119,7 @@ def test_another_training_is_refused(
     assert file.read_bytes() == content
 
 
-def test_units_go_on_to_the_same_budget_only(small: Backbone, tmp_path: Path) -> None:
+def test_units_continue_to_the_same_budget_only(small: Backbone, tmp_path: Path) -> None:
     file = str(tmp_path / "rounds.safetensors")
     options = {**QUICK, "imp_steps": 0}
     units(small, RATIO, imp_rounds=file, **options)
@@ -127,7 +127,7 @@ def test_units_go_on_to_the_same_budget_only(small: Backbone, tmp_path: Path) ->
         units(small, 0.4, imp_rounds=file, **options)
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(
     small: Backbone, tmp_path: Path, trained: Any
 ) -> None:
     done = trained(None)
@@ -136,6 +136,6 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert not done
 
 
-def test_it_belongs_to_imp(small: Backbone) -> None:
+def test_the_file_of_rounds_belongs_to_imp(small: Backbone) -> None:
     with pytest.raises(OptionError, match="--imp-rounds belongs to --method imp"):
         prune(small, RATIO, imp_rounds="rounds.safetensors", samples=6)

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning of units: the ranking, the rounds, and the normal way to a file."""
+"""Iterative magnitude pruning of units: ranking, rounds, and checkpoint."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def every(groups: list[Group]) -> dict[str, torch.Tensor]:
     return {g.name: torch.ones(g.units, dtype=torch.bool) for g in groups}
 
 
-def test_a_unit_is_as_large_as_its_mean_weight() -> None:
+def test_the_size_of_a_unit_is_its_mean_absolute_weight() -> None:
     tower = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])})
     with torch.no_grad():
         tower["a"][0].weight.copy_(torch.tensor([1.0, -2.0, 3.0, 4.0])[:, None].expand(4, 3))
@@ -55,7 +55,7 @@ def test_a_unit_is_as_large_as_its_mean_weight() -> None:
     torch.testing.assert_close(sizes, torch.tensor([(3 + 6) / 10, (9 + 12) / 10]).double())
 
 
-def test_a_tenth_goes_a_round_ranked_over_all_groups() -> None:
+def test_each_round_removes_a_tenth_ranked_over_all_groups() -> None:
     groups = [group("a", 10, 1, 1.0), group("b", 10, 1, 1.0)]
     sizes = {"a": torch.arange(10.0) + 5, "b": torch.arange(10.0) * 10 + 5.5}
     kept = every(groups)
@@ -68,7 +68,7 @@ def test_a_tenth_goes_a_round_ranked_over_all_groups() -> None:
     assert kept["b"].tolist() == [False] + [True] * 9
 
 
-def test_the_last_round_passes_over_what_is_too_coarse() -> None:
+def test_the_last_round_skips_units_that_cost_too_much() -> None:
     groups = [group("a", 10, 1, 7.0), group("b", 30, 1, 1.0)]  # 100 in all
     sizes = {"a": torch.tensor([2.5] + [99.0] * 9), "b": torch.arange(30.0)}
     ctx = context(groups, 94.5)
@@ -78,14 +78,14 @@ def test_the_last_round_passes_over_what_is_too_coarse() -> None:
     assert kept["a"].all() and kept["b"].tolist() == [False] * 6 + [True] * 24
 
 
-def test_where_only_coarse_units_are_left_one_of_them_ends_it() -> None:
+def test_one_of_the_cheapest_units_is_removed_if_all_cost_too_much() -> None:
     groups = [group("a", 10, 1, 7.0), group("b", 10, 1, 9.0)]
     sizes = {"a": torch.arange(10.0) + 5, "b": torch.arange(10.0)}
     kept = remove_smallest(context(groups, 157.0), every(groups), sizes, sizes)
     assert kept["b"].all() and kept["a"].tolist() == [False] + [True] * 9
 
 
-def test_then_fine_units_that_were_gone_come_back() -> None:
+def test_removed_units_that_fit_the_budget_are_restored() -> None:
     groups = [group("a", 10, 1, 9.0), group("b", 10, 1, 1.0)]  # 100 in all
     kept = {"a": torch.ones(10).bool(), "b": torch.tensor([True] + [False] * 9)}  # 91 left
     first = {"a": torch.ones(10), "b": torch.tensor([9.0, 8, 1, 2, 3, 7, 4, 5, 6, 0])}
@@ -112,7 +112,7 @@ def test_the_ratio_is_reached(small: Backbone, ratio: float, budget: str) -> Non
     assert "transformer.resblocks.2.attn" not in result.plan.kept  # protected, as ever
 
 
-def test_it_is_written_and_comes_back(small: Backbone, tmp_path: Path) -> None:
+def test_the_checkpoint_is_written_and_read(small: Backbone, tmp_path: Path) -> None:
     result = prune(small, 0.4, output=tmp_path / "slim", imp_rewind=True, **QUICK)
     checkpoint = ovsprune.read(tmp_path / "slim")
     state, tower = result.tower.state_dict(), checkpoint.tower()
@@ -138,17 +138,17 @@ def test_the_same_command_gives_the_same_tensors(small: Backbone) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_the_card_says_that_it_was_trained(small: Backbone, tmp_path: Path) -> None:
+def test_the_card_reports_the_training(small: Backbone, tmp_path: Path) -> None:
     for steps, said in ((1, "remaining weights were trained"), (0, "without gradient steps")):
         prune(small, 0.4, output=tmp_path / str(steps), **{**QUICK, "imp_steps": steps})
         assert said in (tmp_path / str(steps) / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("make", [open_clip_timm_vit, open_clip_vit, open_clip_resnet])
-def test_what_is_trained_computes_what_is_cut(
+def test_the_masked_tower_equals_the_cut_tower(
     make: Callable[[], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A norm between units and consumer must not see biases that the slim tower lacks."""
+    """Check that masked biases do not reach a norm between units and consumer."""
     made: list[Any] = []
 
     def kept(*given: Any) -> Any:

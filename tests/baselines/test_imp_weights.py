@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning of single weights: the rounds, and what is written."""
+"""Iterative magnitude pruning of single weights: rounds and output."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_sparsity_by_round(done: ImpResult) -> None:
     assert done.spec.sparsity == pytest.approx(TWO_ROUNDS, abs=1 / total)
 
 
-def test_the_first_layer_is_left_out(small: Backbone, done: ImpResult) -> None:
+def test_the_first_layer_is_not_ranked(small: Backbone, done: ImpResult) -> None:
     assert done.spec.excluded == ("conv1.weight",)
     assert "conv1.weight" not in done.masks
     assert (done.tower.get_parameter("conv1.weight") != 0).all()
@@ -54,7 +54,7 @@ def test_the_first_layer_is_left_out(small: Backbone, done: ImpResult) -> None:
     assert len(done.masks) == 4 * len(small.stages(small.tower).blocks)
 
 
-def test_more_weights_can_be_left_out(small: Backbone) -> None:
+def test_further_weights_can_be_protected(small: Backbone) -> None:
     found = imp(small, 0.1, protect=("*.attn.*", "*.2.mlp.c_fc.weight"), **QUICK)
     assert not [n for n in found.masks if ".attn." in n]
     assert "transformer.resblocks.2.mlp.c_fc.weight" in found.spec.excluded
@@ -81,7 +81,7 @@ def test_masks_only_grow(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> No
         assert all(not (after[name] & ~before[name]).any() for name in after)
 
 
-def test_zeros_are_where_the_masks_say(done: ImpResult) -> None:
+def test_masked_weights_are_zero(done: ImpResult) -> None:
     for name, mask in done.masks.items():
         assert (done.tower.get_parameter(name)[~mask] == 0).all()
     spec = done.spec
@@ -135,7 +135,7 @@ def test_the_same_command_gives_the_same_tensors(small: Backbone, done: ImpResul
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-def test_what_is_written_loads_in_open_clip_and_here(small: Backbone, done: ImpResult) -> None:
+def test_the_output_loads_in_open_clip_and_in_ovsprune(small: Backbone, done: ImpResult) -> None:
     from ovsprune.backbones.open_clip_vit import build_clip
     from ovsprune.backbones.state_file import read_state
 
@@ -162,15 +162,13 @@ def test_without_the_text_tower_and_in_half_precision(small: Backbone, tmp_path:
     assert {w.dtype for w in weights.values()} == {torch.float16}
     again = backbones.load_backbone(str(tmp_path / "x"))
     assert not again.has_text
-    with pytest.raises(OptionError, match="is slim already"):
+    with pytest.raises(OptionError, match="is an unstructured result"):
         imp(again, 0.5)
     with pytest.raises(CheckpointError, match="unstructured masks, expected a slim checkpoint"):
         ovsprune.read(tmp_path / "x")
 
 
-def test_masks_go_on_another_checkpoint_and_into_a_framework(
-    done: ImpResult, tmp_path: Path
-) -> None:
+def test_masks_apply_to_another_checkpoint_in_a_framework(done: ImpResult, tmp_path: Path) -> None:
     file = write_masks(tmp_path / "imp.pth", done.masks, form="torch")
     other = open_clip_vit().tower
     with torch.no_grad():
@@ -206,7 +204,7 @@ def test_bad_options_are_named(small: Backbone, options: dict[str, Any], said: s
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_training_that_diverges_is_said_and_nothing_written(
+def test_a_diverging_training_is_reported_and_nothing_is_written(
     small: Backbone, tmp_path: Path, steps: int
 ) -> None:
     options = {**QUICK, "imp_steps": steps, "imp_lr": 1e30}
@@ -260,8 +258,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert made["calibration_hash"].startswith("sha256:")
 
 
-def test_a_residual_network_as_the_paper_has_it() -> None:
-    """All convolutions but the first are ranked; the pool can be left out, as by the paper."""
+def test_a_residual_network_as_in_the_paper() -> None:
+    """Rank all convolutions except the first, and protect the pool, as the paper does."""
     backbone = open_clip_resnet()
     options: dict[str, Any] = {"imp_steps": 0, "samples": 4, "batch_size": 4}
     found = imp(backbone, 0.5, protect=("attnpool.*",), **options)

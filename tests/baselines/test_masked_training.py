@@ -29,7 +29,7 @@ def test_the_loss_is_a_mean_of_cosines() -> None:
     torch.testing.assert_close(feature_loss(found, wanted), 2 - cosines[0] - cosines[1])
 
 
-def test_the_loss_sees_no_length() -> None:
+def test_the_loss_does_not_depend_on_the_norm() -> None:
     found = features(0)
     longer = (3 * found[0], 0.1 * found[1])
     assert float(feature_loss(longer, found)) == pytest.approx(0, abs=1e-6)
@@ -64,7 +64,7 @@ def half(small: Backbone) -> dict[str, torch.Tensor]:
     return {n: torch.rand(parameters[n].shape, generator=generator) > 0.5 for n in NAMES}
 
 
-def test_zeros_stay_and_the_rest_trains(small: Backbone) -> None:
+def test_masked_weights_stay_zero_and_the_others_train(small: Backbone) -> None:
     work, masks = training(small), half(small)
     before = {k: v.clone() for k, v in small.tower.named_parameters()}
     steps: list[int] = []
@@ -79,7 +79,7 @@ def test_zeros_stay_and_the_rest_trains(small: Backbone) -> None:
     assert all(torch.equal(v, before[k]) for k, v in small.tower.named_parameters())
 
 
-def test_no_steps_only_set_zeros(small: Backbone) -> None:
+def test_without_steps_only_zeros_are_set(small: Backbone) -> None:
     work, masks = training(small), half(small)
     assert work.run(masks, 0, lambda _: None) == []
     for name, parameter in work.student.named_parameters():
@@ -87,7 +87,7 @@ def test_no_steps_only_set_zeros(small: Backbone) -> None:
         assert torch.equal(parameter, dict(small.tower.named_parameters())[name] * mask)
 
 
-def test_rewinding_gives_the_dense_weights(small: Backbone) -> None:
+def test_rewinding_restores_the_dense_weights(small: Backbone) -> None:
     work = training(small)
     work.run(half(small), 2, lambda _: None)
     work.rewind()
@@ -95,12 +95,12 @@ def test_rewinding_gives_the_dense_weights(small: Backbone) -> None:
     assert all(torch.equal(p, dense[n]) for n, p in work.student.named_parameters())
 
 
-def test_one_seed_one_result(small: Backbone) -> None:
+def test_the_result_depends_on_the_seed_only(small: Backbone) -> None:
     losses = [training(small, seed).run(half(small), 3, lambda _: None) for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_every_picture_comes_once_a_pass() -> None:
+def test_every_image_occurs_once_per_pass() -> None:
     batches = _endless(10, 4, 0)
     drawn = torch.cat([next(batches) for _ in range(5)])
     assert sorted(drawn[:10].tolist()) == sorted(drawn[10:].tolist()) == list(range(10))

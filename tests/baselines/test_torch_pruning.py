@@ -1,4 +1,4 @@
-"""Torch-Pruning through its own API: what it selects, and the MACs that it reaches."""
+"""Torch-Pruning through its own API: selected units and measured MACs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (48, 48)
 
 @pytest.fixture(scope="module")
 def forms():
-    """The small CLIP's tower as it is and rewritten, and the groups that may be cut."""
+    """Return the original and the rewritten tower of the small CLIP, and its groups."""
     backbone = open_clip_vit()
     family = FAMILIES.get(backbone.family)
     dense = deepcopy(backbone.tower).eval().requires_grad_(False)
@@ -44,7 +44,7 @@ def stock(forms, name, form):
 
 @pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
 @pytest.mark.parametrize(("form", "ratio"), [("original", 0.25), ("rewritten", 0.5)])
-def test_the_measured_macs_are_reached_and_the_plan_says_how(forms, name, form, ratio):
+def test_the_measured_macs_are_reached_and_the_plan_matches_the_tower(forms, name, form, ratio):
     towers, groups, _ = forms
     found = stock(forms, name, form).reach(ratio)
     dense, slim = count_costs(towers[form], SIZE), count_costs(found.tower, SIZE)
@@ -61,22 +61,22 @@ def test_the_measured_macs_are_reached_and_the_plan_says_how(forms, name, form, 
 def test_heads_are_cut_on_the_rewritten_tower_only(forms):
     heads = {g.name for g in forms[1] if g.kind == "heads"}
     original = stock(forms, "torch-pruning", "original")
-    assert set(original.left_alone) == heads
+    assert set(original.not_cut) == heads
     assert not heads & set(original.reach(0.2).plan.kept)
     kept = stock(forms, "torch-pruning", "rewritten").reach(0.5).plan.kept
     assert any(kept[name].numel() < 4 for name in heads)
 
 
-def test_what_is_out_of_reach_says_how_far_it_came(forms):
+def test_an_unreachable_ratio_names_the_largest_one(forms):
     with pytest.raises(
         BudgetError,
-        match=r"torch-pruning-uniform took at most 0\.3\d\d of the MACs; 0\.600 were asked for\. "
-        r"It cannot cut 2 of the groups on this tower \(transformer\.resblocks\.0\.attn",
+        match=r"uniform removed at most 0\.3\d\d of the MACs, not the requested 0\.600"
+        r"\. It cannot cut 2 of the groups on this tower \(transformer\.resblocks\.0\.attn",
     ):
         stock(forms, "torch-pruning-uniform", "original").reach(0.6)
 
 
-def test_a_budget_gives_the_same_plan_whatever_was_asked_before(forms):
+def test_the_plan_does_not_depend_on_earlier_budgets(forms):
     fresh = stock(forms, "torch-pruning", "rewritten").reach(0.3).plan.kept
     used = stock(forms, "torch-pruning", "rewritten")
     used.reach(0.5)
@@ -84,7 +84,7 @@ def test_a_budget_gives_the_same_plan_whatever_was_asked_before(forms):
     assert all(torch.equal(fresh[name], again[name]) for name in fresh)
 
 
-def test_the_tower_and_later_pruners_are_left_alone(forms):
+def test_pruning_does_not_change_the_tower_and_later_pruners(forms):
     towers, groups, _ = forms
     before = {k: v.clone() for k, v in towers["rewritten"].state_dict().items()}
     trained = [p.requires_grad for p in towers["rewritten"].parameters()]
@@ -98,7 +98,7 @@ def test_the_tower_and_later_pruners_are_left_alone(forms):
     assert all(p.grad is None for p in towers["rewritten"].parameters())
 
 
-def test_the_feature_loss_has_a_gradient_and_no_randomness_of_its_own(forms):
+def test_the_feature_loss_has_a_gradient_and_depends_on_the_seed_only(forms):
     found = gradients(forms, "rewritten")
     for group in forms[1]:
         for part in group.slices:

@@ -1,4 +1,4 @@
-"""The paper's tables: the plan keeps its limits, rows appear whole, the page invents nothing."""
+"""Paper's tables: limits of the plan, atomic rows, and a page that follows the rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = (
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a script of the folder, and forgets all of them afterwards."""
+    """Import a script of the folder, and remove all scripts from sys.modules afterwards."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     for name in [n for n in sys.modules if n.partition(".")[0] in NAMES]:
         monkeypatch.delitem(sys.modules, name)
@@ -78,7 +78,7 @@ def test_random_masks_have_exactly_as_many_zeros(script) -> None:
     assert any(not torch.equal(found[n], other[n]) for n in shapes)
 
 
-def test_a_page_without_rows_says_that_nothing_was_run(script) -> None:
+def test_a_page_without_rows_states_that_nothing_was_run(script) -> None:
     page, plan = script("page"), script("plan")
     text = page.render(empty())
     assert f"0 of the {len(plan.runs())}" in text
@@ -89,7 +89,7 @@ def test_a_page_without_rows_says_that_nothing_was_run(script) -> None:
     assert "points" not in text
 
 
-def test_the_page_tells_what_rows_say(script) -> None:
+def test_the_page_reports_the_rows(script) -> None:
     page, plan = script("page"), script("plan")
     worth = {"dense": 0.6, "random": 0.3, "imp": 0.4, "structured": 0.5}
     policies = {"all": 0.0, "random": 0.02, "alpha": 0.01, "inverse": 0.0, "alpha-refresh": 0.0}
@@ -113,7 +113,7 @@ def test_the_page_tells_what_rows_say(script) -> None:
     assert text.count("trainings of the plan (") == 1
 
 
-def test_the_page_tells_of_towers_by_themselves(script) -> None:
+def test_the_page_reports_towers_without_a_framework(script) -> None:
     page = script("page")
     key = {"backbone": "vit", "sparsity": 0.9}
 
@@ -144,7 +144,7 @@ def test_the_page_tells_of_towers_by_themselves(script) -> None:
     )
 
 
-def test_the_page_tells_what_was_timed(script) -> None:
+def test_the_page_reports_the_timings(script) -> None:
     page, plan, timing = script("page"), script("plan"), script("timing")
     # A turn that another program slows down (the second) slows both, and moves no ratio.
     assert timing._ratio([8.0, 40.0, 9.0], [10.0, 50.0, 10.0]) == pytest.approx(0.8)
@@ -163,7 +163,7 @@ def test_the_page_tells_what_was_timed(script) -> None:
     assert "| 1300 ms, 0.87 |" in text and "takes 125 ms more" in text
 
 
-def test_a_sparsity_out_of_reach_is_said(script) -> None:
+def test_an_unreachable_sparsity_is_reported(script) -> None:
     page = script("page")
     found = {"reached": False, "tries": [{"ratio": 0.9, "sparsity": 0.81}, {"error": "no"}]}
     text = page.render(empty(masks={"resnet-0.9": found}))
@@ -196,9 +196,7 @@ def test_rows_are_claimed_once_and_not_made_again(script, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_masks_that_another_process_looks_for_hold_nothing_else_up(
-    script, tmp_path, monkeypatch
-) -> None:
+def test_masks_in_work_elsewhere_do_not_block_other_rows(script, tmp_path, monkeypatch) -> None:
     run, training = script("run"), script("training")
     made: list[str] = []
     monkeypatch.setattr(run, "_ready", lambda backbone: True)
@@ -214,7 +212,7 @@ def test_masks_that_another_process_looks_for_hold_nothing_else_up(
     assert set(made) == {"san", "mask2former", "deeplabv3", "fc-clip"}
 
 
-def test_a_training_that_dies_leaves_no_row_and_lets_go(script, tmp_path, monkeypatch) -> None:
+def test_a_failed_training_leaves_no_row_and_no_lock(script, tmp_path, monkeypatch) -> None:
     training, plan = script("training"), script("plan")
 
     def die(*_: Any) -> Any:
@@ -230,7 +228,7 @@ def test_a_training_that_dies_leaves_no_row_and_lets_go(script, tmp_path, monkey
 
 
 class _Small(torch.nn.Module):
-    """A framework of one layer."""
+    """Framework of one layer."""
 
     target, frozen = "none", False
 
@@ -244,7 +242,7 @@ class _Small(torch.nn.Module):
         return torch.nn.functional.cross_entropy(self.layer(images) + noise, labels)
 
 
-def test_a_resumed_training_ends_where_an_unbroken_one_does(script, tmp_path, monkeypatch) -> None:
+def test_a_resumed_training_equals_an_uninterrupted_one(script, tmp_path, monkeypatch) -> None:
     training, plan, assemble = script("training"), script("plan"), script("assemble")
     kept = torch.tensor([True, False]).repeat(54).view(4, 3, 3, 3)
     built: list[_Small] = []
@@ -299,7 +297,7 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(script, tmp_path, mo
         training.train(run, tmp_path, tmp_path / "b", training.Settings(steps=7), save_every=0.0)
 
 
-def test_a_record_goes_on_on_another_machine(script, tmp_path: Path) -> None:
+def test_a_record_continues_on_another_machine(script, tmp_path: Path) -> None:
     run, plan = script("run"), script("plan")
     rows = [row(plan, r, 0.4) for r in plan.runs()[:3]]
     towers = [
@@ -336,7 +334,7 @@ def test_rows_of_two_recipes_do_not_mix(script, tmp_path: Path) -> None:
         training.do(first, tmp_path, tmp_path, training.Settings())
 
 
-def test_a_layer_too_narrow_for_a_fit_is_said(script) -> None:
+def test_a_layer_too_narrow_for_a_fit_is_reported(script) -> None:
     page, plan = script("page"), script("plan")
     made = row(plan, plan.Run(plan.SCHEDULED, "structured", "alpha"), 0.5)
     made["alphas"]["layer4.0.conv2.weight"] = None
@@ -345,7 +343,9 @@ def test_a_layer_too_narrow_for_a_fit_is_said(script) -> None:
     )
 
 
-def test_statistics_are_of_what_masked_norms_read(script, tmp_path: Path, monkeypatch) -> None:
+def test_statistics_are_those_of_the_input_of_masked_norms(
+    script, tmp_path: Path, monkeypatch
+) -> None:
     norms = script("norms")
     torch.manual_seed(0)
     tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()

@@ -1,4 +1,4 @@
-"""The scripts that measure what a prune costs: their arithmetic, their page, going on."""
+"""Scripts that measure the cost of a prune: arithmetic, page, and continuation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row(model: str, macs: float, seconds: float, solver: float) -> dict:
     }  # fmt: skip
 
 
-def test_stages_add_up_and_the_solver_stands_apart(script, tmp_path):
+def test_stages_add_up_and_the_solver_is_separate(script, tmp_path):
     found = script("prune_cost").cost(open_clip_vit(), 8, output=tmp_path / "slim")
     stages = found["stages"]
     assert sum(stages.values()) == pytest.approx(found["seconds"], abs=0.1)
@@ -43,7 +43,7 @@ def test_stages_add_up_and_the_solver_stands_apart(script, tmp_path):
     assert (tmp_path / "slim" / "config.json").is_file()
 
 
-def test_image_towers_have_no_text_beside_them(script):
+def test_image_towers_have_no_text_tower(script):
     found = script("prune_scaling").image_tower("ViT-S-32")
     assert not found.has_text and not found.text
     assert sum(p.numel() for p in found.tower.parameters()) == 22_641_792
@@ -63,7 +63,7 @@ def test_slopes_of_power_laws(script):
 
 
 @pytest.mark.parametrize(("power", "said"), [(1.0, "inside the bounds"), (1.4, "OUTSIDE the")])
-def test_the_page_says_whether_the_bounds_hold(script, tmp_path, power, said):
+def test_the_page_reports_whether_the_bounds_hold(script, tmp_path, power, said):
     pytest.importorskip("matplotlib")
     rows = [row("large", 9e9, 9**power * 100, 1.0), row("small", 1e9, 100.0, 1.0)]
     script("prune_scaling").write(tmp_path, rows)
@@ -73,7 +73,7 @@ def test_the_page_says_whether_the_bounds_hold(script, tmp_path, power, said):
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
-def test_it_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
+def test_an_interrupted_run_continues(script, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     scaling, made = script("prune_scaling"), []
 

@@ -1,4 +1,4 @@
-"""The smaller tables: what they ask for exists, and the curve over sizes says what was measured."""
+"""Smaller tables: their methods exist, and the curve over sizes shows the measurements."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-def test_methods_are_known_and_each_is_there_once(script) -> None:
+def test_methods_are_known_and_unique(script) -> None:
     for study in script("studies").STUDIES.values():
         assert len(parse_methods(study.methods)) == len(study.methods)
         assert all(0 < ratio < 1 for ratio in study.ratios)
 
 
-def test_pictures_of_a_study_are_those_of_its_lists(script, tmp_path) -> None:
+def test_images_of_a_study_are_those_of_its_lists(script, tmp_path) -> None:
     studies = script("studies")
     images = tmp_path / "data" / "msrc" / "images"
     images.mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_pictures_of_a_study_are_those_of_its_lists(script, tmp_path) -> None:
     assert studies.calibration(study, tmp_path, chosen) == {}
 
 
-def test_sizes_are_one_page(script, tmp_path) -> None:
+def test_sizes_share_one_page(script, tmp_path) -> None:
     def record(*kept: float) -> dict:
         rows = [
             {"method": "random", "ratio": 0.7, "seed": seed, "retention": value,
@@ -72,7 +72,7 @@ def test_sizes_are_one_page(script, tmp_path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_rows_of_the_tables_are_taken_over_for_the_same_pictures_only(script) -> None:
+def test_rows_of_the_tables_are_reused_for_the_same_images_only(script) -> None:
     studies = script("studies")
     own, others = studies.STUDIES["distill"], studies.STUDIES["domain"]
     found = studies.tables(own, 256, "photo")

@@ -1,4 +1,4 @@
-"""One declaration per option: a new option appears everywhere without a second edit."""
+"""Options with one declaration: a new option appears everywhere without a second edit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @dataclass(frozen=True, kw_only=True)
 class Extended(PruneConfig):
-    """Configuration with one option more."""
+    """Configuration with one additional option."""
 
     sharpness: float = option(
         1.0,
@@ -80,7 +80,7 @@ def test_a_new_option_is_an_option_of_a_compared_method() -> None:
     assert parse_options("default:sharpness=2", ["sharpness=2"], Extended) == {"sharpness": 2.0}
 
 
-def test_a_new_option_keeps_measurements_apart() -> None:
+def test_a_new_option_changes_the_measurement_key() -> None:
     plain, other = (Extended(ratio=0.5, sharpness=s).measurement_key() for s in (1.0, 2.0))
     assert plain != other
     assert plain == Extended(ratio=0.7, recovery="none", rounds=2).measurement_key()
@@ -137,7 +137,7 @@ def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
         PruneConfig.from_file(tmp_path / "none.toml")
 
 
-def test_tables_and_plain_keys_are_the_same(tmp_path: Path) -> None:
+def test_tables_and_plain_keys_are_equivalent(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text("ratio = 0.5\nrecovery = 'distill'\n[distill]\nsteps = 9\n")
     config = PruneConfig.from_file(file, distill_lr=1e-3, calibration="leaves")

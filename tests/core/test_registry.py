@@ -52,7 +52,7 @@ def test_an_unknown_name_lists_the_known_and_the_closest(room: str) -> None:
     assert e.value.closest == ("first",)
 
 
-def test_import_errors_of_a_plug_in_come_through(room: str, tmp_path: Path) -> None:
+def test_import_errors_of_a_plug_in_are_raised(room: str, tmp_path: Path) -> None:
     (tmp_path / room / "broken.py").write_text("import a_library_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_there"):
         __import__(room).THINGS.names()

@@ -1,4 +1,4 @@
-"""The documentation's gate: every public name is on the API page, with a docstring."""
+"""Check that every public name is on the API page, with a docstring."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ BLOCK = re.compile(
 
 
 class Block(NamedTuple):
-    """A fenced block of a page."""
+    """Fenced block of a page."""
 
     mark: str | None
     language: str
@@ -53,7 +53,7 @@ OPENING = "make demo   # sets everything up"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_block_says_whether_it_runs(page: Path) -> None:
+def test_every_block_is_marked_as_run_or_not(page: Path) -> None:
     unmarked = [b.code for b in blocks(page) if b.mark is None and not b.code.startswith(OPENING)]
     assert unmarked == []
 

@@ -1,4 +1,4 @@
-"""The command line's page follows the command line."""
+"""Page about the command line: it lists the commands and options that exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_table_has_the_commands_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_says_what_every_option_does(name: str) -> None:
+def test_every_option_has_a_help_text(name: str) -> None:
     command = COMMANDS[name]
     assert command is not None and command.help
     options = [p for p in command.params if isinstance(p, click.Option)]
@@ -32,9 +32,9 @@ def test_help_says_what_every_option_does(name: str) -> None:
 
 
 def commands_in(text: str) -> list[list[str]]:
-    """Words of every `ovsprune ...` in code of a page, without what a shell adds.
+    """Return the words of every `ovsprune ...` command in the code of a page.
 
-    What stands after `--` is another program's.
+    Words after `--` belong to another program.
     """
     joined = text.replace("\\\n", " ")
     code = re.findall(r"```bash\n(.*?)```", joined, re.DOTALL)

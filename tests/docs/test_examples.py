@@ -1,4 +1,4 @@
-"""The scripts under examples/ run as a reader would run them."""
+"""Scripts under examples/, run as a reader would run them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(name: str, place: Path, *args: str) -> str:
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where examples/prune.py ran, and what it said."""
+    """Return the directory in which examples/prune.py ran, and its output."""
     place = tmp_path_factory.mktemp("examples")
     return place, run("prune.py", place, "--samples", "4")
 

@@ -69,7 +69,7 @@ def test_a_stock_row_that_cannot_be_reached_says_so(whole):
     assert rows["torch-pruning+closed-form", 0.5]["status"] == "done"
     far = rows["torch-pruning", 0.5]
     assert (far["status"], far["miou"], far["macs"]) == ("unreachable", None, None)
-    assert "took at most 0.3" in far["reason"]
+    assert "removed at most 0.3" in far["reason"]
 
 
 def test_a_row_is_what_prune_gives(whole, small_clip):
@@ -364,7 +364,7 @@ def test_a_ratio_that_torch_pruning_cannot_reach_is_reported(small_clip, tmp_pat
     assert [row["method"] for row in record["rows"]] == list(methods)
     for row in record["rows"]:
         assert (row["status"], row["miou"]) == ("unreachable", None)
-        assert f"{methods[0]} took at most 0." in row["reason"]
+        assert f"{methods[0]} removed at most 0." in row["reason"]
         assert f"- `{row['method']} at 0.95`: {row['reason']}" in page
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
 

@@ -1,4 +1,4 @@
-"""The two commands of the README, and what they run."""
+"""Two commands of the README, and the commands that they run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def planned(*args: str) -> str:
-    """What make would run."""
+    """Return the commands that make would run."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     done = subprocess.run(

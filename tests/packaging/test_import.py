@@ -1,4 +1,4 @@
-"""``import ovsprune`` is light, and every public name can be had."""
+"""``import ovsprune`` is light, and every public name can be imported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAVY = (
 
 
 def loaded_after(code: str) -> list[str]:
-    """Heavy modules that are loaded in a fresh interpreter after ``code``."""
+    """Return the heavy modules that a new interpreter loads when it runs ``code``."""
     probe = (
         f"{code}\nimport json, sys\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     )
@@ -38,7 +38,7 @@ def loaded_after(code: str) -> list[str]:
 
 
 def run_command(*args: str) -> str:
-    """Code that runs the command line in the interpreter and survives its exit."""
+    """Return code that runs the command line and catches its exit."""
     return (
         "from ovsprune.cli.main import main\n"
         f"try:\n    main({list(args)!r})\n"

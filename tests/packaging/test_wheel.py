@@ -1,4 +1,4 @@
-"""The built wheel: what is in it, and that its command starts where nothing heavy is installed."""
+"""Built wheel: its content, and its command in an environment without heavy libraries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def empty(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel and what its command line needs, and nothing else."""
+    """Create an environment with only the wheel and what its command line needs."""
     place = tmp_path_factory.mktemp("empty")
     venv.create(place, with_pip=False, symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))

@@ -1,4 +1,4 @@
-"""prune --prune-depth: attentions and MLPs that go as a whole, in every family that has such."""
+"""Depth pruning (``--prune-depth``): removal of whole attentions and MLPs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def far(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.std())
 
 
-def test_what_does_nothing_is_gone(family: str, result: PruneResult, directory: Path) -> None:
+def test_layers_without_effect_are_removed(
+    family: str, result: PruneResult, directory: Path
+) -> None:
     kept = {layer.name: layer.kept for layer in result.spec.layers}
     gone = [name for name, units in kept.items() if units == 0]
     assert set(USELESS[family][2]) <= set(gone)
@@ -117,8 +119,8 @@ def test_the_ratio_is_reached(result: PruneResult, backbone: Backbone) -> None:
 
 
 @torch.no_grad()
-def test_slim_equals_masked(backbone: Backbone, result: PruneResult) -> None:
-    """Pooled and dense; what the masked tower lost is seen."""
+def test_the_slim_tower_equals_the_masked_tower(backbone: Backbone, result: PruneResult) -> None:
+    """Compare the pooled and dense outputs; the masked tower differs from the dense one."""
     of = FAMILIES.get(backbone.family)
     masked = deepcopy(backbone.tower).float().eval()
     of.rewrite(masked)
@@ -136,7 +138,9 @@ def test_slim_equals_masked(backbone: Backbone, result: PruneResult) -> None:
 
 
 @torch.no_grad()
-def test_it_is_loaded_bit_for_bit(backbone: Backbone, result: PruneResult, directory: Path) -> None:
+def test_the_checkpoint_loads_bit_for_bit(
+    backbone: Backbone, result: PruneResult, directory: Path
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # torch's, of tensors without entries
         loaded = ovsprune.load(directory)
@@ -148,7 +152,7 @@ def test_it_is_loaded_bit_for_bit(backbone: Backbone, result: PruneResult, direc
 
 
 @torch.no_grad()
-def test_it_is_applied_to_a_dense_tower_and_taken_off(
+def test_the_slim_tower_is_attached_and_detached(
     backbone: Backbone, result: PruneResult, directory: Path
 ) -> None:
     tower, images = deepcopy(backbone.tower), pictures(backbone)
@@ -161,8 +165,8 @@ def test_it_is_applied_to_a_dense_tower_and_taken_off(
     assert far(found, wanted) < 1e-4 < 1e-2 < far(before, wanted)
 
 
-def test_it_is_pruned_again(result: PruneResult, directory: Path, tmp_path: Path) -> None:
-    """With recovery: what is gone stays so, and its place in the base is kept."""
+def test_a_slim_model_is_pruned_again(result: PruneResult, directory: Path, tmp_path: Path) -> None:
+    """Keep removed layers removed, with recovery, and their names in the base."""
     again = prune(str(directory), 0.1, output=tmp_path / "again", **QUICK)
     for layer in result.spec.layers:
         then = again.spec.layer(layer.name)
@@ -173,7 +177,7 @@ def test_it_is_pruned_again(result: PruneResult, directory: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def constant() -> Backbone:
-    """A ViT with an attention whose output is the same at every position."""
+    """Return a ViT with an attention whose output is the same at every position."""
     small = open_clip_vit()
     attention: Any = small.tower.get_submodule("transformer.resblocks.0.attn")
     with torch.no_grad():
@@ -188,10 +192,10 @@ def unrepaired(constant: Backbone) -> PruneResult:
 
 
 @pytest.mark.parametrize("recovery", ["bias", "closed-form", "closed-form-symmetric"])
-def test_the_bias_stands_for_what_is_gone(
+def test_the_bias_replaces_a_removed_attention(
     constant: Backbone, unrepaired: PruneResult, recovery: str
 ) -> None:
-    """An attention that gives the same everywhere costs nothing, if its mean is kept."""
+    """Check that the bias reproduces an attention with a constant output."""
     attention: Any = constant.tower.get_submodule("transformer.resblocks.0.attn")
     found = prune(constant, 0.3, prune_depth=True, recovery=recovery, **QUICK)
     assert found.spec.layer("transformer.resblocks.0.attn").kept == 0
@@ -201,7 +205,7 @@ def test_the_bias_stands_for_what_is_gone(
     assert found.fidelity.relative_error < unrepaired.fidelity.relative_error
 
 
-def test_a_floor_holds_against_it() -> None:
+def test_a_floor_prevents_removal() -> None:
     small = useless(open_clip_vit, USELESS["open_clip-vit"][1])
     options: dict[str, Any] = {"prune_depth": True, "recovery": "none", "floor": ("*.attn=1",)}
     found = prune(small, 0.4, **options, **QUICK)
@@ -209,7 +213,7 @@ def test_a_floor_holds_against_it() -> None:
     assert found.spec.layer("transformer.resblocks.1.mlp").kept == 0
 
 
-def test_off_by_default() -> None:
+def test_depth_pruning_is_off_by_default() -> None:
     small = useless(open_clip_vit, USELESS["open_clip-vit"][1])
     found = prune(small, 0.4, recovery="none", **QUICK)
     assert all(layer.kept for layer in found.spec.layers)
@@ -225,7 +229,9 @@ def test_off_by_default() -> None:
         ({}, "isomorphic"),
     ],
 )
-def test_it_goes_with_other_options(options: dict[str, Any], allocation: str) -> None:
+def test_depth_pruning_combines_with_other_options(
+    options: dict[str, Any], allocation: str
+) -> None:
     small = useless(open_clip_vit, USELESS["open_clip-vit"][1])
     found = prune(
         small, 0.5, prune_depth=True, allocation=allocation, recovery="bias", **options, **QUICK
@@ -235,7 +241,7 @@ def test_it_goes_with_other_options(options: dict[str, Any], allocation: str) ->
 
 
 @pytest.mark.parametrize("make", [REPRESENTATIVES["open_clip-resnet"], open_clip_convnext_conv])
-def test_convolutions_cannot_go(make: Callable[[], Backbone]) -> None:
+def test_convolutions_cannot_be_removed(make: Callable[[], Backbone]) -> None:
     with pytest.raises(
         OptionError, match="--prune-depth: no layer of this model .* can be removed entirely"
     ):
@@ -244,19 +250,19 @@ def test_convolutions_cannot_go(make: Callable[[], Backbone]) -> None:
 
 @pytest.fixture(scope="module")
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slim checkpoint of a ViT that lost an attention and an MLP."""
+    """Write a slim checkpoint of a ViT without one attention and one MLP."""
     small = useless(open_clip_vit, USELESS["open_clip-vit"][1])
     output = tmp_path_factory.mktemp("slim") / "vit"
     prune(small, 0.4, prune_depth=True, recovery="none", output=output, **QUICK)
     return output
 
 
-def test_inspect_shows_it(shallow: Path) -> None:
+def test_inspect_shows_removed_layers(shallow: Path) -> None:
     layers = inspect(str(shallow))["layers"]
     assert {row["name"] for row in layers if row["kept"] == 0} >= {"transformer.resblocks.1.mlp"}
 
 
-def test_it_is_exported(shallow: Path, tmp_path: Path) -> None:
-    """The export compares the graph with the tower, and raises an error where they differ."""
+def test_a_tower_without_some_layers_is_exported(shallow: Path, tmp_path: Path) -> None:
+    """Export; it compares the graph with the tower and raises an error if they differ."""
     found = export(shallow, output=tmp_path / "tower.onnx", pairs=1)
     assert found["checks"] and found["relative_error"] <= 1e-4

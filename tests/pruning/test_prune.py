@@ -1,4 +1,4 @@
-"""The prune job: budgets, repeatability, what it writes, and what it refuses."""
+"""Prune: budgets, reproducibility, output, and errors."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_the_same_command_gives_the_same_tensors(small: Backbone) -> None:
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_pruning_leaves_the_model_alone(small: Backbone) -> None:
+def test_pruning_does_not_change_the_model(small: Backbone) -> None:
     before = {k: v.clone() for k, v in small.tower.state_dict().items()}
     prune(small, 0.6, **QUICK)
     after = small.tower.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-def test_what_is_written_loads_bit_exact(small: Backbone, written: Path) -> None:
+def test_the_checkpoint_loads_bit_for_bit(small: Backbone, written: Path) -> None:
     result = prune(small, 0.5, **QUICK)
     checkpoint = ovsprune.read(written)
     tower = checkpoint.tower()
@@ -106,7 +106,7 @@ def _run(small: Backbone, tower: torch.nn.Module, images: torch.Tensor) -> torch
     return stream
 
 
-def test_the_whole_clip_comes_back_as_open_clip_returns_it(small: Backbone, written: Path) -> None:
+def test_the_whole_model_loads_as_open_clip_returns_it(small: Backbone, written: Path) -> None:
     model, _, preprocess = ovsprune.load_open_clip(written)
     texts = ["a photo of a cat", "a photo of a dog"]
     again = backbones.load_backbone(str(written))
@@ -140,8 +140,8 @@ def test_half_precision_is_saved_and_loads(small: Backbone, tmp_path: Path, dtyp
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_comes_in_from_a_file(tmp_path: Path, dtype: str) -> None:
-    """The work is done in float32 on the rounded weights, whatever they came in."""
+def test_weights_in_half_precision_are_read_from_a_file(tmp_path: Path, dtype: str) -> None:
+    """Prune in float32 from the rounded weights, for every dtype of the file."""
     kind = getattr(torch, dtype)
     whole = backbones.load_backbone("tiny")
     state = {f"visual.{k}": v for k, v in whole.tower.state_dict().items()} | dict(whole.text)
@@ -169,7 +169,7 @@ def test_half_precision_comes_in_from_a_file(tmp_path: Path, dtype: str) -> None
     assert {v.dtype for v in one.values()} == {torch.float32}
 
 
-def test_a_tower_in_half_precision_is_worked_on_in_float32(small: Backbone) -> None:
+def test_a_tower_in_half_precision_is_pruned_in_float32(small: Backbone) -> None:
     half = dataclasses.replace(small, tower=deepcopy(small.tower).bfloat16())
     rounded = dataclasses.replace(small, tower=deepcopy(half.tower).float())
     results = [prune(one, 0.5, **QUICK) for one in (half, rounded)]
@@ -178,7 +178,7 @@ def test_a_tower_in_half_precision_is_worked_on_in_float32(small: Backbone) -> N
     assert {p.dtype for p in half.tower.parameters()} == {torch.bfloat16}
 
 
-def test_what_float16_cannot_hold_is_refused(small: Backbone, tmp_path: Path) -> None:
+def test_values_too_large_for_float16_are_refused(small: Backbone, tmp_path: Path) -> None:
     large = dataclasses.replace(small, tower=deepcopy(small.tower))
     large.tower.get_parameter("conv1.weight")[0, 0, 0, 0] = 1e5
     options: dict[str, Any] = {"recovery": "none", "criterion": "magnitude", **QUICK}
@@ -187,7 +187,7 @@ def test_what_float16_cannot_hold_is_refused(small: Backbone, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_the_spec_says_how_it_was_made(small: Backbone, written: Path) -> None:
+def test_the_spec_records_the_provenance(small: Backbone, written: Path) -> None:
     spec = ovsprune.read(written).spec
     assert spec.base.model == "small"
     assert spec.base.trained is False
@@ -207,7 +207,7 @@ def test_the_spec_says_how_it_was_made(small: Backbone, written: Path) -> None:
     assert "small" in (written / "README.md").read_text("utf-8")
 
 
-def test_made_pictures_are_chosen_for_the_model(small: Backbone) -> None:
+def test_synthetic_images_depend_on_the_model(small: Backbone) -> None:
     tiny = backbones.load_backbone("tiny")
     quick = {**QUICK, "criterion": "magnitude", "allocation": "uniform", "recovery": "none"}
     for model, kind in ((small, "mixed"), (tiny, "procedural")):
@@ -217,13 +217,13 @@ def test_made_pictures_are_chosen_for_the_model(small: Backbone) -> None:
         assert hashes[0] == hashes[1]
 
 
-def test_protected_groups_stay_whole(small: Backbone) -> None:
+def test_protected_groups_are_not_cut(small: Backbone) -> None:
     result = prune(small, 0.3, protect=("*resblocks.0*",), **QUICK)
     assert not any("resblocks.0" in name for name in result.plan.kept)
     assert "transformer.resblocks.0.mlp" in result.spec.protected
 
 
-def test_floors_keep_units(small: Backbone) -> None:
+def test_floors_keep_a_minimum_of_units(small: Backbone) -> None:
     result = prune(small, 0.3, floor=("*.attn=3", "*.1.mlp=0.9", "*.1.mlp=4"), **QUICK)
     widths = result.record()["widths"]
     assert min(n for name, n in widths.items() if name.endswith("attn")) >= 3
@@ -232,7 +232,7 @@ def test_floors_keep_units(small: Backbone) -> None:
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS.names())
-def test_heads_can_be_kept_equal(small: Backbone, tmp_path: Path, allocation: str) -> None:
+def test_heads_can_be_uniform(small: Backbone, tmp_path: Path, allocation: str) -> None:
     options = {**QUICK, "criterion": "magnitude", "recovery": "none", "allocation": allocation}
     result = prune(small, 0.5, uniform_heads=True, output=tmp_path / "slim", **options)
     heads = {layer.name: layer.kept for layer in result.spec.layers if layer.kind == "heads"}
@@ -242,7 +242,7 @@ def test_heads_can_be_kept_equal(small: Backbone, tmp_path: Path, allocation: st
     assert "--uniform-heads --" in result.spec.provenance["command"]
 
 
-def test_heads_of_a_slim_model_can_be_made_equal(small: Backbone, tmp_path: Path) -> None:
+def test_heads_of_a_slim_model_can_be_uniform(small: Backbone, tmp_path: Path) -> None:
     options = {**QUICK, "criterion": "magnitude", "recovery": "none"}
     first = prune(small, 0.3, allocation="global", output=tmp_path / "slim", **options)
     assert len({x.kept for x in first.spec.layers if x.kind == "heads"}) > 1
@@ -250,24 +250,26 @@ def test_heads_of_a_slim_model_can_be_made_equal(small: Backbone, tmp_path: Path
     assert len({x.kept for x in again.spec.layers if x.kind == "heads"}) == 1
 
 
-def test_a_tower_without_heads_cannot_have_them_equal() -> None:
+def test_uniform_heads_need_heads() -> None:
     with pytest.raises(OptionError, match="--uniform-heads: .* has no heads"):
         prune(open_clip_resnet(), 0.3, uniform_heads=True, **QUICK)
 
 
-def test_heads_that_are_equal_may_be_too_coarse(small: Backbone) -> None:
+def test_uniform_heads_may_be_too_coarse(small: Backbone) -> None:
     with pytest.raises(BudgetError, match=r"the nearest is 0\.\d+ with .*--uniform-heads"):
         prune(small, 0.15, uniform_heads=True, protect=("*.mlp",), **QUICK)
 
 
-def test_an_untrained_model_is_said_to_be(small: Backbone) -> None:
+def test_an_untrained_model_is_reported(small: Backbone) -> None:
     progress = Silent()
     prune(small, 0.5, progress=progress, **QUICK)
     assert any("random weights" in note for note in progress.notes)
 
 
 @pytest.mark.parametrize(("made", "said"), [("auto", True), ("procedural", False)])
-def test_few_made_pictures_are_noted(small: Backbone, made: str, said: bool) -> None:
+def test_a_small_number_of_synthetic_images_is_noted(
+    small: Backbone, made: str, said: bool
+) -> None:
     progress = Silent()
     trained = dataclasses.replace(small, trained=True)
     prune(trained, 0.5, calibration=made, criterion="random", recovery="none",
@@ -285,7 +287,7 @@ def test_few_made_pictures_are_noted(small: Backbone, made: str, said: bool) -> 
         ("tiny", "auto", 256),  # its own scenes
     ],
 )
-def test_made_pictures_are_many_unless_a_number_is_named(
+def test_the_default_number_of_synthetic_images(
     small: Backbone, model: str, calibration: str, count: int
 ) -> None:
     named = dataclasses.replace(small, name=model)
@@ -390,13 +392,13 @@ def test_an_unknown_optimiser_lists_the_closest(small: Backbone) -> None:
         prune(small, 0.5, distill_optimizer="AdamV")
 
 
-def test_recoveries_that_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recoveries_that_depend_on_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(RECOVERIES.get("gauss-newton")), "after", "distill")
     with pytest.raises(ValueError, match="depend on each other: distill after gauss-newton"):
         recovery_chain("distill")
 
 
-def test_a_training_is_said(small: Backbone, tmp_path: Path) -> None:
+def test_training_is_recorded(small: Backbone, tmp_path: Path) -> None:
     options: dict[str, Any] = {"recovery": "distill", "distill_steps": 2, "distill_lr": 2e-4}
     result = prune(small, 0.5, output=tmp_path / "slim", **options, **QUICK)
     made = result.spec.provenance
@@ -410,7 +412,7 @@ def test_a_training_is_said(small: Backbone, tmp_path: Path) -> None:
     assert all(torch.equal(again[k], v) for k, v in result.tower.state_dict().items())
 
 
-def test_without_training_nothing_is_said_of_it(small: Backbone, written: Path) -> None:
+def test_without_training_none_is_recorded(small: Backbone, written: Path) -> None:
     assert not any("distill" in key for key in ovsprune.read(written).spec.provenance)
     assert "without gradient steps" in (written / "README.md").read_text("utf-8")
 
@@ -422,7 +424,7 @@ def test_unknown_names_list_the_closest(small: Backbone, kind: str) -> None:
         prune(small, 0.5, **{kind: known[:-1]})  # type: ignore[arg-type]
 
 
-def test_a_criterion_of_ones_own(small: Backbone, tmp_path: Path) -> None:
+def test_a_custom_criterion(small: Backbone, tmp_path: Path) -> None:
     seen = []
 
     def loss(forward: Forward, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -461,12 +463,12 @@ class _Misspelt(_Incomplete):
         (Taylor("mse"), "needs gradients but has no callable `objective`"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_no_criterion_is_refused(small: Backbone, criterion: Any, said: str) -> None:
+def test_an_invalid_criterion_is_refused(small: Backbone, criterion: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said):
         prune(small, 0.5, criterion=criterion, **QUICK)
 
 
-def test_a_criterion_without_what_it_needs_is_refused(small: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"resblocks\.0\.attn .* has no norm before .*out_proj"):
+def test_a_criterion_without_its_inputs_is_refused(small: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"resblocks\.0\.attn .* has no norm .*out_proj"):
         prune(small, 0.5, criterion="bn-scale", output=tmp_path / "slim", **QUICK)
     assert not list(tmp_path.iterdir())

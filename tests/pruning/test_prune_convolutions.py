@@ -1,4 +1,4 @@
-"""Prune on a convolutional tower: every way through, the checkpoint, and back again."""
+"""Prune of a convolutional tower: all methods, the checkpoint, and its restoration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def images(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_slim_tower_has_the_dense_ones_modules(pruned: PruneResult) -> None:
+def test_the_slim_tower_has_the_modules_of_the_dense_tower(pruned: PruneResult) -> None:
     dense = open_clip_efficientnet().tower
     assert [(n, type(m)) for n, m in pruned.tower.named_modules()] == [
         (n, type(m)) for n, m in dense.named_modules()
@@ -66,7 +66,7 @@ def test_the_checkpoint_loads_bit_for_bit(pruned: PruneResult) -> None:
 
 
 @torch.no_grad()
-def test_a_tower_of_the_environment_is_slimmed_and_given_back(pruned: PruneResult) -> None:
+def test_a_tower_of_timm_is_slimmed_and_restored(pruned: PruneResult) -> None:
     dense = open_clip_efficientnet().tower
     before = dense(images())
     checkpoint = ovsprune.read(pruned.path)
@@ -113,7 +113,7 @@ torch.save((tower(torch.load(sys.argv[2])), tower.dense(torch.load(sys.argv[2]))
 
 @pytest.mark.slow
 def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
-    """A model that timm itself has."""
+    """Load the checkpoint of a model that timm has registered."""
     config = {
         "embed_dim": 8,
         "vision_cfg": {"timm_model_name": "mobilenetv2_035", "image_size": 64},
@@ -135,7 +135,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_half_precision_keeps_whole_numbers_whole(tmp_path: Path) -> None:
+def test_half_precision_keeps_integers(tmp_path: Path) -> None:
     done = prune(open_clip_efficientnet(), 0.3, output=tmp_path / "half", dtype="float16",
                  criterion="magnitude", allocation="uniform", recovery="none", **QUICK)  # fmt: skip
     slim = ovsprune.load(tmp_path / "half", dtype=torch.float32)
@@ -147,7 +147,7 @@ def test_half_precision_keeps_whole_numbers_whole(tmp_path: Path) -> None:
 
 
 def as_the_width(passes: Mapping[tuple[str, int], Any], *_: object) -> dict[tuple[str, int], float]:
-    """Every piece runs, and takes as long as it is wide: a clock would make luck of it."""
+    """Replace the timing of pieces by their width, so that the result is reproducible."""
     widest: dict[str, int] = {}
     for (piece, width), make in passes.items():
         make()()
@@ -170,7 +170,7 @@ def as_the_width(passes: Mapping[tuple[str, int], Any], *_: object) -> dict[tupl
     ],
     ids=lambda options: "-".join(str(v) for v in options.values() if isinstance(v, (str, int))),
 )
-def test_every_way_through(
+def test_every_criterion_allocation_and_recovery_runs(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -196,12 +196,12 @@ def test_bn_scale_keeps_the_channels_of_large_scale() -> None:
     assert set(chosen.tolist()) <= set(done.plan.kept["trunk.blocks.2.1"].tolist())
 
 
-def test_everything_may_be_protected_but_a_block() -> None:
+def test_all_layers_but_one_block_can_be_protected() -> None:
     with pytest.raises(OptionError, match="everything is protected"):
         prune(open_clip_efficientnet(), 0.1, protect=("trunk.*",), **QUICK)
 
 
-def test_single_weights_by_the_papers_method(tmp_path: Path) -> None:
+def test_single_weights_are_pruned_by_magnitude(tmp_path: Path) -> None:
     found = imp(open_clip_efficientnet(), 0.3, samples=4, batch_size=4, imp_steps=1,
                 output=tmp_path / "masked")  # fmt: skip
     back = backbones.load_backbone(str(tmp_path / "masked"))
@@ -213,7 +213,7 @@ def test_single_weights_by_the_papers_method(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning+closed-form"])
-def test_stock_methods_run_beside_ours(name: str) -> None:
+def test_torch_pruning_methods_run(name: str) -> None:
     class Scorer:
         def score(self, tower: torch.nn.Module, label: str) -> dict[str, float]:
             with torch.no_grad():

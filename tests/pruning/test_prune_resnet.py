@@ -1,4 +1,4 @@
-"""Prune on a residual network, whose groups share convolutions: every way through, and back."""
+"""Prune of a residual network, whose groups share convolutions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     assert (one - other).abs().max() / other.std() < 1e-4
 
 
-def test_the_ratio_is_that_of_products(pruned: PruneResult) -> None:
+def test_the_ratio_counts_shared_costs(pruned: PruneResult) -> None:
     dense = open_clip_resnet().tower
     assert repr(pruned.tower) != repr(dense)
     assert list(pruned.tower.state_dict()) == list(dense.state_dict())
@@ -63,7 +63,7 @@ def test_the_ratio_is_that_of_products(pruned: PruneResult) -> None:
 
 
 @torch.no_grad()
-def test_the_checkpoint_loads_bit_for_bit_and_gives_the_same(pruned: PruneResult) -> None:
+def test_the_checkpoint_loads_bit_for_bit_with_equal_outputs(pruned: PruneResult) -> None:
     assert pruned.path is not None
     tower, back = ovsprune.load(pruned.path), backbones.load_backbone(str(pruned.path))
     assert type(tower.tower).__module__ == "ovsprune.slim.resnet"
@@ -78,7 +78,7 @@ def test_the_checkpoint_loads_bit_for_bit_and_gives_the_same(pruned: PruneResult
 
 @torch.no_grad()
 @pytest.mark.parametrize("weights", ["slim", "target"])
-def test_open_clips_own_is_slimmed_and_given_back(pruned: PruneResult, weights: Any) -> None:
+def test_a_model_of_open_clip_is_slimmed_and_restored(pruned: PruneResult, weights: Any) -> None:
     dense = open_clip_resnet().tower
     before = dense(images())
     applied = ovsprune.apply(dense, ovsprune.read(pruned.path), weights=weights)
@@ -90,7 +90,7 @@ def test_open_clips_own_is_slimmed_and_given_back(pruned: PruneResult, weights: 
 
 
 def test_recovery_helps() -> None:
-    """Pictures enough for a patch of 3 x 3; the same units go, and the repair is worth it."""
+    """Compare plans and errors with and without recovery, on enough images for 3 x 3 patches."""
     options = {**QUICK, "samples": 24, "criterion": "magnitude", "allocation": "uniform"}
     bare, repaired = (
         prune(open_clip_resnet(), 0.5, **options, recovery=name) for name in ("none", "closed-form")
@@ -131,7 +131,7 @@ def test_a_fresh_process_needs_no_other_library(pruned: PruneResult, tmp_path: P
 
 
 def test_a_text_tower_keeps_its_own_gelu(tmp_path: Path) -> None:
-    """The image tower is ReLU; whether the text tower is QuickGELU is in the architecture."""
+    """Read the activation of the text tower from the architecture; the image tower has ReLU."""
     config = {**RESNET, "quick_gelu": True}
     from ovsprune.backbones.open_clip_model import build_clip
 
@@ -167,7 +167,7 @@ def test_a_text_tower_keeps_its_own_gelu(tmp_path: Path) -> None:
     ],
     ids=lambda options: "-".join(str(v) for v in options.values()),
 )
-def test_every_way_through(
+def test_every_criterion_allocation_and_recovery_runs(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -217,7 +217,7 @@ def test_evaluate_reads_the_dense_output(pruned: PruneResult, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning+closed-form"])
-def test_stock_methods_run_beside_ours(name: str) -> None:
+def test_torch_pruning_methods_run(name: str) -> None:
     class Scorer:
         def score(self, tower: torch.nn.Module, label: str) -> dict[str, float]:
             with torch.no_grad():

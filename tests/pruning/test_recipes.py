@@ -1,4 +1,4 @@
-"""Recipes: the options of a checkpoint in a file, and the same checkpoint from the file."""
+"""Recipes: options of a checkpoint in a file, which reproduces the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(*words: object) -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slim checkpoint with several options, and its recipe."""
+    """Write a slim checkpoint with several options, and its recipe."""
     place = tmp_path_factory.mktemp("recipes")
     words = ["--samples", 4, "--batch-size", 4, "--criterion", "magnitude", "--seed", 2]
     words += ["--allocation", "uniform"]
@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_a_recipe_makes_the_checkpoint_again(made: Path, tmp_path: Path) -> None:
+def test_a_recipe_reproduces_the_checkpoint(made: Path, tmp_path: Path) -> None:
     assert not run("prune", "--config", made / "recipe.toml", "-o", tmp_path / "again")
     first, second = ovsprune.read(made / "slim"), ovsprune.read(tmp_path / "again")
     assert first.tensors.keys() == second.tensors.keys()
@@ -47,7 +47,7 @@ def test_a_recipe_makes_the_checkpoint_again(made: Path, tmp_path: Path) -> None
     assert not any(name.startswith("text") for name in second.tensors)
 
 
-def test_the_command_line_wins(made: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_line_overrides_the_recipe(made: Path, tmp_path: Path, capsys: Any) -> None:
     words = ["--ratio", 0.2, "--no-uniform-heads", "--dtype", "float32", "--seed", 0]
     assert not run("prune", "--config", made / "recipe.toml", *words, "-o", tmp_path / "other")
     found = ovsprune.read(tmp_path / "other")
@@ -80,7 +80,7 @@ def test_a_wrong_base_is_refused(
         read_base(file)
 
 
-def test_what_a_recipe_cannot_hold_must_be_given_again(tmp_path: Path) -> None:
+def test_options_that_are_not_recorded_must_be_given_again(tmp_path: Path) -> None:
     from PIL import Image
 
     small = open_clip_vit()

@@ -1,4 +1,4 @@
-"""A framework's own tower, cut by the mask and repaired on pictures."""
+"""Repair of a framework's tower on calibration images after a cut by a mask."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def backbone() -> Backbone:
 
 
 def framework(backbone: Backbone) -> nn.Module:
-    """A model that holds the tower, which it tuned."""
+    """Return a model that contains a finetuned tower."""
     model = nn.Module()
     model.clip = nn.Module()
     model.clip.visual = deepcopy(backbone.tower)
@@ -56,7 +56,7 @@ def framework(backbone: Backbone) -> nn.Module:
 
 @torch.no_grad()
 def features(backbone: Backbone, model: nn.Module) -> Tensor:
-    """Dense features of pictures that no calibration sees."""
+    """Return dense features of images that are not used for calibration."""
     pictures = next(RenderedPictures(8, backbone.preprocess, 5, start=9000).batches(8))
     return backbone.stages(model.get_submodule("clip.visual")).outputs(pictures)[1]
 
@@ -65,7 +65,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / (wanted - wanted.mean((0, 2, 3), keepdim=True)).norm())
 
 
-def test_the_repair_brings_the_frameworks_own_features_back(slim: Path, backbone: Backbone) -> None:
+def test_the_repair_approximates_the_frameworks_features(slim: Path, backbone: Backbone) -> None:
     model = framework(backbone)
     before, wanted = snapshot(model), features(backbone, model)
     asked = {"weights": "target", "force": True}
@@ -81,7 +81,9 @@ def test_the_repair_brings_the_frameworks_own_features_back(slim: Path, backbone
     assert torch.equal(features(backbone, model), wanted)
 
 
-def test_on_disk_as_live(slim: Path, backbone: Backbone, tmp_path: Path) -> None:
+def test_a_repair_on_disk_equals_a_live_repair(
+    slim: Path, backbone: Backbone, tmp_path: Path
+) -> None:
     model = framework(backbone)
     torch.save({"model": model.state_dict()}, tmp_path / "tuned.pth")
     record = ovsprune.transfer(

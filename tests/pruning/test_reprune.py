@@ -1,4 +1,4 @@
-"""A slim model pruned again: one cut of its base, by the composed mask."""
+"""Prune of a slim model: equal to one cut of its base by the composed mask."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def twice(base: Backbone, once: Path) -> PruneResult:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A slim checkpoint of the small ViT."""
+    """Write a slim checkpoint of the small ViT."""
     output = tmp_path_factory.mktemp("slim") / "small"
     prune(open_clip_vit(), 0.3, output=output, **QUICK)
     return output
@@ -76,7 +76,7 @@ def test_the_result_is_one_cut_by_the_composed_mask(
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6, msg=name)
 
 
-def test_it_equals_the_masked_base(base: Backbone, twice: PruneResult) -> None:
+def test_the_result_equals_the_masked_base(base: Backbone, twice: PruneResult) -> None:
     assert twice.path is not None
     applied = REPRESENTATIVES[base.family]()
     checkpoint = ovsprune.read(twice.path)
@@ -93,9 +93,7 @@ def _flat(both: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([x.detach().flatten() for x in both])
 
 
-def test_the_ratio_is_of_the_model_that_was_given(
-    base: Backbone, once: Path, twice: PruneResult
-) -> None:
+def test_the_ratio_refers_to_the_slim_model(base: Backbone, once: Path, twice: PruneResult) -> None:
     first, record = ovsprune.read(once).spec, twice.record()
     given, left = first.slim, count_costs(twice.tower, base.preprocess.size)
     assert record["given"] == {"slim": str(once), "macs": given.macs, "params": given.params}
@@ -122,8 +120,8 @@ def test_the_base_is_the_first_dense_model(base: Backbone, once: Path, twice: Pr
     assert "of once, which was pruned before" in card
 
 
-def test_weights_chain_through_recovery(small: Path, tmp_path: Path) -> None:
-    """What the second cut leaves is near the slim tower that it was given, not the dense one."""
+def test_recovery_reconstructs_the_slim_model(small: Path, tmp_path: Path) -> None:
+    """Check that the second result is closer to the slim tower than to the dense one."""
     again = prune(str(small), 0.1, output=tmp_path / "again", **QUICK)
     dense, given = open_clip_vit(), ovsprune.load(small)
     images = torch.randn(8, 3, 48, 48, generator=torch.Generator().manual_seed(2))
@@ -140,7 +138,7 @@ def test_weights_chain_through_recovery(small: Path, tmp_path: Path) -> None:
     assert made["provenance"]["given"]["macs"] == ovsprune.read(small).spec.slim.macs
 
 
-def test_what_is_protected_now_keeps_its_first_cut(small: Path) -> None:
+def test_a_protected_layer_keeps_its_first_cut(small: Path) -> None:
     first = ovsprune.read(small)
     result = prune(str(small), 0.2, protect=("*.0.*",), dry_run=True, **PLAIN)
     for name in ("transformer.resblocks.0.attn", "transformer.resblocks.0.mlp"):
@@ -150,7 +148,7 @@ def test_what_is_protected_now_keeps_its_first_cut(small: Path) -> None:
     assert [x.name for x in result.spec.layers] == [x.name for x in first.spec.layers]
 
 
-def test_what_was_protected_before_can_be_cut_now(tmp_path: Path) -> None:
+def test_a_layer_protected_in_the_first_prune_can_be_cut(tmp_path: Path) -> None:
     prune(open_clip_vit(), 0.2, protect=("*.1.*",), output=tmp_path / "a", **PLAIN)
     result = prune(str(tmp_path / "a"), 0.3, output=tmp_path / "b", **PLAIN)
     names = [x.name.removeprefix("transformer.resblocks.") for x in result.spec.layers]
@@ -162,8 +160,8 @@ def test_what_was_protected_before_can_be_cut_now(tmp_path: Path) -> None:
     assert all(torch.equal(second.tower()[name], tensor) for name, tensor in expected.items())
 
 
-def test_layers_that_share_an_axis_keep_their_place_in_the_base(small: Path) -> None:
-    """The second of two groups on one axis begins where it began before the first was cut."""
+def test_offsets_of_layers_that_share_an_axis_refer_to_the_base(small: Path) -> None:
+    """Check the offset of the second of two groups on one axis after the first was cut."""
     block = "transformer.resblocks.0"
     first, second = (
         LayerSpec(f"{block}.{n}", "mlp", block, 64, kept, 1, (SliceSpec(f"{block}.x", "out", at),))
@@ -181,12 +179,12 @@ def test_layers_that_share_an_axis_keep_their_place_in_the_base(small: Path) -> 
     assert found == (first, replace(second, kept=5))
 
 
-def test_plans_of_a_dense_model_are_as_they_are() -> None:
+def test_plans_of_a_dense_model_are_unchanged() -> None:
     plan = Plan({"a": torch.tensor([1, 2])})
     assert in_base(None, plan) is plan
 
 
-def test_keeping_a_slim_tower_whole_gives_it_back(once: Path, base: Backbone) -> None:
+def test_keeping_all_units_returns_the_slim_tower(once: Path, base: Backbone) -> None:
     from ovsprune.backbones import FAMILIES
 
     backbone, family = backbones.load_backbone(str(once)), FAMILIES.get(base.family)
@@ -224,8 +222,8 @@ def test_an_unstructured_result_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS.names())
-def test_odd_widths_of_before_are_rounded(small: Path, allocation: str) -> None:
-    """A width that an earlier prune left is nobody's choice: multiples are asked for, and come."""
+def test_widths_of_an_earlier_prune_are_rounded(small: Path, allocation: str) -> None:
+    """Round the width that an earlier prune left to the requested multiple."""
     before = [x for x in ovsprune.read(small).spec.layers if x.kind == "mlp"]
     assert any(x.kept % 8 and x.kept < x.units for x in before)
     again = prune(str(small), 0.2, round_to=8, dry_run=True, **{**PLAIN, "allocation": allocation})

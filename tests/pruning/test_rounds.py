@@ -1,4 +1,4 @@
-"""Rounds: the ratios, the coordinates, and a job in several of them."""
+"""Rounds: ratios, coordinates of plans, and a prune in several rounds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def case() -> Case:
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
-def test_each_round_takes_the_same_share_of_what_remains(rounds: int) -> None:
+def test_each_round_removes_the_same_fraction_of_the_rest(rounds: int) -> None:
     found = ratios(0.7, rounds)
     assert len(found) == rounds
     assert found[-1] == 0.7
@@ -41,7 +41,7 @@ def test_plans_compose() -> None:
     assert {k: v.tolist() for k, v in both.kept.items()} == {"a": [1, 6], "b": [2]}
 
 
-def test_two_cuts_are_one(case: Case) -> None:
+def test_two_cuts_equal_the_composed_cut(case: Case) -> None:
     first = case.random_plan(0, 0.8)
     here = reindex_groups(case.groups, first)
     generator = torch.Generator().manual_seed(5)
@@ -60,8 +60,8 @@ def test_two_cuts_are_one(case: Case) -> None:
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_narrowed_groups_are_those_of_the_cut_tower(case: Case) -> None:
-    """As the dependency graph finds them there."""
+def test_reindexed_groups_are_those_of_the_cut_tower(case: Case) -> None:
+    """Compare with the groups that the dependency graph finds in the cut tower."""
     plan = case.random_plan(0, 0.6)
     slim = case.cut(plan)
     family_seeds = [s for s in _seeds(case, slim) if not s.protected]
@@ -82,7 +82,7 @@ def _seeds(case: Case, tower: torch.nn.Module) -> Any:
     return FAMILIES.get(case.backbone.family).prunable_layers(tower)
 
 
-def test_a_plan_that_keeps_everything_narrows_nothing(case: Case) -> None:
+def test_a_plan_that_keeps_everything_changes_no_group(case: Case) -> None:
     found = reindex_groups(case.groups, keep_all(case.groups))
     assert all(a is b for a, b in zip(found, case.groups, strict=True))
 
@@ -113,8 +113,8 @@ def test_rounds_reach_the_exact_ratio(recovery: str, budget: str) -> None:
     assert all(kept.max() < units[name] for name, kept in result.plan.kept.items())
 
 
-def test_without_recovery_the_tower_is_the_plan_cut_from_the_dense_one() -> None:
-    """One plan in base coordinates, whatever happened in between."""
+def test_without_recovery_rounds_equal_one_cut_by_the_plan() -> None:
+    """Compare with one cut by the plan in base coordinates."""
     from ovsprune.backbones import FAMILIES
 
     small = open_clip_vit()
@@ -127,7 +127,7 @@ def test_without_recovery_the_tower_is_the_plan_cut_from_the_dense_one() -> None
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_rounds_repeat() -> None:
+def test_rounds_are_reproducible() -> None:
     small = open_clip_vit()
     first, second = (prune(small, 0.5, rounds=2, seed=3, **QUICK) for _ in range(2))
     assert all(torch.equal(first.plan.kept[k], second.plan.kept[k]) for k in first.plan.kept)
@@ -136,7 +136,7 @@ def test_rounds_repeat() -> None:
 
 
 def test_later_rounds_measure_the_repaired_tower() -> None:
-    """Magnitudes after a refit are others than before it, so the plans differ."""
+    """Expect other plans with recovery, because a refit changes the magnitudes."""
     small = open_clip_vit()
     options: dict[str, Any] = {"criterion": "magnitude", "allocation": "uniform", **QUICK}
     plans = [

@@ -1,4 +1,4 @@
-"""A small model to train by a schedule, and a plain loop."""
+"""Small model to train by a schedule, and a plain training loop."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def loss(net: nn.Module, index: int) -> Tensor:
 
 
 def refresh(net: nn.Module, total_steps: int = STEPS, **more: object) -> ovsprune.TrainPlan:
-    """A plan that changes its mind every three steps."""
+    """Return a plan that chooses again every three steps."""
     return ovsprune.schedule(
         net, "alpha-refresh", total_steps=total_steps, every=3, fit="hill", **more
     )
 
 
 def expected() -> tuple[dict[str, Tensor], list[tuple[str, ...]]]:
-    """Weights after a plain loop of all steps, and what trained at each."""
+    """Return the weights after a plain loop, and the trainable parameters at each step."""
     net = model()
     plan = refresh(net)
     optimizer = torch.optim.AdamW(plan.groups(lr=0.05, weight_decay=0.1))

@@ -1,4 +1,4 @@
-"""Two processes on this machine train as one does."""
+"""Training in two processes equals training in one."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of two processes for each policy."""
+    """Return the results of two processes for each policy."""
     place = tmp_path_factory.mktemp("ddp")
     mp.spawn(worker, (str(place), free_port()), nprocs=2)
     return place
@@ -125,7 +125,7 @@ def test_a_model_that_was_wrapped_before_is_refused_unless_it_can_follow(group):
 
 
 def test_a_wrapper_that_saw_the_frozen_model_is_refused(group):
-    """Whoever looked at the open plan before: what counts is what the wrapper saw."""
+    """Check the parameters that the wrapper registered, not earlier contexts."""
     net = model()
     plan = refresh(net)
     with plan.open():
@@ -140,7 +140,7 @@ def test_a_wrapper_that_saw_the_frozen_model_is_refused(group):
     plan.check_wrapper(able)
 
 
-def test_several_processes_are_told_before_the_first_step(monkeypatch):
+def test_several_processes_are_refused_before_the_first_step(monkeypatch):
     monkeypatch.setattr("ovsprune.schedules.ddp.process_count", lambda: 2)
     net = model()
     plan = refresh(net)

@@ -42,7 +42,7 @@ def test_the_gradient_of_a_weight_costs_as_much_as_the_product_that_reads_it():
     assert found.activations > 0
 
 
-def test_what_runs_without_gradients_has_none_of_its_weights():
+def test_products_without_gradients_have_no_weight_gradient():
     class Apart(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -58,7 +58,7 @@ def test_what_runs_without_gradients_has_none_of_its_weights():
     assert (found.weights, found.activations) == (2 * 5 * 8 * 3, 0)
 
 
-def test_counting_leaves_gradients_and_the_plan_as_they_were():
+def test_counting_does_not_change_gradients_and_the_plan():
     net = model()
     plan = ovsprune.schedule(
         net, "alpha-progressive", fraction=0.2, total_steps=50, every=10, fit="hill"
@@ -74,7 +74,7 @@ def test_counting_leaves_gradients_and_the_plan_as_they_were():
         assert parameter.grad is None or torch.equal(parameter.grad, before[name])
 
 
-def test_the_whole_training_adds_up_what_trains_when():
+def test_the_training_sums_the_steps_of_each_choice():
     net = model()
     plan = ovsprune.schedule(
         net, "alpha-progressive", fraction=0.2, total_steps=25, every=10, fit="hill"
@@ -97,7 +97,7 @@ def test_a_loss_of_several_numbers_is_refused():
         step_flops(net, lambda: net(torch.zeros(2, 3, 16, 16)))
 
 
-def test_a_count_that_fails_leaves_the_plan_as_it_was():
+def test_a_failed_count_does_not_change_the_plan():
     net = model()
     plan = ovsprune.schedule(net, "alpha-refresh", total_steps=9, every=3, fit="hill")
     optimizer = torch.optim.SGD(plan.groups(lr=0.1), momentum=0.9)

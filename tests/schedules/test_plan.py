@@ -33,7 +33,7 @@ def test_frozen_parameters_do_not_move_and_the_others_do():
     assert len(plan.chosen) == 7
 
 
-def test_what_follows_a_layer_trains_with_it():
+def test_followers_train_with_their_layer():
     net = model()
     ovsprune.schedule(net, "last-k", count=1)
     assert {n for n, on in flags(net).items() if on} == {"head.weight", "norm.weight", "norm.bias"}
@@ -63,7 +63,7 @@ def test_a_batch_norm_follows_the_convolution_before_it_and_a_projection_the_las
     }  # fmt: skip
 
 
-def test_the_rest_of_the_pool_can_train_freeze_or_be_left_alone():
+def test_other_parameters_can_train_freeze_or_keep_their_flag():
     net = model()
     small = [name for name in flags(net) if "norm" in name or "bias" in name or name == "positions"]
     ovsprune.schedule(net, "none", rest="train")
@@ -97,7 +97,7 @@ def test_a_frozen_prefix_runs_without_a_graph_and_the_middle_keeps_no_gradient()
     assert all(parameters[name].grad is not None for name in plan.chosen)
 
 
-def test_no_optimiser_state_and_no_gradient_is_left_of_what_gets_frozen():
+def test_freezing_deletes_gradients_and_optimiser_state():
     net = model()
     plan = refresh(net)
     optimizer = torch.optim.AdamW(plan.groups(lr=0.05))
@@ -116,8 +116,8 @@ def test_no_optimiser_state_and_no_gradient_is_left_of_what_gets_frozen():
     assert dropped  # or nothing above could have failed
 
 
-def test_a_state_that_comes_back_after_binding_is_lost_of_what_is_frozen():
-    """Of a training of all layers: an optimiser's state is restored when the plan is there."""
+def test_a_state_restored_after_binding_is_deleted_for_frozen_parameters():
+    """Restore the optimiser state of a training of all layers after the plan was bound."""
     whole = model()
     first = torch.optim.AdamW(whole.parameters(), lr=0.05)
     loss(whole, 0).backward()
@@ -134,7 +134,7 @@ def test_a_state_that_comes_back_after_binding_is_lost_of_what_is_frozen():
     assert all(parameters[name] in optimizer.state for name in plan.trainable)
 
 
-def test_alpha_refresh_looks_at_the_weights_as_they_are_and_alpha_at_those_of_the_start():
+def test_alpha_refresh_uses_current_weights_and_alpha_initial_ones():
     still, moving = model(), model()
     plans = (
         ovsprune.schedule(still, "alpha", total_steps=9, every=3, fit="hill"),
@@ -151,7 +151,7 @@ def test_alpha_refresh_looks_at_the_weights_as_they_are_and_alpha_at_those_of_th
     assert plans[1].step(3) and frozen in plans[1].chosen
 
 
-def test_alpha_progressive_only_ever_adds_layers():
+def test_alpha_progressive_only_adds_layers():
     net = model()
     plan = ovsprune.schedule(
         net, "alpha-progressive", fraction=0.25, total_steps=100, every=10, fit="hill"
@@ -165,7 +165,7 @@ def test_alpha_progressive_only_ever_adds_layers():
     assert shares[0] == 4 and shares[-1] == 14 - 1  # 0.25 and 0.25 + 0.75 * 90 / 100 of 14 layers
 
 
-def test_a_resumed_training_goes_on_exactly():
+def test_a_resumed_training_is_exact():
     weights, trained = expected()
     net, seen = model(), []
     plan = refresh(net)
@@ -203,7 +203,7 @@ def test_a_plan_of_other_settings_is_not_resumed():
         plan.load_state_dict({**plan.state_dict(), "version": 2})
 
 
-def test_release_gives_every_flag_back():
+def test_release_restores_every_flag():
     net = model()
     net.head.weight.requires_grad_(False)
     before = flags(net)
@@ -213,7 +213,7 @@ def test_release_gives_every_flag_back():
     assert flags(net) == before
 
 
-def test_groups_hold_all_that_may_train_with_the_frameworks_multipliers():
+def test_groups_hold_all_trainable_parameters_with_multipliers():
     net = model()
     plan = refresh(net)
     groups = plan.groups(lr=1.0, weight_decay=0.5, multipliers={"blocks.*": 0.1})
@@ -227,7 +227,7 @@ def test_groups_hold_all_that_may_train_with_the_frameworks_multipliers():
     assert {n for g in still.groups(lr=1.0) for n in g["names"]} == set(still.trainable)
 
 
-def test_an_optimiser_that_lacks_what_will_train_is_refused_and_open_mends_it():
+def test_an_optimiser_that_lacks_parameters_is_refused_unless_the_plan_was_open():
     net = model()
     plan = refresh(net)
     wanting = [p for p in net.parameters() if p.requires_grad]
@@ -240,7 +240,7 @@ def test_an_optimiser_that_lacks_what_will_train_is_refused_and_open_mends_it():
     plan.bind(optimizer)
 
 
-def test_openings_nest_and_the_plan_holds_when_a_training_begins():
+def test_open_contexts_nest_and_end_when_the_training_begins():
     net = model()
     plan = refresh(net)
     chosen, closed = plan.chosen, flags(net)
@@ -258,7 +258,7 @@ def test_openings_nest_and_the_plan_holds_when_a_training_begins():
     assert flags(net) == closed
 
 
-def test_what_happens_to_an_open_plan_holds_when_it_closes():
+def test_changes_of_an_open_plan_apply_when_it_closes():
     net = model()
     plan = refresh(net)
     with plan.open():
@@ -275,7 +275,7 @@ def test_what_happens_to_an_open_plan_holds_when_it_closes():
     assert all(flags(net).values())
 
 
-def test_what_the_plan_does_not_decide_about_keeps_its_state():
+def test_parameters_outside_the_plan_keep_their_state():
     net = model()
     plan = ovsprune.schedule(net, "all", pool=["blocks.1.*"])
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
@@ -360,7 +360,7 @@ def test_the_pool_is_stated_and_can_be_changed():
         (
             {"policy": "alpha-refresh"},
             OptionError,
-            "alpha-refresh changes .*total_steps",
+            "alpha-refresh changes its choice .*total_steps",
         ),
         ({"total_steps": 0}, OptionError, "total_steps 0 must be 1 or more"),
         ({"every": 0}, OptionError, "every 0 must be 1 step or more"),
@@ -377,6 +377,6 @@ def test_bad_settings_are_refused_and_nothing_is_frozen(given, error, match):
         ovsprune.schedule(net, "all").step(-1)
 
 
-def test_the_plan_says_what_it_is():
+def test_the_plan_has_a_readable_repr():
     plan = ovsprune.schedule(Block(8), "none")
     assert repr(plan) == "TrainPlan(none: 0 of 4 layers train, 0 of 584 parameters of the model)"

@@ -22,7 +22,7 @@ def test_eigenvalues_are_squared_singular_values(shape: tuple[int, int]) -> None
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_zeros_are_left_out() -> None:
+def test_zero_eigenvalues_are_dropped() -> None:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(40, 3, generator=generator, dtype=torch.float64)
     right = torch.randn(3, 30, generator=generator, dtype=torch.float64)

@@ -49,7 +49,7 @@ def test_hill_by_hand() -> None:
     assert found.ks_distance == pytest.approx(max(gaps))
 
 
-def test_peak_looks_about_the_fullest_bin_only() -> None:
+def test_peak_searches_near_the_fullest_bin_only() -> None:
     # 60 values about 1, and a long tail; the smallest values are far below the peak.
     values = torch.cat([
         torch.logspace(-4, -1, 20), torch.linspace(0.99, 1.01, 60), torch.logspace(0.1, 3, 30)
@@ -58,7 +58,7 @@ def test_peak_looks_about_the_fullest_bin_only() -> None:
     assert 0.9 < found.xmin < 1.6
 
 
-def test_least_ks_is_the_least_of_all_tails() -> None:
+def test_least_ks_is_the_minimum_over_all_tails() -> None:
     values = pareto(2.2, 300, 4) + torch.linspace(0, 1, 300, dtype=torch.float64)
     best = math.inf
     for start in range(299):
@@ -102,6 +102,6 @@ def test_equal_values_have_no_power_law(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", FITS)
-def test_what_is_no_spectrum_is_refused(name: str, values: Tensor, said: str) -> None:
+def test_invalid_values_are_refused(name: str, values: Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         FITS[name](values)

@@ -1,4 +1,4 @@
-"""Which matrices a model has, and what is measured of them."""
+"""Weight matrices of a model, and their spectral metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def named(model: nn.Module) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     return {m.name: (m.parameter, m.kind, tuple(m.weight.shape)) for m in matrices(model)}
 
 
-def test_queries_keys_and_values_are_told_apart_and_the_output_projection_counts() -> None:
+def test_queries_keys_values_and_output_projection_are_separate() -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fused": Fused()})
     assert named(model) == {
         "attn.q": ("attn.in_proj_weight", "q", (8, 8)),
@@ -40,7 +40,7 @@ def test_queries_keys_and_values_are_told_apart_and_the_output_projection_counts
     assert torch.equal(torch.cat(parts), model["attn"].in_proj_weight)
 
 
-def test_slim_attention_with_fused_and_apart_weights() -> None:
+def test_slim_attention_with_fused_and_separate_weights() -> None:
     slim = SlimAttention(16, 4, (0, 2, 3))
     assert [m.weight.shape[0] for m in matrices(slim)] == [12, 12, 12, 16]
     apart = SlimAttention(16, 4, (0, 2), separate_qkv=True)
@@ -50,7 +50,7 @@ def test_slim_attention_with_fused_and_apart_weights() -> None:
     assert list(named(nothing)) == []  # without any head there is no matrix
 
 
-def test_what_is_no_matrix_is_left_out() -> None:
+def test_parameters_that_are_no_matrices_are_excluded() -> None:
     model = nn.Sequential(
         nn.Embedding(5, 8), nn.LayerNorm(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 3)
     )
@@ -69,7 +69,7 @@ def test_a_shared_fused_weight_is_listed_once() -> None:
     assert list(named(model)) == ["a.q", "a.k", "a.v", "a.out_proj", "b.out_proj"]
 
 
-def test_fused_keys_and_values_are_told_apart_where_they_have_one_width() -> None:
+def test_fused_keys_and_values_of_equal_width_are_separate() -> None:
     pool = nn.ModuleDict({"q": nn.Linear(8, 8), "kv": nn.Linear(8, 16), "proj": nn.Linear(8, 8)})
     assert list(named(pool)) == ["q", "k", "v", "proj"]
     assert named(pool)["v"] == ("kv.weight", "v", (8, 8))
@@ -81,7 +81,7 @@ def test_fused_keys_and_values_are_told_apart_where_they_have_one_width() -> Non
         assert "qkv" in named(nn.ModuleDict({"qkv": nn.Linear(48, 96), **out}))
 
 
-def test_a_fused_map_by_heads_is_left_whole() -> None:
+def test_a_projection_interleaved_by_heads_is_not_split() -> None:
     attention = pytest.importorskip("timm.layers").Attention2d(8, num_heads=2, head_first=True)
     assert "qkv" in named(attention) and "q" not in named(attention)
 
@@ -101,7 +101,7 @@ def test_kinds_are_names_in_a_block() -> None:
     assert [m.kind for m in matrices(model)] == ["downsample"]
 
 
-def test_measured_in_a_batch_is_measured_alone() -> None:
+def test_batches_do_not_change_the_metrics() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3), nn.Linear(20, 30), nn.Linear(20, 30), nn.Linear(30, 20)
@@ -123,7 +123,7 @@ def test_measured_in_a_batch_is_measured_alone() -> None:
     assert measured[1].stable_rank == pytest.approx(float(linear.square().sum() / norm**2))
 
 
-def test_a_convolution_unfolded_is_one_matrix() -> None:
+def test_an_unfolded_convolution_is_one_matrix() -> None:
     torch.manual_seed(0)
     found = matrices(nn.Conv2d(4, 12, 3))
     weight = found[0].weight.detach().double().flatten(1)

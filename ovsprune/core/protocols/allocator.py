@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ovsprune.core.records import (
-    Curves,
-    Group,
-    Scores,
-)
+from ovsprune.core.records import Curves, Group, Scores
 
 __all__ = ["AllocationContext", "Allocator", "Budget"]
 
@@ -51,6 +47,7 @@ class Budget:
             return 0.0
         if self.kind != "latency":
             return float(shared.of(self.kind))
+        # Milliseconds per MAC of either group at full width.
         times = [self.price(g, g.units) / (g.units * g.macs) for g in (group, other)]
         return shared.macs * sum(times) / 2
 

@@ -9,21 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ovsprune.core.records import (
-    DenseModel,
-    Group,
-    Plan,
-    Preprocess,
-    Slice,
-    StreamPoint,
-)
+from ovsprune.core.errors import WeightsError
+from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, Slice, StreamPoint
 
 __all__ = ["Backbone", "Family", "PrunableLayer", "Stages"]
 
 
 @dataclass(frozen=True, eq=False)
 class Stages:
-    """A tower as a sequence of blocks over one residual stream.
+    """Tower as a sequence of blocks over one residual stream.
 
     Attributes:
         stem: Maps images [B, 3, H, W] to the residual stream [B, ...].
@@ -190,8 +184,6 @@ class Backbone:
         Raises:
             WeightsError: The model has no text tower, or its tokenizer is not installed.
         """
-        from ovsprune.core.errors import WeightsError
-
         if self.encoder is None:
             raise WeightsError(
                 f"{self.name} was loaded without a text tower; pass class embeddings instead "

@@ -1,4 +1,4 @@
-"""Reads numpy arrays in a pickle as tensors, without numpy; detectron2's model zoos hold such.
+"""Stubs that read numpy arrays in a pickle as tensors; detectron2's model zoos hold such.
 
 The rules of :mod:`ovsprune.core.unpickle.machine` apply: nothing is imported or called, and every
 number is checked before torch sees it. Arrays over the same bytes share one storage.
@@ -58,11 +58,7 @@ class _ArrayStub(TensorStub):
         return self.numeric
 
     def __setstate__(self, state: Any) -> None:
-        """Read ``(version, size, dtype, is_fortran_order, bytes)``.
-
-        Raises:
-            CheckpointError: The size is invalid or does not fit the number of bytes.
-        """
+        """Read ``(version, size, dtype, is_fortran_order, bytes)``."""
         self.numeric = False
         if not isinstance(state, tuple) or len(state) != 5:
             return

@@ -6,12 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.unpickle.foreign import Foreign, read_foreign
 
-__all__ = ["files_beside", "read_folder"]
+__all__ = ["read_folder", "sibling_files"]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -28,17 +26,13 @@ def read_folder(path: Path) -> Foreign:
         index = path / f"{name}.index.json"
         if index.is_file():
             shards = [read_foreign(path / shard) for shard in _shards(index)]
-            tensors: dict[str, Tensor] = {}
-            for shard in shards:
-                tensors |= shard.tensors
-            inert = sorted({name for shard in shards for name in shard.inert})
             return Foreign(
                 path=path,
-                tensors=tensors,
+                tensors={name: t for shard in shards for name, t in shard.tensors.items()},
                 container=None,
                 prefix="",
                 other=(),
-                inert=tuple(inert),
+                inert=tuple(sorted({name for shard in shards for name in shard.inert})),
             )
     raise CheckpointError(
         f"{path} holds neither {' nor '.join(_WEIGHTS)} (nor an index of their shards); give "
@@ -46,28 +40,19 @@ def read_folder(path: Path) -> Foreign:
     )
 
 
-def files_beside(checkpoint: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Read the files of ``names`` that exist in the folder of a checkpoint.
-
-    Args:
-        checkpoint: A folder, or a file in it.
-        names: Names of the files; missing ones are skipped.
-    """
+def sibling_files(checkpoint: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Read the files of ``names`` that exist in the folder of a checkpoint, or next to its file."""
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the names of the files that an index lists.
-
-    Raises:
-        CheckpointError: The index is damaged, or names a file outside its folder.
-    """
+    """Return the names of the files that an index lists; refuse files outside its folder."""
     try:
-        files = json.loads(index.read_text("utf-8"))["weight_map"].values()
-        names = sorted(set(files))
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         names = []
+    # A name with a folder in it could point anywhere on the disk.
     if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
         raise CheckpointError(f"{index} lists no weight files of its own folder; copy it again")
     return names

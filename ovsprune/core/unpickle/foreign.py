@@ -107,16 +107,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _collect(
-    path: Path,
-    root: Any,
-    inert: tuple[str, ...],
-    wanted: Wanted | None,
-    what: str,
+    path: Path, root: Any, inert: tuple[str, ...], wanted: Wanted | None, what: str
 ) -> Foreign:
     """Find the model's state in the content of the file."""
     state, container = _plain(root), None
-    accept = wanted or bool
+    accept = wanted or bool  # bool: there is at least one tensor
     if not accept(_tensors(state)):
+        # Without `wanted`, any tensors fit, so only the usual containers are searched.
         others = [] if wanted is None else [key for key in state if isinstance(key, str)]
         for key in (*_CONTAINERS, *others):
             if accept(_tensors(_plain(state.get(key)))):
@@ -130,6 +127,7 @@ def _collect(
             )
     inner = state if container is None else _plain(state[container])
     tensors = _tensors(inner)
+    # Data-parallel training puts "module." before every name.
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     other = set(_names(k for k in state if k != container)) if container else set()
     other |= set(_names(k for k in inner if k not in tensors))
@@ -144,11 +142,7 @@ def _collect(
 
 
 def _flatten_modules(root: Any) -> dict[str, Any]:
-    """Return the attributes of nested TorchScript modules by their dotted names.
-
-    Raises:
-        CheckpointError: There are too many modules, or they are nested too deeply.
-    """
+    """Return the attributes of nested TorchScript modules by their dotted names."""
     attributes: dict[str, Any] = {}
     todo, visited = [("", 0, root)], 0
     while todo:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import torch
@@ -20,7 +20,7 @@ from ovsprune.core.errors import CheckpointError
 from ovsprune.core.unpickle.arrays import ArrayNames
 from ovsprune.core.unpickle.tensors import Storage, Stub, TensorStub, tensor_stub
 
-__all__ = ["PickleReader", "SafeUnpickler", "TensorStub"]
+__all__ = ["PickleReader", "TensorStub"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 """First value in a file of the legacy layout."""
@@ -64,14 +64,14 @@ class PickleReader:
         self._replacements: dict[str, Any] = {}
         self._arrays = ArrayNames()
 
-    def find(self, module: str, name: str) -> Any:
-        """Return the replacement of ``module.name``: an object of ours, or a placeholder."""
+    def _find(self, module: str, name: str) -> Any:
         key = f"{module}.{name}"
         if key not in self._replacements:
             self._replacements[key] = self._replacement(module, name, key)
         return self._replacements[key]
 
     def _replacement(self, module: str, name: str, key: str) -> Any:
+        """Return what stands for ``module.name``: an object of ours, or a placeholder."""
         if key == "collections.OrderedDict":
             return _fresh_dict()
         if module == "torch" and name in _DTYPES:
@@ -80,13 +80,13 @@ class PickleReader:
             return lambda storage, offset, size, stride, *rest: tensor_stub(
                 storage, offset, size, stride
             )
-        if key == "torch._utils._rebuild_parameter":
+        if key == "torch._utils._rebuild_parameter":  # a parameter is read as its tensor
             return lambda data, *rest: data
         if key == "torch.Size":
             return lambda sizes=(): tuple(sizes)
         if (array := self._arrays.replacement(key)) is not None:
             return array
-        if module.split(".")[0] == "__torch__":
+        if module.split(".")[0] == "__torch__":  # classes of TorchScript archives
             self.is_scripted = True
             return _fresh_module()
         self.unknown_names.add(key)
@@ -99,24 +99,23 @@ class PickleReader:
             CheckpointError: The archive is not such a file, or is damaged.
         """
         with zipfile.ZipFile(stream) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            pickles = [n for n in entries if n.rpartition("/")[2] == "data.pkl"]
+            pickles = {n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"}
             if len(pickles) != 1:
                 kind = "a TorchScript or other archive" if pickles else "no torch checkpoint"
                 raise CheckpointError(f"the zip holds {len(pickles)} data.pkl: {kind}")
-            root = pickles[0].rpartition("/")[0]
-            base = f"{root}/" if root else ""
-            _check_entries(entries.values(), base, archive)
+            data = pickles.pop()
+            base = data.removesuffix("data.pkl")
+            _check_entries(archive, base)
             storages: dict[str, Storage] = {}
 
             def load(tag: Any) -> Storage:
                 dtype, key, count = _storage_tag(tag)
-                if key not in storages:
+                if key not in storages:  # several tensors may share a storage
                     raw = archive.read(f"{base}data/{key}")
                     storages[key] = Storage(_numbers(raw, dtype, count))
                 return storages[key]
 
-            return self._unpickle(io.BytesIO(archive.read(pickles[0])), load)
+            return self._unpickle(io.BytesIO(archive.read(data)), load)
 
     def plain(self, stream: BinaryIO) -> Any:
         """Read the legacy layout (before torch 1.6): five pickles in sequence, then the storages.
@@ -142,7 +141,7 @@ class PickleReader:
             return storages[key]
 
         first = self._unpickle(stream, load)
-        if type(first) is dict and stream.tell() == size:
+        if type(first) is dict and stream.tell() == size:  # one pickle of arrays
             return first
         if first != _MAGIC:
             raise CheckpointError("it is no torch checkpoint (a bare pickle, or another format)")
@@ -152,38 +151,27 @@ class PickleReader:
         for key in self._unpickle(stream, load):
             target = storages[key].data
             count = int.from_bytes(stream.read(8), "little")
-            raw = stream.read(count * target.element_size())
+            raw = stream.read(count * target.element_size())  # checked by _numbers
             target.copy_(_numbers(raw, target.dtype, target.numel()))
         return root
 
     def _unpickle(self, stream: BinaryIO, load: Callable[[Any], Storage]) -> Any:
-        return SafeUnpickler(stream, self.find, load).load()
+        return _SafeUnpickler(stream, self._find, load).load()
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Unpickler whose names and storages come from the given functions only.
-
-    Args:
-        stream: The file.
-        find: Returns the object for a module and a name.
-        load: Returns the storage for a persistent id.
-    """
+class _SafeUnpickler(pickle.Unpickler):
+    """Unpickler whose classes (``find``) and storages (``load``) come from two functions only."""
 
     def __init__(
-        self,
-        stream: BinaryIO,
-        find: Callable[[str, str], Any],
-        load: Callable[[Any], Storage],
+        self, stream: BinaryIO, find: Callable[[str, str], Any], load: Callable[[Any], Storage]
     ) -> None:
         super().__init__(stream, encoding="utf-8")
         self._find, self._load = find, load
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the replacement of a name; nothing is imported."""
         return self._find(module, name)
 
     def persistent_load(self, tag: Any) -> Storage:
-        """Return the storage of a tag."""
         return self._load(tag)
 
 
@@ -219,13 +207,17 @@ def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
     return torch.frombuffer(bytearray(raw), dtype=dtype)
 
 
-def _check_entries(entries: Iterable[zipfile.ZipInfo], base: str, archive: zipfile.ZipFile) -> None:
+def _check_entries(archive: zipfile.ZipFile, base: str) -> None:
     """Refuse entries that can grow (compressed, overlapping) and foreign byte orders.
 
     Only the entries that are read are checked: a TorchScript archive also holds compressed code.
     """
     checked = (f"{base}data.pkl", f"{base}byteorder")
-    entries = [e for e in entries if e.filename in checked or e.filename.startswith(f"{base}data/")]
+    entries = [
+        entry
+        for entry in {entry.filename: entry for entry in archive.infolist()}.values()
+        if entry.filename in checked or entry.filename.startswith(f"{base}data/")
+    ]
     total = sum(entry.file_size for entry in entries)
     if total > (archive.fp.seek(0, io.SEEK_END) if archive.fp else 0):
         raise CheckpointError("its entries claim more bytes than the file has")

@@ -29,6 +29,7 @@ class ScheduleCallback(Callback):  # type: ignore[misc, unused-ignore]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin or resume the plan."""
         steps = max(1, int(trainer.estimated_stepping_batches))
+        # A DDP wrapper is passed on to be checked; other strategies need no check.
         wrapped = isinstance(trainer.model, DistributedDataParallel)
         model = trainer.model if wrapped else pl_module
         self.follower.begin(model, steps, *trainer.optimizers)

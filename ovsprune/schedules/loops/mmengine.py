@@ -29,14 +29,14 @@ class ScheduleHook(Hook):  # type: ignore[misc]
         follower: Holds the ``plan`` once the training has begun.
     """
 
-    priority = "ABOVE_NORMAL"
+    priority = "ABOVE_NORMAL"  # before hooks of the default priority
 
     def __init__(self, plan: PlanOrFactory) -> None:
         self.follower, self._accumulation = PlanFollower(plan), 1
 
     def before_train(self, runner: Any) -> None:
         """Begin or resume the plan; a run from weights alone (``load_from``) begins a new one."""
-        if not runner.iter:
+        if not runner.iter:  # not resumed
             self.follower.load_state_dict(None)
         wrapper = runner.optim_wrapper
         wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]

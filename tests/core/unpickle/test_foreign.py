@@ -1,4 +1,4 @@
-"""Foreign checkpoints: tensors come out, and nothing in the file runs."""
+"""Foreign checkpoints: tensors are read, and no code of the file runs."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def same(found: Any, wanted: Any) -> bool:
 
 @FORMATS
 @pytest.mark.parametrize("container", [None, "model", "state_dict"])
-def test_tensors_come_out_as_they_went_in(
-    tmp_path: Path, zipped: bool, container: str | None
-) -> None:
+def test_tensors_are_read_unchanged(tmp_path: Path, zipped: bool, container: str | None) -> None:
     saved: Any = state()
     if container:
         saved = {container: saved, "optimizer": {"step": 3}, "iteration": 7}
@@ -76,7 +74,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 class Run:
-    """Unpickled by an ordinary reader, it runs a command."""
+    """Object that runs a command if an ordinary unpickler reads it."""
 
     def __init__(self, flag: Path) -> None:
         self.flag = flag
@@ -109,7 +107,7 @@ def test_hostile_pickle_runs_nothing(tmp_path: Path, zipped: bool) -> None:
 
 
 def test_foreign_classes_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings and histories of an ordinary training checkpoint stay inert; modules unimported."""
+    """Replace the classes of a training checkpoint by placeholders, and import no module."""
     (tmp_path / "trap.py").write_text("raise RuntimeError('the trap was imported')")
     monkeypatch.syspath_prepend(tmp_path)
     trap: Any = ModuleType("trap")
@@ -128,7 +126,7 @@ def test_foreign_classes_are_not_imported(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class Rebuild:
-    """Asks for a tensor that reaches beyond its storage."""
+    """Object whose pickle describes a tensor that reaches beyond its storage."""
 
     def __init__(self, tensor: Tensor, arguments: tuple[Any, ...]) -> None:
         self.tensor, self.arguments = tensor, arguments
@@ -159,7 +157,7 @@ def test_tensors_outside_their_storage_are_refused(
         read_foreign(path)
 
 
-def test_damage_is_told(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path: Path) -> None:
     torch.save(state(), tmp_path / "good.pth")
     good = (tmp_path / "good.pth").read_bytes()
     for name, raw in {
@@ -173,7 +171,7 @@ def test_damage_is_told(tmp_path: Path) -> None:
             read_foreign(tmp_path / name)
 
 
-def test_no_tensors_says_what_is_there(tmp_path: Path) -> None:
+def test_a_file_without_tensors_lists_its_content(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.5}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="holds no tensors.*it holds: epoch, loss"):
         read_foreign(tmp_path / "x.pth")
@@ -225,7 +223,7 @@ def test_storage_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
 
 
 @FORMATS
-def test_the_place_that_is_wanted_is_found(tmp_path: Path, zipped: bool) -> None:
+def test_the_wanted_entry_is_found(tmp_path: Path, zipped: bool) -> None:
     file = tmp_path / "x.pth"
     held = {"model": {"a": torch.ones(1)}, "odd": {"b.mask": torch.zeros(2)}, "step": 3}
     torch.save(held, file, _use_new_zipfile_serialization=zipped)
@@ -255,7 +253,7 @@ class Scripted(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*jit")
 @pytest.mark.parametrize("make", ["trace", "script"])
-def test_a_torchscript_archive_gives_its_tensors(tmp_path: Path, make: str) -> None:
+def test_tensors_of_a_torchscript_archive_are_read(tmp_path: Path, make: str) -> None:
     model = Scripted().eval()
     archive = (
         torch.jit.trace(model, torch.ones(1, 3)) if make == "trace" else torch.jit.script(model)
@@ -267,7 +265,7 @@ def test_a_torchscript_archive_gives_its_tensors(tmp_path: Path, make: str) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*jit")
-def test_the_code_of_an_archive_is_not_even_read(tmp_path: Path) -> None:
+def test_the_code_of_an_archive_is_not_read(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(Scripted()), tmp_path / "x.pt")
 
     def spoil(new: zipfile.ZipFile, entry: zipfile.ZipInfo, raw: bytes) -> None:
@@ -280,7 +278,7 @@ def test_the_code_of_an_archive_is_not_even_read(tmp_path: Path) -> None:
 
 
 def archive_of(tmp_path: Path, pickled: bytes) -> Path:
-    """A zip as torch writes it, around a pickle of one's own."""
+    """Write a zip as torch does, with the given pickle."""
     path = tmp_path / "hostile.pt"
     with zipfile.ZipFile(path, "w") as new:
         new.writestr("archive/data.pkl", pickled)
@@ -297,13 +295,13 @@ DOUBLED = MODULE + b"q\x00" + TWICE * 40 + b"."  # 2^40 modules by their names
 
 
 @pytest.mark.parametrize("pickled", [ITSELF, DOUBLED])
-def test_hostile_archives_end(tmp_path: Path, pickled: bytes) -> None:
+def test_hostile_archives_are_refused(tmp_path: Path, pickled: bytes) -> None:
     with pytest.raises(CheckpointError, match="inside each other"):
         read_foreign(archive_of(tmp_path, b"\x80\x02" + pickled))
 
 
-def test_a_pickle_cannot_change_what_modules_are(tmp_path: Path) -> None:
-    """State set on the class, and not on an instance, goes nowhere."""
+def test_a_pickle_cannot_change_the_class_of_modules(tmp_path: Path) -> None:
+    """Ignore state that a pickle sets on a class instead of an instance."""
     on_the_class = b"c__torch__\nM\n}X\x01\x00\x00\x00aK\x01sb0"
     instance = MODULE + b"}b."
     with pytest.raises(CheckpointError, match="holds no tensors .* it holds: a dict"):
@@ -322,7 +320,7 @@ def arrays() -> dict[str, Any]:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 def test_arrays_of_a_model_zoo(tmp_path: Path, protocol: int) -> None:
-    """detectron2's zoos hold numpy's arrays in one pickle."""
+    """Read numpy arrays in one pickle, the format of detectron2's model zoos."""
     document = {"model": arrays(), "__author__": "third party", "matching_heuristics": True}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(document, protocol))
     found = read_foreign(tmp_path / "x.pkl")
@@ -331,7 +329,7 @@ def test_arrays_of_a_model_zoo(tmp_path: Path, protocol: int) -> None:
     assert found.other == ("__author__", "matching_heuristics")
 
 
-def test_arrays_that_hold_something_else_are_no_tensors(tmp_path: Path) -> None:
+def test_arrays_of_objects_are_no_tensors(tmp_path: Path) -> None:
     import numpy as np
 
     odd = {"objects": np.array([{}, None]), "text": np.array(["a"]), "big": np.ones(2, ">f4")}
@@ -343,7 +341,7 @@ def test_arrays_that_hold_something_else_are_no_tensors(tmp_path: Path) -> None:
 
 
 class Array:
-    """Asks for an array of another size than its bytes have."""
+    """Object whose pickle describes an array of another size than its bytes."""
 
     def __init__(self, *state: Any) -> None:
         self.state = state
@@ -360,14 +358,16 @@ class Array:
     "given",
     [((1000,), b"12345678"), ((-1,), b""), ((2**40, 2**40), b"1234"), ((2.0,), b"12345678")],
 )
-def test_arrays_beyond_their_bytes_are_refused(tmp_path: Path, given: tuple[Any, bytes]) -> None:
+def test_arrays_larger_than_their_bytes_are_refused(
+    tmp_path: Path, given: tuple[Any, bytes]
+) -> None:
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": {"a": Array(*given)}}))
     with pytest.raises(CheckpointError, match=r"x\.pkl: (an array has|it describes an array)"):
         read_foreign(tmp_path / "x.pkl")
 
 
-def test_arrays_over_the_same_bytes_share_them(tmp_path: Path) -> None:
-    """A small file cannot ask for much memory."""
+def test_arrays_over_the_same_bytes_share_a_storage(tmp_path: Path) -> None:
+    """Refuse a small file that describes much memory."""
     raw = bytes(8)
     many = {f"a{i}": Array((2,), raw) for i in range(100)}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": many}))

@@ -35,7 +35,7 @@ def train(place, resume=False, accumulate=2):
     return net.state_dict(), seen
 
 
-def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
+def test_the_loop_follows_the_plan_and_resumes_exactly(tmp_path):
     weights, seen = train(tmp_path / "kept")
     changes = [i for i in range(1, 2 * STEPS) if seen[i] != seen[i - 1]]
     assert changes and set(changes) <= {6, 12, 18}  # never within a step of two passes
@@ -44,6 +44,6 @@ def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
 
 
-def test_it_wants_an_accelerator():
+def test_another_object_than_an_accelerator_is_refused():
     with pytest.raises(ScheduleError, match="expected accelerate.Accelerator"):
         ScheduledSteps(object(), refresh(model()))

@@ -1,4 +1,4 @@
-"""The hook in detectron2's own trainer: where it can be imported, compiled or not."""
+"""Hook in detectron2's trainer, which need not be compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.upstream
 
 
 class Wrapped(nn.Module):
-    """What its trainers want: a dictionary of losses."""
+    """Model with the interface of the trainers: it returns a dictionary of losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Wrapped(nn.Module):
 
 
 class Trainer(SimpleTrainer):
-    """Gives every step its own batch, also after resuming."""
+    """Loader with a fixed batch per step, also after resuming."""
 
     def run_step(self) -> None:
         losses = sum(self.model(self.iter).values())
@@ -71,7 +71,7 @@ def train(place: Path, resume: bool = False) -> tuple[dict[str, torch.Tensor], W
     return net.state_dict(), watch
 
 
-def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path: Path) -> None:
+def test_the_loop_follows_the_plan_and_resumes_exactly(tmp_path: Path) -> None:
     weights, watch = train(tmp_path)
     assert sorted(watch.trained) == list(range(STEPS))
     assert len(set(watch.trained.values())) > 1 and watch.left == 0

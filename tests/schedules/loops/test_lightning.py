@@ -57,7 +57,7 @@ def train(place, resume=None, accumulate=1, steps=STEPS):
     return net.state_dict(), watch
 
 
-def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
+def test_the_loop_follows_the_plan_and_resumes_exactly(tmp_path):
     weights, watch = train(tmp_path)
     assert sorted(watch.trained) == list(range(STEPS))
     assert len(set(watch.trained.values())) > 1 and watch.left == 0

@@ -74,7 +74,7 @@ def train(place, name, iterations=STEPS, accumulate=1, make=refresh, **more):
     return net.state_dict(), watch
 
 
-def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
+def test_the_loop_follows_the_plan_and_resumes_exactly(tmp_path):
     weights, watch = train(tmp_path, "whole")
     assert sorted(watch.trained) == list(range(STEPS))
     assert len(set(watch.trained.values())) > 1 and watch.left == 0
@@ -92,8 +92,8 @@ def test_accumulated_passes_are_one_step(tmp_path):
     assert changes in ([], [6])
 
 
-def test_weights_alone_begin_a_training_of_their_own(tmp_path):
-    """``load_from`` reads the checkpoint's weights, and its plan is another training's."""
+def test_loading_weights_alone_begins_a_new_training(tmp_path):
+    """Ignore the plan of a checkpoint of which ``load_from`` reads the weights."""
     train(tmp_path / "first", "first")
     weights = torch.load(tmp_path / "first" / "iter_7.pth", weights_only=False)["state_dict"]
     seen = []

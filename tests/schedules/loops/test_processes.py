@@ -1,4 +1,4 @@
-"""Loops of two processes: every rank has the same weights at the end, or is told at once."""
+"""Training loops in two processes: equal weights on both ranks, or an early error."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def with_lightning(rank: int, place: str, port: str) -> None:
 @pytest.mark.parametrize(
     ("loop", "library"), [(with_accelerate, "accelerate"), (with_lightning, "lightning.pytorch")]
 )
-def test_ranks_do_not_drift_apart(loop, library, tmp_path):
-    """A wrapper that cannot follow the plan is refused; then one that can trains."""
+def test_ranks_have_equal_weights(loop, library, tmp_path):
+    """Refuse a wrapper that cannot follow the plan, then train with one that can."""
     pytest.importorskip(library)
     mp.spawn(loop, (str(tmp_path), free_port()), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.framework
 
 
 class Wrapped(nn.Module):
-    """What the Trainer wants: a loss first."""
+    """Model with the interface of the Trainer: it returns the loss first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Wrapped(nn.Module):
 
 
 class Watch(transformers.TrainerCallback):
-    """What trains in every step, and of how much of the rest the optimiser has a state."""
+    """Record the trainable parameters of every step, and optimiser states of frozen ones."""
 
     def __init__(self, hook):
         self.hook, self.trained, self.left = hook, {}, 0
@@ -67,7 +67,7 @@ def train(place, resume=None, accumulate=1):
     return net.state_dict(), watch
 
 
-def test_it_follows_the_plan_and_a_resumed_training_goes_on_exactly(tmp_path):
+def test_the_loop_follows_the_plan_and_resumes_exactly(tmp_path):
     weights, watch = train(tmp_path)
     assert sorted(watch.trained) == list(range(1, STEPS + 1))
     assert len(set(watch.trained.values())) > 1 and watch.left == 0
