@@ -37,8 +37,8 @@ class _EncodeText:
     """Replacement of FC-CLIP's ``encode_text`` that calls the one of open_clip.
 
     FC-CLIP's version passes [L, N, E] to the text transformer; open_clip expects [N, L, E] after
-    2.24. This is an object rather than a function, so that a copied or pickled model refers to its
-    own backbone.
+    2.24. An object and not a function, so that a copied or pickled model refers to its own
+    backbone.
     """
 
     backbone: Any

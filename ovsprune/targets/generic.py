@@ -21,7 +21,14 @@ from ovsprune.targets.convert import Converted
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.hooks import Hook
 from ovsprune.targets.key_map import KINDS, KeyMap, kind_of
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, Layout, hf_block
+from ovsprune.targets.layout import (
+    BLOCK_PARTS,
+    POSITIONS,
+    VIT_STEM,
+    BlockStack,
+    Layout,
+    hf_block,
+)
 
 __all__ = ["Generic", "find_towers"]
 
@@ -54,7 +61,6 @@ class _NamingScheme:
     activation: str  # path of the first activation
 
 
-_VIT = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
 _RESNET = (*(f"{n}{i}" for n in ("conv", "bn") for i in (1, 2, 3)), "attnpool")
 _HF = {
     "class_embedding": "embeddings.class_embedding",
@@ -68,7 +74,7 @@ _SCHEMES = (
     _NamingScheme(
         naming="open_clip's names",
         kind="vit",
-        stem={name: name for name in _VIT},
+        stem={name: name for name in VIT_STEM},
         required="conv1.weight",
         stack=BlockStack("transformer.resblocks", BLOCK_PARTS),
         activation="transformer.resblocks.0.mlp.gelu",

@@ -18,6 +18,8 @@ from torch import Tensor
 __all__ = [
     "BLOCK_PARTS",
     "POSITIONS",
+    "TEXT_STEM",
+    "VIT_STEM",
     "BlockStack",
     "Layout",
     "PathSpec",
@@ -26,13 +28,19 @@ __all__ = [
     "hf_block",
     "match_stars",
     "split_spec",
+    "under",
 ]
 
 PathSpec = str | tuple[str, ...]
 """Path of a module or tensor, or the paths of its parts, which are concatenated along axis 0."""
 
 POSITIONS = "positional_embedding"
-_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
+VIT_STEM = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
+"""Canonical names outside the blocks of a vision transformer."""
+
+TEXT_STEM = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
+"""Canonical names outside the blocks of a text tower."""
+
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)(?:\.(.+))?")
 
 BLOCK_PARTS: Mapping[str, PathSpec] = {
@@ -45,6 +53,11 @@ def count_blocks(names: Iterable[str], path: str = "transformer.resblocks") -> i
     """Count the blocks under ``path`` in the names of tensors; 0 if there are none."""
     pattern = re.compile(re.escape(path) + r"\.(\d+)\.")
     return 1 + max((int(m[1]) for m in map(pattern.match, names) if m), default=-1)
+
+
+def under(path: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the paths of parts that have their canonical names under ``path``."""
+    return {name: f"{path}.{name}" for name in names}
 
 
 def split_spec(spec: PathSpec) -> tuple[str, ...]:
@@ -281,6 +294,6 @@ def _inverse(table: Mapping[str, PathSpec]) -> dict[str, tuple[str, int]]:
 def clip_text(path: str, parts: Mapping[str, PathSpec] = BLOCK_PARTS) -> Layout:
     """Return the layout of the text tower of a CLIP with open_clip's names under ``path``."""
     return Layout(
-        stem={name: f"{path}.{name}" for name in _TEXT},
+        stem=under(path, TEXT_STEM),
         stacks=(BlockStack(f"{path}.transformer.resblocks", parts),),
     )
