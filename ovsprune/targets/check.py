@@ -58,10 +58,10 @@ def check_fits(
         TargetError: A tensor is missing, is slim already, or has another shape.
     """
     base = checkpoint.spec.base.model
-    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.absent_reason(n) is None}
+    expected = {n: s for n, s in dense_shapes(checkpoint).items() if not layout.absent_reason(n)}
     slim = {name: tuple(tensor.shape) for name, tensor in checkpoint.tower().items()}
-    missing = sorted(name for name in set(wanted) - set(state) if not name.endswith(_COUNTERS))
-    extra = sorted(name for name in set(state) - set(wanted) if not name.endswith(_COUNTERS))
+    missing = sorted(n for n in expected.keys() - state.keys() if not n.endswith(_COUNTERS))
+    extra = sorted(n for n in state.keys() - expected.keys() if not n.endswith(_COUNTERS))
     if missing or extra:
         side, names = ("lacks", missing) if missing else ("also has", extra)
         raise TargetError(
@@ -69,7 +69,7 @@ def check_fits(
             f"{', ...' if len(names) > 4 else ''}; build the framework with the CLIP that was "
             "pruned, or prune the CLIP that the framework uses"
         )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if name not in state:
             continue
         actual = tuple(state[name].shape)
@@ -127,23 +127,23 @@ def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[
         TargetError: The framework uses another function.
     """
     probe = torch.linspace(-4, 4, 97)
-    known = {
+    functions = {
         "quick_gelu": probe * torch.sigmoid(1.702 * probe),
         "gelu": functional.gelu(probe),
         "gelu_tanh": functional.gelu(probe, approximate="tanh"),
         "relu": functional.relu(probe),
     }
-    wanted = checkpoint.spec.activation
+    expected = checkpoint.spec.activation
     for path in paths:
         with torch.no_grad():
             output = model.get_submodule(path)(probe.clone())
-        if wanted in known and torch.allclose(output, known[wanted], atol=1e-6):
+        equal = [k for k, v in functions.items() if torch.allclose(output, v, atol=1e-6)]
+        if expected in equal:
             continue
-        equal = (k for k, v in known.items() if torch.allclose(output, v, atol=1e-6))
-        name = next(equal, "another function")
+        name = equal[0] if equal else "another function"
         raise TargetError(
-            f"{path} is {name}, but {checkpoint.path} was pruned with {wanted}; build the "
-            f"framework with {wanted} (OpenAI's CLIP weights are quick_gelu), or prune with "
+            f"{path} is {name}, but {checkpoint.path} was pruned with {expected}; build the "
+            f"framework with {expected} (OpenAI's CLIP weights are quick_gelu), or prune with "
             f"--activation {name}"
         )
 
@@ -153,7 +153,7 @@ def choose_weights(
     state: Mapping[str, Tensor] | None,
     checkpoint: SlimCheckpoint,
     layout: Layout,
-    mask_only: str = "",
+    mask_only: str,
 ) -> tuple[Weights, str]:
     """Choose the weights of the slim tower; return them with the reason.
 
@@ -193,15 +193,12 @@ def choose_weights(
         return ("slim" if weights == "slim" else "target"), "as requested"
     if mask_only:
         return "target", f"only the mask can be used: {mask_only}"
-    compared = match(state, checkpoint.spec.base)
     compared = {
-        name: verdict
-        for name, verdict in compared.items()
+        name: verdict in ("equal", "equal-after-half")
+        for name, verdict in match(state, checkpoint.spec.base).items()
         if name not in layout.stays and layout.absent_reason(name) is None
     }
-    different = sorted(
-        name for name, verdict in compared.items() if verdict not in ("equal", "equal-after-half")
-    )
+    different = sorted(name for name, equal in compared.items() if not equal)
     if not different:
         return "slim", f"all {len(compared)} tensors of the framework's tower equal the base's"
     return "target", (

@@ -99,6 +99,7 @@ def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
 
 
 def _path(layout: Layout, module: str) -> str:
+    """Return the framework's path of ``module``; raise TargetError if it has none or several."""
     path = layout.name(module)
     if path is None:
         raise _protected(module)
