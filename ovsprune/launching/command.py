@@ -220,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line without click; return the command's exit status, 2 after an error."""
     parser = argparse.ArgumentParser(prog="ovsprune launch", description=__doc__)
     defaults = inspect.signature(launch).parameters
-    for name in ("slim", "target", "weights", "policy", "rest"):
+    parser.add_argument("--slim", metavar="DIR")
+    for name in ("target", "weights", "policy", "rest"):
         parser.add_argument(f"--{name}", default=defaults[name].default)
     for name, kind in (("fraction", float), ("count", int), ("every", int), ("seed", int)):
         parser.add_argument(f"--{name}", type=kind, default=defaults[name].default)

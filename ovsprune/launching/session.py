@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -92,15 +91,11 @@ class Session:
         def load_guarded(loader: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
             guard = self.guards.get(loader.model)
             state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
-            if guard is None or not isinstance(state, Mapping):
-                return load(loader, checkpoint, *args, **kwargs)
+            state = state if isinstance(state, Mapping) else {}
             state = {name.removeprefix("module."): value for name, value in state.items()}
-            dense = (
-                guard.dense("a dense checkpoint was loaded")
-                if guard.is_dense(state)
-                else contextlib.nullcontext()
-            )
-            with dense:
+            if guard is None or not guard.is_dense(state):
+                return load(loader, checkpoint, *args, **kwargs)
+            with guard.dense("a dense checkpoint was loaded"):
                 return load(loader, checkpoint, *args, **kwargs)
 
         return load_guarded
