@@ -57,7 +57,7 @@ def load(name, scale=1.0, width=32):
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A directory with a slim checkpoint, its base's weights, and a framework."""
+    """Create a directory with a slim checkpoint, the weights of its base, and a framework."""
     tower = small_tower()
     saved(small_slim(tower), tmp_path / "slim")
     torch.save(tower, tmp_path / "base.pth")
@@ -68,7 +68,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def script(place: Path, text: str) -> list[str]:
-    """The command of a script that has a ``framework`` and saves what it likes."""
+    """Write a script that can import ``framework``; return its command."""
     (place / "train.py").write_text(f"import sys\nimport torch\n{text}")
     return [sys.executable, str(place / "train.py")]
 
@@ -106,7 +106,7 @@ def test_vendored_clip_is_replaced_as_it_is_loaded(place: Path, capfd: Any) -> N
 def test_dense_checkpoint_loaded_later_is_cut(
     place: Path, scale: float, weights: str, expected: str
 ) -> None:
-    """The model is built without weights; the optimiser exists when they come."""
+    """Weights are loaded after the model and its optimiser were created."""
     record = run(
         place,
         f"""
@@ -132,7 +132,7 @@ torch.save(model.visual.state_dict(), {str(place / "out.pth")!r})
 
 
 def test_a_dense_checkpoint_with_its_misfits_dropped_is_refused(place: Path) -> None:
-    """What many a script does by itself: norms of the dense tower would be put in the slim one."""
+    """Dropping tensors of another shape would load norms of the dense tower into the slim one."""
     text = f"""
 from framework import clip
 model, _ = clip.load({str(place / "base.pth")!r})
@@ -172,7 +172,7 @@ def test_an_inner_builder_leaves_it_to_the_outer_one(place: Path) -> None:
 
 
 def test_processes_that_it_starts_are_served(place: Path) -> None:
-    """As torchrun and spawned ranks: Python under Python, and a sitecustomize of the user's."""
+    """Covers nested Python processes, as of torchrun, and a sitecustomize of the user."""
     (place / "site").mkdir()
     (place / "site" / "sitecustomize.py").write_text("import sys\nsys.users_own = True\n")
     inner = place / "inner.py"
@@ -326,7 +326,7 @@ default_scope = 'mmseg'
 
 
 def mmseg_config(place: Path, dense: Any, shape: Any) -> str:
-    """A configuration of the framework's SAN that finds its CLIP in a file, and two pictures."""
+    """Write a configuration of SAN that reads CLIP from a file, and two images."""
     from mmengine import Config
     from torchvision.io import write_png
 

@@ -21,7 +21,7 @@ CLASSES = ["person", "tree", "sky, cloud", "dining table"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of CLIP inside CAT-Seg; ``side`` is what the image tower sees, 24 patches across."""
+    """Sizes of CLIP in CAT-Seg; ``side`` is the input size of the image tower, 24 patches."""
 
     width: int
     depth: int
@@ -55,7 +55,7 @@ VIT_B = Shape(768, 12, 16, 224, 512, 512, 12, 384)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkout, imported, and what it takes for granted: a GPU for the tokens of its texts."""
+    """Import the checkout; its tokens of texts stay on the CPU if there is no GPU."""
     path = checkout("cat-seg", "detectron2", "einops", "timm", "pycocotools")
     if not torch.cuda.is_available():
         monkeypatch.setattr(Tensor, "cuda", lambda self, *rest, **named: self)
@@ -159,7 +159,7 @@ def run(model: Any) -> dict[str, Tensor]:
 
 
 def loss(model: Any) -> Tensor:
-    """The framework's own training loss on two pictures of one size, with some pixels ignored."""
+    """Return the framework's training loss on two images, with some pixels ignored."""
     given = pictures(model, 2, 96, 96)
     for each in given:
         labels = (each["image"].mean(0) / 64).long().clamp(0, len(CLASSES) - 1)

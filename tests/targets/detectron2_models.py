@@ -44,7 +44,7 @@ SMALL_HEAD = {
 
 
 def checkout(variable: str) -> Path:
-    """The repository that an environment variable names, or the test is skipped."""
+    """Return the repository that an environment variable names; skip the test without one."""
     value = os.environ.get(variable)
     if not value:
         pytest.skip(f"{variable} names no checkout")
@@ -59,7 +59,7 @@ def _fail(*given: Any, **named: Any) -> Any:
 
 
 def _stand_in(name: str, **members: Any) -> None:
-    """A module that is only imported, unless the real one is installed."""
+    """Add an empty module for an import, unless the real one is installed."""
     if name in sys.modules or ("." not in name and importlib.util.find_spec(name) is not None):
         return
     module = types.ModuleType(name)
@@ -68,7 +68,7 @@ def _stand_in(name: str, **members: Any) -> None:
 
 
 def _imported(repository: Path, package: str) -> Any:
-    """A framework's package, imported where it expects to be: beside its data."""
+    """Import a framework's package from the directory of its data."""
     # its attention has a way without the compiled operator, which it takes where that one fails
     _stand_in(
         "MultiScaleDeformableAttention", ms_deform_attn_forward=_fail, ms_deform_attn_backward=_fail
@@ -332,7 +332,7 @@ def batch(side: int = 64, count: int = 2, *, targets: bool = False) -> list[dict
 
 @torch.no_grad()
 def run(model: Any, side: int = 64) -> dict[str, Tensor]:
-    """Every output of the framework: masks and logits of its head, and the final segmentation."""
+    """Return the masks and logits of the framework's head, and the final segmentation."""
     seen: dict[str, Tensor] = {}
 
     def look(module: nn.Module, given: Any, found: Any) -> None:

@@ -55,7 +55,7 @@ class ApartAttention(nn.Module):
 
 
 class UnnamedAttention(ApartAttention):
-    """The same, called by a ``forward`` that does not say how."""
+    """Variant whose ``forward`` does not name its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().forward(*args, **kwargs)
@@ -86,7 +86,7 @@ class Blocks(nn.Module):
 
 
 class Visual(nn.Module):
-    """A CLIP ViT: its parts, and the way to the first block."""
+    """CLIP ViT: its parts, and the computation up to the first block."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Visual(nn.Module):
         return self.conv1(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
     def stream(self, patches: Tensor) -> Tensor:
-        """What the first block reads, [L, N, E]; positions are stretched where they must be."""
+        """Return the input of the first block, [L, N, E]; positions are resized if necessary."""
         first = self.class_embedding.expand(len(patches), 1, -1)
         positions = self.positional_embedding
         side, own = round(patches.shape[1] ** 0.5), round((len(positions) - 1) ** 0.5)
@@ -139,7 +139,7 @@ class MiniClip(nn.Module):
 
 
 class MiniCatSeg(nn.Module):
-    """Who reads what in CAT-Seg: two streams by hooks, and the last block's values by hand."""
+    """Small CAT-Seg: hooks read two residual streams; the last block computes values alone."""
 
     READ = (1, 2)
 
@@ -188,7 +188,7 @@ class MiniCatSeg(nn.Module):
 
 
 class MiniOvSeg(nn.Module):
-    """Who reads what in OVSeg: regions under mask prompts, which take tokens' places in between."""
+    """Small OVSeg: mask prompts replace tokens of regions before and between blocks."""
 
     DEPTH = 3
 
@@ -228,7 +228,7 @@ class MiniOvSeg(nn.Module):
 
 
 def with_tower(kind: type[nn.Module], target: str, tower: Mapping[str, Tensor]) -> Any:
-    """A mini framework that carries ``tower``, every parameter with a value of its own."""
+    """Build a small framework with the weights of ``tower``; all parameters differ."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(11)
         model = kind()

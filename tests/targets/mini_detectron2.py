@@ -17,7 +17,7 @@ RESNET = [1, 1, 1, 1]
 
 
 def tower_of(kind: str) -> dict[str, Tensor]:
-    """A tower for the trees here."""
+    """Build a tower for the models of this file."""
     return lively_convnext() if kind == "convnext" else lively_resnet(RESNET)
 
 
@@ -113,7 +113,7 @@ class MiniFcClip(nn.Module):
 
 
 class _Frozen(nn.Module):
-    """A norm whose weight is a statistic, as detectron2's networks have it."""
+    """Norm without parameters, like detectron2's FrozenBatchNorm2d."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Frozen(nn.Module):
 
 
 class _Conv(nn.Conv2d):
-    """A convolution with its norm inside."""
+    """Convolution that contains its norm."""
 
     def __init__(self, made: int, width: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(made, width, kernel, stride, kernel // 2, bias=False)
@@ -209,14 +209,14 @@ class MiniMask2Former(nn.Module):
 
 @torch.no_grad()
 def run(model: nn.Module, side: int = 64) -> dict[str, Tensor]:
-    """The output for two pictures of noise."""
+    """Return the output for two images of noise."""
     draw = torch.Generator().manual_seed(0)
     pictures = [{"image": torch.randn(3, side, side, generator=draw)} for _ in range(2)]
     return {"sem_seg": torch.stack([found["sem_seg"] for found in model(pictures)])}
 
 
 def load_as_detectron2(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """What detectron2's checkpointer does: drop what has another shape, and go on."""
+    """Load like detectron2's checkpointer, which drops tensors of another shape."""
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k not in own or own[k].shape == v.shape}
     model.load_state_dict(fits, strict=False)

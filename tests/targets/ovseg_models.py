@@ -25,7 +25,7 @@ DEPTH = 3  # of the mask prompts
 
 @dataclass(frozen=True)
 class Shape:
-    """Of CLIP inside OVSeg, whose regions have 224 pixels, and of what is around it."""
+    """Sizes of OVSeg and of its CLIP; regions have 224 x 224 pixels."""
 
     width: int
     depth: int
@@ -61,7 +61,7 @@ VIT_B = Shape(768, 12, 16, 512, 512, 12, queries=5, real=True)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkout, imported; it logs to wandb, which nothing here needs."""
+    """Import the checkout, with an empty module in place of wandb."""
     path = checkout(
         "ovseg", "detectron2", "timm", "pandas", "scipy", below=("", "third_party/CLIP")
     )
@@ -126,14 +126,14 @@ def ovseg(
 
 
 def pictures(model: Any) -> list[dict[str, Any]]:
-    """One picture as OVSeg's data set gives it: RGB of 0 to 255."""
+    """Return one image in the form of OVSeg's data set: RGB from 0 to 255."""
     dtype = next(model.parameters()).dtype
     image = (load_pictures(1, 160)[0, :, :128] * 60 + 115).clamp(0, 255).to(dtype)
     return [{"image": image, "height": 128, "width": 160, "meta": {"dataset_name": DATASET}}]
 
 
 def seen_by_clip(model: Any) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """What the image tower got and gave in one forward pass of the whole model, and its output."""
+    """Return inputs and outputs of the image tower in one forward pass, and the final output."""
     seen: list[Any] = []
     visual = model.clip_adapter.clip_model.visual
     handle = visual.register_forward_hook(lambda module, given, out: seen.append((given, out)))

@@ -120,7 +120,7 @@ def build(cfg: Any, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def sharpen(model: Any, std: float = 2.0) -> None:
-    """As SAN starts it, the bias is so flat that a wrong order of heads changes nothing."""
+    """Scale the initial bias, which is so flat that a wrong order of heads changes nothing."""
     decoder = model.side_adapter_network.mask_decoder
     last = decoder.attn_mlp.layers[-1]
     nn.init.orthogonal_(last.weight.view(last.weight.shape[0], -1))
@@ -142,7 +142,7 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def example(images: Tensor) -> list[dict[str, Any]]:
-    """What SAN's forward takes."""
+    """Return the input of SAN's forward pass."""
     side = images.shape[-1]
     return [{"image": x, "vocabulary": WORDS, "height": side, "width": side} for x in images]
 
@@ -173,7 +173,7 @@ def run(model: Any, images: Tensor) -> dict[str, Tensor]:
 
 
 def train_input(images: Tensor) -> list[dict[str, Any]]:
-    """What SAN's forward takes in training: two regions a picture."""
+    """Return the input of SAN's forward pass in training, two regions per image."""
     from detectron2.structures import BitMasks, Instances
 
     batch = []

@@ -69,7 +69,7 @@ def test_slim_equals_masked(case: Case, model: Any) -> None:
 
 
 def test_heads_of_the_last_block_may_go(case: Case, model: Any) -> None:
-    """It is run by ``forward_dense``, which takes the three weights as they are."""
+    """Covers ``forward_dense``, which reads the three projection weights directly."""
     last = f"transformer.resblocks.{SMALL.depth - 1}.attn"
     slim = case.recut({last: [1, 3], "transformer.resblocks.4.attn": []})
     wanted = proofs.slim_equals_masked(case, model, slim)
@@ -193,7 +193,7 @@ def test_refusals_leave_it_untouched(case: Case, model: Any) -> None:
 
 
 def test_vit_b_16_at_its_real_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All of its configuration for ViT-B/16, at 384 pixels: equal, and what it costs."""
+    """Covers the framework's configuration for ViT-B/16 at 384 pixels."""
     install(monkeypatch)
     case = case_of(VIT_B, lambda tower: cat_seg(monkeypatch, tmp_path, VIT_B, tower))
     model = case.build(case.tower)

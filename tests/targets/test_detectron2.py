@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One build of a framework: how it is made, and what of a base its own tower lacks."""
+    """Build of a framework: its constructor, and the parts of a base that its tower lacks."""
 
     name: str
     target: str
@@ -102,7 +102,7 @@ def built(request: pytest.FixtureRequest) -> tuple[Case, Any, SlimCheckpoint]:
 def given(
     built: tuple[Case, Any, SlimCheckpoint],
 ) -> Iterator[tuple[Case, Any, SlimCheckpoint]]:
-    """The same model for every test of a case; none leaves a trace in it."""
+    """Return one model for all tests of a case, and check that none changes it."""
     case, model, slim = built
     before, own = snapshot(model), dict(model.backbone.__dict__)
     yield case, model, slim
@@ -132,7 +132,7 @@ def test_slim_equals_dense_masked(given: Any, side: int) -> None:
 
 
 def gradients(case: Case, model: Any) -> State:
-    """Of the framework's own losses; FC-CLIP runs its tower without, so of its features as well."""
+    """Return gradients of the framework's losses, and of FC-CLIP's features, run without them."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)  # the losses are taken at drawn points
     torch.set_default_dtype(torch.float64)
@@ -210,7 +210,7 @@ def test_a_swapped_unit_is_caught(given: Any) -> None:
 
 
 def test_rolled_channels_are_caught(given: Any) -> None:
-    """The norms' statistics and the biases are cut along with their channels."""
+    """Statistics of norms and biases are cut with their channels."""
     case, model, slim = given
     wanted = dense_masked(case, model, slim)
     made = next(part.module for part in slim.spec.layers[1].slices if part.axis == "out")
@@ -260,7 +260,7 @@ def _count(module: Any) -> int:
 
 
 def test_round_trip_on_disk(tmp_path: Path, given: Any) -> None:
-    """What detectron2 saved, transferred on disk, is what attaching gives; and loads as usual."""
+    """Compares a transferred checkpoint of detectron2 with the attached model, and loads it."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     case, model, slim = given
@@ -351,7 +351,7 @@ def test_slim_already_is_refused(given: Any) -> None:
 
 
 def test_fc_clip_needs_the_bridge_with_todays_open_clip() -> None:
-    """The text side alone: texts by FC-CLIP's own way fail, and by the bridge are open_clip's."""
+    """FC-CLIP's own encode_text fails; after the fix it returns the result of open_clip."""
     model = fc_clip("resnet")
     tokens = model.backbone.tokenize_text(["a photo of a cat", "sky"])
     with pytest.raises(RuntimeError, match="attn_mask"):

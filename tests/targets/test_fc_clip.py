@@ -98,7 +98,7 @@ def test_a_copy_encodes_with_its_own_weights(again: Any) -> None:
 
 @KINDS
 def test_costs_are_the_pictures_alone(kind: str) -> None:
-    """The classes' names are encoded once, so they are none of a picture's costs."""
+    """Class names are encoded once, so their cost is not counted per image."""
     model, slim = made(kind)
     image = torch.zeros(1, 3, 512, 512, device="meta")
     backbone = macs(on_meta(model.backbone), image)

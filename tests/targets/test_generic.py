@@ -49,7 +49,7 @@ class Segmenter(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A vision model of transformers, with the projection that CLIPModel has beside it."""
+    """Vision model of transformers with the projection of CLIPModel."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def open_clip_resnet() -> nn.Module:
 
 
 def case(name: str) -> tuple[Segmenter, SlimCheckpoint, dict[str, Tensor]]:
-    """The model filled with the tower that was pruned, the slim checkpoint, and the tower."""
+    """Return a model with the pruned tower's dense weights, the slim checkpoint and the tower."""
     torch.manual_seed(5)
     if name == "resnet":
         tower = lively_resnet([1, 1, 1, 1])

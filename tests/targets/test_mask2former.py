@@ -23,7 +23,7 @@ KINDS = pytest.mark.parametrize("kind", ["clip", "unpooled", "plain"])
 
 
 def made(kind: str) -> tuple[MiniMask2Former, SlimCheckpoint]:
-    """The framework, on the tower that was pruned where it can hold it."""
+    """Build the framework with the tower that was pruned, if it can hold it."""
     model, tower = MiniMask2Former.lively(kind), lively_resnet(RESNET)
     if kind != "plain":
         own = TARGET.layout(model.state_dict(), 0).tower_state(model.state_dict())
@@ -118,7 +118,7 @@ def test_round_trip_on_disk(tmp_path: Path, kind: str) -> None:
 
 
 def test_clip_alone_keeps_the_positions_of_the_framework(tmp_path: Path) -> None:
-    """It has others than CLIP, and starts them as it starts them."""
+    """Positions of the framework differ from CLIP's and keep their initial values."""
     model, slim = made("clip")
     write_output(tmp_path / "out", TARGET.convert(None, slim), {"target": "mask2former"}, "")
     own = model.backbone.attnpool.positional_embedding.clone()

@@ -34,7 +34,7 @@ def small_san(tower: dict[str, Tensor], seed: int = 0) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def framework_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ordinary training checkpoint, saved by the framework's engine with all that it adds."""
+    """Save a training checkpoint by the framework's engine, with everything that it adds."""
     model = small_san(small_tower())
     import numpy
     from mmengine.logging import HistoryBuffer

@@ -1,4 +1,4 @@
-"""The proof in the real framework: slim equals masked, and the bound can fail."""
+"""Equality of slim and masked models in mmsegmentation's SAN, and failures of the bound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tower = dict[str, Tensor]
 
 
 def outputs(san: nn.Module, side: int = 256, count: int = 1) -> dict[str, Tensor]:
-    """What is compared: mask proposals, their class logits, and the segmentation."""
+    """Return the compared outputs: mask proposals, their class logits, and the segmentation."""
     found = run_san(san, load_pictures(count, side))
     return {name: found[name] for name in ("masks", "logits", "segmentation")}
 
@@ -61,7 +61,7 @@ def slim(slims: dict[str, SlimCheckpoint]) -> SlimCheckpoint:
 
 @pytest.fixture(scope="module")
 def wanted(_san: nn.Module, slim: SlimCheckpoint) -> dict[str, Tensor]:
-    """The dense model's output with the units that ``slim`` cuts masked to zero."""
+    """Return the dense model's output with the units that ``slim`` cuts masked to zero."""
     return dense_masked(_san, slim)
 
 

@@ -78,7 +78,7 @@ def test_slim_equals_masked(case: Case, model: Any) -> None:
 
 
 def test_mask_prompts_matter(case: Case, model: Any) -> None:
-    """The slim tower runs under them, and other ones are seen."""
+    """Changed mask prompts change the output of the slim model."""
     wanted = case.masked(model)
     with torch.no_grad(), case.target.attach(model, case.slim):
         model.get_parameter(PROMPTS).mul_(0.9)

@@ -133,7 +133,7 @@ def test_every_key_is_accounted_for_once() -> None:
 
 @pytest.mark.parametrize("weights", ["slim", "target"])
 def test_round_trip_through_a_fresh_framework(tmp_path: Path, weights: str) -> None:
-    """What the framework saved, transferred on disk, is what attaching gives."""
+    """Compares a transferred checkpoint of the framework with the attached model."""
     tower = small_tower()
     model, slim = MiniSan.with_tower(tower), small_slim(tower)
     result = converted(model, slim, weights)

@@ -1,4 +1,4 @@
-"""What SAN is handed, and its cross attention at kept heads, on modules with SAN's names."""
+"""Hooks of SAN: open_clip's old interface, and cross attention with the kept heads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HELPER = "def cross_attn_with_self_bias(self, q, k, v, attn_mask=None): return '
 
 @pytest.fixture
 def san(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package with the modules that are exchanged in SAN."""
+    """Create a package with the modules of SAN that the hooks change."""
     for directory in ("san", "san/model", "san/model/clip_utils"):
         (tmp_path / directory).mkdir()
         (tmp_path / directory / "__init__.py").write_text("")
@@ -109,7 +109,7 @@ def test_what_has_the_old_form_stays() -> None:
 def dense_cross(
     attention: nn.MultiheadAttention, q: Tensor, memory: Tensor, bias: Tensor
 ) -> Tensor:
-    """The dense one: every query has the memory and itself as keys, one query at a time."""
+    """Compute the dense cross attention, one query at a time; its keys are memory and query."""
     rows = []
     for i in range(len(q)):
         keys = torch.cat([memory, q[i : i + 1]])

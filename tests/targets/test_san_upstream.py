@@ -39,7 +39,7 @@ Built = tuple[Any, SlimCheckpoint]
 
 
 def small(directory: Path, cross: bool = False, seed: int = 0, classes: int = 3) -> Any:
-    """A small SAN with lively weights."""
+    """Build a small SAN with random weights."""
     upstream.repository()
     apply_compat("san")
     upstream.small_clip(directory)
@@ -140,7 +140,7 @@ def test_swapped_head_is_caught(built: Built, layer: str) -> None:
 
 
 def gradients(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """Of all that SAN trains, of one step's loss; its sampled points by one seed."""
+    """Return the gradients of all trained parameters after one step with a fixed seed."""
     model.train()
     model.zero_grad()
     torch.manual_seed(5)
@@ -154,7 +154,7 @@ def gradients(model: Any, images: Tensor) -> dict[str, Tensor]:
 
 
 def test_one_backward(tmp_path: Path, built: Built) -> None:
-    """A training step in float64, where a ReLU does not turn rounding into another gradient."""
+    """Uses float64, in which rounding does not switch a ReLU."""
     slim = built[1]
     cross = built[0].clip_rec_head.cross_attn
     torch.set_default_dtype(torch.float64)
@@ -222,7 +222,7 @@ def test_the_whole_costs_what_the_tower_lost(built: Built) -> None:
 
 
 def test_on_disk(tmp_path: Path, built: Built) -> None:
-    """What detectron2's checkpointer saved, transferred, and put into a freshly built SAN."""
+    """Loads a transferred checkpoint of detectron2 into a freshly built SAN."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     model, slim = built
