@@ -28,7 +28,7 @@ Kept = Mapping[str, list[int]]
 def lively_tower(
     *, width: int, depth: int, heads: int, patch: int, size: int, outputs: int, mlp: int, seed: int
 ) -> dict[str, Tensor]:
-    """Random CLIP ViT weights whose heads attend sharply and whose units differ in weight."""
+    """Draw CLIP ViT weights with sharp attention and units of different norms."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -207,7 +207,7 @@ def masked(model: nn.Module, slim: SlimCheckpoint, layout: Layout) -> Iterator[N
 
 
 def error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of every output, in standard deviations of the wanted one."""
+    """Return the largest difference of every output, in standard deviations of ``wanted``."""
     return {k: float((found[k] - w).abs().max() / w.std()) for k, w in wanted.items()}
 
 
@@ -220,7 +220,7 @@ def in_framework(tower: Mapping[str, Tensor], layout: Layout) -> dict[str, Tenso
 
 
 def put(model: nn.Module, tower: Mapping[str, Tensor], layout: Layout) -> None:
-    """Fill the tower of a framework's model, every tensor of it."""
+    """Load all tensors of the tower into a framework's model."""
     values = in_framework(tower, layout)
     missing, unexpected = model.load_state_dict(values, strict=False)
     assert not unexpected
@@ -265,7 +265,7 @@ def small_slim(
 
 
 def lively_resnet(layers: list[int], *, width: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of open_clip's ModifiedResNet, in norms and their statistics, too."""
+    """Draw the weights of open_clip's ModifiedResNet, with norms and their statistics."""
     from open_clip.modified_resnet import ModifiedResNet
 
     return lively(ModifiedResNet(layers, 24, 4, 64, width), seed).state_dict()
@@ -313,7 +313,7 @@ def slim_resnet(
 
 
 def lively_convnext(depths: tuple[int, ...] = (1, 1, 2, 1), *, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of open_clip's ``TimmModel`` around timm's ConvNeXt, in every tensor."""
+    """Draw the weights of open_clip's ``TimmModel`` around timm's ConvNeXt."""
     from timm.models.convnext import ConvNeXt
 
     trunk = ConvNeXt(depths=depths, dims=(8, 16, 24, 32), num_classes=0)

@@ -32,7 +32,7 @@ def _san(vit_b: dict[str, Tensor]) -> nn.Module:
 
 @pytest.fixture
 def san(_san: nn.Module) -> Iterator[nn.Module]:
-    """SAN as mmsegmentation ships it, from its san_vit-b16.py, with that tower in it."""
+    """Build SAN from mmsegmentation's san_vit-b16.py, with that tower."""
     before = {name: (id(t), t._version) for name, t in _san.state_dict(keep_vars=True).items()}
     yield _san
     after = {name: (id(t), t._version) for name, t in _san.state_dict(keep_vars=True).items()}

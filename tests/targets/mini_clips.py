@@ -1,4 +1,4 @@
-"""Module trees with the names of frameworks that carry a whole CLIP of their own, for the tests.
+"""Small models with the names of frameworks that contain their own complete CLIP.
 
 Only names, shapes, and who reads what are the frameworks'; everything is small and written here.
 """
@@ -24,7 +24,7 @@ class QuickGelu(nn.Module):
 
 
 class ApartAttention(nn.Module):
-    """Sequence-first attention with three weights, one bias, and nothing fused."""
+    """Sequence-first attention with three separate weights and one bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(mlp, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[L, N, E] to the same."""
+        """Map [L, N, E] to [L, N, E]."""
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=None)[0]
         return x + self.mlp(self.ln_2(x))
@@ -100,7 +100,7 @@ class Visual(nn.Module):
         self.ln_post = nn.LayerNorm(WIDTH)
 
     def patches(self, images: Tensor) -> Tensor:
-        """[N, tokens, E], without the class token."""
+        """Return patch embeddings [N, tokens, E], without the class token."""
         return self.conv1(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
     def stream(self, patches: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Visual(nn.Module):
 
 
 class MiniClip(nn.Module):
-    """Both towers of a CLIP with OpenAI's names; ``apart`` as CAT-Seg's copy has its attention."""
+    """CLIP with OpenAI's names; ``apart`` gives it CAT-Seg's attention."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class MiniClip(nn.Module):
         self.ln_final = nn.LayerNorm(16)
 
     def words(self) -> Tensor:
-        """Embeddings of three texts, [3, D], by the text tower."""
+        """Return the embeddings of three texts, [3, D]."""
         tokens = torch.tensor([[1, 4, 9], [1, 7, 9], [1, 2, 9]])
         x = (self.token_embedding(tokens) + self.positional_embedding[:3]).transpose(0, 1)
         for block in self.transformer.resblocks:
@@ -206,7 +206,7 @@ class MiniOvSeg(nn.Module):
         self.clip_adapter.non_object_embedding = nn.Parameter(torch.randn(1, SMALL["outputs"]))
 
     def forward(self, regions: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
-        """Regions [N, 3, H, W], masks [N, H, W] of ones where the region is."""
+        """Classify regions [N, 3, H, W] with masks [N, H, W], 1 inside the region."""
         adapter: Any = self.clip_adapter
         visual = adapter.clip_model.visual
         prompts, patches = visual.mask_embedding, visual.patches(regions)

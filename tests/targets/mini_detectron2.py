@@ -1,4 +1,4 @@
-"""Module trees with the names that FC-CLIP and Mask2Former have, small, for tests without them."""
+"""Small modules with the names of FC-CLIP and Mask2Former, for tests without them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _projection() -> nn.Module:
 
 
 class _Backbone(nn.Module):
-    """FC-CLIP's: a whole CLIP, and a way to encode texts that is of another time."""
+    """Backbone of FC-CLIP: a CLIP, and an ``encode_text`` for old versions of open_clip."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def _head(widths: list[int]) -> nn.Module:
 
 
 class MiniFcClip(nn.Module):
-    """FC-CLIP's names; masks are the pixel decoder's mean, classes the texts'."""
+    """Model with FC-CLIP's names; masks are the mean of the pixel decoder's outputs."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class _Bottleneck(nn.Module):
 
 
 class _Plain(nn.Module):
-    """detectron2's residual network of bottlenecks."""
+    """Copy of detectron2's ResNet of bottlenecks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _Plain(nn.Module):
 
 
 class MiniMask2Former(nn.Module):
-    """Mask2Former's names, on CLIP's residual network or detectron2's."""
+    """Model with Mask2Former's names, on CLIP's or detectron2's ResNet."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""State dicts with OpenAI's names for a whole CLIP, as its files hold them; every value drawn."""
+"""Random state dicts of a complete CLIP with OpenAI's names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def half_exact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def whole_clip(
     tower: Mapping[str, Tensor], *, width: int, depth: int, seed: int = 5
 ) -> dict[str, Tensor]:
-    """``tower`` and a text tower of ``width``, with CLIP's own vocabulary and length."""
+    """Add a text tower of ``width`` to ``tower``, with CLIP's vocabulary and length."""
     outputs = tower["proj"].shape[1]
     text = lively_tower(
         width=width, depth=depth, heads=width // 64, patch=1, size=1, outputs=outputs,

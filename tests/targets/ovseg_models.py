@@ -1,4 +1,4 @@
-"""OVSeg, built by its own code from its own configuration, with a drawn CLIP in it."""
+"""Builder of OVSeg by the framework's code and configuration, with random CLIP weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ovseg(
     *,
     seed: int = 0,
 ) -> Any:
-    """OVSeg as its configuration for ViT-B/16 builds it, in evaluation mode.
+    """Build OVSeg from its configuration for ViT-B/16, in evaluation mode.
 
     A smaller shape has a small Swin in the place of ResNet-101 (OVSeg has both) and fewer queries.
 
@@ -145,7 +145,7 @@ def seen_by_clip(model: Any) -> list[tuple[tuple[Tensor, ...], Tensor]]:
 
 
 def run(model: Any) -> dict[str, Tensor]:
-    """Segmentation, embeddings of masked regions, and of pictures without a mask."""
+    """Return the segmentation, and embeddings of masked regions and of images without a mask."""
     (given, regions), (_, segmented) = seen_by_clip(model)
     assert len(given) == 2 and given[1] is not None, "the regions have mask prompts"
     plain = model.clip_adapter.clip_model.visual(load_pictures(2, 224).to(regions))
@@ -153,7 +153,7 @@ def run(model: Any) -> dict[str, Tensor]:
 
 
 def loss(model: Any) -> Tensor:
-    """Classes of masked regions: what finetuning of CLIP and of the mask prompts descends on.
+    """Return the classification loss of masked regions, by which CLIP and prompts are finetuned.
 
     OVSeg's own training loss does not run CLIP on pictures.
     """
@@ -173,7 +173,7 @@ def loss(model: Any) -> Tensor:
 
 
 def losses_of_training(model: Any) -> dict[str, Tensor]:
-    """OVSeg's own losses of one picture with two labelled masks."""
+    """Return OVSeg's losses for one image with two labelled masks."""
     from detectron2.structures import Instances
 
     given = pictures(model)

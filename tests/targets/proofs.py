@@ -108,7 +108,7 @@ def _gradients(case: Case, model: Any) -> State:
 
 
 def _shares(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of every gradient, in units of its largest entry.
+    """Return the largest difference of every gradient, relative to its largest entry.
 
     Gradients that are zero but for rounding (of keys' biases) are measured by the others.
     """
@@ -188,7 +188,7 @@ def attach_detach_attach(case: Case, model: Any) -> None:
     assert all(torch.equal(after[name], dense[name]) for name in dense)
 
 
-def learning_stays(case: Case, model: Any) -> set[str]:
+def trained_parameters_stay(case: Case, model: Any) -> set[str]:
     """Check that attaching changes no ``requires_grad``; return the trained parameters."""
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     with case.target.attach(model, case.slim, weights="slim"):
@@ -196,7 +196,7 @@ def learning_stays(case: Case, model: Any) -> set[str]:
     return {name for name, learns in before.items() if learns}
 
 
-def loses_what_the_tower_loses(case: Case, model: Any) -> tuple[int, int, int, int]:
+def costs_drop_by_the_tower_costs(case: Case, model: Any) -> tuple[int, int, int, int]:
     """Check the lost MACs and parameters; return MACs before and after, then parameters."""
     every = {layer.name: list(range(layer.units)) for layer in case.slim.spec.layers}
     whole = count_costs(tower_of(case.recut(every)).tower, case.counted)

@@ -1,4 +1,4 @@
-"""transformers' CLIPSeg: slim equals masked, live and on disk, and the bounds can fail."""
+"""CLIPSeg of transformers: slim equals masked, live and on disk, and the bounds can fail."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_attach_detach_attach() -> None:
     assert not model._load_state_dict_pre_hooks
 
 
-def test_the_framework_loses_what_the_tower_lost() -> None:
+def test_framework_costs_drop_by_the_tower_costs() -> None:
     tower = small_tower()
     slim = slim_by_hand(tower, random_kept(4, 4, 64, 0), heads=4, size=32)
     model = clipseg(tower)
@@ -205,7 +205,7 @@ def test_finetuned_tower_keeps_its_own_weights_cut_by_the_mask() -> None:
         assert max(error(run(model), wanted).values()) <= BOUND
 
 
-def test_attention_and_mlp_may_be_gone_as_a_whole(tmp_path: Path) -> None:
+def test_attention_and_mlp_may_be_removed_completely(tmp_path: Path) -> None:
     tower = small_tower()
     kept = {name: chosen.tolist() for name, chosen in small_slim(tower).mask.items()}
     gone = {"transformer.resblocks.1.attn": [], "transformer.resblocks.2.mlp": []}
@@ -255,9 +255,7 @@ def _other_activation(slim: Any) -> Any:
         (_other_activation, "is quick_gelu, but .* was pruned with gelu"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_untouched(
-    change: Callable[[Any], Any], message: str
-) -> None:
+def test_refused_model_is_unchanged(change: Callable[[Any], Any], message: str) -> None:
     model, slim = clipseg(small_tower()), change(small_slim())
     before, modules = snapshot(model), dict(model.named_modules())
     with pytest.raises(TargetError, match=message):

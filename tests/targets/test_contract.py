@@ -82,7 +82,7 @@ def test_another_model_is_refused_untouched(name: str) -> None:
 
 @NAMES
 @pytest.mark.parametrize("weights", ["auto", "target"])
-def test_conversion_accounts_for_every_key_once(name: str, weights: str) -> None:
+def test_conversion_reports_every_key_once(name: str, weights: str) -> None:
     target = TARGETS.get(name)
     for tower, slim, depth in cases(name):
         state = state_of(name, tower, depth)
@@ -119,7 +119,7 @@ def test_a_tower_of_another_kind_is_refused(name: str) -> None:
 
 @NAMES
 def test_a_cut_that_changes_the_stream_is_refused(name: str) -> None:
-    """Something outside a block: the framework reads what is between the blocks."""
+    """Changes a layer outside the blocks, where the framework reads the residual stream."""
     from dataclasses import replace
 
     from ovsprune.slim.spec import SliceSpec

@@ -1,4 +1,4 @@
-"""torchvision's DeepLabV3 with the mask of a CLIP ResNet: slim equals masked, live and on disk."""
+"""DeepLabV3 of torchvision with a CLIP ResNet's mask: slim equals masked, live and on disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ State = dict[str, Tensor]
 
 
 def deeplab(seed: int = 3, **options: Any) -> Any:
-    """torchvision's own assembly with one bottleneck a stage, every parameter with a value."""
+    """Build torchvision's network with one bottleneck per stage and random parameters."""
     backbone = ResNet(
         Bottleneck, STAGES, replace_stride_with_dilation=[False, True, True], **options
     )
@@ -225,7 +225,7 @@ def _untrained(slim: SlimCheckpoint) -> SlimCheckpoint:
         (_untrained, "random weights .*--force"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_untouched(
+def test_refused_model_is_unchanged(
     slim: SlimCheckpoint, change: Callable[[SlimCheckpoint], SlimCheckpoint], message: str
 ) -> None:
     model = deeplab()

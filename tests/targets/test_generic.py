@@ -1,4 +1,4 @@
-"""Models of nobody's names with a CLIP tower in them: found by structure, slim equals masked."""
+"""Models of unknown frameworks: their towers are found, and slim equals masked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TARGET = TARGETS.get("generic")
 
 
 class Segmenter(nn.Module):
-    """Somebody's model: a tower, and a head of their own."""
+    """Model of no known framework: a tower and a head."""
 
     def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_slim_equals_dense_masked(name: str) -> None:
 
 
 @CASES
-def test_the_report_says_what_was_found_and_what_is_not_proven(name: str) -> None:
+def test_report_lists_found_and_unverified_parts(name: str) -> None:
     model, slim, _ = case(name)
     with TARGET.attach(model, slim) as report:
         first, last = report.notes[0], report.notes[-1]

@@ -42,7 +42,7 @@ def dense_masked(san: nn.Module, slim: Any, side: int = 256, count: int = 1) -> 
 
 @pytest.fixture(scope="module")
 def slims(vit_b: Tower) -> dict[str, SlimCheckpoint]:
-    """Two ways to choose what stays, both uneven from block to block."""
+    """Choose kept units in two ways, both different from block to block."""
     kept = {
         "random": random_kept(12, 12, 3072, seed=1),
         "magnitude": magnitude_kept(vit_b, 12, share=0.5),
@@ -149,7 +149,9 @@ def test_target_weights_are_cut_by_the_mask(san: nn.Module, slim: SlimCheckpoint
         assert all(torch.equal(cut[name], loaded[name]) for name in cut)
 
 
-def test_auto_tells_base_from_finetuned(san: nn.Module, slim: SlimCheckpoint) -> None:
+def test_auto_distinguishes_base_and_finetuned_weights(
+    san: nn.Module, slim: SlimCheckpoint
+) -> None:
     weights, reason = TARGET.check(san, slim)
     assert weights == "slim"
     assert reason == "all 151 tensors of the framework's tower equal the base's"

@@ -1,4 +1,4 @@
-"""SAN's own layout: live models with its names, and checkpoints, key by key."""
+"""Layout of MendelXu/SAN: live models with its names, and all keys of checkpoints."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def converted(model: nn.Module, slim: SlimCheckpoint, weights: str = "auto", **o
     return SAN.convert(model.state_dict(), slim, weights=weights, **options)
 
 
-def test_every_key_is_accounted_for_once() -> None:
+def test_every_key_is_reported_once() -> None:
     model, slim = MiniSan.with_tower(small_tower()), small_slim()
     result = converted(model, slim)
     keys = set(model.state_dict())
