@@ -201,10 +201,12 @@ def _live(
     target = TARGETS.get(name)
     choice = target.check(model, slim, weights=weights, force=force)  # refuse before the slow steps
     if repair is not None:
+        # the repaired weights take the place of the slim ones
         names = model.state_dict()
         state = target.layout(names, depth_of(slim)).tower_state(names)
         slim, reason = repair(slim, choice, state, progress)
         weights, choice = "slim", ("target", reason)
+    # MACs are counted on the input of the caller, else on the target's
     data = target.example(model) if example is None else example
     before, counted_on = None, "nothing, since the target has no input for it; pass example=..."
     with progress.stage(f"transfer to {name}", 3) as advance:
@@ -215,7 +217,7 @@ def _live(
                 before = whole_macs(model, data, target.prepare)
                 counted_on = describe(data)
             except OptionError as error:
-                if example is not None:
+                if example is not None:  # the caller asked for this input
                     raise
                 counted_on = f"nothing: {error}"
         advance(1)

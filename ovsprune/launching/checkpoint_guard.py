@@ -83,6 +83,7 @@ class CheckpointGuard:
         self.model, self.attached, self.layout = model, attached, layout
         self.checkpoint, self.decide, self.report = checkpoint, decide, report
         self.cuts = cuts_of(checkpoint, layout)
+        # shapes of the slim modules, and of the dense ones that they replace
         self.dense_guard = DenseGuard.of(model, attached.target, layout, self.cuts)
         self.depth = 0  # operations in progress that need the dense model; they may be nested
         attached._applied.show_original()
@@ -101,12 +102,13 @@ class CheckpointGuard:
             # public since torch 2.5; before that the same method is private
             module._register_load_state_dict_pre_hook(load.before)
             module.register_load_state_dict_post_hook(load.after)
-            initialise = getattr(module, "init_weights", None)
+            initialise = getattr(module, "init_weights", None)  # of mmengine's modules
             if callable(initialise):
                 object.__setattr__(module, "init_weights", _DenseInitialise(self, initialise))
 
     def _ancestors(self) -> list[str]:
         """Return the paths of the model (``""``) and of all modules that contain a cut module."""
+        # a framework may load or initialise each of them alone
         paths = {""}
         for cut in self.cuts:
             parts = cut.path.split(".")
@@ -147,11 +149,12 @@ class CheckpointGuard:
         try:
             choice = self.decide(self.model)
             state = self.model.state_dict()
+            # copies: the slim model shares the tensors that are not cut
             dense = {name: state[name].clone() for name in self.dense_guard.tower & state.keys()}
             cut = {c.path: slim_copy(self.model.get_submodule(c.path), c) for c in self.cuts}
         finally:
             self.attached._applied.show_new()
-        self._fill(choice[0], dense, cut)
+        self._fill(choice[0], dense, cut)  # in place: an optimiser may refer to the tensors
         self.attached.weights, self.attached.reason = choice
         self.report(f"{event}: the tower has weights {choice[0]} ({choice[1]})")
 
@@ -186,7 +189,7 @@ class _LoadHook:
 
     def before(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Make the model dense for a dense state; refuse an incomplete slim one."""
-        if self.guard.depth:
+        if self.guard.depth:  # the hook of a parent has made the model dense
             return
         loaded = {
             f"{self.path}{name[len(prefix) :]}": value

@@ -90,7 +90,7 @@ def launch(
         TARGETS.get(target)
     if weights not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
-    settings = None
+    settings = None  # of the schedule
     if policy is not None:
         POLICIES.get(policy)
         checked(1, fraction, count, every, rest)
@@ -119,7 +119,7 @@ def launch(
     status, records = _run_hooked(list(command), variables, settings, session)
     replaced = [record for record in records if "replaced" in record]
     schedules = [record["schedule"] for record in records if "schedule" in record]
-    if not replaced:
+    if not replaced:  # an unpruned run must not look like a success
         raise TargetError(_no_replacement(command, status, records))
     if settings is not None and not schedules and not status:
         raise ScheduleError(
@@ -152,6 +152,7 @@ def _run_hooked(
             "schedule": schedule,
             "session": {**session, "record": scratch},
         }
+        # sitecustomize of every Python process below reads the variable
         variables[VARIABLE] = json.dumps(document)
         paths = (str(start_directory()), variables.get("PYTHONPATH", ""))
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

@@ -62,7 +62,7 @@ class Session:
 
     @functools.cached_property
     def checkpoint(self) -> SlimCheckpoint:
-        """The slim checkpoint, read when the first model is built."""
+        """Slim checkpoint, read when the first model is built."""
         return read(self.slim)
 
     def _wrap_builder(self, build: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +76,7 @@ class Session:
                 result = build(*args, **kwargs)
             finally:
                 self.local.depth = depth
-            if not depth:
+            if not depth:  # builders call each other: only the outermost result is complete
                 for part in result if isinstance(result, tuple) else (result,):
                     if isinstance(part, nn.Module):
                         self.attach(part)
@@ -92,6 +92,7 @@ class Session:
             guard = self.guards.get(loader.model)
             state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
             state = state if isinstance(state, Mapping) else {}
+            # DistributedDataParallel adds the prefix
             state = {name.removeprefix("module."): value for name, value in state.items()}
             if guard is None or not guard.is_dense(state):
                 return load(loader, checkpoint, *args, **kwargs)
@@ -120,6 +121,7 @@ class Session:
         try:
             choice = decide(model)
         except OvspruneError as error:
+            # a fallback target also recognises other models, for example a teacher
             if target.fallback and self.target == "auto":
                 self.write({"skipped": f"{type(model).__name__}: {error}"})
                 return

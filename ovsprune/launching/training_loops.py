@@ -111,6 +111,7 @@ class _ScheduleHooks:
         """
         layers, _ = find_pool(model, self.settings["target"], self.settings["pool"])
         names = {layer.name for layer in layers}
+        # followers are norms and biases that train with a layer
         if self.settings["rest"] != "keep":
             names |= {name for layer in layers for name in layer.followers}
         for name, parameter in model.named_parameters():
@@ -123,7 +124,7 @@ class _ScheduleHooks:
         def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(method)
             def add_hook_first(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-                if trainer not in self.hooked:
+                if trainer not in self.hooked:  # register_hooks is called several times
                     self.hooked.add(trainer)
                     loop.add_hook(trainer, self.make_plan)
                 return method(trainer, *args, **kwargs)

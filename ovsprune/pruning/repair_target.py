@@ -71,8 +71,10 @@ class TowerRepair:
                 f"be used ({choice[1]}), which are repaired already; leave out calibration, or set "
                 "weights to 'target'"
             )
+        # the base's architecture, filled with the framework's weights
         backbone = dense_of(slim.path, slim.spec, {})
         _load_tower(backbone.tower, state)
+        # the ratio describes the mask; nothing is selected by it
         config = PruneConfig(
             ratio=1 - slim.spec.slim.macs / slim.spec.dense.macs,
             calibration=self.calibration,

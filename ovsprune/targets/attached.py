@@ -178,7 +178,7 @@ def attach_tower(
     """
     before, names = _count_parameters(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
-    replacements = _slim_copies(model, cuts)
+    replacements = _slim_copies(model, cuts)  # the model changes at commit, all at once
     replaced = {cut.path: str(cut) for cut in cuts}
     kept: dict[str, str] = {}
     for canonical, tensor in checkpoint.tower().items():

@@ -126,7 +126,7 @@ def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[
     Raises:
         TargetError: The framework uses another function.
     """
-    probe = torch.linspace(-4, 4, 97)
+    probe = torch.linspace(-4, 4, 97)  # where the functions differ by more than the tolerance
     functions = {
         "quick_gelu": probe * torch.sigmoid(1.702 * probe),
         "gelu": functional.gelu(probe),
@@ -176,7 +176,7 @@ def choose_weights(
     """
     if weights not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
-    if mask_only and weights == "slim":
+    if mask_only and weights == "slim":  # such a tower computes another function than CLIP's
         raise TargetError(
             f"only the mask can be used: {mask_only}; have the framework's own weights cut "
             "(--weights target, or auto)"
@@ -193,6 +193,7 @@ def choose_weights(
         return ("slim" if weights == "slim" else "target"), "as requested"
     if mask_only:
         return "target", f"only the mask can be used: {mask_only}"
+    # by hashes in the spec, so the base model itself is not needed
     compared = {
         name: verdict in ("equal", "equal-after-half")
         for name, verdict in match(state, checkpoint.spec.base).items()

@@ -81,13 +81,14 @@ def _check_head_count(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layo
     cuts = cuts_of(checkpoint, layout)
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
-        own_cuts = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
-        if not layer.is_whole_attention or path is None or not own_cuts:
+        # each cut is a linear layer of the attention
+        layer_cuts = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
+        if not layer.is_whole_attention or path is None or not layer_cuts:
             continue
         attention = model.get_submodule(path)
         trial = copy.copy(attention)
         trial._modules = dict(attention._modules)  # the model itself is not touched
-        for cut in own_cuts:
+        for cut in layer_cuts:
             leaf = cut.path.removeprefix(f"{path}.")
             trial._modules[leaf] = slim_copy(model.get_submodule(cut.path), cut)
         weight = attention.get_parameter("out_proj.weight")

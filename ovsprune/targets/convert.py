@@ -87,7 +87,7 @@ def convert_state(
     else:
         tower = checkpoint.tower()
         source, unchanged = "the slim tower", "equal to the slim tower's"
-    values = {
+    values = {  # by the framework's names and shapes
         name: value
         for canonical, tensor in tower.items()
         if canonical not in layout.stays
@@ -100,7 +100,7 @@ def convert_state(
         if obsolete:
             dropped[name] = obsolete[0]
             continue
-        new = values.get(name, old).to(old.dtype)
+        new = values.get(name, old).to(old.dtype)  # the framework may save float16
         same = new.shape == old.shape and torch.equal(new, old)
         result[name] = old if same else new.contiguous()
         if not same:

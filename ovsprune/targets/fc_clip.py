@@ -58,6 +58,7 @@ def _fix_encode_text(model: Any) -> Sequence[Swap]:
 
 def _prepare(model: Any) -> None:
     """Set text embeddings: FC-CLIP encodes class names once, so their cost is not per image."""
+    # one row for each template of each class
     size = sum(model.test_num_templates), model.backbone.dim_latent
     model.test_text_classifier = torch.ones(size, device=model.device)
 

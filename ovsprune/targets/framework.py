@@ -147,6 +147,7 @@ class TableTarget:
         force: bool = False,
     ) -> tuple[Weights, str]:
         """Check that ``model`` can take the slim tower; return the weights it gets, and why."""
+        # cheap checks of the checkpoint first, then names, shapes and the activation
         check_trained(checkpoint, force)
         kind_of(checkpoint, self.takes, self.key_map.framework)
         names = model.state_dict()
@@ -162,7 +163,7 @@ class TableTarget:
 
     def attach(self, model: nn.Module, checkpoint: SlimCheckpoint, **options: Any) -> Attached:
         """Replace the tower of ``model`` by the slim one; ``options`` are those of ``check``."""
-        choice = self.check(model, checkpoint, **options)
+        choice = self.check(model, checkpoint, **options)  # nothing is changed before it passes
         install(self.hooks)
         compat_fixes = [swap for fix in self.compat_fixes for swap in fix(model)]
         attached = attach_tower(

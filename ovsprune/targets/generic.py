@@ -115,6 +115,7 @@ def find_towers(names: Iterable[str]) -> list[_FoundTower]:
     known, towers = set(names), []
     for scheme in _SCHEMES:
         mark = _layout(scheme, "").paths(KINDS[scheme.kind].mark)[0]
+        # the mark is in the first block, so each match is one tower (text towers lack `required`)
         matches = [n for n in names if n == mark or n.endswith(f".{mark}")]
         for prefix in (name.removesuffix(mark).rstrip(".") for name in matches):
             if _layout(scheme, prefix).paths(scheme.required)[0] in known:
@@ -197,7 +198,7 @@ class Generic:
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Return the names in both directions; without ``names``, open_clip's under ``visual``."""
-        kind = "vit" if depth else "resnet"
+        kind = "vit" if depth else "resnet"  # a residual network has no transformer blocks
         if names is None:
             scheme = next(scheme for scheme in _SCHEMES if scheme.kind == kind)
             all_parts = {f"visual.{path}" for path in scheme.stem.values()}
@@ -265,6 +266,7 @@ class Generic:
         if key_map.absent:
             notes.append(f"not found: {', '.join(sorted(key_map.absent))}")
         modules = {name for name, _ in model.named_modules()} if model is not None else set()
+        # the model may call its activation as a function; a state dict shows no modules at all
         if not set(key_map.activations) <= modules:
             key_map = replace(key_map, activations=())
             notes.append(f"not verified: that its activation is {checkpoint.spec.activation}")

@@ -46,7 +46,7 @@ def wrap_functions(hooks: Iterable[Hook], module: ModuleType) -> None:
 def _wrap(hook: Hook, module: ModuleType) -> None:
     """Wrap one function, unless it is missing or wrapped already."""
     path, _, leaf = hook.name.rpartition(".")
-    owner: Any = module
+    owner: Any = module  # becomes the class that defines a method
     for name in filter(None, path.split(".")):
         owner = getattr(owner, name, None)
     # vars and not getattr, which would bind a classmethod

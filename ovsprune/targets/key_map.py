@@ -86,7 +86,7 @@ class KeyMap(Layout):
         Raises:
             TargetError: ``names`` have another number of blocks.
         """
-        counts = [int(depth * stack.share) for stack in self.stacks]
+        counts = [int(depth * stack.share) for stack in self.stacks]  # blocks of each stack
         if names is not None and self.stacks:
             counts = self.depths(names)
             if sum(counts) != depth:

@@ -148,7 +148,8 @@ class Layout:
             return _translate(canonical, self.stem)
         index, rest = int(block[1]), block[2]
         if self.depth is not None and index >= self.depth:
-            return ()
+            return ()  # the framework's tower has fewer blocks
+        # the last stack that starts at or before the block
         number = max(i for i, start in enumerate(self.starts) if start <= index)
         stack = self.stacks[number]
         root = f"{stack.path}.{index - self.starts[number]}"
@@ -187,6 +188,7 @@ class Layout:
         """Return views of a canonical tensor with the framework's names and shapes."""
         if canonical in self.transposed:
             tensor = tensor.T
+        # [...] -> [1, ..., 1, ...]
         tensor = tensor.reshape((1,) * self.leading.get(canonical, 0) + tuple(tensor.shape))
         paths = self.paths(canonical)
         if len(paths) < 2:
@@ -205,7 +207,7 @@ class Layout:
         for name, tensor in state.items():
             if (part := self._part(name)) is not None:
                 canonical, index = part
-                parts.setdefault(canonical, {})[index] = tensor
+                parts.setdefault(canonical, {})[index] = tensor  # index: 0, 1, 2 for q, k, v
         tower = {}
         for canonical, by_index in parts.items():
             tensors = [by_index[i] for i in sorted(by_index)]

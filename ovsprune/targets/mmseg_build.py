@@ -185,7 +185,7 @@ def _config(vocabulary: Sequence[str], shape: SanShape) -> Any:
         "mlp_ratio": shape.mlp // shape.width,
         "act_cfg": activation,
     }
-    config.pretrained = None
+    config.pretrained = None  # no download
     config.data_preprocessor = None
     config.image_encoder.update(
         tower,
@@ -247,7 +247,7 @@ def scale_bias(model: nn.Module, images: Tensor, *, std: float) -> None:
         std: Standard deviation of every head's bias on these images after scaling.
     """
     decoder: Any = model.get_submodule("decode_head.side_adapter_network.mask_decoder")
-    last = decoder.attn_mlp.layers[-1]
+    last = decoder.attn_mlp.layers[-1]  # 1 x 1 convolution; its outputs are the heads' embeddings
     nn.init.orthogonal_(last.weight.view(last.weight.shape[0], -1))
     last.bias.zero_()
     decoder.bias_scaling.bias.zero_()
@@ -311,6 +311,7 @@ def run_san(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         [B, classes, h, w], the sum over queries of class probability times mask probability.
     """
     san: Any = model
+    # the side adapter reads the full image, CLIP a smaller one
     small = nn.functional.interpolate(images, scale_factor=san.encoder_resolution, mode="bilinear")
     features = san.image_encoder(small)
     head = san.decode_head

@@ -40,9 +40,11 @@ _KEY_MAP = KeyMap(
         "proj": f"{_HEAD}.proj.weight",
     },
     stacks=(
+        # 9 of 12 (18 of 24) blocks are in the encoder, the last ones classify masks
         BlockStack("image_encoder.layers", _ENCODER_PARTS, share=0.75),
         BlockStack(f"{_HEAD}.layers", _MMCV_PARTS, share=0.25),
     ),
+    # [E] is stored as [1, 1, E], [L, E] as [1, L, E], and proj as a linear layer
     leading={"class_embedding": 2, POSITIONS: 1},
     transposed=("proj",),
     stays=STAYS,

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, TargetError
 from ovsprune.core.files import check_output, staged
 from ovsprune.slim.attach import undo_on_error
-from ovsprune.slim.read import file_digest
+from ovsprune.slim.read import file_digest, read_tensors
 from ovsprune.slim.write import save_tensors
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
@@ -118,6 +116,7 @@ def load_into(
 
     path = Path(directory)
     document = _read_record(path)
+    # complete: the transfer had a checkpoint of the framework, not CLIP alone
     state, complete = _read_state(path, document), bool(document["complete"])
     target = TARGETS.get(document["target"])
     target.towers(model)  # refuses another framework
@@ -140,11 +139,12 @@ def load_into(
                 "framework with the configuration of the checkpoint that was transferred "
                 "(strict=False lets parts outside the image tower differ)"
             )
+    # without strict, tensors outside the tower may differ; they keep their values
     fits = {n for n in current.keys() & state.keys() if current[n].shape == state[n].shape}
     with torch.no_grad():
         for name in fits:
             current[name].copy_(state[name])
-    add_guard(model, document["target"], layout, cuts)
+    add_guard(model, document["target"], layout, cuts)  # refuses dense checkpoints from now on
     target.apply_compat(model)
     return sorted(current.keys() - fits)
 
@@ -159,7 +159,7 @@ def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
                 f"{type(model).__name__} has no {cut.path}; build the framework with the "
                 "configuration of the checkpoint that was transferred"
             ) from None
-        slim = hasattr(module, "kept_heads")
+        slim = hasattr(module, "kept_heads")  # an attribute of slim attentions alone
         if slim or (cut.heads is not None and getattr(module, "num_heads", 0) != cut.num_heads):
             state = "slim already" if slim else f"with {getattr(module, 'num_heads', 'no')} heads"
             raise TargetError(
@@ -244,7 +244,4 @@ def _read_state(path: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} has no {STATE}; copy the whole directory, or transfer again")
     if file_digest(file) != document["sha256"]:
         raise CheckpointError(f"{file} does not have the recorded SHA-256; copy it again")
-    try:
-        return dict(load_file(file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a valid safetensors file: {error}") from None
+    return read_tensors(file)

@@ -17,6 +17,7 @@ _KEY_MAP = KeyMap(
         **under("clip_rec_head", ("ln_post", "proj")),
     },
     stacks=(
+        # 9 of 12 (18 of 24) blocks extract features, the last ones classify masks
         BlockStack("clip_visual_extractor.resblocks", BLOCK_PARTS, share=0.75),
         BlockStack("clip_rec_head.resblocks", BLOCK_PARTS, share=0.25),
     ),

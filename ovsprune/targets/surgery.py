@@ -68,13 +68,14 @@ def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
     cuts: list[Cut] = []
     for layer in checkpoint.spec.layers:
         if layer.kept == layer.units:
-            continue
+            continue  # nothing was removed
         for module in (part.module for part in layer.slices):
             if not module.startswith(f"{layer.block}."):  # it would change the residual stream
                 raise _protected(module)
         if layer.is_whole_attention:
             cuts += _head_cuts(layer, checkpoint.mask[layer.name], layout)
     for module, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
+        # axis 0 of a weight are its outputs (rows), axis 1 its inputs (columns)
         index = {
             axis: keep_index(shapes[f"{module}.weight"][0 if axis == "out" else 1], runs)
             for axis, runs in axes.items()
@@ -90,6 +91,7 @@ def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
     fused = all(part.rpartition(".")[0] == attention for part in parts)  # one or three parameters
     if fused or not heads:  # without heads the framework's attention could not reshape its layers
         return [Cut(_path(layout, layer.name), heads, layer.units)]
+    # separate layers for q, k and v: keep head_dim rows of each for every kept head
     kept = keep_index(
         layer.units * layer.unit_width, [Run(0, layer.units, layer.unit_width, mask, layer.name)]
     )
@@ -132,6 +134,7 @@ class HeadlessAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Map [B, L, E] to the bias at every token, [B, L, E], and no attention weights."""
+        # a product with no columns: out_proj adds its bias to zeros
         return self.out_proj(hidden_states[..., :0]), None
 
 
@@ -155,6 +158,7 @@ def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
             f"{cut.path} has separate layers for queries, keys and values; cut these layers instead"
         )
     slim: nn.Module = HeadlessAttention(dense) if separate else slim_attention(dense, cut.heads)
+    # new parameters train by default; the framework may have frozen the dense ones
     trainable = {name: p.requires_grad for name, p in dense.named_parameters()}
     for name, parameter in slim.named_parameters():
         parameter.requires_grad_(trainable.get(name, False))
