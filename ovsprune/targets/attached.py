@@ -172,9 +172,6 @@ def attach_tower(
         protected: Parts that the framework needs unchanged.
         trainable: Patterns of parameters that a schedule may change.
         compat_fixes: Further replacements that the model needs, made in the same step.
-
-    Raises:
-        TargetError: A module cannot be cut; nothing was changed.
     """
     before, names = _count_parameters(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
@@ -222,11 +219,7 @@ def _count_parameters(model: nn.Module) -> int:
 
 
 def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
-    """Replace modules by slim copies. All copies are created before the first replacement.
-
-    Raises:
-        TargetError: A module cannot be cut; nothing was changed.
-    """
+    """Replace modules by slim copies. All copies are created before the first replacement."""
     return _slim_copies(model, cuts).commit()
 
 

@@ -1,4 +1,8 @@
-"""Checks that a slim checkpoint fits a framework. They run before anything is changed."""
+"""Checks that a slim checkpoint fits a framework, before anything is changed.
+
+A check that fails raises TargetError with the reason. ``layout`` maps the names of the tower's
+tensors; ``given`` describes the model or checkpoint in messages.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +34,7 @@ _COUNTERS = "num_batches_tracked"  # only some norms have it, and no forward pas
 
 
 def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
-    """Refuse a checkpoint whose base had random weights.
-
-    Raises:
-        TargetError: The base is untrained, and ``force`` is false.
-    """
+    """Refuse a checkpoint whose base had random weights, unless ``force`` is true."""
     if not checkpoint.spec.base.trained and not force:
         raise TargetError(
             f"{checkpoint.path} was pruned from {checkpoint.spec.base.model} with random weights "
@@ -46,16 +46,9 @@ def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
 def check_fits(
     state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, given: str
 ) -> None:
-    """Compare the dense shapes of the slim tower's base with the framework's tower.
+    """Compare the shapes of the base's tower with ``state``, by canonical name and shape.
 
-    Args:
-        state: The framework's tower by canonical name and shape.
-        checkpoint: The slim checkpoint.
-        layout: Names of the tower's tensors in the framework.
-        given: Description of the model or checkpoint for messages.
-
-    Raises:
-        TargetError: A tensor is missing, is slim already, or has another shape.
+    Missing tensors, other shapes and slim shapes are refused.
     """
     base = checkpoint.spec.base.model
     expected = {n: s for n, s in dense_shapes(checkpoint).items() if not layout.absent_reason(n)}
@@ -93,11 +86,7 @@ def check_fits(
 
 
 def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
-    """Compare the number of heads of the attention modules that will be replaced.
-
-    Raises:
-        TargetError: A module is slim already or has another number of heads.
-    """
+    """Compare the number of heads of the attention modules that will be replaced."""
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
         if not layer.is_whole_attention or path is None or layer.kept == layer.units:
@@ -114,17 +103,9 @@ def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) ->
 
 
 def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[str, ...]) -> None:
-    """Compare the framework's activation function with the one that was pruned, by its values.
+    """Compare the activation modules at ``paths`` with the pruned tower's function, by values.
 
     Frameworks define their own activation classes, so the class name is not sufficient.
-
-    Args:
-        model: The framework's model.
-        checkpoint: The slim checkpoint.
-        paths: Paths of activation modules in the framework, one for each stack.
-
-    Raises:
-        TargetError: The framework uses another function.
     """
     probe = torch.linspace(-4, 4, 97)  # where the functions differ by more than the tolerance
     functions = {
@@ -166,7 +147,7 @@ def choose_weights(
         weights: ``"slim"``, ``"target"`` or ``"auto"``.
         state: The framework's tower by canonical name; None without a checkpoint of the framework.
         checkpoint: The slim checkpoint.
-        layout: Names of the tower's tensors in the framework.
+        layout: Names of the tower's tensors.
         mask_only: Reason why the framework can use the mask only; empty if it can use the weights.
 
     Raises:

@@ -59,13 +59,8 @@ def convert_state(
 ) -> Converted:
     """Return the framework's state with the slim tower in it. The caller has checked that it fits.
 
-    Args:
-        state: The framework's dense state, or None to write the slim checkpoint's CLIP alone.
-        checkpoint: The slim checkpoint.
-        layout: Names of the tower's tensors in the framework.
-        choice: ``"slim"`` or ``"target"``, and the reason.
-        obsolete_keys: Pattern (``fnmatch``) of keys that only older versions of the framework
-            saved, to the reason why they are dropped.
+    ``state`` is None to write the slim checkpoint's CLIP alone; ``choice`` is ``"slim"`` or
+    ``"target"``, and the reason.
     """
     cuts = cuts_of(checkpoint, layout)
     empty = Converted(

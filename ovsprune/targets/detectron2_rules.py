@@ -37,9 +37,6 @@ def image_inputs(model: Any, size: tuple[int, int] = (512, 512)) -> Mapping[str,
 def script_for(framework: str, *, prelude: str = "", ending: str = _ENDING) -> str:
     """Return the lines for a training script, with ``{output!r}`` in place of the directory.
 
-    Args:
-        framework: Name of the framework, for the first line.
-        prelude: Lines after the import.
-        ending: Comment on checkpoints after the class.
+    ``prelude`` follows the import; ``ending`` is a comment on checkpoints after the class.
     """
     return _SCRIPT.format(framework=framework, prelude=prelude and f"\n{prelude}", ending=ending)

@@ -76,15 +76,10 @@ class KeyMap(Layout):
         return [count_blocks(names, stack.path) for stack in self.stacks]
 
     def layout(self, names: Iterable[str] | None, depth: int) -> Layout:
-        """Return the names of the tower's tensors, in both directions.
+        """Return the layout of a tower with ``depth`` blocks; ``names`` are those of a model.
 
-        Args:
-            names: Names of the tensors of a model that this key map matches; without them every
-                stack has its default share of the blocks.
-            depth: Number of transformer blocks of the tower.
-
-        Raises:
-            TargetError: ``names`` have another number of blocks.
+        Without names, every stack has its default share of the blocks. Names with another number of
+        blocks are refused.
         """
         counts = [int(depth * stack.share) for stack in self.stacks]  # blocks of each stack
         if names is not None and self.stacks:
@@ -100,11 +95,7 @@ class KeyMap(Layout):
 
 
 def kind_of(checkpoint: SlimCheckpoint, takes: tuple[str, ...], framework: str) -> str:
-    """Return the kind of the slim tower, one of ``takes``.
-
-    Raises:
-        TargetError: The tower is of another kind.
-    """
+    """Return the kind of the slim tower, one of ``takes``; refuse another kind."""
     tower = checkpoint.tower()
     for kind in takes:
         if KINDS[kind].mark in tower:

@@ -98,7 +98,7 @@ class BlockStack:
 
     @cached_property
     def inverse(self) -> Mapping[str, tuple[str, int]]:
-        """Path in a block to the canonical part, and the index of the path among its paths."""
+        """Canonical part and index among its paths, by path in a block."""
         return _inverse(self.parts)
 
 

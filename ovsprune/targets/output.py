@@ -70,9 +70,6 @@ def write_output(
         record: Report of the transfer, JSON data.
         lines: Lines to add to the training script.
         extra_files: Additional files, name to content.
-
-    Raises:
-        OutputError: The directory cannot be written (a full disk, ...); nothing was changed.
     """
     with staged(path) as scratch:
         save_tensors(converted.state, scratch / STATE)

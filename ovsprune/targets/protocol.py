@@ -102,20 +102,14 @@ class Target(Protocol):
     def apply_compat(self, model: nn.Module) -> Applied:
         """Make ``model``, dense or slim, run with current libraries, in place.
 
-        Attaching and loading call this too. A model that needs no fix is not changed.
-
-        Returns:
-            Record of the changes; its ``detach()`` undoes them.
+        Attaching and loading call this too. ``detach()`` of the result undoes the changes.
         """
         ...
 
     def enable_tower_grad(self, model: nn.Module) -> Applied:
-        """Let gradients reach a tower that the framework runs without gradients.
+        """Let gradients reach a tower that the framework runs without gradients, in training mode.
 
-        Takes effect in training mode. ``requires_grad`` is not changed; a schedule sets it.
-
-        Returns:
-            Record of the changes, empty for most frameworks; its ``detach()`` undoes them.
+        ``requires_grad`` is not changed; a schedule sets it. ``detach()`` undoes the changes.
         """
         ...
 

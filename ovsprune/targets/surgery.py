@@ -61,8 +61,7 @@ class Cut:
 def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
     """List the modules that the checkpoint's mask cuts, by the framework's names.
 
-    Raises:
-        TargetError: The mask cuts something that the framework needs at full width.
+    Raises TargetError if the framework needs one of them at full width.
     """
     shapes = dense_shapes(checkpoint)
     cuts: list[Cut] = []
@@ -116,11 +115,7 @@ def _protected(module: str) -> TargetError:
 
 
 class HeadlessAttention(nn.Module):
-    """Attention of transformers without heads; returns the bias of the out projection.
-
-    Args:
-        dense: Dense attention with the layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
-    """
+    """Attention of transformers without heads; returns the bias of the out projection."""
 
     kept_heads: tuple[int, ...] = ()
 
@@ -141,10 +136,8 @@ class HeadlessAttention(nn.Module):
 def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
     """Create the slim copy of ``dense`` with the units that ``cut`` keeps.
 
-    Device, dtype, training mode and ``requires_grad`` are those of ``dense``.
-
-    Raises:
-        TargetError: ``dense`` is of a kind that cannot be cut this way.
+    Device, dtype, training mode and ``requires_grad`` are those of ``dense``. A module of a kind
+    that cannot be cut this way is refused.
     """
     if cut.heads is None:
         axes = {"out": cut.rows, "in": cut.columns}

@@ -35,11 +35,8 @@ def enable_tower_grad(model: nn.Module, methods: Iterable[str]) -> Applied:
     """Enable gradients in some methods of a model while the model is in training mode.
 
     Their results then depend on the trained parameters even if the caller is inside
-    ``torch.no_grad()``. Methods that were changed before stay as they are.
-
-    Args:
-        model: The framework's model.
-        methods: Dotted paths from the model (``"backbone.extract_features"``).
+    ``torch.no_grad()``. Methods that were changed before stay as they are. ``methods`` are dotted
+    paths from the model (``"backbone.extract_features"``).
     """
     swaps = []
     for path in methods:
