@@ -25,7 +25,7 @@ from ovsprune.targets.recognise import recognise
 if TYPE_CHECKING:
     from ovsprune.pruning.repair_target import TowerRepair
 
-__all__ = ["transfer"]
+__all__ = ["read_slim", "transfer"]
 
 _PathLike = str | os.PathLike[str]
 _Slim = SlimCheckpoint | SlimTower | _PathLike | None
@@ -142,10 +142,11 @@ def transfer(
     plan = None if policy is None else _scheduled(policy, fraction)
     if model is not None:
         disk = {"checkpoint": checkpoint, "output": output, "policy": policy}
-        given = [name for name, value in disk.items() if value is not None]
-        given += ["dry_run"] * dry_run
-        if given:
-            raise OptionError(f"{', '.join(given)} cannot be used with a live model; leave it out")
+        unusable = [name for name, value in disk.items() if value is not None]
+        unusable += ["dry_run"] * dry_run
+        if unusable:
+            names = ", ".join(unusable)
+            raise OptionError(f"{names} cannot be used with a live model; leave it out")
         name = target if target != "auto" else recognise(model)
         if name is None:
             raise TargetError(
@@ -153,7 +154,9 @@ def transfer(
                 f"({', '.join(TARGETS)}); if the model is wrapped, pass model.module, or name the "
                 "target"
             )
-        return _live(model, _read(slim, progress), name, weights, force, example, repair, progress)
+        return _live(
+            model, read_slim(slim, progress), name, weights, force, example, repair, progress
+        )
     if example is not None:
         raise OptionError("example is only used with a live model; leave it out on disk")
     if target == "auto":
@@ -161,7 +164,7 @@ def transfer(
             f"target 'auto' needs a live model; on disk name one of {', '.join(TARGETS)}"
         )
     return _on_disk(
-        _read(slim, progress),
+        read_slim(slim, progress),
         target,
         weights,
         checkpoint,
@@ -324,7 +327,7 @@ def _unused(converted: Converted, foreign: Foreign | None) -> dict[str, Any]:
     return {"dropped": dropped, "notes": notes}
 
 
-def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
+def read_slim(slim: _Slim, progress: Progress) -> SlimCheckpoint:
     """Return the slim checkpoint; by default read the newest one."""
     if isinstance(slim, SlimCheckpoint):
         return slim

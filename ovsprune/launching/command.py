@@ -23,10 +23,9 @@ from typing import Any
 from ovsprune.core.errors import OptionError, OvspruneError, ScheduleError, TargetError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.jobs.schedule import checked
-from ovsprune.launching import start_directory, training_loops
+from ovsprune.jobs.transfer import read_slim
+from ovsprune.launching import training_loops
 from ovsprune.schedules import POLICIES
-from ovsprune.slim import read
-from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS
 
 __all__ = ["launch", "main"]
@@ -110,11 +109,8 @@ def launch(
             f"there is no program {command[0] if command else ''!r} to launch; write the command "
             "after --: ovsprune launch --slim DIR -- python train_net.py ..."
         )
-    if slim is None:
-        slim = newest_slim()
-        progress.note(f"no slim checkpoint was named; using the newest, {slim}")
-    read(slim)  # errors in it are reported before the framework starts
-    directory = str(Path(slim).resolve())
+    # errors in it are reported before the framework starts
+    directory = str(read_slim(slim, progress).path.resolve())
     session = {"slim": directory, "target": target, "weights": weights, "force": force}
     status, records = _run_hooked(list(command), variables, settings, session)
     replaced = [record for record in records if "replaced" in record]
@@ -154,7 +150,7 @@ def _run_hooked(
         }
         # sitecustomize of every Python process below reads the variable
         variables[VARIABLE] = json.dumps(document)
-        paths = (str(start_directory()), variables.get("PYTHONPATH", ""))
+        paths = (str(Path(__file__).parent / "start"), variables.get("PYTHONPATH", ""))
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         status = _run(command, variables)
         # one file for each record of a child process, oldest first

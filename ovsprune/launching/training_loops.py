@@ -155,10 +155,8 @@ def _hooks(document: str) -> Sequence[Hook]:
 
 
 def on_import(module: ModuleType, document: str) -> None:
-    """Wrap the functions of a module that was just imported.
+    """Wrap the functions of a watched module after its import.
 
-    Args:
-        module: A module that a pattern of :func:`watched` matches.
-        document: Settings from the parent process (JSON), passed in the environment.
+    ``document`` has the settings from the parent process (JSON), passed in the environment.
     """
     wrap_functions(_hooks(document), module)

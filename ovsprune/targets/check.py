@@ -1,7 +1,7 @@
 """Checks that a slim checkpoint fits a framework, before anything is changed.
 
 A check that fails raises TargetError with the reason. ``layout`` maps the names of the tower's
-tensors; ``given`` describes the model or checkpoint in messages.
+tensors; ``subject`` describes the model or checkpoint in messages.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
 
 
 def check_fits(
-    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, given: str
+    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, subject: str
 ) -> None:
     """Compare the shapes of the base's tower with ``state``, by canonical name and shape.
 
@@ -58,7 +58,7 @@ def check_fits(
     if missing or extra:
         side, names = ("lacks", missing) if missing else ("also has", extra)
         raise TargetError(
-            f"{given} is not built on {base}: it {side} {', '.join(names[:4])}"
+            f"{subject} is not built on {base}: it {side} {', '.join(names[:4])}"
             f"{', ...' if len(names) > 4 else ''}; build the framework with the CLIP that was "
             "pruned, or prune the CLIP that the framework uses"
         )
@@ -72,15 +72,15 @@ def check_fits(
         if actual == shape:
             continue
         if actual == slim[name]:
-            raise TargetError(f"{given} is slim already ({name} is {actual}); give the dense one")
+            raise TargetError(f"{subject} is slim already ({name} is {actual}); give the dense one")
         if name == POSITIONS and actual[1:] == shape[1:]:
             raise TargetError(
-                f"{given} has {actual[0] - 1} patch positions, the base of {checkpoint.path} has "
+                f"{subject} has {actual[0] - 1} patch positions, the base of {checkpoint.path} has "
                 f"{shape[0] - 1}: it was built for another resolution; prune a CLIP of that "
                 "resolution"
             )
         raise TargetError(
-            f"{given} is not built on {base}: its {name} has shape {actual}, expected {shape}; "
+            f"{subject} is not built on {base}: its {name} has shape {actual}, expected {shape}; "
             "build the framework with the CLIP that was pruned, or prune the CLIP that it uses"
         )
 

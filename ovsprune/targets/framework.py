@@ -85,14 +85,14 @@ class TableTarget:
         names = list(model.state_dict())
         return any(not key_map.missing(names) for key_map in (self.key_map, *self.variants))
 
-    def _select(self, names: Iterable[str], given: str) -> KeyMap:
-        """Return the first key map that ``names`` match; ``given`` describes the model."""
+    def _select(self, names: Iterable[str], subject: str) -> KeyMap:
+        """Return the first key map that ``names`` match; ``subject`` describes the model."""
         names, key_maps = list(names), (self.key_map, *self.variants)
         for key_map in key_maps:
             if not key_map.missing(names):
                 return key_map
         raise TargetError(
-            f"{given} is not {self.key_map.framework}: expected "
+            f"{subject} is not {self.key_map.framework}: expected "
             f"{'; or '.join(key_map.expected() for key_map in key_maps)}. "
             "Pass the framework's model (unwrapped: model.module), or another --target "
             "(`ovsprune targets` lists them)"

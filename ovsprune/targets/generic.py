@@ -258,8 +258,8 @@ class Generic:
         model: nn.Module | None = None,
     ) -> tuple[TableTarget, tuple[str, ...]]:
         """Return a table for the tower that was found, and the notes of the report."""
-        given = "the checkpoint" if model is None else type(model).__name__
-        tower = _only_tower(names, kind_of(checkpoint, self.takes, _DESCRIPTION), given)
+        subject = "the checkpoint" if model is None else type(model).__name__
+        tower = _only_tower(names, kind_of(checkpoint, self.takes, _DESCRIPTION), subject)
         key_map = tower.key_map
         path = tower.path or "the model itself"
         notes = [f"found: a tower ({tower.kind}) with {tower.naming}: {path}"]
@@ -282,23 +282,23 @@ class Generic:
         return table, (*notes, _UNVERIFIED)
 
 
-def _only_tower(names: Iterable[str], kind: str, given: str) -> _FoundTower:
+def _only_tower(names: Iterable[str], kind: str, subject: str) -> _FoundTower:
     """Return the only tower of ``kind``; raise TargetError for none or several."""
     towers = [tower for tower in find_towers(names) if tower.kind == kind]
     if not towers:
-        raise _no_tower(given)
+        raise _no_tower(subject)
     if len(towers) > 1:
         paths = ", ".join(tower.path or "the model itself" for tower in towers)
         raise TargetError(
-            f"{given} has {len(towers)} towers of the kind {kind} ({paths}); pass the module that "
-            "contains the intended one"
+            f"{subject} has {len(towers)} towers of the kind {kind} ({paths}); pass the module "
+            "that contains the intended one"
         )
     return towers[0]
 
 
-def _no_tower(given: str) -> TargetError:
+def _no_tower(subject: str) -> TargetError:
     return TargetError(
-        f"{given} is not {_DESCRIPTION}: expected blocks with the names of open_clip, OpenAI or "
+        f"{subject} is not {_DESCRIPTION}: expected blocks with the names of open_clip, OpenAI or "
         "transformers and a patch embedding, or a residual network with an attention pool. Name "
         "the target if there is one for this framework, or call ovsprune.apply on the tower with "
         "a prefix_map"
