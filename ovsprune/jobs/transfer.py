@@ -25,7 +25,7 @@ from ovsprune.targets.recognise import recognise
 if TYPE_CHECKING:
     from ovsprune.pruning.repair_target import TowerRepair
 
-__all__ = ["transfer"]
+__all__ = ["read_slim", "transfer"]
 
 _PathLike = str | os.PathLike[str]
 _Slim = SlimCheckpoint | SlimTower | _PathLike | None
@@ -141,13 +141,12 @@ def transfer(
     repair = None if calibration is None else _repair_of(str(calibration), samples, recovery)
     plan = None if policy is None else _scheduled(policy, fraction)
     if model is not None:
-        given = [
-            name
-            for name, value in (("checkpoint", checkpoint), ("output", output), ("policy", policy))
-            if value is not None
-        ] + ["dry_run"] * dry_run
-        if given:
-            raise OptionError(f"{', '.join(given)} cannot be used with a live model; leave it out")
+        disk = {"checkpoint": checkpoint, "output": output, "policy": policy}
+        unusable = [name for name, value in disk.items() if value is not None]
+        unusable += ["dry_run"] * dry_run
+        if unusable:
+            names = ", ".join(unusable)
+            raise OptionError(f"{names} cannot be used with a live model; leave it out")
         name = target if target != "auto" else recognise(model)
         if name is None:
             raise TargetError(
@@ -155,7 +154,9 @@ def transfer(
                 f"({', '.join(TARGETS)}); if the model is wrapped, pass model.module, or name the "
                 "target"
             )
-        return _live(model, _read(slim, progress), name, weights, force, example, repair, progress)
+        return _live(
+            model, read_slim(slim, progress), name, weights, force, example, repair, progress
+        )
     if example is not None:
         raise OptionError("example is only used with a live model; leave it out on disk")
     if target == "auto":
@@ -163,7 +164,7 @@ def transfer(
             f"target 'auto' needs a live model; on disk name one of {', '.join(TARGETS)}"
         )
     return _on_disk(
-        _read(slim, progress),
+        read_slim(slim, progress),
         target,
         weights,
         checkpoint,
@@ -203,32 +204,33 @@ def _live(
     target = TARGETS.get(name)
     choice = target.check(model, slim, weights=weights, force=force)  # refuse before the slow steps
     if repair is not None:
+        # the repaired weights take the place of the slim ones
         names = model.state_dict()
         state = target.layout(names, depth_of(slim)).tower_state(names)
         slim, reason = repair(slim, choice, state, progress)
         weights, choice = "slim", ("target", reason)
-    user_input = example is not None
-    example = example if user_input else target.example(model)
+    # MACs are counted on the input of the caller, else on the target's
+    data = target.example(model) if example is None else example
     before, counted_on = None, "nothing, since the target has no input for it; pass example=..."
     with progress.stage(f"transfer to {name}", 3) as advance:
-        if example is not None:
+        if data is not None:
             from ovsprune.profiling.model_macs import describe, whole_macs
 
             try:
-                before = whole_macs(model, example, target.prepare)
-                counted_on = describe(example)
+                before = whole_macs(model, data, target.prepare)
+                counted_on = describe(data)
             except OptionError as error:
-                if user_input:
+                if example is not None:  # the caller asked for this input
                     raise
                 counted_on = f"nothing: {error}"
         advance(1)
         attached = target.attach(model, slim, weights=weights, force=force)
         attached.weights, attached.reason = choice
-        advance(1)
         attached.counted_on = counted_on
+        advance(1)
         if before is not None:
             with undo_on_error(attached):
-                attached.macs_after = whole_macs(model, example, target.prepare)
+                attached.macs_after = whole_macs(model, data, target.prepare)
                 attached.macs_before = before
         advance(1)
     return attached
@@ -254,7 +256,10 @@ def _on_disk(
         output or Path("transfer") / f"{name}-{slim.path.resolve().name}", overwrite or dry_run
     )
     with progress.stage(f"transfer to {name}", 3) as advance:
-        foreign = None if checkpoint is None else _read_framework(Path(checkpoint))
+        foreign = None
+        if checkpoint is not None:
+            path = Path(checkpoint)
+            foreign = read_folder(path) if path.is_dir() else read_foreign(path)
         advance(1)
         state = None if foreign is None else foreign.tensors
         converted = target.convert(state, slim, weights=weights, force=force)
@@ -265,16 +270,24 @@ def _on_disk(
             converted = target.convert(state, slim, weights="slim", force=force)
             converted = replace(converted, weights="target", reason=reason)
         advance(1)
-        record = _record(name, slim, converted, foreign, checkpoint)
-        record["schedule"] = plan
-        record["lines"] = target.lines(str(directory)) + (
-            "" if plan is None else _PLAN.format(**plan)
-        )
         extra = {} if checkpoint is None else sibling_files(Path(checkpoint), target.files)
-        record["files"] = sorted(extra)
+        lines = target.lines(str(directory)) + ("" if plan is None else _PLAN.format(**plan))
+        record = {
+            "target": name,
+            "slim": str(slim.path),
+            "weights": converted.weights,
+            "reason": converted.reason,
+            "checkpoint": None if checkpoint is None else str(checkpoint),
+            "replaced": dict(converted.replaced),
+            "kept": dict(converted.kept),
+            **_unused(converted, foreign),
+            "output": None if dry_run else str(directory),
+            "schedule": plan,
+            "lines": lines,
+            "files": sorted(extra),
+        }
         if not dry_run:
-            record["output"] = str(directory)
-            write_output(directory, converted, record, record["lines"], extra)
+            write_output(directory, converted, record, lines, extra)
         advance(1)
     return record
 
@@ -303,41 +316,18 @@ def _scheduled(policy: str, fraction: float) -> dict[str, Any]:
     return {"policy": policy, "fraction": fraction}
 
 
-def _read_framework(checkpoint: Path) -> Foreign:
-    """Read the framework's checkpoint, a file or a folder, without running code from it."""
-    return read_folder(checkpoint) if checkpoint.is_dir() else read_foreign(checkpoint)
-
-
-def _record(
-    name: str,
-    slim: SlimCheckpoint,
-    converted: Converted,
-    foreign: Foreign | None,
-    checkpoint: _PathLike | None,
-) -> dict[str, Any]:
-    """Return the report of the transfer as JSON data."""
-    dropped = dict(converted.dropped)
-    notes = list(converted.notes)
+def _unused(converted: Converted, foreign: Foreign | None) -> dict[str, Any]:
+    """Return the entries ``dropped`` and ``notes``, with those of the framework's checkpoint."""
+    dropped, notes = dict(converted.dropped), list(converted.notes)
     if foreign is not None:
-        for key in foreign.other:
-            dropped[key] = "not a tensor of the model (an optimiser's state has dense shapes)"
+        reason = "not a tensor of the model (an optimiser's state has dense shapes)"
+        dropped |= dict.fromkeys(foreign.other, reason)
         if foreign.inert:
             notes.append(f"not read in the checkpoint: {', '.join(foreign.inert)}")
-    return {
-        "target": name,
-        "slim": str(slim.path),
-        "weights": converted.weights,
-        "reason": converted.reason,
-        "checkpoint": None if checkpoint is None else str(checkpoint),
-        "replaced": dict(converted.replaced),
-        "kept": dict(converted.kept),
-        "dropped": dropped,
-        "notes": notes,
-        "output": None,
-    }
+    return {"dropped": dropped, "notes": notes}
 
 
-def _read(slim: _Slim, progress: Progress) -> SlimCheckpoint:
+def read_slim(slim: _Slim, progress: Progress) -> SlimCheckpoint:
     """Return the slim checkpoint; by default read the newest one."""
     if isinstance(slim, SlimCheckpoint):
         return slim

@@ -5,24 +5,17 @@ Each entry is one function, given by its import path. To support another one, ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["BUILDERS", "LOADERS", "Entry"]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Function of a framework.
+class Entry(NamedTuple):
+    """Function of a framework."""
 
-    Attributes:
-        module: Pattern (``fnmatch``) of the full name of its module.
-        name: Dotted name in the module.
-        requires: Names that the module must also have, if the pattern alone is ambiguous.
-    """
-
-    module: str
-    name: str
-    requires: tuple[str, ...] = ()
+    module: str  # pattern (fnmatch) of the full name of its module
+    name: str  # dotted name in the module
+    requires: tuple[str, ...] = ()  # other names in the module, if the pattern is ambiguous
 
 
 # Builders call each other; only the result of the outermost call is made slim.

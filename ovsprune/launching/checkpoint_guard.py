@@ -24,10 +24,7 @@ from ovsprune.targets.layout import Layout
 from ovsprune.targets.protocol import Target
 from ovsprune.targets.surgery import cuts_of, slim_copy
 
-__all__ = ["CheckpointGuard", "DecideWeights", "decide_weights"]
-
-DecideWeights = Callable[[nn.Module], tuple[Weights, str]]
-"""Function from the dense model to the weights that its slim tower gets, and the reason."""
+__all__ = ["CheckpointGuard", "decide_weights"]
 
 # cosine similarity of patch embeddings: near 0 for unrelated ones, near 1 after finetuning
 _RELATED = 0.5
@@ -39,17 +36,8 @@ def decide_weights(
     """Choose the weights like ``target.check``, but use the slim ones for an unrelated tower.
 
     A framework may build its model with random weights and load CLIP later. Such a tower differs
-    from the base model, but it is not a finetuned one.
-
-    Args:
-        target: The target that recognises ``model``.
-        model: The framework's model, dense.
-        checkpoint: The slim checkpoint.
-        weights: ``"slim"``, ``"target"`` or ``"auto"``.
-        force: Accept a checkpoint whose base model had random weights.
-
-    Raises:
-        TargetError: The model cannot take the slim tower.
+    from the base model, but it is not a finetuned one. The arguments and errors are those of
+    :meth:`ovsprune.targets.Target.check`.
     """
     choice = target.check(model, checkpoint, weights=weights, force=force)
     if weights != "auto" or choice[0] == "slim":
@@ -77,7 +65,8 @@ class CheckpointGuard:
         attached: Result of attaching; it must not be detached any more.
         layout: Names of the tower's tensors in the framework.
         checkpoint: The slim checkpoint.
-        decide_weights: Called on the dense model after it was loaded or initialised.
+        decide: Receives the dense model after it was loaded or initialised; returns the weights
+            that its slim tower gets, and the reason.
         report: Receives a message after every change of the tower.
     """
 
@@ -87,12 +76,14 @@ class CheckpointGuard:
         attached: Attached,
         layout: Layout,
         checkpoint: SlimCheckpoint,
-        decide_weights: DecideWeights,
+        *,
+        decide: Callable[[nn.Module], tuple[Weights, str]],
         report: Callable[[str], None],
     ) -> None:
         self.model, self.attached, self.layout = model, attached, layout
-        self.checkpoint, self.decide_weights, self.report = checkpoint, decide_weights, report
+        self.checkpoint, self.decide, self.report = checkpoint, decide, report
         self.cuts = cuts_of(checkpoint, layout)
+        # shapes of the slim modules, and of the dense ones that they replace
         self.dense_guard = DenseGuard.of(model, attached.target, layout, self.cuts)
         self.depth = 0  # operations in progress that need the dense model; they may be nested
         attached._applied.show_original()
@@ -111,12 +102,13 @@ class CheckpointGuard:
             # public since torch 2.5; before that the same method is private
             module._register_load_state_dict_pre_hook(load.before)
             module.register_load_state_dict_post_hook(load.after)
-            initialise = getattr(module, "init_weights", None)
+            initialise = getattr(module, "init_weights", None)  # of mmengine's modules
             if callable(initialise):
                 object.__setattr__(module, "init_weights", _DenseInitialise(self, initialise))
 
     def _ancestors(self) -> list[str]:
         """Return the paths of the model (``""``) and of all modules that contain a cut module."""
+        # a framework may load or initialise each of them alone
         paths = {""}
         for cut in self.cuts:
             parts = cut.path.split(".")
@@ -135,8 +127,7 @@ class CheckpointGuard:
     def dense(self, event: str) -> Iterator[None]:
         """Make the model dense in the block; then slim again, with values of the dense model.
 
-        Args:
-            event: Description of the change of the dense model, for the message.
+        ``event`` describes the change of the dense model, for the message.
         """
         self.begin()
         try:
@@ -156,13 +147,14 @@ class CheckpointGuard:
         if self.depth:
             return
         try:
-            choice = self.decide_weights(self.model)
+            choice = self.decide(self.model)
             state = self.model.state_dict()
+            # copies: the slim model shares the tensors that are not cut
             dense = {name: state[name].clone() for name in self.dense_guard.tower & state.keys()}
             cut = {c.path: slim_copy(self.model.get_submodule(c.path), c) for c in self.cuts}
         finally:
             self.attached._applied.show_new()
-        self._fill(choice[0], dense, cut)
+        self._fill(choice[0], dense, cut)  # in place: an optimiser may refer to the tensors
         self.attached.weights, self.attached.reason = choice
         self.report(f"{event}: the tower has weights {choice[0]} ({choice[1]})")
 
@@ -197,7 +189,7 @@ class _LoadHook:
 
     def before(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
         """Make the model dense for a dense state; refuse an incomplete slim one."""
-        if self.guard.depth:
+        if self.guard.depth:  # the hook of a parent has made the model dense
             return
         loaded = {
             f"{self.path}{name[len(prefix) :]}": value

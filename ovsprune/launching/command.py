@@ -7,6 +7,7 @@ ovsprune is installed without its dependencies.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import shutil
@@ -15,17 +16,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ovsprune.core.errors import OptionError, OvspruneError, ScheduleError, TargetError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.jobs.schedule import checked
-from ovsprune.launching import start_directory, training_loops
+from ovsprune.jobs.transfer import read_slim
+from ovsprune.launching import training_loops
 from ovsprune.schedules import POLICIES
-from ovsprune.slim import read
-from ovsprune.slim.read import newest_slim
 from ovsprune.targets import TARGETS
 
 __all__ = ["launch", "main"]
@@ -89,7 +89,7 @@ def launch(
         TARGETS.get(target)
     if weights not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
-    settings = None
+    settings = None  # of the schedule
     if policy is not None:
         POLICIES.get(policy)
         checked(1, fraction, count, every, rest)
@@ -109,16 +109,13 @@ def launch(
             f"there is no program {command[0] if command else ''!r} to launch; write the command "
             "after --: ovsprune launch --slim DIR -- python train_net.py ..."
         )
-    if slim is None:
-        slim = newest_slim()
-        progress.note(f"no slim checkpoint was named; using the newest, {slim}")
-    read(slim)  # errors in it are reported before the framework starts
-    directory = str(Path(slim).resolve())
+    # errors in it are reported before the framework starts
+    directory = str(read_slim(slim, progress).path.resolve())
     session = {"slim": directory, "target": target, "weights": weights, "force": force}
     status, records = _run_hooked(list(command), variables, settings, session)
     replaced = [record for record in records if "replaced" in record]
     schedules = [record["schedule"] for record in records if "schedule" in record]
-    if not replaced:
+    if not replaced:  # an unpruned run must not look like a success
         raise TargetError(_no_replacement(command, status, records))
     if settings is not None and not schedules and not status:
         raise ScheduleError(
@@ -151,10 +148,14 @@ def _run_hooked(
             "schedule": schedule,
             "session": {**session, "record": scratch},
         }
+        # sitecustomize of every Python process below reads the variable
         variables[VARIABLE] = json.dumps(document)
-        paths = (str(start_directory()), variables.get("PYTHONPATH", ""))
+        paths = (str(Path(__file__).parent / "start"), variables.get("PYTHONPATH", ""))
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        return _run(command, variables), _records(Path(scratch))
+        status = _run(command, variables)
+        # one file for each record of a child process, oldest first
+        files = sorted(Path(scratch).glob("[!.]*.json"), key=lambda file: file.stat().st_mtime_ns)
+        return status, [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def _run(command: list[str], variables: Mapping[str, str]) -> int:
@@ -175,33 +176,23 @@ def _run(command: list[str], variables: Mapping[str, str]) -> int:
 
 @contextmanager
 def _forward_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Forward signals to the command, so that its end can still be reported.
+    """Forward SIGTERM to the command, so that its end can still be reported.
 
     A terminal sends an interrupt to both processes, so this one ignores it and waits.
     """
+    handlers: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.SIG_IGN,
+        signal.SIGTERM: lambda number, frame: child.send_signal(number),
+    }
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            handler = signal.SIG_IGN if number == signal.SIGINT else _sender(child)
+    with suppress(ValueError):  # handlers can be set in the main thread only
+        for number, handler in handlers.items():
             previous[number] = signal.signal(number, handler)
-        except ValueError:  # not in the main thread
-            break
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _sender(child: subprocess.Popen[bytes]) -> Any:
-    """Return a signal handler that sends the signal to ``child``."""
-    return lambda number, frame: child.send_signal(number)
-
-
-def _records(directory: Path) -> list[dict[str, Any]]:
-    """Read the records that the child processes wrote, oldest first."""
-    files = sorted(directory.glob("[!.]*.json"), key=lambda file: file.stat().st_mtime_ns)
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def _no_replacement(command: Sequence[str], status: int, records: list[dict[str, Any]]) -> str:
@@ -223,25 +214,15 @@ def _no_replacement(command: Sequence[str], status: int, records: list[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line without click.
-
-    Args:
-        arguments: Command line arguments; by default those of the process.
-
-    Returns:
-        Exit status of the launched command, or 2 after an error of ovsprune.
-    """
+    """Run the command line without click; return the command's exit status, 2 after an error."""
     parser = argparse.ArgumentParser(prog="ovsprune launch", description=__doc__)
+    defaults = inspect.signature(launch).parameters
     parser.add_argument("--slim", metavar="DIR")
-    parser.add_argument("--target", default="auto")
-    parser.add_argument("--weights", default="auto")
-    parser.add_argument("--policy")
-    parser.add_argument("--fraction", type=float, default=0.5)
-    parser.add_argument("--count", type=int)
-    parser.add_argument("--every", type=int)
+    for name in ("target", "weights", "policy", "rest"):
+        parser.add_argument(f"--{name}", default=defaults[name].default)
+    for name, kind in (("fraction", float), ("count", int), ("every", int), ("seed", int)):
+        parser.add_argument(f"--{name}", type=kind, default=defaults[name].default)
     parser.add_argument("--pool", action="append", default=[])
-    parser.add_argument("--rest", default="follow")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true")
     parser.add_argument("command", nargs="+")
     options = vars(parser.parse_args(arguments))

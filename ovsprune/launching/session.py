@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,6 +21,7 @@ from ovsprune.launching.builders import BUILDERS, LOADERS
 from ovsprune.launching.checkpoint_guard import CheckpointGuard, decide_weights
 from ovsprune.slim import SlimCheckpoint, read
 from ovsprune.targets import TARGETS
+from ovsprune.targets.check import Weights
 from ovsprune.targets.hooks import Hook
 from ovsprune.targets.key_map import depth_of
 from ovsprune.targets.recognise import recognise
@@ -50,8 +50,8 @@ class Session:
     def __init__(self, slim: str, record: str, target: str, weights: str, force: bool) -> None:
         self.slim, self.record = slim, Path(record)
         self.target, self.weights, self.force = target, weights, force
-        self.after: Callable[[nn.Module], None] = lambda model: None
-        """Callback that receives every model that was made slim."""
+        # receives every model that was made slim
+        self.on_attached: Callable[[nn.Module], None] = lambda model: None
         self.local = threading.local()  # depth of nested builders, for each thread
         self.guards: WeakKeyDictionary[nn.Module, CheckpointGuard] = WeakKeyDictionary()
         self.hooks = (
@@ -62,7 +62,7 @@ class Session:
 
     @functools.cached_property
     def checkpoint(self) -> SlimCheckpoint:
-        """The slim checkpoint, read when the first model is built."""
+        """Slim checkpoint, read when the first model is built."""
         return read(self.slim)
 
     def _wrap_builder(self, build: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +76,7 @@ class Session:
                 result = build(*args, **kwargs)
             finally:
                 self.local.depth = depth
-            if not depth:
+            if not depth:  # builders call each other: only the outermost result is complete
                 for part in result if isinstance(result, tuple) else (result,):
                     if isinstance(part, nn.Module):
                         self.attach(part)
@@ -89,24 +89,17 @@ class Session:
 
         @functools.wraps(load)
         def load_guarded(loader: Any, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
-            with self._dense(loader.model, checkpoint):
+            guard = self.guards.get(loader.model)
+            state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
+            state = state if isinstance(state, Mapping) else {}
+            # DistributedDataParallel adds the prefix
+            state = {name.removeprefix("module."): value for name, value in state.items()}
+            if guard is None or not guard.is_dense(state):
+                return load(loader, checkpoint, *args, **kwargs)
+            with guard.dense("a dense checkpoint was loaded"):
                 return load(loader, checkpoint, *args, **kwargs)
 
         return load_guarded
-
-    @contextlib.contextmanager
-    def _dense(self, model: nn.Module, checkpoint: Any) -> Iterator[None]:
-        """Keep ``model`` dense inside the block if the checkpoint is dense."""
-        guard = self.guards.get(model)
-        state = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
-        if guard is None or not isinstance(state, Mapping):
-            yield
-            return
-        if guard.is_dense({name.removeprefix("module."): value for name, value in state.items()}):
-            with guard.dense("a dense checkpoint was loaded"):
-                yield
-        else:
-            yield
 
     def attach(self, model: nn.Module) -> None:
         """Attach the slim tower to a model that a builder returned, if a target recognises it.
@@ -121,9 +114,14 @@ class Session:
         if name is None:
             return
         target = TARGETS.get(name)
+
+        def decide(dense: nn.Module) -> tuple[Weights, str]:
+            return decide_weights(target, dense, self.checkpoint, self.weights, self.force)
+
         try:
-            choice = decide_weights(target, model, self.checkpoint, self.weights, self.force)
+            choice = decide(model)
         except OvspruneError as error:
+            # a fallback target also recognises other models, for example a teacher
             if target.fallback and self.target == "auto":
                 self.write({"skipped": f"{type(model).__name__}: {error}"})
                 return
@@ -138,12 +136,7 @@ class Session:
             self.write({"event": f"{name} ({kind}): {message}"})
 
         self.guards[model] = CheckpointGuard(
-            model,
-            attached,
-            layout,
-            self.checkpoint,
-            lambda dense: decide_weights(target, dense, self.checkpoint, self.weights, self.force),
-            report,
+            model, attached, layout, self.checkpoint, decide=decide, report=report
         )
         before, after = attached.params_before, attached.params_after
         say(
@@ -153,7 +146,7 @@ class Session:
         for path, replacement in attached.replaced.items():
             say(f"  {path}: {replacement}")
         self.write({"model": kind, **attached.record()})
-        self.after(model)
+        self.on_attached(model)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write a record for the parent process."""

@@ -7,6 +7,7 @@ known training loops when they start to train.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ovsprune.jobs.schedule import find_pool, schedule
 from ovsprune.launching.session import Session, say
 from ovsprune.launching.session import watched as towers_watched
 from ovsprune.schedules import TrainPlan
-from ovsprune.targets.hooks import Hook, wrap_functions
+from ovsprune.targets.hooks import Hook, Wrap, wrap_functions
 
 __all__ = ["LOOPS", "Loop", "on_import", "watched"]
 
@@ -30,50 +31,52 @@ MakePlan = Callable[..., TrainPlan]
 
 @dataclass(frozen=True)
 class Loop:
-    """A library's training loop.
+    """Training loop of a library.
 
     Attributes:
         module: Full name of the module.
         name: Dotted name of a method in the module that is called before the training starts.
-        add_hook: Receives the loop and a function that makes a plan; adds the hook of
-            :mod:`ovsprune.schedules.loops`.
+        hook: Module and class of the hook, below :mod:`ovsprune.schedules.loops`.
+        add: Adds a hook to the loop.
     """
 
     module: str
     name: str
-    add_hook: Callable[[Any, MakePlan], None]
+    hook: tuple[str, str]
+    add: Callable[[Any, Any], object]
 
-
-def _detectron2(trainer: Any, make_plan: MakePlan) -> None:
-    from ovsprune.schedules.loops.detectron2 import ScheduleHook
-
-    trainer.register_hooks([ScheduleHook(make_plan)])
-
-
-def _mmengine(runner: Any, make_plan: MakePlan) -> None:
-    from ovsprune.schedules.loops.mmengine import ScheduleHook
-
-    runner.register_hook(ScheduleHook(make_plan))
-
-
-def _lightning(trainer: Any, make_plan: MakePlan) -> None:
-    from ovsprune.schedules.loops.lightning import ScheduleCallback
-
-    trainer.callbacks.append(ScheduleCallback(make_plan))
-
-
-def _transformers(trainer: Any, make_plan: MakePlan) -> None:
-    from ovsprune.schedules.loops.transformers import ScheduleCallback
-
-    trainer.add_callback(ScheduleCallback(make_plan))
+    def add_hook(self, trainer: Any, make_plan: MakePlan) -> None:
+        """Add the hook, which makes its plan by ``make_plan``, to the loop ``trainer``."""
+        module, name = self.hook
+        hook = getattr(importlib.import_module(f"ovsprune.schedules.loops.{module}"), name)
+        self.add(trainer, hook(make_plan))
 
 
 LOOPS = (
-    # earlier than train: a resumed training loads the states of hooks before it trains
-    Loop("detectron2.engine.train_loop", "TrainerBase.register_hooks", _detectron2),
-    Loop("mmengine.runner.runner", "Runner.train", _mmengine),
-    Loop("lightning.pytorch.trainer.trainer", "Trainer.fit", _lightning),
-    Loop("transformers.trainer", "Trainer.train", _transformers),
+    Loop(
+        "detectron2.engine.train_loop",
+        "TrainerBase.register_hooks",  # before train: resuming loads the states of hooks
+        ("detectron2", "ScheduleHook"),
+        lambda trainer, hook: trainer.register_hooks([hook]),
+    ),
+    Loop(
+        "mmengine.runner.runner",
+        "Runner.train",
+        ("mmengine", "ScheduleHook"),
+        lambda runner, hook: runner.register_hook(hook),
+    ),
+    Loop(
+        "lightning.pytorch.trainer.trainer",
+        "Trainer.fit",
+        ("lightning", "ScheduleCallback"),
+        lambda trainer, hook: trainer.callbacks.append(hook),
+    ),
+    Loop(
+        "transformers.trainer",
+        "Trainer.train",
+        ("transformers", "ScheduleCallback"),
+        lambda trainer, hook: trainer.add_callback(hook),
+    ),
 )
 """Known training loops. A new one needs an entry here and a file with its hook."""
 
@@ -81,8 +84,7 @@ LOOPS = (
 def watched(settings: Mapping[str, Any] | None) -> list[str]:
     """Return the patterns of the modules in which functions are wrapped.
 
-    Args:
-        settings: Settings of the schedule, or None without one.
+    ``settings`` are those of the schedule, None without one.
     """
     loops = () if settings is None else LOOPS
     return [*towers_watched(), *(loop.module for loop in loops)]
@@ -91,9 +93,8 @@ def watched(settings: Mapping[str, Any] | None) -> list[str]:
 class _ScheduleHooks:
     """Hooks that add a schedule to the loops that train a model.
 
-    Args:
-        settings: Arguments of :func:`ovsprune.schedule`.
-        write: Function that writes a record for the parent process.
+    ``settings`` are arguments of :func:`ovsprune.schedule`; ``write`` writes a record for the
+    parent process.
     """
 
     def __init__(
@@ -110,19 +111,20 @@ class _ScheduleHooks:
         """
         layers, _ = find_pool(model, self.settings["target"], self.settings["pool"])
         names = {layer.name for layer in layers}
+        # followers are norms and biases that train with a layer
         if self.settings["rest"] != "keep":
             names |= {name for layer in layers for name in layer.followers}
         for name, parameter in model.named_parameters():
             if name in names:
                 parameter.requires_grad_(True)
 
-    def _wrapper(self, loop: Loop) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def _wrapper(self, loop: Loop) -> Wrap:
         """Return a function that wraps the method of a loop so that it adds the hook first."""
 
         def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(method)
             def add_hook_first(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-                if trainer not in self.hooked:
+                if trainer not in self.hooked:  # register_hooks is called several times
                     self.hooked.add(trainer)
                     loop.add_hook(trainer, self.make_plan)
                 return method(trainer, *args, **kwargs)
@@ -135,16 +137,8 @@ class _ScheduleHooks:
         """Make the plan of a training, and record it."""
         plan = schedule(model, total_steps=total_steps, **self.settings)
         say(f"schedule: {plan!r}")
-        self.write(
-            {
-                "schedule": {
-                    "policy": plan.name,
-                    "total_steps": total_steps,
-                    "trainable": list(plan.trainable),
-                    "frozen": list(plan.frozen),
-                }
-            }
-        )
+        names = {"trainable": list(plan.trainable), "frozen": list(plan.frozen)}
+        self.write({"schedule": {"policy": plan.name, "total_steps": total_steps, **names}})
         return plan
 
 
@@ -156,15 +150,13 @@ def _hooks(document: str) -> Sequence[Hook]:
     if settings["schedule"] is None:
         return session.hooks
     schedule_hooks = _ScheduleHooks(settings["schedule"], session.write)
-    session.after = schedule_hooks.enable_gradients
+    session.on_attached = schedule_hooks.enable_gradients
     return (*session.hooks, *schedule_hooks.hooks)
 
 
 def on_import(module: ModuleType, document: str) -> None:
-    """Wrap the functions of a module that was just imported.
+    """Wrap the functions of a watched module after its import.
 
-    Args:
-        module: A module that a pattern of :func:`watched` matches.
-        document: Settings from the parent process (JSON), passed in the environment.
+    ``document`` has the settings from the parent process (JSON), passed in the environment.
     """
     wrap_functions(_hooks(document), module)

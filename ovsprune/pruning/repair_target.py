@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from math import isqrt
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovsprune.backbones.built import dense_of
-from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress
@@ -22,10 +21,11 @@ from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.check import TOWER
 from ovsprune.slim.vit import resize_positions
 from ovsprune.targets.check import Weights
+from ovsprune.targets.layout import POSITIONS
 
-__all__ = ["TowerRepair", "repair_tower"]
+__all__ = ["TowerRepair"]
 
-_POSITIONS = "positional_embedding"
+_COUNTERS = "num_batches_tracked"  # some norms of frameworks lack it; no forward pass reads it
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TowerRepair:
     Attributes:
         calibration: Folder of unlabelled images, or the name of a synthetic kind.
         samples: Number of calibration images; None uses the default of :func:`ovsprune.prune`.
-        recovery: Name of the recovery method.
+        recovery: Name of the recovery method, as for :func:`ovsprune.prune`.
     """
 
     calibration: str
@@ -51,10 +51,13 @@ class TowerRepair:
     ) -> tuple[SlimCheckpoint, str]:
         """Return the checkpoint with the framework's repaired weights, and the extended reason.
 
+        Runs the pipeline of :func:`ovsprune.prune` on the framework's dense tower, with the mask of
+        the slim checkpoint as the plan.
+
         Args:
-            slim: The slim checkpoint.
+            slim: The slim checkpoint, for its mask.
             choice: Weights that would be used without a repair, and the reason.
-            state: The framework's dense tower, by canonical name.
+            state: The framework's dense tower, by canonical name and shape.
             progress: Progress reporter.
 
         Raises:
@@ -68,83 +71,43 @@ class TowerRepair:
                 f"be used ({choice[1]}), which are repaired already; leave out calibration, or set "
                 "weights to 'target'"
             )
-        repaired, fidelity = repair_tower(
-            slim,
-            state,
+        # the base's architecture, filled with the framework's weights
+        backbone = dense_of(slim.path, slim.spec, {})
+        _load_tower(backbone.tower, state)
+        # the ratio describes the mask; nothing is selected by it
+        config = PruneConfig(
+            ratio=1 - slim.spec.slim.macs / slim.spec.dense.macs,
             calibration=self.calibration,
             samples=self.samples,
             recovery=self.recovery,
-            progress=progress,
         )
-        return repaired, (
+        config.check()
+        result = Pipeline(backbone, config, progress, Clock(), _MaskSelector(slim.mask)).run()
+        tensors = {f"{TOWER}{name}": value for name, value in result.tower.state_dict().items()}
+        return replace(slim, tensors={**slim.text(), **tensors}), (
             f"{choice[1]}; repaired by {self.recovery} on images of {self.calibration}: relative "
-            f"error {fidelity.relative_error:.3f} on held-out images"
+            f"error {result.fidelity.relative_error:.3f} on held-out images"
         )
 
 
-def repair_tower(
-    checkpoint: SlimCheckpoint,
-    state: Mapping[str, Tensor],
-    *,
-    calibration: str,
-    samples: int | None,
-    recovery: str,
-    progress: Progress,
-) -> tuple[SlimCheckpoint, Fidelity]:
-    """Cut the framework's own tower by the mask of ``checkpoint``, and repair it.
-
-    Runs the pipeline of :func:`ovsprune.prune` on the framework's dense tower, with the mask as
-    the plan.
-
-    Args:
-        checkpoint: Slim checkpoint, for its mask.
-        state: The framework's dense tower, by canonical name and shape.
-        calibration: Folder of unlabelled images, or the name of a synthetic kind.
-        samples: Number of calibration images; None uses the default of :func:`ovsprune.prune`.
-        recovery: Name of the recovery method, as for :func:`ovsprune.prune`.
-        progress: Progress reporter.
-
-    Returns:
-        The checkpoint with the repaired weights, and the fidelity of its features to those of the
-        framework's dense tower on images that the repair did not use.
-
-    Raises:
-        TargetError: The framework does not have the complete tower.
-        OptionError: A value is out of its range.
-        DataError: The images cannot be used.
-    """
-    spec = checkpoint.spec
-    backbone = dense_of(checkpoint.path, spec, {})
-    wanted = backbone.tower.state_dict()
-    missing = sorted(
-        name for name in wanted.keys() - state.keys() if not name.endswith("num_batches_tracked")
-    )
+def _load_tower(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the framework's dense tower, in float32; raise TargetError if it is incomplete."""
+    base = tower.state_dict()
+    missing = [name for name in base if name not in state and not name.endswith(_COUNTERS)]
     if missing:
         raise TargetError(
-            f"the framework's tower has no {', '.join(missing[:3])}"
+            f"the framework's tower has no {', '.join(sorted(missing)[:3])}"
             f"{', ...' if len(missing) > 3 else ''}, so it cannot be run alone for the repair; "
             "leave out calibration"
         )
     dense = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
-    if _POSITIONS in dense:
-        dense[_POSITIONS] = _native(dense[_POSITIONS], wanted[_POSITIONS])
-    backbone.tower.load_state_dict({**wanted, **dense})
-    config = PruneConfig(
-        ratio=1 - spec.slim.macs / spec.dense.macs,
-        calibration=calibration,
-        samples=samples,
-        recovery=recovery,
-    )
-    config.check()
-
-    selector = _MaskSelector(checkpoint.mask)
-    result = Pipeline(backbone, config, progress, Clock(), selector).run()
-    tensors = {f"{TOWER}{name}": value for name, value in result.tower.state_dict().items()}
-    return replace(checkpoint, tensors={**checkpoint.text(), **tensors}), result.fidelity
+    if POSITIONS in dense:
+        dense[POSITIONS] = _native(dense[POSITIONS], base[POSITIONS])
+    tower.load_state_dict({**base, **dense})
 
 
 class _MaskSelector:
-    """Selects the units that a mask keeps; groups that it does not name keep all units."""
+    """Selector of the units that a mask keeps; groups that it does not name keep all units."""
 
     def __init__(self, mask: Mapping[str, Tensor]) -> None:
         self.mask = mask
@@ -154,20 +117,12 @@ class _MaskSelector:
         return Selection(Plan(kept))
 
 
-def _native(positions: Tensor, wanted: Tensor) -> Tensor:
-    """Resize the positions of a framework to the grid of the base model.
-
-    Args:
-        positions: Positions of the framework [1 + h * w, E].
-        wanted: Positions of the base model [1 + H * W, E].
-
-    Raises:
-        TargetError: A grid is not square.
-    """
-    if positions.shape == wanted.shape:
+def _native(positions: Tensor, base: Tensor) -> Tensor:
+    """Resize the framework's positions [1 + h * h, E] to the base's grid [1 + H * H, E]."""
+    if positions.shape == base.shape:
         return positions
-    sides = [isqrt(len(rows) - 1) for rows in (positions, wanted)]
-    if any(side**2 != len(rows) - 1 for side, rows in zip(sides, (positions, wanted), strict=True)):
+    sides = [isqrt(len(rows) - 1) for rows in (positions, base)]
+    if any(side**2 != len(rows) - 1 for side, rows in zip(sides, (positions, base), strict=True)):
         raise TargetError(
             f"the framework has {len(positions)} positions, expected a square number plus one; "
             "leave out calibration"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from ovsprune.targets.check import Weights
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut, cuts_of, slim_copy
 
-__all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower", "count_parameters"]
+__all__ = ["Attached", "DenseGuard", "add_guard", "attach_cuts", "attach_tower"]
 
 
 @dataclass(eq=False)
 class Attached:
-    """Report of an attached slim tower. ``detach`` undoes it; so does leaving a ``with`` block.
+    """Report of an attached slim tower. ``detach`` undoes it; so does the end of a ``with`` block.
 
     Attributes:
         target: Name of the target.
@@ -71,24 +71,9 @@ class Attached:
 
     def record(self) -> dict[str, Any]:
         """Return the report as JSON data, with the keys of ``ovsprune transfer --json``."""
-        return {
-            "target": self.target,
-            "slim": str(self.slim),
-            "weights": self.weights,
-            "reason": self.reason,
-            "replaced": dict(self.replaced),
-            "kept": dict(self.kept),
-            "dropped": {},
-            "protected": dict(self.protected),
-            "params_before": self.params_before,
-            "params_after": self.params_after,
-            "macs_before": self.macs_before,
-            "macs_after": self.macs_after,
-            "counted_on": self.counted_on,
-            "trainable": list(self.trainable),
-            "notes": list(self.notes),
-            "output": None,
-        }
+        public = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("_")}
+        lists = {"trainable": list(self.trainable), "notes": list(self.notes)}
+        return {**public, **lists, "slim": str(self.slim), "dropped": {}, "output": None}
 
     def __str__(self) -> str:
         """Format the report: costs of the full model, then replaced and protected parts."""
@@ -150,12 +135,12 @@ class DenseGuard:
         if not self.tower & set(loaded):
             return  # a checkpoint without a tower, for example of an adapter, may be loaded
         for name, shape in self.shapes.items():
-            given = tuple(loaded[name].shape) if name in loaded else None
-            if given != shape:
+            actual = tuple(loaded[name].shape) if name in loaded else None
+            if actual != shape:
                 problem = (
                     "is missing (detectron2 drops tensors with another shape)"
-                    if given is None
-                    else f"has shape {given}"
+                    if actual is None
+                    else f"has shape {actual}"
                 )
                 raise TargetError(
                     f"this checkpoint is not of the slim model: {prefix}{name} {problem}, expected "
@@ -173,7 +158,7 @@ def attach_tower(
     target: str,
     protected: Mapping[str, str],
     trainable: tuple[str, ...],
-    compat_fixes: Sequence[Swap] = (),
+    compat_fixes: Sequence[Swap],
 ) -> Attached:
     """Replace the tower of ``model`` by the slim one. The caller has checked that it fits.
 
@@ -183,24 +168,21 @@ def attach_tower(
         layout: Names of the tower's tensors in the framework.
         choice: ``"slim"`` loads the checkpoint's tensors, ``"target"`` cuts the model's own; and
             the reason, for the report.
-        target: Name of the target, for the report.
-        protected: Parts that the framework needs unchanged, for the report.
-        trainable: Parameters that a schedule may change, for the report.
+        target: Name of the target; like ``protected`` and ``trainable``, for the report.
+        protected: Parts that the framework needs unchanged.
+        trainable: Patterns of parameters that a schedule may change.
         compat_fixes: Further replacements that the model needs, made in the same step.
-
-    Raises:
-        TargetError: A module cannot be cut; nothing was changed.
     """
-    before, names = count_parameters(model), model.state_dict().keys()
+    before, names = _count_parameters(model), model.state_dict().keys()
     cuts = cuts_of(checkpoint, layout)
-    replacements = _slim_copies(model, cuts)
+    replacements = _slim_copies(model, cuts)  # the model changes at commit, all at once
     replaced = {cut.path: str(cut) for cut in cuts}
     kept: dict[str, str] = {}
     for canonical, tensor in checkpoint.tower().items():
         for name, value in layout.to_framework(canonical, tensor).items():
             if name not in names:  # num_batches_tracked, which some norms lack
                 continue
-            of_copy = replacements.is_new(name)
+            of_copy = replacements.is_new(name)  # of a slim copy, which is reported as a module
             if canonical in layout.stays:
                 kept[name] = layout.stays[canonical]
             elif choice[0] == "target":
@@ -222,30 +204,27 @@ def attach_tower(
             reason=choice[1],
             replaced=replaced,
             kept=kept,
-            protected=protected,
+            protected=dict(protected),
             params_before=before,
-            params_after=count_parameters(model),
+            params_after=_count_parameters(model),
             trainable=trainable,
             _applied=applied,
             _guard=add_guard(model, target, layout, cuts),
         )
 
 
-def count_parameters(model: nn.Module) -> int:
+def _count_parameters(model: nn.Module) -> int:
     """Count the elements of the parameters of ``model``; shared parameters count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def attach_cuts(model: nn.Module, cuts: tuple[Cut, ...]) -> Applied:
-    """Replace modules by slim copies. All copies are created before the first replacement.
-
-    Raises:
-        TargetError: A module cannot be cut; nothing was changed.
-    """
+    """Replace modules by slim copies. All copies are created before the first replacement."""
     return _slim_copies(model, cuts).commit()
 
 
 def _slim_copies(model: nn.Module, cuts: tuple[Cut, ...]) -> Replacements:
+    """Create the slim copies of the cut modules; ``model`` is not changed yet."""
     replacements = Replacements(model)
     for cut in cuts:
         dense = model.get_submodule(cut.path)

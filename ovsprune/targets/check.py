@@ -1,4 +1,8 @@
-"""Checks that a slim checkpoint fits a framework. They run before anything is changed."""
+"""Checks that a slim checkpoint fits a framework, before anything is changed.
+
+A check that fails raises TargetError with the reason. ``layout`` maps the names of the tower's
+tensors; ``subject`` describes the model or checkpoint in messages.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +34,7 @@ _COUNTERS = "num_batches_tracked"  # only some norms have it, and no forward pas
 
 
 def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
-    """Refuse a checkpoint whose base had random weights.
-
-    Raises:
-        TargetError: The base is untrained, and ``force`` is false.
-    """
+    """Refuse a checkpoint whose base had random weights, unless ``force`` is true."""
     if not checkpoint.spec.base.trained and not force:
         raise TargetError(
             f"{checkpoint.path} was pruned from {checkpoint.spec.base.model} with random weights "
@@ -44,32 +44,25 @@ def check_trained(checkpoint: SlimCheckpoint, force: bool) -> None:
 
 
 def check_fits(
-    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, given: str
+    state: Mapping[str, Tensor], checkpoint: SlimCheckpoint, layout: Layout, subject: str
 ) -> None:
-    """Compare the dense shapes of the slim tower's base with the framework's tower.
+    """Compare the shapes of the base's tower with ``state``, by canonical name and shape.
 
-    Args:
-        state: The framework's tower by canonical name and shape.
-        checkpoint: The slim checkpoint.
-        layout: Names of the tower's tensors in the framework.
-        given: Description of the model or checkpoint for messages.
-
-    Raises:
-        TargetError: A tensor is missing, is slim already, or has another shape.
+    Missing tensors, other shapes and slim shapes are refused.
     """
     base = checkpoint.spec.base.model
-    wanted = {n: s for n, s in dense_shapes(checkpoint).items() if layout.absent_reason(n) is None}
+    expected = {n: s for n, s in dense_shapes(checkpoint).items() if not layout.absent_reason(n)}
     slim = {name: tuple(tensor.shape) for name, tensor in checkpoint.tower().items()}
-    missing = sorted(name for name in set(wanted) - set(state) if not name.endswith(_COUNTERS))
-    extra = sorted(name for name in set(state) - set(wanted) if not name.endswith(_COUNTERS))
+    missing = sorted(n for n in expected.keys() - state.keys() if not n.endswith(_COUNTERS))
+    extra = sorted(n for n in state.keys() - expected.keys() if not n.endswith(_COUNTERS))
     if missing or extra:
         side, names = ("lacks", missing) if missing else ("also has", extra)
         raise TargetError(
-            f"{given} is not built on {base}: it {side} {', '.join(names[:4])}"
+            f"{subject} is not built on {base}: it {side} {', '.join(names[:4])}"
             f"{', ...' if len(names) > 4 else ''}; build the framework with the CLIP that was "
             "pruned, or prune the CLIP that the framework uses"
         )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if name not in state:
             continue
         actual = tuple(state[name].shape)
@@ -79,25 +72,21 @@ def check_fits(
         if actual == shape:
             continue
         if actual == slim[name]:
-            raise TargetError(f"{given} is slim already ({name} is {actual}); give the dense one")
+            raise TargetError(f"{subject} is slim already ({name} is {actual}); give the dense one")
         if name == POSITIONS and actual[1:] == shape[1:]:
             raise TargetError(
-                f"{given} has {actual[0] - 1} patch positions, the base of {checkpoint.path} has "
+                f"{subject} has {actual[0] - 1} patch positions, the base of {checkpoint.path} has "
                 f"{shape[0] - 1}: it was built for another resolution; prune a CLIP of that "
                 "resolution"
             )
         raise TargetError(
-            f"{given} is not built on {base}: its {name} has shape {actual}, expected {shape}; "
+            f"{subject} is not built on {base}: its {name} has shape {actual}, expected {shape}; "
             "build the framework with the CLIP that was pruned, or prune the CLIP that it uses"
         )
 
 
 def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:
-    """Compare the number of heads of the attention modules that will be replaced.
-
-    Raises:
-        TargetError: A module is slim already or has another number of heads.
-    """
+    """Compare the number of heads of the attention modules that will be replaced."""
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
         if not layer.is_whole_attention or path is None or layer.kept == layer.units:
@@ -114,36 +103,28 @@ def check_heads(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) ->
 
 
 def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[str, ...]) -> None:
-    """Compare the framework's activation function with the one that was pruned, by its values.
+    """Compare the activation modules at ``paths`` with the pruned tower's function, by values.
 
     Frameworks define their own activation classes, so the class name is not sufficient.
-
-    Args:
-        model: The framework's model.
-        checkpoint: The slim checkpoint.
-        paths: Paths of activation modules in the framework, one for each stack.
-
-    Raises:
-        TargetError: The framework uses another function.
     """
-    probe = torch.linspace(-4, 4, 97)
-    known = {
+    probe = torch.linspace(-4, 4, 97)  # where the functions differ by more than the tolerance
+    functions = {
         "quick_gelu": probe * torch.sigmoid(1.702 * probe),
         "gelu": functional.gelu(probe),
         "gelu_tanh": functional.gelu(probe, approximate="tanh"),
         "relu": functional.relu(probe),
     }
-    wanted = checkpoint.spec.activation
+    expected = checkpoint.spec.activation
     for path in paths:
         with torch.no_grad():
             output = model.get_submodule(path)(probe.clone())
-        if wanted in known and torch.allclose(output, known[wanted], atol=1e-6):
+        equal = [k for k, v in functions.items() if torch.allclose(output, v, atol=1e-6)]
+        if expected in equal:
             continue
-        equal = (k for k, v in known.items() if torch.allclose(output, v, atol=1e-6))
-        name = next(equal, "another function")
+        name = equal[0] if equal else "another function"
         raise TargetError(
-            f"{path} is {name}, but {checkpoint.path} was pruned with {wanted}; build the "
-            f"framework with {wanted} (OpenAI's CLIP weights are quick_gelu), or prune with "
+            f"{path} is {name}, but {checkpoint.path} was pruned with {expected}; build the "
+            f"framework with {expected} (OpenAI's CLIP weights are quick_gelu), or prune with "
             f"--activation {name}"
         )
 
@@ -153,7 +134,7 @@ def choose_weights(
     state: Mapping[str, Tensor] | None,
     checkpoint: SlimCheckpoint,
     layout: Layout,
-    mask_only: str = "",
+    mask_only: str,
 ) -> tuple[Weights, str]:
     """Choose the weights of the slim tower; return them with the reason.
 
@@ -166,7 +147,7 @@ def choose_weights(
         weights: ``"slim"``, ``"target"`` or ``"auto"``.
         state: The framework's tower by canonical name; None without a checkpoint of the framework.
         checkpoint: The slim checkpoint.
-        layout: Names of the tower's tensors in the framework.
+        layout: Names of the tower's tensors.
         mask_only: Reason why the framework can use the mask only; empty if it can use the weights.
 
     Raises:
@@ -176,7 +157,7 @@ def choose_weights(
     """
     if weights not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
-    if mask_only and weights == "slim":
+    if mask_only and weights == "slim":  # such a tower computes another function than CLIP's
         raise TargetError(
             f"only the mask can be used: {mask_only}; have the framework's own weights cut "
             "(--weights target, or auto)"
@@ -193,15 +174,13 @@ def choose_weights(
         return ("slim" if weights == "slim" else "target"), "as requested"
     if mask_only:
         return "target", f"only the mask can be used: {mask_only}"
-    compared = match(state, checkpoint.spec.base)
+    # by hashes in the spec, so the base model itself is not needed
     compared = {
-        name: verdict
-        for name, verdict in compared.items()
+        name: verdict in ("equal", "equal-after-half")
+        for name, verdict in match(state, checkpoint.spec.base).items()
         if name not in layout.stays and layout.absent_reason(name) is None
     }
-    different = sorted(
-        name for name, verdict in compared.items() if verdict not in ("equal", "equal-after-half")
-    )
+    different = sorted(name for name, equal in compared.items() if not equal)
     if not different:
         return "slim", f"all {len(compared)} tensors of the framework's tower equal the base's"
     return "target", (

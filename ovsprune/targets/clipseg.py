@@ -46,13 +46,6 @@ _KEY_MAP = KeyMap(
     ),
 )
 
-_PROTECTS = {
-    "residual width": "the decoder's reduces read it after three blocks (extract_layers)",
-    "depth": "extract_layers counts blocks",
-    "projection": "the decoder is conditioned on text embeddings of the dense width",
-    POSITIONS: "the model interpolates them from the grid that it was built with",
-}
-
 _SCRIPT = """\
 # where the model is created; config.json was copied if the dense checkpoint had one
 from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
@@ -70,10 +63,8 @@ model.eval()
 
 def _inputs(model: Any) -> Mapping[str, Any]:
     """Return one image of the native size and one text of the maximum length."""
-    side, length = (
-        model.config.vision_config.image_size,
-        model.config.text_config.max_position_embeddings,
-    )
+    side = model.config.vision_config.image_size
+    length = model.config.text_config.max_position_embeddings
     return {
         "pixel_values": torch.zeros(1, 3, side, side),
         "input_ids": torch.zeros(1, length, dtype=torch.int64),
@@ -90,13 +81,14 @@ def _check_head_count(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layo
     cuts = cuts_of(checkpoint, layout)
     for layer in checkpoint.spec.layers:
         path = layout.name(layer.name)
-        own_cuts = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
-        if not layer.is_whole_attention or path is None or not own_cuts:
+        # each cut is a linear layer of the attention
+        layer_cuts = [cut for cut in cuts if cut.path.startswith(f"{path}.")]
+        if not layer.is_whole_attention or path is None or not layer_cuts:
             continue
         attention = model.get_submodule(path)
         trial = copy.copy(attention)
         trial._modules = dict(attention._modules)  # the model itself is not touched
-        for cut in own_cuts:
+        for cut in layer_cuts:
             leaf = cut.path.removeprefix(f"{path}.")
             trial._modules[leaf] = slim_copy(model.get_submodule(cut.path), cut)
         weight = attention.get_parameter("out_proj.weight")
@@ -119,7 +111,12 @@ def clipseg() -> TableTarget:
         framework="transformers' CLIPSegForImageSegmentation (transformers 5.6 or later)",
         key_map=_KEY_MAP,
         takes=("vit",),
-        protects=_PROTECTS,
+        protects={
+            "residual width": "the decoder's reduces read it after three blocks (extract_layers)",
+            "depth": "extract_layers counts blocks",
+            "projection": "the decoder is conditioned on text embeddings of the dense width",
+            POSITIONS: "the model interpolates them from the grid that it was built with",
+        },
         trainable=("decoder.*", f"{_VISION}.*", "clip.visual_projection.weight"),
         script=_SCRIPT,
         checks=(_check_head_count,),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -47,7 +47,7 @@ class Converted:
     weights: Weights
     reason: str
     complete: bool
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...] = ()
 
 
 def convert_state(
@@ -55,28 +55,34 @@ def convert_state(
     checkpoint: SlimCheckpoint,
     layout: Layout,
     choice: tuple[Weights, str],
-    obsolete_keys: Mapping[str, str] | None = None,
+    obsolete_keys: Mapping[str, str],
 ) -> Converted:
     """Return the framework's state with the slim tower in it. The caller has checked that it fits.
 
-    Args:
-        state: The framework's dense state, or None to write the slim checkpoint's CLIP alone.
-        checkpoint: The slim checkpoint.
-        layout: Names of the tower's tensors in the framework.
-        choice: ``"slim"`` or ``"target"``, and the reason.
-        obsolete_keys: Pattern (``fnmatch``) of keys that only older versions of the framework
-            saved, to the reason why they are dropped.
+    ``state`` is None to write the slim checkpoint's CLIP alone; ``choice`` is ``"slim"`` or
+    ``"target"``, and the reason.
     """
     cuts = cuts_of(checkpoint, layout)
+    empty = Converted(
+        state={},
+        depth=layout.depth or 0,
+        cuts=cuts,
+        replaced={},
+        kept={},
+        dropped={},
+        weights=choice[0],
+        reason=choice[1],
+        complete=state is not None,
+    )
     if state is None:
-        return _clip_alone(checkpoint, layout, choice, cuts)
+        return _clip_alone(checkpoint, layout, empty)
     if choice[0] == "target":
         tower = cut_state(layout.tower_state(state), checkpoint.spec, checkpoint.mask)
         source, unchanged = "the framework's own weights, cut by the mask", "the framework's own"
     else:
         tower = checkpoint.tower()
         source, unchanged = "the slim tower", "equal to the slim tower's"
-    values = {
+    values = {  # by the framework's names and shapes
         name: value
         for canonical, tensor in tower.items()
         if canonical not in layout.stays
@@ -85,38 +91,22 @@ def convert_state(
     result: dict[str, Tensor] = {}
     replaced, kept, dropped = {}, {}, _unused(checkpoint, layout, choice[0])
     for name, old in state.items():
-        patterns = (obsolete_keys or {}).items()
-        obsolete = next((reason for key, reason in patterns if fnmatchcase(name, key)), None)
-        if obsolete is not None:
-            dropped[name] = obsolete
+        obsolete = [why for key, why in obsolete_keys.items() if fnmatchcase(name, key)]
+        if obsolete:
+            dropped[name] = obsolete[0]
             continue
-        new = values.get(name, old).to(old.dtype)
+        new = values.get(name, old).to(old.dtype)  # the framework may save float16
         same = new.shape == old.shape and torch.equal(new, old)
         result[name] = old if same else new.contiguous()
         if not same:
             replaced[name] = f"{source}, {_cut_of(name, cuts)}"
         else:
             kept[name] = _kept_because(name, layout, unchanged if name in values else "")
-    return Converted(
-        state=result,
-        depth=layout.depth or 0,
-        cuts=cuts,
-        replaced=replaced,
-        kept=kept,
-        dropped=dropped,
-        weights=choice[0],
-        reason=choice[1],
-        complete=True,
-    )
+    return replace(empty, state=result, replaced=replaced, kept=kept, dropped=dropped)
 
 
-def _clip_alone(
-    checkpoint: SlimCheckpoint,
-    layout: Layout,
-    choice: tuple[Weights, str],
-    cuts: tuple[Cut, ...],
-) -> Converted:
-    """Return the state of CLIP alone, with the framework's names."""
+def _clip_alone(checkpoint: SlimCheckpoint, layout: Layout, empty: Converted) -> Converted:
+    """Return the conversion ``empty`` with the state of CLIP alone, by the framework's names."""
     result, replaced, dropped = {}, {}, {}
     for canonical, tensor in checkpoint.tower().items():
         values = layout.to_framework(canonical, tensor)
@@ -127,7 +117,7 @@ def _clip_alone(
             )
         for name, value in values.items():
             result[name] = value.contiguous()
-            replaced[name] = f"the slim tower, {_cut_of(name, cuts)}"
+            replaced[name] = f"the slim tower, {_cut_of(name, empty.cuts)}"
     for canonical, tensor in checkpoint.text().items():
         values = {} if layout.text is None else layout.text.to_framework(canonical, tensor)
         if not values:
@@ -136,18 +126,7 @@ def _clip_alone(
             result[name] = value.contiguous()
             replaced[name] = "the slim checkpoint's text tower, not pruned"
     notes = ("only CLIP was written; the framework initialises the parts that it adds",)
-    return Converted(
-        state=result,
-        depth=layout.depth or 0,
-        cuts=cuts,
-        replaced=replaced,
-        kept={},
-        dropped=dropped,
-        weights=choice[0],
-        reason=choice[1],
-        complete=False,
-        notes=notes,
-    )
+    return replace(empty, state=result, replaced=replaced, dropped=dropped, notes=notes)
 
 
 def _kept_because(name: str, layout: Layout, unchanged: str) -> str:
@@ -162,10 +141,8 @@ def _kept_because(name: str, layout: Layout, unchanged: str) -> str:
 
 
 def _cut_of(name: str, cuts: tuple[Cut, ...]) -> str:
-    for cut in cuts:
-        if cut.owns(name):
-            return str(cut)
-    return "not cut"
+    """Describe the cut of the tensor ``name`` for the report."""
+    return next((str(cut) for cut in cuts if cut.owns(name)), "not cut")
 
 
 def _unused(checkpoint: SlimCheckpoint, layout: Layout, weights: Weights) -> dict[str, str]:

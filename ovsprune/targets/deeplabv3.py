@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import under
 
-_STAGES = tuple(f"layer{i}" for i in range(1, 5))
 _STEM = "torchvision's stem is one convolution and a max pool, CLIP's has three convolutions"
 
 _KEY_MAP = KeyMap(
     framework="torchvision's DeepLabV3 on a ResNet of bottlenecks",
-    stem={stage: f"backbone.{stage}" for stage in _STAGES},
+    stem=under("backbone", (f"layer{i}" for i in range(1, 5))),
     marks=("classifier.0.convs", "classifier.0.project"),
     absent={
         **{f"{part}{i}": _STEM for part in ("conv", "bn") for i in (1, 2, 3)},
@@ -44,11 +41,6 @@ ovsprune.targets.load_into(model, {output!r})  # replaces modules, loads every t
 """
 
 
-def _inputs(model: Any) -> Mapping[str, Any]:
-    """Return one image of the size at which torchvision evaluates its weights."""
-    return {"x": torch.zeros(1, 3, 520, 520)}
-
-
 @TARGETS.register("deeplabv3")
 def deeplabv3() -> TableTarget:
     """Target for DeepLabV3 of torchvision; live models and checkpoints."""
@@ -64,5 +56,6 @@ def deeplabv3() -> TableTarget:
         },
         trainable=("backbone.layer*", "classifier.*", "aux_classifier.*"),
         script=_SCRIPT,
-        inputs=_inputs,
+        # the size at which torchvision evaluates its weights
+        inputs=lambda model: {"x": torch.zeros(1, 3, 520, 520)},
     )

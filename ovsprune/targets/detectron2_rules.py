@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["image_inputs", "script_for", "sized_image_inputs"]
+__all__ = ["image_inputs", "script_for"]
 
-_SIDE = 512
 _SCRIPT = """\
 # train_net.py of {framework}
 import ovsprune.targets  # pip install --no-deps ovsprune
@@ -28,23 +27,16 @@ _ENDING = """\
 """
 
 
-def sized_image_inputs(height: int, width: int) -> Mapping[str, Any]:
-    """Return the arguments of a forward pass over one image of ``height`` x ``width`` pixels."""
+def image_inputs(model: Any, size: tuple[int, int] = (512, 512)) -> Mapping[str, Any]:
+    """Return the arguments of a forward pass over one image of ``size`` (height, width)."""
+    height, width = size
     image = {"image": torch.zeros(3, height, width), "height": height, "width": width}
     return {"batched_inputs": [image]}
-
-
-def image_inputs(model: Any) -> Mapping[str, Any]:
-    """Return the arguments of a forward pass over one image of 512 x 512 pixels."""
-    return sized_image_inputs(_SIDE, _SIDE)
 
 
 def script_for(framework: str, *, prelude: str = "", ending: str = _ENDING) -> str:
     """Return the lines for a training script, with ``{output!r}`` in place of the directory.
 
-    Args:
-        framework: Name of the framework, for the first line.
-        prelude: Lines after the import.
-        ending: Comment on checkpoints after the class.
+    ``prelude`` follows the import; ``ending`` is a comment on checkpoints after the class.
     """
     return _SCRIPT.format(framework=framework, prelude=prelude and f"\n{prelude}", ending=ending)

@@ -37,8 +37,8 @@ class _EncodeText:
     """Replacement of FC-CLIP's ``encode_text`` that calls the one of open_clip.
 
     FC-CLIP's version passes [L, N, E] to the text transformer; open_clip expects [N, L, E] after
-    2.24. This is an object rather than a function, so that a copied or pickled model refers to its
-    own backbone.
+    2.24. An object and not a function, so that a copied or pickled model refers to its own
+    backbone.
     """
 
     backbone: Any
@@ -58,6 +58,7 @@ def _fix_encode_text(model: Any) -> Sequence[Swap]:
 
 def _prepare(model: Any) -> None:
     """Set text embeddings: FC-CLIP encodes class names once, so their cost is not per image."""
+    # one row for each template of each class
     size = sum(model.test_num_templates), model.backbone.dim_latent
     model.test_text_classifier = torch.ones(size, device=model.device)
 

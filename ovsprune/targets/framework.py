@@ -1,17 +1,14 @@
-"""Target that is described by a table.
-
-The file of such a target maps names (:class:`~ovsprune.targets.key_map.KeyMap`) and contains the
-lines for a training script. Checks, attaching, detaching and conversion are the same for all.
-"""
+"""Target that is described by a table; checks and changes of a model are the same for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.attach import Applied, Swap, exchange
 from ovsprune.targets.attached import Attached, attach_tower
@@ -25,7 +22,7 @@ from ovsprune.targets.check import (
 )
 from ovsprune.targets.convert import Converted, convert_state
 from ovsprune.targets.hooks import Hook, install
-from ovsprune.targets.key_map import KeyMap, depth_of, kind_of, select_key_map
+from ovsprune.targets.key_map import KeyMap, depth_of, kind_of
 from ovsprune.targets.layout import Layout
 from ovsprune.targets.tower_grad import enable_tower_grad
 
@@ -42,17 +39,14 @@ The list is empty if the model needs none. The function itself changes nothing."
 
 @dataclass(frozen=True)
 class TableTarget:
-    """Target that is described by a table; implements :class:`~ovsprune.targets.Target`.
+    """Implementation of :class:`~ovsprune.targets.Target` by a table.
+
+    The attributes ``framework``, ``takes``, ``protects``, ``trainable``, ``files``, ``hooks`` and
+    ``fallback`` are those of the protocol.
 
     Attributes:
         name: Name of the target.
-        framework: Name of the framework, with its version or commit.
         key_map: Paths of the tower's parts in the framework.
-        takes: Kinds of slim towers that are accepted, of
-            :data:`~ovsprune.targets.key_map.KINDS`.
-        protects: Canonical name (or description of a part) to the reason why the framework needs
-            it unchanged.
-        trainable: ``fnmatch`` patterns of the parameters that a schedule may change.
         script: Lines for the training script, with ``{output!r}`` in place of the directory.
         checks: Additional requirements of a live model.
         variants: Key maps of variants of the framework that keep the tower elsewhere. The first
@@ -62,13 +56,10 @@ class TableTarget:
         inputs: Function from a model to the arguments of one forward pass over one image, by name.
         prepares: Function that prepares a copy of the model, in place, before its costs are
             counted.
-        files: Names of files that accompany the framework's checkpoint.
         obsolete_keys: Pattern of keys that older versions saved, to the reason why they are
             dropped.
-        hooks: Functions of the framework that are wrapped so that it runs, by import path.
         no_grad_methods: Dotted paths of the methods in which the framework runs its tower without
             gradients.
-        fallback: True if the target is used only for models that no other target recognises.
     """
 
     name: str
@@ -94,16 +85,23 @@ class TableTarget:
         names = list(model.state_dict())
         return any(not key_map.missing(names) for key_map in (self.key_map, *self.variants))
 
-    def _key_map(self, names: Mapping[str, object] | None, given: str) -> KeyMap:
-        """Return the key map that matches ``names``; raise TargetError if none does."""
-        if names is None:
-            return self.key_map
-        return select_key_map((self.key_map, *self.variants), names, given)
+    def _select(self, names: Iterable[str], subject: str) -> KeyMap:
+        """Return the first key map that ``names`` match; ``subject`` describes the model."""
+        names, key_maps = list(names), (self.key_map, *self.variants)
+        for key_map in key_maps:
+            if not key_map.missing(names):
+                return key_map
+        raise TargetError(
+            f"{subject} is not {self.key_map.framework}: expected "
+            f"{'; or '.join(key_map.expected() for key_map in key_maps)}. "
+            "Pass the framework's model (unwrapped: model.module), or another --target "
+            "(`ovsprune targets` lists them)"
+        )
 
     def towers(self, model: nn.Module) -> dict[str, str]:
-        """Return the path of each part of the tower; raise TargetError for another framework."""
+        """Return the path of each stack, or of each part of a tower without stacks."""
         names = model.state_dict()
-        key_map = self._key_map(names, type(model).__name__)
+        key_map = self._select(names, type(model).__name__)
         stacks, first = {}, 0
         for stack, count in zip(key_map.stacks, key_map.depths(names), strict=True):
             stacks[f"blocks {first}-{first + count - 1}"] = stack.path
@@ -111,15 +109,16 @@ class TableTarget:
         return stacks or {part or "tower": str(path) for part, path in key_map.stem.items()}
 
     def tower_names(self, model: nn.Module) -> frozenset[str]:
-        """Return the names of the tower's tensors; raise TargetError for another framework."""
+        """Return the names of the tower's tensors."""
         names = model.state_dict()
-        key_map = self._key_map(names, type(model).__name__)
+        key_map = self._select(names, type(model).__name__)
         layout = key_map.layout(names, sum(key_map.depths(names)))
         return frozenset(name for name in names if layout.canonical(name) is not None)
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Return the names in both directions; without ``names``, those of the default key map."""
-        return self._key_map(names, "the checkpoint").layout(names, depth)
+        key_map = self.key_map if names is None else self._select(names, "the checkpoint")
+        return key_map.layout(names, depth)
 
     def example(self, model: nn.Module) -> Mapping[str, Any] | None:
         """Return the arguments of one forward pass over one image; None if they are unknown."""
@@ -148,10 +147,11 @@ class TableTarget:
         force: bool = False,
     ) -> tuple[Weights, str]:
         """Check that ``model`` can take the slim tower; return the weights it gets, and why."""
+        # cheap checks of the checkpoint first, then names, shapes and the activation
         check_trained(checkpoint, force)
         kind_of(checkpoint, self.takes, self.key_map.framework)
         names = model.state_dict()
-        key_map = self._key_map(names, type(model).__name__)
+        key_map = self._select(names, type(model).__name__)
         layout = key_map.layout(names, depth_of(checkpoint))
         check_heads(model, checkpoint, layout)
         state = layout.tower_state(names)
@@ -161,16 +161,9 @@ class TableTarget:
             check(model, checkpoint, layout)
         return choose_weights(weights, state, checkpoint, layout, key_map.mask_only)
 
-    def attach(
-        self,
-        model: nn.Module,
-        checkpoint: SlimCheckpoint,
-        *,
-        weights: str = "auto",
-        force: bool = False,
-    ) -> Attached:
-        """Replace the tower of ``model`` by the slim one, in place."""
-        choice = self.check(model, checkpoint, weights=weights, force=force)
+    def attach(self, model: nn.Module, checkpoint: SlimCheckpoint, **options: Any) -> Attached:
+        """Replace the tower of ``model`` by the slim one; ``options`` are those of ``check``."""
+        choice = self.check(model, checkpoint, **options)  # nothing is changed before it passes
         install(self.hooks)
         compat_fixes = [swap for fix in self.compat_fixes for swap in fix(model)]
         attached = attach_tower(
@@ -197,7 +190,7 @@ class TableTarget:
         """Return the framework's state dict with the slim tower in it."""
         check_trained(checkpoint, force)
         kind_of(checkpoint, self.takes, self.key_map.framework)
-        key_map = self._key_map(state, "the checkpoint")
+        key_map = self.key_map if state is None else self._select(state, "the checkpoint")
         layout = key_map.layout(state, depth_of(checkpoint))
         tower = None if state is None else layout.tower_state(state)
         if tower is not None:

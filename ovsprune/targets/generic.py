@@ -1,8 +1,6 @@
 """Target for any model that contains a CLIP image tower, which is found by its structure.
 
 The tower may be at any path and has the names of open_clip and OpenAI, or those of transformers.
-The notes of the report list what cannot be verified from outside, for example other code that reads
-inside the tower.
 """
 
 from __future__ import annotations
@@ -23,9 +21,16 @@ from ovsprune.targets.convert import Converted
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.hooks import Hook
 from ovsprune.targets.key_map import KINDS, KeyMap, kind_of
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, Layout, hf_block
+from ovsprune.targets.layout import (
+    BLOCK_PARTS,
+    POSITIONS,
+    VIT_STEM,
+    BlockStack,
+    Layout,
+    hf_block,
+)
 
-__all__ = ["FoundTower", "Generic", "find_towers"]
+__all__ = ["Generic", "find_towers"]
 
 _DESCRIPTION = "a model with a CLIP tower in it"
 
@@ -46,26 +51,16 @@ ovsprune.targets.load_into(model, {output!r})  # replaces modules, loads every t
 
 @dataclass(frozen=True)
 class _NamingScheme:
-    """Naming scheme of a tower's parts, below the tower's path.
+    """Naming scheme of a tower's parts, below the tower's path."""
 
-    Attributes:
-        naming: Description of the scheme.
-        kind: Kind of tower.
-        stem: Canonical name to path.
-        required: Canonical tensor that such a tower must have, in addition to the mark of its kind.
-        stack: Path of the blocks, and their parts; None for residual networks.
-        activation: Path of the first activation.
-    """
-
-    naming: str
+    naming: str  # description in messages
     kind: str
     stem: Mapping[str, str]
-    required: str
-    stack: BlockStack | None
-    activation: str
+    required: str  # canonical tensor that such a tower has, in addition to the mark of its kind
+    stack: BlockStack | None  # None for residual networks
+    activation: str  # path of the first activation
 
 
-_VIT = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
 _RESNET = (*(f"{n}{i}" for n in ("conv", "bn") for i in (1, 2, 3)), "attnpool")
 _HF = {
     "class_embedding": "embeddings.class_embedding",
@@ -79,7 +74,7 @@ _SCHEMES = (
     _NamingScheme(
         naming="open_clip's names",
         kind="vit",
-        stem={name: name for name in _VIT},
+        stem={name: name for name in VIT_STEM},
         required="conv1.weight",
         stack=BlockStack("transformer.resblocks", BLOCK_PARTS),
         activation="transformer.resblocks.0.mlp.gelu",
@@ -105,28 +100,22 @@ _SCHEMES = (
 
 
 @dataclass(frozen=True)
-class FoundTower:
-    """Tower that was found in a model.
+class _FoundTower:
+    """Tower in a model: its path, kind (of ``KINDS``), naming scheme and the paths of its parts."""
 
-    Attributes:
-        path: Path of the tower; ``""`` for the model itself.
-        kind: Kind of tower, of :data:`~ovsprune.targets.key_map.KINDS`.
-        naming: Naming scheme.
-        key_map: Paths of its parts.
-    """
-
-    path: str
+    path: str  # "" for the model itself
     kind: str
     naming: str
     key_map: KeyMap
 
 
-def find_towers(names: Iterable[str]) -> list[FoundTower]:
+def find_towers(names: Iterable[str]) -> list[_FoundTower]:
     """Find the CLIP image towers in a model, given the names of its tensors."""
     names = list(names)
     known, towers = set(names), []
     for scheme in _SCHEMES:
         mark = _layout(scheme, "").paths(KINDS[scheme.kind].mark)[0]
+        # the mark is in the first block, so each match is one tower (text towers lack `required`)
         matches = [n for n in names if n == mark or n.endswith(f".{mark}")]
         for prefix in (name.removesuffix(mark).rstrip(".") for name in matches):
             if _layout(scheme, prefix).paths(scheme.required)[0] in known:
@@ -134,16 +123,20 @@ def find_towers(names: Iterable[str]) -> list[FoundTower]:
     return towers
 
 
+def _under(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}" if prefix else path
+
+
 def _layout(scheme: _NamingScheme, prefix: str) -> Layout:
-    stem = {name: _under(prefix, path) for name, path in scheme.stem.items()}
-    if scheme.stack is None:
-        return Layout(stem=stem)
+    """Return the layout of a complete tower under ``prefix``."""
+    stack = scheme.stack
     return Layout(
-        stem=stem, stacks=(replace(scheme.stack, path=_under(prefix, scheme.stack.path)),)
+        stem={name: _under(prefix, path) for name, path in scheme.stem.items()},
+        stacks=() if stack is None else (replace(stack, path=_under(prefix, stack.path)),),
     )
 
 
-def _tower(scheme: _NamingScheme, prefix: str, known: set[str]) -> FoundTower:
+def _tower(scheme: _NamingScheme, prefix: str, known: set[str]) -> _FoundTower:
     """Describe the tower under ``prefix``; parts that no name in ``known`` has are absent."""
     layout = _layout(scheme, prefix)
     present = {
@@ -151,20 +144,15 @@ def _tower(scheme: _NamingScheme, prefix: str, known: set[str]) -> FoundTower:
         for name, path in layout.stem.items()
         if any(k == path or k.startswith(f"{path}.") for k in known)
     }
-    absent = dict.fromkeys(layout.stem.keys() - present.keys(), "the model has no such part")
     key_map = KeyMap(
         framework=_DESCRIPTION,
         stem=present,
         stacks=layout.stacks,
-        absent=absent,
+        absent=dict.fromkeys(layout.stem.keys() - present.keys(), "the model has no such part"),
         transposed=("proj",) if scheme.naming.startswith("transformers") else (),
         activations=(_under(prefix, scheme.activation),),
     )
-    return FoundTower(prefix, scheme.kind, scheme.naming, key_map)
-
-
-def _under(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix else path
+    return _FoundTower(prefix, scheme.kind, scheme.naming, key_map)
 
 
 @TARGETS.register("generic")
@@ -187,20 +175,22 @@ class Generic:
         """Return True if ``model`` contains a tower."""
         return bool(find_towers(model.state_dict()))
 
-    def towers(self, model: nn.Module) -> dict[str, str]:
-        """Return the path of each tower; raise TargetError without one."""
+    def _towers(self, model: nn.Module) -> list[_FoundTower]:
+        """Return the towers of ``model``; raise TargetError without one."""
         towers = find_towers(model.state_dict())
         if not towers:
             raise _no_tower(type(model).__name__)
-        return {f"{tower.kind}, {tower.naming} ({i})": tower.path for i, tower in enumerate(towers)}
+        return towers
+
+    def towers(self, model: nn.Module) -> dict[str, str]:
+        """Return the path of each tower."""
+        towers = enumerate(self._towers(model))
+        return {f"{tower.kind}, {tower.naming} ({i})": tower.path for i, tower in towers}
 
     def tower_names(self, model: nn.Module) -> frozenset[str]:
-        """Return the names of the tensors of all towers; raise TargetError without one."""
+        """Return the names of the tensors of all towers."""
         names = model.state_dict()
-        towers = find_towers(names)
-        if not towers:
-            raise _no_tower(type(model).__name__)
-        key_maps = [tower.key_map for tower in towers]
+        key_maps = [tower.key_map for tower in self._towers(model)]
         layouts = [key_map.layout(names, sum(key_map.depths(names))) for key_map in key_maps]
         return frozenset(
             name for name in names if any(layout.canonical(name) is not None for layout in layouts)
@@ -208,10 +198,10 @@ class Generic:
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
         """Return the names in both directions; without ``names``, open_clip's under ``visual``."""
-        kind = "vit" if depth else "resnet"
+        kind = "vit" if depth else "resnet"  # a residual network has no transformer blocks
         if names is None:
-            scheme = next(d for d in _SCHEMES if d.kind == kind)
-            all_parts = {_under("visual", path) for path in scheme.stem.values()}
+            scheme = next(scheme for scheme in _SCHEMES if scheme.kind == kind)
+            all_parts = {f"visual.{path}" for path in scheme.stem.values()}
             return _tower(scheme, "visual", all_parts).key_map.layout(None, depth)
         return _only_tower(names, kind, "the checkpoint").key_map.layout(names, depth)
 
@@ -231,49 +221,30 @@ class Generic:
         return Applied()
 
     def check(
-        self,
-        model: nn.Module,
-        checkpoint: SlimCheckpoint,
-        *,
-        weights: str = "auto",
-        force: bool = False,
+        self, model: nn.Module, checkpoint: SlimCheckpoint, **options: Any
     ) -> tuple[Weights, str]:
         """Check that the slim tower fits; return the weights that it would get, and why."""
-        self.towers(model)
-        table, _ = self._table(model.state_dict(), checkpoint, type(model).__name__, model)
-        return table.check(model, checkpoint, weights=weights, force=force)
+        table, _ = self._table(model.state_dict(), checkpoint, model)
+        return table.check(model, checkpoint, **options)
 
-    def attach(
-        self,
-        model: nn.Module,
-        checkpoint: SlimCheckpoint,
-        *,
-        weights: str = "auto",
-        force: bool = False,
-    ) -> Attached:
+    def attach(self, model: nn.Module, checkpoint: SlimCheckpoint, **options: Any) -> Attached:
         """Replace the tower of ``model`` by the slim one, in place."""
-        self.towers(model)
-        table, notes = self._table(model.state_dict(), checkpoint, type(model).__name__, model)
-        attached = table.attach(model, checkpoint, weights=weights, force=force)
+        table, notes = self._table(model.state_dict(), checkpoint, model)
+        attached = table.attach(model, checkpoint, **options)
         attached.notes += notes
         return attached
 
     def convert(
-        self,
-        state: Mapping[str, Tensor] | None,
-        checkpoint: SlimCheckpoint,
-        *,
-        weights: str = "auto",
-        force: bool = False,
+        self, state: Mapping[str, Tensor] | None, checkpoint: SlimCheckpoint, **options: Any
     ) -> Converted:
-        """Return the model's state dict with the slim tower in it."""
+        """Return the model's state dict with the slim tower in it; requires ``state``."""
         if state is None:
             raise TargetError(
                 "the target generic needs the model's checkpoint to locate the tower; give one "
                 "(--checkpoint FILE)"
             )
-        table, notes = self._table(state, checkpoint, "the checkpoint", None)
-        converted = table.convert(state, checkpoint, weights=weights, force=force)
+        table, notes = self._table(state, checkpoint)
+        converted = table.convert(state, checkpoint, **options)
         return replace(converted, notes=(*converted.notes, *notes))
 
     def lines(self, output: str) -> str:
@@ -284,17 +255,18 @@ class Generic:
         self,
         names: Mapping[str, object],
         checkpoint: SlimCheckpoint,
-        given: str,
-        model: nn.Module | None,
+        model: nn.Module | None = None,
     ) -> tuple[TableTarget, tuple[str, ...]]:
         """Return a table for the tower that was found, and the notes of the report."""
-        tower = _only_tower(names, kind_of(checkpoint, self.takes, _DESCRIPTION), given)
+        subject = "the checkpoint" if model is None else type(model).__name__
+        tower = _only_tower(names, kind_of(checkpoint, self.takes, _DESCRIPTION), subject)
         key_map = tower.key_map
         path = tower.path or "the model itself"
         notes = [f"found: a tower ({tower.kind}) with {tower.naming}: {path}"]
         if key_map.absent:
             notes.append(f"not found: {', '.join(sorted(key_map.absent))}")
         modules = {name for name, _ in model.named_modules()} if model is not None else set()
+        # the model may call its activation as a function; a state dict shows no modules at all
         if not set(key_map.activations) <= modules:
             key_map = replace(key_map, activations=())
             notes.append(f"not verified: that its activation is {checkpoint.spec.activation}")
@@ -310,27 +282,23 @@ class Generic:
         return table, (*notes, _UNVERIFIED)
 
 
-def _only_tower(names: Iterable[str], kind: str, given: str) -> FoundTower:
-    """Return the only tower of ``kind``.
-
-    Raises:
-        TargetError: There is none, or there are several.
-    """
+def _only_tower(names: Iterable[str], kind: str, subject: str) -> _FoundTower:
+    """Return the only tower of ``kind``; raise TargetError for none or several."""
     towers = [tower for tower in find_towers(names) if tower.kind == kind]
     if not towers:
-        raise _no_tower(given)
+        raise _no_tower(subject)
     if len(towers) > 1:
         paths = ", ".join(tower.path or "the model itself" for tower in towers)
         raise TargetError(
-            f"{given} has {len(towers)} towers of the kind {kind} ({paths}); pass the module that "
-            "contains the intended one"
+            f"{subject} has {len(towers)} towers of the kind {kind} ({paths}); pass the module "
+            "that contains the intended one"
         )
     return towers[0]
 
 
-def _no_tower(given: str) -> TargetError:
+def _no_tower(subject: str) -> TargetError:
     return TargetError(
-        f"{given} is not {_DESCRIPTION}: expected blocks with the names of open_clip, OpenAI or "
+        f"{subject} is not {_DESCRIPTION}: expected blocks with the names of open_clip, OpenAI or "
         "transformers and a patch embedding, or a residual network with an attention pool. Name "
         "the target if there is one for this framework, or call ovsprune.apply on the tower with "
         "a prefix_map"

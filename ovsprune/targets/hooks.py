@@ -35,25 +35,18 @@ class Hook:
     requires: tuple[str, ...] = ()
 
 
-def wrap_functions(hooks: Iterable[Hook], module: ModuleType) -> list[Hook]:
-    """Wrap the functions of ``module`` that hooks name; wrapped functions are left unchanged.
-
-    Returns:
-        The hooks that were applied. A hook whose function the module lacks is skipped.
-    """
-    return [
-        hook
-        for hook in hooks
-        if fnmatchcase(module.__name__, hook.module)
-        and all(hasattr(module, name) for name in hook.requires)
-        and _wrap(hook, module)
-    ]
+def wrap_functions(hooks: Iterable[Hook], module: ModuleType) -> None:
+    """Wrap the functions of ``module`` that hooks name; missing functions are skipped."""
+    for hook in hooks:
+        required = all(hasattr(module, name) for name in hook.requires)
+        if required and fnmatchcase(module.__name__, hook.module):
+            _wrap(hook, module)
 
 
-def _wrap(hook: Hook, module: ModuleType) -> bool:
-    """Wrap one function; return False if it is missing or wrapped already."""
+def _wrap(hook: Hook, module: ModuleType) -> None:
+    """Wrap one function, unless it is missing or wrapped already."""
     path, _, leaf = hook.name.rpartition(".")
-    owner: Any = module
+    owner: Any = module  # becomes the class that defines a method
     for name in filter(None, path.split(".")):
         owner = getattr(owner, name, None)
     # vars and not getattr, which would bind a classmethod
@@ -61,11 +54,10 @@ def _wrap(hook: Hook, module: ModuleType) -> bool:
     kind = type(entry) if isinstance(entry, classmethod | staticmethod) else None
     function = entry.__func__ if isinstance(entry, classmethod | staticmethod) else entry
     if not callable(function) or getattr(function, _MARK, None) is hook:
-        return False
+        return
     wrapper = hook.wrap(function)
     setattr(wrapper, _MARK, hook)
     setattr(owner, leaf, wrapper if kind is None else kind(wrapper))
-    return True
 
 
 _installed: set[Hook] = set()
@@ -78,12 +70,8 @@ def install(hooks: Iterable[Hook]) -> None:
     """
     new = tuple(hook for hook in hooks if hook not in _installed)
     _installed.update(new)
-
-    def on_import(module: ModuleType) -> None:
-        wrap_functions(new, module)
-
     if new:
-        watch([hook.module for hook in new], on_import)
+        watch([hook.module for hook in new], lambda module: wrap_functions(new, module))
 
 
 def apply_compat(target: str) -> None:

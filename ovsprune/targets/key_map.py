@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.targets.layout import BlockStack, Layout, PathSpec, match_stars
+from ovsprune.targets.layout import Layout, count_blocks, match_stars, split_spec
 
-__all__ = ["KINDS", "KeyMap", "depth_of", "kind_of", "select_key_map"]
+__all__ = ["KINDS", "KeyMap", "depth_of", "kind_of"]
 
 
 @dataclass(frozen=True)
@@ -35,140 +34,68 @@ KINDS: Mapping[str, Kind] = {
 """Kinds of towers that a target can take, by name."""
 
 
-@dataclass(frozen=True)
-class KeyMap:
-    """Paths of the tower's parts in one framework.
+@dataclass(frozen=True, kw_only=True)
+class KeyMap(Layout):
+    """Layout of the tower in one framework, and paths that identify the framework.
 
-    The fields that are not listed are those of :class:`~ovsprune.targets.layout.Layout`.
+    The other attributes are those of :class:`~ovsprune.targets.layout.Layout`; :meth:`layout` sets
+    ``starts`` and ``depth``.
 
     Attributes:
         framework: Name of the framework in messages.
-        stem: Canonical name outside the stacks to its path in the framework.
-        stacks: Stacks of transformer blocks; none for a tower of another kind.
-        marks: Paths outside the tower that distinguish this framework from others.
         activations: Paths of activation modules of the MLPs or bottlenecks, one for each stack.
+        marks: Paths outside the tower that distinguish this framework from others.
         mask_only: Reason why only the mask can be used and not the slim weights; empty if both can.
-        text: Layout of the text tower.
     """
 
     framework: str
-    stem: Mapping[str, PathSpec]
     activations: tuple[str, ...]
-    stacks: tuple[BlockStack, ...] = ()
     marks: tuple[str, ...] = ()
-    leading: Mapping[str, int] = field(default_factory=dict)
-    transposed: tuple[str, ...] = ()
-    stays: Mapping[str, str] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
     mask_only: str = ""
-    text: Layout | None = None
+
+    def _roots(self) -> list[str]:
+        """Return the paths of the stacks; those of the stem for a tower without stacks."""
+        stem = [path for spec in self.stem.values() for path in split_spec(spec)]
+        return [stack.path for stack in self.stacks] or stem
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Return the required paths that contain none of the tensors ``names``."""
         names = list(names)
-        paths = [stack.path for stack in self.stacks]
-        if not paths:  # a tower without stacks is recognised by its stem
-            paths = [path for spec in self.stem.values() for path in _paths(spec)]
-        return [
-            path
-            for path in (*paths, *self.marks)
-            if not any(_is_below(name, path) for name in names)
-        ]
+        paths = (*self._roots(), *self.marks)
+        return [path for path in paths if not any(_is_below(name, path) for name in names)]
+
+    def expected(self) -> str:
+        """List the paths that identify the framework, for messages."""
+        roots = self._roots()
+        required = [f"blocks under {' and '.join(roots)}"] if self.stacks else sorted(set(roots))
+        return ", ".join([*required, *self.marks])
 
     def depths(self, names: Iterable[str]) -> list[int]:
         """Count the blocks of each stack in the tensors ``names``."""
         names = list(names)
-        counts = []
-        for stack in self.stacks:
-            pattern = re.compile(re.escape(stack.path) + r"\.(\d+)\.")
-            counts.append(1 + max((int(m[1]) for m in map(pattern.match, names) if m), default=-1))
-        return counts
+        return [count_blocks(names, stack.path) for stack in self.stacks]
 
-    def check_names(self, names: Iterable[str], given: str) -> None:
-        """Refuse a model or a checkpoint of another framework.
+    def layout(self, names: Iterable[str] | None, depth: int) -> Layout:
+        """Return the layout of a tower with ``depth`` blocks; ``names`` are those of a model.
 
-        Args:
-            names: Names of its tensors.
-            given: Description of the model or checkpoint for the message.
-
-        Raises:
-            TargetError: A path that identifies this framework is missing.
+        Without names, every stack has its default share of the blocks. Names with another number of
+        blocks are refused.
         """
-        select_key_map((self,), names, given)
-
-    def expected(self) -> str:
-        """List the paths that identify the framework, for messages."""
-        stacks = " and ".join(stack.path for stack in self.stacks)
-        required = [f"blocks under {stacks}"] if stacks else sorted(self._roots())
-        return ", ".join([*required, *self.marks])
-
-    def _roots(self) -> set[str]:
-        return {path for spec in self.stem.values() for path in _paths(spec)}
-
-    def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
-        """Return the names of the tower's tensors, in both directions.
-
-        Args:
-            names: Names of the framework's tensors; without them every stack has its default
-                share of the blocks.
-            depth: Number of transformer blocks of the tower.
-
-        Raises:
-            TargetError: ``names`` belong to another framework or have another number of blocks.
-        """
-        counts = [int(depth * stack.share) for stack in self.stacks]
-        if names is not None:
-            self.check_names(names, "the checkpoint")
+        counts = [int(depth * stack.share) for stack in self.stacks]  # blocks of each stack
+        if names is not None and self.stacks:
             counts = self.depths(names)
-            if self.stacks and sum(counts) != depth:
+            if sum(counts) != depth:
                 raise TargetError(
                     f"{self.framework} has {sum(counts)} CLIP blocks here, the slim tower has "
                     f"{depth}; build the framework with the CLIP that was pruned, or prune the "
                     "CLIP that the framework uses"
                 )
         starts = tuple(sum(counts[:i]) for i in range(len(counts)))
-        return Layout(
-            stem=self.stem,
-            stacks=self.stacks,
-            starts=starts,
-            depth=depth if self.stacks else None,
-            leading=self.leading,
-            transposed=self.transposed,
-            stays=self.stays,
-            absent=self.absent,
-            text=self.text,
-        )
-
-
-def select_key_map(key_maps: Sequence[KeyMap], names: Iterable[str], given: str) -> KeyMap:
-    """Return the first key map that the names of a model's tensors match.
-
-    Args:
-        key_maps: Key maps of one framework.
-        names: Names of the tensors.
-        given: Description of the model or checkpoint for the message.
-
-    Raises:
-        TargetError: None of them matches.
-    """
-    names = list(names)
-    for key_map in key_maps:
-        if not key_map.missing(names):
-            return key_map
-    raise TargetError(
-        f"{given} is not {key_maps[0].framework}: expected "
-        f"{'; or '.join(key_map.expected() for key_map in key_maps)}. "
-        "Pass the framework's model (unwrapped: model.module), or another --target "
-        "(`ovsprune targets` lists them)"
-    )
+        return replace(self, starts=starts, depth=depth if self.stacks else None)
 
 
 def kind_of(checkpoint: SlimCheckpoint, takes: tuple[str, ...], framework: str) -> str:
-    """Return the kind of the slim tower, one of ``takes``.
-
-    Raises:
-        TargetError: The tower is of another kind.
-    """
+    """Return the kind of the slim tower, one of ``takes``; refuse another kind."""
     tower = checkpoint.tower()
     for kind in takes:
         if KINDS[kind].mark in tower:
@@ -182,15 +109,11 @@ def kind_of(checkpoint: SlimCheckpoint, takes: tuple[str, ...], framework: str) 
 
 def depth_of(checkpoint: SlimCheckpoint) -> int:
     """Count the transformer blocks of the slim tower; 0 for a tower of another kind."""
-    pattern = re.compile(r"transformer\.resblocks\.(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(pattern.match, checkpoint.tower()) if m), default=-1)
+    return count_blocks(checkpoint.tower())
 
 
 def _is_below(name: str, path: str) -> bool:
+    """Return True if the tensor ``name`` is at ``path`` or below it; stars match numbers."""
     if "*" in path:
         return match_stars(".".join(name.split(".")[: path.count(".") + 1]), path) is not None
     return name == path or name.startswith(f"{path}.") or not path
-
-
-def _paths(spec: PathSpec) -> tuple[str, ...]:
-    return (spec,) if isinstance(spec, str) else spec

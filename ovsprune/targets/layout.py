@@ -8,7 +8,7 @@ one canonical tensor in several parts (queries, keys and values).
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,20 +18,29 @@ from torch import Tensor
 __all__ = [
     "BLOCK_PARTS",
     "POSITIONS",
+    "TEXT_STEM",
+    "VIT_STEM",
     "BlockStack",
     "Layout",
     "PathSpec",
-    "block_number",
     "clip_text",
+    "count_blocks",
     "hf_block",
     "match_stars",
+    "split_spec",
+    "under",
 ]
 
 PathSpec = str | tuple[str, ...]
 """Path of a module or tensor, or the paths of its parts, which are concatenated along axis 0."""
 
 POSITIONS = "positional_embedding"
-_TEXT = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
+VIT_STEM = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
+"""Canonical names outside the blocks of a vision transformer."""
+
+TEXT_STEM = ("token_embedding", POSITIONS, "ln_final", "text_projection", "logit_scale")
+"""Canonical names outside the blocks of a text tower."""
+
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)(?:\.(.+))?")
 
 BLOCK_PARTS: Mapping[str, PathSpec] = {
@@ -40,10 +49,20 @@ BLOCK_PARTS: Mapping[str, PathSpec] = {
 """Parts of a block in a framework that uses open_clip's names."""
 
 
-def block_number(canonical: str) -> int:
-    """Return the number of the transformer block of a canonical name; -1 outside the blocks."""
-    match = _BLOCK.fullmatch(canonical)
-    return -1 if match is None else int(match[1])
+def count_blocks(names: Iterable[str], path: str = "transformer.resblocks") -> int:
+    """Count the blocks under ``path`` in the names of tensors; 0 if there are none."""
+    pattern = re.compile(re.escape(path) + r"\.(\d+)\.")
+    return 1 + max((int(m[1]) for m in map(pattern.match, names) if m), default=-1)
+
+
+def under(path: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the paths of parts that have their canonical names under ``path``."""
+    return {name: f"{path}.{name}" for name in names}
+
+
+def split_spec(spec: PathSpec) -> tuple[str, ...]:
+    """Return the paths of a module or tensor, or of its parts."""
+    return (spec,) if isinstance(spec, str) else spec
 
 
 def hf_block() -> dict[str, PathSpec]:
@@ -79,7 +98,7 @@ class BlockStack:
 
     @cached_property
     def inverse(self) -> Mapping[str, tuple[str, int]]:
-        """Path in a block to the canonical part, and the index of the path among its paths."""
+        """Canonical part and index among its paths, by path in a block."""
         return _inverse(self.parts)
 
 
@@ -129,7 +148,8 @@ class Layout:
             return _translate(canonical, self.stem)
         index, rest = int(block[1]), block[2]
         if self.depth is not None and index >= self.depth:
-            return ()
+            return ()  # the framework's tower has fewer blocks
+        # the last stack that starts at or before the block
         number = max(i for i, start in enumerate(self.starts) if start <= index)
         stack = self.stacks[number]
         root = f"{stack.path}.{index - self.starts[number]}"
@@ -161,15 +181,14 @@ class Layout:
 
     def absent_reason(self, canonical: str) -> str | None:
         """Return why the framework lacks a module or tensor; None if it should have it."""
-        for name, reason in self.absent.items():
-            if f"{canonical}.".startswith(f"{name}."):
-                return reason
-        return None
+        reasons = (r for n, r in self.absent.items() if f"{canonical}.".startswith(f"{n}."))
+        return next(reasons, None)
 
     def to_framework(self, canonical: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return views of a canonical tensor with the framework's names and shapes."""
         if canonical in self.transposed:
             tensor = tensor.T
+        # [...] -> [1, ..., 1, ...]
         tensor = tensor.reshape((1,) * self.leading.get(canonical, 0) + tuple(tensor.shape))
         paths = self.paths(canonical)
         if len(paths) < 2:
@@ -186,21 +205,21 @@ class Layout:
         """
         parts: dict[str, dict[int, Tensor]] = {}
         for name, tensor in state.items():
-            part = self._part(name)
-            if part is not None:
+            if (part := self._part(name)) is not None:
                 canonical, index = part
-                parts.setdefault(canonical, {})[index] = tensor
+                parts.setdefault(canonical, {})[index] = tensor  # index: 0, 1, 2 for q, k, v
         tower = {}
         for canonical, by_index in parts.items():
             tensors = [by_index[i] for i in sorted(by_index)]
             compatible = len({(t.shape[1:], t.dtype) for t in tensors}) == 1
             if len(tensors) == len(self.paths(canonical)) and compatible:
-                tower[canonical] = self._to_canonical(
-                    canonical, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-                )
+                # three of [E, E] -> [3 * E, E]; one tensor stays a view
+                tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+                tower[canonical] = self._to_canonical(canonical, tensor)
         return tower
 
     def _to_canonical(self, canonical: str, tensor: Tensor) -> Tensor:
+        """Remove the leading axes of length 1, and transpose back."""
         ones = self.leading.get(canonical, 0)
         if tensor.shape[:ones] == (1,) * ones:  # another shape is reported by check_fits
             tensor = tensor.reshape(tensor.shape[ones:])
@@ -214,53 +233,55 @@ def match_stars(name: str, pattern: str) -> list[str] | None:
         >>> match_stars("layer1.12.downsample.0", "layer1.*.downsample.0")
         ['12']
     """
-    parts, wanted = name.split("."), pattern.split(".")
-    matches = len(parts) == len(wanted) and all(
-        part == want or (want == "*" and part.isdigit())
-        for part, want in zip(parts, wanted, strict=True)
-    )
-    return [p for p, want in zip(parts, wanted, strict=True) if want == "*"] if matches else None
+    parts, keys = name.split("."), pattern.split(".")
+    if len(parts) != len(keys):
+        return None
+    pairs = list(zip(parts, keys, strict=True))
+    if any(part != key and not (key == "*" and part.isdigit()) for part, key in pairs):
+        return None
+    return [part for part, key in pairs if key == "*"]
 
 
-def _key(name: str, table: Container[str], starred: Iterable[str]) -> str | None:
-    """Return the key of ``table`` that matches ``name`` exactly; the starred keys come second."""
-    if name in table:
-        return name
-    return next((key for key in starred if match_stars(name, key) is not None), None)
+def _longest_prefix(name: str, table: Collection[str]) -> tuple[str, list[str], str] | None:
+    """Return the key of the longest prefix that ``table`` has, its numbers, and the rest."""
+    starred = [key for key in table if "*" in key]
+    head, rest = name, ""
+    while True:
+        exact = [head] if head in table else []  # preferred to a key with stars
+        for key in (*exact, *starred):
+            numbers = match_stars(head, key)
+            if numbers is not None:
+                return key, numbers, rest
+        if not head:
+            return None
+        head, _, last = head.rpartition(".")
+        rest = f"{last}.{rest}" if rest else last
+
+
+def _fill(path: str, numbers: list[str], rest: str) -> str:
+    """Replace the stars of ``path`` by ``numbers``, in order, and append ``rest``."""
+    remaining = iter(numbers)
+    parts = (next(remaining, part) if part == "*" else part for part in path.split("."))
+    return ".".join(filter(None, (*parts, rest)))
 
 
 def _translate(name: str, table: Mapping[str, PathSpec]) -> tuple[str, ...]:
     """Replace the longest prefix of ``name`` that ``table`` has; empty if it has none."""
-    starred = [key for key in table if "*" in key]
-    head, tail = name, ""
-    while True:
-        key = _key(head, table, starred)
-        if key is not None:
-            spec, numbers = table[key], match_stars(head, key) or []
-            paths = (spec,) if isinstance(spec, str) else spec
-            return tuple(".".join(filter(None, (_fill(path, numbers), tail))) for path in paths)
-        if not head:
-            return ()
-        head, _, last = head.rpartition(".")
-        tail = f"{last}.{tail}" if tail else last
-
-
-def _fill(path: str, numbers: list[str]) -> str:
-    """Replace the stars of ``path`` by ``numbers``, in order."""
-    remaining = iter(numbers)
-    return ".".join(next(remaining, part) if part == "*" else part for part in path.split("."))
+    match = _longest_prefix(name, table)
+    if match is None:
+        return ()
+    key, numbers, rest = match
+    return tuple(_fill(path, numbers, rest) for path in split_spec(table[key]))
 
 
 def _translate_back(name: str, inverse: Mapping[str, tuple[str, int]]) -> tuple[str, int] | None:
     """Return the canonical name of ``name``, and the index of its path among several."""
-    names = _translate(name, {path: canonical for path, (canonical, _) in inverse.items()})
-    if not names:
+    match = _longest_prefix(name, inverse)
+    if match is None:
         return None
-    starred = [key for key in inverse if "*" in key]
-    head = name
-    while (key := _key(head, inverse, starred)) is None:
-        head = head.rpartition(".")[0]
-    return names[0], inverse[key][1]
+    key, numbers, rest = match
+    canonical, index = inverse[key]
+    return _fill(canonical, numbers, rest), index
 
 
 def _inverse(table: Mapping[str, PathSpec]) -> dict[str, tuple[str, int]]:
@@ -268,18 +289,13 @@ def _inverse(table: Mapping[str, PathSpec]) -> dict[str, tuple[str, int]]:
     return {
         path: (canonical, index)
         for canonical, spec in table.items()
-        for index, path in enumerate((spec,) if isinstance(spec, str) else spec)
+        for index, path in enumerate(split_spec(spec))
     }
 
 
 def clip_text(path: str, parts: Mapping[str, PathSpec] = BLOCK_PARTS) -> Layout:
-    """Return the layout of the text tower of a CLIP with open_clip's names under ``path``.
-
-    Args:
-        path: Path of the module that contains the text tower.
-        parts: Part of a block to its path in a block.
-    """
+    """Return the layout of the text tower of a CLIP with open_clip's names under ``path``."""
     return Layout(
-        stem={name: f"{path}.{name}" for name in _TEXT},
+        stem=under(path, TEXT_STEM),
         stacks=(BlockStack(f"{path}.transformer.resblocks", parts),),
     )

@@ -8,25 +8,23 @@ from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import image_inputs, script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
+from ovsprune.targets.layout import under
 
 _STAGES = range(1, 5)
 _STEM = tuple(f"{part}{i}" for part in ("conv", "bn") for i in (1, 2, 3))
-_POOL_POSITIONS = "attnpool.positional_embedding"
 
 # CLIPResNetWithAttention of OpenTrans keeps CLIP's names
 _CLIP = KeyMap(
     framework="Mask2Former on a ResNet of bottlenecks",
-    stem={
-        name: f"backbone.{name}" for name in (*_STEM, *(f"layer{i}" for i in _STAGES), "attnpool")
-    },
+    stem=under("backbone", (*_STEM, *(f"layer{i}" for i in _STAGES), "attnpool")),
     marks=("sem_seg_head.pixel_decoder", "sem_seg_head.predictor"),
-    stays={_POOL_POSITIONS: "the framework resizes its positions"},
+    stays={"attnpool.positional_embedding": "the framework resizes its positions"},
     activations=("backbone.layer1.0.relu",),
 )
 # OpenTrans removes the attention pool if it does not read it
 _CLIP_UNPOOLED = replace(
     _CLIP,
-    stem={name: place for name, place in _CLIP.stem.items() if name != "attnpool"},
+    stem={name: path for name, path in _CLIP.stem.items() if name != "attnpool"},
     stays={},
     absent={"attnpool": "the framework removed its attention pool"},
 )
@@ -34,13 +32,13 @@ _CLIP_UNPOOLED = replace(
 _PLAIN = replace(
     _CLIP,
     stem={
-        place: f"backbone.res{i + 1}{path}"
+        f"layer{i}.*.{name}": f"backbone.res{i + 1}.*.{path}"
         for i in _STAGES
-        for place, path in (
-            *((f"layer{i}.*.conv{k}", f".*.conv{k}") for k in (1, 2, 3)),
-            *((f"layer{i}.*.bn{k}", f".*.conv{k}.norm") for k in (1, 2, 3)),
-            (f"layer{i}.*.downsample.0", ".*.shortcut"),
-            (f"layer{i}.*.downsample.1", ".*.shortcut.norm"),
+        for name, path in (
+            *((f"conv{k}", f"conv{k}") for k in (1, 2, 3)),
+            *((f"bn{k}", f"conv{k}.norm") for k in (1, 2, 3)),
+            ("downsample.0", "shortcut"),
+            ("downsample.1", "shortcut.norm"),
         )
     },
     stays={},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from ovsprune.masks import Applied, apply_masks
-from ovsprune.targets.layout import block_number
+from ovsprune.targets.layout import count_blocks
 
 __all__ = ["mask_tower"]
 
@@ -38,7 +38,7 @@ def mask_tower(
     """
     from ovsprune.targets import TARGETS
 
-    layout = TARGETS.get(target).layout(model.state_dict(), _depth(masks))
+    layout = TARGETS.get(target).layout(model.state_dict(), count_blocks(masks))
     renamed = {
         name: part
         for canonical, mask in masks.items()
@@ -46,8 +46,3 @@ def mask_tower(
         for name, part in layout.to_framework(canonical, mask).items()
     }
     return apply_masks(model, renamed, prefix="", hold=hold)
-
-
-def _depth(names: Iterable[str]) -> int:
-    """Count the transformer blocks in the names of a tower's tensors; 0 without blocks."""
-    return max((block_number(name) + 1 for name in names), default=0)

@@ -1,8 +1,4 @@
-"""SAN of mmsegmentation without downloaded weights, for the demo and the tests.
-
-The model is built from the framework's configuration file. Every parameter is initialised; the
-framework leaves two parameters of the text encoder uninitialised if it gets no weights.
-"""
+"""SAN of mmsegmentation without downloaded weights, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.errors import MissingLibraryError, OptionError
 from ovsprune.targets import TARGETS
+from ovsprune.targets.layout import count_blocks
 
 __all__ = [
     "SanShape",
@@ -36,38 +33,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SanShape:
-    """Sizes of a SAN; the defaults are those of ``san_vit-b16.py``.
+    """Sizes of a SAN; the defaults are those of ``san_vit-b16.py``."""
 
-    Attributes:
-        width: Width of CLIP's image tower.
-        depth: Number of blocks of the image tower.
-        heads: Number of heads of the image tower.
-        patch: Patch size in pixels.
-        size: Native input size of CLIP in pixels.
-        mlp: Width of the MLPs of the image tower.
-        outputs: Width of the embedding.
-        activation: ``"quick_gelu"`` or ``"gelu"``.
-        adapter: Width of the side adapter.
-        adapter_depth: Number of blocks of the side adapter.
-        adapter_heads: Number of heads of the side adapter.
-        queries: Number of mask proposals.
-        text_width: Width of the text tower.
-        text_depth: Number of blocks of the text tower.
-        text_heads: Number of heads of the text tower.
-    """
-
+    # CLIP's image tower; patch and native input size in pixels
     width: int = 768
     depth: int = 12
     heads: int = 12
     patch: int = 16
     size: int = 224
     mlp: int = 3072
-    outputs: int = 512
-    activation: str = "quick_gelu"
+    outputs: int = 512  # width of the embedding
+    activation: str = "quick_gelu"  # or "gelu"
+    # side adapter; queries are mask proposals
     adapter: int = 240
     adapter_depth: int = 8
     adapter_heads: int = 6
     queries: int = 100
+    # CLIP's text tower
     text_width: int = 512
     text_depth: int = 12
     text_heads: int = 8
@@ -84,15 +66,13 @@ class SanShape:
             size: Native input size in pixels.
             activation: ``"quick_gelu"`` or ``"gelu"``.
         """
-        prefix = "transformer.resblocks."
-        blocks = {name.split(".")[2] for name in tower if name.startswith(prefix)}
         return cls(
             width=tower["conv1.weight"].shape[0],
-            depth=len(blocks),
+            depth=count_blocks(tower),
             heads=heads,
             patch=tower["conv1.weight"].shape[-1],
             size=size,
-            mlp=tower[f"{prefix}0.mlp.c_fc.weight"].shape[0],
+            mlp=tower["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
             outputs=tower["proj"].shape[1],
             activation=activation,
             adapter=96,
@@ -149,6 +129,7 @@ class _ExtensionStub(ModuleType):
 
 
 def _installed(name: str) -> bool:
+    """Return True if the module ``name`` can be imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
@@ -158,7 +139,10 @@ def _installed(name: str) -> bool:
 def build_san(
     vocabulary: Sequence[str], shape: SanShape | None = None, *, seed: int = 0
 ) -> nn.Module:
-    """Build mmsegmentation's SAN with random weights, every parameter initialised.
+    """Build mmsegmentation's SAN from its configuration file, with random weights.
+
+    Every parameter is initialised; the framework itself leaves two of the text encoder
+    uninitialised if it gets no weights.
 
     Args:
         vocabulary: Names of the classes.
@@ -174,7 +158,9 @@ def build_san(
         raise OptionError(
             f"mlp is {shape.mlp}, expected a multiple of the tower's width, {shape.width}"
         )
-    with mmcv_operators(), contextlib.redirect_stdout(io.StringIO()), _seeded(seed):
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with mmcv_operators(), silence, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         importlib.import_module("mmseg.models")
         registry = importlib.import_module("mmseg.registry")
         engine = importlib.import_module("mmengine")
@@ -199,7 +185,7 @@ def _config(vocabulary: Sequence[str], shape: SanShape) -> Any:
         "mlp_ratio": shape.mlp // shape.width,
         "act_cfg": activation,
     }
-    config.pretrained = None
+    config.pretrained = None  # no download
     config.data_preprocessor = None
     config.image_encoder.update(
         tower,
@@ -237,14 +223,6 @@ def _config(vocabulary: Sequence[str], shape: SanShape) -> Any:
     return config
 
 
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generator; the former state is restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 @torch.no_grad()
 def _initialise(model: nn.Module) -> None:
     """Initialise every parameter; the framework initialises some only from a file of weights."""
@@ -269,7 +247,7 @@ def scale_bias(model: nn.Module, images: Tensor, *, std: float) -> None:
         std: Standard deviation of every head's bias on these images after scaling.
     """
     decoder: Any = model.get_submodule("decode_head.side_adapter_network.mask_decoder")
-    last = decoder.attn_mlp.layers[-1]
+    last = decoder.attn_mlp.layers[-1]  # 1 x 1 convolution; its outputs are the heads' embeddings
     nn.init.orthogonal_(last.weight.view(last.weight.shape[0], -1))
     last.bias.zero_()
     decoder.bias_scaling.bias.zero_()
@@ -290,8 +268,7 @@ def load_tower(model: nn.Module, tower: Mapping[str, Tensor]) -> None:
     Raises:
         OptionError: The tower has other tensors than the model.
     """
-    depth = len({name.split(".")[2] for name in tower if name.startswith("transformer.resblocks.")})
-    layout = TARGETS.get("mmseg-san").layout(model.state_dict(), depth)
+    layout = TARGETS.get("mmseg-san").layout(model.state_dict(), count_blocks(tower))
     values = {
         name: value
         for canonical, tensor in tower.items()
@@ -334,6 +311,7 @@ def run_san(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         [B, classes, h, w], the sum over queries of class probability times mask probability.
     """
     san: Any = model
+    # the side adapter reads the full image, CLIP a smaller one
     small = nn.functional.interpolate(images, scale_factor=san.encoder_resolution, mode="bilinear")
     features = san.image_encoder(small)
     head = san.decode_head

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
-from ovsprune.targets.layout import BlockStack, Layout, PathSpec
+from ovsprune.targets.layout import POSITIONS, TEXT_STEM, BlockStack, Layout, PathSpec, under
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _HEAD = "decode_head.rec_with_attnbias"
-_TEXT = ("token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale")
 # blocks of the decode head and of the text tower are mmcv's generic transformer layers
 _MMCV_PARTS: Mapping[str, PathSpec] = {
     "ln_1": "norms.0",
@@ -35,22 +33,24 @@ _KEY_MAP = KeyMap(
     framework="mmsegmentation's SAN",
     stem={
         "class_embedding": "image_encoder.cls_token",
-        "positional_embedding": "image_encoder.pos_embed",
+        POSITIONS: "image_encoder.pos_embed",
         "conv1": "image_encoder.patch_embed.projection",
         "ln_pre": "image_encoder.ln_pre",
         "ln_post": f"{_HEAD}.ln_post",
         "proj": f"{_HEAD}.proj.weight",
     },
     stacks=(
+        # 9 of 12 (18 of 24) blocks are in the encoder, the last ones classify masks
         BlockStack("image_encoder.layers", _ENCODER_PARTS, share=0.75),
         BlockStack(f"{_HEAD}.layers", _MMCV_PARTS, share=0.25),
     ),
-    leading={"class_embedding": 2, "positional_embedding": 1},
+    # [E] is stored as [1, 1, E], [L, E] as [1, L, E], and proj as a linear layer
+    leading={"class_embedding": 2, POSITIONS: 1},
     transposed=("proj",),
     stays=STAYS,
     activations=("image_encoder.layers.0.ffn.layers.0.1", f"{_HEAD}.layers.0.ffns.0.layers.0.1"),
     text=Layout(
-        stem={name: f"text_encoder.{name}" for name in _TEXT},
+        stem=under("text_encoder", TEXT_STEM),
         stacks=(BlockStack("text_encoder.transformer", _MMCV_PARTS),),
     ),
 )
@@ -70,11 +70,6 @@ runner.train()
 """
 
 
-def _inputs(model: Any) -> Mapping[str, Any]:
-    """Return one image of the size of san_vit-b16 and san_vit-l14; CLIP reads it at half size."""
-    return {"inputs": torch.zeros(1, 3, 640, 640), "mode": "predict"}
-
-
 @TARGETS.register("mmseg-san")
 def mmseg_san() -> TableTarget:
     """Target for SAN of mmsegmentation (mmengine); live models and checkpoints."""
@@ -91,6 +86,7 @@ def mmseg_san() -> TableTarget:
             f"{_HEAD}.*",
         ),
         script=_SCRIPT,
-        inputs=_inputs,
+        # the size of san_vit-b16 and san_vit-l14, whose CLIP reads it at half size
+        inputs=lambda model: {"inputs": torch.zeros(1, 3, 640, 640), "mode": "predict"},
         checks=(no_cross_attention(_HEAD),),
     )

@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ovsprune.core.errors import CheckpointError, TargetError
 from ovsprune.core.files import check_output, staged
 from ovsprune.slim.attach import undo_on_error
-from ovsprune.slim.read import file_digest
+from ovsprune.slim.read import file_digest, read_tensors
 from ovsprune.slim.write import save_tensors
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.hooks import install
-from ovsprune.targets.layout import Layout
 from ovsprune.targets.surgery import Cut
 
 __all__ = ["LINES", "RECORD", "STATE", "check_transfer_output", "load_into", "write_output"]
@@ -73,9 +70,6 @@ def write_output(
         record: Report of the transfer, JSON data.
         lines: Lines to add to the training script.
         extra_files: Additional files, name to content.
-
-    Raises:
-        OutputError: The directory cannot be written (a full disk, ...); nothing was changed.
     """
     with staged(path) as scratch:
         save_tensors(converted.state, scratch / STATE)
@@ -119,9 +113,10 @@ def load_into(
 
     path = Path(directory)
     document = _read_record(path)
-    state = _read_state(path, document)
+    # complete: the transfer had a checkpoint of the framework, not CLIP alone
+    state, complete = _read_state(path, document), bool(document["complete"])
     target = TARGETS.get(document["target"])
-    target.towers(model)
+    target.towers(model)  # refuses another framework
     install(target.hooks)
     layout = target.layout(model.state_dict(), int(document["depth"]))
     cuts = tuple(_cut(entry, path / RECORD) for entry in document["cuts"])
@@ -131,28 +126,24 @@ def load_into(
         current = model.state_dict()
         tower = {name for name in current if layout.canonical(name) is not None}
         # without the framework's checkpoint, its own positions are unknown and may differ
-        free = set() if document["complete"] else {n for n in tower if _stays(layout, n)}
-        _compare(
-            current,
-            state,
-            tower=tower - free,
-            free=free,
-            path=path,
-            strict=strict,
-            complete=bool(document["complete"]),
-        )
+        free = {n for n in tower if not complete and layout.canonical(n) in layout.stays}
+        required = set(current) if strict and complete else tower - free
+        problems = _problems(current, state, required, tower, free, strict)
+        if problems:
+            raise TargetError(
+                f"{path} does not fit this model: "
+                f"{'; '.join(problems[:4])}{'; ...' if len(problems) > 4 else ''}. Build the "
+                "framework with the configuration of the checkpoint that was transferred "
+                "(strict=False lets parts outside the image tower differ)"
+            )
+    # without strict, tensors outside the tower may differ; they keep their values
+    fits = {n for n in current.keys() & state.keys() if current[n].shape == state[n].shape}
     with torch.no_grad():
-        for name in current.keys() & state.keys():
-            if current[name].shape == state[name].shape:
-                current[name].copy_(state[name])
-    add_guard(model, document["target"], layout, cuts)
+        for name in fits:
+            current[name].copy_(state[name])
+    add_guard(model, document["target"], layout, cuts)  # refuses dense checkpoints from now on
     target.apply_compat(model)
-    return sorted(n for n in current if n not in state or current[n].shape != state[n].shape)
-
-
-def _stays(layout: Layout, name: str) -> bool:
-    """Return True if the tensor keeps the framework's value in any case."""
-    return layout.canonical(name) in layout.stays
+    return sorted(current.keys() - fits)
 
 
 def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
@@ -165,7 +156,7 @@ def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
                 f"{type(model).__name__} has no {cut.path}; build the framework with the "
                 "configuration of the checkpoint that was transferred"
             ) from None
-        slim = hasattr(module, "kept_heads")
+        slim = hasattr(module, "kept_heads")  # an attribute of slim attentions alone
         if slim or (cut.heads is not None and getattr(module, "num_heads", 0) != cut.num_heads):
             state = "slim already" if slim else f"with {getattr(module, 'num_heads', 'no')} heads"
             raise TargetError(
@@ -174,48 +165,27 @@ def _check_dense(model: nn.Module, cuts: tuple[Cut, ...]) -> None:
             )
 
 
-def _compare(
+def _problems(
     current: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
-    *,
+    required: set[str],
     tower: set[str],
     free: set[str],
-    path: Path,
     strict: bool,
-    complete: bool,
-) -> None:
-    """Compare names and shapes of the model with those of the directory.
+) -> list[str]:
+    """List names of ``required`` that ``state`` lacks, and shapes that differ from ``current``.
 
-    Args:
-        current: State of the model.
-        state: State in the directory.
-        tower: Names of tensors of the tower, which must fit.
-        free: Names of tensors that may be missing or of another shape.
-        path: The directory, for the message.
-        strict: Compare tensors outside the tower too.
-        complete: True if the directory has all tensors that the framework saves.
-
-    Raises:
-        TargetError: A name is missing or a shape differs.
+    Tensors in ``free`` may have any shape; without ``strict``, so may those outside ``tower``.
     """
-    wanted = set(current) if strict and complete else tower
-    problems = [f"it lacks {name}" for name in sorted(wanted - set(state))]
+    problems = [f"it lacks {name}" for name in sorted(required - set(state))]
     for name in sorted(state):
         if name not in current:
-            if strict:
-                problems.append(f"the model has no {name}")
-        elif name in free:
-            continue
-        elif current[name].shape != state[name].shape and (strict or name in tower):
+            problems += [f"the model has no {name}"] * strict
+        elif name not in free and (strict or name in tower):
             shapes = tuple(state[name].shape), tuple(current[name].shape)
-            problems.append(f"{name} is {shapes[0]}, in the model {shapes[1]}")
-    if problems:
-        raise TargetError(
-            f"{path} does not fit this model: "
-            f"{'; '.join(problems[:4])}{'; ...' if len(problems) > 4 else ''}. Build the framework "
-            "with the configuration of the checkpoint that was transferred (strict=False lets "
-            "parts outside the image tower differ)"
-        )
+            if shapes[0] != shapes[1]:
+                problems.append(f"{name} is {shapes[0]}, in the model {shapes[1]}")
+    return problems
 
 
 def _cut_entry(cut: Cut) -> dict[str, Any]:
@@ -271,7 +241,4 @@ def _read_state(path: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} has no {STATE}; copy the whole directory, or transfer again")
     if file_digest(file) != document["sha256"]:
         raise CheckpointError(f"{file} does not have the recorded SHA-256; copy it again")
-    try:
-        return dict(load_file(file))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is not a valid safetensors file: {error}") from None
+    return read_tensors(file)

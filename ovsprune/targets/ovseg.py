@@ -6,27 +6,26 @@ from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
-from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, clip_text
+from ovsprune.targets.layout import (
+    BLOCK_PARTS,
+    POSITIONS,
+    VIT_STEM,
+    BlockStack,
+    clip_text,
+    under,
+)
 
 _CLIP = "clip_adapter.clip_model"
 _VISUAL = f"{_CLIP}.visual"
-_VISION = ("class_embedding", POSITIONS, "conv1", "ln_pre", "ln_post", "proj")
 
 _KEY_MAP = KeyMap(
     framework="facebookresearch/ov-seg",
-    stem={name: f"{_VISUAL}.{name}" for name in _VISION},
+    stem=under(_VISUAL, VIT_STEM),
     stacks=(BlockStack(f"{_VISUAL}.transformer.resblocks", BLOCK_PARTS),),
     marks=("clip_adapter.non_object_embedding", "sem_seg_head.predictor"),
     activations=(f"{_VISUAL}.transformer.resblocks.0.mlp.gelu",),
     text=clip_text(_CLIP),
 )
-
-_PROTECTS = {
-    "residual width": "mask_embedding replaces its tokens, before and between blocks",
-    "depth": "mask_embedding counts the first blocks",
-    "projection": "regions are compared with text embeddings of the dense width",
-    POSITIONS: "regions and mask_embedding use the patch grid of CLIP's native resolution",
-}
 
 _ENDING = """\
 # Build with the dense CLIP (MODEL.CLIP_ADAPTER.CLIP_MODEL_NAME): OVSeg's loader derives the
@@ -44,7 +43,12 @@ def ovseg() -> TableTarget:
         framework="facebookresearch/ov-seg at 36f49d4 (detectron2, its own fork of CLIP)",
         key_map=_KEY_MAP,
         takes=("vit",),
-        protects=_PROTECTS,
+        protects={
+            "residual width": "mask_embedding replaces its tokens, before and between blocks",
+            "depth": "mask_embedding counts the first blocks",
+            "projection": "regions are compared with text embeddings of the dense width",
+            POSITIONS: "regions and mask_embedding use the patch grid of CLIP's native resolution",
+        },
         trainable=(
             "backbone.*",
             "sem_seg_head.*",

@@ -63,17 +63,12 @@ class Target(Protocol):
     def towers(self, model: nn.Module) -> dict[str, str]:
         """Return the path in ``model`` of each part of the image tower (``"blocks 0-8"``).
 
-        Raises:
-            TargetError: ``model`` belongs to another framework.
+        Like the methods below, raises TargetError if ``model`` belongs to another framework.
         """
         ...
 
     def tower_names(self, model: nn.Module) -> frozenset[str]:
-        """Return the names of the image tower's tensors in ``model``.
-
-        Raises:
-            TargetError: ``model`` belongs to another framework.
-        """
+        """Return the names of the image tower's tensors in ``model``."""
         ...
 
     def layout(self, names: Mapping[str, object] | None, depth: int) -> Layout:
@@ -92,7 +87,7 @@ class Target(Protocol):
     def example(self, model: nn.Module) -> Mapping[str, Any] | None:
         """Return the arguments of one forward pass over one image, on which costs are counted.
 
-        None if they cannot be created without the framework's own data.
+        None if they cannot be created without data of the framework.
         """
         ...
 
@@ -107,20 +102,14 @@ class Target(Protocol):
     def apply_compat(self, model: nn.Module) -> Applied:
         """Make ``model``, dense or slim, run with current libraries, in place.
 
-        Attaching and loading call this too. A model that needs no fix is not changed.
-
-        Returns:
-            Record of the changes; its ``detach()`` undoes them.
+        Attaching and loading call this too. ``detach()`` of the result undoes the changes.
         """
         ...
 
     def enable_tower_grad(self, model: nn.Module) -> Applied:
-        """Let gradients reach a tower that the framework runs without gradients.
+        """Let gradients reach a tower that the framework runs without gradients, in training mode.
 
-        Takes effect in training mode. ``requires_grad`` is not changed; a schedule sets it.
-
-        Returns:
-            Record of the changes, empty for most frameworks; its ``detach()`` undoes them.
+        ``requires_grad`` is not changed; a schedule sets it. ``detach()`` undoes the changes.
         """
         ...
 
@@ -133,6 +122,12 @@ class Target(Protocol):
         force: bool = False,
     ) -> tuple[Weights, str]:
         """Check that ``model`` can take the slim tower; change nothing.
+
+        Args:
+            model: The framework's model, dense.
+            checkpoint: The slim checkpoint.
+            weights: ``"slim"``, ``"target"`` (the framework's own, cut by the mask) or ``"auto"``.
+            force: Accept a checkpoint whose base model had random weights.
 
         Returns:
             The weights that it would get (``"auto"`` is resolved here), and the reason.
@@ -150,12 +145,9 @@ class Target(Protocol):
         weights: str = "auto",
         force: bool = False,
     ) -> Attached:
-        """Replace the tower of ``model`` by the slim one, in place.
+        """Replace the tower of ``model`` by the slim one, in place, if ``check`` accepts it.
 
-        Create the optimiser afterwards.
-
-        Raises:
-            TargetError: ``check`` refuses the model; nothing was changed.
+        The arguments and errors are those of ``check``. Create the optimiser afterwards.
         """
         ...
 
@@ -169,14 +161,8 @@ class Target(Protocol):
     ) -> Converted:
         """Return the framework's state dict with the slim tower in it.
 
-        Args:
-            state: The dense state dict, or None to write CLIP alone.
-            checkpoint: The slim checkpoint.
-            weights: ``"slim"``, ``"target"`` or ``"auto"``.
-            force: Accept a checkpoint whose base model had random weights.
-
-        Raises:
-            TargetError: The slim tower does not fit.
+        ``state`` is the dense state dict, or None to write CLIP alone. The other arguments and the
+        errors are those of ``check``.
         """
         ...
 

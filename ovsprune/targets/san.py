@@ -6,19 +6,18 @@ from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
-from ovsprune.targets.layout import BLOCK_PARTS, BlockStack, clip_text
+from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, clip_text, under
 from ovsprune.targets.san_compat import HOOKS, VISUAL
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
-
-_STEM = ("class_embedding", "positional_embedding", "conv1", "ln_pre")
 
 _KEY_MAP = KeyMap(
     framework="MendelXu/SAN",
     stem={
-        **{name: f"clip_visual_extractor.{name}" for name in _STEM},
-        **{name: f"clip_rec_head.{name}" for name in ("ln_post", "proj")},
+        **under("clip_visual_extractor", ("class_embedding", POSITIONS, "conv1", "ln_pre")),
+        **under("clip_rec_head", ("ln_post", "proj")),
     },
     stacks=(
+        # 9 of 12 (18 of 24) blocks extract features, the last ones classify masks
         BlockStack("clip_visual_extractor.resblocks", BLOCK_PARTS, share=0.75),
         BlockStack("clip_rec_head.resblocks", BLOCK_PARTS, share=0.25),
     ),
@@ -30,9 +29,7 @@ _KEY_MAP = KeyMap(
     text=clip_text("ov_classifier"),
 )
 
-_PRELUDE = """\
-ovsprune.targets.apply_compat("san")  # for open_clip newer than 2.16
-"""
+_PRELUDE = 'ovsprune.targets.apply_compat("san")  # for open_clip newer than 2.16\n'
 
 
 @TARGETS.register("san")

@@ -30,9 +30,8 @@ def no_cross_attention(path: str, supported_in: str = "") -> Check:
 
     Args:
         path: Path of the module with the attribute ``cross_attn``.
-        supported_in: Name of a Python module of the framework. Its classes are accepted, because
-            a hook (:mod:`ovsprune.targets.san_compat`) makes their cross attention work with
-            removed heads.
+        supported_in: Python module of the framework whose classes are accepted, because a hook
+            (:mod:`ovsprune.targets.san_compat`) makes their cross attention take fewer heads.
     """
 
     def check(model: nn.Module, checkpoint: SlimCheckpoint, layout: Layout) -> None:

@@ -61,20 +61,20 @@ class Cut:
 def cuts_of(checkpoint: SlimCheckpoint, layout: Layout) -> tuple[Cut, ...]:
     """List the modules that the checkpoint's mask cuts, by the framework's names.
 
-    Raises:
-        TargetError: The mask cuts something that the framework needs at full width.
+    Raises TargetError if the framework needs one of them at full width.
     """
     shapes = dense_shapes(checkpoint)
     cuts: list[Cut] = []
     for layer in checkpoint.spec.layers:
         if layer.kept == layer.units:
-            continue
+            continue  # nothing was removed
         for module in (part.module for part in layer.slices):
             if not module.startswith(f"{layer.block}."):  # it would change the residual stream
                 raise _protected(module)
         if layer.is_whole_attention:
             cuts += _head_cuts(layer, checkpoint.mask[layer.name], layout)
     for module, axes in layer_runs(checkpoint.spec, checkpoint.mask).items():
+        # axis 0 of a weight are its outputs (rows), axis 1 its inputs (columns)
         index = {
             axis: keep_index(shapes[f"{module}.weight"][0 if axis == "out" else 1], runs)
             for axis, runs in axes.items()
@@ -90,6 +90,7 @@ def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
     fused = all(part.rpartition(".")[0] == attention for part in parts)  # one or three parameters
     if fused or not heads:  # without heads the framework's attention could not reshape its layers
         return [Cut(_path(layout, layer.name), heads, layer.units)]
+    # separate layers for q, k and v: keep head_dim rows of each for every kept head
     kept = keep_index(
         layer.units * layer.unit_width, [Run(0, layer.units, layer.unit_width, mask, layer.name)]
     )
@@ -99,6 +100,7 @@ def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
 
 
 def _path(layout: Layout, module: str) -> str:
+    """Return the framework's path of ``module``; raise TargetError if it has none or several."""
     path = layout.name(module)
     if path is None:
         raise _protected(module)
@@ -113,11 +115,7 @@ def _protected(module: str) -> TargetError:
 
 
 class HeadlessAttention(nn.Module):
-    """Attention of transformers without heads; returns the bias of the out projection.
-
-    Args:
-        dense: Dense attention with the layers ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
-    """
+    """Attention of transformers without heads; returns the bias of the out projection."""
 
     kept_heads: tuple[int, ...] = ()
 
@@ -131,16 +129,15 @@ class HeadlessAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Map [B, L, E] to the bias at every token, [B, L, E], and no attention weights."""
+        # a product with no columns: out_proj adds its bias to zeros
         return self.out_proj(hidden_states[..., :0]), None
 
 
 def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
     """Create the slim copy of ``dense`` with the units that ``cut`` keeps.
 
-    Device, dtype, training mode and ``requires_grad`` are those of ``dense``.
-
-    Raises:
-        TargetError: ``dense`` is of a kind that cannot be cut this way.
+    Device, dtype, training mode and ``requires_grad`` are those of ``dense``. A module of a kind
+    that cannot be cut this way is refused.
     """
     if cut.heads is None:
         axes = {"out": cut.rows, "in": cut.columns}
@@ -154,6 +151,7 @@ def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
             f"{cut.path} has separate layers for queries, keys and values; cut these layers instead"
         )
     slim: nn.Module = HeadlessAttention(dense) if separate else slim_attention(dense, cut.heads)
+    # new parameters train by default; the framework may have frozen the dense ones
     trainable = {name: p.requires_grad for name, p in dense.named_parameters()}
     for name, parameter in slim.named_parameters():
         parameter.requires_grad_(trainable.get(name, False))

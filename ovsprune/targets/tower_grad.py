@@ -18,7 +18,7 @@ __all__ = ["enable_tower_grad"]
 class _WithGradients:
     """Method of a part of a model that runs with gradients while the model trains.
 
-    An object rather than a function, so that a copied or pickled model has its own.
+    An object and not a function, so that a copied or pickled model has its own.
     """
 
     model: nn.Module
@@ -35,15 +35,8 @@ def enable_tower_grad(model: nn.Module, methods: Iterable[str]) -> Applied:
     """Enable gradients in some methods of a model while the model is in training mode.
 
     Their results then depend on the trained parameters even if the caller is inside
-    ``torch.no_grad()``.
-
-    Args:
-        model: The framework's model.
-        methods: Dotted paths from the model (``"backbone.extract_features"``).
-
-    Returns:
-        Record of the changes; its ``detach()`` undoes them. Methods that were changed before stay
-        as they are.
+    ``torch.no_grad()``. Methods that were changed before stay as they are. ``methods`` are dotted
+    paths from the model (``"backbone.extract_features"``).
     """
     swaps = []
     for path in methods:

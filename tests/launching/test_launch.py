@@ -1,4 +1,4 @@
-"""launch: scripts in processes of their own, their towers replaced as they are built."""
+"""Launch of scripts, whose towers are replaced when they are built."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load(name, scale=1.0, width=32):
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A directory with a slim checkpoint, its base's weights, and a framework."""
+    """Create a directory with a slim checkpoint, the weights of its base, and a framework."""
     tower = small_tower()
     saved(small_slim(tower), tmp_path / "slim")
     torch.save(tower, tmp_path / "base.pth")
@@ -68,7 +68,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def script(place: Path, text: str) -> list[str]:
-    """The command of a script that has a ``framework`` and saves what it likes."""
+    """Write a script that can import ``framework``; return its command."""
     (place / "train.py").write_text(f"import sys\nimport torch\n{text}")
     return [sys.executable, str(place / "train.py")]
 
@@ -106,7 +106,7 @@ def test_vendored_clip_is_replaced_as_it_is_loaded(place: Path, capfd: Any) -> N
 def test_dense_checkpoint_loaded_later_is_cut(
     place: Path, scale: float, weights: str, expected: str
 ) -> None:
-    """The model is built without weights; the optimiser exists when they come."""
+    """Weights are loaded after the model and its optimiser were created."""
     record = run(
         place,
         f"""
@@ -132,7 +132,7 @@ torch.save(model.visual.state_dict(), {str(place / "out.pth")!r})
 
 
 def test_a_dense_checkpoint_with_its_misfits_dropped_is_refused(place: Path) -> None:
-    """What many a script does by itself: norms of the dense tower would be put in the slim one."""
+    """Dropping tensors of another shape would load norms of the dense tower into the slim one."""
     text = f"""
 from framework import clip
 model, _ = clip.load({str(place / "base.pth")!r})
@@ -144,7 +144,7 @@ model.load_state_dict({{k: v for k, v in dense.items() if v.shape == own[k].shap
     assert record["returncode"] == 1
 
 
-def test_an_inner_builder_leaves_it_to_the_outer_one(place: Path) -> None:
+def test_only_the_outermost_builder_attaches(place: Path) -> None:
     (place / "transformers").mkdir()
     (place / "transformers" / "__init__.py").write_text("")
     (place / "transformers" / "modeling_utils.py").write_text(
@@ -171,8 +171,8 @@ def test_an_inner_builder_leaves_it_to_the_outer_one(place: Path) -> None:
     assert [report["model"] for report in record["replaced"]] == ["Mine"]
 
 
-def test_processes_that_it_starts_are_served(place: Path) -> None:
-    """As torchrun and spawned ranks: Python under Python, and a sitecustomize of the user's."""
+def test_child_processes_are_hooked(place: Path) -> None:
+    """Covers nested Python processes, as of torchrun, and a sitecustomize of the user."""
     (place / "site").mkdir()
     (place / "site" / "sitecustomize.py").write_text("import sys\nsys.users_own = True\n")
     inner = place / "inner.py"
@@ -212,7 +212,7 @@ def test_a_python_without_ovsprune_is_stopped(place: Path, capfd: Any) -> None:
     assert "cannot import ovsprune (none here); install it there" in err
 
 
-def test_a_named_target_that_cannot_take_it_stops_the_script(place: Path, capfd: Any) -> None:
+def test_named_target_that_refuses_the_tower_stops_the_script(place: Path, capfd: Any) -> None:
     text = "from framework import clip\nclip.load('small', width=64)\nprint('went on')\n"
     with pytest.raises(TargetError, match="status 1"):
         run(place, text, target="generic")
@@ -220,7 +220,7 @@ def test_a_named_target_that_cannot_take_it_stops_the_script(place: Path, capfd:
     assert "went on" not in out and "TargetError" in err and "class_embedding has shape" in err
 
 
-def test_bad_options_are_told_before_anything_starts(place: Path) -> None:
+def test_bad_options_are_refused_before_the_command_starts(place: Path) -> None:
     started = script(place, "raise SystemExit('started')")
     with pytest.raises(OptionError, match="there is no program 'pyhton'"):
         launch(["pyhton", "train.py"], place / "slim")
@@ -252,7 +252,7 @@ def test_command_line(place: Path) -> None:
 
 
 def test_with_torch_and_safetensors_alone(place: Path) -> None:
-    """Parent and child refuse every other import, to everybody."""
+    """Makes parent and child refuse all other imports."""
     child = (
         f"{GUARD}\nallowed.add('framework')\nfrom framework import clip\n"
         f"model, _ = clip.load({str(place / 'base.pth')!r})\n"
@@ -326,7 +326,7 @@ default_scope = 'mmseg'
 
 
 def mmseg_config(place: Path, dense: Any, shape: Any) -> str:
-    """A configuration of the framework's SAN that finds its CLIP in a file, and two pictures."""
+    """Write a configuration of SAN that reads CLIP from a file, and two images."""
     from mmengine import Config
     from torchvision.io import write_png
 
@@ -351,7 +351,7 @@ def mmseg_config(place: Path, dense: Any, shape: Any) -> str:
 def test_mmsegmentation_trains_and_its_tower_stays_slim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuned: bool
 ) -> None:
-    """tools/train.py of the framework itself: initialised from a file, loaded, trained, saved."""
+    """Runs tools/train.py of mmsegmentation: initialise from a file, load, train, save."""
     needs_mmseg()
     import mmseg
 

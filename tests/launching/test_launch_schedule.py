@@ -1,4 +1,4 @@
-"""launch --policy: the schedule in the training loop of a script that knows nothing of it."""
+"""Schedule of ``launch --policy`` in the training loop of an unchanged script."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ PATHS = os.pathsep.join((ALONE["PYTHONPATH"], os.environ.get("PYTHONPATH", "")))
     ("library", "text"),
     [*LOOPS, pytest.param("detectron2", DETECTRON2, marks=pytest.mark.upstream)],
 )
-def test_only_what_the_policy_chose_has_moved(place: Path, library: str, text: str) -> None:
+def test_only_the_layers_of_the_policy_change(place: Path, library: str, text: str) -> None:
     import json
 
     pytest.importorskip(library)
@@ -135,12 +135,12 @@ def test_only_what_the_policy_chose_has_moved(place: Path, library: str, text: s
     }
 
 
-def test_a_script_without_a_known_loop_is_told(place: Path) -> None:
+def test_script_without_a_known_loop_is_an_error(place: Path) -> None:
     with pytest.raises(ScheduleError, match="no training loop used the policy alpha"):
         run(place, "from framework import clip\nclip.load('small')\n", policy="alpha")
 
 
-def test_bad_settings_are_told_before_the_script_starts(place: Path) -> None:
+def test_bad_schedules_are_refused_before_the_script_starts(place: Path) -> None:
     command = [sys.executable, "-c", f"open({os.fspath(place / 'ran')!r}, 'w')"]
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"policy": "alfa"}, UnknownNameError, "Did you mean 'alpha'"),
@@ -153,7 +153,7 @@ def test_bad_settings_are_told_before_the_script_starts(place: Path) -> None:
 
 
 @pytest.mark.parametrize(("rest", "norms"), [("follow", True), ("keep", False)])
-def test_what_the_framework_froze_is_opened_for_its_optimiser(rest: str, norms: bool) -> None:
+def test_frozen_parameters_are_enabled_for_the_optimiser(rest: str, norms: bool) -> None:
     net = model()
     net.requires_grad_(False)
     settings = {"policy": "alpha-refresh", "target": "auto", "pool": ["blocks.*"], "rest": rest}

@@ -1,4 +1,4 @@
-"""Lively random towers, slim checkpoints made by hand, and pictures, for the tests of targets."""
+"""Random towers, slim checkpoints built by hand, and images, for the tests of targets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Kept = Mapping[str, list[int]]
 def lively_tower(
     *, width: int, depth: int, heads: int, patch: int, size: int, outputs: int, mlp: int, seed: int
 ) -> dict[str, Tensor]:
-    """Random CLIP ViT weights whose heads attend sharply and whose units differ in weight."""
+    """Draw CLIP ViT weights with sharp attention and units of different norms."""
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -67,7 +67,7 @@ def lively_tower(
 
 
 def random_kept(depth: int, heads: int, mlp: int, seed: int) -> dict[str, list[int]]:
-    """Kept units, uneven from block to block; the last block keeps its heads, the default."""
+    """Draw kept units, a different number in each block; the last block keeps all heads."""
     draw = torch.Generator().manual_seed(seed)
     kept = {}
     for i in range(depth):
@@ -82,7 +82,7 @@ def random_kept(depth: int, heads: int, mlp: int, seed: int) -> dict[str, list[i
 
 
 def magnitude_kept(state: Mapping[str, Tensor], heads: int, share: float) -> dict[str, list[int]]:
-    """The units of largest weight over all blocks together, so widths differ; at least one each."""
+    """Return the units of largest weight over all blocks; widths differ, at least one unit each."""
     norms = {}
     for name, tensor in state.items():
         if name.endswith("mlp.c_proj.weight"):
@@ -112,7 +112,7 @@ def slim_by_hand(
     path: Path = Path("slim/by-hand"),
     base: BaseSpec | None = None,
 ) -> SlimCheckpoint:
-    """A slim checkpoint whose tensors are the base's, cut by ``kept`` and not repaired."""
+    """Build a slim checkpoint of the base's tensors, cut by ``kept`` and not repaired."""
     width = state["conv1.weight"].shape[0]
     layers = []
     for name, chosen in kept.items():
@@ -143,7 +143,7 @@ def slim_by_hand(
 
 
 def shared_data() -> Path:
-    """Where real pictures are: ``OVSPRUNE_DATA``, or ``shared/data`` beside the repository."""
+    """Return the folder of real images: ``OVSPRUNE_DATA``, by default ``shared/data``."""
     beside = Path(__file__).resolve().parents[3] / "shared" / "data"
     return Path(os.environ.get("OVSPRUNE_DATA", beside))
 
@@ -169,7 +169,7 @@ def _drawn(count: int, side: int) -> Tensor:
 
 
 def load_pictures(count: int, side: int) -> Tensor:
-    """float32 [count, 3, side, side], preprocessed: real pictures where they are, else drawn."""
+    """Return preprocessed images, float32 [count, 3, side, side]: real ones, else rendered."""
     raw = _real(count, side)
     raw = _drawn(count, side) if raw is None else raw
     mean = torch.tensor(Preprocess((side, side)).mean)[:, None, None]
@@ -178,14 +178,14 @@ def load_pictures(count: int, side: int) -> Tensor:
 
 
 def needs_mmseg() -> None:
-    """Skip where the framework is not installed."""
+    """Skip the test if the framework is not installed."""
     if any(importlib.util.find_spec(name) is None for name in ("mmseg", "mmengine", "mmcv")):
         pytest.skip("mmsegmentation is not installed: `make setup` installs it")
 
 
 @contextmanager
 def masked(model: nn.Module, slim: SlimCheckpoint, layout: Layout) -> Iterator[None]:
-    """The dense model with the units that ``slim`` cuts masked to zero, at their consumers."""
+    """Set the units that ``slim`` cuts to zero in the dense model, in the layers that read them."""
     swapped = []
     for layer in slim.spec.layers:
         gone = torch.ones(layer.units, dtype=torch.bool)
@@ -207,12 +207,12 @@ def masked(model: nn.Module, slim: SlimCheckpoint, layout: Layout) -> Iterator[N
 
 
 def error(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of every output, in standard deviations of the wanted one."""
+    """Return the largest difference of every output, in standard deviations of ``wanted``."""
     return {k: float((found[k] - w).abs().max() / w.std()) for k, w in wanted.items()}
 
 
 def in_framework(tower: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """A tower's tensors by the framework's names and shapes."""
+    """Return a tower's tensors by the framework's names and shapes."""
     found: dict[str, Tensor] = {}
     for canonical, tensor in tower.items():
         found |= layout.to_framework(canonical, tensor)
@@ -220,7 +220,7 @@ def in_framework(tower: Mapping[str, Tensor], layout: Layout) -> dict[str, Tenso
 
 
 def put(model: nn.Module, tower: Mapping[str, Tensor], layout: Layout) -> None:
-    """Fill the tower of a framework's model, every tensor of it."""
+    """Load all tensors of the tower into a framework's model."""
     values = in_framework(tower, layout)
     missing, unexpected = model.load_state_dict(values, strict=False)
     assert not unexpected
@@ -228,13 +228,13 @@ def put(model: nn.Module, tower: Mapping[str, Tensor], layout: Layout) -> None:
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-    """Every tensor: which object it is, and a copy of its value."""
+    """Return the identity and a copy of the value of every tensor."""
     state = model.state_dict(keep_vars=True)
     return {name: (id(tensor), tensor.detach().clone()) for name, tensor in state.items()}
 
 
 def unchanged(model: nn.Module, before: Mapping[str, tuple[int, Tensor]]) -> bool:
-    """Whether every tensor is the same object with the same value as in a snapshot."""
+    """Return True if every tensor is the same object with the same value as in a snapshot."""
     after = model.state_dict(keep_vars=True)
     return list(after) == list(before) and all(
         id(after[name]) == there and torch.equal(after[name].detach(), value)
@@ -247,14 +247,14 @@ SMALL_MLP = 64
 
 
 def small_tower(seed: int = 0) -> dict[str, Tensor]:
-    """A tower small enough for unit tests."""
+    """Build a tower small enough for unit tests."""
     return lively_tower(**SMALL, mlp=SMALL_MLP, seed=seed)
 
 
 def small_slim(
     tower: Mapping[str, Tensor] | None = None, *, seed: int = 0, **options: Any
 ) -> SlimCheckpoint:
-    """A slim checkpoint of :func:`small_tower`, with a text tower of two tensors."""
+    """Build a slim checkpoint of :func:`small_tower`, with a text tower of two tensors."""
     kept = random_kept(4, 4, SMALL_MLP, seed)
     text = {
         "token_embedding.weight": torch.full((6, 8), 0.25),
@@ -265,7 +265,7 @@ def small_slim(
 
 
 def lively_resnet(layers: list[int], *, width: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of open_clip's ModifiedResNet, in norms and their statistics, too."""
+    """Draw the weights of open_clip's ModifiedResNet, with norms and their statistics."""
     from open_clip.modified_resnet import ModifiedResNet
 
     return lively(ModifiedResNet(layers, 24, 4, 64, width), seed).state_dict()
@@ -273,7 +273,7 @@ def lively_resnet(layers: list[int], *, width: int = 8, seed: int = 0) -> dict[s
 
 @torch.no_grad()
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Values for every parameter and every statistic of a network of convolutions and norms."""
+    """Draw values for every parameter and statistic of a network of convolutions and norms."""
     draw = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
@@ -290,7 +290,7 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
 def slim_resnet(
     state: Mapping[str, Tensor], *, seed: int = 0, trained: bool = True
 ) -> SlimCheckpoint:
-    """A slim checkpoint of a ModifiedResNet: some channels of every inner convolution."""
+    """Build a slim ModifiedResNet that keeps some channels of every inner convolution."""
     draw = torch.Generator().manual_seed(seed)
     layers, mask = [], {}
     blocks = [
@@ -313,7 +313,7 @@ def slim_resnet(
 
 
 def lively_convnext(depths: tuple[int, ...] = (1, 1, 2, 1), *, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights of open_clip's ``TimmModel`` around timm's ConvNeXt, in every tensor."""
+    """Draw the weights of open_clip's ``TimmModel`` around timm's ConvNeXt."""
     from timm.models.convnext import ConvNeXt
 
     trunk = ConvNeXt(depths=depths, dims=(8, 16, 24, 32), num_classes=0)
@@ -324,7 +324,7 @@ def lively_convnext(depths: tuple[int, ...] = (1, 1, 2, 1), *, seed: int = 0) ->
 def slim_convnext(
     state: Mapping[str, Tensor], *, seed: int = 0, trained: bool = True
 ) -> SlimCheckpoint:
-    """A slim checkpoint of a ConvNeXt: some hidden units of every block's MLP."""
+    """Build a slim ConvNeXt that keeps some hidden units of every block's MLP."""
     draw = torch.Generator().manual_seed(seed)
     layers, mask = [], {}
     blocks = [n for n in state if ".blocks." in n]  # the head may have an MLP of its own
@@ -344,7 +344,7 @@ def _slim(
     trained: bool,
     says: tuple[str, str, str],
 ) -> SlimCheckpoint:
-    """Of a convolutional tower: its model's name, family and activation are ``says``."""
+    """Build the slim checkpoint of a convolutional tower."""
     spec = SlimSpec(
         base=base_spec(says[0], "random", trained, state),
         family=says[1],
@@ -363,7 +363,7 @@ def _slim(
 
 
 def small_of_kind(kind: str, **options: Any) -> tuple[dict[str, Tensor], SlimCheckpoint, int]:
-    """A small tower of a kind of ``KINDS``, a slim checkpoint of it, and its blocks."""
+    """Return a small tower of a kind of ``KINDS``, a slim checkpoint of it, and its depth."""
     if kind == "resnet":
         tower = lively_resnet([1, 1, 1, 1])
         return tower, slim_resnet(tower, **options), 0
@@ -381,7 +381,7 @@ def saved(slim: SlimCheckpoint, path: Path) -> Path:
 
 
 class MiniSan(nn.Module):
-    """A module tree with the names that MendelXu/SAN has, built of open_clip's own blocks."""
+    """Module tree with the names of MendelXu/SAN, built of open_clip's blocks."""
 
     def __init__(self, activation: str = "quick_gelu") -> None:
         super().__init__()
@@ -418,7 +418,7 @@ class MiniSan(nn.Module):
 
     @classmethod
     def with_tower(cls, tower: Mapping[str, Tensor], activation: str = "quick_gelu") -> MiniSan:
-        """Carrying ``tower``, with positions tuned by the framework."""
+        """Build the model with the weights of ``tower``, and positions tuned by the framework."""
         torch.manual_seed(3)
         model = cls(activation)
         put(model, tower, TARGETS.get("san").layout(model.state_dict(), 4))
@@ -428,7 +428,7 @@ class MiniSan(nn.Module):
 
     @torch.no_grad()
     def run(self, images: Tensor, bias: Tensor) -> Tensor:
-        """Extractor, then head under an attention bias [B * heads, L, L] -> [B, outputs]."""
+        """Run extractor and head with an attention bias [B * heads, L, L] -> [B, outputs]."""
         front: Any = self.clip_visual_extractor
         x = front.conv1(images).flatten(2).permute(2, 0, 1)
         x = torch.cat([front.class_embedding.expand(1, x.shape[1], -1), x])

@@ -1,4 +1,4 @@
-"""CAT-Seg, built by its own code from its own configuration, with a drawn CLIP in it."""
+"""Builder of CAT-Seg by the framework's code and configuration, with random CLIP weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = ["person", "tree", "sky, cloud", "dining table"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of CLIP inside CAT-Seg; ``side`` is what the image tower sees, 24 patches across."""
+    """Sizes of CLIP in CAT-Seg; ``side`` is the input size of the image tower, 24 patches."""
 
     width: int
     depth: int
@@ -55,7 +55,7 @@ VIT_B = Shape(768, 12, 16, 224, 512, 512, 12, 384)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkout, imported, and what it takes for granted: a GPU for the tokens of its texts."""
+    """Import the checkout; its tokens of texts stay on the CPU if there is no GPU."""
     path = checkout("cat-seg", "detectron2", "einops", "timm", "pycocotools")
     if not torch.cuda.is_available():
         monkeypatch.setattr(Tensor, "cuda", lambda self, *rest, **named: self)
@@ -72,7 +72,7 @@ def cat_seg(
     prompts: tuple[int, int] = (0, 0),
     seed: int = 0,
 ) -> Any:
-    """CATSeg as its configuration for ViT-B/16 builds it, in evaluation mode.
+    """Build CATSeg from its configuration for ViT-B/16, in evaluation mode.
 
     The framework writes the widths of ViT-B/16 into its upsampling layers and the size of the
     tower's pictures; for a smaller shape they are exchanged after it was built.
@@ -124,7 +124,7 @@ def cat_seg(
 def pictures(
     model: Any, count: int = 1, height: int = 120, width: int = 150
 ) -> list[dict[str, Any]]:
-    """Pictures as CAT-Seg's data set gives them: RGB of 0 to 255, in any size."""
+    """Return images in the form of CAT-Seg's data set: RGB from 0 to 255, of any size."""
     dtype = next(model.parameters()).dtype
     square = load_pictures(count, max(height, width)) * 60 + 115
     return [
@@ -138,7 +138,7 @@ def pictures(
 
 
 def run(model: Any) -> dict[str, Tensor]:
-    """Segmentation, what the tower gives densely and pooled, and the two streams that are read."""
+    """Return the segmentation, dense and pooled embeddings, and the two hooked streams."""
     seen: list[Tensor] = []
     visual = model.sem_seg_head.predictor.clip_model.visual
     handle = visual.register_forward_hook(lambda module, given, out: seen.append(out))
@@ -159,7 +159,7 @@ def run(model: Any) -> dict[str, Tensor]:
 
 
 def loss(model: Any) -> Tensor:
-    """The framework's own training loss on two pictures of one size, with some pixels ignored."""
+    """Return the framework's training loss on two images, with some pixels ignored."""
     given = pictures(model, 2, 96, 96)
     for each in given:
         labels = (each["image"].mean(0) / 64).long().clamp(0, len(CLASSES) - 1)

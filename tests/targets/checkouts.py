@@ -11,7 +11,7 @@ import pytest
 
 
 def checkout(target: str, *needs: str, below: tuple[str, ...] = ("",)) -> Path:
-    """The framework's checkout, with its packages importable; skips where there is none.
+    """Return the framework's checkout, with its packages importable; skip the test without one.
 
     Args:
         target: ``OVSPRUNE_<TARGET>_REPO`` names it.

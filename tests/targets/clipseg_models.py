@@ -24,7 +24,7 @@ def clipseg(
     extract: tuple[int, ...] = EXTRACT,
     seed: int = 0,
 ) -> Any:
-    """CLIPSegForImageSegmentation around ``tower``, every parameter with a value."""
+    """Build CLIPSegForImageSegmentation around ``tower``, with random parameters."""
     transformers = pytest.importorskip("transformers")
     depth = len({n.split(".")[2] for n in tower if n.startswith("transformer.resblocks.")})
     width, _, patch, _ = tower["conv1.weight"].shape
@@ -69,7 +69,7 @@ WORDS = torch.tensor([[1, 7, 9, 63, 0, 0], [1, 30, 12, 11, 63, 0]])
 
 
 def outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """Masks, pooled embedding, and the streams that the decoder reads, of one text a picture."""
+    """Return masks, pooled embedding and the streams that the decoder reads."""
     found = model(pixel_values=images, input_ids=WORDS[: len(images)], output_hidden_states=True)
     streams = found.vision_model_output.hidden_states
     picked = {f"stream {i}": streams[i + 1] for i in model.extract_layers}

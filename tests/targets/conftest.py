@@ -1,4 +1,4 @@
-"""One real SAN for the whole session: building takes long, and no test leaves a trace in it."""
+"""Shared SAN of mmsegmentation: building it takes long, and no test changes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VIT_B = {"width": 768, "depth": 12, "heads": 12, "patch": 16, "size": 224, "outp
 
 @pytest.fixture(scope="session")
 def vit_b() -> dict[str, Tensor]:
-    """A tower of ViT-B/16's sizes."""
+    """Build a tower of the sizes of ViT-B/16."""
     return lively_tower(**VIT_B, mlp=3072, seed=0)
 
 
@@ -32,7 +32,7 @@ def _san(vit_b: dict[str, Tensor]) -> nn.Module:
 
 @pytest.fixture
 def san(_san: nn.Module) -> Iterator[nn.Module]:
-    """SAN as mmsegmentation ships it, from its san_vit-b16.py, with that tower in it."""
+    """Build SAN from mmsegmentation's san_vit-b16.py, with that tower."""
     before = {name: (id(t), t._version) for name, t in _san.state_dict(keep_vars=True).items()}
     yield _san
     after = {name: (id(t), t._version) for name, t in _san.state_dict(keep_vars=True).items()}

@@ -1,4 +1,4 @@
-"""FC-CLIP and Mask2Former of their own repositories, small, with a value in every parameter.
+"""Small FC-CLIP and Mask2Former of their repositories, with random parameters.
 
 A checkout is named by an environment variable, and nothing of it is here. Modules that the
 frameworks import and that these tests do not reach have stand-ins.
@@ -44,7 +44,7 @@ SMALL_HEAD = {
 
 
 def checkout(variable: str) -> Path:
-    """The repository that an environment variable names, or the test is skipped."""
+    """Return the repository that an environment variable names; skip the test without one."""
     value = os.environ.get(variable)
     if not value:
         pytest.skip(f"{variable} names no checkout")
@@ -59,7 +59,7 @@ def _fail(*given: Any, **named: Any) -> Any:
 
 
 def _stand_in(name: str, **members: Any) -> None:
-    """A module that is only imported, unless the real one is installed."""
+    """Add an empty module for an import, unless the real one is installed."""
     if name in sys.modules or ("." not in name and importlib.util.find_spec(name) is not None):
         return
     module = types.ModuleType(name)
@@ -68,7 +68,7 @@ def _stand_in(name: str, **members: Any) -> None:
 
 
 def _imported(repository: Path, package: str) -> Any:
-    """A framework's package, imported where it expects to be: beside its data."""
+    """Import a framework's package from the directory of its data."""
     # its attention has a way without the compiled operator, which it takes where that one fails
     _stand_in(
         "MultiScaleDeformableAttention", ms_deform_attn_forward=_fail, ms_deform_attn_backward=_fail
@@ -91,7 +91,7 @@ _OWN: dict[str, list[dict[str, Any]]] = {}
 
 @contextlib.contextmanager
 def _registered(package: str) -> Iterator[None]:
-    """detectron2 with the parts of one framework: two of them use the same names."""
+    """Register the parts of one framework in detectron2; frameworks share names."""
     from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 
     tables = [r._obj_map for r in (BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY)]
@@ -143,7 +143,7 @@ def _config(add: Any, file: Path, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _small_clip(name: str, vision: dict[str, Any], embed: int) -> Iterator[None]:
-    """open_clip's model ``name`` with fewer and narrower layers, for as long as this lasts."""
+    """Make open_clip's model ``name`` smaller inside the block."""
     from open_clip import factory
 
     before = factory._MODEL_CONFIGS.get(name)
@@ -165,7 +165,7 @@ CONVNEXT_NAME = "ovsprune_convnext_base"  # of which FC-CLIP knows the widths, b
 
 @cache
 def short_convnext() -> str:
-    """timm's ConvNeXt-B with one block a stage, registered; its name."""
+    """Register timm's ConvNeXt-B with one block per stage; return its name."""
     import timm
     from timm.models.convnext import ConvNeXt
 
@@ -185,7 +185,7 @@ RESNET_VISION = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 64, "patch_s
 
 
 def convnext_vision() -> dict[str, Any]:
-    """Vision part of a small ConvNeXt CLIP, as open_clip's convnext_large_d has it."""
+    """Return the vision configuration of a small ConvNeXt, like convnext_large_d."""
     return {
         "timm_model_name": short_convnext(),
         "timm_model_pretrained": False,
@@ -198,7 +198,7 @@ def convnext_vision() -> dict[str, Any]:
 
 
 def fc_clip(kind: str, *, seed: int = 0, full: bool = False) -> Any:
-    """bytedance/fc-clip's own model on CLIP's residual network or a ConvNeXt.
+    """Build the model of bytedance/fc-clip on CLIP's ResNet or a ConvNeXt.
 
     Args:
         kind: ``"resnet"`` or ``"convnext"``.
@@ -233,7 +233,7 @@ def _fc_clip(repository: Path, kind: str, seed: int, full: bool) -> Any:
 
 
 def mask2former(kind: str, *, seed: int = 0, full: bool = False) -> Any:
-    """Mask2Former's own model.
+    """Build Mask2Former by the framework's code.
 
     Args:
         kind: ``"clip"`` (OpenTrans's CLIPResNetWithAttention), ``"unpooled"`` (the same without its
@@ -275,7 +275,7 @@ def _mask2former(repository: Path, kind: str, seed: int, full: bool) -> Any:
 
 @cache
 def _clip_backbone(repository: Path) -> None:
-    """Have detectron2 know OpenTrans's CLIP backbones."""
+    """Register the CLIP backbones of OpenTrans in detectron2."""
     _stand_in("loralib")
     layers: Any = importlib.import_module("timm.models.layers")
     layers.drop = getattr(layers, "drop", layers.drop_path)  # imported by a name that timm moved
@@ -295,7 +295,7 @@ def _built(cfg: Any) -> Any:
 
 @torch.no_grad()
 def lively_whole(model: Any, seed: int) -> Any:
-    """Values for what the framework starts at a constant, and for statistics, everywhere."""
+    """Draw values for statistics and for parameters that start at a constant."""
     draw = torch.Generator().manual_seed(seed)
     backbone = model.backbone
     lively(backbone.clip_model.visual if hasattr(backbone, "clip_model") else backbone, seed)
@@ -312,7 +312,7 @@ def lively_whole(model: Any, seed: int) -> Any:
 
 
 def batch(side: int = 64, count: int = 2, *, targets: bool = False) -> list[dict[str, Any]]:
-    """Pictures as detectron2 gives them, and where ``targets`` a few drawn instances of each."""
+    """Return images in detectron2's form; with ``targets``, random instances of each."""
     pictures = (load_pictures(count, side) * 60 + 120).clamp(0, 255)
     made: list[dict[str, Any]] = [
         {"image": image, "height": side, "width": side} for image in pictures
@@ -332,7 +332,7 @@ def batch(side: int = 64, count: int = 2, *, targets: bool = False) -> list[dict
 
 @torch.no_grad()
 def run(model: Any, side: int = 64) -> dict[str, Tensor]:
-    """Every output of the framework: masks and logits of its head, and the final segmentation."""
+    """Return the masks and logits of the framework's head, and the final segmentation."""
     seen: dict[str, Tensor] = {}
 
     def look(module: nn.Module, given: Any, found: Any) -> None:

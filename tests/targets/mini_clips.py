@@ -1,4 +1,4 @@
-"""Module trees with the names of frameworks that carry a whole CLIP of their own, for the tests.
+"""Small models with the names of frameworks that contain their own complete CLIP.
 
 Only names, shapes, and who reads what are the frameworks'; everything is small and written here.
 """
@@ -24,7 +24,7 @@ class QuickGelu(nn.Module):
 
 
 class ApartAttention(nn.Module):
-    """Sequence-first attention with three weights, one bias, and nothing fused."""
+    """Sequence-first attention with three separate weights and one bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ApartAttention(nn.Module):
 
 
 class UnnamedAttention(ApartAttention):
-    """The same, called by a ``forward`` that does not say how."""
+    """Variant whose ``forward`` does not name its arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return super().forward(*args, **kwargs)
@@ -73,7 +73,7 @@ class Block(nn.Module):
         self.mlp.add_module("c_proj", nn.Linear(mlp, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[L, N, E] to the same."""
+        """Map [L, N, E] to [L, N, E]."""
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, need_weights=False, attn_mask=None)[0]
         return x + self.mlp(self.ln_2(x))
@@ -86,7 +86,7 @@ class Blocks(nn.Module):
 
 
 class Visual(nn.Module):
-    """A CLIP ViT: its parts, and the way to the first block."""
+    """CLIP ViT: its parts, and the computation up to the first block."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -100,11 +100,11 @@ class Visual(nn.Module):
         self.ln_post = nn.LayerNorm(WIDTH)
 
     def patches(self, images: Tensor) -> Tensor:
-        """[N, tokens, E], without the class token."""
+        """Return patch embeddings [N, tokens, E], without the class token."""
         return self.conv1(images).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
     def stream(self, patches: Tensor) -> Tensor:
-        """What the first block reads, [L, N, E]; positions are stretched where they must be."""
+        """Return the input of the first block, [L, N, E]; positions are resized if necessary."""
         first = self.class_embedding.expand(len(patches), 1, -1)
         positions = self.positional_embedding
         side, own = round(patches.shape[1] ** 0.5), round((len(positions) - 1) ** 0.5)
@@ -117,7 +117,7 @@ class Visual(nn.Module):
 
 
 class MiniClip(nn.Module):
-    """Both towers of a CLIP with OpenAI's names; ``apart`` as CAT-Seg's copy has its attention."""
+    """CLIP with OpenAI's names; ``apart`` gives it CAT-Seg's attention."""
 
     def __init__(self, apart: bool) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class MiniClip(nn.Module):
         self.ln_final = nn.LayerNorm(16)
 
     def words(self) -> Tensor:
-        """Embeddings of three texts, [3, D], by the text tower."""
+        """Return the embeddings of three texts, [3, D]."""
         tokens = torch.tensor([[1, 4, 9], [1, 7, 9], [1, 2, 9]])
         x = (self.token_embedding(tokens) + self.positional_embedding[:3]).transpose(0, 1)
         for block in self.transformer.resblocks:
@@ -139,7 +139,7 @@ class MiniClip(nn.Module):
 
 
 class MiniCatSeg(nn.Module):
-    """Who reads what in CAT-Seg: two streams by hooks, and the last block's values by hand."""
+    """Small CAT-Seg: hooks read two residual streams; the last block computes values alone."""
 
     READ = (1, 2)
 
@@ -188,7 +188,7 @@ class MiniCatSeg(nn.Module):
 
 
 class MiniOvSeg(nn.Module):
-    """Who reads what in OVSeg: regions under mask prompts, which take tokens' places in between."""
+    """Small OVSeg: mask prompts replace tokens of regions before and between blocks."""
 
     DEPTH = 3
 
@@ -206,7 +206,7 @@ class MiniOvSeg(nn.Module):
         self.clip_adapter.non_object_embedding = nn.Parameter(torch.randn(1, SMALL["outputs"]))
 
     def forward(self, regions: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:
-        """Regions [N, 3, H, W], masks [N, H, W] of ones where the region is."""
+        """Classify regions [N, 3, H, W] with masks [N, H, W], 1 inside the region."""
         adapter: Any = self.clip_adapter
         visual = adapter.clip_model.visual
         prompts, patches = visual.mask_embedding, visual.patches(regions)
@@ -228,7 +228,7 @@ class MiniOvSeg(nn.Module):
 
 
 def with_tower(kind: type[nn.Module], target: str, tower: Mapping[str, Tensor]) -> Any:
-    """A mini framework that carries ``tower``, every parameter with a value of its own."""
+    """Build a small framework with the weights of ``tower``; all parameters differ."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(11)
         model = kind()

@@ -1,4 +1,4 @@
-"""Module trees with the names that FC-CLIP and Mask2Former have, small, for tests without them."""
+"""Small modules with the names of FC-CLIP and Mask2Former, for tests without them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESNET = [1, 1, 1, 1]
 
 
 def tower_of(kind: str) -> dict[str, Tensor]:
-    """A tower for the trees here."""
+    """Build a tower for the models of this file."""
     return lively_convnext() if kind == "convnext" else lively_resnet(RESNET)
 
 
@@ -39,7 +39,7 @@ def _projection() -> nn.Module:
 
 
 class _Backbone(nn.Module):
-    """FC-CLIP's: a whole CLIP, and a way to encode texts that is of another time."""
+    """Backbone of FC-CLIP: a CLIP, and an ``encode_text`` for old versions of open_clip."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def _head(widths: list[int]) -> nn.Module:
 
 
 class MiniFcClip(nn.Module):
-    """FC-CLIP's names; masks are the pixel decoder's mean, classes the texts'."""
+    """Model with FC-CLIP's names; masks are the mean of the pixel decoder's outputs."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class MiniFcClip(nn.Module):
 
 
 class _Frozen(nn.Module):
-    """A norm whose weight is a statistic, as detectron2's networks have it."""
+    """Norm without parameters, like detectron2's FrozenBatchNorm2d."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class _Frozen(nn.Module):
 
 
 class _Conv(nn.Conv2d):
-    """A convolution with its norm inside."""
+    """Convolution that contains its norm."""
 
     def __init__(self, made: int, width: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(made, width, kernel, stride, kernel // 2, bias=False)
@@ -150,7 +150,7 @@ class _Bottleneck(nn.Module):
 
 
 class _Plain(nn.Module):
-    """detectron2's residual network of bottlenecks."""
+    """Copy of detectron2's ResNet of bottlenecks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _Plain(nn.Module):
 
 
 class MiniMask2Former(nn.Module):
-    """Mask2Former's names, on CLIP's residual network or detectron2's."""
+    """Model with Mask2Former's names, on CLIP's or detectron2's ResNet."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -209,14 +209,14 @@ class MiniMask2Former(nn.Module):
 
 @torch.no_grad()
 def run(model: nn.Module, side: int = 64) -> dict[str, Tensor]:
-    """The output for two pictures of noise."""
+    """Return the output for two images of noise."""
     draw = torch.Generator().manual_seed(0)
     pictures = [{"image": torch.randn(3, side, side, generator=draw)} for _ in range(2)]
     return {"sem_seg": torch.stack([found["sem_seg"] for found in model(pictures)])}
 
 
 def load_as_detectron2(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """What detectron2's checkpointer does: drop what has another shape, and go on."""
+    """Load like detectron2's checkpointer, which drops tensors of another shape."""
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k not in own or own[k].shape == v.shape}
     model.load_state_dict(fits, strict=False)

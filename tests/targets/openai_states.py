@@ -1,4 +1,4 @@
-"""State dicts with OpenAI's names for a whole CLIP, as its files hold them; every value drawn."""
+"""Random state dicts of a complete CLIP with OpenAI's names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.targets.by_hand import lively_tower
 
 
 def half_exact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The nearest weights that float16 holds, as OpenAI's are: loaders keep them in that type."""
+    """Round weights to float16, the type of OpenAI's files, which loaders keep."""
     return {name: tensor.half().float() for name, tensor in state.items()}
 
 
 def whole_clip(
     tower: Mapping[str, Tensor], *, width: int, depth: int, seed: int = 5
 ) -> dict[str, Tensor]:
-    """``tower`` and a text tower of ``width``, with CLIP's own vocabulary and length."""
+    """Add a text tower of ``width`` to ``tower``, with CLIP's vocabulary and length."""
     outputs = tower["proj"].shape[1]
     text = lively_tower(
         width=width, depth=depth, heads=width // 64, patch=1, size=1, outputs=outputs,
@@ -39,7 +39,7 @@ def whole_clip(
 
 
 class Archive(nn.Module):
-    """What ``torch.jit.load`` gives of one of OpenAI's files, as far as their loaders ask."""
+    """Replacement for a TorchScript archive of OpenAI, with the members that loaders read."""
 
     def __init__(self, state: Mapping[str, Tensor], size: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Archive(nn.Module):
 
 @torch.no_grad()
 def fill(model: nn.Module, inside: str, seed: int = 0) -> None:
-    """A value of its own for every parameter outside of the modules named ``inside``."""
+    """Draw values for the parameters outside the modules named ``inside``."""
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if inside in name:

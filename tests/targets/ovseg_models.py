@@ -1,4 +1,4 @@
-"""OVSeg, built by its own code from its own configuration, with a drawn CLIP in it."""
+"""Builder of OVSeg by the framework's code and configuration, with random CLIP weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEPTH = 3  # of the mask prompts
 
 @dataclass(frozen=True)
 class Shape:
-    """Of CLIP inside OVSeg, whose regions have 224 pixels, and of what is around it."""
+    """Sizes of OVSeg and of its CLIP; regions have 224 x 224 pixels."""
 
     width: int
     depth: int
@@ -61,7 +61,7 @@ VIT_B = Shape(768, 12, 16, 512, 512, 12, queries=5, real=True)
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The checkout, imported; it logs to wandb, which nothing here needs."""
+    """Import the checkout, with an empty module in place of wandb."""
     path = checkout(
         "ovseg", "detectron2", "timm", "pandas", "scipy", below=("", "third_party/CLIP")
     )
@@ -78,7 +78,7 @@ def ovseg(
     *,
     seed: int = 0,
 ) -> Any:
-    """OVSeg as its configuration for ViT-B/16 builds it, in evaluation mode.
+    """Build OVSeg from its configuration for ViT-B/16, in evaluation mode.
 
     A smaller shape has a small Swin in the place of ResNet-101 (OVSeg has both) and fewer queries.
 
@@ -126,14 +126,14 @@ def ovseg(
 
 
 def pictures(model: Any) -> list[dict[str, Any]]:
-    """One picture as OVSeg's data set gives it: RGB of 0 to 255."""
+    """Return one image in the form of OVSeg's data set: RGB from 0 to 255."""
     dtype = next(model.parameters()).dtype
     image = (load_pictures(1, 160)[0, :, :128] * 60 + 115).clamp(0, 255).to(dtype)
     return [{"image": image, "height": 128, "width": 160, "meta": {"dataset_name": DATASET}}]
 
 
 def seen_by_clip(model: Any) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """What the image tower got and gave in one forward pass of the whole model, and its output."""
+    """Return inputs and outputs of the image tower in one forward pass, and the final output."""
     seen: list[Any] = []
     visual = model.clip_adapter.clip_model.visual
     handle = visual.register_forward_hook(lambda module, given, out: seen.append((given, out)))
@@ -145,7 +145,7 @@ def seen_by_clip(model: Any) -> list[tuple[tuple[Tensor, ...], Tensor]]:
 
 
 def run(model: Any) -> dict[str, Tensor]:
-    """Segmentation, embeddings of masked regions, and of pictures without a mask."""
+    """Return the segmentation, and embeddings of masked regions and of images without a mask."""
     (given, regions), (_, segmented) = seen_by_clip(model)
     assert len(given) == 2 and given[1] is not None, "the regions have mask prompts"
     plain = model.clip_adapter.clip_model.visual(load_pictures(2, 224).to(regions))
@@ -153,7 +153,7 @@ def run(model: Any) -> dict[str, Tensor]:
 
 
 def loss(model: Any) -> Tensor:
-    """Classes of masked regions: what finetuning of CLIP and of the mask prompts descends on.
+    """Return the classification loss of masked regions, by which CLIP and prompts are finetuned.
 
     OVSeg's own training loss does not run CLIP on pictures.
     """
@@ -173,7 +173,7 @@ def loss(model: Any) -> Tensor:
 
 
 def losses_of_training(model: Any) -> dict[str, Tensor]:
-    """OVSeg's own losses of one picture with two labelled masks."""
+    """Return OVSeg's losses for one image with two labelled masks."""
     from detectron2.structures import Instances
 
     given = pictures(model)

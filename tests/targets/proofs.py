@@ -1,4 +1,4 @@
-"""What holds for every framework around a CLIP ViT, said once: for small trees and real ones."""
+"""Checks for frameworks around a CLIP ViT, for small models and for the real ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A framework with a tower in it.
+    """Framework with a tower.
 
     Attributes:
         name: Of the target.
@@ -72,24 +72,24 @@ class Case:
         return self.target.layout(model.state_dict(), depth)  # type: ignore[no-any-return]
 
     def masked(self, model: Any, slim: SlimCheckpoint | None = None) -> State:
-        """Outputs of the dense model with the cut units masked."""
+        """Return the outputs of the dense model with the cut units masked."""
         with torch.no_grad(), masked(model, slim or self.slim, self.layout(model)):
             return self.run(model)
 
     def attached(self, model: Any, slim: SlimCheckpoint | None = None, **options: Any) -> State:
-        """Outputs of the slim model, which is dense again afterwards."""
+        """Return the outputs of the slim model, which is dense again afterwards."""
         with torch.no_grad(), self.target.attach(model, slim or self.slim, **options):
             return self.run(model)
 
     def recut(self, kept: Mapping[str, list[int]]) -> SlimCheckpoint:
-        """The slim checkpoint with other units in some layers, told to be of the same base."""
+        """Build a slim checkpoint of the same base with other units in some layers."""
         kept = {name: chosen.tolist() for name, chosen in self.slim.mask.items()} | dict(kept)
         base = self.slim.spec.base
         return slim_by_hand(self.tower, kept, heads=self.heads, size=self.size, base=base)
 
 
 def slim_equals_masked(case: Case, model: Any, slim: SlimCheckpoint | None = None) -> State:
-    """And the cut changes every output, so that equality means something."""
+    """Check that slim and masked outputs are equal, and that the cut changes every output."""
     with torch.no_grad():
         dense = case.run(model)
     wanted = case.masked(model, slim)
@@ -108,7 +108,7 @@ def _gradients(case: Case, model: Any) -> State:
 
 
 def _shares(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest difference of every gradient, in units of its largest entry.
+    """Return the largest difference of every gradient, relative to its largest entry.
 
     Gradients that are zero but for rounding (of keys' biases) are measured by the others.
     """
@@ -121,7 +121,7 @@ def _shares(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[s
 
 
 def gradients_equal_masked(case: Case, model: Any, bound: float = 1e-6) -> None:
-    """Of every parameter there is, frozen by the framework or not, in float64."""
+    """Compare the gradients of all parameters, frozen by the framework or not, in float64."""
     model = model.double().requires_grad_(True)
     layout, dense = case.layout(model), _gradients(case, model)
     with masked(model, case.slim, layout):
@@ -142,14 +142,14 @@ def gradients_equal_masked(case: Case, model: Any, bound: float = 1e-6) -> None:
 
 
 def _reach(case: Case, layer: LayerSpec) -> Tensor:
-    """How strongly each unit of a layer is read, [units]."""
+    """Return the norm of the weights that read each unit of a layer, [units]."""
     read_by = [part.module for part in layer.slices if part.axis == "in"]
     weight = case.tower[f"{(read_by or [f'{layer.name}.out_proj'])[0]}.weight"]
     return weight.unflatten(1, (layer.units, -1)).flatten(2).norm(dim=(0, 2))
 
 
 def swapped_unit_is_caught(case: Case, model: Any, name: str, wanted: State | None = None) -> None:
-    """A kept unit exchanged for a cut one misses the bound a hundredfold, the strongest of each."""
+    """Check that exchanging the strongest kept and cut units exceeds the bound 100 times."""
     wanted = wanted or case.masked(model)
     reach, kept = _reach(case, case.slim.spec.layer(name)), case.slim.mask[name].tolist()
     order = [int(unit) for unit in reach.argsort(descending=True)]
@@ -162,7 +162,7 @@ def swapped_unit_is_caught(case: Case, model: Any, name: str, wanted: State | No
 
 
 def attach_detach_attach(case: Case, model: Any) -> None:
-    """Detaching gives the same objects back, bit for bit, and nothing stays behind."""
+    """Check that detaching restores the same objects bit for bit, and leaves no hook."""
     changed = {k: v + 0.01 if k.endswith("ln_1.bias") else v for k, v in case.slim.tensors.items()}
     slim = replace(case.slim, tensors=changed)
     before, modules = snapshot(model), dict(model.named_modules())
@@ -188,16 +188,16 @@ def attach_detach_attach(case: Case, model: Any) -> None:
     assert all(torch.equal(after[name], dense[name]) for name in dense)
 
 
-def learning_stays(case: Case, model: Any) -> set[str]:
-    """What the framework trains and what it freezes is the same, by name; returns what trains."""
+def trained_parameters_stay(case: Case, model: Any) -> set[str]:
+    """Check that attaching changes no ``requires_grad``; return the trained parameters."""
     before = {n: p.requires_grad for n, p in model.named_parameters()}
     with case.target.attach(model, case.slim, weights="slim"):
         assert {n: p.requires_grad for n, p in model.named_parameters()} == before
     return {name for name, learns in before.items() if learns}
 
 
-def loses_what_the_tower_loses(case: Case, model: Any) -> tuple[int, int, int, int]:
-    """MACs and parameters of the whole model, before and after each."""
+def costs_drop_by_the_tower_costs(case: Case, model: Any) -> tuple[int, int, int, int]:
+    """Check the lost MACs and parameters; return MACs before and after, then parameters."""
     every = {layer.name: list(range(layer.units)) for layer in case.slim.spec.layers}
     whole = count_costs(tower_of(case.recut(every)).tower, case.counted)
     small = count_costs(tower_of(case.slim).tower, case.counted)
@@ -216,7 +216,7 @@ def loses_what_the_tower_loses(case: Case, model: Any) -> tuple[int, int, int, i
 
 
 def tuned_weights_are_cut(case: Case, model: Any) -> None:
-    """A tower that the framework finetuned keeps its own weights; ``auto`` sees that it did."""
+    """Check that ``auto`` recognises a finetuned tower and cuts its own weights."""
     layout = case.layout(model)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -240,7 +240,7 @@ def tuned_weights_are_cut(case: Case, model: Any) -> None:
 def round_trip_on_disk(
     case: Case, model: Any, fresh: Any, path: Path, weights: str = "auto", file: Path | None = None
 ) -> dict[str, Any]:
-    """What the framework's checkpointer saves, converted, is what attaching gives.
+    """Check that converting the framework's checkpoint gives the same state as attaching.
 
     Args:
         case: The framework.

@@ -1,4 +1,4 @@
-"""MendelXu/SAN itself, built small or in its own sizes from its own configurations."""
+"""Builder of MendelXu/SAN from its configurations, small or in full size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BASE = "san_clip_vit_res4_coco.yaml"
 
 
 def repository() -> Path:
-    """SAN's checkout; skips where there is none, or no detectron2."""
+    """Return SAN's checkout; skip the test without it or detectron2."""
     if not os.environ.get(VARIABLE):
         pytest.skip(f"{VARIABLE} names no checkout of MendelXu/SAN")
     if importlib.util.find_spec("detectron2") is None:
@@ -46,7 +46,7 @@ def repository() -> Path:
 
 @contextmanager
 def _importable(path: Path) -> Iterator[None]:
-    """SAN on the path, and a stand-in for its experiment tracker where that is not installed."""
+    """Make SAN importable, with an empty module in place of a missing experiment tracker."""
     if "wandb" not in sys.modules and importlib.util.find_spec("wandb") is None:
         tracker = ModuleType("wandb")
         tracker.init = tracker.log = tracker.finish = lambda *a, **k: None  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def _importable(path: Path) -> Iterator[None]:
 
 
 def small_clip(directory: Path) -> None:
-    """Make ``small-vit`` known to open_clip."""
+    """Register ``small-vit`` in open_clip."""
     import open_clip
 
     document = {
@@ -85,7 +85,7 @@ def small_clip(directory: Path) -> None:
 
 
 def config(name: str, clip: str, options: list[Any]) -> Any:
-    """SAN's own configuration with another CLIP, without weights, on the CPU."""
+    """Return SAN's configuration with another CLIP, without weights, on the CPU."""
     with _importable(repository()):
         from detectron2.config import get_cfg
         from detectron2.projects.deeplab import add_deeplab_config
@@ -104,7 +104,7 @@ def config(name: str, clip: str, options: list[Any]) -> Any:
 
 
 def build(cfg: Any, seed: int = 0) -> Any:
-    """SAN by detectron2's builder, its attention bias strong and different from head to head."""
+    """Build SAN by detectron2, with a strong attention bias that differs between heads."""
     from detectron2.modeling import build_model
 
     with torch.random.fork_rng(devices=[]):
@@ -120,7 +120,7 @@ def build(cfg: Any, seed: int = 0) -> Any:
 
 @torch.no_grad()
 def sharpen(model: Any, std: float = 2.0) -> None:
-    """As SAN starts it, the bias is so flat that a wrong order of heads changes nothing."""
+    """Scale the initial bias, which is so flat that a wrong order of heads changes nothing."""
     decoder = model.side_adapter_network.mask_decoder
     last = decoder.attn_mlp.layers[-1]
     nn.init.orthogonal_(last.weight.view(last.weight.shape[0], -1))
@@ -132,7 +132,7 @@ def sharpen(model: Any, std: float = 2.0) -> None:
 
 
 def pictures(count: int, side: int) -> Tensor:
-    """uint8-ranged float [count, 3, side, side], as SAN's own loader gives them."""
+    """Return images in the form of SAN's loader: float from 0 to 255, [count, 3, side, side]."""
     from ovsprune.core.records import Preprocess
     from tests.targets.by_hand import load_pictures
 
@@ -142,14 +142,14 @@ def pictures(count: int, side: int) -> Tensor:
 
 
 def example(images: Tensor) -> list[dict[str, Any]]:
-    """What SAN's forward takes."""
+    """Return the input of SAN's forward pass."""
     side = images.shape[-1]
     return [{"image": x, "vocabulary": WORDS, "height": side, "width": side} for x in images]
 
 
 @torch.no_grad()
 def run(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """SAN on pictures: its result, and what its parts make on the way."""
+    """Run SAN on images; return the segmentation and intermediate outputs."""
     model.eval()
     found: dict[str, Tensor] = {}
 
@@ -173,7 +173,7 @@ def run(model: Any, images: Tensor) -> dict[str, Tensor]:
 
 
 def train_input(images: Tensor) -> list[dict[str, Any]]:
-    """What SAN's forward takes in training: two regions a picture."""
+    """Return the input of SAN's forward pass in training, two regions per image."""
     from detectron2.structures import BitMasks, Instances
 
     batch = []

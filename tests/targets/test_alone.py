@@ -1,4 +1,4 @@
-"""``pip install --no-deps ovsprune`` is enough to transfer, live and on disk."""
+"""Transfers, live and on disk, in an environment with torch and safetensors only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CAT-Seg's own code with a slim tower: the proofs, what it trains, and its checkpointer.
+"""CAT-Seg's code with a slim tower: outputs, trained parameters and checkpointer.
 
 Runs where ``OVSPRUNE_CAT_SEG_REPO`` names a checkout, with a Python that has detectron2.
 """
@@ -68,8 +68,8 @@ def test_slim_equals_masked(case: Case, model: Any) -> None:
         proofs.swapped_unit_is_caught(case, model, layer)
 
 
-def test_heads_of_the_last_block_may_go(case: Case, model: Any) -> None:
-    """It is run by ``forward_dense``, which takes the three weights as they are."""
+def test_heads_of_the_last_block_may_be_removed(case: Case, model: Any) -> None:
+    """Covers ``forward_dense``, which reads the three projection weights directly."""
     last = f"transformer.resblocks.{SMALL.depth - 1}.attn"
     slim = case.recut({last: [1, 3], "transformer.resblocks.4.attn": []})
     wanted = proofs.slim_equals_masked(case, model, slim)
@@ -98,17 +98,17 @@ def test_attach_detach_attach(case: Case, model: Any) -> None:
     proofs.attach_detach_attach(case, model)
 
 
-def test_loses_what_the_tower_loses(case: Case, model: Any) -> None:
-    proofs.loses_what_the_tower_loses(case, model)
+def test_costs_drop_by_the_tower_costs(case: Case, model: Any) -> None:
+    proofs.costs_drop_by_the_tower_costs(case, model)
 
 
 def test_tuned_weights_are_cut(case: Case, model: Any) -> None:
     proofs.tuned_weights_are_cut(case, model)
 
 
-def test_what_it_trains_stays_what_it_trains(case: Case, model: Any) -> None:
-    """Queries and values of both towers, by name; and a step moves those and nothing else."""
-    learning = proofs.learning_stays(case, model)
+def test_trained_parameters_stay_the_same(case: Case, model: Any) -> None:
+    """Queries and values of both towers are trained; a step changes no other parameter."""
+    learning = proofs.trained_parameters_stay(case, model)
     of_clip = {name for name in learning if name.startswith(CLIP)}
     assert {name.rpartition(".")[2] for name in of_clip} == {"q_proj_weight", "v_proj_weight"}
     assert len(of_clip) == 2 * (SMALL.depth + SMALL.text_depth)
@@ -138,7 +138,7 @@ def test_full_finetuning_and_visual_prompts(
     )
     prompts = f"{CLIP}.visual.transformer.prompt_tokens"
     proofs.slim_equals_masked(case, model)
-    assert prompts in proofs.learning_stays(case, model)
+    assert prompts in proofs.trained_parameters_stay(case, model)
     kept = case.target.convert(model.state_dict(), case.slim).kept
     assert kept[prompts] == "no part of the image tower"
 
@@ -169,7 +169,7 @@ def test_round_trip_with_its_own_checkpointer(
     assert all(torch.equal(again.state_dict()[k], v) for k, v in fresh.state_dict().items())
 
 
-def test_refusals_leave_it_untouched(case: Case, model: Any) -> None:
+def test_refusals_leave_the_model_unchanged(case: Case, model: Any) -> None:
     before, modules = proofs.snapshot(model), dict(model.named_modules())
     slim = case.slim
     wrong = {
@@ -193,12 +193,12 @@ def test_refusals_leave_it_untouched(case: Case, model: Any) -> None:
 
 
 def test_vit_b_16_at_its_real_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All of its configuration for ViT-B/16, at 384 pixels: equal, and what it costs."""
+    """Covers the framework's configuration for ViT-B/16 at 384 pixels."""
     install(monkeypatch)
     case = case_of(VIT_B, lambda tower: cat_seg(monkeypatch, tmp_path, VIT_B, tower))
     model = case.build(case.tower)
     proofs.slim_equals_masked(case, model)
-    proofs.loses_what_the_tower_loses(case, model)
+    proofs.costs_drop_by_the_tower_costs(case, model)
     with case.target.attach(model, case.slim):
         slim = [m for m in model.modules() if isinstance(m, SlimAttention)]
         assert len(slim) == VIT_B.depth - 1

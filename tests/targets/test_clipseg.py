@@ -1,4 +1,4 @@
-"""transformers' CLIPSeg: slim equals masked, live and on disk, and the bounds can fail."""
+"""CLIPSeg of transformers: slim equals masked, live and on disk, and the bounds can fail."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dense_masked(model: Any, slim: Any, side: int = 32) -> dict[str, Tensor]:
 
 
 def gradients(model: Any) -> Gradients:
-    """Of the decoder, of one step on two pictures; the framework freezes CLIP by itself."""
+    """Return the decoder's gradients of one step on two images; the framework freezes CLIP."""
     model.zero_grad()
     images = load_pictures(2, 32).double()
     labels = (images.mean(1) > 0).double()
@@ -97,7 +97,7 @@ def test_gradients_of_the_decoder_are_those_of_dense_masked() -> None:
 
 
 def test_gradients_reach_every_kept_unit_of_a_tower_that_trains() -> None:
-    """The tower's own gradients, by its vision model alone, are those of the kept units."""
+    """Compares the gradients of the vision model, run alone, for the kept units."""
     model, slim = clipseg(small_tower()), small_slim()
     layout = TARGET.layout(model.state_dict(), 4)
     images = load_pictures(2, 32)
@@ -138,7 +138,7 @@ def test_swapped_unit_is_caught(layer: str) -> None:
 
 @pytest.mark.parametrize("which", "qkv")
 def test_exchanged_projections_are_caught(which: str) -> None:
-    """The three parts of the in projection must each go to their own place."""
+    """Exchanges two of the three parts of the in projection."""
     model, slim = clipseg(small_tower()), small_slim()
     wanted = dense_masked(model, slim)
     with TARGET.attach(model, slim):
@@ -174,7 +174,7 @@ def test_attach_detach_attach() -> None:
     assert not model._load_state_dict_pre_hooks
 
 
-def test_the_framework_loses_what_the_tower_lost() -> None:
+def test_framework_costs_drop_by_the_tower_costs() -> None:
     tower = small_tower()
     slim = slim_by_hand(tower, random_kept(4, 4, 64, 0), heads=4, size=32)
     model = clipseg(tower)
@@ -205,7 +205,7 @@ def test_finetuned_tower_keeps_its_own_weights_cut_by_the_mask() -> None:
         assert max(error(run(model), wanted).values()) <= BOUND
 
 
-def test_attention_and_mlp_may_be_gone_as_a_whole(tmp_path: Path) -> None:
+def test_attention_and_mlp_may_be_removed_completely(tmp_path: Path) -> None:
     tower = small_tower()
     kept = {name: chosen.tolist() for name, chosen in small_slim(tower).mask.items()}
     gone = {"transformer.resblocks.1.attn": [], "transformer.resblocks.2.mlp": []}
@@ -255,9 +255,7 @@ def _other_activation(slim: Any) -> Any:
         (_other_activation, "is quick_gelu, but .* was pruned with gelu"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_untouched(
-    change: Callable[[Any], Any], message: str
-) -> None:
+def test_refused_model_is_unchanged(change: Callable[[Any], Any], message: str) -> None:
     model, slim = clipseg(small_tower()), change(small_slim())
     before, modules = snapshot(model), dict(model.named_modules())
     with pytest.raises(TargetError, match=message):
@@ -277,7 +275,7 @@ def test_other_head_count_and_slim_model_are_refused() -> None:
 def test_attention_that_counts_heads_by_its_configuration_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As transformers wrote it before: a view by num_heads."""
+    """Restores the view by num_heads of earlier versions of transformers."""
     model, slim = clipseg(small_tower()), small_slim()
     kind = type(model.get_submodule(f"{LAYERS}.0.self_attn"))
 
@@ -299,7 +297,7 @@ def test_dense_checkpoint_is_refused_while_slim() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What save_pretrained writes, with the indices that older versions saved."""
+    """Return a folder of save_pretrained, with the indices that older versions saved."""
     model = clipseg(small_tower())
     path = tmp_path / "clipseg"
     model.save_pretrained(path)

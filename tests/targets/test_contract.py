@@ -1,4 +1,4 @@
-"""What every registered target must do, by name; a new file is tested without touching this one."""
+"""Contract of all registered targets; a new target needs no change here."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NAMES = pytest.mark.parametrize("name", list(TARGETS))
 
 
 def cases(name: str, **options: Any) -> list[tuple[dict[str, Tensor], SlimCheckpoint, int]]:
-    """A small tower of every kind that the target takes, slim, and its blocks."""
+    """Return a small tower of every kind that the target takes, its slim form, and its depth."""
     kinds = TARGETS.get(name).takes
     assert kinds and set(kinds) <= set(KINDS)
     return [small_of_kind(kind, **options) for kind in kinds]
 
 
 def state_of(name: str, tower: dict[str, Tensor], depth: int) -> dict[str, Any]:
-    """A checkpoint as the framework would save it, as far as the tables tell."""
+    """Build a checkpoint with the framework's names, as far as its table lists them."""
     target: Any = TARGETS.get(name)
     marks = target.key_map.marks if hasattr(target, "key_map") else ()
     layout = target.layout(None, depth)
@@ -82,7 +82,7 @@ def test_another_model_is_refused_untouched(name: str) -> None:
 
 @NAMES
 @pytest.mark.parametrize("weights", ["auto", "target"])
-def test_conversion_accounts_for_every_key_once(name: str, weights: str) -> None:
+def test_conversion_reports_every_key_once(name: str, weights: str) -> None:
     target = TARGETS.get(name)
     for tower, slim, depth in cases(name):
         state = state_of(name, tower, depth)
@@ -119,7 +119,7 @@ def test_a_tower_of_another_kind_is_refused(name: str) -> None:
 
 @NAMES
 def test_a_cut_that_changes_the_stream_is_refused(name: str) -> None:
-    """Something outside a block: the framework reads what is between the blocks."""
+    """Changes a layer outside the blocks, where the framework reads the residual stream."""
     from dataclasses import replace
 
     from ovsprune.slim.spec import SliceSpec

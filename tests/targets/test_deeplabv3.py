@@ -1,4 +1,4 @@
-"""torchvision's DeepLabV3 with the mask of a CLIP ResNet: slim equals masked, live and on disk."""
+"""DeepLabV3 of torchvision with a CLIP ResNet's mask: slim equals masked, live and on disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ State = dict[str, Tensor]
 
 
 def deeplab(seed: int = 3, **options: Any) -> Any:
-    """torchvision's own assembly with one bottleneck a stage, every parameter with a value."""
+    """Build torchvision's network with one bottleneck per stage and random parameters."""
     backbone = ResNet(
         Bottleneck, STAGES, replace_stride_with_dilation=[False, True, True], **options
     )
@@ -52,7 +52,7 @@ def deeplab(seed: int = 3, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def slim() -> SlimCheckpoint:
-    """Of CLIP's ResNet with the widths of RN50, one bottleneck a stage."""
+    """Build a slim ResNet of CLIP with the widths of RN50 and one bottleneck per stage."""
     return slim_resnet(lively_resnet(STAGES, width=64))
 
 
@@ -67,7 +67,7 @@ def dense_masked(model: Any, slim: SlimCheckpoint, side: int = 64) -> State:
 
 
 def test_deeplabv3_resnet50_slim_equals_masked_and_costs_less() -> None:
-    """The real one, with a mask of the widths of CLIP's RN50."""
+    """Covers torchvision's full network, with a mask of the widths of CLIP's RN50."""
     model = lively(deeplabv3_resnet50(weights=None, weights_backbone=None, aux_loss=True))
     tower = lively_resnet([3, 4, 6, 3], width=64)
     slim = slim_resnet(tower)
@@ -161,7 +161,7 @@ def test_swapped_unit_is_caught(slim: SlimCheckpoint, layer: str) -> None:
 
 
 def test_statistics_of_another_norm_are_caught(slim: SlimCheckpoint) -> None:
-    """The norms' running statistics are cut along with their channels."""
+    """Running statistics are cut with their channels."""
     model = deeplab()
     wanted = dense_masked(model, slim)
     with TARGET.attach(model, slim):
@@ -225,7 +225,7 @@ def _untrained(slim: SlimCheckpoint) -> SlimCheckpoint:
         (_untrained, "random weights .*--force"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_untouched(
+def test_refused_model_is_unchanged(
     slim: SlimCheckpoint, change: Callable[[SlimCheckpoint], SlimCheckpoint], message: str
 ) -> None:
     model = deeplab()

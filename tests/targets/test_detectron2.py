@@ -1,4 +1,4 @@
-"""FC-CLIP and Mask2Former of their own repositories: slim equals masked, live and on disk.
+"""FC-CLIP and Mask2Former of their repositories: slim equals masked, live and on disk.
 
 ``OVSPRUNE_FC_CLIP_REPO``, ``OVSPRUNE_MASK2FORMER_REPO`` and (for its CLIP backbone)
 ``OVSPRUNE_OPENTRANS_REPO`` name the checkouts; detectron2 must be installed.
@@ -45,7 +45,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One build of a framework: how it is made, and what of a base its own tower lacks."""
+    """Build of a framework: its constructor, and the parts of a base that its tower lacks."""
 
     name: str
     target: str
@@ -60,7 +60,7 @@ class Case:
         return self.kind == "plain"
 
     def base(self, model: Any) -> State:
-        """CLIP's tower, of which the framework has its own part."""
+        """Return CLIP's tower, with the framework's weights in the parts that it has."""
         own = layout_of(self, model).tower_state(model.state_dict())
         own = {name: tensor.clone() for name, tensor in own.items()}
         if self.kind == "plain":
@@ -102,7 +102,7 @@ def built(request: pytest.FixtureRequest) -> tuple[Case, Any, SlimCheckpoint]:
 def given(
     built: tuple[Case, Any, SlimCheckpoint],
 ) -> Iterator[tuple[Case, Any, SlimCheckpoint]]:
-    """The same model for every test of a case; none leaves a trace in it."""
+    """Return one model for all tests of a case, and check that none changes it."""
     case, model, slim = built
     before, own = snapshot(model), dict(model.backbone.__dict__)
     yield case, model, slim
@@ -132,7 +132,7 @@ def test_slim_equals_dense_masked(given: Any, side: int) -> None:
 
 
 def gradients(case: Case, model: Any) -> State:
-    """Of the framework's own losses; FC-CLIP runs its tower without, so of its features as well."""
+    """Return gradients of the losses, and of FC-CLIP's features, which its losses do not reach."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)  # the losses are taken at drawn points
     torch.set_default_dtype(torch.float64)
@@ -183,7 +183,7 @@ def test_gradients_are_those_of_dense_masked(given: Any, monkeypatch: pytest.Mon
 
 
 def _cut_there(state: State, slim: SlimCheckpoint) -> State:
-    """Cut what has gradients: a frozen norm has none."""
+    """Cut the gradients; a frozen norm has none."""
     known = {name.rpartition(".")[0] for name in state}
     layers = tuple(
         replace(layer, slices=tuple(part for part in layer.slices if part.module in known))
@@ -210,7 +210,7 @@ def test_a_swapped_unit_is_caught(given: Any) -> None:
 
 
 def test_rolled_channels_are_caught(given: Any) -> None:
-    """The norms' statistics and the biases are cut along with their channels."""
+    """Statistics of norms and biases are cut with their channels."""
     case, model, slim = given
     wanted = dense_masked(case, model, slim)
     made = next(part.module for part in slim.spec.layers[1].slices if part.axis == "out")
@@ -241,7 +241,7 @@ def test_attach_detach_attach(given: Any) -> None:
     assert all(torch.equal(after[name], whole[name]) for name in whole)
 
 
-def test_the_framework_loses_what_the_tower_lost(given: Any) -> None:
+def test_framework_costs_drop_by_the_tower_costs(given: Any) -> None:
     case, model, slim = given
     image = torch.zeros(1, 3, 512, 512, device="meta")
     backbone, size = macs(on_meta(model.backbone), image), _count(model.backbone)
@@ -260,7 +260,7 @@ def _count(module: Any) -> int:
 
 
 def test_round_trip_on_disk(tmp_path: Path, given: Any) -> None:
-    """What detectron2 saved, transferred on disk, is what attaching gives; and loads as usual."""
+    """Compares a transferred checkpoint of detectron2 with the attached model, and loads it."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     case, model, slim = given
@@ -336,7 +336,7 @@ def _untrained(case: Case, slim: SlimCheckpoint) -> SlimCheckpoint:
         (_untrained, "random weights .*--force"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_untouched(given: Any, change: Any, message: str) -> None:
+def test_refused_model_is_unchanged(given: Any, change: Any, message: str) -> None:
     case, model, slim = given
     modules = dict(model.named_modules())
     with pytest.raises(TargetError, match=message):
@@ -350,8 +350,8 @@ def test_slim_already_is_refused(given: Any) -> None:
         target_of(case).attach(model, slim)
 
 
-def test_fc_clip_needs_the_bridge_with_todays_open_clip() -> None:
-    """The text side alone: texts by FC-CLIP's own way fail, and by the bridge are open_clip's."""
+def test_fc_clip_needs_the_fix_with_current_open_clip() -> None:
+    """FC-CLIP's own encode_text fails; after the fix it returns the result of open_clip."""
     model = fc_clip("resnet")
     tokens = model.backbone.tokenize_text(["a photo of a cat", "sky"])
     with pytest.raises(RuntimeError, match="attn_mask"):
@@ -376,7 +376,7 @@ def test_fc_clip_needs_the_bridge_with_todays_open_clip() -> None:
     ],
     ids=lambda case: case.name,
 )
-def test_in_real_sizes(case: Case) -> None:
+def test_full_size_configurations(case: Case) -> None:
     model = case.make(case.kind, full=True)
     layout = layout_of(case, model)
     tower = {k: v.clone() for k, v in layout.tower_state(model.state_dict()).items()}
@@ -396,7 +396,7 @@ def test_in_real_sizes(case: Case) -> None:
 
 
 def test_a_schedule_reaches_the_slim_tower(given: Any) -> None:
-    """Through the framework's own losses; FC-CLIP shuts gradients out, which the plan lifts."""
+    """Trains with the framework's losses; the plan enables the gradients that FC-CLIP disables."""
     case, model, slim = given
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     with target_of(case).attach(model, slim):

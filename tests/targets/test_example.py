@@ -1,4 +1,4 @@
-"""The example script runs as it stands."""
+"""Test of the example script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FC-CLIP's target on a module tree with its names; test_detectron2.py has the real one."""
+"""Target FC-CLIP on a small model with its names; test_detectron2.py has the real one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_slim_equals_dense_masked(kind: str) -> None:
 
 
 @KINDS
-def test_detach_gives_all_of_it_back(kind: str) -> None:
+def test_detach_restores_everything(kind: str) -> None:
     model, slim = made(kind)
     before, modules, own = snapshot(model), dict(model.named_modules()), dict(vars(model.backbone))
     for _ in range(2):
@@ -57,7 +57,7 @@ def test_detach_gives_all_of_it_back(kind: str) -> None:
         assert list(now) == list(modules) and all(now[name] is modules[name] for name in modules)
 
 
-def test_the_text_side_is_bridged_as_long_as_something_is_attached() -> None:
+def test_encode_text_is_fixed_while_attached() -> None:
     model, slim = made("resnet")
     text = torch.tensor([[1, 5, 31, 0, 0, 0, 0, 0]])
     with pytest.raises(RuntimeError, match="attn_mask"):
@@ -71,15 +71,15 @@ def test_the_text_side_is_bridged_as_long_as_something_is_attached() -> None:
         model.backbone.encode_text(text)
 
 
-def test_a_bridge_of_ones_own_stays() -> None:
+def test_replaced_encode_text_is_kept() -> None:
     model, slim = made("resnet")
-    bridged = TARGET.apply_compat(model)
-    assert bridged.replaced == ("backbone.encode_text",)
+    fixed = TARGET.apply_compat(model)
+    assert fixed.replaced == ("backbone.encode_text",)
     assert TARGET.apply_compat(model).replaced == ()
     with TARGET.attach(model, slim) as attached:
         assert not attached.notes
     assert "encode_text" in vars(model.backbone)
-    bridged.detach()
+    fixed.detach()
     assert "encode_text" not in vars(model.backbone)
 
 
@@ -97,8 +97,8 @@ def test_a_copy_encodes_with_its_own_weights(again: Any) -> None:
 
 
 @KINDS
-def test_costs_are_the_pictures_alone(kind: str) -> None:
-    """The classes' names are encoded once, so they are none of a picture's costs."""
+def test_costs_are_counted_per_image(kind: str) -> None:
+    """Class names are encoded once, so their cost is not counted per image."""
     model, slim = made(kind)
     image = torch.zeros(1, 3, 512, 512, device="meta")
     backbone = macs(on_meta(model.backbone), image)
@@ -127,7 +127,7 @@ def test_round_trip_on_disk(tmp_path: Path, kind: str, weights: str) -> None:
         wanted, state = model.state_dict(), fresh.state_dict()
         assert list(wanted) == list(state)
         assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
-        assert torch.equal(run(fresh)["sem_seg"], run(model)["sem_seg"])  # bridged, too
+        assert torch.equal(run(fresh)["sem_seg"], run(model)["sem_seg"])  # fixed, too
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
     with pytest.raises(TargetError, match=r"not of the slim model.*detectron2 drops"):
         load_as_detectron2(fresh, dense)
@@ -136,7 +136,7 @@ def test_round_trip_on_disk(tmp_path: Path, kind: str, weights: str) -> None:
     load_as_detectron2(fresh, {"void_embedding.weight": dense["void_embedding.weight"]})
 
 
-def test_clip_alone_brings_its_texts_along(tmp_path: Path) -> None:
+def test_clip_alone_contains_the_text_tower(tmp_path: Path) -> None:
     model, slim = made("convnext")
     text = {"token_embedding.weight": torch.full((32, 16), 0.25), "logit_scale": torch.tensor(4.6)}
     alone = SlimCheckpoint(slim.path, slim.spec, slim.mask, {**slim.tensors, **text})
@@ -168,6 +168,6 @@ def test_another_activation_is_refused() -> None:
         TARGET.attach(model, slim)
 
 
-def test_what_it_expects_is_said() -> None:
+def test_error_states_the_expected_paths() -> None:
     with pytest.raises(TargetError, match=r"is not FC-CLIP: expected .*layer1.*; or .*trunk"):
         TARGET.towers(torch.nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""Models of nobody's names with a CLIP tower in them: found by structure, slim equals masked."""
+"""Models of unknown frameworks: their towers are found, and slim equals masked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TARGET = TARGETS.get("generic")
 
 
 class Segmenter(nn.Module):
-    """Somebody's model: a tower, and a head of their own."""
+    """Model of no known framework: a tower and a head."""
 
     def __init__(self, tower: nn.Module, width: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Segmenter(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A vision model of transformers, with the projection that CLIPModel has beside it."""
+    """Vision model of transformers with the projection of CLIPModel."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def open_clip_resnet() -> nn.Module:
 
 
 def case(name: str) -> tuple[Segmenter, SlimCheckpoint, dict[str, Tensor]]:
-    """The model filled with the tower that was pruned, the slim checkpoint, and the tower."""
+    """Return a model with the pruned tower's dense weights, the slim checkpoint and the tower."""
     torch.manual_seed(5)
     if name == "resnet":
         tower = lively_resnet([1, 1, 1, 1])
@@ -133,7 +133,7 @@ def test_slim_equals_dense_masked(name: str) -> None:
 
 
 @CASES
-def test_the_report_says_what_was_found_and_what_is_not_proven(name: str) -> None:
+def test_report_lists_found_and_unverified_parts(name: str) -> None:
     model, slim, _ = case(name)
     with TARGET.attach(model, slim) as report:
         first, last = report.notes[0], report.notes[-1]

@@ -1,4 +1,4 @@
-"""Mask2Former's target on module trees with its names; test_detectron2.py has the real one."""
+"""Target Mask2Former on small models with its names; test_detectron2.py has the real one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = pytest.mark.parametrize("kind", ["clip", "unpooled", "plain"])
 
 
 def made(kind: str) -> tuple[MiniMask2Former, SlimCheckpoint]:
-    """The framework, on the tower that was pruned where it can hold it."""
+    """Build the framework with the tower that was pruned, if it can hold it."""
     model, tower = MiniMask2Former.lively(kind), lively_resnet(RESNET)
     if kind != "plain":
         own = TARGET.layout(model.state_dict(), 0).tower_state(model.state_dict())
@@ -44,7 +44,7 @@ def test_slim_equals_dense_masked(kind: str) -> None:
 
 
 @KINDS
-def test_detach_gives_all_of_it_back(kind: str) -> None:
+def test_detach_restores_everything(kind: str) -> None:
     model, slim = made(kind)
     before, modules, whole = snapshot(model), dict(model.named_modules()), run(model)
     for weights in ("target",) if kind == "plain" else ("target", "slim"):
@@ -58,7 +58,7 @@ def test_detach_gives_all_of_it_back(kind: str) -> None:
 
 
 def test_norms_inside_convolutions_are_cut_with_them() -> None:
-    """And one that is not cut stays the same object, in a convolution that is new."""
+    """Norms that are not cut stay the same objects inside new convolutions."""
     model, slim = made("plain")
     block = model.backbone.res3[0]
     dense, norm = block.conv3, block.conv3.norm
@@ -118,7 +118,7 @@ def test_round_trip_on_disk(tmp_path: Path, kind: str) -> None:
 
 
 def test_clip_alone_keeps_the_positions_of_the_framework(tmp_path: Path) -> None:
-    """It has others than CLIP, and starts them as it starts them."""
+    """Positions of the framework differ from CLIP's and keep their initial values."""
     model, slim = made("clip")
     write_output(tmp_path / "out", TARGET.convert(None, slim), {"target": "mask2former"}, "")
     own = model.backbone.attnpool.positional_embedding.clone()

@@ -1,4 +1,4 @@
-"""Unstructured masks go on towers whose framework names, splits or joins layers in its own way."""
+"""Unstructured masks on towers whose framework renames, splits or fuses layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.framework
 
 
 def masks_of(tower: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Half of every matrix of every block, at random."""
+    """Draw masks that keep half of every matrix of every block."""
     torch.manual_seed(0)
     names = [n for n in tower if ".resblocks." in n and tower[n].ndim == 2]
     return {name: torch.rand(tower[name].shape) < 0.5 for name in names}
@@ -34,7 +34,7 @@ def mmseg_san(tower: dict[str, Tensor]) -> nn.Module:
 
 
 @pytest.mark.parametrize(("target", "build"), [("clipseg", clipseg), ("mmseg-san", mmseg_san)])
-def test_every_weight_is_zero_where_its_mask_says(target: str, build: Any) -> None:
+def test_masked_weights_are_zero(target: str, build: Any) -> None:
     tower = small_tower()
     masks, model = masks_of(tower), build(tower)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -53,7 +53,7 @@ def test_every_weight_is_zero_where_its_mask_says(target: str, build: Any) -> No
         assert any(name.endswith("self_attn.k_proj.weight") for name in touched)
 
 
-def test_a_model_of_another_kind_is_refused_and_left() -> None:
+def test_model_of_another_kind_is_refused_unchanged() -> None:
     tower = small_tower()
     model = clipseg(tower)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

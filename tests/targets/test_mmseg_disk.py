@@ -1,4 +1,4 @@
-"""Checkpoints of mmsegmentation's own SAN (small sizes): to disk, slim, and back."""
+"""Round trip of checkpoints of mmsegmentation's SAN, in small sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small_san(tower: dict[str, Tensor], seed: int = 0) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def framework_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ordinary training checkpoint, saved by the framework's engine with all that it adds."""
+    """Save a training checkpoint by the framework's engine, with everything that it adds."""
     model = small_san(small_tower())
     import numpy
     from mmengine.logging import HistoryBuffer
@@ -53,7 +53,7 @@ def framework_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ordinary_reader_refuses_such_a_checkpoint(framework_file: Path) -> None:
-    """So the restricted reader is needed."""
+    """Shows why the restricted reader is needed."""
     with pytest.raises(Exception, match="[Ww]eights"):
         torch.load(framework_file, weights_only=True)
 
@@ -139,7 +139,7 @@ def test_put_tower_refuses_a_tower_with_a_part_missing() -> None:
         load_tower(model, tower)
 
 
-def test_stand_in_operators_refuse_to_run_and_go_away() -> None:
+def test_stub_operators_raise_and_are_removed() -> None:
     needs_mmseg()
     before = sys.modules.get("mmcv._ext")
     with mmseg_build.mmcv_operators():
@@ -150,7 +150,7 @@ def test_stand_in_operators_refuse_to_run_and_go_away() -> None:
     assert sys.modules.get("mmcv._ext") is before
 
 
-def test_missing_framework_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_framework_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmseg_build, "_installed", lambda name: name != "mmseg")
     with pytest.raises(MissingLibraryError, match="mmseg is not installed.*onedl-mmsegmentation"):
         build_san(CLASSES)

@@ -1,4 +1,4 @@
-"""The proof in the real framework: slim equals masked, and the bound can fail."""
+"""Equality of slim and masked models in mmsegmentation's SAN, and failures of the bound."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Tower = dict[str, Tensor]
 
 
 def outputs(san: nn.Module, side: int = 256, count: int = 1) -> dict[str, Tensor]:
-    """What is compared: mask proposals, their class logits, and the segmentation."""
+    """Return the compared outputs: mask proposals, their class logits, and the segmentation."""
     found = run_san(san, load_pictures(count, side))
     return {name: found[name] for name in ("masks", "logits", "segmentation")}
 
@@ -42,7 +42,7 @@ def dense_masked(san: nn.Module, slim: Any, side: int = 256, count: int = 1) -> 
 
 @pytest.fixture(scope="module")
 def slims(vit_b: Tower) -> dict[str, SlimCheckpoint]:
-    """Two ways to choose what stays, both uneven from block to block."""
+    """Choose kept units in two ways, both different from block to block."""
     kept = {
         "random": random_kept(12, 12, 3072, seed=1),
         "magnitude": magnitude_kept(vit_b, 12, share=0.5),
@@ -61,7 +61,7 @@ def slim(slims: dict[str, SlimCheckpoint]) -> SlimCheckpoint:
 
 @pytest.fixture(scope="module")
 def wanted(_san: nn.Module, slim: SlimCheckpoint) -> dict[str, Tensor]:
-    """The dense model's output with the units that ``slim`` cuts masked to zero."""
+    """Return the dense model's output with the units that ``slim`` cuts masked to zero."""
     return dense_masked(_san, slim)
 
 
@@ -149,7 +149,9 @@ def test_target_weights_are_cut_by_the_mask(san: nn.Module, slim: SlimCheckpoint
         assert all(torch.equal(cut[name], loaded[name]) for name in cut)
 
 
-def test_auto_tells_base_from_finetuned(san: nn.Module, slim: SlimCheckpoint) -> None:
+def test_auto_distinguishes_base_and_finetuned_weights(
+    san: nn.Module, slim: SlimCheckpoint
+) -> None:
     weights, reason = TARGET.check(san, slim)
     assert weights == "slim"
     assert reason == "all 151 tensors of the framework's tower equal the base's"

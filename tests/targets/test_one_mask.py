@@ -1,4 +1,4 @@
-"""One mask, found once, goes into every framework of its architecture: the same units."""
+"""Transfer of one mask to all frameworks of its architecture, with the same units."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_one_vit_mask_everywhere(weights: str) -> None:
 
 
 def resnets(tower: dict[str, Tensor], *, real: bool) -> list[tuple[str, Any]]:
-    """Every framework that takes CLIP's residual network, carrying ``tower`` where it can.
+    """Build all frameworks that take CLIP's ResNet, with the weights of ``tower`` if possible.
 
     Args:
         tower: Of the widths of RN50 where ``real``, an eighth of them otherwise.

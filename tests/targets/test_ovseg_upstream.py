@@ -1,4 +1,4 @@
-"""OVSeg's own code with a slim tower: the proofs, its training loss, and its checkpointer.
+"""OVSeg's code with a slim tower: outputs, training loss and checkpointer.
 
 Runs where ``OVSPRUNE_OVSEG_REPO`` names a checkout, with a Python that has detectron2.
 """
@@ -78,7 +78,7 @@ def test_slim_equals_masked(case: Case, model: Any) -> None:
 
 
 def test_mask_prompts_matter(case: Case, model: Any) -> None:
-    """The slim tower runs under them, and other ones are seen."""
+    """Changed mask prompts change the output of the slim model."""
     wanted = case.masked(model)
     with torch.no_grad(), case.target.attach(model, case.slim):
         model.get_parameter(PROMPTS).mul_(0.9)
@@ -96,8 +96,10 @@ def test_gradients_equal_masked(case: Case, model: Any, monkeypatch: pytest.Monk
 
 
 def test_training_losses_are_those_of_the_dense_model(case: Case, model: Any) -> None:
-    """They do not run CLIP on pictures; a step trains what it trained, and CLIP stays frozen."""
-    assert not [name for name in proofs.learning_stays(case, model) if name.startswith(CLIP)]
+    """Losses do not run CLIP on images; a step trains the same parameters but CLIP."""
+    assert not [
+        name for name in proofs.trained_parameters_stay(case, model) if name.startswith(CLIP)
+    ]
     wanted = losses_of_training(model)
     assert len(wanted) > 2 and all(torch.isfinite(value) for value in wanted.values())
     with case.target.attach(model, case.slim):
@@ -113,8 +115,8 @@ def test_attach_detach_attach(case: Case, model: Any) -> None:
     proofs.attach_detach_attach(case, model)
 
 
-def test_loses_what_the_tower_loses(case: Case, model: Any) -> None:
-    proofs.loses_what_the_tower_loses(case, model)
+def test_costs_drop_by_the_tower_costs(case: Case, model: Any) -> None:
+    proofs.costs_drop_by_the_tower_costs(case, model)
 
 
 def test_tuned_weights_are_cut(case: Case, model: Any) -> None:
@@ -148,9 +150,9 @@ def test_round_trip_with_its_own_checkpointer(
 
 
 def test_vit_b_16_at_its_real_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """ResNet-101 and ViT-B/16 as its configuration has them, with few queries: equal, and costs."""
+    """Covers ResNet-101 and ViT-B/16 of the framework's configuration, with few queries."""
     install(monkeypatch)
     case = case_of(VIT_B, lambda tower: ovseg(monkeypatch, tmp_path, VIT_B, tower))
     model = case.build(case.tower)
     proofs.slim_equals_masked(case, model)
-    proofs.loses_what_the_tower_loses(case, model)
+    proofs.costs_drop_by_the_tower_costs(case, model)

@@ -1,4 +1,4 @@
-"""Frameworks with a CLIP of their own (CAT-Seg, OVSeg): what holds, on trees with their names.
+"""Checks for CAT-Seg and OVSeg, which have their own CLIP, on small models with their names.
 
 The same proofs run on the frameworks' own code in ``test_cat_seg_upstream.py`` and
 ``test_ovseg_upstream.py``.
@@ -95,11 +95,11 @@ def test_slim_equals_masked(case: Case, model: Any) -> None:
 
 
 def test_slim_equals_masked_in_the_last_block_too(case: Case, model: Any) -> None:
-    """Also where its heads are cut (they stay by default)."""
+    """Covers removed heads of the last block, which are kept by default."""
     proofs.slim_equals_masked(case, model, case.recut({"transformer.resblocks.3.attn": [0, 2]}))
 
 
-def test_whole_attentions_and_mlps_may_be_gone(case: Case, model: Any) -> None:
+def test_attentions_and_mlps_may_be_removed_completely(case: Case, model: Any) -> None:
     gone = {"transformer.resblocks.1.attn": [], "transformer.resblocks.2.mlp": []}
     proofs.slim_equals_masked(case, model, case.recut(gone))
 
@@ -117,8 +117,8 @@ def test_attach_detach_attach(case: Case, model: Any) -> None:
     proofs.attach_detach_attach(case, model)
 
 
-def test_loses_what_the_tower_loses(case: Case, model: Any) -> None:
-    proofs.loses_what_the_tower_loses(case, model)
+def test_costs_drop_by_the_tower_costs(case: Case, model: Any) -> None:
+    proofs.costs_drop_by_the_tower_costs(case, model)
 
 
 def test_tuned_weights_are_cut(case: Case, model: Any) -> None:
@@ -181,7 +181,7 @@ def _untrained(slim: Any) -> Any:
         (_untrained, "random weights .*--force"),
     ],
 )
-def test_what_cannot_be_taken_is_refused_untouched(
+def test_refused_model_is_unchanged(
     case: Case, model: Any, change: Callable[[Any], Any], message: str
 ) -> None:
     before, modules = snapshot(model), dict(model.named_modules())

@@ -1,4 +1,4 @@
-"""SAN's own layout: live models with its names, and checkpoints, key by key."""
+"""Layout of MendelXu/SAN: live models with its names, and all keys of checkpoints."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def converted(model: nn.Module, slim: SlimCheckpoint, weights: str = "auto", **o
     return SAN.convert(model.state_dict(), slim, weights=weights, **options)
 
 
-def test_every_key_is_accounted_for_once() -> None:
+def test_every_key_is_reported_once() -> None:
     model, slim = MiniSan.with_tower(small_tower()), small_slim()
     result = converted(model, slim)
     keys = set(model.state_dict())
@@ -133,7 +133,7 @@ def test_every_key_is_accounted_for_once() -> None:
 
 @pytest.mark.parametrize("weights", ["slim", "target"])
 def test_round_trip_through_a_fresh_framework(tmp_path: Path, weights: str) -> None:
-    """What the framework saved, transferred on disk, is what attaching gives."""
+    """Compares a transferred checkpoint of the framework with the attached model."""
     tower = small_tower()
     model, slim = MiniSan.with_tower(tower), small_slim(tower)
     result = converted(model, slim, weights)

@@ -1,4 +1,4 @@
-"""What SAN is handed, and its cross attention at kept heads, on modules with SAN's names."""
+"""Hooks of SAN: open_clip's old interface, and cross attention with the kept heads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HELPER = "def cross_attn_with_self_bias(self, q, k, v, attn_mask=None): return '
 
 @pytest.fixture
 def san(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package with the modules that are exchanged in SAN."""
+    """Create a package with the modules of SAN that the hooks change."""
     for directory in ("san", "san/model", "san/model/clip_utils"):
         (tmp_path / directory).mkdir()
         (tmp_path / directory / "__init__.py").write_text("")
@@ -69,7 +69,7 @@ def clip() -> Any:
 
 
 @torch.no_grad()
-def test_blocks_take_the_old_order_after_the_bridge(san: None) -> None:
+def test_blocks_take_the_old_order_after_the_fix(san: None) -> None:
     model = clip()
     x = torch.randn(3, 17, 32)
     wanted = x
@@ -80,8 +80,8 @@ def test_blocks_take_the_old_order_after_the_bridge(san: None) -> None:
     visual = importlib.import_module("san.model.clip_utils.visual")
     text = importlib.import_module("san.model.clip_utils.classifier")
     with pytest.raises(AttributeError, match="input_patchnorm"):
-        unbridged = visual.FeatureExtractor.__init__.__wrapped__
-        unbridged(object.__new__(visual.FeatureExtractor), model.visual)
+        unwrapped = visual.FeatureExtractor.__init__.__wrapped__
+        unwrapped(object.__new__(visual.FeatureExtractor), model.visual)
     assert torch.isfinite(model.encode_image(image)).all()
     embedded = model.token_embedding(tokens) + model.positional_embedding
     words = model.transformer(embedded, attn_mask=model.attn_mask)
@@ -97,7 +97,7 @@ def test_blocks_take_the_old_order_after_the_bridge(san: None) -> None:
     assert torch.allclose(made.transpose(0, 1), words, atol=1e-5)
 
 
-def test_what_has_the_old_form_stays() -> None:
+def test_old_interface_is_unchanged() -> None:
     model = clip()
     restore_old_interface(model.visual)
     mark = model.visual.patchnorm_pre_ln
@@ -109,7 +109,7 @@ def test_what_has_the_old_form_stays() -> None:
 def dense_cross(
     attention: nn.MultiheadAttention, q: Tensor, memory: Tensor, bias: Tensor
 ) -> Tensor:
-    """The dense one: every query has the memory and itself as keys, one query at a time."""
+    """Compute the dense cross attention, one query at a time; its keys are memory and query."""
     rows = []
     for i in range(len(q)):
         keys = torch.cat([memory, q[i : i + 1]])

@@ -1,4 +1,4 @@
-"""train_net.py of MendelXu/SAN, launched: trains, and its tower stays slim."""
+"""Launch of MendelXu/SAN's train_net.py: it trains, and its tower stays slim."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ open_clip.add_model_config({directory!r})
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Pictures where SAN looks for them, CLIP's weights in a file, and a slim checkpoint."""
+    """Write images in SAN's data directory, a file of CLIP's weights, and a slim checkpoint."""
     upstream.repository()
     monkeypatch.chdir(tmp_path)
     pictures, labels = Path("coco/train2017"), Path("coco/stuffthingmaps_detectron2/train2017")
@@ -67,7 +67,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(place: Path, *options: Any, weights: str = "auto") -> dict[str, Any]:
-    """Two iterations by SAN's own script."""
+    """Run two iterations of SAN's script."""
     given = [
         *("MODEL.DEVICE", "cpu"),
         *("MODEL.SAN.CLIP_MODEL_NAME", "small-vit"),
@@ -125,7 +125,7 @@ def test_trains_with_clips_weights(place: Path) -> None:
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["of the base", "finetuned"])
 def test_dense_checkpoint_of_san_is_cut_as_it_is_loaded(place: Path, tuned: bool) -> None:
-    """MODEL.WEIGHTS: detectron2 would drop what has another shape, and overwrite the rest."""
+    """Loads MODEL.WEIGHTS, of which detectron2 would drop tensors of another shape."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     dense = small(place / "clip", classes=171)

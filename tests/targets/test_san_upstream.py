@@ -1,4 +1,4 @@
-"""MendelXu/SAN itself, with the open_clip that is installed: live, and on disk."""
+"""MendelXu/SAN with the installed open_clip, live and on disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Built = tuple[Any, SlimCheckpoint]
 
 
 def small(directory: Path, cross: bool = False, seed: int = 0, classes: int = 3) -> Any:
-    """A small SAN with lively weights."""
+    """Build a small SAN with random weights."""
     upstream.repository()
     apply_compat("san")
     upstream.small_clip(directory)
@@ -68,7 +68,7 @@ def _built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def built(_built: Built) -> Iterator[Built]:
-    """SAN with and without REC_CROSS_ATTN; no test leaves a trace in it."""
+    """Build SAN with and without REC_CROSS_ATTN, and check that no test changes it."""
     before = snapshot(_built[0])
     yield _built
     assert unchanged(_built[0], before)
@@ -140,7 +140,7 @@ def test_swapped_head_is_caught(built: Built, layer: str) -> None:
 
 
 def gradients(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """Of all that SAN trains, of one step's loss; its sampled points by one seed."""
+    """Return the gradients of all trained parameters after one step with a fixed seed."""
     model.train()
     model.zero_grad()
     torch.manual_seed(5)
@@ -154,7 +154,7 @@ def gradients(model: Any, images: Tensor) -> dict[str, Tensor]:
 
 
 def test_one_backward(tmp_path: Path, built: Built) -> None:
-    """A training step in float64, where a ReLU does not turn rounding into another gradient."""
+    """Uses float64, in which rounding does not switch a ReLU."""
     slim = built[1]
     cross = built[0].clip_rec_head.cross_attn
     torch.set_default_dtype(torch.float64)
@@ -192,14 +192,14 @@ def test_attach_detach_attach(built: Built) -> None:
     assert all(torch.equal(again[name], value) for name, value in outputs.items())
 
 
-def test_the_whole_costs_what_the_tower_lost(built: Built) -> None:
+def test_model_costs_drop_by_the_tower_costs(built: Built) -> None:
     model, slim = built
     images = upstream.pictures(1, 128)
     upstream.run(model, images)  # text embeddings are cached from here on
     given: dict[str, Any] = {}
 
     def parts() -> int:
-        """MACs of CLIP's blocks and stem alone, on what SAN gives them."""
+        """Count the MACs of CLIP's blocks and stem for SAN's inputs."""
         front, head = model.clip_visual_extractor, model.clip_rec_head
         return macs(front, *given["front"]) + macs(head, *given["head"])
 
@@ -221,8 +221,8 @@ def test_the_whole_costs_what_the_tower_lost(built: Built) -> None:
     assert (tower_before - tower_after) / tower_before > 0.2
 
 
-def test_on_disk(tmp_path: Path, built: Built) -> None:
-    """What detectron2's checkpointer saved, transferred, and put into a freshly built SAN."""
+def test_round_trip_of_a_checkpoint(tmp_path: Path, built: Built) -> None:
+    """Loads a transferred checkpoint of detectron2 into a freshly built SAN."""
     from detectron2.checkpoint import DetectionCheckpointer
 
     model, slim = built
@@ -269,8 +269,8 @@ def test_finetuned_weights_are_cut_by_the_mask(built: Built) -> None:
     assert max(errors.values()) <= BOUND
 
 
-def test_bridged_blocks_take_the_order_that_san_gives(tmp_path: Path) -> None:
-    """Against open_clip's own forward, of the same weights, which nobody bridged."""
+def test_restored_blocks_take_the_order_of_san(tmp_path: Path) -> None:
+    """Compares with the forward pass of an unchanged open_clip model of the same weights."""
     import open_clip
 
     model = small(tmp_path)
@@ -311,8 +311,8 @@ def test_bridged_blocks_take_the_order_that_san_gives(tmp_path: Path) -> None:
     ],
     ids=["ViT-B/16", "ViT-L/14-336"],
 )
-def test_of_its_own_size(config: str, clip: str, sizes: dict[str, int], side: int) -> None:
-    """SAN's two configurations as they are, random weights; one pass dense, one slim."""
+def test_tower_has_the_model_size(config: str, clip: str, sizes: dict[str, int], side: int) -> None:
+    """Runs SAN's two configurations with random weights, dense and slim."""
     upstream.repository()
     apply_compat("san")
     model = upstream.build(upstream.config(config, clip, []))

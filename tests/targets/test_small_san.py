@@ -1,4 +1,4 @@
-"""A small SAN around the embedded model: with recovery on, masks and logits stay close."""
+"""Recovery in a small SAN around the embedded model: masks and logits stay close."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def san(tiny: Any, images: Tensor) -> nn.Module:
 def change(
     tiny: Any, san: nn.Module, images: Tensor, output: Path, **options: Any
 ) -> dict[str, float]:
-    """How far masks and logits move, in standard deviations (root mean square)."""
+    """Return the change of masks and logits in standard deviations (root mean square)."""
     from ovsprune.jobs.prune import prune
     from ovsprune.jobs.transfer import transfer
     from ovsprune.targets.mmseg_build import run_san
@@ -91,7 +91,7 @@ def test_recovery_keeps_masks_and_logits_close(
 def test_training_steps_bring_its_losses_down(
     tiny: Any, san: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
-    """The framework's own losses, on labelled pictures; the slim tower trains, too."""
+    """Trains with the framework's losses on labelled images; the slim tower changes too."""
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
