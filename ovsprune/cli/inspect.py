@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from ovsprune.cli.options import PATH
 from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("inspect", short_help="Show the contents of a slim checkpoint.")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("directory", type=PATH, metavar="DIR")
 @click.option(
     "--recipe",
     metavar="FILE",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from ovsprune.cli.config_options import config_options, given_options
-from ovsprune.cli.screen import Screen, compute_options, output_options
+from ovsprune.cli.options import ACTIVATION, compute_options, default_option, output
+from ovsprune.cli.screen import Screen, output_options
 from ovsprune.core.errors import OptionError
 from ovsprune.core.options import options_of
 from ovsprune.pruning.config import PruneConfig
@@ -29,19 +29,13 @@ from ovsprune.pruning.config import PruneConfig
     "Options on the command line take precedence.",
 )
 @click.option("--pretrained", help="Weights: a tag of the name, a file, hf-hub:..., or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
+@ACTIVATION
 @config_options(PruneConfig)
-@click.option("--text/--no-text", default=True, show_default=True, help="Save the text tower too.")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output directory; by default slim/MODEL-rRATIO (imp: unstructured/...).",
-)
+@default_option("--text/--no-text", default=True, help="Save the text tower too.")
+@output("Output directory; by default slim/MODEL-rRATIO (imp: unstructured/...).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Show the result without writing it.")
-@compute_options(batch_size=None)
+@compute_options()
 @output_options
 def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     """Remove heads and MLP units from an image tower, and repair the remaining weights.
