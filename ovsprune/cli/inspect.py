@@ -24,5 +24,5 @@ def command(screen: Screen, directory: Path, recipe: str | None) -> None:
     from ovsprune.jobs.inspect import inspect
     from ovsprune.report.tables import inspect_summary
 
-    record = inspect(directory, recipe=recipe) if recipe else inspect(directory)
+    record = inspect(directory, recipe=recipe)
     screen.finish(record, *inspect_summary(record))
