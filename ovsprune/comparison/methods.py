@@ -117,18 +117,18 @@ def parse_method(name: str) -> Method:
         )
     seen: set[str] = set()
     for part in rest:
-        room = _room(part, seen)
-        if room in seen:
-            raise OptionError(f"--methods {name}: {part!r} is a second {room}; give at most one")
-        seen.add(room)
-        if room == "allocation":
+        kind = _kind(part, seen)
+        if kind in seen:
+            raise OptionError(f"--methods {name}: {part!r} is a second {kind}; give at most one")
+        seen.add(kind)
+        if kind == "allocation":
             allocation = part
         else:
             recovery = part
     return Method(name, criterion, allocation, recovery, "ovsprune", options)
 
 
-def _room(part: str, seen: set[str]) -> str:
+def _kind(part: str, seen: set[str]) -> str:
     """Return ``"allocation"`` or ``"recovery"`` for a part after the first."""
     allocates, repairs = part in ALLOCATIONS.names(), part in RECOVERIES.names()
     if not (allocates or repairs):

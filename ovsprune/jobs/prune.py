@@ -139,8 +139,7 @@ def prune(
         DataError: The calibration images, or the table of layer times, cannot be used.
         OutputError: The output exists, or cannot be written.
     """
-    settings = config_of(ratio, config, options)
-    _check_method(settings)
+    settings = _config(ratio, config, options)
     progress = progress or Silent()
     saving = Saving.checked(
         model,
@@ -177,7 +176,7 @@ def prune(
             saving.directory,
             result.spec,
             saving.tensors(model, result.tower),
-            dict(result.plan.kept),
+            result.plan.kept,
             card=card(result.spec, result.record()),
             overwrite=overwrite,
         )
@@ -185,12 +184,16 @@ def prune(
     return result
 
 
-def _check_method(settings: PruneConfig) -> None:
+def _config(
+    ratio: float | None, config: PruneConfig | None, options: dict[str, Any]
+) -> PruneConfig:
+    settings = config_of(ratio, config, options)
     if settings.method == "imp" and not settings.imp.structured:
         raise OptionError(
             "method='imp' prunes single weights: call ovsprune.baselines.imp_weights.imp, or give "
             "imp_structured=True to remove units"
         )
+    return settings
 
 
 def _recommend_photographs(model: Backbone, settings: PruneConfig, progress: Progress) -> None:

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
+from ovsprune.comparison.grid import reference_method
 from ovsprune.comparison.runner import ComparisonRunner
+from ovsprune.comparison.setup import SCENE_SEED
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
 from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs.compare import SCENE_SEED, _reference, compare
+from ovsprune.jobs.compare import compare
 from ovsprune.jobs.prune import prune
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
@@ -116,11 +118,11 @@ def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
     assert f"{old} (1 row)" in page and "ovsprune 99.0, torch" in page
 
 
-def test_what_reached_nothing_is_no_reference():
+def test_what_reached_nothing_is_noreference_method():
     rows = [{"method": "default", "status": "unreachable"}, {"method": "random", "status": "done"}]
     record = {"methods": ["default", "imp", "random"], "rows": rows}
-    assert _reference(record) == "random"
-    assert _reference({**record, "rows": rows[:1]}) == "default"
+    assert reference_method(record) == "random"
+    assert reference_method({**record, "rows": rows[:1]}) == "default"
 
 
 def test_differences_are_set_against_the_default(whole):
