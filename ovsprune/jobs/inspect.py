@@ -6,6 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ovsprune.core.toml import write_toml
+from ovsprune.report.card import is_protected
+from ovsprune.slim.read import read
+from ovsprune.slim.spec import FORMAT_VERSION
+
 __all__ = ["inspect"]
 
 
@@ -27,13 +32,8 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
         OptionError: The recipe cannot be written: the criterion was an object given from Python.
         OutputError: ``recipe`` cannot be written.
     """
-    from ovsprune.report.card import is_protected
-    from ovsprune.slim.read import read
-    from ovsprune.slim.spec import FORMAT_VERSION
-
     checkpoint = read(Path(directory))
     if recipe is not None:
-        from ovsprune.core.toml import write_toml
         from ovsprune.pruning.recipes import recipe_of
 
         write_toml(recipe, recipe_of(checkpoint))

@@ -24,7 +24,7 @@ from ovsprune.core.protocols import Budget, Family
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import cut
 from ovsprune.profiling.latency_table import LatencyTable, cache_path, digest, this_machine
-from ovsprune.profiling.timing import Pass, alternate
+from ovsprune.profiling.timing import Pass, alternate, random_images
 
 __all__ = ["LatencyModel", "compare_latency", "latency_budget"]
 
@@ -135,8 +135,7 @@ def latency_budget(
         OutputError: ``file`` cannot be written.
     """
     weight = next(tower.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, *size, generator=generator).to(weight)
+    images = random_images(BATCH, size).to(weight)
     here = this_machine(weight.device, weight.dtype, BATCH, size)
     model = LatencyModel.of(tower, groups, family, images)
     path = cache_path(here) if file is None else Path(file)
@@ -170,8 +169,7 @@ def compare_latency(
         dense over the rounds.
     """
     weight = next(slim.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, *size, generator=generator).to(weight)
+    images = random_images(BATCH, size).to(weight)
     times = alternate(
         {"dense": lambda: dense(images), "slim": lambda: slim(images)},
         rounds=ROUNDS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ovsprune import backbones
@@ -12,11 +11,9 @@ from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone
+from ovsprune.profiling.timing import DTYPES
 
-__all__ = ["DTYPES", "cast", "check_dtype", "load_model", "open_dense", "open_model"]
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Data types in which a tower can be saved."""
+__all__ = ["cast", "check_dtype", "load_model", "open_dense", "open_model"]
 
 
 def load_model(
@@ -96,7 +93,7 @@ def check_dtype(dtype: str) -> None:
     """Refuse an unknown data type.
 
     Raises:
-        OptionError: ``dtype`` is not in :data:`DTYPES`.
+        OptionError: ``dtype`` is unknown.
     """
     if dtype not in DTYPES:
         raise OptionError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
