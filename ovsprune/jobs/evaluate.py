@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ovsprune import backbones
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
 from ovsprune.profiling.timing import device_and_dtype, thread_limit
+from ovsprune.pruning.loading import load_model
 
 __all__ = ["evaluate"]
 
@@ -58,8 +58,8 @@ def evaluate(
         progress: Progress reporter.
 
     Returns:
-        ``miou`` and ``pixel_accuracy`` in [0, 1], ``per_class{name: IoU}``, ``images``, ``seconds``,
-        ``model, data, centred, last_block, pixels``.
+        ``miou`` and ``pixel_accuracy`` in [0, 1], ``per_class{name: IoU}``, ``images``,
+        ``seconds``, ``model, data, centred, last_block, pixels``.
 
     Raises:
         OptionError: An option is out of range, or no data set is named.
@@ -73,23 +73,15 @@ def evaluate(
             raise OptionError(f"{option} {value} is out of range; give 1 or more")
     torch_device, torch_dtype = device_and_dtype(device, dtype)
     with thread_limit(threads):
-        backbone = backbones.load_backbone(
-            model, pretrained=pretrained, activation=activation, device=device
-        )
+        backbone = load_model(model, pretrained, activation, device, progress)
         for note in backbone.notes:
             progress.note(note)
         images, label = _open(data, backbone, list_file, limit)
         embeddings = class_embeddings(backbone, images.prompts, text_embeddings)
         backbone.tower.to(torch_device, torch_dtype)
+        title = f"segmenting with {backbone.name}"
         result = score_backbone(
-            backbone,
-            embeddings,
-            images,
-            batch_size,
-            progress,
-            f"segmenting with {backbone.name}",
-            centred,
-            last_block,
+            backbone, embeddings, images, batch_size, progress, title, centred, last_block
         )
     return {
         "model": model,
@@ -102,10 +94,7 @@ def evaluate(
 
 
 def _open(
-    data: str | Path | None,
-    backbone: Backbone,
-    list_file: str | Path | None,
-    limit: int | None,
+    data: str | Path | None, backbone: Backbone, list_file: str | Path | None, limit: int | None
 ) -> tuple[SegmentationData, str]:
     """Return the data set and its name in the record."""
     if data is None and backbone.name != "tiny":

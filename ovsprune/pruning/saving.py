@@ -50,14 +50,9 @@ class Saving:
     ) -> Saving:
         """Check data type and output directory; call this before long work.
 
-        Args:
-            model: Model to prune. A loaded model has no default directory.
-            default: Default directory; ``{}`` stands for the canonical name of the model.
-            output: Directory to write; None for the default.
-            check: Returns the absolute path of a directory that may be written.
-            dtype: Type of the saved tensors.
-            text: True if the text tower is saved too.
-            dry_run: True if nothing is written.
+        Without ``output``, a model that is given by name is saved to ``default``, in which ``{}``
+        stands for the canonical name, and a loaded one is not saved. ``check`` returns the absolute
+        path of a directory that may be written.
 
         Raises:
             OptionError: ``dtype`` is unknown.
