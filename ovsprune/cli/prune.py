@@ -49,8 +49,12 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     """
     declared = {option.name for option in options_of(PruneConfig)}
     others = {name: value for name, value in options.items() if name not in declared}
-    config = _config(recipe)
-    others = _with_base(recipe, others)
+    given = given_options(PruneConfig)
+    if recipe is None:
+        config = PruneConfig.from_options(given)
+    else:
+        config = PruneConfig.from_file(recipe, **given)
+        others |= _base_of(recipe)
     if others["model"] is None:
         raise OptionError("--model is missing: give a name, such as --model ViT-B/16")
     if config.method == "imp" and not config.imp.structured:
@@ -67,24 +71,13 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     screen.finish(record, *prune_summary(record))
 
 
-def _config(recipe: str | None) -> PruneConfig:
-    """Return the configuration: the recipe, if any, overridden by the given options."""
-    given = given_options(PruneConfig)
-    if recipe is None:
-        return PruneConfig.from_options(given)
-    return PruneConfig.from_file(recipe, **given)
-
-
-def _with_base(recipe: str | None, others: dict[str, Any]) -> dict[str, Any]:
-    """Return the other options; the recipe's table ``[base]`` sets those not given."""
-    if recipe is None:
-        return others
+def _base_of(recipe: str) -> dict[str, Any]:
+    """Return the values of the recipe's table ``[base]`` that the command line does not set."""
     from ovsprune.pruning.recipes import read_base
 
     context = click.get_current_context()
-    base = {
+    return {
         name: value
         for name, value in read_base(recipe).items()
         if context.get_parameter_source(name) is ParameterSource.DEFAULT
     }
-    return {**others, **base}

@@ -38,21 +38,19 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
 
         write_toml(recipe, recipe_of(checkpoint))
     spec = checkpoint.spec
-    layers = []
-    for layer in spec.layers:
-        indices = [int(i) for i in checkpoint.mask[layer.name]]
-        layers.append(
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "block": layer.block,
-                "units": layer.units,
-                "kept": len(indices),
-                "unit_width": layer.unit_width,
-                "protected": is_protected(spec, layer),
-                "indices": indices,
-            }
-        )
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "block": layer.block,
+            "units": layer.units,
+            "kept": layer.kept,
+            "unit_width": layer.unit_width,
+            "protected": is_protected(spec, layer),
+            "indices": checkpoint.mask[layer.name].tolist(),
+        }
+        for layer in spec.layers
+    ]
     return {
         "path": str(checkpoint.path),
         "format": FORMAT_VERSION,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovsprune.report.figures import need_matplotlib, new_figure, save
+from ovsprune.report.figures import new_figure, save
 from ovsprune.report.numbers import budget_name, count
 
 __all__ = ["draw", "spread_out"]
@@ -42,14 +42,14 @@ def draw(record: Record, path: Path) -> None:
     Raises:
         MissingLibraryError: matplotlib is not installed.
     """
-    need_matplotlib()
-    from matplotlib.ticker import LogLocator, NullLocator
-
     methods = list(record["methods"])
     tall = max(1.0, len(methods) * LINE * 1.1)
     figure = new_figure(PANEL[0], 2 * PANEL[1] * tall)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     kept, wrong = figure.subplots(2, 1, sharex=True)
-    kept.set_xlim(0, 100 * _most(record))
+    # The cost axis ends 5% past the largest ratio.
+    kept.set_xlim(0, 100 * min(1.0, 1.05 * float(max(record["ratios"]))))
     kept.set_title(_title(record), loc="left", fontsize=10)
     _panel(kept, {m: _curve(record, m, "retention", 100.0, [(0.0, 100.0, 0.0)]) for m in methods})
     kept.set_ylim(bottom=0)
@@ -106,11 +106,6 @@ def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> 
         for step, index in enumerate(block):
             heights[index] = round(bottom + gap * step, 9)
     return heights
-
-
-def _most(record: Record) -> float:
-    """Return the end of the cost axis, 5% past the largest ratio."""
-    return min(1.0, 1.05 * float(max(record["ratios"])))
 
 
 def _curve(record: Record, method: str, figure: str, scale: float, start: Curve) -> Curve:
