@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -91,8 +92,8 @@ def demo(
     with thread_limit(threads), progress.stage("ovsprune demo", len(METHODS) + 4) as advance:
         run = _Demo(directory, ratio, scenes, seed, progress)
         _make_directory(directory)
-        prunes = [partial(run.prune, method) for method in METHODS]
-        for step in (*prunes, run.score, run.time, run.draw, run.transfer):
+        steps: list[Callable[[], None]] = [partial(run.prune, method) for method in METHODS]
+        for step in (*steps, run.score, run.time, run.draw, run.transfer):
             step()
             advance(1)
     record = {
