@@ -74,6 +74,7 @@ class LazyGroup(click.Group):
         debug = verbose(arguments)
         silence_libraries(debug)
         try:
+            # Not standalone: click would exit, and print errors in its own form.
             result = super().main(arguments, prog_name or "ovsprune", complete_var, False, **extra)
         except OvspruneError as error:
             _fail(str(error), error if debug else None)

@@ -57,6 +57,7 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
         others |= _base_of(recipe)
     if others["model"] is None:
         raise OptionError("--model is missing: give a name, such as --model ViT-B/16")
+    # Removal of single weights has a function, a result and a card of its own.
     if config.method == "imp" and not config.imp.structured:
         from ovsprune.baselines.imp_weights import imp
         from ovsprune.report.unstructured import unstructured_summary

@@ -42,7 +42,7 @@ class Screen:
     def __init__(self, json_to: str | None = None, quiet: bool = False) -> None:
         self.json_to = json_to
         self.quiet = quiet
-        self.stdout = sys.stdout
+        self.stdout = sys.stdout  # kept, because output_options redirects sys.stdout to stderr
         self.errors = _console(stderr=True)
         self.tables = self.errors if json_to == "-" else _console(stderr=False)
         self.progress: Progress = Silent() if quiet else Bars(self.errors)

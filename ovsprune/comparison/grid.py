@@ -56,6 +56,7 @@ class Grid:
 
     def in_order(self, rows: Sequence[Row]) -> list[Row]:
         """Sort rows, given in the order of iteration, by ratio, method and seed."""
+        # Rows are made seed by seed, so that a stopped run has all methods.
         by_key = dict(zip(self, rows, strict=True))
         keys = itertools.product(self.ratios, self.methods, range(self.seeds))
         return [by_key[seed, ratio, method] for ratio, method, seed in keys]

@@ -25,7 +25,7 @@ IMP = "imp"
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a comparison.
+    """Method of a comparison.
 
     Attributes:
         name: Name as the user gave it.
@@ -93,6 +93,7 @@ def parse_method(name: str) -> Method:
     parts, *given = name.split(":")
     options = tuple(parse_options(name, given).items())
     first, *rest = (part.strip() for part in parts.split("+"))
+    # IMP ranks by the L1 norm of a unit over all layers; it takes no part of ours.
     if first == IMP:
         if rest:
             raise OptionError(f"--methods {name}: imp has its own ranking, budget and repair")
@@ -115,7 +116,7 @@ def parse_method(name: str) -> Method:
         raise UnknownNameError(
             "method", first, [DEFAULT, IMP, *TORCH_PRUNING_METHODS, *CRITERIA.names()]
         )
-    seen: set[str] = set()
+    seen: set[str] = set()  # kinds of parts that were given
     for part in rest:
         kind = _kind(part, seen)
         if kind in seen:

@@ -1,4 +1,4 @@
-"""One row of a comparison: prune by one method at one ratio and seed, then score."""
+"""Rows of a comparison: prune by one method at one ratio and seed, then score."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ class ComparisonRunner:
         }
 
     def _prune(self, method: Method, config: PruneConfig, clock: Clock) -> nn.Module:
+        # Without our recovery, Torch-Pruning cuts the original tower, as its users would run it.
         if method.source == "torch-pruning" and method.recovery is None:
             return self._prune_original(method, config, clock)
         selector: UnitSelector | None

@@ -22,6 +22,7 @@ def float_tower(backbone: Backbone) -> SlimTower:
     """Return the tower as a SlimTower in float32 on the CPU; a dense tower keeps all units."""
     checkpoint = backbone.slim
     if not isinstance(checkpoint, SlimCheckpoint):
+        # A plan that removes nothing turns a dense tower into a slim checkpoint in memory.
         costs = count_costs(backbone.tower, backbone.preprocess.size)
         space = SearchSpace(tower=backbone.tower, layers=(), groups=[], protected={})
         spec = make_spec(backbone, space, Plan({}), (costs, costs), {})

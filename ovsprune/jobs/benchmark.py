@@ -65,6 +65,7 @@ def benchmark(
         rows = []
         for batch in batch_sizes:
             rows += latency_rows(towers, batch, pairs, torch_device, torch_dtype, progress)
+        # After all latencies: the processes that measure memory would disturb them.
         if memory:
             add_memory(rows, towers, device, dtype, used, progress)
     return {

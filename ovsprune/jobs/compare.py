@@ -111,7 +111,7 @@ def compare(
     grid = Grid.parse(ratios, methods, seeds)
     config = common_config(grid, options)
     open_data = data_opener(data, list_file, scenes)
-    device_and_dtype(device, "float32")
+    device_and_dtype(device, "float32")  # an unknown device is refused before weights are read
     name = model if isinstance(model, str) else model.name
     place = Path(output) if output else Path("compare") / backbones.canonical(name)
     check_place(place)

@@ -153,6 +153,7 @@ class _Demo:
             self.towers[method] = dataclasses.replace(dense, tower=result.tower)
         else:
             self.record = result.record()
+            # Later steps use the saved checkpoint, as a user would.
             self.towers[method] = backbones.load_backbone(str(saved))
 
     def score(self) -> None:

@@ -111,6 +111,7 @@ def export(
             checks = check_outputs(tower, session, sizes, batch_sizes, progress)
             require_accuracy(checks)
             latency = measure_latency(tower, session, size, batch_sizes, pairs, progress)
+            # The weights move first; the graph follows when the block ends without an error.
             total = _move_weights(file, path)
     return {
         "model": name,

@@ -156,6 +156,7 @@ def prune(
         settings = settings.for_model(model)
         check_reprune(model, settings.method)
         _recommend_photographs(model, settings, progress)
+        # None for every other method: the pipeline then ranks by criterion and allocation.
         selector = imp_selector(model, settings, progress, clock)
         done = Pipeline(model, settings, progress, clock, selector).run()
     result = PruneResult(

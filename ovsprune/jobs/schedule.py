@@ -104,6 +104,8 @@ def schedule(
     every = checked(total_steps, fraction, count, every, rest)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     layers, recognised = find_pool(inner, target, pool)
+    # Norms, biases and positions follow a layer only with rest="follow"; with "train" and "freeze"
+    # the plan fixes their flags, with "keep" it leaves them alone.
     followers = [name for layer in layers for name in layer.followers]
     others = dict.fromkeys(followers, rest == "train") if rest in ("train", "freeze") else {}
     if rest != "follow":
@@ -124,6 +126,7 @@ def schedule(
         ),
     )
     if recognised is not None:
+        # Some frameworks run the tower without gradients; released plans restore that.
         plan.on_release(recognised.enable_tower_grad(inner).detach)
     return plan
 
@@ -256,6 +259,7 @@ def plan_tower(
     shell = _shell(tower)
     plan = schedule(shell, policy, pool=pool or None, weights=tower, progress=progress, **settings)
     trainable, frozen = list(plan.trainable), list(plan.frozen)
+    # Count before the second schedule, which changes the flags of the same copy.
     flops = _flops(plan, shape).record()
     steps = {key: settings[key] for key in ("total_steps", "rest") if key in settings}
     all_layers = schedule(shell, _ALL, pool=pool or None, **steps)

@@ -143,10 +143,11 @@ def latency_budget(
     missing = [key for key in model.passes if key[1] not in table.times.get(key[0], {})]
     if missing:
         if table.machine != machine:
+            piece, width = missing[0]
             raise DataError(
-                f"{path} has no time for {missing[0][0]!r} at width {missing[0][1]} and was "
-                f"measured on another machine ({_differences(table.machine, machine)}). Run the same "
-                "command there to add it, or name another file"
+                f"{path} has no time for {piece!r} at width {width} and was measured on another "
+                f"machine ({_differences(table.machine, machine)}). Run the same command there to "
+                "add it, or name another file"
             )
         measured = _measured({k: model.passes[k] for k in missing}, weight.device, progress)
         table = table.extended(measured)

@@ -207,7 +207,10 @@ def training_step(tower: nn.Module, images: Tensor, names: Sequence[str]) -> Pas
     """
     chosen, optimizers = set(names), list[torch.optim.Optimizer]()
 
+    # lr=0: the weights stay the same, so every step costs the same.
+
     def step() -> None:
+        # alternate() times in inference mode; a training step needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
             for name, parameter in tower.named_parameters():
                 parameter.requires_grad_(name in chosen)

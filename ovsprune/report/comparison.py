@@ -147,6 +147,7 @@ def _options(record: Record) -> str:
 def _cells(record: Record, ratio: float) -> list[list[str]]:
     """Return one row per method, sorted by mIoU, with unreached budgets last."""
     entries = [e for e in record["summary"] if e["ratio"] == ratio]
+    # mIoU is in [0, 1]: the offset puts all entries with a value before those without.
     entries.sort(key=lambda e: -1.0 if e["miou"]["mean"] is None else -e["miou"]["mean"] - 2.0)
     return [
         [

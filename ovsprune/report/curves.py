@@ -134,6 +134,7 @@ def _panel(axes: Any, curves: Mapping[str, Curve]) -> None:
             x, y, label=name, color=colour, linestyle=STYLES[index % len(STYLES)], linewidth=1.6,
             marker=MARKERS[index % len(MARKERS)], markersize=5,
         )  # fmt: skip
+        # The band stays above 0, which a logarithmic axis cannot show.
         lower = [max(a - b, 0.2 * a) for a, b in zip(y, band, strict=True)]
         upper = [a + b for a, b in zip(y, band, strict=True)]
         axes.fill_between(x, lower, upper, color=colour, alpha=0.15, linewidth=0)
@@ -146,6 +147,7 @@ def _names(axes: Any) -> None:
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axes.get_lines()]
     if not ends:
         return
+    # Heights in fractions of the panel, from data coordinates through pixels.
     wanted = axes.transAxes.inverted().transform(axes.transData.transform(ends))[:, 1]
     furthest = max(x for x, _ in ends)
     heights = spread_out([float(value) for value in wanted], LINE, 0.0, 1.0)

@@ -155,6 +155,7 @@ def _by_depth(axes: Any, measured: Sequence[Any]) -> None:
     if finite:
         middle = statistics.median(finite)
         axes.axhline(middle, color="#000000", lw=0.8, ls="--", label=f"median {middle:.2f}")
+        # A logarithmic axis keeps the other layers apart if one alpha is far above the median.
         if max(finite) > 4 * middle:
             axes.set_yscale("log")
             _few_ticks(axes.yaxis, min(finite), max(finite), plain=math.inf)

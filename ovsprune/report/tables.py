@@ -113,7 +113,7 @@ def saved_line(record: Record) -> str:
 
 def transfer_summary(record: Record) -> Parts:
     """Summarise ``transfer``: numbers of replaced, kept and dropped keys, and lines to add."""
-    rows = [[part, str(_number(record.get(part)))] for part in ("replaced", "kept", "dropped")]
+    rows = [[part, str(len(record[part]))] for part in ("replaced", "kept", "dropped")]
     title = f"{record['target']}: keys of the checkpoint"
     lines = [f"Slim tower: {record['slim']} (weights: {record['weights']})"]
     lines += [f"note: {note}" for note in record.get("notes", ())]
@@ -147,13 +147,6 @@ def launch_summary(record: Record) -> Parts:
     lines.append(f"The command exited with status {record['returncode']}.")
     columns = ["model", "target", "replaced", "parameters", "slim"]
     return [table("Models replaced during construction", columns, rows), Text("\n".join(lines))]
-
-
-def _number(value: Any) -> int:
-    """Return an int unchanged, the length of a collection, and 0 for None."""
-    if isinstance(value, int):
-        return value
-    return len(value) if value is not None else 0
 
 
 def inspect_summary(record: Record) -> Parts:
