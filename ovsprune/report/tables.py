@@ -118,10 +118,8 @@ def transfer_summary(record: Record) -> Parts:
     lines = [f"Slim tower: {record['slim']} (weights: {record['weights']})"]
     lines += [f"note: {note}" for note in record.get("notes", ())]
     lines.append(saved_line(record))
-    if record.get("lines"):
-        added = record["lines"]
-        text = added if isinstance(added, str) else "\n".join(added)
-        lines += ["", "Add these lines to the training script:", "", text]
+    if record["lines"]:
+        lines += ["", "Add these lines to the training script:", "", record["lines"]]
     return [table(title, ["", "keys"], rows), Text("\n".join(lines))]
 
 

@@ -159,7 +159,7 @@ def test_table_of_another_machine_is_read_with_a_note(
     path, progress = tmp_path / "phone.json", Silent()
     by_hand(tower.model(), {**here(), "cpu": "phone"}).write(path)
     assert tower.budget(path, progress).dense == 32.0
-    assert any("measured elsewhere: cpu 'phone', here" in note for note in progress.notes)
+    assert any("measured on another machine: cpu 'phone'" in note for note in progress.notes)
 
 
 def test_table_of_another_machine_is_never_extended(tower: Tower, tmp_path: Path) -> None:
