@@ -55,25 +55,18 @@ __all__ = [
     "transfer",
 ]
 
-# Public name -> the module that has it.
+_JOBS = (
+    "benchmark", "compare", "evaluate", "export", "inspect", "prune", "schedule", "transfer",
+)  # fmt: skip
+_SLIM = ("SlimCheckpoint", "SlimTower", "apply", "load", "load_open_clip", "read")
+
+# Public name to the module that has it.
 _HOMES = {
     "PruneConfig": "ovsprune.pruning.config",
-    "SlimCheckpoint": "ovsprune.slim",
-    "SlimTower": "ovsprune.slim",
     "TrainPlan": "ovsprune.schedules",
-    "apply": "ovsprune.slim",
-    "benchmark": "ovsprune.jobs.benchmark",
-    "compare": "ovsprune.jobs.compare",
-    "evaluate": "ovsprune.jobs.evaluate",
-    "export": "ovsprune.jobs.export",
-    "inspect": "ovsprune.jobs.inspect",
     "launch": "ovsprune.launching.command",
-    "load": "ovsprune.slim",
-    "load_open_clip": "ovsprune.slim",
-    "prune": "ovsprune.jobs.prune",
-    "read": "ovsprune.slim",
-    "schedule": "ovsprune.jobs.schedule",
-    "transfer": "ovsprune.jobs.transfer",
+    **{name: f"ovsprune.jobs.{name}" for name in _JOBS},
+    **dict.fromkeys(_SLIM, "ovsprune.slim"),
 }
 
 

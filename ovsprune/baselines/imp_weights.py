@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ from ovsprune.masks.directory import check_place, write_unstructured
 from ovsprune.masks.magnitude import RATE, keep_largest, kept_by_round
 from ovsprune.masks.spec import MaskedSpec, WeightSpec
 from ovsprune.profiling.timing import thread_limit
-from ovsprune.pruning.command_line import command_of
 from ovsprune.pruning.config import PruneConfig, config_of
-from ovsprune.pruning.loading import cast, check_dtype, open_model
+from ovsprune.pruning.loading import open_model
 from ovsprune.pruning.pipeline import HELD_OUT
 from ovsprune.pruning.reprune import check_reprune
+from ovsprune.pruning.saving import Saving
 from ovsprune.pruning.search_space import match_names
 from ovsprune.report.unstructured import unstructured_card
 from ovsprune.slim.hashing import base_spec
@@ -68,24 +69,12 @@ def imp(
 ) -> ImpResult:
     """Prune single weights of an image tower by magnitude, in rounds, without labels.
 
-    Args:
-        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
-        ratio: Fraction of the ranked weights that is zero at the end, in (0, 1). The ranked weights
-            are those that multiply activations (:func:`ovsprune.graph.products.find_products`),
-            without the first layer and the weights that ``protect`` names.
-        config: Configuration; its ``method`` is taken to be ``"imp"``.
-        pretrained: Tag, file, or ``"none"``.
-        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
-        device: Device of the towers.
-        dtype: Type of the saved tower: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
-        threads: CPU threads; None leaves the choice to PyTorch.
-        output: Directory to write, by default ``unstructured/<model>-r<ratio>``.
-        overwrite: Replace an existing output.
-        dry_run: Prune and measure, but write nothing.
-        text: Save the unmodified text tower too.
-        progress: Progress reporter.
-        options: Options of :class:`ovsprune.PruneConfig`, which win over those of ``config``; those
-            of :class:`~ovsprune.pruning.imp_config.ImpConfig` begin with ``imp_``.
+    ``ratio`` is the fraction of the ranked weights that is zero at the end, in (0, 1). The ranked
+    weights are those that multiply activations (:func:`ovsprune.graph.products.find_products`),
+    without the first layer and the weights that ``protect`` names. The method of ``config`` is
+    taken to be ``"imp"``, and the options of :class:`~ovsprune.pruning.imp_config.ImpConfig` begin
+    with ``imp_``. By default the output is ``unstructured/<model>-r<ratio>``. All other arguments
+    are those of :func:`ovsprune.prune`.
 
     Raises:
         OptionError: A value is out of its range, or not for this method.
@@ -96,24 +85,28 @@ def imp(
     settings = config_of(ratio, config, {**options, "method": "imp"})
     if settings.imp.structured:
         raise OptionError("imp_structured=True prunes units: call ovsprune.prune")
-    check_dtype(dtype)
     progress = progress or Silent()
-    target = _target(model, settings.ratio, output, overwrite, dry_run)
+    saving = Saving.checked(
+        model,
+        f"unstructured/{{}}-r{settings.ratio:g}",
+        output,
+        partial(check_place, overwrite=overwrite),
+        dtype=dtype,
+        text=text,
+        dry_run=dry_run,
+    )
     clock = Clock()
     with thread_limit(threads):
         model = open_model(model, pretrained, activation, device, progress, clock)
         check_reprune(model, settings.method)
         settings = settings.for_model(model)
         result = _WeightPruning(model, settings, progress, clock).run()
-    if target is not None:
-        command = command_of(model, settings, dtype, text)
-        provenance = {**result.spec.provenance, "command": command}
-        result.spec = replace(result.spec, provenance=provenance)
-        state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
+    if saving.directory is not None:
+        result.spec = saving.with_command(result.spec, model, settings)
         result.path = write_unstructured(
-            target,
+            saving.directory,
             result.spec,
-            cast({**state, **(model.text if text else {})}, dtype),
+            saving.tensors(model, result.tower),
             result.masks,
             card=unstructured_card(result.spec, result.record()),
             overwrite=overwrite,
@@ -276,14 +269,3 @@ def _split(products: Sequence[Product], patterns: Sequence[str]) -> tuple[list[P
     if not ranked:
         raise OptionError("everything is protected; there is nothing to prune")
     return ranked, [p.name for p in products if p.name in excluded]
-
-
-def _target(
-    model: str | Backbone, ratio: float, output: str | Path | None, overwrite: bool, dry_run: bool
-) -> Path | None:
-    """Return the output directory, checked before the work begins."""
-    if dry_run or (output is None and isinstance(model, Backbone)):
-        return None
-    name = model if isinstance(model, str) else model.name
-    default = Path("unstructured") / f"{backbones.canonical(name)}-r{ratio:g}"
-    return check_place(output or default, overwrite=overwrite)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ovsprune.cli.config_options import config_options
-from ovsprune.cli.options import scoring_options
-from ovsprune.cli.screen import Screen, compute_options, output_options
+from ovsprune.cli.options import (
+    ACTIVATION,
+    MODEL,
+    PATH,
+    PRETRAINED,
+    compute_options,
+    default_option,
+    output,
+    scoring_options,
+)
+from ovsprune.cli.screen import Screen, output_options
 from ovsprune.pruning.config import PruneConfig
 
 
 @click.command("compare", short_help="Compare methods at the same budget.")
-@click.option("--model", required=True, help="Model name or slim directory.")
+@MODEL
 @click.option(
     "--ratio",
     "ratios",
@@ -31,7 +39,7 @@ from ovsprune.pruning.config import PruneConfig
     help="default, imp, CRITERION or torch-pruning, with +ALLOCATION, +RECOVERY and :OPTION; "
     "may be repeated.",
 )
-@click.option("--seeds", type=int, default=3, show_default=True, help="Number of seeds, from 0 on.")
+@default_option("--seeds", default=3, help="Number of seeds, from 0 on.")
 @click.option(
     "--data",
     metavar="DIR",
@@ -43,24 +51,18 @@ from ovsprune.pruning.config import PruneConfig
     type=int,
     help="Number of test scenes (500 by default), or maximum number of images of --data.",
 )
-@click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output directory for rows, tables and plot; by default compare/MODEL.",
-)
+@PRETRAINED
+@ACTIVATION
+@output("Output directory for rows, tables and plot; by default compare/MODEL.")
 @click.option("--overwrite", is_flag=True, help="Start again instead of resuming.")
 @click.option(
     "--earlier",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="compare.json of the same comparison whose rows to import; may be repeated.",
 )
-@compute_options(batch_size=None, dtype=False)
+@compute_options(dtype=False)
 @output_options
 def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:
     """Prune with several methods at the same budget and images, and evaluate each.

@@ -60,6 +60,7 @@ def _click_option(declared: Option, hidden: tuple[str, ...]) -> Callable[[Callba
     word = declared.label
     attributes: dict[str, Any] = {"help": _help(declared, hidden), "metavar": declared.metavar}
     if declared.value_type is bool:
+        # The negative form overrides a recipe that switches the option on.
         word = f"{word}/--no-{word.removeprefix('--')}"
     else:
         attributes["type"] = declared.value_type

@@ -7,27 +7,18 @@ from typing import Any
 
 import click
 
+from ovsprune.cli.options import THREADS, default_option, output
 from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("demo", short_help="Run all steps on the embedded model, in minutes.")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    default=Path("demo"),
-    show_default=True,
-    metavar="DIR",
-    help="Output directory for checkpoint, image and record.",
+@output(
+    "Output directory for checkpoint, image and record.", default=Path("demo"), show_default=True
 )
-@click.option(
-    "--ratio", type=float, default=0.5, show_default=True, help="Fraction of the MACs to remove."
-)
-@click.option(
-    "--scenes", type=int, default=200, show_default=True, help="Number of test scenes for the mIoU."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random draws.")
-@click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
+@default_option("--ratio", default=0.5, help="Fraction of the MACs to remove.")
+@default_option("--scenes", default=200, help="Number of test scenes for the mIoU.")
+@default_option("--seed", default=0, help="Seed of all random draws.")
+@THREADS
 @output_options
 def command(screen: Screen, **options: Any) -> None:
     """Run all steps on the embedded model, in under three minutes.

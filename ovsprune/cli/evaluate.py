@@ -6,19 +6,19 @@ from typing import Any
 
 import click
 
-from ovsprune.cli.options import scoring_options
-from ovsprune.cli.screen import Screen, compute_options, output_options
+from ovsprune.cli.options import ACTIVATION, MODEL, PRETRAINED, compute_options, scoring_options
+from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("evaluate", short_help="Measure zero-shot segmentation (mIoU).")
-@click.option("--model", required=True, help="Model name or slim directory.")
+@MODEL
 @click.option(
     "--data",
     metavar="DIR",
     help="Folder with images/, labels/ and classes.json, or 'scenes' (the default for tiny).",
 )
-@click.option("--pretrained", help="Weights: a tag of open_clip, a file, or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
+@PRETRAINED
+@ACTIVATION
 @scoring_options
 @click.option(
     "--last-block",
@@ -27,7 +27,7 @@ from ovsprune.cli.screen import Screen, compute_options, output_options
     "vv or qk (as trained).",
 )
 @click.option("--limit", type=int, help="Use only the first N images.")
-@compute_options()
+@compute_options(batch_size=True)
 @output_options
 def command(screen: Screen, **options: Any) -> None:
     """Measure zero-shot dense segmentation: mIoU on a folder of labelled images."""

@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from ovsprune.cli.options import ACTIVATION, THREADS, batch_sizes, default_option, output
 from ovsprune.cli.screen import Screen, output_options
+from ovsprune.core.errors import OptionError
 
 
 @click.command("export", short_help="Write a tower as a verified ONNX file.")
 @click.argument("model", metavar="DIR")
-@click.option("--format", default="onnx", show_default=True, help="onnx.")
+@default_option("--format", default="onnx", help="onnx.")
 @click.option(
     "--size", metavar="HxW", help="Height and width in pixels; by default the native ones."
 )
 @click.option("--dynamic", is_flag=True, help="Make height and width dynamic, too.")
 @click.option("--opset", type=int, help="ONNX opset; by default the choice of torch's exporter.")
-@click.option(
-    "--batch-size",
-    "batch_sizes",
-    type=int,
-    multiple=True,
-    default=(1, 2),
-    show_default=True,
-    help="Batch size for the checks and the latency; may be repeated.",
-)
-@click.option(
+@batch_sizes((1, 2), "Batch size for the checks and the latency; may be repeated.")
+@default_option(
     "--pairs",
-    type=int,
     default=10,
-    show_default=True,
     help="Alternating passes of torch and onnxruntime; 0 skips the latency.",
 )
 @click.option("--pretrained", help="For a model name: a tag of open_clip, a file, or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
-@click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="File to write; by default export/MODEL.onnx.",
-)
+@ACTIVATION
+@THREADS
+@output("File to write; by default export/MODEL.onnx.", "FILE")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @output_options
 def command(screen: Screen, size: str | None, **options: Any) -> None:
@@ -61,8 +46,6 @@ def command(screen: Screen, size: str | None, **options: Any) -> None:
 
 def _size(text: str | None) -> tuple[int, int] | None:
     """Parse ``"320x384"`` as height and width, ``"320"`` as a square."""
-    from ovsprune.core.errors import OptionError
-
     if text is None:
         return None
     parts = text.lower().split("x")

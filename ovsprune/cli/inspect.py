@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
+from ovsprune.cli.options import PATH
 from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("inspect", short_help="Show the contents of a slim checkpoint.")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("directory", type=PATH, metavar="DIR")
 @click.option(
     "--recipe",
     metavar="FILE",
@@ -23,5 +24,5 @@ def command(screen: Screen, directory: Path, recipe: str | None) -> None:
     from ovsprune.jobs.inspect import inspect
     from ovsprune.report.tables import inspect_summary
 
-    record = inspect(directory, recipe=recipe) if recipe else inspect(directory)
+    record = inspect(directory, recipe=recipe)
     screen.finish(record, *inspect_summary(record))

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ovsprune.cli.options import schedule_options
+from ovsprune.cli.options import SLIM, WEIGHTS, default_option, schedule_options
 from ovsprune.cli.screen import Screen, output_options
 from ovsprune.cli.silence import users_environment
 
 
 @click.command("launch", short_help="Run a framework's script with slim towers.")
-@click.option(
-    "--slim",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Slim checkpoint; by default the newest under slim/.",
+@SLIM
+@default_option(
+    "--target", default="auto", help="Framework from `ovsprune targets`; auto detects it."
 )
-@click.option(
-    "--target",
-    default="auto",
-    show_default=True,
-    help="Framework from `ovsprune targets`; auto detects it.",
-)
-@click.option(
-    "--weights",
-    default="auto",
-    show_default=True,
-    help="slim (the framework uses the frozen base CLIP), target (it finetuned CLIP), or auto.",
-)
+@WEIGHTS
 @click.option(
     "--policy",
     help="Policy from `ovsprune schedule --list` that selects the layers to train; by default the "

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ovsprune.cli.listing import LISTS, list_command
 from ovsprune.cli.silence import silence_libraries, verbose
 from ovsprune.core.errors import OvspruneError, UnknownNameError
 
@@ -28,9 +29,7 @@ COMMANDS = (
     "export",
     "spectrum",
     "schedule",
-    "models",
-    "targets",
-    "criteria",
+    *LISTS,
 )
 
 USER_ERROR = 2
@@ -48,6 +47,8 @@ class LazyGroup(click.Group):
         """Import and return a command."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name in LISTS:
+            return list_command(cmd_name)
         command = importlib.import_module(f"ovsprune.cli.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
@@ -73,6 +74,7 @@ class LazyGroup(click.Group):
         debug = verbose(arguments)
         silence_libraries(debug)
         try:
+            # Not standalone: click would exit, and print errors in its own form.
             result = super().main(arguments, prog_name or "ovsprune", complete_var, False, **extra)
         except OvspruneError as error:
             _fail(str(error), error if debug else None)

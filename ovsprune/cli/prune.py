@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from ovsprune.cli.config_options import config_options, given_options
-from ovsprune.cli.screen import Screen, compute_options, output_options
+from ovsprune.cli.options import ACTIVATION, compute_options, default_option, output
+from ovsprune.cli.screen import Screen, output_options
 from ovsprune.core.errors import OptionError
 from ovsprune.core.options import options_of
 from ovsprune.pruning.config import PruneConfig
@@ -29,19 +29,13 @@ from ovsprune.pruning.config import PruneConfig
     "Options on the command line take precedence.",
 )
 @click.option("--pretrained", help="Weights: a tag of the name, a file, hf-hub:..., or 'none'.")
-@click.option("--activation", help="gelu or quick_gelu, for a weights file that does not name it.")
+@ACTIVATION
 @config_options(PruneConfig)
-@click.option("--text/--no-text", default=True, show_default=True, help="Save the text tower too.")
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Output directory; by default slim/MODEL-rRATIO (imp: unstructured/...).",
-)
+@default_option("--text/--no-text", default=True, help="Save the text tower too.")
+@output("Output directory; by default slim/MODEL-rRATIO (imp: unstructured/...).")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Show the result without writing it.")
-@compute_options(batch_size=None)
+@compute_options()
 @output_options
 def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     """Remove heads and MLP units from an image tower, and repair the remaining weights.
@@ -55,10 +49,15 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     """
     declared = {option.name for option in options_of(PruneConfig)}
     others = {name: value for name, value in options.items() if name not in declared}
-    config = _config(recipe)
-    others = _with_base(recipe, others)
+    given = given_options(PruneConfig)
+    if recipe is None:
+        config = PruneConfig.from_options(given)
+    else:
+        config = PruneConfig.from_file(recipe, **given)
+        others |= _base_of(recipe)
     if others["model"] is None:
         raise OptionError("--model is missing: give a name, such as --model ViT-B/16")
+    # Removal of single weights has a function, a result and a card of its own.
     if config.method == "imp" and not config.imp.structured:
         from ovsprune.baselines.imp_weights import imp
         from ovsprune.report.unstructured import unstructured_summary
@@ -73,24 +72,13 @@ def command(screen: Screen, recipe: str | None, **options: Any) -> None:
     screen.finish(record, *prune_summary(record))
 
 
-def _config(recipe: str | None) -> PruneConfig:
-    """Return the configuration: the recipe, if any, overridden by the given options."""
-    given = given_options(PruneConfig)
-    if recipe is None:
-        return PruneConfig.from_options(given)
-    return PruneConfig.from_file(recipe, **given)
-
-
-def _with_base(recipe: str | None, others: dict[str, Any]) -> dict[str, Any]:
-    """Return the other options; the recipe's table ``[base]`` sets those not given."""
-    if recipe is None:
-        return others
+def _base_of(recipe: str) -> dict[str, Any]:
+    """Return the values of the recipe's table ``[base]`` that the command line does not set."""
     from ovsprune.pruning.recipes import read_base
 
     context = click.get_current_context()
-    base = {
+    return {
         name: value
         for name, value in read_base(recipe).items()
         if context.get_parameter_source(name) is ParameterSource.DEFAULT
     }
-    return {**others, **base}

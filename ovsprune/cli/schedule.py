@@ -6,26 +6,23 @@ from typing import Any
 
 import click
 
-from ovsprune.cli.options import schedule_options
+from ovsprune.cli.options import default_option, schedule_options
 from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("schedule", short_help="Plan which layers train, and count the cost.")
 @click.option("--model", help="Model name or slim directory.")
 @click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
-@click.option("--policy", default="alpha", show_default=True, help="Policy from --list.")
+@default_option("--policy", default="alpha", help="Policy from --list.")
 @schedule_options
 @click.option("--total-steps", type=int, help="Optimiser steps of the training.")
-@click.option(
-    "--fit", default="peak", show_default=True, help="Fit of the alphas: peak, least-ks or hill."
-)
-@click.option(
+@default_option("--fit", default="peak", help="Fit of the alphas: peak, least-ks or hill.")
+@default_option(
     "--convolution",
     default="slices",
-    show_default=True,
     help="Spectra of convolutions: slices (per kernel position) or unfolded.",
 )
-@click.option("--batch-size", default=1, show_default=True, help="Images per step.")
+@default_option("--batch-size", default=1, help="Images per step.")
 @click.option(
     "--measure",
     is_flag=True,

@@ -20,7 +20,7 @@ from ovsprune.core.errors import OutputError
 from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 
-__all__ = ["Screen", "compute_options", "output_options"]
+__all__ = ["Screen", "output_options"]
 
 PLAIN_WIDTH = 120
 """Columns without a terminal; most tables do not fit 80."""
@@ -42,7 +42,7 @@ class Screen:
     def __init__(self, json_to: str | None = None, quiet: bool = False) -> None:
         self.json_to = json_to
         self.quiet = quiet
-        self.stdout = sys.stdout
+        self.stdout = sys.stdout  # kept, because output_options redirects sys.stdout to stderr
         self.errors = _console(stderr=True)
         self.tables = self.errors if json_to == "-" else _console(stderr=False)
         self.progress: Progress = Silent() if quiet else Bars(self.errors)
@@ -89,44 +89,6 @@ def output_options(function: Callback) -> Callback:
             return function(*args, screen=screen, **kwargs)
 
     return wrapped
-
-
-def compute_options(*, batch_size: int | None = 16, dtype: bool = True) -> Callable[..., Any]:
-    """Add ``--device``, ``--dtype``, ``--batch-size`` (unless None) and ``--threads``."""
-
-    def decorate(function: Callback) -> Callback:
-        options = [
-            click.option(
-                "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."
-            ),
-        ]
-        if dtype:
-            options.append(
-                click.option(
-                    "--dtype",
-                    default="float32",
-                    show_default=True,
-                    help="float32, bfloat16, float16.",
-                )
-            )
-        if batch_size is not None:
-            options.append(
-                click.option(
-                    "--batch-size",
-                    type=int,
-                    default=batch_size,
-                    show_default=True,
-                    help="Batch size.",
-                )
-            )
-        options.append(
-            click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
-        )
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 def _console(stderr: bool) -> Console:

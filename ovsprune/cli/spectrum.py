@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from ovsprune.cli.options import MODEL, PATH, default_option
 from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("spectrum", short_help="Fit power laws to the spectra of layers.")
-@click.option("--model", required=True, help="Model name or slim directory.")
+@MODEL
 @click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
-@click.option(
+@default_option(
     "--fit",
     default="peak",
-    show_default=True,
     help="Start of the tail: peak (peak of the histogram, OpenTrans), least-ks (Clauset et al.) or "
     "hill (median).",
 )
-@click.option(
+@default_option(
     "--convolution",
     default="slices",
-    show_default=True,
     help="Convolutions: one matrix per kernel position (slices), or a single one (unfolded).",
 )
 @click.option(
@@ -35,7 +33,7 @@ from ovsprune.cli.screen import Screen, output_options
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.png",
     help="Plot the spectra with their tails, and alpha by depth and kind.",
 )

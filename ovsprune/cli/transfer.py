@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from ovsprune.cli.options import PATH, SLIM, WEIGHTS, default_option, output
 from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("transfer", short_help="Put a slim tower into a framework.")
 @click.option("--target", required=True, help="Framework from `ovsprune targets`.")
-@click.option(
-    "--slim",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Slim checkpoint; by default the newest under slim/.",
-)
+@SLIM
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Checkpoint of the framework to put the slim tower into.",
 )
-@click.option(
-    "--weights",
-    default="auto",
-    show_default=True,
-    help="slim (the framework uses the frozen base CLIP), target (it finetuned CLIP), or auto.",
-)
+@WEIGHTS
 @click.option(
     "--calibration",
     metavar="DIR",
@@ -42,22 +32,16 @@ from ovsprune.cli.screen import Screen, output_options
     show_default="256; of leaves or mixed 1024",
     help="Number of calibration images.",
 )
-@click.option(
-    "--recovery", default="closed-form", show_default=True, help="Recovery, as for prune."
-)
+@default_option("--recovery", default="closed-form", help="Recovery, as for prune.")
 @click.option(
     "--policy", metavar="NAME", help="Add a training schedule with this policy to the lines to add."
 )
-@click.option(
+@default_option(
     "--fraction",
-    type=float,
     default=0.5,
-    show_default=True,
     help="Fraction of layers that the policy trains.",
 )
-@click.option(
-    "--output", "-o", type=click.Path(path_type=Path), metavar="DIR", help="Output directory."
-)
+@output("Output directory.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--force", is_flag=True, help="Accept a checkpoint whose base model is untrained.")
 @click.option("--dry-run", is_flag=True, help="Show the result without writing it.")

@@ -1,4 +1,4 @@
-"""Identity of a comparison and of its rows: what must be equal for a stored row to be reused."""
+"""Identity of a comparison and of its rows: values that a reusable stored row has in common."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from ovsprune.evaluation.datasets import FolderData, SegmentationData
 from ovsprune.pruning.config import PruneConfig
 from ovsprune.slim.hashing import tensor_hash
 
-__all__ = ["changed_options", "comparison_identity", "made_by", "row_key"]
+__all__ = ["comparison_identity", "made_by", "row_key"]
 
 
 def comparison_identity(
     backbone: Backbone,
-    settings: PruneConfig,
+    config: PruneConfig,
     embeddings: Tensor,
+    images: SegmentationData,
+    *,
     data: str | Path | None,
     list_file: str | Path | None,
-    pictures: SegmentationData,
+    centred: bool,
     device: str,
 ) -> dict[str, Any]:
     """Return everything that a row depends on besides method, ratio and seed, as JSON values."""
     weights = [p.detach().flatten().float().cpu() for p in backbone.tower.state_dict().values()]
-    rendered = settings.calibration in RENDERED
+    calibration = config.calibration
     # A folder may change under the same path.
     fingerprints: dict[str, str] = {}
-    if isinstance(pictures, FolderData):
-        fingerprints["labelled pictures"] = pictures.fingerprint()
-    if not rendered:
-        fingerprints["calibration pictures"] = folder_fingerprint(Path(settings.calibration))
+    if isinstance(images, FolderData):
+        fingerprints["labelled pictures"] = images.fingerprint()
+    if calibration not in RENDERED:
+        fingerprints["calibration pictures"] = folder_fingerprint(Path(calibration))
+        calibration = str(Path(calibration).resolve())
     return {
         "model": backbone.name,
         "pretrained": backbone.pretrained,
@@ -46,24 +49,23 @@ def comparison_identity(
         "embeddings": tensor_hash(embeddings)[:16],
         "data": "scenes" if data is None else str(Path(data).resolve()),
         "list": None if list_file is None else str(list_file),
-        "images": len(pictures),
-        "calibration": settings.calibration
-        if rendered
-        else str(Path(settings.calibration).resolve()),
-        "samples": settings.pictures,
+        "images": len(images),
+        "calibration": calibration,
+        "samples": config.pictures,
         "device": str(device),
         **fingerprints,
+        **_changed_options(config, centred),
     }
 
 
-def changed_options(settings: PruneConfig, centred: bool) -> dict[str, Any]:
+def _changed_options(config: PruneConfig, centred: bool) -> dict[str, Any]:
     """Return the options that differ from the defaults.
 
     Defaults are left out, so that rows that were made before an option existed stay valid.
     """
-    defaults = PruneConfig(ratio=settings.ratio)
-    given = {name: getattr(settings, name) for name in ("budget", "protect", "round_to")}
-    changed = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    defaults = PruneConfig(ratio=config.ratio)
+    values = {name: getattr(config, name) for name in ("budget", "protect", "round_to")}
+    changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
     return {**changed, **({"centred": True} if centred else {})}
 
 
@@ -74,6 +76,6 @@ def made_by() -> str:
 
 
 def row_key(seed: int, ratio: float, method: Method) -> dict[str, Any]:
-    """Return the values by which a row is found."""
+    """Return the values that identify a row of a comparison."""
     parts = (method.criterion, method.allocation, method.recovery, method.source)
     return dict(zip(KEY, (method.name, ratio, seed, *parts), strict=True))

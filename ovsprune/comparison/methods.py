@@ -25,7 +25,7 @@ IMP = "imp"
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a comparison.
+    """Method of a comparison.
 
     Attributes:
         name: Name as the user gave it.
@@ -93,6 +93,7 @@ def parse_method(name: str) -> Method:
     parts, *given = name.split(":")
     options = tuple(parse_options(name, given).items())
     first, *rest = (part.strip() for part in parts.split("+"))
+    # IMP ranks by the L1 norm of a unit over all layers; it takes no part of ours.
     if first == IMP:
         if rest:
             raise OptionError(f"--methods {name}: imp has its own ranking, budget and repair")
@@ -115,20 +116,20 @@ def parse_method(name: str) -> Method:
         raise UnknownNameError(
             "method", first, [DEFAULT, IMP, *TORCH_PRUNING_METHODS, *CRITERIA.names()]
         )
-    seen: set[str] = set()
+    seen: set[str] = set()  # kinds of parts that were given
     for part in rest:
-        room = _room(part, seen)
-        if room in seen:
-            raise OptionError(f"--methods {name}: {part!r} is a second {room}; give at most one")
-        seen.add(room)
-        if room == "allocation":
+        kind = _kind(part, seen)
+        if kind in seen:
+            raise OptionError(f"--methods {name}: {part!r} is a second {kind}; give at most one")
+        seen.add(kind)
+        if kind == "allocation":
             allocation = part
         else:
             recovery = part
     return Method(name, criterion, allocation, recovery, "ovsprune", options)
 
 
-def _room(part: str, seen: set[str]) -> str:
+def _kind(part: str, seen: set[str]) -> str:
     """Return ``"allocation"`` or ``"recovery"`` for a part after the first."""
     allocates, repairs = part in ALLOCATIONS.names(), part in RECOVERIES.names()
     if not (allocates or repairs):

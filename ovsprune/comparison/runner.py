@@ -1,4 +1,4 @@
-"""One row of a comparison: prune by one method at one ratio and seed, then score."""
+"""Rows of a comparison: prune by one method at one ratio and seed, then score."""
 
 from __future__ import annotations
 
@@ -99,37 +99,26 @@ class ComparisonRunner:
         }
 
     def _prune(self, method: Method, config: PruneConfig, clock: Clock) -> nn.Module:
+        # Without our recovery, Torch-Pruning cuts the original tower, as its users would run it.
         if method.source == "torch-pruning" and method.recovery is None:
             return self._prune_original(method, config, clock)
-        selector = self._selector(method, config, clock)
-        return Pipeline(self.backbone, config, self.progress, clock, selector).run().tower
-
-    def _selector(self, method: Method, config: PruneConfig, clock: Clock) -> UnitSelector:
-        """Return the selector of a method."""
+        selector: UnitSelector | None
         if method.source == "torch-pruning":
-            return TorchPruningSelector(self._torch_pruning, method.criterion, config)
-        imp = imp_selector(self.backbone, config, self.progress, clock)
-        if imp is not None:
-            return imp
-        return CriterionSelector(self.backbone, config, self.progress, clock, self._surveys)
+            selector = TorchPruningSelector(self._torch_pruning, method.criterion, config)
+        else:
+            selector = imp_selector(self.backbone, config, self.progress, clock)
+        if selector is None:
+            selector = CriterionSelector(self.backbone, config, self.progress, clock, self._surveys)
+        return Pipeline(self.backbone, config, self.progress, clock, selector).run().tower
 
     def _prune_original(self, method: Method, config: PruneConfig, clock: Clock) -> nn.Module:
         """Return the tower that Torch-Pruning makes of the original tower, without our graph."""
+        tower, preprocess = self.backbone.tower, self.backbone.preprocess
         pictures, _ = open_pictures(
-            config.calibration,
-            self.backbone.preprocess,
-            config.pictures,
-            HELD_OUT,
-            config.seed,
-            self.progress,
+            config.calibration, preprocess, config.pictures, HELD_OUT, config.seed, self.progress
         )
         run = self._torch_pruning.run(
-            method.criterion,
-            config,
-            self.backbone.tower,
-            self._shared_groups(),
-            pictures,
-            rewritten=False,
+            method.criterion, config, tower, self._shared_groups(), pictures, rewritten=False
         )
         tower = run.reach(config.ratio).tower
         clock.lap("prune")

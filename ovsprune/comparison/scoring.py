@@ -1,9 +1,9 @@
-"""Scoring many towers on the same labelled pictures, against one dense tower."""
+"""Scores of many towers on the same labelled images, relative to one dense tower."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,21 @@ from ovsprune.evaluation.backbone_scores import zero_shot_head
 from ovsprune.evaluation.datasets import Sample, SegmentationData
 from ovsprune.evaluation.zero_shot import evaluate
 
-__all__ = ["KeptData", "Scorer"]
+__all__ = ["CachedData", "Scorer"]
 
-KEPT_BYTES = 1 << 29
-"""Pictures and labels up to this size are kept in memory instead of read for every tower."""
+CACHE_BYTES = 1 << 29
+"""Images and labels up to this size are kept in memory; larger sets are read for every tower."""
 
 
-class KeptData:
-    """A data set that is read once, as long as it is small; otherwise it is read every time.
+class CachedData:
+    """Data set that is read once and kept in memory if it is small.
 
     Args:
-        data: The data set.
-        limit: Most bytes of pictures and labels to keep.
+        data: Data set.
+        limit: Maximum bytes of images and labels to keep.
     """
 
-    def __init__(self, data: SegmentationData, limit: int = KEPT_BYTES) -> None:
+    def __init__(self, data: SegmentationData, limit: int = CACHE_BYTES) -> None:
         self.class_names, self.prompts, self.scored = data.class_names, data.prompts, data.scored
         self._data, self._limit = data, limit
         self._samples: list[Sample] | None = None
@@ -42,101 +42,101 @@ class KeptData:
         if self._samples is not None:
             yield from self._samples
             return
-        kept: list[Sample] = []
+        samples: list[Sample] = []
         size = 0
         for sample in self._data:
             size += sample.image.nbytes + sample.label.nbytes
             if size <= self._limit:
-                kept.append(sample)
+                samples.append(sample)
             yield sample
         if size <= self._limit:
-            self._samples = kept
+            self._samples = samples
 
 
 class Scorer:
-    """mIoU of towers, and how far their dense features are from the dense tower's.
+    """Zero-shot mIoU of towers, and the distance of their features from the dense tower's.
 
-    The dense tower is run once: its features are kept, in memory or (above 1 GiB) on disk.
+    The dense tower is run once. Its features are kept in memory, or on disk if they exceed 1 GiB.
 
     Args:
-        dense: The dense backbone.
+        backbone: Dense backbone.
         embeddings: Class embeddings [K, C].
-        data: Labelled pictures.
-        batch_size: Pictures at a time.
-        progress: Told of every pass.
-        centred: Take the mean of the embeddings off each of them first.
+        data: Labelled images.
+        batch_size: Images per batch.
+        progress: Progress reporter.
+        centred: Subtract the mean of the embeddings from each of them first.
     """
 
     def __init__(
         self,
-        dense: Backbone,
+        backbone: Backbone,
         embeddings: Tensor,
         data: SegmentationData,
         batch_size: int,
         progress: Progress,
         centred: bool = False,
     ) -> None:
-        self._backbone, self._embeddings, self._centred = dense, embeddings, centred
-        self._data, self._batch_size, self._progress = KeptData(data), batch_size, progress
-        self._features: Tensor | None = None
+        self.backbone, self._embeddings, self._centred = backbone, embeddings, centred
+        self._data, self._batch_size, self._progress = CachedData(data), batch_size, progress
+        self._features: Tensor | None = None  # of the dense tower, [N, C, h, w]
 
     def dense(self) -> dict[str, float]:
-        """``miou`` and ``pixel_accuracy`` of the dense tower."""
-        done = 0
+        """Return ``miou`` and ``pixel_accuracy`` of the dense tower; keep its features."""
 
-        def keep(features: Tensor) -> None:
-            nonlocal done
+        def keep(first: int, features: Tensor) -> None:
             if self._features is None:
                 self._features = allocate((len(self._data), *features.shape[1:]))
-            self._features[done : done + len(features)] = features.float().cpu()
-            done += len(features)
+            self._features[first : first + len(features)] = features
 
-        return self._pass(self._backbone.tower, "scoring the dense tower", keep)
+        return self._pass(self.backbone.tower, "scoring the dense tower", keep)
 
     def score(self, tower: nn.Module, label: str) -> dict[str, float]:
-        """``miou``, ``pixel_accuracy`` and ``relative_error`` of a tower.
+        """Return ``miou``, ``pixel_accuracy`` and ``relative_error`` of a tower.
 
         Args:
-            tower: Pruned from the dense tower.
-            label: What the progress calls it.
+            tower: Tower that was pruned from the dense tower.
+            label: Name of the tower in the progress.
         """
         if self._features is None:
             self.dense()
         assert self._features is not None
-        wanted, sums, done = self._features, Agreement(), 0
+        dense, agreement = self._features, Agreement()
 
-        def compare(features: Tensor) -> None:
-            nonlocal done
-            sums.update(wanted[done : done + len(features)], features.float().cpu())
-            done += len(features)
+        def compare(first: int, features: Tensor) -> None:
+            agreement.update(dense[first : first + len(features)], features)
 
-        found = self._pass(tower, f"scoring {label}", compare)
-        return {**found, "relative_error": sums.result().relative_error}
+        scores = self._pass(tower, f"scoring {label}", compare)
+        return {**scores, "relative_error": agreement.result().relative_error}
 
     def _pass(
-        self, tower: nn.Module, label: str, see: Callable[[Tensor], None]
+        self, tower: nn.Module, label: str, observe: Callable[[int, Tensor], None]
     ) -> dict[str, float]:
-        backbone = dataclasses.replace(self._backbone, tower=tower.eval())
-        plain = zero_shot_head(backbone, self._embeddings, self._centred)
+        """Score a tower; ``observe`` gets the index of a batch's first image and its features."""
+        head = zero_shot_head(
+            replace(self.backbone, tower=tower.eval()), self._embeddings, self._centred
+        )
+        first = 0
 
         @torch.no_grad()
-        def features(images: Tensor) -> Tensor:
-            tokens = plain.dense(images)
-            see(tokens)
-            return tokens
+        def observed(images: Tensor) -> Tensor:
+            nonlocal first
+            features = head.dense(images)  # [B, C, h, w]
+            observe(first, features.float().cpu())
+            first += len(features)
+            return features
 
         with self._progress.stage(label, len(self._data)) as advance:
             before = 0
 
-            def tell(now: int, _: int) -> None:
+            def tell(done: int, _: int) -> None:
                 nonlocal before
-                advance(now - before)
-                before = now
+                advance(done - before)
+                before = done
 
-            found = evaluate(
-                dataclasses.replace(plain, dense=features),
+            scores = evaluate(
+                replace(head, dense=observed),
                 self._data,
                 batch_size=self._batch_size,
                 progress=tell,
             ).scores
-        return {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy}
+        return {"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}

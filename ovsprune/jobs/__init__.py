@@ -1,1 +1,1 @@
-"""One file a job: the only files that see the whole story; the command line only calls them."""
+"""Public functions, one per file; the command line only calls them."""

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress, Silent
-from ovsprune.core.protocols import Backbone
-from ovsprune.profiling.timing import (
-    Pass,
-    alternate,
-    device_and_dtype,
-    paired_speedup,
-    peak_memory,
-    thread_limit,
-)
+from ovsprune.profiling.timing import device_and_dtype, thread_limit
+from ovsprune.profiling.towers import add_memory, latency_rows, load_towers
 
 __all__ = ["benchmark"]
 
@@ -74,12 +61,13 @@ def benchmark(
     start = time.perf_counter()
     torch_device, torch_dtype = device_and_dtype(device, dtype)
     with thread_limit(threads) as used:
-        towers = _towers(model, against)
+        towers = load_towers(model, against)
         rows = []
         for batch in batch_sizes:
-            rows += _rows(towers, batch, pairs, torch_device, torch_dtype, progress)
+            rows += latency_rows(towers, batch, pairs, torch_device, torch_dtype, progress)
+        # After all latencies: the processes that measure memory would disturb them.
         if memory:
-            _add_memory(rows, towers, device, dtype, used, progress)
+            add_memory(rows, towers, device, dtype, used, progress)
     return {
         "model": model,
         "against": towers[0].source if len(towers) > 1 else None,
@@ -90,110 +78,3 @@ def benchmark(
         "threads": used,
         "seconds": time.perf_counter() - start,
     }
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Tower:
-    """Tower to measure, and the arguments with which another process loads it."""
-
-    label: str
-    role: str
-    source: str
-    pretrained: str | None
-    backbone: Backbone
-
-
-def _towers(model: str, against: str | None) -> list[_Tower]:
-    measured = _tower(model, "model")
-    if against is None and measured.backbone.slim is not None:
-        against = measured.backbone.slim.spec.base.model
-    return [measured] if against is None else [_tower(against, "against"), measured]
-
-
-def _tower(source: str, role: str) -> _Tower:
-    from ovsprune.backbones import load_backbone
-
-    # Random weights: speed does not depend on them, and nothing needs to be downloaded.
-    pretrained = None if Path(source).is_dir() else "none"
-    backbone = load_backbone(source, pretrained=pretrained)
-    kind = "dense" if backbone.slim is None else "slim"
-    return _Tower(
-        label=f"{backbone.name} {kind}",
-        role=role,
-        source=source,
-        pretrained=pretrained,
-        backbone=backbone,
-    )
-
-
-def _rows(
-    towers: list[_Tower],
-    batch: int,
-    pairs: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    from ovsprune.graph.costs import count_costs
-
-    size = towers[0].backbone.preprocess.size
-    for other in towers[1:]:
-        if other.backbone.preprocess.size != size:
-            raise OptionError(
-                f"{other.source} takes images of {other.backbone.preprocess.size} pixels, "
-                f"{towers[0].source} of {size}; choose an --against of the same input size"
-            )
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, *size, generator=generator).to(device, dtype)
-    passes = {
-        tower.role: _forward(tower.backbone.tower.to(device, dtype).eval(), images)
-        for tower in towers
-    }
-    times = alternate(
-        passes, rounds=pairs, device=device, progress=progress, label=f"latency at batch {batch}"
-    )
-    rows = []
-    for tower in towers:
-        latency = statistics.median(times[tower.role])
-        costs = count_costs(tower.backbone.tower, size)
-        rows.append(
-            {
-                "name": tower.label,
-                "role": tower.role,
-                "batch": batch,
-                "latency": latency,
-                "throughput": batch / latency,
-                "peak_memory": None,
-                "macs": costs.macs,
-                "params": costs.params,
-                "speedup": paired_speedup(times[towers[0].role], times[tower.role]),
-            }
-        )
-    return rows
-
-
-def _forward(tower: nn.Module, images: Tensor) -> Pass:
-    return lambda: tower(images)
-
-
-def _add_memory(
-    rows: list[dict[str, Any]],
-    towers: list[_Tower],
-    device: str,
-    dtype: str,
-    threads: int,
-    progress: Progress,
-) -> None:
-    by_role = {tower.role: tower for tower in towers}
-    with progress.stage("peak memory, one process each", len(rows)) as advance:
-        for row in rows:
-            tower = by_role[row["role"]]
-            row["peak_memory"] = peak_memory(
-                tower.source,
-                row["batch"],
-                pretrained=tower.pretrained,
-                device=device,
-                dtype=dtype,
-                threads=threads,
-            )
-            advance(1)

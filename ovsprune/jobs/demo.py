@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ovsprune import backbones
+from ovsprune.comparison.scoring import CachedData
 from ovsprune.core.errors import OptionError, OutputError
 from ovsprune.core.files import write_text
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
-from ovsprune.evaluation.datasets import Sample, ScenesData
+from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone, zero_shot_head
+from ovsprune.evaluation.datasets import ScenesData
+from ovsprune.graph.costs import count_costs
 from ovsprune.jobs.inspect import inspect
 from ovsprune.jobs.prune import prune
-from ovsprune.profiling.timing import Pass, alternate, paired_speedup, thread_limit
+from ovsprune.profiling.timing import alternate, latency_figures, random_images, thread_limit
 from ovsprune.pruning.config import PruneConfig
+from ovsprune.report.pictures import side_by_side
 
 __all__ = ["METHODS", "demo"]
 
@@ -84,23 +89,13 @@ def demo(
     PruneConfig(ratio=ratio, seed=seed).check()
     directory = Path(output)
     _check_output(directory)
-    with (
-        thread_limit(threads),
-        progress.stage("ovsprune demo", len(METHODS) + 4) as advance,
-    ):
+    with thread_limit(threads), progress.stage("ovsprune demo", len(METHODS) + 4) as advance:
         run = _Demo(directory, ratio, scenes, seed, progress)
-        _make(directory)
-        for method in METHODS:
-            run.prune(method)
+        _make_directory(directory)
+        steps: list[Callable[[], None]] = [partial(run.prune, method) for method in METHODS]
+        for step in (*steps, run.score, run.time, run.draw, run.transfer):
+            step()
             advance(1)
-        run.score()
-        advance(1)
-        run.time()
-        advance(1)
-        picture = run.draw()
-        advance(1)
-        transfer = run.transfer()
-        advance(1)
     record = {
         "model": MODEL,
         "ratio": ratio,
@@ -111,32 +106,13 @@ def demo(
         "inspect": inspect(directory / SLIM),
         "evaluate": run.scores["default"],
         "benchmark": {"rows": run.benchmark()},
-        "transfer": transfer,
-        "picture": str(picture),
+        "transfer": run.transferred,
+        "picture": str(directory / PICTURE),
         "output": str(directory),
         "seconds": time.perf_counter() - start,
     }
     write_text(directory / RECORD, json.dumps(record, indent=2) + "\n")
     return record
-
-
-class _CachedScenes:
-    """Scenes that are generated once and used for every tower."""
-
-    def __init__(self, scenes: ScenesData, progress: Progress) -> None:
-        self.class_names, self.prompts = scenes.class_names, scenes.prompts
-        self.scored = scenes.scored
-        self.samples: list[Sample] = []
-        with progress.stage("drawing test scenes", len(scenes)) as advance:
-            for sample in scenes:
-                self.samples.append(sample)
-                advance(1)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __iter__(self) -> Iterator[Sample]:
-        return iter(self.samples)
 
 
 class _Demo:
@@ -145,22 +121,21 @@ class _Demo:
     def __init__(
         self, directory: Path, ratio: float, scenes: int, seed: int, progress: Progress
     ) -> None:
-        from ovsprune.backbones import load_backbone
-        from ovsprune.evaluation.backbone_scores import class_embeddings
-
         self.directory, self.ratio, self.seed, self.progress = directory, ratio, seed, progress
-        dense = load_backbone(MODEL)
+        dense = backbones.load_backbone(MODEL)
         self.towers: dict[str, Backbone] = {"dense": dense}
-        self.data = _CachedScenes(ScenesData(scenes, size=max(dense.preprocess.size)), progress)
+        self.data = CachedData(ScenesData(scenes, size=max(dense.preprocess.size)))
+        with progress.stage("drawing test scenes", len(self.data)) as advance:
+            for _ in self.data:  # the scenes are drawn once, and used for every tower
+                advance(1)
         self.embeddings: Tensor = class_embeddings(dense, self.data.prompts)
         self.record: dict[str, Any] = {}
+        self.transferred: dict[str, Any] = {}
         self.scores: dict[str, dict[str, Any]] = {}
         self.times: dict[int, dict[str, list[float]]] = {}
 
     def prune(self, method: str) -> None:
         """Prune with one method; the checkpoint of the default is saved and loaded again."""
-        from ovsprune.backbones import load_backbone
-
         dense = self.towers["dense"]
         saved = self.directory / SLIM if method == "default" else None
         with self.progress.stage(f"pruning {MODEL}: {method}", 1) as advance:
@@ -178,12 +153,11 @@ class _Demo:
             self.towers[method] = dataclasses.replace(dense, tower=result.tower)
         else:
             self.record = result.record()
-            self.towers[method] = load_backbone(str(saved))
+            # Later steps use the saved checkpoint, as a user would.
+            self.towers[method] = backbones.load_backbone(str(saved))
 
     def score(self) -> None:
         """Evaluate the zero-shot mIoU of every tower on the same test scenes."""
-        from ovsprune.evaluation.backbone_scores import score_backbone
-
         for method, backbone in self.towers.items():
             self.scores[method] = score_backbone(
                 backbone, self.embeddings, self.data, 16, self.progress, f"mIoU of {method}"
@@ -193,103 +167,77 @@ class _Demo:
         """Measure the latency of all towers in alternation."""
         size = self.towers["dense"].preprocess.size
         for batch in BATCHES:
-            images = torch.randn(
-                batch, 3, *size, generator=torch.Generator().manual_seed(self.seed)
-            )
+            images = random_images(batch, size, self.seed)
             self.times[batch] = alternate(
-                {method: _forward(tower, images) for method, tower in self.towers.items()},
+                {name: partial(backbone.tower, images) for name, backbone in self.towers.items()},
                 progress=self.progress,
                 label=f"latency at batch {batch}",
             )
 
-    def draw(self) -> Path:
+    def draw(self) -> None:
         """Draw scene, labels, dense and slim segmentation side by side."""
-        from ovsprune.evaluation.backbone_scores import zero_shot_head
-        from ovsprune.report.pictures import side_by_side
-
         heads = [
             zero_shot_head(self.towers[method], self.embeddings) for method in ("dense", "default")
         ]
         rows = [
             (sample.image, [sample.label, *(head.segment(sample.image) for head in heads)])
-            for sample in self.data.samples[:SHOWN]
+            for sample in islice(self.data, SHOWN)
         ]
-        removed = f"slim, {self.ratio:.0%} fewer MACs"
+        dense, slim = self.scores["dense"]["miou"], self.scores["default"]["miou"]
         titles = [
             "scene",
             "labels",
-            f"dense (mIoU {self._miou('dense'):.1%})",
-            f"{removed} (mIoU {self._miou('default'):.1%})",
+            f"dense (mIoU {dense:.1%})",
+            f"slim, {self.ratio:.0%} fewer MACs (mIoU {slim:.1%})",
         ]
-        path = self.directory / PICTURE
-        side_by_side(rows, titles, self.data.class_names).save(path)
-        return path
+        side_by_side(rows, titles, self.data.class_names).save(self.directory / PICTURE)
 
-    def transfer(self) -> dict[str, Any]:
+    def transfer(self) -> None:
         """Transfer the slim tower into a small SAN, if mmsegmentation is installed."""
         from ovsprune.jobs.small_san import transfer_into_small_san
 
         with self.progress.stage("transfer into a small SAN of mmsegmentation", 1) as advance:
-            record = transfer_into_small_san(
+            self.transferred = transfer_into_small_san(
                 self.towers["dense"],
                 self.directory / SLIM,
                 self.embeddings,
                 self.data.class_names,
-                self.data.samples[:SHOWN],
+                list(islice(self.data, SHOWN)),
                 self.seed,
             )
             advance(1)
-        return record
-
-    def benchmark(self) -> list[dict[str, Any]]:
-        """Return latency and throughput of dense and slim tower, as in ``ovsprune benchmark``."""
-        rows = []
-        for row in self.rows():
-            if row["method"] not in ("dense", "default"):
-                continue
-            for batch in BATCHES:
-                latency = row["latency"][str(batch)]
-                rows.append(
-                    {
-                        "name": f"{MODEL} {'dense' if row['method'] == 'dense' else 'slim'}",
-                        "role": "against" if row["method"] == "dense" else "model",
-                        "batch": batch,
-                        "latency": latency,
-                        "throughput": batch / latency,
-                        "speedup": row["speedup"][str(batch)],
-                    }
-                )
-        return rows
-
-    def _miou(self, method: str) -> float:
-        return float(self.scores[method]["miou"])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per method, dense first."""
-        from ovsprune.graph.costs import count_costs
-
         rows = []
         for method, backbone in self.towers.items():
             costs = count_costs(backbone.tower, backbone.preprocess.size)
-            times = {batch: seconds[method] for batch, seconds in self.times.items()}
-            dense = {batch: seconds["dense"] for batch, seconds in self.times.items()}
+            miou = self.scores[method]["miou"]
+            figures = self._figures(method)
             rows.append(
                 {
                     "method": method,
                     "macs": costs.macs,
                     "params": costs.params,
                     "file_size": len(save(backbone.tower.state_dict())),
-                    "latency": {str(b): statistics.median(times[b]) for b in BATCHES},
-                    "speedup": {str(b): paired_speedup(dense[b], times[b]) for b in BATCHES},
-                    "miou": self._miou(method),
-                    "retention": self._miou(method) / self._miou("dense"),
+                    "latency": {str(b): f["latency"] for b, f in figures.items()},
+                    "speedup": {str(b): f["speedup"] for b, f in figures.items()},
+                    "miou": miou,
+                    "retention": miou / self.scores["dense"]["miou"],
                 }
             )
         return rows
 
+    def benchmark(self) -> list[dict[str, Any]]:
+        """Return latency and throughput of dense and slim tower, as in ``ovsprune benchmark``."""
+        return [
+            {"name": f"{MODEL} {kind}", "role": role, "batch": batch, **figures}
+            for method, kind, role in (("dense", "dense", "against"), ("default", "slim", "model"))
+            for batch, figures in self._figures(method).items()
+        ]
 
-def _forward(backbone: Backbone, images: Tensor) -> Pass:
-    return lambda: backbone.tower(images)
+    def _figures(self, method: str) -> dict[int, dict[str, float]]:
+        return {b: latency_figures(t, method, "dense", b) for b, t in self.times.items()}
 
 
 def _check_output(output: Path) -> None:
@@ -308,7 +256,7 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _make(output: Path) -> None:
+def _make_directory(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

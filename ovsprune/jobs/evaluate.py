@@ -12,12 +12,11 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import FolderData, ScenesData, SegmentationData
 from ovsprune.profiling.timing import device_and_dtype, thread_limit
+from ovsprune.pruning.loading import load_model
 
 __all__ = ["evaluate"]
 
 SCENES = "scenes"
-SCENE_COUNT = 500
-"""Test scenes that are scored unless ``limit`` says otherwise."""
 
 
 def evaluate(
@@ -37,82 +36,67 @@ def evaluate(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score a model's dense features against class names on a data set.
+    """Score the dense features of a model against class names on a data set.
 
     Args:
-        model: A model name or a slim directory.
-        data: A folder with ``images/``, ``labels/`` and ``classes.json``, or ``"scenes"`` for the
+        model: Model name or slim directory.
+        data: Folder with ``images/``, ``labels/`` and ``classes.json``, or ``"scenes"`` for the
             procedural test scenes, which are the default for ``tiny``.
-        pretrained: A tag, a file, or ``"none"``.
-        activation: For a weights file that does not say.
-        list_file: Names the pictures to use, one stem a line.
-        text_embeddings: ``.npz`` with the classes' embeddings, for a model without a text tower.
-        centred: Take the mean of the classes' embeddings off each of them first, which helps where
-            all of them point the same way.
-        last_block: What tokens attend to in the last block, of
+        pretrained: Tag, file, or ``"none"``.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
+        list_file: File with the stems of the images to use, one per line.
+        text_embeddings: NPZ file with the class embeddings, for a model without a text tower.
+        centred: Subtract the mean of the class embeddings from each of them first. It helps if all
+            of them point in similar directions.
+        last_block: Attention of the last block, one of
             :data:`ovsprune.evaluation.last_block.VARIANTS`; None for the tower's own dense output.
-        limit: Use only the first so many pictures.
-        device: Where to run.
+        limit: Maximum number of images; 500 test scenes by default.
+        device: Torch device.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        batch_size: Pictures at a time.
-        threads: CPU threads; None leaves PyTorch's choice.
-        progress: Told of the pictures that are done.
+        batch_size: Images per batch.
+        threads: CPU threads; None for PyTorch's default.
+        progress: Progress reporter.
 
     Returns:
-        ``miou`` and ``pixel_accuracy`` in 0..1, ``per_class{name: IoU}``, ``images``, ``seconds``,
-        ``model, data, centred, last_block, pixels``.
+        ``miou`` and ``pixel_accuracy`` in [0, 1], ``per_class{name: IoU}``, ``images``,
+        ``seconds``, ``model, data, centred, last_block, pixels``.
 
     Raises:
         OptionError: An option is out of range, or no data set is named.
         DataError: The data set or the embeddings cannot be used.
         WeightsError: The model cannot be loaded, or has no text tower and no embeddings are given.
     """
-    from ovsprune.backbones import load_backbone
-
     progress = progress or Silent()
     start = time.perf_counter()
     for option, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise OptionError(f"{option} {value} is out of range; give 1 or more")
-    found, kind = device_and_dtype(device, dtype)
+    torch_device, torch_dtype = device_and_dtype(device, dtype)
     with thread_limit(threads):
-        backbone = load_backbone(model, pretrained=pretrained, activation=activation, device=device)
+        backbone = load_model(model, pretrained, activation, device, progress)
         for note in backbone.notes:
             progress.note(note)
-        opened, label = _open(data, backbone, list_file, limit)
-        embeddings = class_embeddings(backbone, opened.prompts, text_embeddings)
-        backbone.tower.to(found, kind)
+        images, label = _open(data, backbone, list_file, limit)
+        embeddings = class_embeddings(backbone, images.prompts, text_embeddings)
+        backbone.tower.to(torch_device, torch_dtype)
+        title = f"segmenting with {backbone.name}"
         result = score_backbone(
-            backbone,
-            embeddings,
-            opened,
-            batch_size,
-            progress,
-            f"segmenting with {backbone.name}",
-            centred,
-            last_block,
+            backbone, embeddings, images, batch_size, progress, title, centred, last_block
         )
     return {
         "model": model,
         "data": label,
         "centred": centred,
         "last_block": last_block,
-        "miou": result["miou"],
-        "per_class": result["per_class"],
-        "pixel_accuracy": result["pixel_accuracy"],
-        "images": result["images"],
-        "pixels": result["pixels"],
+        **result,
         "seconds": time.perf_counter() - start,
     }
 
 
 def _open(
-    data: str | Path | None,
-    backbone: Backbone,
-    list_file: str | Path | None,
-    limit: int | None,
+    data: str | Path | None, backbone: Backbone, list_file: str | Path | None, limit: int | None
 ) -> tuple[SegmentationData, str]:
-    """The data set, and what it is called in the record."""
+    """Return the data set and its name in the record."""
     if data is None and backbone.name != "tiny":
         raise OptionError(
             f"--data is missing: name a folder with images/, labels/ and classes.json to score "
@@ -122,5 +106,5 @@ def _open(
         if list_file is not None:
             raise OptionError(f"--list {list_file} needs --data DIR; scenes have no files")
         size = max(backbone.preprocess.size)
-        return ScenesData(limit or SCENE_COUNT, size=size), SCENES
+        return ScenesData(limit or 500, size=size), SCENES
     return FolderData(data, list_file, limit), str(data)

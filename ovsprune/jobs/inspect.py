@@ -6,6 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ovsprune.core.toml import write_toml
+from ovsprune.report.card import is_protected
+from ovsprune.slim.read import read
+from ovsprune.slim.spec import FORMAT_VERSION
+
 __all__ = ["inspect"]
 
 
@@ -27,10 +32,6 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
         OptionError: The recipe cannot be written: the criterion was an object given from Python.
         OutputError: ``recipe`` cannot be written.
     """
-    from ovsprune.report.card import is_protected
-    from ovsprune.slim.read import read
-    from ovsprune.slim.spec import FORMAT_VERSION
-
     checkpoint = read(Path(directory))
     if recipe is not None:
         from ovsprune.core.files import write_text
@@ -38,21 +39,19 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
 
         write_text(Path(recipe), recipe_of(checkpoint))
     spec = checkpoint.spec
-    layers = []
-    for layer in spec.layers:
-        indices = [int(i) for i in checkpoint.mask[layer.name]]
-        layers.append(
-            {
-                "name": layer.name,
-                "kind": layer.kind,
-                "block": layer.block,
-                "units": layer.units,
-                "kept": len(indices),
-                "unit_width": layer.unit_width,
-                "protected": is_protected(spec, layer),
-                "indices": indices,
-            }
-        )
+    layers = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "block": layer.block,
+            "units": layer.units,
+            "kept": layer.kept,
+            "unit_width": layer.unit_width,
+            "protected": is_protected(spec, layer),
+            "indices": checkpoint.mask[layer.name].tolist(),
+        }
+        for layer in spec.layers
+    ]
     return {
         "path": str(checkpoint.path),
         "format": FORMAT_VERSION,

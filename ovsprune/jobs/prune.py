@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ovsprune import backbones
 from ovsprune.baselines.imp_units import imp_selector
 from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.calibration.pictures import enough
@@ -19,11 +19,11 @@ from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Plan
 from ovsprune.importance import criterion_name
 from ovsprune.profiling.timing import thread_limit
-from ovsprune.pruning.command_line import command_of
 from ovsprune.pruning.config import PruneConfig, config_of
-from ovsprune.pruning.loading import cast, check_dtype, open_model
+from ovsprune.pruning.loading import open_model
 from ovsprune.pruning.pipeline import Pipeline
 from ovsprune.pruning.reprune import check_reprune
+from ovsprune.pruning.saving import Saving
 from ovsprune.report.card import card
 from ovsprune.slim import SlimCheckpoint, SlimSpec, write
 from ovsprune.slim.write import check_output
@@ -62,20 +62,20 @@ class PruneResult:
 
     def record(self) -> dict[str, Any]:
         """Return the record that ``ovsprune prune --json`` prints."""
+        given = None
+        if self.given is not None:
+            given = {"slim": str(self.given.path), **asdict(self.given.spec.slim)}
         return {
             "model": self.spec.base.model,
             "pretrained": self.spec.base.pretrained,
             "trained": self.spec.base.trained,
             "ratio": self.settings.ratio,
             "budget": self.settings.budget,
-            "dense": {"macs": self.spec.dense.macs, "params": self.spec.dense.params},
-            "slim": {"macs": self.spec.slim.macs, "params": self.spec.slim.params},
-            "given": None if self.given is None else _described(self.given),
+            "dense": asdict(self.spec.dense),
+            "slim": asdict(self.spec.slim),
+            "given": given,
             "achieved": self.achieved,
-            "fidelity": {
-                "cosine": self.fidelity.cosine,
-                "relative_error": self.fidelity.relative_error,
-            },
+            "fidelity": asdict(self.fidelity),
             "latency": self.latency,
             "criterion": criterion_name(self.settings.criterion),
             "allocation": self.settings.allocation,
@@ -139,27 +139,24 @@ def prune(
         DataError: The calibration images, or the table of layer times, cannot be used.
         OutputError: The output exists, or cannot be written.
     """
-    settings = config_of(ratio, config, options)
-    if settings.method == "imp" and not settings.imp.structured:
-        raise OptionError(
-            "method='imp' prunes single weights: call ovsprune.baselines.imp_weights.imp, or give "
-            "imp_structured=True to remove units"
-        )
-    check_dtype(dtype)
+    settings = _config(ratio, config, options)
     progress = progress or Silent()
-    target = _target(model, settings.ratio, output, overwrite, dry_run)
+    saving = Saving.checked(
+        model,
+        f"slim/{{}}-r{settings.ratio:g}",
+        output,
+        partial(check_output, overwrite=overwrite),
+        dtype=dtype,
+        text=text,
+        dry_run=dry_run,
+    )
     clock = Clock()
     with thread_limit(threads):
         model = open_model(model, pretrained, activation, device, progress, clock)
         settings = settings.for_model(model)
         check_reprune(model, settings.method)
-        if model.trained and settings.calibration == "mixed":
-            most, count = enough("mixed"), settings.pictures
-            more = f"{most} preserve more (--samples {most}), and " if count < most else ""
-            progress.note(
-                f"calibrating on {count} synthetic images: {more}photographs of your own preserve "
-                "the most accuracy (--calibration DIR)"
-            )
+        _recommend_photographs(model, settings, progress)
+        # None for every other method: the pipeline then ranks by criterion and allocation.
         selector = imp_selector(model, settings, progress, clock)
         done = Pipeline(model, settings, progress, clock, selector).run()
     result = PruneResult(
@@ -174,18 +171,13 @@ def prune(
         latency=done.latency,
         given=model.slim,
     )
-    if target is not None:
-        state = {f"visual.{k}": v for k, v in result.tower.state_dict().items()}
-        tensors = cast({**state, **(model.text if text else {})}, dtype)
-        command = command_of(model, settings, dtype, text)
-        result.spec = replace(
-            result.spec, provenance={**result.spec.provenance, "command": command}
-        )
+    if saving.directory is not None:
+        result.spec = saving.with_command(result.spec, model, settings)
         result.path = write(
-            target,
+            saving.directory,
             result.spec,
-            tensors,
-            dict(result.plan.kept),
+            saving.tensors(model, result.tower),
+            result.plan.kept,
             card=card(result.spec, result.record()),
             overwrite=overwrite,
         )
@@ -193,23 +185,25 @@ def prune(
     return result
 
 
-def _described(given: SlimCheckpoint) -> dict[str, Any]:
-    """Return the description of the slim model that was pruned again, for a record."""
-    slim = given.spec.slim
-    return {"slim": str(given.path), "macs": slim.macs, "params": slim.params}
+def _config(
+    ratio: float | None, config: PruneConfig | None, options: dict[str, Any]
+) -> PruneConfig:
+    settings = config_of(ratio, config, options)
+    if settings.method == "imp" and not settings.imp.structured:
+        raise OptionError(
+            "method='imp' prunes single weights: call ovsprune.baselines.imp_weights.imp, or give "
+            "imp_structured=True to remove units"
+        )
+    return settings
 
 
-def _target(
-    model: str | Backbone,
-    ratio: float,
-    output: str | Path | None,
-    overwrite: bool,
-    dry_run: bool,
-) -> Path | None:
-    """Return the output directory, checked before the work begins."""
-    if dry_run or (output is None and isinstance(model, Backbone)):
-        return None
-    name = model if isinstance(model, str) else model.name
-    target = Path(output) if output else Path("slim") / f"{backbones.canonical(name)}-r{ratio:g}"
-    check_output(target, overwrite=overwrite)
-    return target
+def _recommend_photographs(model: Backbone, settings: PruneConfig, progress: Progress) -> None:
+    """Note that photographs preserve more accuracy than the default calibration images."""
+    if not model.trained or settings.calibration != "mixed":
+        return
+    most, count = enough("mixed"), settings.pictures
+    more = f"{most} preserve more (--samples {most}), and " if count < most else ""
+    progress.note(
+        f"calibrating on {count} synthetic images: {more}photographs of your own preserve "
+        "the most accuracy (--calibration DIR)"
+    )

@@ -104,6 +104,8 @@ def schedule(
     every = checked(total_steps, fraction, count, every, rest)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     layers, recognised = find_pool(inner, target, pool)
+    # Norms, biases and positions follow a layer only with rest="follow"; with "train" and "freeze"
+    # the plan fixes their flags, with "keep" it leaves them alone.
     followers = [name for layer in layers for name in layer.followers]
     others = dict.fromkeys(followers, rest == "train") if rest in ("train", "freeze") else {}
     if rest != "follow":
@@ -124,6 +126,7 @@ def schedule(
         ),
     )
     if recognised is not None:
+        # Some frameworks run the tower without gradients; released plans restore that.
         plan.on_release(recognised.enable_tower_grad(inner).detach)
     return plan
 
@@ -193,11 +196,10 @@ def layer_alphas(
 
     Fused queries, keys and values have one spectrum each.
     """
-    wanted = set(names)
-    found = [matrix for matrix in matrices(model) if matrix.parameter in wanted]
-    measured = spectra(found, fit=fit, convolution=convolution, progress=progress or Silent())
     alphas: dict[str, list[float]] = {name: [] for name in names}
-    for matrix, spectrum in zip(found, measured, strict=True):
+    selected = [matrix for matrix in matrices(model) if matrix.parameter in alphas]
+    measured = spectra(selected, fit=fit, convolution=convolution, progress=progress or Silent())
+    for matrix, spectrum in zip(selected, measured, strict=True):
         alphas[matrix.parameter].append(spectrum.alpha)
     return {name: sum(values) / len(values) for name, values in alphas.items()}
 
@@ -242,6 +244,7 @@ def plan_tower(
         WeightsError: The weights cannot be loaded or do not fit.
         ScheduleError: A pattern of the pool matches nothing.
     """
+    # Not above: where a framework calls schedule(), the libraries of backbones may be missing.
     from ovsprune.backbones import load_backbone
 
     if not model:
@@ -255,12 +258,16 @@ def plan_tower(
     tower, shape = backbone.tower, (batch_size, 3, *backbone.preprocess.size)
     shell = _shell(tower)
     plan = schedule(shell, policy, pool=pool or None, weights=tower, progress=progress, **settings)
-    names = {"trainable": list(plan.trainable), "frozen": list(plan.frozen)}
-    flops = {
-        **_flops(plan, shape).record(),
-        "all": _flops_of_all(shell, shape, pool, settings).total,
-    }
-    record = {
+    trainable, frozen = list(plan.trainable), list(plan.frozen)
+    # Count before the second schedule, which changes the flags of the same copy.
+    flops = _flops(plan, shape).record()
+    steps = {key: settings[key] for key in ("total_steps", "rest") if key in settings}
+    all_layers = schedule(shell, _ALL, pool=pool or None, **steps)
+    measured = []
+    if measure:
+        trained = {policy: trainable, _ALL: [name for name, _ in tower.named_parameters()]}
+        measured = _measured(model, pretrained, tower, shape, trained, progress)
+    return {
         "model": model,
         "policy": policy,
         "layers": [
@@ -272,16 +279,14 @@ def plan_tower(
             }
             for layer in plan.layers
         ],
-        **names,
-        "training_flops": flops,
+        "trainable": trainable,
+        "frozen": frozen,
+        "training_flops": {**flops, "all": _flops(all_layers, shape).total},
         "total_steps": plan.total_steps,
         "batch_size": batch_size,
-        "measured": [],
+        "measured": measured,
+        "seconds": time.perf_counter() - start,
     }
-    if measure:
-        trained = {policy: names["trainable"], _ALL: [n for n, _ in tower.named_parameters()]}
-        record["measured"] = _measured(model, pretrained, tower, shape, trained, progress)
-    return {**record, "seconds": time.perf_counter() - start}
 
 
 def _shell(tower: nn.Module) -> nn.Module:
@@ -289,23 +294,14 @@ def _shell(tower: nn.Module) -> nn.Module:
     from ovsprune.graph.costs import on_meta
 
     shell = on_meta(tower).train()
-    wanted = {name: parameter.requires_grad for name, parameter in tower.named_parameters()}
-    for name, parameter in shell.named_parameters():
-        parameter.requires_grad_(wanted[name])
+    for copied, parameter in zip(shell.parameters(), tower.parameters(), strict=True):
+        copied.requires_grad_(parameter.requires_grad)
     return shell
 
 
 def _flops(plan: TrainPlan, shape: Sequence[int]) -> TrainingFlops:
     images = torch.empty(*shape, device="meta")
     return plan.training_flops(lambda: output_loss(plan.model, images))
-
-
-def _flops_of_all(
-    shell: nn.Module, shape: Sequence[int], pool: Sequence[str], settings: Mapping[str, Any]
-) -> TrainingFlops:
-    """Cost of a training of all layers of the pool and their followers."""
-    steps = {key: settings[key] for key in ("total_steps", "rest") if key in settings}
-    return _flops(schedule(shell, _ALL, pool=pool or None, **steps), shape)
 
 
 def _measured(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ovsprune import backbones
 from ovsprune.core.errors import OptionError, OutputError
 from ovsprune.core.progress import Progress, Silent
+from ovsprune.report.figures import need_matplotlib
 from ovsprune.spectrum import matrices, spectra
 from ovsprune.spectrum.measure import check_options
 
@@ -52,14 +54,12 @@ def spectrum(
         OutputError: The plot cannot be written.
         MissingLibraryError: A plot is requested and matplotlib is not installed.
     """
-    from ovsprune.backbones import load_backbone
-
     start = time.perf_counter()
     progress = progress or Silent()
     check_options(fit, convolution)
     if plot is not None:
-        check_plot(plot)
-    backbone = load_backbone(model, pretrained=pretrained)
+        _check_plot(plot)
+    backbone = backbones.load_backbone(model, pretrained=pretrained)
     selected = matrices(backbone.tower)
     for pattern in layers:
         if not any(fnmatchcase(matrix.name, pattern) for matrix in selected):
@@ -82,21 +82,17 @@ def spectrum(
         "convolution": convolution,
         "layers": [layer.record() for layer in measured],
         "median_alpha": _median([layer.alpha for layer in measured]),
-        "kinds": _by_kind([(layer.kind, layer.alpha) for layer in measured]),
+        "kinds": {
+            kind: _median([layer.alpha for layer in measured if layer.kind == kind])
+            for kind in dict.fromkeys(layer.kind for layer in measured)
+        },
         "plot": None if plot is None else str(plot),
         "seconds": time.perf_counter() - start,
     }
 
 
-def check_plot(path: Path) -> None:
-    """Check that a plot can be written to ``path``, before the computation starts.
-
-    Raises:
-        OutputError: The name does not end in .png, or its directory does not exist.
-        MissingLibraryError: matplotlib is not installed.
-    """
-    from ovsprune.report.figures import need_matplotlib
-
+def _check_plot(path: Path) -> None:
+    """Check that a plot can be written to ``path``, before the computation starts."""
     need_matplotlib()
     if path.suffix.lower() != ".png":
         raise OutputError(f"--plot {path}: plots are PNG files; give a name that ends in .png")
@@ -109,8 +105,3 @@ def check_plot(path: Path) -> None:
 def _median(alphas: Sequence[float]) -> float | None:
     finite = [alpha for alpha in alphas if math.isfinite(alpha)]
     return statistics.median(finite) if finite else None
-
-
-def _by_kind(pairs: Sequence[tuple[str, float]]) -> Mapping[str, float | None]:
-    kinds = dict.fromkeys(kind for kind, _ in pairs)
-    return {kind: _median([alpha for other, alpha in pairs if other == kind]) for kind in kinds}

@@ -24,7 +24,7 @@ from ovsprune.core.protocols import Budget, Family
 from ovsprune.core.records import Group, Plan
 from ovsprune.graph.cut import cut
 from ovsprune.profiling.latency_table import LatencyTable, cache_path, digest, this_machine
-from ovsprune.profiling.timing import Pass, alternate
+from ovsprune.profiling.timing import Pass, alternate, random_images
 
 __all__ = ["LatencyModel", "compare_latency", "latency_budget"]
 
@@ -135,22 +135,22 @@ def latency_budget(
         OutputError: ``file`` cannot be written.
     """
     weight = next(tower.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, *size, generator=generator).to(weight)
-    here = this_machine(weight.device, weight.dtype, BATCH, size)
+    images = random_images(BATCH, size).to(weight)
+    machine = this_machine(weight.device, weight.dtype, BATCH, size)
     model = LatencyModel.of(tower, groups, family, images)
-    path = cache_path(here) if file is None else Path(file)
-    table = _read(path, here, named=file is not None, progress=progress)
+    path = cache_path(machine) if file is None else Path(file)
+    table = _read(path, machine, named=file is not None, progress=progress)
     missing = [key for key in model.passes if key[1] not in table.times.get(key[0], {})]
     if missing:
-        if table.machine != here:
+        if table.machine != machine:
+            piece, width = missing[0]
             raise DataError(
-                f"{path} has no time for {missing[0][0]!r} at width {missing[0][1]} and was "
-                f"measured on another machine ({_differences(table.machine, here)}). Run the same "
-                "command there to add it, or name another file"
+                f"{path} has no time for {piece!r} at width {width} and was measured on another "
+                f"machine ({_differences(table.machine, machine)}). Run the same command there to "
+                "add it, or name another file"
             )
         measured = _measured({k: model.passes[k] for k in missing}, weight.device, progress)
-        table = LatencyTable(here, _merged(table.times, measured))
+        table = table.extended(measured)
         try:
             table.write(path)
         except OutputError as error:
@@ -170,8 +170,7 @@ def compare_latency(
         dense over the rounds.
     """
     weight = next(slim.parameters())
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, *size, generator=generator).to(weight)
+    images = random_images(BATCH, size).to(weight)
     times = alternate(
         {"dense": lambda: dense(images), "slim": lambda: slim(images)},
         rounds=ROUNDS,
@@ -232,34 +231,27 @@ def _measured(
     return {names[name]: round(1e3 * statistics.median(s), 6) for name, s in times.items()}
 
 
-def _merged(
-    times: Mapping[str, Mapping[int, float]], more: Mapping[tuple[str, int], float]
-) -> dict[str, Mapping[int, float]]:
-    merged = {piece: dict(by_width) for piece, by_width in times.items()}
-    for (piece, width), value in more.items():
-        merged.setdefault(piece, {})[width] = value
-    return {piece: dict(sorted(by_width.items())) for piece, by_width in merged.items()}
-
-
-def _read(path: Path, here: Mapping[str, Any], *, named: bool, progress: Progress) -> LatencyTable:
+def _read(
+    path: Path, machine: Mapping[str, Any], *, named: bool, progress: Progress
+) -> LatencyTable:
     """Read the table, or return an empty one; a damaged cached table is measured again."""
     if not path.exists():
-        return LatencyTable(here)
+        return LatencyTable(machine)
     try:
         table = LatencyTable.read(path)
     except DataError as error:
         if named:
             raise
         progress.note(f"measured again: {error}")
-        return LatencyTable(here)
-    if table.machine != here:
+        return LatencyTable(machine)
+    if table.machine != machine:
         progress.note(
-            f"{path} was measured on another machine: {_differences(table.machine, here)}"
+            f"{path} was measured on another machine: {_differences(table.machine, machine)}"
         )
     return table
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def _differences(other: Mapping[str, Any], this: Mapping[str, Any]) -> str:
     """List the properties in which two machines differ."""
-    keys = [k for k in sorted({*there, *here}) if there.get(k) != here.get(k)]
-    return ", ".join(f"{k} {there.get(k)!r}, here {here.get(k)!r}" for k in keys)
+    keys = [key for key in sorted({*other, *this}) if other.get(key) != this.get(key)]
+    return ", ".join(f"{key} {other.get(key)!r}, here {this.get(key)!r}" for key in keys)

@@ -36,6 +36,13 @@ class LatencyTable:
     machine: Mapping[str, Any]
     times: Mapping[str, Times] = field(default_factory=dict)
 
+    def extended(self, measured: Mapping[tuple[str, int], float]) -> LatencyTable:
+        """Return a table with more times, given as (piece, width) to milliseconds."""
+        times = {piece: dict(by_width) for piece, by_width in self.times.items()}
+        for (piece, width), value in measured.items():
+            times.setdefault(piece, {})[width] = value
+        return LatencyTable(self.machine, {p: dict(sorted(t.items())) for p, t in times.items()})
+
     @classmethod
     def read(cls, path: Path) -> LatencyTable:
         """Read the table in ``path``.

@@ -64,7 +64,7 @@ def peak_memory(task: dict[str, Any]) -> int | None:
 
 def _reset_mark() -> None:
     try:
-        CLEAR.write_text("5")
+        CLEAR.write_text("5")  # 5 resets VmHWM, see proc(5)
     except OSError:
         # Not permitted: the mark then includes the memory used for loading.
         return
@@ -94,6 +94,7 @@ def _rusage() -> int | None:
         import resource
     except ImportError:
         return None
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

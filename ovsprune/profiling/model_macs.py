@@ -35,6 +35,7 @@ def whole_macs(
         raise OptionError(
             f"torch has no FLOP counter ({error}); install torch 2.1 or later"
         ) from None
+    # Meta tensors have shapes only: counting needs neither memory nor time.
     try:
         shell = on_meta(model)
         prepare(shell)

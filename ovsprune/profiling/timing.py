@@ -19,18 +19,24 @@ from ovsprune.core.errors import OptionError, WeightsError
 from ovsprune.core.progress import Progress, Silent
 
 __all__ = [
+    "DTYPES",
+    "Pass",
     "alternate",
     "device_and_dtype",
+    "latency_figures",
     "output_loss",
     "paired_speedup",
     "peak_memory",
+    "random_images",
     "thread_limit",
     "training_step",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Data types of a tower by name."""
 
 Pass = Callable[[], Any]
+"""Function to time; it runs once and its result is ignored."""
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -114,6 +120,33 @@ def paired_speedup(dense: Sequence[float], slim: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(dense, slim, strict=True))
 
 
+def latency_figures(
+    times: Mapping[str, Sequence[float]], name: str, reference: str, batch: int
+) -> dict[str, float]:
+    """Return the figures of one pass for a record.
+
+    Args:
+        times: Result of :func:`alternate`.
+        name: Name of the pass.
+        reference: Name of the pass that it is compared with.
+        batch: Images per pass.
+
+    Returns:
+        ``latency`` (median, in seconds), ``throughput`` (images/s) and ``speedup``.
+    """
+    latency = statistics.median(times[name])
+    return {
+        "latency": latency,
+        "throughput": batch / latency,
+        "speedup": paired_speedup(times[reference], times[name]),
+    }
+
+
+def random_images(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:
+    """Return normally distributed images [batch, 3, height, width], the same for equal seeds."""
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
 def _synchronise(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -174,7 +207,10 @@ def training_step(tower: nn.Module, images: Tensor, names: Sequence[str]) -> Pas
     """
     chosen, optimizers = set(names), list[torch.optim.Optimizer]()
 
+    # lr=0: the weights stay the same, so every step costs the same.
+
     def step() -> None:
+        # alternate() times in inference mode; a training step needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
             for name, parameter in tower.named_parameters():
                 parameter.requires_grad_(name in chosen)

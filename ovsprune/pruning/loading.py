@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ovsprune import backbones
@@ -12,11 +11,38 @@ from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError
 from ovsprune.core.progress import Progress
 from ovsprune.core.protocols import Backbone
+from ovsprune.profiling.timing import DTYPES
 
-__all__ = ["DTYPES", "cast", "check_dtype", "open_model"]
+__all__ = ["cast", "check_dtype", "load_model", "open_model"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Data types in which a tower can be saved."""
+
+def load_model(
+    model: str | Backbone,
+    pretrained: str | None,
+    activation: str | None,
+    device: str,
+    progress: Progress,
+) -> Backbone:
+    """Return the model, loaded if it is a name.
+
+    Args:
+        model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
+        pretrained: Tag, file, or ``"none"``.
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a weights file that does not say which.
+        device: Device of the tower.
+        progress: Progress reporter.
+
+    Raises:
+        WeightsError: The weights cannot be loaded.
+    """
+    if not isinstance(model, str):
+        return model
+    with progress.stage(f"loading {model}", 1) as advance:
+        backbone = backbones.load_backbone(
+            model, pretrained=pretrained, activation=activation, device=device
+        )
+        advance(1)
+    return backbone
 
 
 def open_model(
@@ -27,25 +53,18 @@ def open_model(
     progress: Progress,
     clock: Clock,
 ) -> Backbone:
-    """Return the model to prune, loaded if it is a name, and report its notes.
+    """Return the model to prune like :func:`load_model`; report its notes.
 
-    The arguments are those of :func:`ovsprune.backbones.load_backbone`.
-
-    Raises:
-        WeightsError: The weights cannot be loaded.
+    The seconds of loading go to ``clock``.
     """
-    if isinstance(model, str):
-        with progress.stage(f"loading {model}", 1) as advance:
-            model = backbones.load_backbone(
-                model, pretrained=pretrained, activation=activation, device=device
-            )
-            advance(1)
+    backbone = load_model(model, pretrained, activation, device, progress)
+    if backbone is not model:
         clock.lap("load")
-    for note in model.notes:
+    for note in backbone.notes:
         progress.note(note)
-    if not model.trained:
-        progress.note(f"{model.name} has random weights: the result is marked as untrained")
-    return model
+    if not backbone.trained:
+        progress.note(f"{backbone.name} has random weights: the result is marked as untrained")
+    return backbone
 
 
 def check_dtype(dtype: str) -> None:

@@ -70,29 +70,23 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
         given = record.get("given")
         of = f" of {Path(given['slim']).name}, which was pruned before" if given else ""
         removed += f" (requested: {percent(float(asked))} of the {budget}{of})"
+    base = spec.base
+    weights = f"weights `{base.pretrained}`" if base.pretrained else "no pretrained weights"
+    training = "and without gradient steps"
+    if "distill_lr" in spec.provenance or spec.provenance.get("imp_steps"):
+        training = "(the remaining weights were trained to reproduce the dense tower's features)"
     text = (
-        f"# {spec.base.model}, slim\n\n"
-        f"The image tower of `{spec.base.model}` ({_weights(spec)}) with {removed}. "
+        f"# {base.model}, slim\n\n"
+        f"The image tower of `{base.model}` ({weights}) with {removed}. "
         "Whole attention heads and MLP units were removed without labels "
-        f"{_training(spec)}, so the tower is smaller and faster on any hardware."
+        f"{training}, so the tower is smaller and faster on any hardware."
     )
-    if not spec.base.trained:
+    if not base.trained:
         text += (
             "\n\n> **Untrained.** The base model's weights are random initial values. This "
             "checkpoint shows shapes and speed; its predictions are meaningless."
         )
     return text
-
-
-def _training(spec: SlimSpec) -> str:
-    if "distill_lr" in spec.provenance or spec.provenance.get("imp_steps"):
-        return "(the remaining weights were trained to reproduce the dense tower's features)"
-    return "and without gradient steps"
-
-
-def _weights(spec: SlimSpec) -> str:
-    pretrained = spec.base.pretrained
-    return f"weights `{pretrained}`" if pretrained else "no pretrained weights"
 
 
 def _costs(spec: SlimSpec) -> str:
@@ -110,20 +104,16 @@ def _costs(spec: SlimSpec) -> str:
 
 
 def _quality(record: Mapping[str, Any]) -> str:
-    fidelity = record.get("fidelity") or {}
-    lines = []
-    if "cosine" in fidelity:
-        lines.append(f"- cosine similarity of the dense features: {fidelity['cosine']:.4f}")
-    if "relative_error" in fidelity:
-        lines.append(f"- relative error of the dense features: {fidelity['relative_error']:.4f}")
-    if not lines:
+    fidelity = record.get("fidelity")
+    if not fidelity:
         return ""
     reference = "the slim tower before" if record.get("given") else "the dense tower"
     return (
         f"## Agreement with {reference}\n\n"
         f"Measured on held-out calibration images, against {reference}:\n\n"
-        + "\n".join(lines)
-        + "\n\nThese figures measure features, not segmentation quality. "
+        f"- cosine similarity of the dense features: {fidelity['cosine']:.4f}\n"
+        f"- relative error of the dense features: {fidelity['relative_error']:.4f}\n\n"
+        "These figures measure features, not segmentation quality. "
         "`ovsprune evaluate --model <this directory> --data <your data>` measures the latter."
     )
 
@@ -171,17 +161,16 @@ def _layers(spec: SlimSpec) -> str:
 
 
 def _provenance(spec: SlimSpec, record: Mapping[str, Any]) -> str:
-    rows = [f"- {key.replace('_', ' ')}: {_value(value)}" for key, value in _facts(spec)]
+    built = f"{spec.family}, {spec.library} {spec.library_version}".strip()
+    facts = {"built by": built, **spec.provenance}
+    rows = [
+        f"- {key.replace('_', ' ')}: {_value(value)}"
+        for key, value in facts.items()
+        if value not in (None, "")
+    ]
     if isinstance(record.get("seconds"), int | float):
         rows.append(f"- time to prune: {duration(float(record['seconds']))}")
     return "## Provenance\n\n" + "\n".join(rows)
-
-
-def _facts(spec: SlimSpec) -> list[tuple[str, Any]]:
-    built = f"{spec.family}, {spec.library} {spec.library_version}".strip()
-    facts: list[tuple[str, Any]] = [("built by", built)]
-    facts += [(key, value) for key, value in spec.provenance.items() if value not in (None, "")]
-    return facts
 
 
 def _value(value: Any) -> str:

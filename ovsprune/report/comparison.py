@@ -34,11 +34,10 @@ def summary(record: Record) -> list[dict[str, Any]]:
             rows = _rows(record, ratio, method)
             done = [row for row in rows if row["status"] == "done"]
             entry: dict[str, Any] = {"method": method, "ratio": ratio, "seeds": len(done)}
-            for cost in ("macs", "params"):
-                entry[cost] = _mean([row[cost] for row in done])
+            for cost in ("macs", "params", "seconds"):
+                entry[cost] = _figure(_values(done, cost))["mean"]
             for figure in FIGURES:
-                entry[figure] = _figure([row[figure] for row in done if row[figure] is not None])
-            entry["seconds"] = _mean([row["seconds"] for row in done])
+                entry[figure] = _figure(_values(done, figure))
             entry["reason"] = next((row["reason"] for row in rows if row["reason"]), None)
             entries.append(entry)
     return entries
@@ -57,8 +56,8 @@ def differences(record: Record, reference: str) -> list[dict[str, Any]]:
         for method in record["methods"]:
             entry: dict[str, Any] = {"ratio": ratio, "reference": reference, "method": method}
             for figure in ("retention", "relative_error"):
-                ours = _values(record, ratio, reference, figure)
-                theirs = _values(record, ratio, method, figure)
+                ours = _values(_rows(record, ratio, reference), figure)
+                theirs = _values(_rows(record, ratio, method), figure)
                 if ours and theirs and method != reference:
                     gap = pooled_difference(ours, theirs)
                     entry[figure] = {"mean": gap.mean, "half": gap.half, "clear": gap.clear}
@@ -148,24 +147,22 @@ def _options(record: Record) -> str:
 def _cells(record: Record, ratio: float) -> list[list[str]]:
     """Return one row per method, sorted by mIoU, with unreached budgets last."""
     entries = [e for e in record["summary"] if e["ratio"] == ratio]
+    # mIoU is in [0, 1]: the offset puts all entries with a value before those without.
     entries.sort(key=lambda e: -1.0 if e["miou"]["mean"] is None else -e["miou"]["mean"] - 2.0)
-    cells = []
-    for entry in entries:
-        if not entry["seeds"]:
-            cells.append([entry["method"], "0", "not reached", "", "", "", ""])
-            continue
-        cells.append(
-            [
-                entry["method"],
-                str(entry["seeds"]),
-                count(entry[record["budget"]]),
-                _points(entry["retention"]),
-                _points(entry["miou"]),
-                _error(entry["relative_error"]),
-                duration(entry["seconds"]),
-            ]
-        )
-    return cells
+    return [
+        [
+            entry["method"],
+            str(entry["seeds"]),
+            count(entry[record["budget"]]),
+            _points(entry["retention"]),
+            _points(entry["miou"]),
+            _error(entry["relative_error"]),
+            duration(entry["seconds"]),
+        ]
+        if entry["seeds"]
+        else [entry["method"], "0", "not reached", "", "", "", ""]
+        for entry in entries
+    ]
 
 
 def _gaps(record: Record) -> list[list[str]]:
@@ -230,13 +227,8 @@ def _rows(record: Record, ratio: float, method: str) -> list[Record]:
     return [r for r in record["rows"] if r["ratio"] == ratio and r["method"] == method]
 
 
-def _values(record: Record, ratio: float, method: str, figure: str) -> list[float]:
-    rows = _rows(record, ratio, method)
+def _values(rows: Sequence[Record], figure: str) -> list[float]:
     return [float(row[figure]) for row in rows if row[figure] is not None]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return spread(values).mean if values else None
 
 
 def _figure(values: Sequence[float]) -> dict[str, float | None]:

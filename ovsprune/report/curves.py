@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovsprune.report.figures import need_matplotlib, new_figure, save
+from ovsprune.report.figures import new_figure, save
 from ovsprune.report.numbers import budget_name, count
 
 __all__ = ["draw", "spread_out"]
@@ -42,14 +42,14 @@ def draw(record: Record, path: Path) -> None:
     Raises:
         MissingLibraryError: matplotlib is not installed.
     """
-    need_matplotlib()
-    from matplotlib.ticker import LogLocator, NullLocator
-
     methods = list(record["methods"])
     tall = max(1.0, len(methods) * LINE * 1.1)
     figure = new_figure(PANEL[0], 2 * PANEL[1] * tall)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     kept, wrong = figure.subplots(2, 1, sharex=True)
-    kept.set_xlim(0, 100 * _most(record))
+    # The cost axis ends 5% past the largest ratio.
+    kept.set_xlim(0, 100 * min(1.0, 1.05 * float(max(record["ratios"]))))
     kept.set_title(_title(record), loc="left", fontsize=10)
     _panel(kept, {m: _curve(record, m, "retention", 100.0, [(0.0, 100.0, 0.0)]) for m in methods})
     kept.set_ylim(bottom=0)
@@ -108,11 +108,6 @@ def spread_out(wanted: Sequence[float], gap: float, low: float, high: float) -> 
     return heights
 
 
-def _most(record: Record) -> float:
-    """Return the end of the cost axis, 5% past the largest ratio."""
-    return min(1.0, 1.05 * float(max(record["ratios"])))
-
-
 def _curve(record: Record, method: str, figure: str, scale: float, start: Curve) -> Curve:
     """Return ``start`` and a point per ratio that was reached; empty if none was."""
     budget = record["budget"]
@@ -139,6 +134,7 @@ def _panel(axes: Any, curves: Mapping[str, Curve]) -> None:
             x, y, label=name, color=colour, linestyle=STYLES[index % len(STYLES)], linewidth=1.6,
             marker=MARKERS[index % len(MARKERS)], markersize=5,
         )  # fmt: skip
+        # The band stays above 0, which a logarithmic axis cannot show.
         lower = [max(a - b, 0.2 * a) for a, b in zip(y, band, strict=True)]
         upper = [a + b for a, b in zip(y, band, strict=True)]
         axes.fill_between(x, lower, upper, color=colour, alpha=0.15, linewidth=0)
@@ -151,6 +147,7 @@ def _names(axes: Any) -> None:
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in axes.get_lines()]
     if not ends:
         return
+    # Heights in fractions of the panel, from data coordinates through pixels.
     wanted = axes.transAxes.inverted().transform(axes.transData.transform(ends))[:, 1]
     furthest = max(x for x, _ in ends)
     heights = spread_out([float(value) for value in wanted], LINE, 0.0, 1.0)

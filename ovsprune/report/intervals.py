@@ -77,7 +77,7 @@ def pooled_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
         ValueError: A sample is empty.
     """
     first, second = spread(a), spread(b)
-    freedom = len(a) + len(b) - 2
+    freedom = len(a) + len(b) - 2  # degrees of freedom of the pooled variance
     if freedom < 1:
         return Difference(first.mean - second.mean, None)
     squares = sum((s.count - 1) * (s.sd or 0.0) ** 2 for s in (first, second))

@@ -77,7 +77,7 @@ def side_by_side(
     shown = sorted({int(i) for _, maps in rows for labels in maps for i in np.unique(labels)})
     shown = [i for i in shown if 0 <= i < len(names)]
     colours = palette(shown)
-    font = _font(TEXT)
+    font = ImageFont.load_default(TEXT)
     width = GAP + len(titles) * (PANEL + GAP)
     legend = _legend_rows(shown, names, font, width)
     line = TEXT + 10
@@ -125,7 +125,3 @@ def _legend_rows(
         lines[-1].append((x, identifier))
         x += wide
     return lines
-
-
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

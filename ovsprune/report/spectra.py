@@ -6,6 +6,7 @@ import math
 import re
 import statistics
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -79,8 +80,7 @@ def draw(measured: Sequence[Any], path: Path, title: str = "") -> None:
     shown = _shown(measured)
     rows = max(1, -(-len(shown) // 3))
     figure = new_figure(10.5, 2.3 * rows + 4.2, dpi=140)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 4.0])
-    above, below = parts
+    above, below = figure.subfigures(2, 1, height_ratios=[2.3 * rows, 4.0])
     figure.suptitle(title, fontsize=11)
     panels = above.subplots(rows, 3, squeeze=False).flatten()
     for axes, spectrum in zip(panels, shown, strict=False):
@@ -111,7 +111,7 @@ def _density(axes: Any, spectrum: Any) -> None:
     low = max(low, high - 8)  # eigenvalues below are rounding errors
     edges = [10 ** (low + (high - low) * i / BINS) for i in range(BINS + 1)]
     edges[-1] = values[-1] * (1 + 1e-9)
-    counts = _counts(values, edges)
+    counts = [b - a for a, b in pairwise(bisect_left(values, edge) for edge in edges)]
     bins = list(pairwise(edges))
     density = [n / (len(values) * (b - a)) for n, (a, b) in zip(counts, bins, strict=True)]
     middles = [math.sqrt(a * b) for a, b in bins]
@@ -135,37 +135,27 @@ def _density(axes: Any, spectrum: Any) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _counts(values: Any, edges: Sequence[float]) -> list[int]:
-    return [b - a for a, b in pairwise(bisect_left(values, edge) for edge in edges)]
-
-
 def _by_depth(axes: Any, measured: Sequence[Any]) -> None:
     """Plot alpha by block: a line per kind of layer that repeats, crosses for the others."""
-    kinds = list(dict.fromkeys(one.kind for one in measured))
-    many = [k for k in kinds if sum(one.kind == k for one in measured) > 1]
-    depths = _depths(measured)
-    for i, kind in enumerate(many):
-        points = [
-            (depth, one.alpha)
-            for depth, one in zip(depths, measured, strict=True)
-            if one.kind == kind and math.isfinite(one.alpha)
-        ]
-        if points:
+    counts = Counter(spectrum.kind for spectrum in measured)
+    points: dict[str, list[tuple[float, float]]] = {k: [] for k, n in counts.items() if n > 1}
+    others: list[tuple[float, float]] = []
+    for depth, spectrum in zip(_depths(measured), measured, strict=True):
+        if math.isfinite(spectrum.alpha):
+            points.get(spectrum.kind, others).append((depth, spectrum.alpha))
+    for i, (kind, line) in enumerate(points.items()):
+        if line:
             axes.plot(
-                *zip(*points, strict=True), marker=MARKERS[i % len(MARKERS)], ms=5, lw=1.0,
+                *zip(*line, strict=True), marker=MARKERS[i % len(MARKERS)], ms=5, lw=1.0,
                 color=COLOURS[i % len(COLOURS)], label=kind,
             )  # fmt: skip
-    single = [
-        (depth, one.alpha)
-        for depth, one in zip(depths, measured, strict=True)
-        if one.kind not in many and math.isfinite(one.alpha)
-    ]
-    if single:
-        axes.plot(*zip(*single, strict=True), "x", color="#7A7A7A", ms=5, label="others")
-    finite = [one.alpha for one in measured if math.isfinite(one.alpha)]
+    if others:
+        axes.plot(*zip(*others, strict=True), "x", color="#7A7A7A", ms=5, label="others")
+    finite = [spectrum.alpha for spectrum in measured if math.isfinite(spectrum.alpha)]
     if finite:
         middle = statistics.median(finite)
         axes.axhline(middle, color="#000000", lw=0.8, ls="--", label=f"median {middle:.2f}")
+        # A logarithmic axis keeps the other layers apart if one alpha is far above the median.
         if max(finite) > 4 * middle:
             axes.set_yscale("log")
             _few_ticks(axes.yaxis, min(finite), max(finite), plain=math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from rich import box
@@ -22,6 +23,7 @@ __all__ = [
     "launch_summary",
     "listing",
     "prune_summary",
+    "saved_line",
     "table",
     "transfer_summary",
 ]
@@ -65,9 +67,7 @@ def costs_table(title: str, dense: Record, slim: Record) -> Table:
 
 def prune_summary(record: Record) -> Parts:
     """Summarise ``prune``: costs, agreement with the dense tower, output."""
-    parts: list[RenderableType] = [
-        costs_table(f"{record['model']}: image tower", record["dense"], record["slim"])
-    ]
+    costs = costs_table(f"{record['model']}: image tower", record["dense"], record["slim"])
     fidelity = record.get("fidelity") or {}
     lines = []
     given = record.get("given")
@@ -93,37 +93,33 @@ def prune_summary(record: Record) -> Parts:
             f"{duration(latency['dense_ms'] / 1e3)}: {percent(latency['measured_ratio'])} less; "
             f"the table of layer times predicted {percent(record['achieved'])}."
         )
+    lines.append(saved_line(record))
+    if output := record.get("output"):
+        lines += [
+            "",
+            "Next:",
+            f"  ovsprune inspect {output}",
+            f"  ovsprune benchmark --model {output}",
+            f"  ovsprune transfer --slim {output} --target NAME",
+        ]
+    return [costs, Text("\n".join(lines))]
+
+
+def saved_line(record: Record) -> str:
+    """Return a line that names the output, or reports a dry run."""
     output = record.get("output")
-    if output:
-        lines += [f"Saved to {output}", "", _next_steps(str(output))]
-    else:
-        lines.append("Dry run: nothing was written.")
-    return [*parts, Text("\n".join(lines))]
-
-
-def _next_steps(output: str) -> str:
-    return (
-        "Next:\n"
-        f"  ovsprune inspect {output}\n"
-        f"  ovsprune benchmark --model {output}\n"
-        f"  ovsprune transfer --slim {output} --target NAME"
-    )
+    return f"Saved to {output}" if output else "Dry run: nothing was written."
 
 
 def transfer_summary(record: Record) -> Parts:
     """Summarise ``transfer``: numbers of replaced, kept and dropped keys, and lines to add."""
-    rows = [[part, str(_number(record.get(part)))] for part in ("replaced", "kept", "dropped")]
+    rows = [[part, str(len(record[part]))] for part in ("replaced", "kept", "dropped")]
     title = f"{record['target']}: keys of the checkpoint"
     lines = [f"Slim tower: {record['slim']} (weights: {record['weights']})"]
     lines += [f"note: {note}" for note in record.get("notes", ())]
-    if record.get("output"):
-        lines.append(f"Saved to {record['output']}")
-    else:
-        lines.append("Dry run: nothing was written.")
-    if record.get("lines"):
-        added = record["lines"]
-        text = added if isinstance(added, str) else "\n".join(added)
-        lines += ["", "Add these lines to the training script:", "", text]
+    lines.append(saved_line(record))
+    if record["lines"]:
+        lines += ["", "Add these lines to the training script:", "", record["lines"]]
     return [table(title, ["", "keys"], rows), Text("\n".join(lines))]
 
 
@@ -151,13 +147,6 @@ def launch_summary(record: Record) -> Parts:
     return [table("Models replaced during construction", columns, rows), Text("\n".join(lines))]
 
 
-def _number(value: Any) -> int:
-    """Return an int unchanged, the length of a collection, and 0 for None."""
-    if isinstance(value, int):
-        return value
-    return len(value) if value is not None else 0
-
-
 def inspect_summary(record: Record) -> Parts:
     """Summarise ``inspect``: contents of a slim checkpoint."""
     base = record["base"]
@@ -169,13 +158,17 @@ def inspect_summary(record: Record) -> Parts:
         f"input {' x '.join(str(side) for side in record['preprocess']['size'])}",
         f"format {record['format']}, {file_size(record['bytes'])} in {len(record['files'])} files",
     ]
-    rows = []
-    for layer in record["layers"]:
-        share = percent(layer["kept"] / layer["units"], 0)
-        kind = layer["kind"]
-        units = kind if kind == "heads" else f"{kind} units"
-        mark = "protected" if layer["protected"] else ""
-        rows.append([layer["name"], units, str(layer["kept"]), str(layer["units"]), share, mark])
+    rows = [
+        [
+            layer["name"],
+            layer["kind"] if layer["kind"] == "heads" else f"{layer['kind']} units",
+            str(layer["kept"]),
+            str(layer["units"]),
+            percent(layer["kept"] / layer["units"], 0),
+            "protected" if layer["protected"] else "",
+        ]
+        for layer in record["layers"]
+    ]
     listed = {layer["name"] for layer in record["layers"]}
     unpruned = [name for name in record["protected"] if name not in listed]
     notes = [f"Not pruned: {', '.join(unpruned)}", ""] if unpruned else []
@@ -191,10 +184,11 @@ def inspect_summary(record: Record) -> Parts:
 def evaluate_summary(record: Record) -> Parts:
     """Summarise ``evaluate``: IoU of the classes, best first, and the means."""
     ranked = sorted(record["per_class"].items(), key=lambda entry: -(entry[1] or 0.0))
-    rows = [[name, percent(value) if value is not None else "-"] for name, value in ranked]
+    rows = [[name, "-" if value is None else percent(value)] for name, value in ranked]
     half = (len(rows) + 1) // 2
-    blank = ["", ""]
-    paired = [[*rows[i], *(rows[half + i] if half + i < len(rows) else blank)] for i in range(half)]
+    # Two columns of classes: the better half on the left.
+    pairs = zip_longest(rows[:half], rows[half:], fillvalue=["", ""])
+    paired = [[*left, *right] for left, right in pairs]
     summary = (
         f"mIoU {percent(record['miou'])}, pixel accuracy {percent(record['pixel_accuracy'])}, "
         f"{record['images']} images in {duration(record['seconds'])}"
@@ -207,20 +201,18 @@ def evaluate_summary(record: Record) -> Parts:
 
 def benchmark_summary(record: Record) -> Parts:
     """Summarise ``benchmark``: one row per tower and batch size."""
-    rows = []
-    for row in record["rows"]:
-        memory = row["peak_memory"]
-        rows.append(
-            [
-                row["name"],
-                str(row["batch"]),
-                duration(row["latency"]),
-                f"{row['throughput']:.1f}/s",
-                file_size(memory) if memory is not None else "n/a",
-                count(row["macs"]),
-                f"{row['speedup']:.2f}x" if row.get("speedup") else "",
-            ]
-        )
+    rows = [
+        [
+            row["name"],
+            str(row["batch"]),
+            duration(row["latency"]),
+            f"{row['throughput']:.1f}/s",
+            "n/a" if row["peak_memory"] is None else file_size(row["peak_memory"]),
+            count(row["macs"]),
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in record["rows"]
+    ]
     columns = ["tower", "batch", "latency", "images", "peak memory", "MACs", "speed-up"]
     note = (
         f"Median of {record['pairs']} alternating pairs on {record['device']}, "
@@ -257,33 +249,33 @@ def export_summary(record: Record) -> Parts:
 
 def listing(record: Record) -> Parts:
     """Return one table of names and summaries per list."""
-    parts = []
-    for kind, entries in record.items():
-        rows = [[entry["name"], entry.get("summary", "")] for entry in entries]
-        heading = "<weights" if kind == "models" else "<summary"
-        parts.append(table(kind, ["name", heading], rows))
-    return parts
+    return [
+        table(
+            kind,
+            ["name", "<weights" if kind == "models" else "<summary"],
+            [[entry["name"], entry["summary"]] for entry in entries],
+        )
+        for kind, entries in record.items()
+    ]
 
 
 def demo_summary(record: Record) -> Parts:
     """Summarise ``demo``: one row per method, files, and next commands."""
-    rows = []
-    for row in record["rows"]:
-        (small, large) = row["latency"]
-        rows.append(
-            [
-                row["method"].replace("+", " + "),
-                count(row["macs"]),
-                count(row["params"]),
-                file_size(row["file_size"]),
-                f"{duration(row['latency'][small])} ({row['speedup'][small]:.2f}x)",
-                f"{duration(row['latency'][large])} ({row['speedup'][large]:.2f}x)",
-                percent(row["miou"]),
-                percent(row["retention"]),
-            ]
-        )
-    columns = ["", "MACs", "parameters", "file", f"latency, batch {small}"]
-    columns += [f"latency, batch {large}", "mIoU", "kept"]
+    batches = list(record["rows"][0]["latency"])
+    rows = [
+        [
+            row["method"].replace("+", " + "),
+            count(row["macs"]),
+            count(row["params"]),
+            file_size(row["file_size"]),
+            *(f"{duration(row['latency'][b])} ({row['speedup'][b]:.2f}x)" for b in batches),
+            percent(row["miou"]),
+            percent(row["retention"]),
+        ]
+        for row in record["rows"]
+    ]
+    latencies = [f"latency, batch {batch}" for batch in batches]
+    columns = ["", "MACs", "parameters", "file", *latencies, "mIoU", "kept"]
     title = f"{record['model']}, {percent(record['ratio'], 0)} of the MACs removed"
     slim = f"{record['output']}/slim"
     lines = [

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from ovsprune.report.numbers import count, duration, percent
-from ovsprune.report.tables import table
+from ovsprune.report.tables import saved_line, table
 
 if TYPE_CHECKING:
     from ovsprune.masks.spec import MaskedSpec
@@ -37,31 +37,19 @@ def unstructured_summary(record: Mapping[str, Any]) -> Sequence[RenderableType]:
         f"{len(record['rounds'])} rounds of {record['imp_steps']} steps, in "
         f"{duration(record['seconds'])}.",
     ]
-    if record.get("output"):
-        lines.append(f"Saved to {record['output']}")
-    else:
-        lines.append("Dry run: nothing was written.")
+    lines.append(saved_line(record))
     return [costs, Text("\n".join(lines))]
 
 
 def unstructured_card(spec: MaskedSpec, record: Mapping[str, Any]) -> str:
-    """Return the text of an unstructured result's ``README.md``.
-
-    Args:
-        spec: Spec of the result; ``files`` may still be empty.
-        record: Record of the prune.
-
-    Returns:
-        Markdown.
-    """
+    """Return the text of an unstructured result's ``README.md`` from spec and record."""
     fidelity = record["fidelity"]
     untrained = (
         "\n> **Untrained.** The base model's weights were random: this result shows shapes, and "
         "its predictions are meaningless.\n"
     )
-    provenance = "\n".join(
-        f"- {key.replace('_', ' ')}: `{v}`" for key, v in spec.provenance.items()
-    )
+    facts = [f"- {key.replace('_', ' ')}: `{value}`" for key, value in spec.provenance.items()]
+    provenance = "\n".join(facts)
     rows = "\n".join(
         f"| `{w.name}` | {w.count} | {w.zeros} | {percent(w.sparsity)} |" for w in spec.weights
     )

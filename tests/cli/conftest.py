@@ -1,4 +1,4 @@
-"""A small untrained CLIP and a slim checkpoint of it."""
+"""Fixtures: a small untrained CLIP and a slim checkpoint of it."""
 
 from __future__ import annotations
 

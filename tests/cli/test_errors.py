@@ -109,7 +109,7 @@ def test_compare(place, args, message):
     assert list(place.iterdir()) == []
 
 
-def test_compare_into_a_directory_of_mine(place):
+def test_compare_into_a_directory_with_other_files(place):
     (place / "compare" / "small").mkdir(parents=True)
     (place / "compare" / "small" / "mine").touch()
     assert "compare/small exists and holds no comparison" in refused(*COMPARE)
@@ -126,14 +126,14 @@ def test_compare_shows_tables_and_the_record_alone_on_stdout(place):
     assert (place / "compare" / "small" / "README.md").is_file()
 
 
-def test_prune_into_an_output_that_exists(place):
+def test_prune_into_an_existing_output(place):
     (place / "out").mkdir()
     (place / "out" / "mine").touch()
     assert "out exists already" in refused(*PRUNE, "-o", "out")
     assert [entry.name for entry in (place / "out").iterdir()] == ["mine"]
 
 
-def test_prune_with_a_folder_of_broken_pictures(place):
+def test_prune_with_a_folder_of_damaged_images(place):
     pictures = place / "pictures"
     pictures.mkdir()
     assert "no image can be read (0 image files" in refused(*PRUNE, "--calibration", pictures)
@@ -145,7 +145,7 @@ def test_prune_with_a_folder_of_broken_pictures(place):
     assert not (place / "slim").exists()
 
 
-def test_prune_lists_the_broken_pictures_that_it_skips(place):
+def test_prune_lists_the_damaged_images_that_it_skips(place):
     pictures = place / "pictures"
     pictures.mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (4, 48, 48, 3), dtype=np.uint8)

@@ -38,7 +38,7 @@ def failing(monkeypatch):
     """Make `ovsprune inspect` raise."""
 
     def install(error: BaseException) -> None:
-        def fail(directory):
+        def fail(directory, recipe):
             raise error
 
         monkeypatch.setattr(inspect_job, "inspect", fail)

@@ -1,4 +1,4 @@
-"""Rows of earlier comparisons are taken over, where they are of the same one."""
+"""Import of rows from earlier comparisons of the same model, images and options."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ QUICK = {"samples": 4, "scenes": 4, "batch_size": 4}
 
 @pytest.fixture(scope="module")
 def first(small_clip, tmp_path_factory):
-    """A comparison on another machine: one seed of one method."""
+    """Return the record file of a comparison with one seed of one method."""
     place = tmp_path_factory.mktemp("earlier") / "first"
     compare(small_clip, [0.3], methods=["random"], seeds=1, output=place, **QUICK)
     return place / "compare.json"
 
 
-def test_what_was_made_before_is_not_made_again(small_clip, first, tmp_path, monkeypatch):
+def test_imported_rows_are_not_made_again(small_clip, first, tmp_path, monkeypatch):
     made, real = [], ComparisonRunner.row
 
     def noted(self, method, ratio, seed):
@@ -55,7 +55,7 @@ def test_what_was_made_before_is_not_made_again(small_clip, first, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"images": 9}, "images 9, now 4"),
         ({"budget": "params"}, "budget params, now macs"),
@@ -64,19 +64,19 @@ def test_what_was_made_before_is_not_made_again(small_clip, first, tmp_path, mon
         ({"dense": {"miou": 0.9}}, "dense mIoU 0.9, now"),
     ],
 )
-def test_another_comparisons_rows_are_refused(small_clip, first, tmp_path, change, said):
+def test_rows_of_another_comparison_are_refused(small_clip, first, tmp_path, change, message):
     record = json.loads(first.read_text())
     for name, value in change.items():
         record[name] = {**record[name], **value} if isinstance(value, dict) else value
     file = tmp_path / "other.json"
     file.write_text(json.dumps(record))
     run = {"methods": ["random"], "seeds": 1, "output": tmp_path / "now", **QUICK}
-    with pytest.raises(OptionError, match=rf"other.json are of another comparison .*{said}"):
+    with pytest.raises(OptionError, match=rf"other.json are of another comparison .*{message}"):
         compare(small_clip, [0.3], earlier=[file], **run)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"rows": [{}], "dense": {}}'])
-def test_what_is_no_record(small_clip, tmp_path, text):
+def test_file_that_is_no_record_is_refused(small_clip, tmp_path, text):
     file = tmp_path / "broken.json"
     file.write_text(text)
     run = {"methods": ["random"], "seeds": 1, "output": tmp_path / "now", **QUICK}

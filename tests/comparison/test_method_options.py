@@ -1,4 +1,4 @@
-"""Options of a compared method: read, refused, and the same as the option of ``prune``."""
+"""Options after the name of a method: parsing, refusal, and equality with those of ``prune``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def settings_of(name: str) -> PruneConfig:
 
 
 def test_values_flags_and_repeated_options():
-    found = settings_of("default : rounds = 3 : floor=*.mlp=0.25 : floor=*.attn=2")
-    assert (found.rounds, found.floor) == (3, ("*.mlp=0.25", "*.attn=2"))
+    config = settings_of("default : rounds = 3 : floor=*.mlp=0.25 : floor=*.attn=2")
+    assert (config.rounds, config.floor) == (3, ("*.mlp=0.25", "*.attn=2"))
     assert settings_of("default:prune-depth").prune_depth
     assert settings_of("imp:imp-steps=7:imp-rewind").imp.steps == 7
     assert settings_of("imp").imp.steps == 100
@@ -28,13 +28,13 @@ def test_values_flags_and_repeated_options():
         distilled.check()
 
 
-def test_methods_that_differ_in_an_option_are_two():
+def test_methods_with_different_options_are_different():
     methods = parse_methods(["default,default:rounds=2,default:rounds=2,default:rounds=3"])
     assert len(set(methods)) == 3
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("default:rounds", "rounds needs a value"),
         ("default:rounds=", "rounds needs a value"),
@@ -47,18 +47,18 @@ def test_methods_that_differ_in_an_option_are_two():
         ("torch-pruning+distill:floor=*=2", "torch-pruning has its own selection"),
     ],
 )
-def test_what_cannot_be_read_is_refused(name, said):
-    with pytest.raises(OptionError, match=said):
+def test_malformed_options_are_refused(name, message):
+    with pytest.raises(OptionError, match=message):
         parse_method(name)
 
 
-def test_an_unknown_option_names_the_closest():
+def test_unknown_option_names_the_closest():
     with pytest.raises(UnknownNameError, match="rounds"):
         parse_method("default:round=3")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("default:imp-steps=4", "--imp-steps"),
         ("imp:rounds=2", "--rounds"),
@@ -68,16 +68,16 @@ def test_an_unknown_option_names_the_closest():
         ("default:floor=mlp", "--floor 'mlp'"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_any_work(name, said, tmp_path):
-    with pytest.raises(OptionError, match=said):
+def test_contradictory_options_are_refused_before_any_work(name, message, tmp_path):
+    with pytest.raises(OptionError, match=message):
         compare("no-such-model", [0.5], methods=[name], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_row_is_what_prune_gives_with_that_option(small_clip, tmp_path):
-    """And rows of one comparison do not disturb each other: surveys of other groups are others."""
+def test_row_has_the_costs_of_prune_with_the_option(small_clip, tmp_path):
+    """Rows of a comparison are independent: surveys of other groups are not shared."""
     quick = {"samples": 4, "batch_size": 4}
-    asked = {
+    options = {
         "default": {},
         "default:rounds=2": {"rounds": 2},
         "default:floor=*.mlp=0.6": {"floor": ("*.mlp=0.6",)},
@@ -85,11 +85,11 @@ def test_a_row_is_what_prune_gives_with_that_option(small_clip, tmp_path):
         "default:prune-depth": {"prune_depth": True},
     }
     record = compare(
-        small_clip, [0.4], methods=list(asked), seeds=1, scenes=4, output=tmp_path / "c", **quick
+        small_clip, [0.4], methods=list(options), seeds=1, scenes=4, output=tmp_path / "c", **quick
     )
     errors = {}
     for row in record["rows"]:
-        spec = prune(small_clip, 0.4, **asked[row["method"]], **quick).spec
+        spec = prune(small_clip, 0.4, **options[row["method"]], **quick).spec
         assert (row["status"], row["macs"], row["params"]) == (
             "done",
             spec.slim.macs,
@@ -100,14 +100,14 @@ def test_a_row_is_what_prune_gives_with_that_option(small_clip, tmp_path):
     assert len(set(errors.values())) == len(errors)
 
 
-def test_a_floor_that_matches_nothing_is_refused_before_any_row(small_clip, tmp_path):
+def test_floor_without_a_match_is_refused_before_any_row(small_clip, tmp_path):
     quick = {"samples": 4, "batch_size": 4, "scenes": 4, "output": tmp_path / "c"}
     with pytest.raises(OptionError, match=r"--floor '\*\.mpl=0\.5' matches no group"):
         compare(small_clip, [0.4], methods=["random,random:floor=*.mpl=0.5"], seeds=1, **quick)
     assert not (tmp_path / "c").exists()
 
 
-def test_an_option_for_all_rows_is_no_option_of_a_method(tmp_path):
+def test_options_of_all_rows_are_no_options_of_a_method(tmp_path):
     with pytest.raises(UnknownNameError, match="unknown option of a method 'samples'"):
         parse_method("default:samples=4")
     with pytest.raises(UnknownNameError, match="unknown option of compare 'rounds'"):

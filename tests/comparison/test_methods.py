@@ -23,13 +23,13 @@ from ovsprune.recovery import RECOVERIES
         (" magnitude + none ", ("magnitude", "uniform", "none")),
     ],
 )
-def test_parts(name, parts):
+def test_parts_of_a_name(name, parts):
     method = parse_method(name)
     assert (method.criterion, method.allocation, method.recovery) == parts
     assert method.source == "ovsprune"
 
 
-def test_imp_stands_alone():
+def test_imp_takes_no_other_part():
     method = parse_method("imp")
     settings = method.settings(PruneConfig(ratio=0.4, seed=2))
     assert (settings.method, settings.imp.structured, settings.seed) == ("imp", True, 2)
@@ -38,7 +38,7 @@ def test_imp_stands_alone():
         parse_method("imp+closed-form")
 
 
-def test_the_default_is_what_prune_does():
+def test_default_has_the_defaults_of_prune():
     plain, method = PruneConfig(ratio=0.5), parse_method("default")
     assert (method.criterion, method.allocation, method.recovery) == (
         plain.criterion,
@@ -51,7 +51,7 @@ def test_the_default_is_what_prune_does():
 
 @pytest.mark.parametrize("criterion", CRITERIA.names())
 @pytest.mark.parametrize("recovery", RECOVERIES.names())
-def test_every_registered_name_is_a_part(criterion, recovery):
+def test_registered_names_are_parts(criterion, recovery):
     for allocation in ALLOCATIONS.names():
         method = parse_method(f"{criterion}+{allocation}+{recovery}")
         assert (method.criterion, method.allocation, method.recovery) == (
@@ -61,9 +61,9 @@ def test_every_registered_name_is_a_part(criterion, recovery):
         )
 
 
-def test_a_name_of_several_rooms_goes_by_its_place(monkeypatch):
+def test_name_in_several_registries_is_read_by_position(monkeypatch):
     class Both:
-        """Registered in two rooms."""
+        """Plug-in that is registered several times."""
 
     for registry in (CRITERIA, ALLOCATIONS, RECOVERIES):
         registry.names()
@@ -75,16 +75,16 @@ def test_a_name_of_several_rooms_goes_by_its_place(monkeypatch):
 
 
 @pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
-def test_stock_methods(name):
+def test_torch_pruning_methods(name):
     plain, repaired = parse_method(name), parse_method(f"{name}+closed-form")
     assert (plain.source, plain.recovery) == ("torch-pruning", None)
     assert (repaired.criterion, repaired.recovery) == (name, "closed-form")
 
 
 def test_lists_and_repetitions():
-    found = parse_methods(["default, random", "random,magnitude"])
-    assert [method.name for method in found] == ["default", "random", "magnitude"]
-    assert parse_methods("default, random,magnitude") == found
+    parsed = parse_methods(["default, random", "random,magnitude"])
+    assert [method.name for method in parsed] == ["default", "random", "magnitude"]
+    assert parse_methods("default, random,magnitude") == parsed
 
 
 @pytest.mark.parametrize(
@@ -113,16 +113,16 @@ def test_unknown_parts_name_the_closest(name, message):
         ("torch-pruning+uniform", "torch-pruning has its own allocation"),
     ],
 )
-def test_contradictions(name, message):
+def test_contradictory_parts_are_refused(name, message):
     with pytest.raises(OptionError, match=message.replace("+", r"\+")):
         parse_method(name)
 
 
-def test_no_method():
+def test_empty_list_is_refused():
     with pytest.raises(OptionError, match="--methods names none"):
         parse_methods([" , "])
 
 
-def test_the_default_name_is_no_plug_in():
+def test_default_is_not_a_registered_name():
     taken = {*CRITERIA.names(), *TORCH_PRUNING_METHODS}
     assert module.DEFAULT not in taken

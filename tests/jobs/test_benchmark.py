@@ -10,9 +10,9 @@ import pytest
 import ovsprune
 from ovsprune import backbones
 from ovsprune.core.errors import OptionError, WeightsError
-from ovsprune.jobs import benchmark as module
 from ovsprune.jobs.benchmark import benchmark
 from ovsprune.jobs.prune import prune
+from ovsprune.profiling import towers as module
 from ovsprune.profiling.timing import peak_memory
 
 
@@ -85,9 +85,9 @@ def test_numbers_out_of_range_are_refused(slim, options):
 
 
 def test_towers_with_different_input_sizes_are_refused(slim, small_clip, monkeypatch):
-    tower = module._tower(str(slim), "model")
-    other = module._tower(str(slim), "against")
+    tower = module._load(str(slim), "model")
+    other = module._load(str(slim), "against")
     other.backbone.preprocess = type(other.backbone.preprocess)((64, 64))
-    monkeypatch.setattr(module, "_tower", lambda source, role: {"m": tower, "a": other}[source])
+    monkeypatch.setattr(module, "_load", lambda source, role: {"m": tower, "a": other}[source])
     with pytest.raises(OptionError, match=r"of \(48, 48\) .* of \(64, 64\); choose an"):
         benchmark("m", against="a", pairs=1, memory=False)

@@ -1,4 +1,4 @@
-"""The comparison on a small untrained tower: what its rows say, and that a run goes on."""
+"""Comparison on a small untrained tower: contents of the rows, and resumption of a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from ovsprune.baselines.torch_pruning import TORCH_PRUNING_METHODS
+from ovsprune.comparison.grid import reference_method
 from ovsprune.comparison.runner import ComparisonRunner
+from ovsprune.comparison.setup import SCENE_SEED
 from ovsprune.core.errors import DataError, OptionError, OutputError, UnknownNameError, WeightsError
 from ovsprune.core.progress import Silent
 from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import ScenesData
-from ovsprune.jobs.compare import SCENE_SEED, _reference, compare
+from ovsprune.jobs.compare import compare
 from ovsprune.jobs.prune import prune
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
@@ -35,25 +37,25 @@ ROW = {
 
 
 @pytest.fixture(scope="module")
-def whole(small_clip, tmp_path_factory):
-    """A comparison in one go."""
-    place = tmp_path_factory.mktemp("compare") / "whole"
+def complete(small_clip, tmp_path_factory):
+    """Return the record of a comparison that was not interrupted."""
+    place = tmp_path_factory.mktemp("compare") / "complete"
     return compare(small_clip, [0.2, 0.5], methods=METHODS, seeds=2, output=place, **QUICK)
 
 
 def plain(row):
-    """A row without what a clock says."""
+    """Return a row without its seconds."""
     return {key: value for key, value in row.items() if key != "seconds"}
 
 
-def test_rows(whole):
+def test_rows_are_complete_and_in_order(complete):
     names = [name for given in METHODS for name in given.split(",")]
-    assert whole["methods"] == names
-    assert [(r["ratio"], r["method"], r["seed"]) for r in whole["rows"]] == [
+    assert complete["methods"] == names
+    assert [(r["ratio"], r["method"], r["seed"]) for r in complete["rows"]] == [
         (ratio, name, seed) for ratio in (0.2, 0.5) for name in names for seed in (0, 1)
     ]
-    dense = whole["dense"]
-    for row in whole["rows"]:
+    dense = complete["dense"]
+    for row in complete["rows"]:
         assert set(row) >= ROW
         if row["status"] == "unreachable":
             continue
@@ -63,8 +65,8 @@ def test_rows(whole):
         assert row["relative_error"] > 0 and row["seconds"] > 0
 
 
-def test_a_stock_row_that_cannot_be_reached_says_so(whole):
-    rows = {(r["method"], r["ratio"]): r for r in whole["rows"]}
+def test_unreachable_torch_pruning_row_has_a_reason(complete):
+    rows = {(r["method"], r["ratio"]): r for r in complete["rows"]}
     assert rows["torch-pruning", 0.2]["status"] == "done"
     assert rows["torch-pruning+closed-form", 0.5]["status"] == "done"
     far = rows["torch-pruning", 0.5]
@@ -72,26 +74,26 @@ def test_a_stock_row_that_cannot_be_reached_says_so(whole):
     assert "removed at most 0.3" in far["reason"]
 
 
-def test_a_row_is_what_prune_gives(whole, small_clip):
+def test_row_has_the_costs_of_prune(complete, small_clip):
     options = {"samples": 4, "batch_size": 4, "seed": 1}
     spec = prune(small_clip, 0.5, **options).spec
     row = next(
-        r for r in whole["rows"] if (r["method"], r["ratio"], r["seed"]) == ("default", 0.5, 1)
+        r for r in complete["rows"] if (r["method"], r["ratio"], r["seed"]) == ("default", 0.5, 1)
     )
     assert (row["macs"], row["params"]) == (spec.slim.macs, spec.slim.params)
 
 
-def test_recovery_brings_the_features_closer(whole):
-    error = {(e["method"], e["ratio"]): e["relative_error"]["mean"] for e in whole["summary"]}
+def test_recovery_reduces_the_error_of_the_features(complete):
+    error = {(e["method"], e["ratio"]): e["relative_error"]["mean"] for e in complete["summary"]}
     for ratio in (0.2, 0.5):
         assert error["random+closed-form", ratio] < error["random", ratio]
 
 
-def test_files(whole, tmp_path):
-    place = tmp_path.__class__(whole["output"])
+def test_files_of_a_comparison(complete, tmp_path):
+    place = tmp_path.__class__(complete["output"])
     names = {path.name for path in place.iterdir()}
     assert names == {"settings.json", "rows.jsonl", "compare.json", "README.md", "curves.png"}
-    assert json.loads((place / "compare.json").read_text()) == whole
+    assert json.loads((place / "compare.json").read_text()) == complete
     page = (place / "README.md").read_text()
     assert "## 50% of the MACs removed" in page and "`torch-pruning at 0.5`" in page
     assert "The weights are random" in page
@@ -100,7 +102,7 @@ def test_files(whole, tmp_path):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
 
 
-def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
+def test_rows_of_other_versions_are_reported(small_clip, tmp_path, monkeypatch):
     run = {"methods": "random", "output": tmp_path / "rows", "seeds": 1, **QUICK}
     first = compare(small_clip, [0.2], **run)
     assert torch.__version__ in first["rows"][0]["made_by"]
@@ -116,19 +118,21 @@ def test_rows_of_other_versions_are_told_of(small_clip, tmp_path, monkeypatch):
     assert f"{old} (1 row)" in page and "ovsprune 99.0, torch" in page
 
 
-def test_what_reached_nothing_is_no_reference():
+def test_reference_is_a_method_that_reached_a_ratio():
     rows = [{"method": "default", "status": "unreachable"}, {"method": "random", "status": "done"}]
     record = {"methods": ["default", "imp", "random"], "rows": rows}
-    assert _reference(record) == "random"
-    assert _reference({**record, "rows": rows[:1]}) == "default"
+    assert reference_method(record) == "random"
+    assert reference_method({**record, "rows": rows[:1]}) == "default"
 
 
-def test_differences_are_set_against_the_default(whole):
-    assert {gap["reference"] for gap in whole["differences"]} == {"default"}
-    gap = next(g for g in whole["differences"] if (g["method"], g["ratio"]) == ("random", 0.5))
+def test_differences_are_relative_to_the_default(complete):
+    assert {gap["reference"] for gap in complete["differences"]} == {"default"}
+    gap = next(g for g in complete["differences"] if (g["method"], g["ratio"]) == ("random", 0.5))
     errors = {
         name: [
-            r["relative_error"] for r in whole["rows"] if (r["method"], r["ratio"]) == (name, 0.5)
+            r["relative_error"]
+            for r in complete["rows"]
+            if (r["method"], r["ratio"]) == (name, 0.5)
         ]
         for name in ("default", "random")
     }
@@ -137,8 +141,8 @@ def test_differences_are_set_against_the_default(whole):
     )
 
 
-def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
-    """Stopped after three rows, and in the middle of writing the fourth."""
+def test_interrupted_run_is_resumed(complete, small_clip, tmp_path, monkeypatch):
+    """The run is stopped after three rows, while the fourth is written."""
     made, real = [], ComparisonRunner.row
 
     def counted(self, method, ratio, seed):
@@ -161,16 +165,16 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
         return real(self, method, ratio, seed)
 
     monkeypatch.setattr(ComparisonRunner, "row", rest)
-    heard = Silent()
-    record = compare(small_clip, [0.2, 0.5], progress=heard, **run)
-    assert "3 of 8 rows are in" in heard.notes[-1]
+    progress = Silent()
+    record = compare(small_clip, [0.2, 0.5], progress=progress, **run)
+    assert "3 of 8 rows are in" in progress.notes[-1]
     assert len(made) == len(set(made)) == 8 and made[:3] == first
-    expected = [plain(r) for r in whole["rows"] if r["method"] in names]
+    expected = [plain(r) for r in complete["rows"] if r["method"] in names]
     assert [plain(r) for r in record["rows"]] == expected
-    assert record["dense"] == whole["dense"]
+    assert record["dense"] == complete["dense"]
     summaries = [
         {(e["method"], e["ratio"]): e["miou"] for e in found["summary"]}
-        for found in (record, whole)
+        for found in (record, complete)
     ]
     assert len(summaries[0]) == 4 and summaries[0].items() <= summaries[1].items()
 
@@ -179,7 +183,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
     again = compare(small_clip, [0.5], **{**run, "methods": ["random"], "seeds": 1})
     assert [r["miou"] for r in again["rows"]] == [
         r["miou"]
-        for r in whole["rows"]
+        for r in complete["rows"]
         if (r["method"], r["ratio"], r["seed"]) == ("random", 0.5, 0)
     ]
 
@@ -187,7 +191,7 @@ def test_an_interrupted_run_goes_on(whole, small_clip, tmp_path, monkeypatch):
 SMALL = {"methods": ["random"], "seeds": 1}
 
 
-def test_other_settings_in_the_same_place(small_clip, tmp_path):
+def test_rows_of_other_settings_are_refused(small_clip, tmp_path):
     run = {**SMALL, "output": tmp_path / "out"}
     first = compare(small_clip, [0.5], **run, **QUICK)
     with pytest.raises(OutputError, match=r"other settings \(samples 4, now 5\).*--overwrite"):
@@ -199,8 +203,8 @@ def test_other_settings_in_the_same_place(small_clip, tmp_path):
     assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 2  # Dense, and one.
 
 
-def test_pictures_that_changed_in_place(small_clip, tmp_path):
-    """Paths and counts are as before; what the rows are of is not."""
+def test_changed_images_under_the_same_path_are_refused(small_clip, tmp_path):
+    """Fingerprints of the folders differ, although paths and numbers of files are the same."""
     data, photos = tmp_path / "data", tmp_path / "photos"
     for folder in (photos, data / "images", data / "labels"):
         folder.mkdir(parents=True)
@@ -225,7 +229,7 @@ def test_pictures_that_changed_in_place(small_clip, tmp_path):
     old = {name: value for name, value in whole.items() if not name.endswith(" pictures")}
     settings.write_text(json.dumps(old))
     compare(small_clip, [0.3], **run)  # of a version that did not write them: taken, and added
-    assert json.loads(settings.read_text()) == whole
+    assert json.loads(settings.read_text()) == complete
     size = (photos / "1.bmp").stat().st_size
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(photos / "1.bmp")
     assert (photos / "1.bmp").stat().st_size == size
@@ -233,7 +237,7 @@ def test_pictures_that_changed_in_place(small_clip, tmp_path):
         compare(small_clip, [0.3], **run)
 
 
-def test_a_method_that_is_not_for_this_model_is_a_row_that_says_so(small_clip, tmp_path):
+def test_inapplicable_method_is_an_unreachable_row(small_clip, tmp_path):
     record = compare(
         small_clip, [0.3], methods=["random", "bn-scale"], seeds=1, output=tmp_path / "out", **QUICK
     )
@@ -246,14 +250,14 @@ def test_a_method_that_is_not_for_this_model_is_a_row_that_says_so(small_clip, t
 
 @pytest.fixture(scope="module")
 def plain_run(small_clip, tmp_path_factory):
-    """A comparison without options, and how it was called."""
+    """Make a comparison with default options, and return its arguments."""
     run = {**SMALL, **QUICK, "output": tmp_path_factory.mktemp("compare") / "plain"}
     compare(small_clip, [0.3], **run)
     return run
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "said"),
+    ("option", "value", "message"),
     [
         ("budget", "params", "budget the default, now params"),
         ("protect", ["*.0.mlp"], r"protect the default, now \['\*.0.mlp'\]"),
@@ -261,18 +265,18 @@ def plain_run(small_clip, tmp_path_factory):
         ("centred", True, "centred the default, now True"),
     ],
 )
-def test_rows_of_other_options_are_refused(small_clip, plain_run, option, value, said):
-    with pytest.raises(OutputError, match=rf"other settings \({said}\).*--overwrite"):
+def test_rows_of_other_options_are_refused(small_clip, plain_run, option, value, message):
+    with pytest.raises(OutputError, match=rf"other settings \({message}\).*--overwrite"):
         compare(small_clip, [0.3], **plain_run, **{option: value})
 
 
-def test_rows_from_before_there_were_options_are_kept(plain_run):
-    """What is not the default is in the settings; the defaults are not."""
+def test_default_options_are_not_in_the_settings(plain_run):
+    """Settings contain only options that differ from the defaults."""
     settings = json.loads((plain_run["output"] / "settings.json").read_text())
     assert not {"budget", "protect", "round_to", "centred"} & set(settings)
 
 
-def test_rows_of_options_are_no_rows_of_the_defaults(small_clip, tmp_path):
+def test_rows_of_options_are_refused_for_the_defaults(small_clip, tmp_path):
     run = {**SMALL, **QUICK, "output": tmp_path / "out"}
     compare(small_clip, [0.3], **run, round_to=8)
     with pytest.raises(OutputError, match=r"\(round_to 8, now the default\)"):
@@ -282,7 +286,7 @@ def test_rows_of_options_are_no_rows_of_the_defaults(small_clip, tmp_path):
 BOTH = ("magnitude", "torch-pruning", "torch-pruning+closed-form")
 
 
-def test_the_budget_is_one_of_parameters(small_clip, tmp_path):
+def test_budget_of_parameters(small_clip, tmp_path):
     record = compare(
         small_clip, [0.25], methods=BOTH, seeds=1, budget="params", output=tmp_path / "out", **QUICK
     )
@@ -295,9 +299,7 @@ def test_the_budget_is_one_of_parameters(small_clip, tmp_path):
     assert "## 25% of the parameters removed" in page and "| parameters |" in page
 
 
-def test_what_is_protected_is_whole_in_every_row_and_widths_are_rounded(
-    small_clip, tmp_path, monkeypatch
-):
+def test_protected_layers_are_complete_and_widths_are_rounded(small_clip, tmp_path, monkeypatch):
     towers, real = {}, ComparisonRunner._prune
 
     def kept(self, method, settings, clock):
@@ -325,7 +327,7 @@ def test_what_is_protected_is_whole_in_every_row_and_widths_are_rounded(
     assert "Options: `--protect *.1.mlp --round-to 8 --centred`." in page
 
 
-def test_centred_embeddings_are_what_evaluate_scores_against(small_clip, tmp_path):
+def test_centred_scores_equal_those_of_evaluate(small_clip, tmp_path):
     run = {**SMALL, **QUICK, "scenes": 16}
     given = compare(small_clip, [0.3], **run, output=tmp_path / "given")
     centred = compare(small_clip, [0.3], **run, centred=True, output=tmp_path / "centred")
@@ -358,7 +360,7 @@ def test_every_torch_pruning_selection_takes_our_recovery(small_clip, tmp_path, 
     ],
     ids=lambda methods: methods[0],
 )
-def test_a_ratio_that_torch_pruning_cannot_reach_is_reported(small_clip, tmp_path, methods):
+def test_unreachable_ratio_of_torch_pruning_is_reported(small_clip, tmp_path, methods):
     record = compare(small_clip, [0.95], methods=methods, seeds=1, output=tmp_path / "out", **QUICK)
     page = (tmp_path / "out" / "README.md").read_text()
     assert [row["method"] for row in record["rows"]] == list(methods)
@@ -369,7 +371,7 @@ def test_a_ratio_that_torch_pruning_cannot_reach_is_reported(small_clip, tmp_pat
     assert json.loads((tmp_path / "out" / "compare.json").read_text())["rows"] == record["rows"]
 
 
-def test_the_papers_own_method_is_a_row(small_clip, tmp_path):
+def test_imp_is_a_method(small_clip, tmp_path):
     methods = ["imp:imp-steps=1,random"]
     found = compare(small_clip, [0.3], methods=methods, seeds=1, output=tmp_path / "out", **QUICK)
     row = found["rows"][0]
@@ -378,7 +380,7 @@ def test_the_papers_own_method_is_a_row(small_clip, tmp_path):
     assert row["relative_error"] > 0
 
 
-def test_half_precision_is_compared_in_single(small_clip, tmp_path):
+def test_half_precision_model_is_compared_in_float32(small_clip, tmp_path):
     import dataclasses
     from copy import deepcopy
 
@@ -389,7 +391,7 @@ def test_half_precision_is_compared_in_single(small_clip, tmp_path):
     assert next(half.tower.parameters()).dtype == torch.float16
 
 
-def test_a_damaged_row(small_clip, tmp_path):
+def test_damaged_row_is_refused(small_clip, tmp_path):
     run = {**SMALL, "output": tmp_path / "out", **QUICK}
     compare(small_clip, [0.5], **run)
     rows = tmp_path / "out" / "rows.jsonl"
@@ -398,12 +400,14 @@ def test_a_damaged_row(small_clip, tmp_path):
         compare(small_clip, [0.5], **run)
 
 
-def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, monkeypatch):
+def test_missing_matplotlib_is_a_note(small_clip, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    heard = Silent()
-    record = compare(small_clip, [0.5], **SMALL, output=tmp_path / "out", progress=heard, **QUICK)
+    progress = Silent()
+    record = compare(
+        small_clip, [0.5], **SMALL, output=tmp_path / "out", progress=progress, **QUICK
+    )
     assert record["plot"] is None and not (tmp_path / "out" / "curves.png").exists()
-    assert any("pip install 'ovsprune[plots]'" in note for note in heard.notes)
+    assert any("pip install 'ovsprune[plots]'" in note for note in progress.notes)
     assert "curves.png" not in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -431,7 +435,7 @@ def test_without_matplotlib_there_is_no_plot_and_a_note(small_clip, tmp_path, mo
         ),
     ],
 )
-def test_what_is_refused_leaves_nothing_behind(
+def test_refused_options_leave_nothing_behind(
     small_clip, tmp_path, ratios, options, error, message
 ):
     with pytest.raises(error, match=message):
@@ -439,15 +443,15 @@ def test_what_is_refused_leaves_nothing_behind(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_a_text_tower_needs_embeddings(small_clip, tmp_path):
+def test_model_without_text_tower_needs_embeddings(small_clip, tmp_path):
     import dataclasses
 
-    mute = dataclasses.replace(small_clip, encoder=None)
+    without_text = dataclasses.replace(small_clip, encoder=None)
     with pytest.raises(WeightsError, match="--text-embeddings"):
-        compare(mute, [0.5], **SMALL, output=tmp_path / "out", **QUICK)
+        compare(without_text, [0.5], **SMALL, output=tmp_path / "out", **QUICK)
 
 
-def test_a_place_with_something_else(small_clip, tmp_path):
+def test_directory_with_other_contents_is_refused(small_clip, tmp_path):
     (tmp_path / "mine.txt").touch()
     for place, message in ((tmp_path, "holds no comparison"), (tmp_path / "mine.txt", "is a file")):
         with pytest.raises(OutputError, match=message):

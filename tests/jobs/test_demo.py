@@ -1,4 +1,4 @@
-"""The demo, on a smaller model than the embedded one."""
+"""Demo on a smaller model than the embedded one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ovsprune.jobs.demo import demo
 QUICK = {"samples": 8, "batch_size": 8, "probe": 4}
 
 
-class Heard(Silent):
+class Recording(Silent):
     """Progress reporter that records the descriptions of its stages."""
 
     def __init__(self):
@@ -47,8 +47,8 @@ def quick(small_clip, monkeypatch):
 
 
 def test_demo_runs_twice_in_the_same_directory(tmp_path):
-    place, heard = tmp_path / "demo", Heard()
-    record = demo(place, scenes=5, threads=1, progress=heard)
+    place, progress = tmp_path / "demo", Recording()
+    record = demo(place, scenes=5, threads=1, progress=progress)
     rows = {row["method"]: row for row in record["rows"]}
     assert list(rows) == ["dense", "default", "random+closed-form", "magnitude", "random"]
     for method, row in rows.items():
@@ -62,7 +62,7 @@ def test_demo_runs_twice_in_the_same_directory(tmp_path):
     assert record["evaluate"]["miou"] == rows["default"]["miou"]
     assert len(record["benchmark"]["rows"]) == 4
     assert record["transfer"] == {"skipped": "mmseg is not installed"}
-    assert heard.stages[0] == "ovsprune demo"
+    assert progress.stages[0] == "ovsprune demo"
 
     assert ovsprune.read(place / "slim").spec.slim.macs == rows["default"]["macs"]
     assert record["inspect"]["slim"]["macs"] == rows["default"]["macs"]

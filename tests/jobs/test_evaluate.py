@@ -21,7 +21,7 @@ SIZE = 48
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The scenes that `--data scenes` gives this model, as a folder."""
+    """Write the scenes of `--data scenes` for this model as a folder."""
     place = tmp_path_factory.mktemp("data")
     data = ScenesData(COUNT, size=SIZE)
     for part in ("images", "labels"):
@@ -48,14 +48,14 @@ def test_record(scenes):
     assert 0 < scenes["pixel_accuracy"] < 1
 
 
-def test_a_folder_of_the_same_pictures_scores_the_same(slim, folder, scenes):
+def test_folder_of_the_scenes_has_the_same_scores(slim, folder, scenes):
     record = evaluate(str(slim), folder, batch_size=4)
     assert record["per_class"] == scenes["per_class"]
     assert record["miou"] == scenes["miou"]
     assert record["data"] == str(folder)
 
 
-def test_embeddings_from_a_file_stand_in_for_the_text_tower(slim, folder, scenes, tmp_path):
+def test_embeddings_from_a_file_replace_the_text_tower(slim, folder, scenes, tmp_path):
     names = ScenesData(1, size=SIZE).prompts
     embeddings = class_embeddings(backbones.load_backbone(str(slim)), names).numpy()
     file = tmp_path / "text.npz"
@@ -65,14 +65,14 @@ def test_embeddings_from_a_file_stand_in_for_the_text_tower(slim, folder, scenes
     assert evaluate(str(slim), folder, text_embeddings=file)["miou"] != scenes["miou"]
 
 
-def test_a_list_file_and_a_limit_choose_pictures(slim, folder, tmp_path):
+def test_list_file_and_limit_select_images(slim, folder, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("test-0-1\ntest-0-3\ntest-0-4\n")
     assert evaluate(str(slim), folder, list_file=listed)["images"] == 3
     assert evaluate(str(slim), folder, list_file=listed, limit=2)["images"] == 2
 
 
-def test_half_precision_runs_in_half_precision(slim, scenes, monkeypatch):
+def test_tower_runs_in_half_precision(slim, scenes, monkeypatch):
     seen = []
     real = backbones.Backbone.dense
 
@@ -86,7 +86,7 @@ def test_half_precision_runs_in_half_precision(slim, scenes, monkeypatch):
     assert record["images"] == 2
 
 
-def test_without_a_text_tower_embeddings_are_asked_for(slim, folder, monkeypatch):
+def test_model_without_text_tower_needs_embeddings(slim, folder, monkeypatch):
     load = backbones.load_backbone
 
     def without_text(name, **options):
@@ -111,6 +111,6 @@ def test_without_a_text_tower_embeddings_are_asked_for(slim, folder, monkeypatch
         ({"dtype": "int8"}, OptionError, "--dtype 'int8' is unknown"),
     ],
 )
-def test_user_errors(slim, options, error, message):
+def test_user_errors_are_reported(slim, options, error, message):
     with pytest.raises(error, match=message):
         evaluate(str(slim), **{"data": "scenes", **options})

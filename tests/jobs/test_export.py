@@ -36,8 +36,8 @@ def images(batch: int, height: int, width: int) -> Tensor:
 
 def run(file: Path | str, pictures: Tensor) -> list[Tensor]:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found = session.run(["pooled", "dense"], {"images": pictures.numpy()})
-    return [torch.from_numpy(np.asarray(x)) for x in found]
+    outputs = session.run(["pooled", "dense"], {"images": pictures.numpy()})
+    return [torch.from_numpy(np.asarray(x)) for x in outputs]
 
 
 def error(given: list[Tensor], expected: tuple[Tensor, Tensor]) -> float:
@@ -59,8 +59,10 @@ def test_dynamic_graph_accepts_any_size(slim: Path, dynamic: dict[str, Any]) -> 
     for batch, height, width in ((1, 48, 48), (3, 40, 88), (2, 16, 160), (1, 71, 50)):
         pictures = images(batch, height, width)
         assert error(run(dynamic["output"], pictures), tower.outputs(pictures)) < 1e-4
-    ours = backbones.load_backbone(str(slim))  # open_clip's tower, at its native size
-    assert error(run(dynamic["output"], images(2, 48, 48)), ours.outputs(images(2, 48, 48))) < 1e-4
+    loaded = backbones.load_backbone(str(slim))  # open_clip's tower, at its native size
+    assert (
+        error(run(dynamic["output"], images(2, 48, 48)), loaded.outputs(images(2, 48, 48))) < 1e-4
+    )
 
 
 def test_record(slim: Path, dynamic: dict[str, Any]) -> None:
@@ -82,12 +84,13 @@ def test_record(slim: Path, dynamic: dict[str, Any]) -> None:
 def test_metadata_of_the_file(slim: Path, dynamic: dict[str, Any]) -> None:
     graph = onnx.load(dynamic["output"])
     onnx.checker.check_model(graph)
-    said = {entry.key: entry.value for entry in graph.metadata_props}
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
     spec = ovsprune.read(slim).spec
-    assert said == dynamic["metadata"]
-    assert (said["model"], said["activation"], said["trained"]) == ("small", "quick_gelu", "false")
-    assert float(said["ratio"]) == pytest.approx(spec.ratio, abs=1e-6)
-    preprocess = json.loads(said["preprocess"])
+    assert metadata == dynamic["metadata"]
+    base = [metadata[key] for key in ("model", "activation", "trained")]
+    assert base == ["small", "quick_gelu", "false"]
+    assert float(metadata["ratio"]) == pytest.approx(spec.ratio, abs=1e-6)
+    preprocess = json.loads(metadata["preprocess"])
     assert preprocess["size"] == [48, 48]
     assert preprocess["mean"] == list(spec.preprocess.mean)
     assert preprocess["std"] == list(spec.preprocess.std)
@@ -105,7 +108,7 @@ def test_metadata_of_the_file(slim: Path, dynamic: dict[str, Any]) -> None:
 def test_dense_model_at_another_size_from_the_command_line(
     small_clip: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights go into a second file, as for towers that are too large for one file."""
+    """Weights go into a second file, as for towers that are too large for one file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(onnx_graph, "ONE_FILE", 0)
     monkeypatch.setattr(backbones, "load_backbone", lambda name, **_: small_clip)
@@ -122,8 +125,8 @@ def test_dense_model_at_another_size_from_the_command_line(
     # positions are those of the size already: nothing of the graph resizes anything
     graph = onnx.load(str(file))
     assert not {"Resize", "Range", "Where"} & {node.op_type for node in graph.graph.node}
-    found = run(file, images(3, 64, 40))
-    assert [tuple(x.shape) for x in found] == [(3, 32), (3, 32, 8, 5)]
+    outputs = run(file, images(3, 64, 40))
+    assert [tuple(x.shape) for x in outputs] == [(3, 32), (3, 32, 8, 5)]
     with pytest.raises(Exception, match="Got: 48 Expected: 40"):
         run(file, images(1, 64, 48))
 
@@ -199,8 +202,10 @@ def test_failed_export_names_remedies(
         raise RuntimeError("Constraints violated (height)!")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
-    said = r"with dynamic height and width \(Constraints violated.*omit --dynamic and give a --size"
-    with pytest.raises(ExportError, match=said):
+    message = (
+        r"with dynamic height and width \(Constraints violated.*omit --dynamic and give a --size"
+    )
+    with pytest.raises(ExportError, match=message):
         export(slim, dynamic=True, output=tmp_path / "tower.onnx", **QUICK)
     assert list(tmp_path.iterdir()) == []
 
@@ -210,14 +215,16 @@ def test_missing_library_is_named(
     slim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    said = rf"needs onnx, onnxscript, onnxruntime \({library}: .*pip install 'ovsprune\[export\]'"
-    with pytest.raises(MissingLibraryError, match=said):
+    message = (
+        rf"needs onnx, onnxscript, onnxruntime \({library}: .*pip install 'ovsprune\[export\]'"
+    )
+    with pytest.raises(MissingLibraryError, match=message):
         export(slim, output=tmp_path / "tower.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"format": "tensorrt"}, "--format 'tensorrt' is unknown; known: onnx"),
         ({"size": (0, 48)}, r"size \(0, 48\): give height and width"),
@@ -231,9 +238,9 @@ def test_missing_library_is_named(
     ],
 )
 def test_bad_options_are_named(
-    slim: Path, tmp_path: Path, options: dict[str, Any], said: str
+    slim: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(OptionError, match=said):
+    with pytest.raises(OptionError, match=message):
         export(slim, output=tmp_path / "tower.onnx", **options)
     assert list(tmp_path.iterdir()) == []
 

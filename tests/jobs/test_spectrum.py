@@ -1,4 +1,4 @@
-"""The command ``spectrum``, on the embedded model and on a slim one."""
+"""Command ``spectrum`` on the embedded model and on a slim one."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ QUICK: dict[str, Any] = {"samples": 4, "criterion": "magnitude", "recovery": "no
 
 
 class Tower:
-    """The small ViT, rewritten, with its prunable groups."""
+    """Rewritten small ViT with its prunable groups."""
 
     def __init__(self) -> None:
         backbone = open_clip_vit()
