@@ -35,7 +35,8 @@ def image_tower(name: str) -> Any:
 
     import open_clip
 
-    from ovsprune.backbones.open_clip_vit import assemble, build_clip
+    from ovsprune.backbones.open_clip_model import build_clip
+    from ovsprune.backbones.open_clip_vit import assemble
     from ovsprune.core.records import Preprocess
 
     config = open_clip.get_model_config(name)

@@ -9,7 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from ovsprune.backbones.built import dense_of
+from ovsprune.backbones.checkpoints import dense_of
 from ovsprune.calibration.fidelity import Fidelity
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError, TargetError

@@ -169,7 +169,7 @@ def test_a_hub_that_answers_without_the_file(root: Path, monkeypatch: pytest.Mon
         asked.append((repository, name))
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("ovsprune.backbones.hub.knock", lambda *_: None)
+    monkeypatch.setattr("ovsprune.backbones.hub.check_reachable", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lacks)
     with pytest.raises(
         WeightsError, match=r"someone/a-small-clip on the hub has none of open_clip_"
@@ -182,7 +182,7 @@ def test_a_hub_that_breaks_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def broken(repository: str, name: str) -> str:
         raise ConnectionError("reset by peer\nand more")
 
-    monkeypatch.setattr("ovsprune.backbones.hub.knock", lambda *_: None)
+    monkeypatch.setattr("ovsprune.backbones.hub.check_reachable", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(WeightsError, match=r"cannot be reached \(reset by peer\)"):
         backbones.load_backbone(NAME)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_vit import build_clip
+from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.core.errors import WeightsError
 from ovsprune.jobs.prune import prune
 from ovsprune.slim.config import dump

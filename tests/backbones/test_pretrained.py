@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_vit import build_clip
+from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 
 REPOSITORY = "timm/vit_base_patch16_clip_224.openai"

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_vit import build_clip
+from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.recognise import recognise
 from ovsprune.backbones.state_file import open_state
 from ovsprune.core.errors import WeightsError
@@ -136,8 +136,8 @@ def test_what_is_left_out_is_said(clip: State, tmp_path: Path) -> None:
     torch.save(WHOLE["CAT-Seg"](clip), tmp_path / "w.pt")
     backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert backbone.notes == (
-        f"w.pt: the image tower lies under '{CATSEG}visual.'; tensors of other things are left out "
-        "(1)",
+        f"w.pt: the image tower lies under '{CATSEG}visual.'; tensors outside of the "
+        "model are ignored (1)",
     )
 
 
@@ -147,7 +147,7 @@ def test_half_a_text_tower_of_a_framework_is_left_out(clip: State, tmp_path: Pat
     backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert not backbone.has_text
     assert backbone.notes == (
-        "w.pt has no whole text tower under 'backbone.clip_model.': the image tower alone is "
+        "w.pt has no complete text tower under 'backbone.clip_model.': only the image tower is "
         "loaded",
     )
 

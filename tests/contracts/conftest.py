@@ -24,7 +24,8 @@ from ovsprune.graph.groups import find_groups
 
 
 def open_clip_vit() -> Backbone:
-    from ovsprune.backbones.open_clip_vit import assemble, build_clip
+    from ovsprune.backbones.open_clip_model import build_clip
+    from ovsprune.backbones.open_clip_vit import assemble
 
     config = {
         "embed_dim": 32,

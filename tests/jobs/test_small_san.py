@@ -7,7 +7,8 @@ from copy import deepcopy
 
 import pytest
 
-from ovsprune.backbones.open_clip_vit import assemble, build_clip
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.backbones.open_clip_vit import assemble
 from ovsprune.evaluation.backbone_scores import class_embeddings
 from ovsprune.evaluation.datasets import ScenesData
 from ovsprune.jobs.prune import prune

@@ -11,7 +11,8 @@ import pytest
 SCRIPT = """
 import sys
 import torch
-from ovsprune.backbones.open_clip_vit import assemble, build_clip
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.backbones.open_clip_vit import assemble
 from ovsprune.core.records import Preprocess
 from ovsprune.profiling.memory import high_water
 from ovsprune.jobs.prune import prune

@@ -1,4 +1,4 @@
-"""Image towers of open_clip's own, and the CLIP around them, as backbones of their families."""
+"""Load and build a CLIP of open_clip as a backbone; every family of open_clip uses this."""
 
 from __future__ import annotations
 
@@ -16,24 +16,21 @@ from ovsprune.backbones.open_clip_source import fill, open_source
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import DenseModel
 
-__all__ = ["assemble", "load_own", "rebuild_own"]
+__all__ = ["assemble", "load_clip", "rebuild_clip"]
 
 
-def load_own(family: str, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-    """Build the CLIP called ``name`` and load its weights.
-
-    See :func:`ovsprune.backbones.open_clip_source.open_source`. A text tower that lives on a hub is
-    not built; its state is passed on where the file has it.
+def load_clip(family: str, name: str, pretrained: str | None, activation: str | None) -> Backbone:
+    """Build a CLIP and load its weights.
 
     Args:
         family: Name in the registry of families.
-        name: As the family's ``load`` takes it, and the others likewise.
-        pretrained: Which weights.
-        activation: What they were trained with, where they do not tell.
+        name: See :func:`ovsprune.backbones.open_clip_source.open_source`, also for the others.
+        pretrained: Choice of weights.
+        activation: Activation function, if the weights do not tell it.
 
     Raises:
-        WeightsError: The weights cannot be had or do not fit.
-        OptionError: ``activation`` is unknown, or contradicts the tag's own.
+        WeightsError: The weights cannot be loaded or do not fit.
+        OptionError: ``activation`` is unknown, or contradicts the weights.
     """
     source = open_source(name, pretrained, activation)
     model = build_clip(source.config)
@@ -51,15 +48,15 @@ def load_own(family: str, name: str, pretrained: str | None, activation: str | N
     return backbone
 
 
-def rebuild_own(family: str, dense: DenseModel) -> Backbone:
-    """Build the dense CLIP that a checkpoint was made from, its image tower with random weights.
+def rebuild_clip(family: str, dense: DenseModel) -> Backbone:
+    """Build the dense CLIP of a checkpoint, with random weights in its image tower.
 
     Args:
         family: Name in the registry of families.
-        dense: Its description.
+        dense: Description of the model.
 
     Raises:
-        WeightsError: ``dense.text`` does not fit.
+        WeightsError: ``dense.text`` does not fit the model.
     """
     model = build_clip(dense.architecture)
     if dense.text and has_own_text(dense.architecture):
@@ -70,13 +67,13 @@ def rebuild_own(family: str, dense: DenseModel) -> Backbone:
 def assemble(family: str, dense: DenseModel, model: nn.Module) -> Backbone:
     """Make the backbone of a built CLIP.
 
-    Its activation is that of the configuration's GELUs; a family whose tower has another one sets
-    it afterwards.
+    The activation is the GELU of the configuration. A family whose towers have another activation
+    sets it afterwards.
 
     Args:
         family: Name in the registry of families.
-        dense: Description of the model; ``text`` is empty for a text tower without weights.
-        model: From :func:`~ovsprune.backbones.open_clip_model.build_clip`.
+        dense: Description of the model; ``text`` is empty if the text tower has no weights.
+        model: Result of :func:`~ovsprune.backbones.open_clip_model.build_clip`.
     """
     import open_clip
 
