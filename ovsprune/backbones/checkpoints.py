@@ -21,12 +21,9 @@ __all__ = ["dense_of", "load_masked", "load_slim"]
 
 
 def dense_of(path: Path, spec: SlimSpec | MaskedSpec, text: Mapping[str, Tensor]) -> Backbone:
-    """Build the dense backbone of a checkpoint, with random weights in the tower.
+    """Build the dense backbone of the checkpoint ``path``, with random weights in the tower.
 
-    Args:
-        path: Path of the checkpoint, for messages.
-        spec: Content of its ``config.json``.
-        text: Tensors of its text tower; may be empty.
+    ``text`` contains the tensors of the text tower and may be empty.
 
     Raises:
         CheckpointError: This version cannot build the family.

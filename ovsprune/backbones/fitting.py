@@ -47,11 +47,7 @@ class Parts:
 def split(path: Path | str, state: State, tower: nn.Module) -> Parts:
     """Find the image tower in ``state``: it has the prefix with most of the tower's names.
 
-    Args:
-        path: Path of the file, for messages.
-        state: Tensors by the names in the file. Queries, keys and values may be separate, as in
-            CAT-Seg.
-        tower: Image tower with the expected names.
+    Queries, keys and values may be separate, as in CAT-Seg. ``path`` is for messages.
 
     Raises:
         WeightsError: The file contains two such towers with different values.
@@ -126,9 +122,8 @@ def fit(
     Args:
         name: Name of the model, for messages.
         path: Source of the state, for messages.
-        state: Tensors by the model's names, in any precision; queries, keys and values may be
-            separate.
-        model: Receives the values, in its own precision.
+        state: Tensors of any precision; queries, keys and values may be separate.
+        model: Model; it keeps its precision.
         file_state: All tensors of the file, to name the models that they would fit.
 
     Raises:

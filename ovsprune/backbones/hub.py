@@ -91,12 +91,7 @@ def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str = 
 
 
 def check_reachable(address: str, subject: str, remedy: str = _REMEDY) -> None:
-    """Check that a server accepts connections: the hub's client would retry for minutes.
-
-    Args:
-        address: URL of the server.
-        subject: Description of the file, for messages.
-        remedy: Alternatives for a user without a hub, for messages.
+    """Check that the server of a URL accepts connections: the client would retry for minutes.
 
     Raises:
         WeightsError: No connection is possible, or ``HF_HUB_OFFLINE`` is set.

@@ -43,15 +43,9 @@ def heads_layer(
     last: bool,
     extra_slices: tuple[Slice, ...] = (),
 ) -> PrunableLayer:
-    """Describe the heads of an attention whose queries come from the layer ``q_proj``.
+    """Describe the heads of the attention ``path``, which has a layer ``q_proj``.
 
-    Args:
-        block: Dotted name of the block.
-        path: Dotted name of the attention.
-        width: Channels of one head.
-        stream: Position of the residual stream after the output projection, or None.
-        last: True for the last block; its heads are protected.
-        extra_slices: See :class:`~ovsprune.core.protocols.PrunableLayer`.
+    One head has ``width`` channels. The heads of the last block are protected.
     """
     return PrunableLayer(
         name=path,
@@ -68,15 +62,7 @@ def heads_layer(
 def timm_heads_layer(
     block: str, path: str, attention: Any, stream: StreamPoint | None, *, last: bool
 ) -> PrunableLayer:
-    """Describe the heads of timm's attention, before or after the rewrite.
-
-    Args:
-        block: Dotted name of the block.
-        path: Dotted name of the attention.
-        attention: timm's attention or :class:`~ovsprune.slim.timm_attention.TimmAttention`.
-        stream: Position of the residual stream after the output projection, or None.
-        last: True for the last block; its heads are protected.
-    """
+    """Describe the heads of timm's attention or of :class:`TimmAttention`."""
     count = len(getattr(attention, "kept_heads", range(attention.num_heads)))
     width = getattr(attention, "head_dim", 0) or attention.proj.in_features // count
     # The stored head indices take no part in the computation, so the graph cannot find them.
@@ -85,13 +71,7 @@ def timm_heads_layer(
 
 
 def mlp_layer(block: str, mlp: nn.Module, stream: StreamPoint | None) -> PrunableLayer:
-    """Describe the hidden units of the MLP ``{block}.mlp``.
-
-    Args:
-        block: Dotted name of the block.
-        mlp: The MLP.
-        stream: Position of the residual stream after the MLP, or None.
-    """
+    """Describe the hidden units of the MLP ``{block}.mlp``."""
     first = next(name for name in _FIRST_LAYERS if hasattr(mlp, name))
     return PrunableLayer(
         name=f"{block}.mlp",
@@ -104,28 +84,20 @@ def mlp_layer(block: str, mlp: nn.Module, stream: StreamPoint | None) -> Prunabl
 
 
 def restore_attention(blocks: Iterable[Any], name: str = "attn") -> None:
-    """Replace rewritten attention in place: by timm's class, or a slim one if heads were cut.
-
-    Args:
-        blocks: Blocks with or without rewritten attention.
-        name: Attribute of a block that holds its attention.
-    """
+    """Replace rewritten attention in place: by timm's class, or a slim one if heads were cut."""
     for block in blocks:
         attention = getattr(block, name)
         if isinstance(attention, TimmAttention):
-            slim = TimmAttention(attention) if attention.is_cut else attention.to_dense()
-            setattr(block, name, slim)
+            new = TimmAttention(attention) if attention.is_cut else attention.to_dense()
+            setattr(block, name, new)
 
 
 def stage_blocks(
     tower: nn.Module, path: str, between: Sequence[str] = ("downsample",)
 ) -> dict[str, Any]:
-    """Return the blocks of a tower with stages, by dotted name and in order of execution.
+    """Return the blocks of the stages under ``path``, by dotted name, in order of execution.
 
-    Args:
-        tower: Image tower.
-        path: Dotted name of the sequence of stages.
-        between: Attributes of a stage that run before its blocks; identities are left out.
+    ``between`` names modules of a stage that run before its blocks; identities are left out.
     """
     blocks: dict[str, Any] = {}
     for i, stage in enumerate(tower.get_submodule(path).children()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ovsprune.backbones import FAMILIES
@@ -20,13 +22,7 @@ __all__ = ["assemble", "load_clip", "rebuild_clip"]
 
 
 def load_clip(family: str, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-    """Build a CLIP and load its weights.
-
-    Args:
-        family: Name in the registry of families.
-        name: See :func:`ovsprune.backbones.open_clip_source.open_source`, also for the others.
-        pretrained: Choice of weights.
-        activation: Activation function, if the weights do not tell it.
+    """Build a CLIP and load its weights; see :func:`~open_clip_source.open_source`.
 
     Raises:
         WeightsError: The weights cannot be loaded or do not fit.
@@ -51,10 +47,6 @@ def load_clip(family: str, name: str, pretrained: str | None, activation: str | 
 def rebuild_clip(family: str, dense: DenseModel) -> Backbone:
     """Build the dense CLIP of a checkpoint, with random weights in its image tower.
 
-    Args:
-        family: Name in the registry of families.
-        dense: Description of the model.
-
     Raises:
         WeightsError: ``dense.text`` does not fit the model.
     """
@@ -65,25 +57,23 @@ def rebuild_clip(family: str, dense: DenseModel) -> Backbone:
 
 
 def assemble(family: str, dense: DenseModel, model: nn.Module) -> Backbone:
-    """Make the backbone of a built CLIP.
+    """Make the backbone of a CLIP from :func:`~ovsprune.backbones.open_clip_model.build_clip`.
 
     The activation is the GELU of the configuration. A family whose towers have another activation
     sets it afterwards.
-
-    Args:
-        family: Name in the registry of families.
-        dense: Description of the model; ``text`` is empty if the text tower has no weights.
-        model: Result of :func:`~ovsprune.backbones.open_clip_model.build_clip`.
     """
     import open_clip
 
     config = dense.architecture
+    tower: Any = model.get_submodule("visual")
+    if hasattr(tower, "output_tokens"):
+        tower.output_tokens = False  # CoCa's tower would also return tokens for its text decoder
     return Backbone(
         name=dense.name,
         pretrained=dense.pretrained,
         trained=dense.trained,
         family=family,
-        tower=model.get_submodule("visual"),
+        tower=tower,
         stages=FAMILIES.get(family).stages,
         preprocess=dense.preprocess,
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",

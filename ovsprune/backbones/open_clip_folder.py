@@ -84,11 +84,7 @@ def open_folder(path: Path) -> Folder:
 
 
 def hub_folder(repository: str, *, weights: bool = True) -> Folder:
-    """Read a repository of the hub, preferably from the local cache.
-
-    Args:
-        repository: ``org/repo``.
-        weights: If false, only the configuration is read.
+    """Read ``org/repo`` on the hub, preferably from the local cache; the weights are optional.
 
     Raises:
         WeightsError: The files are not available, or not in the format of open_clip.

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES, open_clip_build
+from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.layers import heads_layer, mlp_layer
 from ovsprune.backbones.open_clip_build import load_clip, rebuild_clip
-from ovsprune.backbones.open_clip_source import TINY, config_of, other_tensors
+from ovsprune.backbones.open_clip_source import TINY, config_of
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
-from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
+from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
 from ovsprune.slim import SlimAttention
 from ovsprune.slim.pooling import pool_each_position
 
-__all__ = ["OpenClipVit", "assemble"]
+__all__ = ["OpenClipVit"]
 
 
 @FAMILIES.register("open_clip-vit")
@@ -46,11 +46,11 @@ class OpenClipVit:
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
         """Build the CLIP and load its weights."""
-        return _without_tokens(load_clip("open_clip-vit", name, pretrained, activation))
+        return load_clip("open_clip-vit", name, pretrained, activation)
 
     def build(self, dense: DenseModel) -> Backbone:
         """Build the dense CLIP, with random weights in its image tower."""
-        return _without_tokens(rebuild_clip("open_clip-vit", dense))
+        return rebuild_clip("open_clip-vit", dense)
 
     def rewrite(self, tower: nn.Module) -> None:
         """Split the attention of every block, slim or not, into separate linear maps, in place."""
@@ -98,35 +98,6 @@ class OpenClipVit:
             return pooled @ vit.proj, dense.unflatten(2, tuple(vit.grid_size))
 
         return Stages(vit._embeds, _blocks(tower), head)
-
-
-def assemble(
-    name: str,
-    pretrained: str | None,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    preprocess: Preprocess,
-    *,
-    trained: bool,
-    text: Mapping[str, Tensor] | None = None,
-) -> Backbone:
-    """Make the backbone of a built CLIP; ``text`` is the model's own state by default."""
-    dense = DenseModel(
-        name=name,
-        architecture=config,
-        preprocess=preprocess,
-        pretrained=pretrained,
-        trained=trained,
-        text=other_tensors(model) if text is None else text,
-    )
-    return _without_tokens(open_clip_build.assemble("open_clip-vit", dense, model))
-
-
-def _without_tokens(backbone: Backbone) -> Backbone:
-    """Let CoCa's tower return the embedding alone, without the tokens for its text decoder."""
-    tower: Any = backbone.tower
-    tower.output_tokens = False
-    return backbone
 
 
 @cache

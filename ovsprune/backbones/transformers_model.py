@@ -34,13 +34,7 @@ def filled(name: str, path: Path, architecture: Architecture, state: State) -> n
     """Build a model with the weights of ``state``, in float32.
 
     transformers converts the names of older versions. Tensors that the model does not have (a
-    classifier, the other tower) are ignored.
-
-    Args:
-        name: Name of the model, for messages.
-        path: Source of the weights, for messages.
-        architecture: Architecture of the model.
-        state: Tensors by the names in the file.
+    classifier, the other tower) are ignored. ``name`` and ``path`` are for messages.
 
     Raises:
         WeightsError: Tensors are missing or of another shape.

@@ -101,7 +101,7 @@ def encode_names(
             for i in range(0, len(sentences), batch_size)
         ]
         # CLIP's prompt ensemble: the mean of unit vectors, normalised again.
-        embedded = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+        embedded = torch.nn.functional.normalize(torch.cat(parts), dim=-1)  # [n, C]
         total = embedded if total is None else total + embedded
     assert total is not None
     return torch.nn.functional.normalize(total, dim=-1)

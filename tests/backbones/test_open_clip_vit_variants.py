@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.open_clip_build import assemble
 from ovsprune.backbones.open_clip_model import build_clip
-from ovsprune.backbones.open_clip_vit import assemble
+from ovsprune.backbones.open_clip_source import other_tensors
 from ovsprune.core.errors import CheckpointError, WeightsError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import Preprocess
@@ -68,7 +69,9 @@ def variant(name: str) -> Backbone:
     config = config_of(name)
     model = build_clip(config)
     filled(model)
-    return assemble(name, None, model, config, Preprocess((32, 32)), trained=True)
+    text = other_tensors(model)
+    dense = DenseModel(name, config, Preprocess((32, 32)), trained=True, text=text)
+    return assemble("open_clip-vit", dense, model)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -326,6 +329,8 @@ def test_a_tokenizer_that_lives_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = config_of("clipa")
     config["text_cfg"] = {**TEXT, "hf_tokenizer_name": "nobody/no-such-tokenizer"}
-    backbone = assemble("x", None, build_clip(config), config, Preprocess((32, 32)), trained=True)
+    model = build_clip(config)
+    dense = DenseModel("x", config, Preprocess((32, 32)), text=other_tensors(model))
+    backbone = assemble("open_clip-vit", dense, model)
     with pytest.raises(WeightsError, match=r"tokenizer 'nobody/no-such.* --text-embeddings FILE"):
         backbone.encode_text(["a cat"])
