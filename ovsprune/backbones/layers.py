@@ -15,6 +15,7 @@ from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_attention import TimmAttention
 
 __all__ = [
+    "channels_layer",
     "has_one_activation",
     "heads_layer",
     "kept_columns",
@@ -68,6 +69,21 @@ def timm_heads_layer(
     # The stored head indices take no part in the computation, so the graph cannot find them.
     index = Slice(f"{path}.heads", "out", torch.arange(count).unsqueeze(1))  # rows [heads, 1]
     return heads_layer(block, path, width, stream, last=last, extra_slices=(index,))
+
+
+def channels_layer(
+    block: str, path: str, layer: str, stream: StreamPoint | None, consumer: str | None = None
+) -> PrunableLayer:
+    """Describe the output channels of the convolution ``layer`` as the group ``path``."""
+    return PrunableLayer(
+        name=path,
+        kind="channels",
+        layer=layer,
+        unit_width=1,
+        block=block,
+        stream=stream,
+        consumer=consumer,
+    )
 
 
 def mlp_layer(block: str, mlp: nn.Module, stream: StreamPoint | None) -> PrunableLayer:

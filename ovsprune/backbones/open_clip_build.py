@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -14,11 +15,11 @@ from ovsprune.backbones.open_clip_model import (
     has_own_text,
     preprocess_of,
 )
-from ovsprune.backbones.open_clip_source import fill, open_source
+from ovsprune.backbones.open_clip_source import config_of, fill, open_source
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import DenseModel
 
-__all__ = ["assemble", "load_clip", "rebuild_clip"]
+__all__ = ["assemble", "load_clip", "names_of", "rebuild_clip"]
 
 
 def load_clip(family: str, name: str, pretrained: str | None, activation: str | None) -> Backbone:
@@ -54,6 +55,15 @@ def rebuild_clip(family: str, dense: DenseModel) -> Backbone:
     if dense.text and has_own_text(dense.architecture):
         fit_text(dense.name, dense.text, model)
     return assemble(family, dense, model)
+
+
+@cache
+def names_of(family: str) -> tuple[str, ...]:
+    """Return open_clip's names of the models that ``family`` takes."""
+    import open_clip
+
+    takes = FAMILIES.get(family).takes
+    return tuple(name for name in open_clip.list_models() if takes(config_of(name)))
 
 
 def assemble(family: str, dense: DenseModel, model: nn.Module) -> Backbone:

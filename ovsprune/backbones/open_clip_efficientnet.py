@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones.layers import has_one_activation, kept_columns
+from ovsprune.backbones.layers import channels_layer, has_one_activation, kept_columns
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
 from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
@@ -57,14 +57,12 @@ class OpenClipEfficientNet:
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Return the expanded channels of every inverted residual block."""
         return [
-            PrunableLayer(
-                name=name,
-                kind="channels",
-                layer=f"{name}.conv_pw",
-                unit_width=1,
-                block=name,
+            channels_layer(
+                name,
+                name,
+                f"{name}.conv_pw",
                 # A block that changes the width or the stride has no residual connection.
-                stream=StreamPoint(name, "output") if block.has_skip else None,
+                StreamPoint(name, "output") if block.has_skip else None,
                 # Squeeze-and-excitation reads the channels too, so the consumer must be named.
                 consumer=f"{name}.conv_pwl",
             )

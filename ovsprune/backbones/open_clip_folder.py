@@ -6,10 +6,8 @@ Repositories that open_clip reads with ``hf-hub:`` have the same format.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +95,13 @@ def hub_folder(repository: str, *, weights: bool = True) -> Folder:
     return replace(open_folder(config.parent), file=file, label="hub")
 
 
-@contextmanager
-def embedded(name: str) -> Iterator[Folder]:
+def embedded(name: str) -> Folder:
     """Open the folder of a model that is part of the package.
 
     Raises:
         WeightsError: It is missing from this installation.
     """
-    with resources.as_file(resources.files("ovsprune") / "assets" / name) as path:
-        if not is_folder(path):
-            raise WeightsError(f"the embedded model is missing from this installation ({path})")
-        yield replace(open_folder(path), label="embedded")
+    path = Path(__file__).parents[1] / "assets" / name
+    if not is_folder(path):
+        raise WeightsError(f"the embedded model is missing from this installation ({path})")
+    return replace(open_folder(path), label="embedded")

@@ -7,14 +7,13 @@ width between the blocks, the stem, the downsampling paths and the attention poo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_build import load_clip, rebuild_clip
-from ovsprune.backbones.open_clip_source import config_of
+from ovsprune.backbones.layers import channels_layer
+from ovsprune.backbones.open_clip_build import load_clip, names_of, rebuild_clip
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
@@ -38,7 +37,7 @@ class OpenClipResNet:
 
     def names(self) -> Sequence[str]:
         """Return ``RN50``, ``RN101``, ``RN50x4``, ``x16`` and ``x64``, also with ``-quickgelu``."""
-        return _names()
+        return names_of("open_clip-resnet")
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
         """Build the CLIP and load its weights; ``activation`` is that of the text tower."""
@@ -92,16 +91,7 @@ class OpenClipResNet:
             # the last activation. conv2, which reads those of conv1, adds to no stream.
             after = StreamPoint(f"{name}.act3", "input")
             for path, stream in ((f"{name}.conv1", None), (f"{name}.conv2", after)):
-                layers.append(
-                    PrunableLayer(
-                        name=path,
-                        kind="channels",
-                        layer=path,
-                        unit_width=1,
-                        block=name,
-                        stream=stream,
-                    )
-                )
+                layers.append(channels_layer(name, path, path, stream))
         return layers
 
     def stages(self, tower: nn.Module) -> Stages:
@@ -119,14 +109,6 @@ class OpenClipResNet:
             return pool(stream), pool.c_proj(values).movedim(-1, 1)  # [B, C], [B, C, h, w]
 
         return Stages(network.stem, _blocks(tower), head)
-
-
-@cache
-def _names() -> tuple[str, ...]:
-    import open_clip
-
-    family = FAMILIES.get("open_clip-resnet")
-    return tuple(name for name in open_clip.list_models() if family.takes(config_of(name)))
 
 
 def _with_relu(backbone: Backbone) -> Backbone:

@@ -9,7 +9,6 @@ open_clip. Families of other libraries have sources of their own, and share ``st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,10 +71,9 @@ class Source:
 
 def config_of(name: str) -> dict[str, Any]:
     """Return the model configuration of ``tiny``, of a folder, or of a name of open_clip."""
-    with ExitStack() as stack:
-        folder = _folder(name, None, False, stack)
-        if folder is not None:
-            return deepcopy(dict(folder.model))
+    folder = _folder(name, None, weights=False)
+    if folder is not None:
+        return deepcopy(dict(folder.model))
     import open_clip
 
     config = open_clip.get_model_config(name)
@@ -88,11 +86,11 @@ def describes_itself(name: str) -> bool:
     return is_folder(Path(name)) or repository_of(name) is not None or is_timm(name)
 
 
-def _folder(name: str, tag: str | None, weights: bool, stack: ExitStack) -> Folder | None:
+def _folder(name: str, tag: str | None, *, weights: bool) -> Folder | None:
     """Return the folder that ``name`` denotes, if any; ``tag`` selects among timm's weights."""
     repository = repository_of(name)
     if name == TINY:
-        return stack.enter_context(embedded(TINY))
+        return embedded(TINY)
     if repository is not None:
         return hub_folder(repository, weights=weights)
     if is_timm(name):
@@ -123,23 +121,22 @@ def open_source(name: str, pretrained: str | None, activation: str | None) -> So
     source = Source(_short_name(name), None, {})
     file = Path(pretrained) if pretrained is not None and Path(pretrained).is_file() else None
     tag = pretrained if file is None and pretrained != "none" else None
-    with ExitStack() as stack:
-        uses_own = pretrained is None or (tag is not None and is_timm(name))
-        folder = _folder(name, tag, uses_own, stack)
-        source.config = config_of(name) if folder is None else deepcopy(dict(folder.model))
-        source.preprocess = {} if folder is None else folder.preprocess
-        quick = bool(source.config.get("quick_gelu", False))
-        is_known = False  # True if the weights tell their activation
-        if folder is not None and uses_own:
-            source.pretrained, is_known = folder.label, True
-            source.weights = _open_weights(folder.weights, folder)
-        elif file is not None:
-            source.pretrained, source.weights = file.name, _open_weights(file, folder)
-        elif pretrained != "none":
-            source.pretrained = pretrained or default_tag(name)
-            path, source.preprocess = resolve(name, source.pretrained)
-            quick, is_known = bool(source.preprocess.get("quick_gelu", False)), True
-            source.weights = open_state(path)
+    uses_own = pretrained is None or (tag is not None and is_timm(name))
+    folder = _folder(name, tag, weights=uses_own)
+    source.config = config_of(name) if folder is None else deepcopy(dict(folder.model))
+    source.preprocess = {} if folder is None else folder.preprocess
+    quick = bool(source.config.get("quick_gelu", False))
+    is_known = False  # True if the weights tell their activation
+    if folder is not None and uses_own:
+        source.pretrained, is_known = folder.label, True
+        source.weights = _open_weights(folder.weights, folder)
+    elif file is not None:
+        source.pretrained, source.weights = file.name, _open_weights(file, folder)
+    elif pretrained != "none":
+        source.pretrained = pretrained or default_tag(name)
+        path, source.preprocess = resolve(name, source.pretrained)
+        quick, is_known = bool(source.preprocess.get("quick_gelu", False)), True
+        source.weights = open_state(path)
     if is_known:
         _check_activation(source, quick, activation)
     elif activation is not None:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ovsprune.backbones.layers import (
+    channels_layer,
     has_one_activation,
     mlp_layer,
     restore_attention,
@@ -87,14 +88,7 @@ class OpenClipTimmVit:
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Return bottleneck channels, heads and MLP units; the last block's heads are protected."""
         layers = [
-            PrunableLayer(
-                name=name,
-                kind="channels",
-                layer=f"{name}.conv1_1x1",
-                unit_width=1,
-                block=name,
-                stream=StreamPoint(name, "output"),
-            )
+            channels_layer(name, name, f"{name}.conv1_1x1", StreamPoint(name, "output"))
             for name in timm_vit_bottlenecks(tower)
         ]
         blocks = timm_vit_blocks(tower)

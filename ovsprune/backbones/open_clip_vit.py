@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.layers import heads_layer, mlp_layer
-from ovsprune.backbones.open_clip_build import load_clip, rebuild_clip
-from ovsprune.backbones.open_clip_source import TINY, config_of
+from ovsprune.backbones.open_clip_build import load_clip, names_of, rebuild_clip
+from ovsprune.backbones.open_clip_source import TINY
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.graph.attention import SeparateAttention
@@ -42,7 +41,7 @@ class OpenClipVit:
 
     def names(self) -> Sequence[str]:
         """Return ``tiny`` and open_clip's names of VisionTransformers."""
-        return _names()
+        return (TINY, *names_of("open_clip-vit"))
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
         """Build the CLIP and load its weights."""
@@ -98,14 +97,6 @@ class OpenClipVit:
             return pooled @ vit.proj, dense.unflatten(2, tuple(vit.grid_size))
 
         return Stages(vit._embeds, _blocks(tower), head)
-
-
-@cache
-def _names() -> tuple[str, ...]:
-    import open_clip
-
-    family = FAMILIES.get("open_clip-vit")
-    return (TINY, *(name for name in open_clip.list_models() if family.takes(config_of(name))))
 
 
 def _blocks(tower: nn.Module) -> dict[str, Any]:

@@ -97,14 +97,14 @@ def test_weights_of_a_repository_bring_their_activation(
 ) -> None:
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit as family
+    from ovsprune.backbones import open_clip_build
 
     own = {**config["model_cfg"], "quick_gelu": False}
     real = open_clip.get_model_config
     monkeypatch.setattr(
         open_clip, "get_model_config", lambda name: dict(own) if name == "ViT-S-32" else real(name)
     )
-    family._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     put(root, {"open_clip_config.json": config, "open_clip_model.safetensors": state})
     backbone = backbones.load_backbone("ViT-S-32", pretrained=NAME)
     assert (backbone.name, backbone.pretrained) == ("ViT-S-32", NAME)

@@ -21,7 +21,7 @@ from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.open_clip_source import other_tensors
 from ovsprune.core.errors import CheckpointError, WeightsError
 from ovsprune.core.protocols import Backbone
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.jobs.prune import prune
 from ovsprune.recovery import RECOVERIES
@@ -285,7 +285,7 @@ def hub_text(monkeypatch: pytest.MonkeyPatch) -> str:
     """``roberta-ViT-B-32`` in miniature; its text tower is another library's all the same."""
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit
+    from ovsprune.backbones import open_clip_build
 
     real, small = open_clip.get_model_config, config_of("xlm-roberta")
     name = "roberta-ViT-B-32"
@@ -294,7 +294,7 @@ def hub_text(monkeypatch: pytest.MonkeyPatch) -> str:
         "get_model_config",
         lambda asked: deepcopy(small if asked == name else real(asked)),
     )
-    open_clip_vit._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     return name
 
 

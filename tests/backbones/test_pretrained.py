@@ -30,7 +30,7 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """ViT-B-16 in miniature, so that its weights are small; the path they take is the real one."""
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit
+    from ovsprune.backbones import open_clip_build
 
     real = open_clip.get_model_config
     monkeypatch.setattr(
@@ -38,7 +38,7 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         "get_model_config",
         lambda name: dict(TINY_B16) if name == "ViT-B-16" else real(name),
     )
-    open_clip_vit._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     torch.manual_seed(1)
     return {k: torch.randn_like(v) * 0.05 for k, v in build_clip(TINY_B16).state_dict().items()}
 

@@ -31,7 +31,7 @@ def _shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """ViT-B-16 and its namesake in miniature."""
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit, recognise
+    from ovsprune.backbones import open_clip_build, recognise
 
     real = open_clip.get_model_config
     small = {
@@ -41,7 +41,7 @@ def _shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         open_clip, "get_model_config", lambda name: deepcopy(small.get(name) or real(name))
     )
-    open_clip_vit._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     recognise._known.cache_clear()
 
 
