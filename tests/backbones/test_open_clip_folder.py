@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_folder_loads_as_open_clip_reads_it(folder: Path) -> None:
+def test_folder_loads_as_in_open_clip(folder: Path) -> None:
     import open_clip
 
     loaded = backbones.load_backbone(str(folder))
@@ -47,7 +47,7 @@ def test_a_folder_loads_as_open_clip_reads_it(folder: Path) -> None:
     assert loaded.has_text
 
 
-def test_weights_of_the_image_tower_alone_give_a_model_without_text(folder: Path) -> None:
+def test_image_tower_only_has_no_text(folder: Path) -> None:
     weights = folder / "open_clip_model.safetensors"
     whole = backbones.load_backbone(str(folder))
     save_file(
@@ -62,7 +62,7 @@ def test_weights_of_the_image_tower_alone_give_a_model_without_text(folder: Path
         bare.encode_text(["a cat"])
 
 
-def test_a_folder_is_pruned_and_the_slim_one_loads(folder: Path, tmp_path: Path) -> None:
+def test_pruned_folder_loads_again(folder: Path, tmp_path: Path) -> None:
     done = prune(str(folder), 0.5, samples=4, criterion="magnitude", allocation="uniform",
                  recovery="none", output=tmp_path / "slim")  # fmt: skip
     assert done.spec.base.model == "mine"
@@ -78,13 +78,13 @@ def test_a_folder_without_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": {"embed_dim": 3}}'])
-def test_a_folder_with_a_broken_configuration(folder: Path, text: str) -> None:
+def test_folder_with_a_malformed_configuration(folder: Path, text: str) -> None:
     (folder / "open_clip_config.json").write_text(text)
     with pytest.raises(WeightsError, match="no configuration of open_clip's"):
         backbones.load_backbone(str(folder))
 
 
-def test_a_folder_of_another_family(folder: Path) -> None:
+def test_folder_of_an_unsupported_model(folder: Path) -> None:
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"] = {"timm_model_name": "resnet18"}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -93,7 +93,7 @@ def test_a_folder_of_another_family(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("pretrained", ["none", "weights.safetensors"])
-def test_other_weights_take_the_folders_preprocessing(folder: Path, pretrained: str) -> None:
+def test_other_weights_use_the_preprocessing_of_the_folder(folder: Path, pretrained: str) -> None:
     if pretrained != "none":
         pretrained = str((folder / "open_clip_model.safetensors").rename(folder / pretrained))
     loaded = backbones.load_backbone(str(folder), pretrained=pretrained)

@@ -36,7 +36,7 @@ BACKBONE = "trunk.patch_embed.backbone"
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
 
 
-def test_open_clips_names_are_listed() -> None:
+def test_names_of_open_clip_are_listed() -> None:
     listed = {name for name in open_clip.list_models() if name.startswith("ViTamin")}
     assert len(listed) == 15 and listed <= set(VIT.names())
     assert SWIN.names() == ("swin_base_patch4_window7_224",)
@@ -51,7 +51,9 @@ def test_open_clips_names_are_listed() -> None:
         ("swinv2_tiny_window8_256", {}, None),  # logits are cosines, with scales of their own
     ],
 )
-def test_which_family_takes_it(name: str, options: dict[str, Any], family: str | None) -> None:
+def test_exactly_one_family_takes_a_trunk(
+    name: str, options: dict[str, Any], family: str | None
+) -> None:
     config = {"vision_cfg": {"timm_model_name": name, **options}}
     taking = [key for key in FAMILIES if key.startswith("open_clip") and _takes(key, config)]
     assert taking == ([] if family is None else [family])
@@ -62,7 +64,7 @@ def _takes(family: str, config: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def test_the_size_is_the_trunks_own(tmp_path: Path) -> None:
+def test_input_size_is_that_of_the_trunk(tmp_path: Path) -> None:
     """open_clip's configuration of ViTamin-XL-384 says 256, at which it cannot run."""
     config = of_timm("ovsprune_vitamin", timm_pool="", image_size=32)
     file = tmp_path / "open_clip_config.json"
@@ -77,7 +79,7 @@ def test_the_size_is_the_trunks_own(tmp_path: Path) -> None:
     assert torch.equal(loaded.pooled(images), open_clip_vitamin().pooled(images))
 
 
-def test_vitamins_bottlenecks_are_blocks_before_the_tokens() -> None:
+def test_bottlenecks_of_vitamin_are_the_first_blocks() -> None:
     tower = open_clip_vitamin().tower
     blocks, seeds = VIT.stages(tower).blocks, VIT.prunable_layers(tower)
     bottlenecks = [f"{BACKBONE}.stages.{i}.{j}" for i in range(2) for j in range(2)]
@@ -89,15 +91,15 @@ def test_vitamins_bottlenecks_are_blocks_before_the_tokens() -> None:
     assert all(s.stream is not None for s in seeds)
 
 
-def test_only_a_norm_behind_the_units_counts_them() -> None:
-    """ViTamin's MLPs have theirs in front; nothing in it is ever cut."""
+def test_only_norms_after_the_units_are_replaced() -> None:
+    """Check ViTamin, whose MLPs have the norm in front, where nothing is cut."""
     for backbone, counted in ((open_clip_vitamin(), False), (open_clip_timm_vit(), True)):
         VIT.rewrite(backbone.tower)
         norm = backbone.tower.get_submodule("trunk.blocks.0.mlp.norm")
         assert isinstance(norm, ZeroPaddedLayerNorm) is counted
 
 
-def test_swins_groups_and_blocks() -> None:
+def test_groups_and_blocks_of_swin() -> None:
     tower = open_clip_swin().tower
     blocks, seeds = list(SWIN.stages(tower).blocks), SWIN.prunable_layers(tower)
     assert blocks[2:4] == ["trunk.layers.1.downsample", "trunk.layers.1.blocks.0"]
@@ -108,8 +110,8 @@ def test_swins_groups_and_blocks() -> None:
 
 
 @torch.no_grad()
-def test_swins_maps_see_a_picture_at_once() -> None:
-    """Else a calibration by pictures would take windows for them."""
+def test_linear_layers_of_swin_see_one_image_per_row() -> None:
+    """Calibration counts images along the first axis; windows must not appear there."""
     case = prepared(open_clip_swin())
     stages = case.backbone.stages(case.dense)
     stream = run_stem(stages, case.pictures, 5)
@@ -124,7 +126,7 @@ def test_swins_maps_see_a_picture_at_once() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [open_clip_vitamin, open_clip_swin])
-def test_every_position_goes_through_what_the_pooled_features_do(
+def test_dense_output_applies_the_head_at_each_position(
     make: Callable[[], Backbone],
 ) -> None:
     backbone = make()
@@ -143,7 +145,7 @@ def test_every_position_goes_through_what_the_pooled_features_do(
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [open_clip_vitamin, open_clip_swin])
-def test_the_checkpoint_comes_back_and_goes_on_a_tower(
+def test_checkpoint_loads_and_attaches_to_a_tower(
     make: Callable[[], Backbone], tmp_path: Path
 ) -> None:
     backbone = make()
@@ -172,8 +174,8 @@ def test_the_checkpoint_comes_back_and_goes_on_a_tower(
 
 
 @torch.no_grad()
-def test_another_process_loads_both_bit_for_bit(tmp_path: Path) -> None:
-    """The process knows timm's models and these two."""
+def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
+    """Register the two test models in the other process, too."""
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
     expected = {}

@@ -17,13 +17,13 @@ def test_scores_by_hand() -> None:
     assert scores.pixels == 3
 
 
-def test_a_wrong_prediction_of_an_absent_class_still_costs() -> None:
+def test_predictions_of_an_absent_class_count_as_errors() -> None:
     confusion = ConfusionMatrix(2)
     confusion.update(torch.tensor([0, 1]), torch.tensor([0, 0]))
     assert confusion.scores(["a", "b"]).miou == 0.5
 
 
-def test_streaming_equals_all_at_once() -> None:
+def test_updates_can_be_split() -> None:
     g = torch.Generator().manual_seed(0)
     label = torch.randint(-1, 5, (4, 9, 7), generator=g)
     guess = torch.randint(0, 5, (4, 9, 7), generator=g)

@@ -19,7 +19,7 @@ def vectors(tmp_path: Path) -> Path:
     return path
 
 
-def test_reads_in_the_asked_order_with_aliases_and_unit_length(vectors: Path) -> None:
+def test_embeddings_follow_the_requested_order_and_aliases(vectors: Path) -> None:
     found = read_embeddings(vectors, ["face", "cow"], {"face": "person"})
     assert torch.equal(found, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]))
 
