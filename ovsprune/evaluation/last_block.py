@@ -30,22 +30,21 @@ class Variant:
             the weights of several are added. Empty: every token attends to itself only.
         residual: True if the residual connection and the MLP are kept; False if the output of the
             attention alone is projected.
-        source: Paper, or a description.
     """
 
     pairs: tuple[str, ...]
-    residual: bool
-    source: str
+    residual: bool = True
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "qk": Variant(("qk",), True, "as trained"),
-    "qq": Variant(("qq",), True, "queries with queries"),
-    "kk": Variant(("kk",), True, "keys with keys"),
-    "vv": Variant(("vv",), True, "values with values"),
-    "maskclip": Variant((), True, "MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071)"),
-    "sclip": Variant(("qq", "kk"), True, "SCLIP (Wang et al., ECCV 2024, arXiv 2312.01597)"),
-    "clearclip": Variant(("qq",), False, "ClearCLIP (Lan et al., ECCV 2024, arXiv 2407.12442)"),
+    "qk": Variant(("qk",)),  # as trained
+    "qq": Variant(("qq",)),
+    "kk": Variant(("kk",)),
+    "vv": Variant(("vv",)),
+    "maskclip": Variant(()),  # MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071)
+    "sclip": Variant(("qq", "kk")),  # SCLIP (Wang et al., ECCV 2024, arXiv 2312.01597)
+    # ClearCLIP (Lan et al., ECCV 2024, arXiv 2407.12442)
+    "clearclip": Variant(("qq",), residual=False),
 }
 """Variants by their name in ``--last-block``."""
 
