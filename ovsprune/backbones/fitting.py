@@ -117,14 +117,10 @@ def fit(
     model: nn.Module,
     file_state: State | None = None,
 ) -> None:
-    """Load ``state`` into ``model``, completely or not at all.
+    """Load ``state`` into ``model``, completely or not at all; the model keeps its precision.
 
-    Args:
-        name: Name of the model, for messages.
-        path: Source of the state, for messages.
-        state: Tensors of any precision; queries, keys and values may be separate.
-        model: Model; it keeps its precision.
-        file_state: All tensors of the file, to name the models that they would fit.
+    Queries, keys and values may be separate. ``name``, ``path`` and ``file_state`` (all tensors of
+    the file) are for messages.
 
     Raises:
         WeightsError: Keys are missing, unexpected or of another shape. The message names the first

@@ -62,7 +62,7 @@ def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str = 
 
     Args:
         repository: ``org/repo``.
-        names: File names, in order of preference.
+        names: Names of the files, in order of preference.
         subject: Description of the file in the plural, for messages (``"the weights of ..."``).
         remedy: Alternatives for a user without a hub, for messages.
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Group, Plan, Slice, StreamPoint
+from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
 from ovsprune.slim.activation import find_activations
 from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_attention import TimmAttention
 
 __all__ = [
     "channels_layer",
+    "fold_norms",
     "has_one_activation",
     "heads_layer",
     "kept_columns",
@@ -24,6 +26,7 @@ __all__ = [
     "restore_attention",
     "stage_blocks",
     "timm_heads_layer",
+    "unfold_norms",
 ]
 
 # Training-free methods (MaskCLIP, SCLIP, ...) and frameworks such as SAN compute the attention of
@@ -134,6 +137,40 @@ def mlp_blocks(blocks: Mapping[str, Any]) -> dict[str, Any]:
 def kept_columns(groups: Iterable[Group], plan: Plan) -> dict[str, Tensor]:
     """Return the input columns that each consumer keeps, int64 [columns], by its dotted name."""
     return {g.consumer: g.columns[plan.kept[g.name]].flatten() for g in groups}
+
+
+def fold_norms(blocks: Iterable[Any], norms: Mapping[str, str]) -> None:
+    """Fold the norm after each consumer into it, in place; ``norms`` maps consumer to norm.
+
+    The folded layer has a bias, to which a recovery can add the mean of removed channels, and its
+    output is the activation that the network uses.
+    """
+    for block in blocks:
+        for layer, norm in norms.items():
+            if not isinstance(getattr(block, norm), FoldedNorm):
+                folded, place = fold_norm(getattr(block, layer), getattr(block, norm))
+                setattr(block, layer, folded)
+                setattr(block, norm, place)
+
+
+def unfold_norms(
+    blocks: Mapping[str, Any], norms: Mapping[str, str], groups: Iterable[Group], plan: Plan
+) -> None:
+    """Undo :func:`fold_norms` in place, after the units outside of ``plan`` were cut."""
+    kept = {
+        (part.module, part.axis): part.rows[plan.kept[group.name]].flatten()
+        for group in groups
+        for part in group.slices
+    }
+    for name, block in blocks.items():
+        for layer, norm in norms.items():
+            place = getattr(block, norm)
+            if isinstance(place, FoldedNorm):
+                # The original tensors are needed at the kept input and output channels only.
+                columns, rows = (kept.get((f"{name}.{layer}", axis)) for axis in ("in", "out"))
+                plain = unfold_norm(getattr(block, layer), place, columns, rows)
+                for attribute, module in zip((layer, norm), plain, strict=True):
+                    setattr(block, attribute, module)
 
 
 def has_one_activation(modules: Iterable[nn.Module]) -> bool:

@@ -13,14 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones.layers import channels_layer, has_one_activation, kept_columns
+from ovsprune.backbones.layers import channels_layer, fold_norms, has_one_activation, unfold_norms
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
 from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
-from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
+from ovsprune.graph.norms import FoldedNorm
 from ovsprune.slim.timm_tower import timm_head_outputs
 
 __all__ = ["OpenClipEfficientNet"]
+
+_NORMS = {"conv_pwl": "bn3"}
+"""Convolution of a block that reads units, and the norm after it."""
 
 
 @timm_family("open_clip-efficientnet")
@@ -40,19 +43,11 @@ class OpenClipEfficientNet:
 
     def rewrite(self, tower: nn.Module) -> None:
         """Fold the norm after each block's last convolution into that convolution, in place."""
-        # The folded convolution has a bias, to which a recovery can add the mean of removed
-        # channels, and its output is what the block adds to the residual stream.
-        for block in _prunable_blocks(tower).values():
-            if not isinstance(block.bn3, FoldedNorm):
-                block.conv_pwl, block.bn3 = fold_norm(block.conv_pwl, block.bn3)
+        fold_norms(_prunable_blocks(tower).values(), _NORMS)
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Separate the folded norms again."""
-        kept = kept_columns(groups, plan)
-        for name, block in _prunable_blocks(tower).items():
-            if isinstance(block.bn3, FoldedNorm):
-                columns = kept.get(f"{name}.conv_pwl")
-                block.conv_pwl, block.bn3 = unfold_norm(block.conv_pwl, block.bn3, columns)
+        unfold_norms(_prunable_blocks(tower), _NORMS, groups, plan)
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Return the expanded channels of every inverted residual block."""

@@ -27,14 +27,9 @@ def has_own_text(config: Mapping[str, Any]) -> bool:
 
 
 def build_clip(config: Mapping[str, Any]) -> nn.Module:
-    """Build open_clip's model, with random weights from a fixed seed.
+    """Build the model of open_clip's configuration, with random weights from a fixed seed.
 
-    Args:
-        config: Model configuration of open_clip.
-
-    Returns:
-        The CLIP. If the configuration has no text tower, or one from a hub, a module whose only
-        child is ``visual``.
+    Without a text tower, or with one from a hub, the only child of the result is ``visual``.
     """
     import open_clip
 

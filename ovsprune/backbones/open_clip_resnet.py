@@ -12,15 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.layers import channels_layer
+from ovsprune.backbones.layers import channels_layer, fold_norms, unfold_norms
 from ovsprune.backbones.open_clip_build import load_clip, names_of, rebuild_clip
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
-from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
 
 __all__ = ["OpenClipResNet"]
 
-_CONSUMERS = {"conv2": "bn2", "conv3": "bn3"}
+_NORMS = {"conv2": "bn2", "conv3": "bn3"}
 """Convolutions of a bottleneck that read units, and the norm after each."""
 
 
@@ -54,33 +53,18 @@ class OpenClipResNet:
 
     def rewrite(self, tower: nn.Module) -> None:
         """Fold the norm after each consumer into that convolution, in place."""
-        # The folded convolution has a bias, to which a recovery can add the mean of removed
-        # channels, and its output is the activation that the network uses.
-        for block in _blocks(tower).values():
-            for layer, norm in _CONSUMERS.items():
-                if not isinstance(getattr(block, norm), FoldedNorm):
-                    folded, place = fold_norm(getattr(block, layer), getattr(block, norm))
-                    setattr(block, layer, folded)
-                    setattr(block, norm, place)
+        blocks = _blocks(tower).values()
+        fold_norms(blocks, _NORMS)
+        for block in blocks:
             # A refit reads the residual stream at the input of the last activation, which must not
             # overwrite it.
             block.act3.inplace = False
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Separate the folded norms again."""
-        kept = {
-            (part.module, part.axis): part.rows[plan.kept[group.name]].flatten()
-            for group in groups
-            for part in group.slices
-        }
-        for name, block in _blocks(tower).items():
-            for layer, norm in _CONSUMERS.items():
-                place = getattr(block, norm)
-                if isinstance(place, FoldedNorm):
-                    columns, rows = (kept.get((f"{name}.{layer}", axis)) for axis in ("in", "out"))
-                    plain = unfold_norm(getattr(block, layer), place, columns, rows)
-                    for attribute, module in zip((layer, norm), plain, strict=True):
-                        setattr(block, attribute, module)
+        blocks = _blocks(tower)
+        unfold_norms(blocks, _NORMS, groups, plan)
+        for block in blocks.values():
             block.act3.inplace = True
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:

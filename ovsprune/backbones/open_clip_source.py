@@ -174,14 +174,12 @@ def _check_activation(source: Source, quick: bool, activation: str | None) -> No
 def fill(source: Source, model: nn.Module) -> dict[str, Tensor]:
     """Load the weights of ``source`` into ``model``, completely or not at all.
 
-    Args:
-        source: The function appends notes to it.
-        model: Result of :func:`~ovsprune.backbones.open_clip_model.build_clip`.
+    The function appends notes to ``source``.
 
     Returns:
         Tensors outside the image tower, by canonical name: those of the model; empty if the weights
-        contain the image tower only; those of the file if the model has no text tower because
-        it is one from a hub.
+        contain the image tower only; those of the file if the text tower is one from a hub, which
+        is not built.
 
     Raises:
         WeightsError: Keys are missing, unexpected or of another shape.

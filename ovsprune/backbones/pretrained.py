@@ -41,15 +41,8 @@ def default_tag(name: str) -> str:
 def resolve(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
     """Return the file that open_clip loads for a tag, and the configuration of the tag.
 
-    The local cache is read first, so that a machine without a network does not wait for one.
-
-    Args:
-        name: open_clip's name of the model.
-        tag: One of its tags, or ``hf-hub:org/repo``.
-
-    Returns:
-        The file, and a mapping with ``mean``, ``std``, ``quick_gelu`` and others; missing entries
-        have open_clip's default.
+    ``tag`` can also be ``hf-hub:org/repo``. The configuration has ``mean``, ``std``, ``quick_gelu``
+    and others; missing entries have open_clip's default.
 
     Raises:
         WeightsError: The tag is unknown, or neither the cache nor the hub has the file.
@@ -70,6 +63,7 @@ def resolve(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
         raise WeightsError(
             f"{tag!r} is neither a file nor a tag of {name}. Tags: {', '.join(tags) or 'none'}."
         )
+    # The cache comes first, so that a machine without a network does not wait for one.
     path = _cached(config)
     if path is None:
         from huggingface_hub import constants
@@ -85,6 +79,7 @@ def resolve(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _cached(config: Mapping[str, Any]) -> Path | None:
+    """Return the cached file of a tag; ``hf_hub`` is ``org/repo/`` or ``org/repo/file``."""
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
     repository, _, file = config.get("hf_hub", "").rpartition("/")

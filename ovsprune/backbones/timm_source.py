@@ -43,12 +43,8 @@ def timm_folder(name: str, tag: str | None = None, *, weights: bool = True) -> F
     """Describe a model of timm as a folder in the format of open_clip, without a text tower.
 
     If the head computes an embedding (timm's CLIP towers), it is the projection. A classifier is
-    removed, and the pooled features are the embedding.
-
-    Args:
-        name: ``timm:NAME`` or ``timm:NAME.TAG``.
-        tag: Tag of the weights, instead of that in the name; with neither, timm's default.
-        weights: If true, also find or download the file of the weights.
+    removed, and the pooled features are the embedding. ``tag`` replaces that of the name; with
+    neither, the weights are timm's default. With ``weights``, their file is downloaded if needed.
 
     Raises:
         UnknownNameError: timm has no such model.

@@ -66,7 +66,6 @@ class Source:
 
     Attributes:
         name: Name of the model: the last part of a folder, or ``hf:ORG/REPOSITORY``.
-        label: Value of ``Backbone.pretrained`` for its own weights: ``"local"`` or ``"hub"``.
         folder: Folder of its configuration; in the cache for a repository.
         repository: ``ORG/REPOSITORY``, or None for a folder.
         config: Content of ``config.json``.
@@ -74,7 +73,6 @@ class Source:
     """
 
     name: str
-    label: str
     folder: Path
     repository: str | None
     config: Mapping[str, Any]
@@ -193,10 +191,7 @@ def cached_folder(name: str) -> Path | None:
 
 
 def open_source(name: str) -> Source:
-    """Find a model of transformers.
-
-    Args:
-        name: ``hf:FOLDER``, ``hf:ORG/REPOSITORY``, or a folder.
+    """Find the model ``hf:FOLDER``, ``hf:ORG/REPOSITORY``, or a folder.
 
     Raises:
         WeightsError: The model does not exist, or is of an unsupported type.
@@ -204,21 +199,20 @@ def open_source(name: str) -> Source:
     rest = name.removeprefix(PREFIX)
     repository = None
     folder = Path(rest)
-    short, label = folder.resolve().name, "local"
+    short = folder.resolve().name
     if not folder.is_dir():
         if _REPOSITORY.fullmatch(rest) is None:
             raise WeightsError(
                 f"{name!r} is neither a folder nor the name of a repository; write "
                 f"{PREFIX}FOLDER or {PREFIX}ORG/REPOSITORY"
             )
-        repository, short, label = rest, f"{PREFIX}{rest}", "hub"
+        repository, short = rest, f"{PREFIX}{rest}"
         folder = hub_file(rest, [_CONFIG], f"the files of {short}", _REMEDY).parent
     elif not (folder / _CONFIG).is_file():
         raise WeightsError(f"{folder} has no {_CONFIG}, so it is not a folder of transformers")
     config = _read_json(folder / _CONFIG)
     return Source(
         name=short,
-        label=label,
         folder=folder,
         repository=repository,
         config=config,

@@ -71,11 +71,12 @@ class TransformersVit:
                     tower = tower_in(model, architecture)
         except CheckpointError as error:
             raise WeightsError(f"{source.folder / 'config.json'}: {error}") from error
+        label = "local" if source.repository is None else "hub"
         dense = DenseModel(
             name=source.name,
             architecture=architecture,
             preprocess=source.preprocess(tower.native_size),
-            pretrained=None if pretrained == "none" else Path(pretrained or source.label).name,
+            pretrained=None if model is None else Path(pretrained or label).name,
             trained=model is not None,
         )
         backbone = self._assembled(dense, tower)

@@ -35,7 +35,7 @@ STANDALONE = ("open_clip-vit",)  # families that ovsprune.load builds without a 
 
 
 class LoadedCase:
-    """Case to check: checkpoint, references, and the dense CLIP built by the installed open_clip."""
+    """Case to check: checkpoint, references, and the dense CLIP of the installed open_clip."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
