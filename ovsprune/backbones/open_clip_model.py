@@ -106,7 +106,8 @@ def preprocess_of(tower: Any, overrides: Mapping[str, Any]) -> Preprocess:
     defaults = Preprocess(size=(size, size) if isinstance(size, int) else tuple(size))
     # A trunk of timm may take no other size than that of its patch embedding. open_clip's
     # configuration of ViTamin-XL-384 says 256.
-    trunk_size = getattr(getattr(getattr(tower, "trunk", None), "patch_embed", None), "img_size", 0)
+    patch_embed = getattr(getattr(tower, "trunk", None), "patch_embed", None)
+    trunk_size: Any = getattr(patch_embed, "img_size", None)
     return Preprocess(
         size=(trunk_size[0], trunk_size[1]) if trunk_size else defaults.size,
         mean=tuple(overrides.get("mean", defaults.mean)),

@@ -54,15 +54,15 @@ def test_family_takes_supported_trunks_only(vision: dict[str, Any], taken: bool)
 
 def test_downsampling_layers_are_blocks_without_groups() -> None:
     tower = open_clip_convnext().tower
-    stages, seeds = FAMILY.stages(tower), FAMILY.prunable_layers(tower)
+    stages, layers = FAMILY.stages(tower), FAMILY.prunable_layers(tower)
     assert list(stages.blocks)[:4] == [
         "trunk.stages.0.blocks.0",
         "trunk.stages.1.downsample",
         "trunk.stages.1.blocks.0",
         "trunk.stages.2.downsample",
     ]
-    assert [s.block for s in seeds] == [n for n in stages.blocks if "downsample" not in n]
-    assert {s.kind for s in seeds} == {"mlp"} and not any(s.protected for s in seeds)
+    assert [s.block for s in layers] == [n for n in stages.blocks if "downsample" not in n]
+    assert {s.kind for s in layers} == {"mlp"} and not any(s.protected for s in layers)
 
 
 @torch.no_grad()
@@ -120,11 +120,11 @@ def test_tiny_layer_scales_give_finite_weights(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_checkpoint_loads_and_attaches_to_a_tower(make: Any, tmp_path: Path) -> None:
     backbone = make()
-    place = tmp_path / "slim"
-    done = prune(backbone, 0.4, output=place, **QUICK)
+    directory = tmp_path / "slim"
+    done = prune(backbone, 0.4, output=directory, **QUICK)
     assert abs(done.achieved - 0.4) < 0.01
     images = torch.randn(2, 3, *backbone.preprocess.size)
-    tower, back = ovsprune.load(place), backbones.load_backbone(str(place))
+    tower, back = ovsprune.load(directory), backbones.load_backbone(str(directory))
     expected = backbone.stages(done.tower).outputs(images)
     assert torch.equal(tower(images), expected[0]) and torch.equal(tower.dense(images), expected[1])
     assert torch.equal(back.pooled(images), expected[0])
@@ -132,7 +132,7 @@ def test_checkpoint_loads_and_attaches_to_a_tower(make: Any, tmp_path: Path) -> 
     assert list(done.tower.state_dict()) == list(backbone.tower.state_dict())
     copied = deepcopy(backbone.tower)
     before = copied(images)
-    applied = ovsprune.apply(copied, ovsprune.read(place))
+    applied = ovsprune.apply(copied, ovsprune.read(directory))
     assert torch.equal(copied(images), expected[0])
     applied.detach()
     assert torch.equal(copied(images), before)

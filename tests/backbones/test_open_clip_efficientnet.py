@@ -57,10 +57,10 @@ def test_clip_loads_as_in_open_clip(tmp_path: Path) -> None:
     model.visual.load_state_dict(open_clip_efficientnet().tower.state_dict())
     folder = write(tmp_path / "clip", LITE, model.state_dict())
     loaded = backbones.load_backbone(str(folder))
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    reference = open_clip.create_model(f"local-dir:{folder}").eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        expected = theirs.encode_image(images)
+        expected = reference.encode_image(images)
     torch.testing.assert_close(loaded.pooled(images), expected, atol=1e-6, rtol=1e-5)
     assert loaded.encode_text(["a cat"]).shape == (1, 24)
     assert set(loaded.text) == {k for k in model.state_dict() if not k.startswith("visual.")}
@@ -79,12 +79,12 @@ def test_pooled_output_is_the_mean_of_the_dense_output() -> None:
 
 def test_prunable_layers_are_the_expanded_channels() -> None:
     tower = open_clip_efficientnet().tower
-    seeds = FAMILY.prunable_layers(tower)
+    layers = FAMILY.prunable_layers(tower)
     blocks = list(FAMILY.stages(tower).blocks)
     assert blocks[0] == "trunk.blocks.0.0"  # depthwise separable: it has none
-    assert [s.block for s in seeds] == blocks[1:]
-    assert {s.kind for s in seeds} == {"channels"} and not any(s.protected for s in seeds)
-    assert [s.stream is not None for s in seeds] == [False, True, False, True, False]
+    assert [s.block for s in layers] == blocks[1:]
+    assert {s.kind for s in layers} == {"channels"} and not any(s.protected for s in layers)
+    assert [s.stream is not None for s in layers] == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ FIRST, LAST = (f"trunk.stages.2.blocks.{i}.token_mixer" for i in (0, 1))
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> PruneResult:
     """Prune so that at most two of three heads of the first attention remain."""
-    place = tmp_path_factory.mktemp("slim") / "fastvit"
-    return prune(open_clip_fastvit(), 0.4, output=place, criterion="magnitude",
+    directory = tmp_path_factory.mktemp("slim") / "fastvit"
+    return prune(open_clip_fastvit(), 0.4, output=directory, criterion="magnitude",
                  allocation="uniform", **QUICK)  # fmt: skip
 
 
@@ -73,17 +73,17 @@ def test_blocks_and_their_prunable_layers() -> None:
     backbone = open_clip_fastvit()
     assert backbone.activation == "gelu"  # a gate in a downsampling layer has another one
     assert any(isinstance(m, nn.ReLU) for m in backbone.tower.modules())
-    seeds = {seed.name: seed for seed in FAMILY.prunable_layers(backbone.tower)}
+    layers = {layer.name: layer for layer in FAMILY.prunable_layers(backbone.tower)}
     blocks = [name.removeprefix("trunk.stages.") for name in FAMILY.stages(backbone.tower).blocks]
     assert blocks == [
         *("0.blocks.0", "1.downsample", "1.blocks.0"),
         *("2.downsample", "2.pos_emb", "2.blocks.0", "2.blocks.1"),
     ]
     offered = [f"trunk.stages.{name}" for name in blocks if "blocks" in name]
-    assert [s.block for s in seeds.values() if s.kind == "mlp"] == offered
-    assert [name for name, s in seeds.items() if s.kind == "heads"] == [FIRST, LAST]
-    assert [name for name, s in seeds.items() if s.protected] == [LAST]
-    assert (seeds[FIRST].unit_width, seeds[FIRST].extra_slices[0].rows.tolist()) == (
+    assert [s.block for s in layers.values() if s.kind == "mlp"] == offered
+    assert [name for name, s in layers.items() if s.kind == "heads"] == [FIRST, LAST]
+    assert [name for name, s in layers.items() if s.protected] == [LAST]
+    assert (layers[FIRST].unit_width, layers[FIRST].extra_slices[0].rows.tolist()) == (
         32,
         [[0], [1], [2]],
     )
@@ -145,15 +145,15 @@ def test_checkpoint_loads_identical_outputs(pruned: PruneResult) -> None:
 
 @torch.no_grad()
 def test_attach_and_detach_on_a_built_tower(pruned: PruneResult) -> None:
-    mine = open_clip_fastvit().tower
-    before, checkpoint = mine(images()), ovsprune.read(pruned.path)
-    applied = ovsprune.apply(mine, checkpoint)
-    assert torch.equal(mine(images()), pruned.tower(images()))
-    types = [type(mine.get_submodule(name)) for name in (FIRST, LAST)]
+    built = open_clip_fastvit().tower
+    before, checkpoint = built(images()), ovsprune.read(pruned.path)
+    applied = ovsprune.apply(built, checkpoint)
+    assert torch.equal(built(images()), pruned.tower(images()))
+    types = [type(built.get_submodule(name)) for name in (FIRST, LAST)]
     assert types == [TimmAttention, Attention]
     applied.detach()
-    assert torch.equal(mine(images()), before)
-    assert type(mine.get_submodule(FIRST)) is Attention
+    assert torch.equal(built(images()), before)
+    assert type(built.get_submodule(FIRST)) is Attention
 
 
 @torch.no_grad()

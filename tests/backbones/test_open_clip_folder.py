@@ -36,10 +36,10 @@ def test_folder_loads_as_in_open_clip(folder: Path) -> None:
     import open_clip
 
     loaded = backbones.load_backbone(str(folder))
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    reference = open_clip.create_model(f"local-dir:{folder}").eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        expected = theirs.encode_image(images)
+        expected = reference.encode_image(images)
     torch.testing.assert_close(loaded.pooled(images), expected, rtol=1e-5, atol=1e-6)
     assert (loaded.name, loaded.pretrained, loaded.trained) == ("mine", "local", True)
     assert loaded.preprocess.resize_mode == "squash"
@@ -49,14 +49,14 @@ def test_folder_loads_as_in_open_clip(folder: Path) -> None:
 
 def test_image_tower_only_has_no_text(folder: Path) -> None:
     weights = folder / "open_clip_model.safetensors"
-    whole = backbones.load_backbone(str(folder))
+    clip = backbones.load_backbone(str(folder))
     save_file(
-        {f"visual.{k}": v.clone() for k, v in whole.tower.state_dict().items()},
+        {f"visual.{k}": v.clone() for k, v in clip.tower.state_dict().items()},
         weights,
     )
     bare = backbones.load_backbone(str(folder))
     images = torch.randn(1, 3, 48, 48)
-    assert torch.equal(bare.dense(images), whole.dense(images))
+    assert torch.equal(bare.dense(images), clip.dense(images))
     assert not bare.has_text
     with pytest.raises(WeightsError, match="no text tower"):
         bare.encode_text(["a cat"])

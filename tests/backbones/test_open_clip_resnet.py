@@ -211,10 +211,10 @@ def test_cut_equals_masked_for_other_resnets(name: str) -> None:
     assert abs(1 - count_costs(slim, size).macs / dense - 0.5) < 0.01
     picture = case.images(1)
     with torch.no_grad():
-        wanted, found = case.outputs(masked, picture), case.outputs(slim, picture)
-    assert (found - wanted).abs().max() / wanted.std() < 1e-4
+        expected, found = case.outputs(masked, picture), case.outputs(slim, picture)
+    assert (found - expected).abs().max() / expected.std() < 1e-4
     group = case.groups[-1]
     with torch.no_grad():  # The control: one unit more is masked.
         mask(masked, [group], Plan({group.name: plan.kept[group.name][1:]}))
         assert removed_units(group, plan).numel()
-        assert (found - case.outputs(masked, picture)).abs().max() / wanted.std() > 1e-4
+        assert (found - case.outputs(masked, picture)).abs().max() / expected.std() > 1e-4

@@ -27,11 +27,13 @@ def clip(config: dict[str, Any]) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def folder(place: Path, config: dict[str, Any], state: dict[str, Tensor]) -> str:
-    place.mkdir()
-    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    save_file({k: v.contiguous() for k, v in state.items()}, place / "open_clip_model.safetensors")
-    return str(place)
+def folder(directory: Path, config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    directory.mkdir()
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(
+        {k: v.contiguous() for k, v in state.items()}, directory / "open_clip_model.safetensors"
+    )
+    return str(directory)
 
 
 def with_text(**text: Any) -> dict[str, Any]:
@@ -43,12 +45,12 @@ def test_clip_with_a_separate_text_module(tmp_path: Path) -> None:
 
     config = {**CONFIG, "custom_text": True, "init_logit_bias": -10}
     state = clip(config)
-    place = folder(tmp_path / "custom", config, state)
-    loaded = backbones.load_backbone(place)
-    theirs = open_clip.create_model(f"local-dir:{place}").eval()
+    directory = folder(tmp_path / "custom", config, state)
+    loaded = backbones.load_backbone(directory)
+    reference = open_clip.create_model(f"local-dir:{directory}").eval()
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=8)(["a cat", "two dogs"])
     with torch.no_grad():
-        expected = theirs.encode_text(tokens, normalize=True)
+        expected = reference.encode_text(tokens, normalize=True)
     torch.testing.assert_close(loaded.encode_text(["a cat", "two dogs"]), expected)
     assert set(loaded.text) == {k for k in state if not k.startswith("visual.")}
     assert {"text.token_embedding.weight", "logit_bias"} <= set(loaded.text)

@@ -88,13 +88,13 @@ def test_stages_compute_the_outputs_of_the_tower(case: Case) -> None:
     import open_clip
 
     config = deepcopy(case.backbone.architecture)
-    theirs = open_clip.model._build_vision_tower(
+    reference = open_clip.model._build_vision_tower(
         config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
     ).eval()
-    theirs.load_state_dict(case.backbone.tower.state_dict())
+    reference.load_state_dict(case.backbone.tower.state_dict())
     images = case.images()
     with torch.no_grad():
-        expected = theirs(images)
+        expected = reference(images)
     expected = expected[0] if isinstance(expected, tuple) else expected
     assert error(case.backbone.pooled(images), expected) < 1e-5
     assert error(case.outputs(case.dense, images), case.outputs(case.backbone.tower, images)) < 1e-5
@@ -125,8 +125,8 @@ def test_cut_equals_masked(case: Case, share: float) -> None:
     mask(masked, case.groups, plan)
     FAMILY.finish(slim, case.groups, plan)
     images = case.images()
-    wanted, found = case.backbone.stages(masked), case.backbone.stages(slim)
-    for one, two in zip(wanted.outputs(images), found.outputs(images), strict=True):
+    expected, found = case.backbone.stages(masked), case.backbone.stages(slim)
+    for one, two in zip(expected.outputs(images), found.outputs(images), strict=True):
         assert error(two, one) < 1e-4
     # and it can fail: another unit of the first block's MLP
     group = case.groups[1]
@@ -205,13 +205,13 @@ def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         outputs = torch.cat([own(images).flatten(), own.dense(images).flatten()])
-    wanted = hashlib.sha256(bytes(outputs.untyped_storage())).hexdigest()
+    expected = hashlib.sha256(bytes(outputs.untyped_storage())).hexdigest()
     arguments = [str(tmp_path / "slim"), str(torch.get_num_threads())]
     done = subprocess.run(
         [sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == wanted
+    assert done.stdout.strip() == expected
 
 
 def test_base_hashes_cover_a_pooler_of_two_widths(tmp_path: Path) -> None:
@@ -257,14 +257,14 @@ def test_pool_each_position_equals_the_pooler_on_one_token() -> None:
 def test_all_vision_transformers_of_open_clip_are_listed() -> None:
     import open_clip
 
-    wanted = {"tiny"}
+    expected = {"tiny"}
     for name in open_clip.list_models():
         vision = open_clip.get_model_config(name)["vision_cfg"]  # type: ignore[index]
         if "timm_model_name" not in vision and not isinstance(vision["layers"], list):
-            wanted.add(name)
-    assert set(FAMILY.names()) == wanted
+            expected.add(name)
+    assert set(FAMILY.names()) == expected
     assert {"coca_base", "coca_roberta-ViT-B-32", "coca_ViT-L-14", "mt5-xl-ViT-H-14",
-            "nllb-clip-base", "ViT-M-16-alt", "ViT-H-14-CLIPA-336"} < wanted  # fmt: skip
+            "nllb-clip-base", "ViT-M-16-alt", "ViT-H-14-CLIPA-336"} < expected  # fmt: skip
 
 
 def test_two_poolers_are_not_taken(tmp_path: Path) -> None:

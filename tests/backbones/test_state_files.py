@@ -205,10 +205,10 @@ def test_archive_in_the_format_of_openai(clip: State, tmp_path: Path) -> None:
     (note,) = backbone.notes
     assert "looks like a release of OpenAI's" in note and "--activation quick_gelu" in note
     for name, activation in (("ViT-B-16", "quick_gelu"), ("ViT-B-16-quickgelu", None)):
-        told = backbones.load_backbone(
+        with_option = backbones.load_backbone(
             name, pretrained=str(tmp_path / "ViT-B-16.pt"), activation=activation
         )
-        assert told.activation == "quick_gelu" and not told.notes
+        assert with_option.activation == "quick_gelu" and not with_option.notes
 
 
 @pytest.mark.parametrize("held", [{}, {"epoch": 3}, [1, 2], {"a": {"b": {"c": {"d": 1}}}}])

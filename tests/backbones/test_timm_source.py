@@ -52,15 +52,15 @@ def ovsprune_small(pretrained: bool = False, **options: Any) -> nn.Module:
 
 def put(root: Path, repository: str, state: dict[str, Tensor]) -> None:
     """Store weights in the layout of the hub's client."""
-    place = root / f"models--{repository.replace('/', '--')}"
-    snapshot = place / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    directory = root / f"models--{repository.replace('/', '--')}"
+    snapshot = directory / "snapshots" / ("0123456789abcdef" * 3)[:40]
     snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(snapshot.name)
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text(snapshot.name)
     save_file(state, snapshot / "model.safetensors")
 
 
-def theirs(classes: int) -> Any:
+def timm_model(classes: int) -> Any:
     """Build timm's model with random weights."""
     torch.manual_seed(classes)
     model = timm.create_model("ovsprune_small", num_classes=classes).eval()
@@ -76,7 +76,7 @@ def images() -> Tensor:
 
 
 def test_tag_selects_weights_and_preprocessing(root: Path, images: Tensor) -> None:
-    model = theirs(24)
+    model = timm_model(24)
     put(root, "someone/words", model.state_dict())
     backbone = backbones.load_backbone("timm:ovsprune_small.words")
     assert (backbone.name, backbone.pretrained) == ("timm:ovsprune_small", "words")
@@ -88,8 +88,8 @@ def test_tag_selects_weights_and_preprocessing(root: Path, images: Tensor) -> No
 
 
 def test_default_tag_and_other_tags(root: Path) -> None:
-    put(root, "someone/words", theirs(24).state_dict())
-    put(root, "someone/classes", theirs(1000).state_dict())
+    put(root, "someone/words", timm_model(24).state_dict())
+    put(root, "someone/classes", timm_model(1000).state_dict())
     assert backbones.load_backbone("timm:ovsprune_small").pretrained == "words"
     for other in ("timm:ovsprune_small", "timm:ovsprune_small.words"):
         assert backbones.load_backbone(other, pretrained="classes").pretrained == "classes"
@@ -99,7 +99,7 @@ def test_default_tag_and_other_tags(root: Path) -> None:
 
 
 def test_classifier_is_removed(root: Path, images: Tensor) -> None:
-    model = theirs(1000)
+    model = timm_model(1000)
     put(root, "someone/classes", model.state_dict())
     found = backbones.load_backbone("timm:ovsprune_small.classes").pooled(images)
     model.reset_classifier(0)
@@ -109,7 +109,7 @@ def test_classifier_is_removed(root: Path, images: Tensor) -> None:
 
 @pytest.mark.parametrize("before", ["", "backbone.", "module.visual.trunk."])
 def test_file_with_a_prefix(tmp_path: Path, images: Tensor, before: str) -> None:
-    model = theirs(24)
+    model = timm_model(24)
     file = tmp_path / "weights.safetensors"
     save_file({before + k: v for k, v in model.state_dict().items()}, file)
     backbone = backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
@@ -132,13 +132,13 @@ def test_file_in_the_format_of_openai_is_converted_by_timm(tmp_path: Path, image
 
 
 def test_misfit_lists_the_keys(tmp_path: Path) -> None:
-    state = theirs(24).state_dict()
+    state = timm_model(24).state_dict()
     del state["blocks.2.mlp.fc1.weight"]
     file = tmp_path / "short.safetensors"
     save_file(state, file)
     with pytest.raises(WeightsError, match=r"1 missing \(visual.trunk.blocks.2.mlp.fc1.weight\)"):
         backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
-    save_file(theirs(0).state_dict(), file)  # an embedding's head is not drawn at random
+    save_file(timm_model(0).state_dict(), file)  # an embedding's head is not drawn at random
     with pytest.raises(WeightsError, match=r"2 missing \(visual.trunk.head.weight"):
         backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
 
@@ -164,22 +164,22 @@ def test_unknown_names_tags_and_missing_weights(root: Path) -> None:
 def test_pruned_model_loads_and_attaches_to_a_model_of_timm(
     tmp_path: Path, root: Path, images: Tensor
 ) -> None:
-    model = theirs(24)
+    model = timm_model(24)
     put(root, "someone/words", model.state_dict())
-    place = tmp_path / "slim"
-    prune("timm:ovsprune_small.words", 0.4, samples=8, output=place)
-    config = json.loads((place / "config.json").read_text())
+    directory = tmp_path / "slim"
+    prune("timm:ovsprune_small.words", 0.4, samples=8, output=directory)
+    config = json.loads((directory / "config.json").read_text())
     assert config["base"]["model"] == "timm:ovsprune_small"
     assert config["base"]["pretrained"] == "words"
-    assert all(key.startswith("visual.") for key in load_file(place / "model.safetensors"))
+    assert all(key.startswith("visual.") for key in load_file(directory / "model.safetensors"))
 
-    slim = ovsprune.load(place)
+    slim = ovsprune.load(directory)
     with torch.no_grad():
         expected = slim(images)
-    checkpoint = ovsprune.read(place)
+    checkpoint = ovsprune.read(directory)
     with ovsprune.apply(model, checkpoint, prefix_map={"trunk": ""}), torch.no_grad():
         torch.testing.assert_close(model(images), expected)
-    again = prune(str(place), 0.2, samples=8, output=tmp_path / "again")
+    again = prune(str(directory), 0.2, samples=8, output=tmp_path / "again")
     assert again.spec.slim.macs < checkpoint.spec.slim.macs
     with pytest.raises(ovsprune.OvspruneError, match="no text tower"):
-        ovsprune.load_open_clip(place)
+        ovsprune.load_open_clip(directory)

@@ -94,9 +94,9 @@ def test_text_tower_is_kept_in_the_checkpoint(clip: Path, tmp_path: Path, images
     again = backbones.load_backbone(str(tmp_path / "slim"))
     assert set(again.text) == set(text) and not again.has_text  # its tokenizer is not there
     assert torch.equal(again.dense(images), ovsprune.load(tmp_path / "slim").dense(images))
-    whole: Any = make("CLIPModel")  # which has the names of its own vision tower
-    ovsprune.apply(whole, ovsprune.read(tmp_path / "slim"))
-    slim = whole.get_image_features(images).pooler_output
+    clip_model: Any = make("CLIPModel")  # which has the names of its own vision tower
+    ovsprune.apply(clip_model, ovsprune.read(tmp_path / "slim"))
+    slim = clip_model.get_image_features(images).pooler_output
     torch.testing.assert_close(slim, again.pooled(images), atol=1e-5, rtol=1e-4)
 
 

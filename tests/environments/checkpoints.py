@@ -35,9 +35,9 @@ def main(folder: Path) -> None:
 
 
 @torch.no_grad()
-def make(case: Case, place: Path) -> None:
+def make(case: Case, directory: Path) -> None:
     """Write the dense model, its slim checkpoint, and the outputs of both."""
-    dense, slim = place / DENSE, place / SLIM
+    dense, slim = directory / DENSE, directory / SLIM
     dense.mkdir(parents=True, exist_ok=True)
     (dense / WEIGHTS).unlink(missing_ok=True)
     (dense / CONFIG).write_text(json.dumps({"model_cfg": case.config()}), encoding="utf-8")
@@ -58,7 +58,7 @@ def make(case: Case, place: Path) -> None:
     for name, tower in (("slim", result.tower), ("target", target)):
         pooled, features = outputs(tower, images)
         found |= {f"{name}.pooled": pooled, f"{name}.dense": features}
-    save_file({k: v.contiguous() for k, v in found.items()}, place / REFERENCE)
+    save_file({k: v.contiguous() for k, v in found.items()}, directory / REFERENCE)
 
 
 def fill(model: nn.Module, generator: torch.Generator) -> None:

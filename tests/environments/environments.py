@@ -56,15 +56,15 @@ def development_head(source: Path) -> Environment:
     return Environment((), "the development head", source=str(source.resolve() / "src"))
 
 
-def prepare(environment: Environment, place: Path) -> Path:
+def prepare(environment: Environment, directory: Path) -> Path:
     """Make the environment if it does not exist, and return its Python."""
-    python, site = place / "bin" / "python", site_packages(place)
+    python, site = directory / "bin" / "python", site_packages(directory)
     expected = {**asdict(environment), "python": sys.version, "base": sysconfig.get_path("purelib")}
-    mark = place / "ready.json"
+    mark = directory / "ready.json"
     if mark.exists() and json.loads(mark.read_text("utf-8")) == json.loads(json.dumps(expected)):
         return python
-    shutil.rmtree(place, ignore_errors=True)
-    venv.create(place, with_pip=False, symlinks=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    venv.create(directory, with_pip=False, symlinks=True)
     if environment.packages:
         install(site, *environment.packages, dependencies=environment.alone)
     shared = [environment.source] if environment.source else []
@@ -76,9 +76,9 @@ def prepare(environment: Environment, place: Path) -> Path:
     return python
 
 
-def site_packages(place: Path) -> Path:
+def site_packages(directory: Path) -> Path:
     """Return the folder of an environment's packages."""
-    return Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
 
 
 def install(site: Path, *packages: str, dependencies: bool = False) -> None:
@@ -86,11 +86,11 @@ def install(site: Path, *packages: str, dependencies: bool = False) -> None:
     pip("install", "--upgrade", "--target", str(site), *packages, *_without(dependencies))
 
 
-def wheel(root: Path, place: Path) -> Path:
+def wheel(root: Path, directory: Path) -> Path:
     """Build the wheel of the package from the checkout."""
-    shutil.rmtree(place, ignore_errors=True)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", str(place), str(root), *_without(False))
-    (built,) = place.glob("*.whl")
+    shutil.rmtree(directory, ignore_errors=True)
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(directory), str(root), *_without(False))
+    (built,) = directory.glob("*.whl")
     return built
 
 

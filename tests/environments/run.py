@@ -67,15 +67,15 @@ def checkpoints(cache: Path) -> Path:
 
 def check(name: str, environment: Environment, built: Path, made: Path, cache: Path) -> Any:
     """Run ``check.py`` in one environment and return its results."""
-    place = cache / name
+    directory = cache / name
     print(f"{name} ...", flush=True)
-    python = prepare(environment, place)
-    install(site_packages(place), str(built))
-    result = place / "result.json"
+    python = prepare(environment, directory)
+    install(site_packages(directory), str(built))
+    result = directory / "result.json"
     result.unlink(missing_ok=True)
     variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     command = [str(python), str(HERE / "check.py"), str(made), str(result)]
-    done = subprocess.run(command, cwd=place, env=variables, check=False)
+    done = subprocess.run(command, cwd=directory, env=variables, check=False)
     if done.returncode or not result.exists():
         row = {"case": "all", "form": "", "check": "start", "error": float("nan"), "ok": False}
         return {"versions": {}, "rows": [{**row, "message": f"exit {done.returncode}"}]}
