@@ -31,12 +31,10 @@ Row = dict[str, Any]
 
 def image_tower(name: str) -> Any:
     """An untrained model of open_clip's with next to nothing beside its image tower."""
-    import dataclasses
-
     import open_clip
 
-    from ovsprune.backbones.open_clip_vit import assemble, build_clip
-    from ovsprune.core.records import Preprocess
+    from ovsprune.backbones import FAMILIES
+    from ovsprune.core.records import DenseModel, Preprocess
 
     config = open_clip.get_model_config(name)
     if config is None:
@@ -44,10 +42,8 @@ def image_tower(name: str) -> Any:
     config["text_cfg"] = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1,
                           "layers": 1}  # fmt: skip
     size = config["vision_cfg"]["image_size"]
-    backbone = assemble(
-        name, None, build_clip(config), config, Preprocess((size, size)), trained=False
-    )
-    return dataclasses.replace(backbone, encoder=None, text={})
+    dense = DenseModel(name, config, Preprocess((size, size)))
+    return FAMILIES.get("open_clip-vit").build(dense)
 
 
 def without_solver(row: Mapping[str, Any]) -> float:

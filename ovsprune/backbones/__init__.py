@@ -1,4 +1,4 @@
-"""Backbone families: how towers load, come apart and go together again. One family a file."""
+"""Backbone families: load towers, prepare them for pruning, rebuild them. One family per file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILIES: Registry[Family] = Registry("backbone family", "ovsprune.backbones")
 
 
 def model_names() -> tuple[str, ...]:
-    """Every name that :func:`load_backbone` takes, besides directories."""
+    """Return the names that :func:`load_backbone` accepts, besides directories and prefixes."""
     return tuple(sorted({name for family in FAMILIES for name in FAMILIES.get(family).names()}))
 
 
@@ -25,36 +25,34 @@ def load_backbone(
     activation: str | None = None,
     device: str = "cpu",
 ) -> Backbone:
-    """Load a model: its image tower, preprocessing and, where it has one, its text tower.
+    """Load a model: image tower, preprocessing and, if it has one, text tower.
 
     Args:
-        name: ``"tiny"``, an open_clip name, a name as people write it (``"ViT-B/16"``), the
-            directory of a slim checkpoint or of an unstructured result, a folder that open_clip
-            reads by ``local-dir:`` (``open_clip_config.json`` and weights, those of the image
-            tower alone if need be), ``"hf-hub:ORG/REPOSITORY"`` with the same files, a model of
-            timm's as ``"timm:NAME"`` or ``"timm:NAME.TAG"``, or a model of transformers as
-            ``"hf:ORG/REPOSITORY"`` or ``"hf:FOLDER"``, or that folder.
-        pretrained: A tag of open_clip's (of timm's for ``"timm:NAME"``), a file,
+        name: ``"tiny"``; a name of open_clip (``"ViT-B-16"``, ``"ViT-B/16"``); the directory of a
+            slim checkpoint or of an unstructured result; a folder that open_clip reads with
+            ``local-dir:`` (``open_clip_config.json`` and weights, at least of the image tower);
+            ``"hf-hub:ORG/REPOSITORY"`` with the same files; a model of timm as ``"timm:NAME"`` or
+            ``"timm:NAME.TAG"``; or a model of transformers as ``"hf:ORG/REPOSITORY"``,
+            ``"hf:FOLDER"`` or the folder.
+        pretrained: A tag of open_clip (of timm for ``"timm:NAME"``), a file,
             ``"hf-hub:ORG/REPOSITORY"``, ``"none"`` for random weights, or None for the default
-            (OpenAI's where the name has them; timm's own).
-        activation: ``"gelu"`` or ``"quick_gelu"``, for a file whose activation its name does not
-            tell.
-        device: Where the tower goes.
+            (OpenAI's weights, timm's default, or those of the folder).
+        activation: ``"gelu"`` or ``"quick_gelu"``, for a file if the name does not tell.
+        device: Device of the tower.
 
     Raises:
-        UnknownNameError: No family knows ``name``; names the closest.
-        WeightsError: The weights cannot be had, do not fit, or are not finite.
-        CheckpointError: ``name`` is a directory and no sound slim checkpoint.
-        OptionError: An option that a slim checkpoint does not take, or a bad device.
+        UnknownNameError: No family knows ``name``; the message names the closest known name.
+        WeightsError: The weights are not available, do not fit, or are not finite.
+        CheckpointError: ``name`` is a directory without a valid checkpoint.
+        OptionError: An option does not apply to a slim checkpoint, or the device is not available.
     """
-    from ovsprune.backbones.masked_checkpoint import load_masked
+    from ovsprune.backbones.checkpoints import load_masked, load_slim
     from ovsprune.backbones.open_clip_source import describes_itself
-    from ovsprune.backbones.slim_checkpoint import load_slim
     from ovsprune.backbones.transformers_source import is_transformers
     from ovsprune.masks.directory import is_unstructured
 
     if describes_itself(name):
-        backbone = _family_that_takes(name).load(name, pretrained, activation)
+        backbone = _family_by_config(name).load(name, pretrained, activation)
     elif is_transformers(name):
         backbone = FAMILIES.get("transformers-vit").load(name, pretrained, activation)
     elif _is_checkpoint(name):
@@ -66,7 +64,7 @@ def load_backbone(
         directory = Path(name)
         backbone = load_masked(directory) if is_unstructured(directory) else load_slim(directory)
     else:
-        backbone = _family_of(name).load(canonical(name), pretrained, activation)
+        backbone = _family_by_name(name).load(canonical(name), pretrained, activation)
     _check_finite(backbone)
     try:
         backbone.tower.to(device)
@@ -84,7 +82,7 @@ def _check_finite(backbone: Backbone) -> None:
 
 
 def _is_checkpoint(name: str) -> bool:
-    """Whether ``name`` means a directory; a model's name does not, unless a checkpoint is there."""
+    """Return True for a directory; one with a model's name must contain a checkpoint."""
     path = Path(name)
     return path.is_dir() and (
         (path / "config.json").is_file() or canonical(name) not in model_names()
@@ -92,9 +90,9 @@ def _is_checkpoint(name: str) -> bool:
 
 
 def canonical(name: str) -> str:
-    """The name as open_clip writes it (``ViT-B/16`` is ``ViT-B-16``).
+    """Return the name in open_clip's spelling (``ViT-B-16`` for ``ViT-B/16``).
 
-    Of a folder, and of a repository on the hub, its last part; of timm's what follows the prefix.
+    For a folder or a repository on the hub it is the last part, for timm the name without prefix.
     """
     from ovsprune.backbones import timm_source
     from ovsprune.backbones.hub import repository_of
@@ -109,11 +107,11 @@ def canonical(name: str) -> str:
     if repository is not None:
         return repository.rpartition("/")[2]
     path = Path(name)
-    here = is_folder(path) or (path / "config.json").is_file()
-    return path.resolve().name if here else name.replace("/", "-")
+    is_model = is_folder(path) or (path / "config.json").is_file()
+    return path.resolve().name if is_model else name.replace("/", "-")
 
 
-def _family_of(name: str) -> Family:
+def _family_by_name(name: str) -> Family:
     for key in FAMILIES:
         family = FAMILIES.get(key)
         if canonical(name) in family.names():
@@ -123,7 +121,7 @@ def _family_of(name: str) -> Family:
     raise UnknownNameError("model", name, (*model_names(), *prefixed(name)))
 
 
-def _family_that_takes(name: str) -> Family:
+def _family_by_config(name: str) -> Family:
     from ovsprune.backbones.open_clip_source import config_of
 
     config = config_of(name)

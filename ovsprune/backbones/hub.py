@@ -1,4 +1,4 @@
-"""Files on a hub: from the local cache, or fetched, or an error at once that names the ways out."""
+"""Files of a model hub, from the local cache or downloaded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from urllib.parse import urlsplit
 
 from ovsprune.core.errors import WeightsError
 
-__all__ = ["PREFIX", "cached", "first_line", "hub_file", "knock", "repository_of", "unreachable"]
+__all__ = [
+    "PREFIX",
+    "cached",
+    "check_reachable",
+    "first_line",
+    "hub_file",
+    "repository_of",
+    "unreachable",
+]
 
 PREFIX = "hf-hub:"
-"""What a model's or weights' name starts with that is a repository on the hub."""
+"""Prefix of the name of a model or of weights in a repository on the hub."""
 
-_PATIENCE = 5.0
-"""Seconds that a hub has to answer before it counts as out of reach."""
+_TIMEOUT = 5.0
+"""Seconds to wait for a connection to the hub."""
 
-_WAYS_OUT = (
+_REMEDY = (
     "--pretrained PATH with a local file (safetensors or a state dict), a cache copied from "
     "another machine (HF_HOME), or --pretrained none, which takes random weights and marks the "
     "result as untrained"
@@ -25,10 +33,10 @@ _WAYS_OUT = (
 
 
 def repository_of(name: str) -> str | None:
-    """``org/repo`` of ``hf-hub:org/repo``; None for any other name.
+    """Return ``org/repo`` of ``hf-hub:org/repo``; None for any other name.
 
     Raises:
-        WeightsError: What follows the prefix is no repository.
+        WeightsError: The text after the prefix is not the name of a repository.
     """
     if not name.startswith(PREFIX):
         return None
@@ -39,77 +47,75 @@ def repository_of(name: str) -> str | None:
 
 
 def cached(repository: str, names: Sequence[str]) -> Path | None:
-    """The first of ``names`` that the local cache has of ``repository``."""
+    """Return the first of the files ``names`` of a repository in the local cache, or None."""
     import huggingface_hub
 
     for name in names:
-        found = huggingface_hub.try_to_load_from_cache(repository, name)
-        if isinstance(found, str):
-            return Path(found)
+        path = huggingface_hub.try_to_load_from_cache(repository, name)
+        if isinstance(path, str):
+            return Path(path)
     return None
 
 
-def hub_file(repository: str, names: Sequence[str], what: str, ways_out: str = _WAYS_OUT) -> Path:
-    """The first of ``names`` that ``repository`` has, from the local cache where it is there.
+def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str = _REMEDY) -> Path:
+    """Return the first of several files that a repository has, preferably from the local cache.
 
     Args:
         repository: ``org/repo``.
-        names: Names of files, in order of preference.
-        what: What is wanted of it, for messages.
-        ways_out: What a user without a hub can do.
+        names: Names of the files, in order of preference.
+        subject: Description of the file in the plural, for messages (``"the weights of ..."``).
+        remedy: Alternatives for a user without a hub, for messages.
 
     Raises:
-        WeightsError: Neither the cache nor the hub has one, or the hub is out of reach.
+        WeightsError: Neither the cache nor the hub has a file, or the hub cannot be reached.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    found = cached(repository, names)
-    if found is not None:
-        return found
-    knock(constants.ENDPOINT, what, ways_out)
+    path = cached(repository, names)
+    if path is not None:
+        return path
+    check_reachable(constants.ENDPOINT, subject, remedy)
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
-        except LocalEntryNotFoundError as error:  # the hub did not answer after all
-            raise unreachable(what, first_line(error), ways_out) from error
-        except EntryNotFoundError:
-            continue
-        except Exception as error:  # hub clients raise a family of their own, and OSError
-            raise unreachable(what, first_line(error), ways_out) from error
+        except Exception as error:  # the hub's client does not document what it raises
+            # LocalEntryNotFoundError is an EntryNotFoundError, but means that the hub failed.
+            missing = isinstance(error, EntryNotFoundError)
+            if not missing or isinstance(error, LocalEntryNotFoundError):
+                raise unreachable(subject, first_line(error), remedy) from error
     raise WeightsError(
         f"the repository {repository} on the hub has none of {', '.join(names)}, so it does not "
-        f"give {what}; name another repository"
+        f"give {subject}; name another repository"
     )
 
 
-def knock(address: str, what: str, ways_out: str = _WAYS_OUT) -> None:
-    """Knock before a client does, which would try again and again for minutes.
+def check_reachable(address: str, subject: str, remedy: str = _REMEDY) -> None:
+    """Check that the server of a URL accepts connections: the client would retry for minutes.
 
     Raises:
-        WeightsError: Nobody answers at ``address`` (a URL), or the hub is switched off.
+        WeightsError: No connection is possible, or ``HF_HUB_OFFLINE`` is set.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise unreachable(what, "HF_HUB_OFFLINE is set", ways_out)
+        raise unreachable(subject, "HF_HUB_OFFLINE is set", remedy)
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=_PATIENCE).close()
+        socket.create_connection((parts.hostname or "", port), timeout=_TIMEOUT).close()
     except OSError as error:
-        raise unreachable(what, f"{parts.hostname}: {error}", ways_out) from error
+        raise unreachable(subject, f"{parts.hostname}: {error}", remedy) from error
 
 
-def unreachable(what: str, why: str, ways_out: str = _WAYS_OUT) -> WeightsError:
-    """The error of something that is neither in the cache nor to be had."""
+def unreachable(subject: str, reason: str, remedy: str = _REMEDY) -> WeightsError:
+    """Return the error for files that are neither in the cache nor available from the hub."""
     return WeightsError(
-        f"{what} are not in the local cache, and the hub that has them cannot be reached ({why}). "
-        f"Ways out: {ways_out}."
+        f"{subject} are not in the local cache, and the hub that has them cannot be reached "
+        f"({reason}). Use instead: {remedy}."
     )
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the first line of an error's message, or the name of its class."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,8 +1,7 @@
-"""open_clip's ``TimmModel`` around a ConvNeXt.
+"""open_clip's ``TimmModel`` around a ConvNeXt (Liu et al., CVPR 2022).
 
-Cut are the hidden units of every block's MLP. The layer scale behind the MLP is folded into its
-second layer, so that a refit is aimed at the residual stream. The widths of the stages, the stem,
-the downsampling layers between the stages, the norm of the head and the projection stay.
+The units are the hidden units of each block's MLP. The widths of the stages, the stem, the
+downsampling layers between the stages, the norm of the head and the projection are not pruned.
 """
 
 from __future__ import annotations
@@ -12,15 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ovsprune.backbones.layers import (
+    has_one_activation,
+    kept_columns,
+    mlp_blocks,
+    mlp_layer,
+    stage_blocks,
+)
 from ovsprune.backbones.open_clip_timm import pools_positions, timm_family
 from ovsprune.core.protocols import PrunableLayer, Stages
 from ovsprune.core.records import Group, Plan, StreamPoint
 from ovsprune.graph.scales import FoldedScale, fold_scale, unfold_scale
-from ovsprune.slim.activation import find_activations
-from ovsprune.slim.spec import ACTIVATIONS
 from ovsprune.slim.timm_tower import timm_head_outputs
 
 __all__ = ["OpenClipConvNext"]
+
+_STAGES = "trunk.stages"
 
 
 @timm_family("open_clip-convnext")
@@ -30,10 +36,10 @@ class OpenClipConvNext:
     modules = ("convnext",)
 
     def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
-        """Whether it is a ConvNeXt of the first version.
+        """Return True for a ConvNeXt of the first version with a plain MLP in each block.
 
-        The second has a norm over all units of a hidden layer (GRN), in which a unit that is cut is
-        missed by the others.
+        The second version normalises over all units of a hidden layer (GRN), so the other units
+        change when a unit is removed.
         """
         from timm.layers.mlp import Mlp
         from timm.models.convnext import ConvNeXt
@@ -41,20 +47,20 @@ class OpenClipConvNext:
         if not (isinstance(trunk, ConvNeXt) and pools_positions(vision)):
             return False
         blocks = _mlp_blocks(nn.ModuleDict({"trunk": trunk})).values()
-        known = find_activations(trunk.modules())
-        plain = all(type(block.mlp) is Mlp for block in blocks)
-        return plain and len(known) == 1 and known <= set(ACTIVATIONS)
+        return all(type(b.mlp) is Mlp for b in blocks) and has_one_activation(trunk.modules())
 
     def rewrite(self, tower: nn.Module) -> None:
-        """The layer scale of every block into the second layer of its MLP, in place."""
+        """Fold each layer scale into the second layer of the MLP, in place."""
+        # The output of that layer is then what the block adds to the residual stream, so that the
+        # stream can be the target of a refit.
         for block in _mlp_blocks(tower).values():
             if block.gamma is not None:
                 block.mlp.fc2, block.folded = fold_scale(block.mlp.fc2, block.gamma)
                 block.gamma = None
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
-        """The folded layer scales out again."""
-        kept = {g.consumer: g.columns[plan.kept[g.name]].flatten() for g in groups}
+        """Separate the folded layer scales again."""
+        kept = kept_columns(groups, plan)
         for name, block in _mlp_blocks(tower).items():
             place = getattr(block, "folded", None)
             if isinstance(place, FoldedScale):
@@ -63,32 +69,22 @@ class OpenClipConvNext:
                 del block.folded
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
-        """The MLP units of every block."""
+        """Return the MLP units of every block."""
         return [
-            # matrices work on [B, h, w, C] inside the block, and the stream is [B, C, h, w]
-            PrunableLayer(f"{n}.mlp", "mlp", f"{n}.mlp.fc1", 1, n, StreamPoint(n, "output", axis=1))
-            for n in _mlp_blocks(tower)
+            # The linear layers map [B, h, w, C] inside the block; the stream is [B, C, h, w].
+            mlp_layer(name, block.mlp, StreamPoint(name, "output", axis=1))
+            for name, block in _mlp_blocks(tower).items()
         ]
 
     def stages(self, tower: nn.Module) -> Stages:
-        """The stem; downsampling layers and blocks; norms, pooling and projection."""
+        """Return stem; downsampling layers and blocks; norm, pooling and projection."""
         trunk: Any = tower.get_submodule("trunk")
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
-            return timm_head_outputs(tower, trunk.norm_pre(stream))
+            return timm_head_outputs(tower, trunk.norm_pre(stream))  # stream [B, C, h, w]
 
-        return Stages(trunk.stem, _blocks(tower), head)
-
-
-def _blocks(tower: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for i, stage in enumerate(tower.get_submodule("trunk.stages").children()):
-        if not isinstance(stage.downsample, nn.Identity):
-            found[f"trunk.stages.{i}.downsample"] = stage.downsample
-        blocks: Any = stage.blocks
-        found |= {f"trunk.stages.{i}.blocks.{j}": block for j, block in enumerate(blocks)}
-    return found
+        return Stages(trunk.stem, stage_blocks(tower, _STAGES), head)
 
 
 def _mlp_blocks(tower: nn.Module) -> dict[str, Any]:
-    return {name: block for name, block in _blocks(tower).items() if hasattr(block, "mlp")}
+    return mlp_blocks(stage_blocks(tower, _STAGES))

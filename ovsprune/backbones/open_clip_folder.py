@@ -1,22 +1,19 @@
-"""A folder in the form that open_clip reads by ``local-dir:``: configuration and weights.
+"""Folders in the format of open_clip (``local-dir:``): a configuration and weights.
 
-The repositories that it reads by ``hf-hub:`` have the same form.
+Repositories that open_clip reads with ``hf-hub:`` have the same format.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ovsprune.backbones.hub import PREFIX, hub_file
-from ovsprune.backbones.state_file import read_state
 from ovsprune.core.errors import WeightsError
 
 __all__ = ["CONFIG", "Folder", "embedded", "hub_folder", "is_folder", "open_folder"]
@@ -27,15 +24,15 @@ _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """What such a folder holds.
+    """Model in the format of open_clip.
 
     Attributes:
         path: The folder.
         model: open_clip's model configuration.
         preprocess: Its preprocessing configuration; may be empty.
-        file: The weights' file, where it is not in the folder.
-        label: What its own weights are called.
-        renamed: What turns the names of a file of weights into those of open_clip's model.
+        file: File of the weights, if it is not in the folder.
+        label: Value of ``Backbone.pretrained`` for its own weights.
+        renamed: Maps the tensors of a file to the names of open_clip's model.
     """
 
     path: Path
@@ -47,7 +44,7 @@ class Folder:
 
     @property
     def weights(self) -> Path:
-        """The weights' file.
+        """File of the weights.
 
         Raises:
             WeightsError: There is none.
@@ -59,21 +56,14 @@ class Folder:
                 return self.path / name
         raise WeightsError(f"{self.path} has a configuration but no weights: {_WEIGHTS[0]}")
 
-    def state(self) -> dict[str, Tensor]:
-        """The weights in float32."""
-        return {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in read_state(self.weights).items()
-        }
-
 
 def is_folder(path: Path) -> bool:
-    """Whether ``path`` is such a folder."""
+    """Return True if ``path`` is a folder in the format of open_clip."""
     return (path / CONFIG).is_file()
 
 
 def open_folder(path: Path) -> Folder:
-    """Read a folder's configuration.
+    """Read the configuration of a folder.
 
     Raises:
         WeightsError: The configuration cannot be read.
@@ -92,32 +82,26 @@ def open_folder(path: Path) -> Folder:
 
 
 def hub_folder(repository: str, *, weights: bool = True) -> Folder:
-    """What a repository on the hub holds, from the local cache where it is there.
-
-    Args:
-        repository: ``org/repo``.
-        weights: Whether the weights are wanted, too.
+    """Read ``org/repo`` on the hub, preferably from the local cache; the weights are optional.
 
     Raises:
-        WeightsError: It is neither in the cache nor to be had, or not in open_clip's form.
+        WeightsError: The files are not available, or not in the format of open_clip.
     """
-    config = hub_file(
-        repository, [CONFIG], f"the configuration and weights of {PREFIX}{repository}"
-    )
+    subject = f"the configuration and weights of {PREFIX}{repository}"
+    config = hub_file(repository, [CONFIG], subject)
     file = None
     if weights:
         file = hub_file(repository, _WEIGHTS, f"the weights of {PREFIX}{repository}")
     return replace(open_folder(config.parent), file=file, label="hub")
 
 
-@contextmanager
-def embedded(name: str) -> Iterator[Folder]:
-    """The folder of a model that comes with the package.
+def embedded(name: str) -> Folder:
+    """Open the folder of a model that is part of the package.
 
     Raises:
         WeightsError: It is missing from this installation.
     """
-    with resources.as_file(resources.files("ovsprune") / "assets" / name) as path:
-        if not is_folder(path):
-            raise WeightsError(f"the embedded model is missing from this installation ({path})")
-        yield replace(open_folder(path), label="embedded")
+    path = Path(__file__).parents[1] / "assets" / name
+    if not is_folder(path):
+        raise WeightsError(f"the embedded model is missing from this installation ({path})")
+    return replace(open_folder(path), label="embedded")

@@ -1,28 +1,26 @@
 """open_clip's ModifiedResNet, CLIP's residual network, and the CLIP around it.
 
-Cut are, in every bottleneck, the channels of the first and of the second convolution. The width
-between the blocks, the stem, the downsampling paths and the attention pool, with its heads, stay.
+The units are, in every bottleneck, the channels of the first and of the second convolution. The
+width between the blocks, the stem, the downsampling paths and the attention pool are not pruned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
-from ovsprune.backbones.open_clip_own import load_own, rebuild_own
-from ovsprune.backbones.open_clip_source import config_of
+from ovsprune.backbones.layers import channels_layer, fold_norms, unfold_norms
+from ovsprune.backbones.open_clip_build import load_clip, names_of, rebuild_clip
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
-from ovsprune.graph.norms import FoldedNorm, fold_norm, unfold_norm
 
 __all__ = ["OpenClipResNet"]
 
-_CONSUMERS = {"conv2": "bn2", "conv3": "bn3"}
-"""Convolutions of a bottleneck that read units, and the norms behind them."""
+_NORMS = {"conv2": "bn2", "conv3": "bn3"}
+"""Convolutions of a bottleneck that read units, and the norm after each."""
 
 
 @FAMILIES.register("open_clip-resnet")
@@ -32,101 +30,73 @@ class OpenClipResNet:
     library = "open_clip_torch"
 
     def takes(self, config: Mapping[str, Any]) -> bool:
-        """Whether open_clip builds a ModifiedResNet from ``config``."""
+        """Return True if open_clip builds a ModifiedResNet from ``config``."""
         vision = config["vision_cfg"]
         return isinstance(vision.get("layers"), list) and not vision.get("timm_model_name")
 
     def names(self) -> Sequence[str]:
-        """``RN50``, ``RN101``, ``RN50x4``, ``x16`` and ``x64``, and the same ``-quickgelu``."""
-        return _names()
+        """Return ``RN50``, ``RN101``, ``RN50x4``, ``x16`` and ``x64``, also with ``-quickgelu``."""
+        return names_of("open_clip-resnet")
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-        """Build the CLIP called ``name`` and load its weights.
-
-        The image tower's activation is ReLU, whatever the name; ``-quickgelu``, a tag and
-        ``activation`` speak of the text tower alone. Of random weights, the scale of every block's
-        last norm is 1: open_clip starts it at 0, so that nothing in a block would do anything.
-
-        Raises:
-            WeightsError: The weights cannot be had or do not fit.
-            OptionError: ``activation`` is unknown, or contradicts the tag's own.
-        """
-        backbone = _with_relu(load_own("open_clip-resnet", name, pretrained, activation))
+        """Build the CLIP and load its weights; ``activation`` is that of the text tower."""
+        backbone = _with_relu(load_clip("open_clip-resnet", name, pretrained, activation))
+        # open_clip initialises the scale of the last norm in a block to 0. With random weights, the
+        # blocks would be identities and nothing could be ranked.
         for block in () if backbone.trained else _blocks(backbone.tower).values():
             block.bn3.weight.fill_(1.0)
         return backbone
 
     def build(self, dense: DenseModel) -> Backbone:
-        """Build the dense CLIP, its image tower with random weights; see the protocol."""
-        return _with_relu(rebuild_own("open_clip-resnet", dense))
+        """Build the dense CLIP, with random weights in its image tower."""
+        return _with_relu(rebuild_clip("open_clip-resnet", dense))
 
     def rewrite(self, tower: nn.Module) -> None:
-        """The norms behind what reads units into it, in place.
-
-        The last activation of a block no longer writes into the sum that it reads: repairs look
-        at that sum.
-        """
-        for block in _blocks(tower).values():
-            for layer, norm in _CONSUMERS.items():
-                if not isinstance(getattr(block, norm), FoldedNorm):
-                    folded, place = fold_norm(getattr(block, layer), getattr(block, norm))
-                    setattr(block, layer, folded)
-                    setattr(block, norm, place)
+        """Fold the norm after each consumer into that convolution, in place."""
+        blocks = _blocks(tower).values()
+        fold_norms(blocks, _NORMS)
+        for block in blocks:
+            # A refit reads the residual stream at the input of the last activation, which must not
+            # overwrite it.
             block.act3.inplace = False
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
-        """The folded norms out again."""
-        kept = {
-            (part.module, part.axis): part.rows[plan.kept[group.name]].flatten()
-            for group in groups
-            for part in group.slices
-        }
-        for name, block in _blocks(tower).items():
-            for layer, norm in _CONSUMERS.items():
-                place = getattr(block, norm)
-                if isinstance(place, FoldedNorm):
-                    columns, rows = (kept.get((f"{name}.{layer}", axis)) for axis in ("in", "out"))
-                    plain = unfold_norm(getattr(block, layer), place, columns, rows)
-                    for own, module in zip((layer, norm), plain, strict=True):
-                        setattr(block, own, module)
+        """Separate the folded norms again."""
+        blocks = _blocks(tower)
+        unfold_norms(blocks, _NORMS, groups, plan)
+        for block in blocks.values():
             block.act3.inplace = True
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
-        """The channels of the first and of the second convolution of every bottleneck."""
-        seeds = []
+        """Return the channels of the first and of the second convolution of every bottleneck."""
+        layers = []
         for name in _blocks(tower):
-            first, second = f"{name}.conv1", f"{name}.conv2"
-            after = StreamPoint(f"{name}.act3", "input")  # which the shortcut was added to
-            seeds.append(PrunableLayer(first, "channels", first, 1, name, None))
-            seeds.append(PrunableLayer(second, "channels", second, 1, name, after))
-        return seeds
+            # conv3 reads the units of conv2. The sum of its output and the shortcut is the input of
+            # the last activation. conv2, which reads those of conv1, adds to no stream.
+            after = StreamPoint(f"{name}.act3", "input")
+            for path, stream in ((f"{name}.conv1", None), (f"{name}.conv2", after)):
+                layers.append(channels_layer(name, path, path, stream))
+        return layers
 
     def stages(self, tower: nn.Module) -> Stages:
-        """The three convolutions of the stem; the bottlenecks; the attention pool.
+        """Return the three convolutions of the stem; the bottlenecks; the attention pool.
 
-        The dense output is what the pool makes of each position alone: its value and output
-        projections, without the mean token and without positions, as MaskCLIP reads it (Zhou, Loy
-        and Dai, ECCV 2022, section 3.3).
+        The dense output of a position is its value and output projection in the pool, without the
+        mean token and without positions, as in MaskCLIP (Zhou, Loy and Dai, ECCV 2022, section
+        3.3).
         """
         network: Any = tower
 
         def head(stream: Tensor) -> tuple[Tensor, Tensor]:
             pool = network.attnpool
-            dense = pool.c_proj(pool.v_proj(stream.movedim(1, -1))).movedim(-1, 1)
-            return pool(stream), dense
+            values = pool.v_proj(stream.movedim(1, -1))  # stream [B, D, h, w] -> [B, h, w, D]
+            return pool(stream), pool.c_proj(values).movedim(-1, 1)  # [B, C], [B, C, h, w]
 
         return Stages(network.stem, _blocks(tower), head)
 
 
-@cache
-def _names() -> tuple[str, ...]:
-    import open_clip
-
-    family = FAMILIES.get("open_clip-resnet")
-    return tuple(name for name in open_clip.list_models() if family.takes(config_of(name)))
-
-
 def _with_relu(backbone: Backbone) -> Backbone:
+    """Set the image tower's activation; a name with ``-quickgelu`` means the text tower."""
     backbone.activation = "relu"
     return backbone
 

@@ -1,15 +1,14 @@
-"""What a name and a choice of weights mean for open_clip's families: configuration and state.
+"""Configuration and weights of open_clip's families, from a name and a choice of weights.
 
-The way of every such family: :func:`open_source`, build the model of ``source.config``, then
-:func:`fill` it. Models of timm's (``timm_source``) are given to open_clip's families as folders of
-its form. Towers of other libraries (transformers' folders) have families with sources of their own;
-what they share with this one lies in ``state_file`` and ``fitting``.
+Each of these families calls :func:`open_source`, builds the model of ``source.config``, and calls
+:func:`fill`. Models of timm (``timm_source``) are presented to them as folders in the format of
+open_clip. Families of other libraries have sources of their own, and share ``state_file`` and
+``fitting``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,25 +31,34 @@ from ovsprune.backbones.state_file import StateFile, open_state
 from ovsprune.backbones.timm_source import is_timm, timm_folder
 from ovsprune.core.errors import OptionError
 
-__all__ = ["OWN_WEIGHTS", "TINY", "Source", "config_of", "describes_itself", "fill", "open_source"]
+__all__ = [
+    "OWN_WEIGHTS",
+    "TINY",
+    "Source",
+    "config_of",
+    "describes_itself",
+    "fill",
+    "open_source",
+    "other_tensors",
+]
 
 TINY = "tiny"
 OWN_WEIGHTS = ("embedded", "local", "hub")
-"""What ``pretrained`` says of a model that is named together with its weights."""
+"""Values of ``Backbone.pretrained`` for weights that were named together with the model."""
 _GELUS = ("gelu", "quick_gelu")
 
 
 @dataclass(eq=False)
 class Source:
-    """A model that was asked for, before it is built.
+    """Requested model, before it is built.
 
     Attributes:
-        name: What it is called from now on.
-        pretrained: Which weights: a tag, a file's name, one of :data:`OWN_WEIGHTS`, or None.
+        name: Name of the model.
+        pretrained: Choice of weights: a tag, a file name, one of :data:`OWN_WEIGHTS`, or None.
         config: open_clip's model configuration, with the activation in ``quick_gelu``.
-        preprocess: What the weights' own configuration says of pictures; may be empty.
+        preprocess: Preprocessing configuration of the weights; may be empty.
         weights: The weights, or None for random ones.
-        notes: What a user should know.
+        notes: Remarks for the user.
     """
 
     name: str
@@ -62,11 +70,10 @@ class Source:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """The model configuration of ``tiny``, of a folder, or of one of open_clip's names."""
-    with ExitStack() as stack:
-        folder = _folder(name, None, False, stack)
-        if folder is not None:
-            return deepcopy(dict(folder.model))
+    """Return the model configuration of ``tiny``, of a folder, or of a name of open_clip."""
+    folder = _folder(name, None, weights=False)
+    if folder is not None:
+        return deepcopy(dict(folder.model))
     import open_clip
 
     config = open_clip.get_model_config(name)
@@ -75,15 +82,15 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def describes_itself(name: str) -> bool:
-    """Whether ``name`` brings a configuration that open_clip's list of names need not have."""
+    """Return True if ``name`` leads to a configuration that open_clip's list need not contain."""
     return is_folder(Path(name)) or repository_of(name) is not None or is_timm(name)
 
 
-def _folder(name: str, tag: str | None, weights: bool, stack: ExitStack) -> Folder | None:
-    """The folder that ``name`` stands for, if any; ``tag`` chooses among weights of timm's."""
+def _folder(name: str, tag: str | None, *, weights: bool) -> Folder | None:
+    """Return the folder that ``name`` denotes, if any; ``tag`` selects among timm's weights."""
     repository = repository_of(name)
     if name == TINY:
-        return stack.enter_context(embedded(TINY))
+        return embedded(TINY)
     if repository is not None:
         return hub_folder(repository, weights=weights)
     if is_timm(name):
@@ -94,49 +101,49 @@ def _folder(name: str, tag: str | None, weights: bool, stack: ExitStack) -> Fold
 
 
 def open_source(name: str, pretrained: str | None, activation: str | None) -> Source:
-    """Find what was asked for, and read its weights.
+    """Find a model, and read its weights.
 
-    The activation is the tag's own (OpenAI's tags are QuickGELU, also under the plain name, for
-    which open_clip builds GELU and only warns) or the folder's; for a bare file the name's
-    (``-quickgelu``), or what ``activation`` says.
+    The activation is that of the tag (OpenAI's tags are QuickGELU, also under the plain name, for
+    which open_clip builds GELU and only warns) or of the folder. For a file it is that of the name
+    (``-quickgelu``) or ``activation``.
 
     Args:
-        name: ``tiny``, a name of open_clip's, a folder, ``hf-hub:org/repo``, or ``timm:NAME``.
+        name: ``tiny``, a name of open_clip, a folder, ``hf-hub:org/repo``, or ``timm:NAME``.
         pretrained: A tag, a file, ``hf-hub:org/repo``, ``"none"``, or None for the default.
-        activation: ``"gelu"`` or ``"quick_gelu"``, where the weights do not tell, or None.
+        activation: ``"gelu"`` or ``"quick_gelu"``, if the weights do not tell, or None.
 
     Raises:
-        WeightsError: The weights cannot be had.
-        OptionError: ``activation`` is unknown, or contradicts what the weights were trained with.
+        WeightsError: The weights are not available.
+        OptionError: ``activation`` is unknown, or contradicts that of the weights.
     """
     if activation is not None and activation not in _GELUS:
         raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
-    source = Source(_called(name), None, {})
+    source = Source(_short_name(name), None, {})
     file = Path(pretrained) if pretrained is not None and Path(pretrained).is_file() else None
     tag = pretrained if file is None and pretrained != "none" else None
-    with ExitStack() as stack:
-        own = pretrained is None or (tag is not None and is_timm(name))
-        folder = _folder(name, tag, own, stack)
-        source.config = config_of(name) if folder is None else deepcopy(dict(folder.model))
-        source.preprocess = {} if folder is None else folder.preprocess
-        quick = bool(source.config.get("quick_gelu", False))
-        fixed = False
-        if folder is not None and own:
-            source.pretrained, fixed = folder.label, True
-            source.weights = _opened(folder.weights, folder)
-        elif file is not None:
-            source.pretrained, source.weights = file.name, _opened(file, folder)
-        elif pretrained != "none":
-            source.pretrained = pretrained or default_tag(name)
-            path, source.preprocess = resolve(name, source.pretrained)
-            quick, fixed = bool(source.preprocess.get("quick_gelu", False)), True
-            source.weights = open_state(path)
-    if fixed:
+    uses_own = pretrained is None or (tag is not None and is_timm(name))
+    folder = _folder(name, tag, weights=uses_own)
+    source.config = config_of(name) if folder is None else deepcopy(dict(folder.model))
+    source.preprocess = {} if folder is None else folder.preprocess
+    quick = bool(source.config.get("quick_gelu", False))
+    is_known = False  # True if the weights tell their activation
+    if folder is not None and uses_own:
+        source.pretrained, is_known = folder.label, True
+        source.weights = _open_weights(folder.weights, folder)
+    elif file is not None:
+        source.pretrained, source.weights = file.name, _open_weights(file, folder)
+    elif pretrained != "none":
+        source.pretrained = pretrained or default_tag(name)
+        path, source.preprocess = resolve(name, source.pretrained)
+        quick, is_known = bool(source.preprocess.get("quick_gelu", False)), True
+        source.weights = open_state(path)
+    if is_known:
         _check_activation(source, quick, activation)
     elif activation is not None:
         quick = activation == "quick_gelu"
     source.config["quick_gelu"] = quick
-    if source.weights is not None and source.weights.openai and not (fixed or activation or quick):
+    looks_openai = source.weights is not None and source.weights.openai
+    if looks_openai and not (is_known or activation or quick):
         source.notes += (
             f"{source.pretrained} looks like a release of OpenAI's, which are trained with "
             f"QuickGELU; {name} means GELU for a file: give --activation quick_gelu",
@@ -144,81 +151,83 @@ def open_source(name: str, pretrained: str | None, activation: str | None) -> So
     return source
 
 
-def _opened(path: Path, folder: Folder | None) -> StateFile:
+def _open_weights(path: Path, folder: Folder | None) -> StateFile:
     state = open_state(path)
     return state if folder is None else replace(state, tensors=folder.renamed(state.tensors))
 
 
-def _called(name: str) -> str:
+def _short_name(name: str) -> str:
     if is_timm(name):
         return name.partition(".")[0]
     return Path(name).resolve().name if is_folder(Path(name)) else name
 
 
 def _check_activation(source: Source, quick: bool, activation: str | None) -> None:
-    own = "quick_gelu" if quick else "gelu"
-    if activation is not None and activation != own:
+    trained_with = "quick_gelu" if quick else "gelu"
+    if activation not in (None, trained_with):
         raise OptionError(
-            f"the weights {source.pretrained!r} of {source.name} were trained with {own}, not "
-            f"{activation}; leave --activation out"
+            f"the weights {source.pretrained!r} of {source.name} were trained with {trained_with}, "
+            f"not {activation}; leave --activation out"
         )
 
 
 def fill(source: Source, model: nn.Module) -> dict[str, Tensor]:
-    """Load the weights of ``source`` into ``model``, all of them or nothing.
+    """Load the weights of ``source`` into ``model``, completely or not at all.
 
-    Args:
-        source: Notes are added to it.
-        model: What :func:`~ovsprune.backbones.open_clip_model.build_clip` made of its config.
+    The function appends notes to ``source``.
 
     Returns:
-        State of everything but the image tower, by canonical name: the model's own; empty if the
-        weights are of the image tower alone; passed through where the model has no text tower,
-        because that lives on a hub.
+        Tensors outside the image tower, by canonical name: those of the model; empty if the weights
+        contain the image tower only; those of the file if the text tower is one from a hub, which
+        is not built.
 
     Raises:
-        WeightsError: Keys are missing, unexpected or of other shapes.
+        WeightsError: Keys are missing, unexpected or of another shape.
     """
-    passed: Mapping[str, Tensor] = {}
+    text: Mapping[str, Tensor] = {}
+    has_text = has_own_text(source.config)
     if source.weights is not None:
         path, state = source.weights.path, source.weights.tensors
         parts = split(path, state, model.get_submodule("visual"))
-        passed = parts.text
-        if has_own_text(source.config):
-            passed = _whole_text(source, path.name, parts, model)
+        text = _complete_text(source, path.name, parts, model) if has_text else parts.text
         tower = {f"visual.{name}": value for name, value in parts.tower.items()}
-        own = passed if has_own_text(source.config) and passed else _beside_tower(model)
-        fit(source.name, path, {**tower, **own}, model, state)
+        others = text if has_text and text else other_tensors(model)
+        fit(source.name, path, {**tower, **others}, model, state)
         if parts.others:
             source.notes += (
-                f"{path.name}: the image tower lies under {parts.prefix!r}; tensors of other "
-                f"things are left out ({parts.others})",
+                f"{path.name}: the image tower lies under {parts.prefix!r}; tensors outside of the "
+                f"model are ignored ({parts.others})",
             )
-    if not has_own_text(source.config):
-        if source.config["text_cfg"] is None:
-            return {}
-        source.notes += (
-            f"the text tower of {source.name} ({source.config['text_cfg']['hf_model_name']}) lives "
-            "on a hub and is not built here: text embeddings come from a file "
-            "(--text-embeddings FILE.npz)",
-        )
-        return dict(passed)
-    return _beside_tower(model) if passed or source.weights is None else {}
+    if has_text:
+        return other_tensors(model) if text or source.weights is None else {}
+    if source.config["text_cfg"] is None:
+        return {}
+    source.notes += (
+        f"the text tower of {source.name} ({source.config['text_cfg']['hf_model_name']}) lives "
+        "on a hub and is not built here: text embeddings come from a file "
+        "(--text-embeddings FILE.npz)",
+    )
+    return dict(text)
 
 
-def _beside_tower(model: nn.Module) -> dict[str, Tensor]:
+def other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a CLIP outside the image tower, by name."""
     return {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
 
 
-def _whole_text(source: Source, file: str, parts: Parts, model: nn.Module) -> Mapping[str, Tensor]:
-    """The text tower of a file by the model's names; empty if the file has none worth the name."""
-    wanted = _beside_tower(model).keys()
-    text = text_names(parts.text, wanted)
-    if all(value.numel() == 1 for value in text.values()):  # a temperature is no text tower
+def _complete_text(
+    source: Source, file: str, parts: Parts, model: nn.Module
+) -> Mapping[str, Tensor]:
+    """Return the text tower of a file by the model's names; empty if it is incomplete."""
+    expected = other_tensors(model).keys()
+    text = text_names(parts.text, expected)
+    if all(value.numel() == 1 for value in text.values()):  # only a temperature
         return {}
-    if parts.root and not wanted <= text.keys():
+    if parts.root and not expected <= text.keys():
         source.notes += (
-            f"{file} has no whole text tower under {parts.root!r}: the image tower alone is loaded",
+            f"{file} has no complete text tower under {parts.root!r}: only the image tower is "
+            "loaded",
         )
         return {}
-    return {k: v for k, v in text.items() if k in wanted} if parts.root else text
+    # Below a framework's prefix, tensors that are not CLIP's are normal; else they are errors.
+    return {k: v for k, v in text.items() if k in expected} if parts.root else text

@@ -1,4 +1,4 @@
-"""Which weights a name and a tag mean: the tags of open_clip, and repositories on the hub."""
+"""Weights of open_clip's models: the tags of open_clip, and repositories on the hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ovsprune.backbones.hub import cached, first_line, knock, repository_of, unreachable
+from ovsprune.backbones.hub import (
+    cached,
+    check_reachable,
+    first_line,
+    repository_of,
+    unreachable,
+)
 from ovsprune.backbones.open_clip_folder import hub_folder
 from ovsprune.core.errors import WeightsError
 
@@ -14,10 +20,10 @@ __all__ = ["default_tag", "resolve"]
 
 
 def default_tag(name: str) -> str:
-    """The tag that is meant when none is given: OpenAI's.
+    """Return the default tag of a model, OpenAI's.
 
     Raises:
-        WeightsError: OpenAI released none for ``name``; the message lists the tags there are.
+        WeightsError: OpenAI released no weights for ``name``; the message lists the existing tags.
     """
     import open_clip
 
@@ -33,20 +39,13 @@ def default_tag(name: str) -> str:
 
 
 def resolve(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
-    """The file that open_clip would load for a tag, and the tag's own configuration.
+    """Return the file that open_clip loads for a tag, and the configuration of the tag.
 
-    The local cache is looked at first, so that a machine without a network never waits for one.
-
-    Args:
-        name: open_clip's name.
-        tag: One of its tags, or ``hf-hub:org/repo``.
-
-    Returns:
-        The file, and ``mean``, ``std``, ``quick_gelu`` and so on; what is missing has open_clip's
-        default.
+    ``tag`` can also be ``hf-hub:org/repo``. The configuration has ``mean``, ``std``, ``quick_gelu``
+    and others; missing entries have open_clip's default.
 
     Raises:
-        WeightsError: No such tag, or neither the cache nor the hub has the file.
+        WeightsError: The tag is unknown, or neither the cache nor the hub has the file.
     """
     import open_clip
     from open_clip import pretrained as registry
@@ -64,20 +63,23 @@ def resolve(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
         raise WeightsError(
             f"{tag!r} is neither a file nor a tag of {name}. Tags: {', '.join(tags) or 'none'}."
         )
-    found = _cached(config)
-    if found is None:
+    # The cache comes first, so that a machine without a network does not wait for one.
+    path = _cached(config)
+    if path is None:
         from huggingface_hub import constants
 
-        what = f"the weights {tag!r} of {name}"
-        knock(constants.ENDPOINT if config.get("hf_hub") else config.get("url", ""), what)
+        subject = f"the weights {tag!r} of {name}"
+        address = constants.ENDPOINT if config.get("hf_hub") else config.get("url", "")
+        check_reachable(address, subject)
         try:
-            found = Path(registry.download_pretrained(config))
-        except Exception as error:  # hub clients raise a family of their own, and OSError
-            raise unreachable(what, first_line(error)) from error
-    return found, dict(config)
+            path = Path(registry.download_pretrained(config))
+        except Exception as error:  # the hub's client does not document what it raises
+            raise unreachable(subject, first_line(error)) from error
+    return path, dict(config)
 
 
 def _cached(config: Mapping[str, Any]) -> Path | None:
+    """Return the cached file of a tag; ``hf_hub`` is ``org/repo/`` or ``org/repo/file``."""
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
     repository, _, file = config.get("hf_hub", "").rpartition("/")

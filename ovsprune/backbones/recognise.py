@@ -1,4 +1,4 @@
-"""Which of open_clip's models a state dict could be, told from its shapes."""
+"""Guess from the shapes of a state dict which of open_clip's models it belongs to."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ State = Mapping[str, Tensor]
 
 
 def recognise(state: State) -> tuple[str, ...]:
-    """Names of open_clip's whose image tower has the shapes of the one in ``state``.
+    """Return the models of open_clip whose image tower has the shapes of the one in ``state``.
 
-    Width, patch, depth, positions and so on of a VisionTransformer; width, layers and positions of
-    a ModifiedResNet. Where the file has a text tower, it narrows the choice. Heads cannot be told.
+    Compared are width, patch size, depth and positions of a VisionTransformer, or width, layers and
+    positions of a ModifiedResNet, and the text tower if there is one. Shapes do not determine the
+    number of heads.
 
     Args:
-        state: Of a whole CLIP, of its image tower, or of a framework that holds one.
+        state: State dict of a CLIP, of its image tower, or of a framework that contains one.
 
     Returns:
-        The names, those with a text tower of their own first; empty if none can be told.
+        Names of open_clip, those with a text tower of open_clip first; empty if none fits.
     """
     for prefix in _prefixes(state):
-        found = _tower(state, prefix)
-        names = [name for name, (tower, _) in _known().items() if found and tower == found]
+        shapes = _tower(state, prefix)
+        names = [name for name, (tower, _) in _known().items() if shapes and tower == shapes]
         if names:
             text = _text(state, prefix.removesuffix("visual."))
             narrowed = [name for name in names if text and _known()[name][1] == text]
@@ -36,17 +37,17 @@ def recognise(state: State) -> tuple[str, ...]:
 
 
 def _prefixes(state: State) -> list[str]:
-    """Where a first convolution over RGB is."""
-    own = "conv1.weight"
+    """Return the prefixes of all convolutions over RGB that are called ``conv1``."""
+    first = "conv1.weight"  # [width, 3, patch, patch]
     return [
-        name.removesuffix(own)
+        name.removesuffix(first)
         for name, value in state.items()
-        if f".{name}".endswith(f".{own}") and value.ndim == 4 and value.shape[1] == 3
+        if f".{name}".endswith(f".{first}") and value.ndim == 4 and value.shape[1] == 3
     ]
 
 
 def _tower(state: State, prefix: str) -> tuple[Any, ...] | None:
-    """What the shapes say of the tower under ``prefix``; None if it is neither kind."""
+    """Return the sizes of the tower under ``prefix``; None if it is neither ViT nor ResNet."""
     names = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
 
     def size(name: str, axis: int) -> int | None:
@@ -78,28 +79,28 @@ def _tower(state: State, prefix: str) -> tuple[Any, ...] | None:
 
 
 def _text(state: State, root: str) -> tuple[Any, ...] | None:
-    """Vocabulary, width and depth of the text tower; ``("hub",)`` for one of another library."""
-    for place in (root, f"{root}text."):
-        table = state.get(f"{place}token_embedding.weight")
+    """Return the sizes of the text tower; ``("hub",)`` for one of another library."""
+    for prefix in (root, f"{root}text."):
+        table = state.get(f"{prefix}token_embedding.weight")  # [vocabulary, width]
         if table is not None:
-            blocks = f"{place}transformer.resblocks."
+            blocks = f"{prefix}transformer.resblocks."
             names = {name for name in state if name.startswith(blocks)}
             return (
                 *table.shape,
                 _count(names, blocks),
-                root + "text_decoder.ln_final.bias" in state,
+                root + "text_decoder.ln_final.bias" in state,  # CoCa
             )
     return ("hub",) if any(name.startswith(f"{root}text.") for name in state) else None
 
 
 def _count(names: set[str], prefix: str) -> int:
-    """Modules that are numbered behind ``prefix``."""
+    """Count the numbered modules under ``prefix``."""
     return len({n[len(prefix) :].partition(".")[0] for n in names if n.startswith(prefix)})
 
 
 @cache
 def _known() -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """open_clip's names to what the shapes of the image and of the text tower would say."""
+    """Map open_clip's names to the sizes of image tower and text tower."""
     import open_clip
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
@@ -109,17 +110,18 @@ def _known() -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
         assert config is not None
         vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
         if vision.timm_model_name is None:
-            own = (text.vocab_size, text.width, text.layers, "multimodal_cfg" in config)
-            tower = _of_config(vision, config["embed_dim"])
-            known[name] = (tower, ("hub",) if text.hf_model_name else own)
+            sizes = (text.vocab_size, text.width, text.layers, "multimodal_cfg" in config)
+            tower = _tower_of_config(vision, config["embed_dim"])
+            known[name] = (tower, ("hub",) if text.hf_model_name else sizes)
     return known
 
 
-def _of_config(vision: Any, embed_dim: int) -> tuple[Any, ...]:
+def _tower_of_config(vision: Any, embed_dim: int) -> tuple[Any, ...]:
+    """Return the sizes as :func:`_tower` does, in the same order."""
     sides = vision.image_size
     height, width = sides if isinstance(sides, (tuple, list)) else (sides, sides)
     if isinstance(vision.layers, (tuple, list)):
-        positions = (height // 32) * (width // 32) + 1
+        positions = (height // 32) * (width // 32) + 1  # total stride 32, and the mean token
         return ("resnet", vision.width, tuple(vision.layers), positions, embed_dim)
     return (
         "vit",

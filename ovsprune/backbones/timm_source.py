@@ -1,7 +1,6 @@
-"""Models of timm's by ``timm:NAME``: how open_clip's ``TimmModel`` builds them, and their weights.
+"""Models of timm (``timm:NAME``) as open_clip's ``TimmModel``, and their weights.
 
-The tower is one of open_clip's families, so what can be cut of a trunk does not depend on the way
-in which it was named.
+The tower belongs to one of open_clip's families, as if open_clip's list contained the model.
 """
 
 from __future__ import annotations
@@ -21,50 +20,47 @@ from ovsprune.core.errors import UnknownNameError, WeightsError
 __all__ = ["PREFIX", "is_timm", "prefixed", "timm_folder"]
 
 PREFIX = "timm:"
-"""What a model's name starts with that is one of timm's."""
+"""Prefix of the name of a model of timm."""
 
 _FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
-_WIDEST_EMBEDDING = 4096
-"""A head of more outputs is a classifier, of whichever labels."""
+_MAX_EMBEDDING = 4096
+"""A head with more outputs is taken for a classifier."""
 
 
 def is_timm(name: str) -> bool:
-    """Whether ``name`` means a model of timm's."""
+    """Return True if ``name`` has the prefix of timm's models."""
     return name.startswith(PREFIX)
 
 
 def prefixed(name: str) -> tuple[str, ...]:
-    """``name`` with the prefix, if timm has a model of that name; to be proposed to a user."""
+    """Return ``name`` with the prefix if timm has such a model, as a suggestion for the user."""
     import timm
 
     return (f"{PREFIX}{name}",) if timm.is_model(name.partition(".")[0]) else ()
 
 
 def timm_folder(name: str, tag: str | None = None, *, weights: bool = True) -> Folder:
-    """What timm knows of a model, in the form of a folder of open_clip's without a text tower.
+    """Describe a model of timm as a folder in the format of open_clip, without a text tower.
 
-    A head that makes an embedding (of timm's CLIP towers) is the projection. A classifier is left
-    off, and what the trunk pools is the embedding.
-
-    Args:
-        name: ``timm:NAME`` or ``timm:NAME.TAG``.
-        tag: Of the weights, in place of that of the name; with neither, timm's default.
-        weights: Whether the weights are wanted, too: from the hub's cache, or fetched.
+    If the head computes an embedding (timm's CLIP towers), it is the projection. A classifier is
+    removed, and the pooled features are the embedding. ``tag`` replaces that of the name; with
+    neither, the weights are timm's default. With ``weights``, their file is downloaded if needed.
 
     Raises:
         UnknownNameError: timm has no such model.
-        WeightsError: There is no such tag, or its weights cannot be had.
+        WeightsError: The tag is unknown, or its weights are not available.
     """
     import timm
 
-    short, _, own = name.removeprefix(PREFIX).partition(".")
+    short, _, name_tag = name.removeprefix(PREFIX).partition(".")
     if not timm.is_model(short):
         raise UnknownNameError("model of timm's", short, timm.list_models())
-    tag = tag or own
-    trunk = _trunk(f"{short}.{tag}" if tag else short)
-    said: Mapping[str, Any] = trunk.pretrained_cfg
-    outputs = _embedding(said)
-    height, width = said["input_size"][1:]
+    tag = tag or name_tag
+    full_name = f"{short}.{tag}" if tag else short
+    trunk = _trunk(full_name)
+    config: Mapping[str, Any] = trunk.pretrained_cfg
+    outputs = _embedding(config)
+    height, width = config["input_size"][1:]
     model = {
         "embed_dim": outputs or trunk.num_features,
         "vision_cfg": {
@@ -72,34 +68,30 @@ def timm_folder(name: str, tag: str | None = None, *, weights: bool = True) -> F
             "timm_model_name": short,
             "timm_model_pretrained": False,
             "timm_pool": _pool(trunk),
-            # With "" open_clip takes the trunk's own head as the projection.
+            # With "", open_clip uses the trunk's own head as the projection.
             "timm_proj": "" if outputs else "none",
         },
         "text_cfg": None,
     }
     preprocess = {
-        "mean": said["mean"],
-        "std": said["std"],
-        "interpolation": said["interpolation"],
-        "resize_mode": "squash" if said.get("crop_mode") == "squash" else "shortest",
+        "mean": config["mean"],
+        "std": config["std"],
+        "interpolation": config["interpolation"],
+        "resize_mode": "squash" if config.get("crop_mode") == "squash" else "shortest",
     }
-    label = tag or said.get("tag") or "timm"
+    label = tag or config.get("tag") or "timm"
     return Folder(
-        Path(short),
-        model,
-        preprocess,
+        path=Path(short),
+        model=model,
+        preprocess=preprocess,
+        file=_file(short, label, config) if weights else None,
         label=label,
-        file=_file(short, label, said) if weights else None,
-        renamed=lambda state: _of_trunk(f"{short}.{tag}" if tag else short, outputs, state),
+        renamed=lambda state: _renamed(full_name, outputs, state),
     )
 
 
 def _trunk(name: str, **options: Any) -> Any:
-    """A model of timm's, without weights and on the meta device unless ``options`` bring them.
-
-    Raises:
-        WeightsError: There is no such tag.
-    """
+    """Build a model of timm, on the meta device unless weights are loaded; check its tag."""
     import timm
 
     short, _, tag = name.partition(".")
@@ -113,17 +105,17 @@ def _trunk(name: str, **options: Any) -> Any:
         return timm.create_model(name, **options)
 
 
-def _embedding(said: Mapping[str, Any]) -> int:
-    """Outputs of a head that makes an embedding; 0 without one, and for a classifier's."""
+def _embedding(config: Mapping[str, Any]) -> int:
+    """Return the outputs of a head that computes an embedding; 0 for a classifier or no head."""
     from timm.data.imagenet_info import infer_imagenet_subset
 
-    outputs = int(said.get("num_classes") or 0)
-    labels = infer_imagenet_subset(dict(said)) is not None or outputs > _WIDEST_EMBEDDING
-    return 0 if labels else outputs
+    outputs = int(config.get("num_classes") or 0)
+    is_classifier = infer_imagenet_subset(dict(config)) is not None or outputs > _MAX_EMBEDDING
+    return 0 if is_classifier else outputs
 
 
 def _pool(trunk: nn.Module) -> str:
-    """How a trunk pools by itself, in the word that open_clip hands to timm."""
+    """Return the pooling of a trunk, as an argument of ``timm.create_model``."""
     for owner in (trunk, getattr(trunk, "head", None)):
         pool = getattr(owner, "global_pool", None)
         pool = getattr(pool, "pool_type", pool)
@@ -132,49 +124,51 @@ def _pool(trunk: nn.Module) -> str:
     return ""
 
 
-def _file(short: str, tag: str, said: Mapping[str, Any]) -> Path:
-    what = f"the weights {tag!r} of {PREFIX}{short}"
-    repository = said.get("hf_hub_id")
-    if not repository or said.get("custom_load"):
+def _file(short: str, tag: str, config: Mapping[str, Any]) -> Path:
+    """Find or download the file of the weights."""
+    subject = f"the weights {tag!r} of {PREFIX}{short}"
+    repository = config.get("hf_hub_id")
+    if not repository or config.get("custom_load"):
         raise WeightsError(
-            f"{what} are not published on the hub in a form that can be read here; give a file of "
-            "them (--pretrained PATH), another tag (--pretrained TAG), or --pretrained none"
+            f"{subject} are not published on the hub in a supported format; give a file of them "
+            "(--pretrained PATH), another tag (--pretrained TAG), or --pretrained none"
         )
-    named = said.get("hf_hub_filename")
-    return hub_file(repository, [named] if named else _FILES, what)
+    file = config.get("hf_hub_filename")
+    return hub_file(repository, [file] if file else _FILES, subject)
 
 
-def _of_trunk(name: str, outputs: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``state`` of a file by the names that the trunk has in open_clip's ``TimmModel``.
+def _renamed(name: str, outputs: int, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Rename the tensors of a file to the names of the trunk in open_clip's ``TimmModel``.
 
-    What has other names than timm's of today is given to timm's own conversion. State of open_clip
-    itself, and what nothing can be made of, stays as it is.
+    timm converts names of older versions. Names of open_clip, and unknown ones, stay as they are.
     """
     if any(".trunk." in f".{key}" for key in state):
         return state
     trunk = _trunk(name, num_classes=outputs)
     heads = trunk.pretrained_cfg.get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    left_off = () if outputs else tuple(f"{head}." for head in heads)
-    own = {k: v for k, v in split(name, state, trunk).tower.items() if not k.startswith(left_off)}
-    if own.keys() != trunk.state_dict().keys():
-        own = _converted(name, outputs, left_off, state) or own
-    return {f"trunk.{key}": value for key, value in own.items()}
+    classifier = () if outputs else tuple(f"{head}." for head in heads)
+    tensors = {
+        k: v for k, v in split(name, state, trunk).tower.items() if not k.startswith(classifier)
+    }
+    if tensors.keys() != trunk.state_dict().keys():
+        tensors = _converted(name, outputs, classifier, state) or tensors
+    return {f"trunk.{key}": value for key, value in tensors.items()}
 
 
 def _converted(
-    name: str, outputs: int, left_off: tuple[str, ...], state: Mapping[str, Tensor]
+    name: str, outputs: int, classifier: tuple[str, ...], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What timm's own loading makes of ``state``; empty if it is none of its model's forms."""
-    given = {k: v for k, v in state.items() if not k.startswith(left_off)}
+    """Load ``state`` with timm, which converts older formats; empty if timm cannot load it."""
+    tensors = {k: v for k, v in state.items() if not k.startswith(classifier)}
     try:
         trunk = _trunk(
             name,
             pretrained=True,
             num_classes=outputs,
-            # as many outputs as the file is said to have: else timm fills gaps with random values
-            pretrained_cfg_overlay={"state_dict": given, "num_classes": outputs, "source": None},
+            # With another number of classes, timm would fill the head with random values.
+            pretrained_cfg_overlay={"state_dict": tensors, "num_classes": outputs, "source": None},
         )
-    except Exception:  # a filter for another form fails as it likes
+    except Exception:  # timm's filters do not check the format, and raise anything
         return {}
     return dict(trunk.state_dict())

@@ -1,4 +1,4 @@
-"""A model of transformers with its weights: its vision tower, and the text tower beside it."""
+"""Models of transformers: load weights, separate vision and text tower, and encode texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovsprune.backbones.fitting import fit
+from ovsprune.backbones.fitting import describe_faults, fit
 from ovsprune.core.errors import WeightsError
 from ovsprune.slim.transformers_build import (
     TWO_TOWER_CLASSES,
@@ -24,31 +24,25 @@ from ovsprune.slim.transformers_tower import TransformersTower
 __all__ = ["encoder_of", "filled", "quiet", "text_of", "tower_in", "with_text"]
 
 _VISION = ("vision_model.", "visual_projection.")
-"""What a model with a text tower calls the parts of its vision tower."""
+"""Prefixes of the vision tower's tensors in a model with two towers."""
 
 Architecture = Mapping[str, Any]
 State = Mapping[str, Tensor]
 
 
-def filled(name: str, at: Path, architecture: Architecture, state: State) -> nn.Module:
-    """The model with the weights of ``state``, in float32.
+def filled(name: str, path: Path, architecture: Architecture, state: State) -> nn.Module:
+    """Build a model with the weights of ``state``, in float32.
 
-    transformers' own loading puts the names that older versions wrote right. What the model has no
-    place for (a classifier, the other tower) is left out.
-
-    Args:
-        name: What the model is called, for messages.
-        at: Where the weights come from, for messages.
-        architecture: Of the model.
-        state: By the names of the file.
+    transformers converts the names of older versions. Tensors that the model does not have (a
+    classifier, the other tower) are ignored. ``name`` and ``path`` are for messages.
 
     Raises:
-        WeightsError: Tensors are missing or of other shapes.
+        WeightsError: Tensors are missing or of another shape.
     """
     with torch.device("meta"):
         shell: Any = build_model(architecture)
     with quiet():
-        model, found = type(shell).from_pretrained(
+        model, report = type(shell).from_pretrained(
             None,
             config=shell.config,
             state_dict=dict(state),
@@ -56,31 +50,26 @@ def filled(name: str, at: Path, architecture: Architecture, state: State) -> nn.
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
         )
-    shapes = [f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in found["mismatched_keys"]]
-    faults = {
-        "missing": sorted(found["missing_keys"]),
-        "unexpected": sorted(found["unexpected_keys"]),
-        "of another shape": sorted(shapes),
-    }
-    if faults["missing"] or shapes:
-        said = "; ".join(
-            f"{len(v)} {kind} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})"
-            for kind, v in faults.items()
-            if v
+    mismatched = report["mismatched_keys"]
+    if report["missing_keys"] or mismatched:
+        faults = describe_faults(
+            missing=sorted(report["missing_keys"]),
+            unexpected=sorted(report["unexpected_keys"]),
+            shapes=sorted(f"{k} {tuple(a)} instead of {tuple(b)}" for k, a, b in mismatched),
         )
         raise WeightsError(
-            f"{at} does not fit {name}, a {type(model).__name__}: {said}. Is it another model's "
-            "file?"
+            f"{path} does not fit {name}, a {type(model).__name__}: {faults}. Is it another "
+            "model's file?"
         )
-    whole: nn.Module = model.eval().requires_grad_(False)
-    return whole
+    loaded: nn.Module = model.eval().requires_grad_(False)
+    return loaded
 
 
 def with_text(name: str, architecture: Architecture, text: State) -> nn.Module:
-    """A model with the text tower ``text``, and random weights in its vision tower.
+    """Build a model with the text tower ``text``, and random weights in its vision tower.
 
     Raises:
-        WeightsError: Keys are missing, unexpected or of other shapes.
+        WeightsError: Keys are missing, unexpected or of another shape.
     """
     model = build_model(architecture)
     vision = {k: v for k, v in model.state_dict().items() if k.startswith(_VISION)}
@@ -89,12 +78,13 @@ def with_text(name: str, architecture: Architecture, text: State) -> nn.Module:
 
 
 def tower_in(model: Any, architecture: Architecture) -> TransformersTower:
-    """The vision tower of a model, its own modules and not copies."""
-    wanted = TWO_TOWER_CLASSES.get(architecture["class"])
-    if wanted is None:
+    """Return the vision tower of a model; its modules are those of the model, not copies."""
+    tower_class = TWO_TOWER_CLASSES.get(architecture["class"])
+    if tower_class is None:
         return TransformersTower(model)
-    if type(model.vision_model).__name__ == wanted:
+    if type(model.vision_model).__name__ == tower_class:
         return TransformersTower(model.vision_model)
+    # CLIP's vision class with projection is not a child of the model: its parts are.
     with torch.device("meta"):
         tower = build_tower(architecture)
     for name, part in model.named_children():
@@ -104,14 +94,17 @@ def tower_in(model: Any, architecture: Architecture) -> TransformersTower:
 
 
 def text_of(model: nn.Module, architecture: Architecture) -> dict[str, Tensor]:
-    """State of everything beside the vision tower; empty without a text tower."""
+    """Return the tensors outside the vision tower; empty without a text tower."""
     if architecture["class"] not in TWO_TOWER_CLASSES:
         return {}
     return {k: v for k, v in model.state_dict().items() if not k.startswith(_VISION)}
 
 
 def encoder_of(model: Any, folder: Path | None) -> Callable[[Sequence[str]], Tensor] | None:
-    """Texts to L2-normalised embeddings [K, C], or None if no tokenizer lies in ``folder``."""
+    """Return a function of K texts that computes L2-normalised embeddings [K, C].
+
+    None if ``folder`` contains no tokenizer that can be loaded.
+    """
     tokenizer = None if folder is None else _tokenizer(folder)
     if tokenizer is None:
         return None
@@ -120,12 +113,12 @@ def encoder_of(model: Any, folder: Path | None) -> Callable[[Sequence[str]], Ten
     def encode(texts: Sequence[str]) -> Tensor:
         tokens = tokenizer(
             list(texts),
-            padding="max_length",  # SigLIP reads the last token
+            padding="max_length",  # SigLIP pools the last token
             truncation=True,
             max_length=length,
             return_tensors="pt",
         ).to(next(model.text_model.parameters()).device)
-        embeddings: Tensor = model.get_text_features(**tokens).pooler_output
+        embeddings: Tensor = model.get_text_features(**tokens).pooler_output  # [K, C]
         return F.normalize(embeddings.float(), dim=1)
 
     return encode
@@ -140,13 +133,13 @@ def _tokenizer(folder: Path) -> Any:
             return transformers_library().AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except Exception:  # needs a library that is not here, or is of no form that this version reads
+    except Exception:  # it needs a missing library, or has a format of another version
         return None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the library's log and its bars off the screen: our own messages say what matters."""
+    """Silence the library's log and progress bars; this package reports errors itself."""
     logs = transformers_library().utils.logging
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity(logs.CRITICAL)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.layers import has_one_activation, heads_layer, mlp_layer
 from ovsprune.backbones.state_file import read_state
 from ovsprune.backbones.transformers_model import (
     encoder_of,
@@ -41,24 +42,21 @@ class TransformersVit:
     library = "transformers"
 
     def takes(self, config: Mapping[str, Any]) -> bool:
-        """Never: open_clip builds none of these."""
+        """Return False: open_clip builds none of these."""
         return False
 
     def names(self) -> Sequence[str]:
-        """None: every name with the prefix ``hf:`` is for this family."""
+        """Return nothing: any name with the prefix ``hf:`` belongs to this family."""
         return ()
 
     def load(self, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-        """Load ``hf:FOLDER``, ``hf:ORG/REPOSITORY``, or a folder of transformers' form.
+        """Load ``hf:FOLDER``, ``hf:ORG/REPOSITORY``, or a folder in the format of transformers.
 
-        Args:
-            name: Which model; a folder needs a ``config.json``.
-            pretrained: A file, ``"none"``, or None for its own weights, which must be safetensors.
-            activation: What the network has anyway, or None.
+        ``activation`` can only confirm the activation of the network.
 
         Raises:
-            WeightsError: The model or its weights cannot be had, or do not fit.
-            OptionError: ``activation`` is not the network's own.
+            WeightsError: The model or its weights are not available, or do not fit.
+            OptionError: ``activation`` is not that of the network.
         """
         source = open_source(name)
         model: nn.Module | None = None
@@ -68,16 +66,17 @@ class TransformersVit:
                 if pretrained == "none":
                     tower = build_tower(architecture)
                 else:
-                    at, state = _weights(source, pretrained)
-                    model = filled(source.name, at, architecture, state)
+                    path, state = _weights(source, pretrained)
+                    model = filled(source.name, path, architecture, state)
                     tower = tower_in(model, architecture)
         except CheckpointError as error:
             raise WeightsError(f"{source.folder / 'config.json'}: {error}") from error
+        label = "local" if source.repository is None else "hub"
         dense = DenseModel(
             name=source.name,
             architecture=architecture,
             preprocess=source.preprocess(tower.native_size),
-            pretrained=None if pretrained == "none" else Path(pretrained or source.label).name,
+            pretrained=None if model is None else Path(pretrained or label).name,
             trained=model is not None,
         )
         backbone = self._assembled(dense, tower)
@@ -93,14 +92,11 @@ class TransformersVit:
         return backbone
 
     def build(self, dense: DenseModel) -> Backbone:
-        """Build the dense tower with random weights, and the text tower; see the protocol.
-
-        Texts can be encoded if the tokenizer is in the local cache.
-        """
-        name, form = dense.name, dense.architecture
+        """Build the dense tower and the text tower; encoding texts needs a cached tokenizer."""
+        name, architecture = dense.name, dense.architecture
         with quiet():
-            model = with_text(name, form, dense.text) if dense.text else None
-            tower = build_tower(form) if model is None else tower_in(model, form)
+            model = with_text(name, architecture, dense.text) if dense.text else None
+            tower = build_tower(architecture) if model is None else tower_in(model, architecture)
         backbone = self._assembled(dense, tower)
         if model is not None:
             backbone.text, backbone.encoder = dense.text, encoder_of(model, cached_folder(name))
@@ -108,14 +104,14 @@ class TransformersVit:
 
     def _assembled(self, dense: DenseModel, tower: TransformersTower) -> Backbone:
         """Make the backbone of a built tower, without a text tower."""
-        found = find_activations(m for block in tower.blocks.values() for m in block.modules())
-        if len(found) != 1 or not found <= set(ACTIVATIONS):
+        modules = [m for block in tower.blocks.values() for m in block.modules()]
+        if not has_one_activation(modules):
             raise WeightsError(
                 f"{dense.name} has the activation "
                 f"{tower.model.config.to_dict().get('hidden_act')!r}; "
                 f"known are {', '.join(ACTIVATIONS)}"
             )
-        (activation,) = found
+        (activation,) = find_activations(modules)
         return Backbone(
             name=dense.name,
             pretrained=dense.pretrained,
@@ -131,48 +127,39 @@ class TransformersVit:
         )
 
     def rewrite(self, tower: nn.Module) -> None:
-        """Nothing: queries, keys and values are apart already, and heads are counted by them."""
+        """Do nothing: queries, keys and values are separate layers already."""
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
-        """Nothing: what was cut are transformers' own modules."""
+        """Do nothing: modules of transformers work with fewer heads and units."""
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
-        """Heads and MLP units of every block; the last block's heads are protected."""
+        """Return heads and MLP units of blocks and pool; the last block's heads are protected."""
         model: Any = tower
+        layout = model.layout
         last = list(model.blocks)[-1]
-        seeds = []
+        layers = []
         for name, block in model.blocks.items():
-            layout = model.layout
+            # With a layer scale (DINOv2), the stream is no target for a refit before it.
             scaled = hasattr(block, "layer_scale1")
             middle = None if scaled else StreamPoint(f"{name}.{layout.mlp_norm}", "input")
             after = None if scaled else StreamPoint(name, "output")
-            reason = "frameworks read the last block's attention directly" if name == last else None
-            heads = f"{name}.{layout.attention}"
-            width = getattr(block, layout.attention).head_dim
-            seeds.append(
-                PrunableLayer(heads, "heads", f"{heads}.q_proj", width, name, middle, reason)
-            )
-            seeds.append(_mlp_seed(name, block.mlp, after))
-        if model.layout.pool is not None:
-            pool = model.trunk_path(model.layout.pool)
+            path, width = f"{name}.{layout.attention}", getattr(block, layout.attention).head_dim
+            layers.append(heads_layer(name, path, width, middle, last=name == last))
+            layers.append(mlp_layer(name, block.mlp, after))
+        if layout.pool is not None:
+            pool = model.trunk_path(layout.pool)
             mlp = model.get_submodule(pool).mlp
-            seeds.append(_mlp_seed(pool, mlp, StreamPoint(pool, "output")))
-        return seeds
+            layers.append(mlp_layer(pool, mlp, StreamPoint(pool, "output")))
+        return layers
 
     def stages(self, tower: nn.Module) -> Stages:
-        """Patches and positions; the blocks, an attention pool as the last; norm, projection."""
+        """Return patches and positions; blocks and attention pool; norm and projection."""
         model: Any = tower
         return Stages(model.stem, model.steps(), model.read_out)
 
 
-def _mlp_seed(block: str, mlp: nn.Module, stream: StreamPoint | None) -> PrunableLayer:
-    """Units of an MLP; those of a gate go along with those that it multiplies."""
-    first = "fc1" if hasattr(mlp, "fc1") else "gate_proj"
-    return PrunableLayer(f"{block}.mlp", "mlp", f"{block}.mlp.{first}", 1, block, stream)
-
-
 def _weights(source: Source, pretrained: str | None) -> tuple[Path, dict[str, Tensor]]:
-    """Where the weights come from, and what they are."""
+    """Return the source of the weights, for messages, and the weights."""
     if pretrained is None:
         return source.folder, source.state()
     path = Path(pretrained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,9 @@ def class_embeddings(
     """
     if file is not None:
         return read_embeddings(file, prompts)
-    total = torch.stack(
-        [
-            backbone.encode_text([template.format(prompt) for prompt in prompts])
-            for template in DEFAULT_TEMPLATES
-        ]
-    ).sum(0)
+    # CLIP's prompt ensemble: the normalised mean over the templates.
+    sentences = [[template.format(prompt) for prompt in prompts] for template in DEFAULT_TEMPLATES]
+    total = torch.stack([backbone.encode_text(texts) for texts in sentences]).sum(0)  # [K, C]
     return torch.nn.functional.normalize(total, dim=-1)
 
 
@@ -65,11 +63,11 @@ def zero_shot_head(
     weight = next(backbone.tower.parameters())
     dense = backbone.dense if last_block is None else dense_with(backbone, last_block)
     return DenseZeroShot(
-        lambda images: dense(images.to(weight.dtype)),
-        embeddings,
-        backbone.preprocess,
-        centred,
-        weight.device,
+        dense=lambda images: dense(images.to(weight.dtype)),
+        embeddings=embeddings,
+        preprocess=backbone.preprocess,
+        centred=centred,
+        device=weight.device,
     )
 
 
@@ -112,11 +110,4 @@ def score_backbone(
             batch_size=batch_size,
             progress=tell,
         )
-    return {
-        "miou": result.scores.miou,
-        "per_class": result.scores.per_class,
-        "pixel_accuracy": result.scores.pixel_accuracy,
-        "pixels": result.scores.pixels,
-        "images": result.images,
-        "seconds": result.seconds,
-    }
+    return {**asdict(result.scores), "images": result.images, "seconds": result.seconds}

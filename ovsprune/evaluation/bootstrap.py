@@ -51,7 +51,7 @@ def bootstrap_miou(
     pixels = torch.stack(
         [counts.diagonal(dim1=1, dim2=2), counts.sum(2), counts.sum(1)]
     ).double()  # [3, n, K]
-    mious = []
+    mious = []  # one per draw; draws without a labelled scored class are skipped
     for _ in range(draws):
         rows = torch.randint(n, (n,), generator=generator)
         # The number of times that each image was drawn weights its pixels.

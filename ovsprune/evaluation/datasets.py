@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".ti
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A labelled image.
+    """Labelled image.
 
     Attributes:
         image: sRGB, uint8 [H, W, 3].
@@ -86,7 +86,7 @@ def merge_aliases(
 
 
 class FolderData:
-    """A folder with ``images/``, ``labels/`` and ``classes.json``.
+    """Folder with ``images/``, ``labels/`` and ``classes.json``.
 
     Labels are PNG files of class ids, with the stems and sizes of the images. ``classes.json`` is
     in the folder or in its parent: ``{"void": id or null, "classes": {"id": "name"}, "aliases":
@@ -154,11 +154,7 @@ class FolderData:
         return digest.hexdigest()[:16]
 
     def _read(self, stem: str, path: Path) -> Sample:
-        """Read an image and its label map.
-
-        Raises:
-            DataError: One of them cannot be read, or they do not match.
-        """
+        """Read an image and its label map, and check that they match."""
         label_path = self.folder / "labels" / f"{stem}.png"
         if not label_path.is_file():
             raise DataError(f"{path} has no label map: expected {label_path}")
@@ -174,8 +170,8 @@ class FolderData:
                 f"{label_path} is {raw.shape[1]}x{raw.shape[0]}, but {path} is "
                 f"{image.shape[1]}x{image.shape[0]}: they must have the same size"
             )
-        ids = raw.astype(np.int64)
-        label = np.full(ids.shape, VOID, dtype=np.int64)
+        ids = raw.astype(np.int64)  # [H, W]
+        label = np.full(ids.shape, VOID, dtype=np.int64)  # pixels that stay void have no class
         for value in np.unique(ids).tolist():
             if value == self._void:
                 continue
@@ -244,17 +240,15 @@ class ScenesData:
         label = scene.labels.astype(np.int64)
         if self._phrases is None:
             return label
+        # Instance 0 is the background, instance i + 1 the object i. The background classes follow
+        # the combinations instead of the shapes.
         by_instance = [0, *(self._phrases[o.combination.phrase] for o in scene.objects)]
         backgrounds = label - len(OBJECTS) + len(self._phrases)
         return np.where(scene.instances > 0, np.array(by_instance)[scene.instances], backgrounds)
 
 
 def _open(path: Path) -> Image.Image:
-    """Open and decode an image file.
-
-    Raises:
-        DataError: It cannot be decoded.
-    """
+    """Open and decode an image file."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -266,11 +260,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def _images_by_stem(folder: Path) -> dict[str, Path]:
-    """Map the stems of a folder's images to their paths.
-
-    Raises:
-        DataError: Two images have the same stem.
-    """
+    """Map the stems of a folder's images to their paths."""
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
@@ -282,36 +272,26 @@ def _images_by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _read_list(folder: Path, path: Path) -> list[str]:
-    """Read the stems in a list file.
-
-    Raises:
-        DataError: The file is missing, unreadable, or empty.
-    """
-    for candidate in (path, folder / path):
-        if candidate.is_file():
-            break
-    else:
+    """Read the stems in a list file."""
+    file = next((f for f in (path, folder / path) if f.is_file()), None)
+    if file is None:
         raise DataError(f"list file {path} does not exist, in the working directory or in {folder}")
     try:
-        lines = candidate.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"list file {candidate} cannot be read: {error}") from error
+        raise DataError(f"list file {file} cannot be read: {error}") from error
     stems = [line.strip() for line in lines if line.strip()]
     if not stems:
-        raise DataError(f"list file {candidate} names no image: expected one stem per line")
+        raise DataError(f"list file {file} names no image: expected one stem per line")
     return stems
 
 
 def _read_classes(folder: Path) -> tuple[list[str], list[int], dict[str, str], int | None]:
-    """Read names, ids, aliases and void id from ``classes.json``.
-
-    Raises:
-        DataError: The file is missing or malformed.
-    """
-    path = next((p for p in (folder, folder.parent) if (p / "classes.json").is_file()), None)
+    """Read names, ids, aliases and void id from ``classes.json``."""
+    candidates = (folder / "classes.json", folder.parent / "classes.json")
+    path = next((p for p in candidates if p.is_file()), None)
     if path is None:
         raise DataError(f"{folder} has no classes.json, nor has its parent folder")
-    path = path / "classes.json"
     form = '{"void": id or null, "classes": {"id": "name"}, "aliases": {"name": "prompt name"}}'
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

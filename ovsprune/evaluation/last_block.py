@@ -28,24 +28,23 @@ class Variant:
     Attributes:
         pairs: Products that give the attention weights (``"qk"``, ``"qq"``, ``"kk"``, ``"vv"``);
             the weights of several are added. Empty: every token attends to itself only.
-        whole: True if the residual connection and the MLP are kept; False if the output of the
+        residual: True if the residual connection and the MLP are kept; False if the output of the
             attention alone is projected.
-        source: Paper, or a description.
     """
 
     pairs: tuple[str, ...]
-    whole: bool
-    source: str
+    residual: bool = True
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "qk": Variant(("qk",), True, "as trained"),
-    "qq": Variant(("qq",), True, "queries with queries"),
-    "kk": Variant(("kk",), True, "keys with keys"),
-    "vv": Variant(("vv",), True, "values with values"),
-    "maskclip": Variant((), True, "MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071)"),
-    "sclip": Variant(("qq", "kk"), True, "SCLIP (Wang et al., ECCV 2024, arXiv 2312.01597)"),
-    "clearclip": Variant(("qq",), False, "ClearCLIP (Lan et al., ECCV 2024, arXiv 2407.12442)"),
+    "qk": Variant(("qk",)),  # as trained
+    "qq": Variant(("qq",)),
+    "kk": Variant(("kk",)),
+    "vv": Variant(("vv",)),
+    "maskclip": Variant(()),  # MaskCLIP (Zhou et al., ECCV 2022, arXiv 2112.01071)
+    "sclip": Variant(("qq", "kk")),  # SCLIP (Wang et al., ECCV 2024, arXiv 2312.01597)
+    # ClearCLIP (Lan et al., ECCV 2024, arXiv 2407.12442)
+    "clearclip": Variant(("qq",), residual=False),
 }
 """Variants by their name in ``--last-block``."""
 
@@ -97,7 +96,7 @@ def dense_with(backbone: Backbone, name: str) -> Callable[[Tensor], Tensor]:
     variant = VARIANTS[name]
     stages = backbone.stages(backbone.tower)
     *front, last = stages.blocks.values()
-    block: Any = last
+    block: Any = last  # the attributes of open_clip's ResidualAttentionBlock are needed
     missing = [n for n in ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2") if not hasattr(block, n)]
     if missing:
         raise OptionError(
@@ -120,7 +119,7 @@ def dense_with(backbone: Backbone, name: str) -> Callable[[Tensor], Tensor]:
         for previous in front:
             x = previous(x)
         y: Tensor = block.ls_1(attend(block.attn, block.ln_1(x), variant.pairs))  # [B, N, E]
-        if variant.whole:
+        if variant.residual:
             y = x + y
             y = y + block.ls_2(block.mlp(block.ln_2(y)))
         return stages.head(y)[1]  # [B, C, h, w]

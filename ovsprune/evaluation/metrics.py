@@ -67,10 +67,11 @@ class ConfusionMatrix:
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < classes:
                 raise DataError(
                     f"{name} contains class indices from {int(values.min())} to "
-                    f"{int(values.max())}, "
-                    f"but there are {classes} classes: use 0 to {classes - 1}, or -1 for void"
+                    f"{int(values.max())}, but there are {classes} classes: use 0 to "
+                    f"{classes - 1}, or -1 for void"
                 )
-        pairs = torch.bincount(rows * classes + columns, minlength=classes * classes)
+        # The flat index of (label, prediction) in the matrix counts the pairs in one pass.
+        pairs = torch.bincount(rows * classes + columns, minlength=classes * classes)  # [K * K]
         self.counts += pairs.view(classes, classes)
 
     def scores(
@@ -89,10 +90,10 @@ class ConfusionMatrix:
             raise DataError(f"{len(names)} class names for {self.counts.shape[0]} classes")
         correct = self.counts.diagonal().double()  # [K]
         labelled = self.counts.sum(1)  # [K]
-        union = labelled + self.counts.sum(0) - self.counts.diagonal()
-        present = [
-            i for i in (range(len(names)) if scored is None else scored) if int(labelled[i]) > 0
-        ]
+        union = labelled + self.counts.sum(0) - self.counts.diagonal()  # [K]
+        # A class that the data set does not contain has no score: only false positives.
+        classes = range(len(names)) if scored is None else scored
+        present = [i for i in classes if int(labelled[i]) > 0]
         if not present:
             raise DataError(
                 "no pixel of a scored class in the labels: check the labels and classes.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,12 @@ DEFAULT_TEMPLATES: tuple[str, ...] = ("a photo of a {}",)
 """Prompt templates; ``{}`` stands for the class name."""
 
 
-def read_embeddings(
-    path: Path | str, names: Sequence[str], aliases: Mapping[str, str] | None = None
-) -> Tensor:
+def read_embeddings(path: Path | str, names: Sequence[str]) -> Tensor:
     """Read class embeddings from a file.
 
     Args:
         path: An ``.npz`` file with ``names`` (n strings) and ``emb`` (floats [n, C]).
         names: The classes, in the order of the result.
-        aliases: Map of class name to its name in the file; other classes keep their name.
 
     Returns:
         Unit-length embeddings, float32 [len(names), C].
@@ -51,14 +48,13 @@ def read_embeddings(
             "finite vector per name"
         )
     rows = {name: i for i, name in enumerate(stored)}
-    lookup = [(aliases or {}).get(name, name) for name in names]
-    missing = [name for name in dict.fromkeys(lookup) if name not in rows]
+    missing = [name for name in dict.fromkeys(names) if name not in rows]
     if missing:
         raise DataError(
             f"{path} has no embedding for {', '.join(_with_hint(m, stored) for m in missing)}: add "
             'an alias for each to classes.json ("aliases": {"class": "name in the file"})'
         )
-    embeddings = torch.from_numpy(vectors[[rows[name] for name in lookup]])
+    embeddings = torch.from_numpy(vectors[[rows[name] for name in names]])
     return torch.nn.functional.normalize(embeddings, dim=-1)
 
 
@@ -101,7 +97,7 @@ def encode_names(
             for i in range(0, len(sentences), batch_size)
         ]
         # CLIP's prompt ensemble: the mean of unit vectors, normalised again.
-        embedded = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+        embedded = torch.nn.functional.normalize(torch.cat(parts), dim=-1)  # [n, C]
         total = embedded if total is None else total + embedded
     assert total is not None
     return torch.nn.functional.normalize(total, dim=-1)

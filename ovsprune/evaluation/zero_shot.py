@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -70,10 +71,10 @@ def prepare_image(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
     if image.shape[:2] != (height, width):
         resized = Image.fromarray(image).resize((width, height), _FILTERS[preprocess.interpolation])
         image = np.asarray(resized)
-    pixels = torch.from_numpy(image.astype(np.float32) / np.float32(255.0)).permute(2, 0, 1)
+    pixels = torch.from_numpy(image.astype(np.float32) / np.float32(255.0))  # [H, W, 3]
     mean = torch.tensor(preprocess.mean)[:, None, None]
     std = torch.tensor(preprocess.std)[:, None, None]
-    return (pixels - mean) / std
+    return (pixels.permute(2, 0, 1) - mean) / std
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ class DenseZeroShot:
     embeddings: Tensor
     preprocess: Preprocess
     centred: bool = False
-    device: torch.device | str = field(default="cpu")
+    device: torch.device | str = "cpu"
 
     def text(self) -> Tensor:
         """Return the class embeddings with unit length, float32 [K, C]."""
@@ -122,7 +123,7 @@ class DenseZeroShot:
                 f"{tuple(self.embeddings.shape)}: both must come from one model"
             )
         tokens = functional.normalize(tokens, dim=1)
-        return torch.einsum("bchw,kc->bkhw", tokens, self.text())
+        return torch.einsum("bchw,kc->bkhw", tokens, self.text())  # [B, K, h, w]
 
     def segment(self, image: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Segment one image of any size.
@@ -144,13 +145,8 @@ def _predict(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _batches(data: SegmentationData, size: int) -> Iterator[list[Sample]]:
     """Yield the samples in lists of at most ``size``."""
-    batch: list[Sample] = []
-    for sample in data:
-        batch.append(sample)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    samples = iter(data)
+    while batch := list(islice(samples, size)):
         yield batch
 
 
@@ -181,13 +177,14 @@ def evaluate(
         )
     start = time.perf_counter()
     confusion, done = ConfusionMatrix(classes), 0
-    counts: list[Tensor] = []
+    counts: list[Tensor] = []  # [K, K] for each image
     for batch in _batches(data, batch_size):
         images = torch.stack([prepare_image(s.image, head.preprocess) for s in batch])
+        # Labels of a data set have different sizes, so the upsampling is done image by image.
         for sample, logits in zip(batch, head.logits(images), strict=True):
             label = torch.from_numpy(sample.label)
             prediction = _predict(logits[None], (label.shape[0], label.shape[1]))[0]
-            before = confusion.counts.clone() if each else confusion.counts
+            before = confusion.counts.clone()
             confusion.update(prediction.cpu(), label)
             if each:
                 counts.append(confusion.counts - before)

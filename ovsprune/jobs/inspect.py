@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ovsprune.core.toml import write_toml
 from ovsprune.report.card import is_protected
 from ovsprune.slim.read import read
 from ovsprune.slim.spec import FORMAT_VERSION

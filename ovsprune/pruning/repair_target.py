@@ -9,7 +9,7 @@ from math import isqrt
 import torch
 from torch import Tensor, nn
 
-from ovsprune.backbones.built import dense_of
+from ovsprune.backbones.checkpoints import dense_of
 from ovsprune.core.clock import Clock
 from ovsprune.core.errors import OptionError, TargetError
 from ovsprune.core.progress import Progress

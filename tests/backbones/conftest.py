@@ -1,4 +1,4 @@
-"""What tests of models and weights share."""
+"""Fixtures for tests of models and weights."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no network."""
+    """Set up an empty hub cache without a network, and return its path."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("Network is unreachable")
 
-    place = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(place), raising=False)
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(cache), raising=False)
     monkeypatch.setattr(socket, "create_connection", refuse)
-    return place
+    return cache

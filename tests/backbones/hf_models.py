@@ -35,7 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Siglip2VisionModel": _NAFLEX,
     "Dinov2Model": {**_BLOCKS, "image_size": SIZE, "mlp_ratio": 2},
 }
-"""Numbers of each class of vision towers."""
+"""Configuration of each class of vision towers."""
 
 WHOLE: dict[str, dict[str, Any]] = {
     "CLIPModel": {"projection_dim": 24, "vision_config": _VISION, "text_config": _TEXT},
@@ -47,13 +47,13 @@ WHOLE: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, seed: int = 0, attention: str = "sdpa", **more: Any) -> nn.Module:
-    """A model of the class ``name``, as transformers builds it, with weights everywhere."""
+    """Build a transformers model of the class ``name``, with random values in every parameter."""
     import transformers
 
-    made = getattr(transformers, name)
-    config = made.config_class(**{**(CONFIGS | WHOLE)[name], **more})
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(**{**(CONFIGS | WHOLE)[name], **more})
     config._attn_implementation = attention
-    model = made(config).eval().requires_grad_(False)
+    model = model_class(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in model.named_parameters():
         scale = "norm" in key and key.endswith("weight")
@@ -66,6 +66,6 @@ def make(name: str, seed: int = 0, attention: str = "sdpa", **more: Any) -> nn.M
 
 
 def folder_of(model: Any, folder: Path) -> Path:
-    """A folder with the model, as ``save_pretrained`` writes it."""
+    """Save the model with ``save_pretrained`` and return the folder."""
     model.save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Models and weights by ``hf-hub:``: from the cache, and out of reach."""
+"""Models and weights with the prefix ``hf-hub:``: from the cache, or unreachable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "hf-hub:someone/a-small-clip"
 
 
 def put(root: Path, files: dict[str, Any]) -> None:
-    """Lay files out as the hub's client does."""
+    """Store files in the layout of the hub's client."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = root / "models--someone--a-small-clip"
     snapshot = repository / "snapshots" / commit
@@ -70,7 +70,7 @@ def test_a_repository_is_a_model(root: Path, config: Any, state: Any, file: str)
         backbones.load_backbone(NAME, activation="gelu")
 
 
-def test_a_repository_is_pruned_and_named_again(
+def test_pruned_repository_keeps_its_name(
     root: Path, config: Any, state: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(root, {"open_clip_config.json": config, "open_clip_model.safetensors": state})
@@ -84,7 +84,7 @@ def test_a_repository_is_pruned_and_named_again(
     assert [row["name"] for row in rows] == [f"{NAME} dense", f"{NAME} slim"]
 
 
-def test_a_repository_is_a_choice_of_weights(root: Path, config: Any, state: Any) -> None:
+def test_repository_as_source_of_weights(root: Path, config: Any, state: Any) -> None:
     put(root, {"open_clip_config.json": config, "open_clip_model.safetensors": state})
     with pytest.raises(WeightsError, match=r"open_clip_model\.safetensors does not fit ViT-B-32"):
         backbones.load_backbone("ViT-B-32", pretrained=NAME)
@@ -92,19 +92,19 @@ def test_a_repository_is_a_choice_of_weights(root: Path, config: Any, state: Any
     assert (random.pretrained, random.trained) == (None, False)
 
 
-def test_weights_of_a_repository_bring_their_activation(
+def test_activation_of_a_repository_is_used(
     root: Path, config: Any, state: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit as family
+    from ovsprune.backbones import open_clip_build
 
     own = {**config["model_cfg"], "quick_gelu": False}
     real = open_clip.get_model_config
     monkeypatch.setattr(
         open_clip, "get_model_config", lambda name: dict(own) if name == "ViT-S-32" else real(name)
     )
-    family._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     put(root, {"open_clip_config.json": config, "open_clip_model.safetensors": state})
     backbone = backbones.load_backbone("ViT-S-32", pretrained=NAME)
     assert (backbone.name, backbone.pretrained) == ("ViT-S-32", NAME)
@@ -112,7 +112,7 @@ def test_weights_of_a_repository_bring_their_activation(
     assert backbone.preprocess.mean == (0.5, 0.5, 0.5)
 
 
-def test_a_convolutional_tower_on_the_hub(root: Path) -> None:
+def test_convolutional_tower_in_a_repository(root: Path) -> None:
     tower = open_clip_efficientnet().tower.state_dict()
     put(root, {
         "open_clip_config.json": {"model_cfg": LITE},
@@ -124,17 +124,17 @@ def test_a_convolutional_tower_on_the_hub(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_a_hub_out_of_reach_is_a_clear_error_at_once() -> None:
+def test_unreachable_hub_is_reported_at_once() -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError) as caught:
         backbones.load_backbone(NAME)
     assert time.perf_counter() - start < 10
-    said = str(caught.value)
+    message = str(caught.value)
     for word in (NAME, "not in the local cache", "cannot be reached", "HF_HOME", "--pretrained"):
-        assert word in said
+        assert word in message
 
 
-def test_weights_that_are_not_in_the_cache(root: Path, config: Any) -> None:
+def test_weights_missing_from_the_cache(root: Path, config: Any) -> None:
     put(root, {"open_clip_config.json": config})
     with pytest.raises(WeightsError, match=f"the weights of {NAME} are not in the local cache"):
         backbones.load_backbone(NAME)
@@ -142,25 +142,25 @@ def test_weights_that_are_not_in_the_cache(root: Path, config: Any) -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_offline_mode_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
         backbones.load_backbone(NAME)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:", "hf-hub:clip", "hf-hub:a/b/c", "hf-hub:/a"])
-def test_no_repository(name: str) -> None:
+def test_malformed_repository_names(name: str) -> None:
     with pytest.raises(WeightsError, match="names no repository of the hub; write hf-hub:ORG/"):
         backbones.load_backbone(name)
 
 
-def test_a_repository_of_another_form(root: Path, config: Any) -> None:
+def test_repository_in_another_format(root: Path, config: Any) -> None:
     put(root, {"open_clip_config.json": {"architecture": "vit"}})
     with pytest.raises(WeightsError, match="no configuration of open_clip's"):
         backbones.load_backbone(NAME)
 
 
-def test_a_hub_that_answers_without_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repository_without_the_file(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import EntryNotFoundError
 
     asked = []
@@ -169,7 +169,7 @@ def test_a_hub_that_answers_without_the_file(root: Path, monkeypatch: pytest.Mon
         asked.append((repository, name))
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr("ovsprune.backbones.hub.knock", lambda *_: None)
+    monkeypatch.setattr("ovsprune.backbones.hub.check_reachable", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lacks)
     with pytest.raises(
         WeightsError, match=r"someone/a-small-clip on the hub has none of open_clip_"
@@ -178,11 +178,11 @@ def test_a_hub_that_answers_without_the_file(root: Path, monkeypatch: pytest.Mon
     assert asked == [("someone/a-small-clip", "open_clip_config.json")]
 
 
-def test_a_hub_that_breaks_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_lost_during_the_download(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(repository: str, name: str) -> str:
         raise ConnectionError("reset by peer\nand more")
 
-    monkeypatch.setattr("ovsprune.backbones.hub.knock", lambda *_: None)
+    monkeypatch.setattr("ovsprune.backbones.hub.check_reachable", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(WeightsError, match=r"cannot be reached \(reset by peer\)"):
         backbones.load_backbone(NAME)

@@ -30,7 +30,7 @@ FAMILY = FAMILIES.get("open_clip-convnext")
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
 
 
-def test_open_clips_names_are_listed() -> None:
+def test_names_of_open_clip_are_listed() -> None:
     names = set(FAMILY.names())
     for end in ("base", "base_w_320", "large_d", "small", "tiny", "xlarge", "xxlarge_320"):
         assert f"convnext_{end}" in names
@@ -48,26 +48,26 @@ def test_open_clips_names_are_listed() -> None:
         ({"timm_model_name": "resnet18"}, False),
     ],
 )
-def test_what_the_family_takes(vision: dict[str, Any], taken: bool) -> None:
+def test_family_takes_supported_trunks_only(vision: dict[str, Any], taken: bool) -> None:
     assert FAMILY.takes({"vision_cfg": vision}) is taken
 
 
 def test_downsampling_layers_are_blocks_without_groups() -> None:
     tower = open_clip_convnext().tower
-    stages, seeds = FAMILY.stages(tower), FAMILY.prunable_layers(tower)
+    stages, layers = FAMILY.stages(tower), FAMILY.prunable_layers(tower)
     assert list(stages.blocks)[:4] == [
         "trunk.stages.0.blocks.0",
         "trunk.stages.1.downsample",
         "trunk.stages.1.blocks.0",
         "trunk.stages.2.downsample",
     ]
-    assert [s.block for s in seeds] == [n for n in stages.blocks if "downsample" not in n]
-    assert {s.kind for s in seeds} == {"mlp"} and not any(s.protected for s in seeds)
+    assert [s.block for s in layers] == [n for n in stages.blocks if "downsample" not in n]
+    assert {s.kind for s in layers} == {"mlp"} and not any(s.protected for s in layers)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("projection", ["linear", "mlp", "none"])
-def test_every_position_goes_through_what_the_pooled_features_do(projection: str) -> None:
+def test_dense_output_applies_the_head_at_each_position(projection: str) -> None:
     config = of_timm("ovsprune_convnext", timm_proj=projection, image_size=64)
     backbone = FAMILY.build(DenseModel("x", config, Preprocess((64, 64))))
     tower: Any = backbone.tower
@@ -83,7 +83,7 @@ def test_every_position_goes_through_what_the_pooled_features_do(projection: str
 
 
 @pytest.mark.parametrize("make", [open_clip_convnext, open_clip_convnext_conv])
-def test_the_stream_is_read_behind_the_layer_scale(make: Any) -> None:
+def test_folded_layer_outputs_the_addition_to_the_stream(make: Any) -> None:
     case = prepared(make(), 4)
     block: Any = case.dense.get_submodule("trunk.stages.2.blocks.1")
     assert block.gamma is None
@@ -99,8 +99,8 @@ def test_the_stream_is_read_behind_the_layer_scale(make: Any) -> None:
     assert torch.equal(block.gamma, before.gamma) and not hasattr(block, "folded")
 
 
-def test_scales_as_small_as_timm_starts_them_blow_nothing_up(tmp_path: Path) -> None:
-    """Also in half precision, where 1 / 1e-6 would be infinite."""
+def test_tiny_layer_scales_give_finite_weights(tmp_path: Path) -> None:
+    """Test half precision, where 1 / 1e-6 is infinite."""
     backbone = open_clip_convnext()
     for name, tensor in backbone.tower.named_parameters():
         if name.endswith("gamma"):
@@ -118,24 +118,24 @@ def test_scales_as_small_as_timm_starts_them_blow_nothing_up(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("make", [open_clip_convnext, open_clip_convnext_conv, squeezed])
 @torch.no_grad()
-def test_the_checkpoint_comes_back_and_goes_on_a_tower(make: Any, tmp_path: Path) -> None:
+def test_checkpoint_loads_and_attaches_to_a_tower(make: Any, tmp_path: Path) -> None:
     backbone = make()
-    place = tmp_path / "slim"
-    done = prune(backbone, 0.4, output=place, **QUICK)
+    directory = tmp_path / "slim"
+    done = prune(backbone, 0.4, output=directory, **QUICK)
     assert abs(done.achieved - 0.4) < 0.01
     images = torch.randn(2, 3, *backbone.preprocess.size)
-    tower, back = ovsprune.load(place), backbones.load_backbone(str(place))
+    tower, back = ovsprune.load(directory), backbones.load_backbone(str(directory))
     expected = backbone.stages(done.tower).outputs(images)
     assert torch.equal(tower(images), expected[0]) and torch.equal(tower.dense(images), expected[1])
     assert torch.equal(back.pooled(images), expected[0])
     assert torch.equal(back.dense(images), expected[1])
     assert list(done.tower.state_dict()) == list(backbone.tower.state_dict())
-    mine = deepcopy(backbone.tower)
-    before = mine(images)
-    applied = ovsprune.apply(mine, ovsprune.read(place))
-    assert torch.equal(mine(images), expected[0])
+    copied = deepcopy(backbone.tower)
+    before = copied(images)
+    applied = ovsprune.apply(copied, ovsprune.read(directory))
+    assert torch.equal(copied(images), expected[0])
     applied.detach()
-    assert torch.equal(mine(images), before)
+    assert torch.equal(copied(images), before)
 
 
 SCRIPT = """
@@ -147,8 +147,8 @@ torch.save((tower(images), tower.dense(images)), sys.argv[3])
 """
 
 
-def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
-    """A model that timm itself has."""
+def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
+    """Use a model of timm, which the other process knows."""
     config = {
         "embed_dim": 8,
         "vision_cfg": {"timm_model_name": "convnext_atto", "image_size": 64},
@@ -168,7 +168,7 @@ def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_a_name_without_a_tag_lists_its_tags() -> None:
+def test_name_without_default_weights_lists_its_tags() -> None:
     with pytest.raises(WeightsError, match="no default.*laion2b_s13b_b82k"):
         backbones.load_backbone("convnext_base_w")
 

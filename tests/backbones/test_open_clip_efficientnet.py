@@ -40,7 +40,7 @@ def vision(**options: Any) -> dict[str, Any]:
     return {**LITE, "vision_cfg": {**LITE["vision_cfg"], **options}}
 
 
-def test_a_folder_of_the_image_tower_alone(folder: Path) -> None:
+def test_folder_with_the_image_tower_only(folder: Path) -> None:
     loaded, expected = backbones.load_backbone(str(folder)), open_clip_efficientnet()
     images = torch.randn(2, 3, 48, 48)
     assert torch.equal(loaded.pooled(images), expected.pooled(images))
@@ -50,23 +50,23 @@ def test_a_folder_of_the_image_tower_alone(folder: Path) -> None:
     assert not loaded.has_text and not loaded.text
 
 
-def test_a_whole_clip_is_read_as_open_clip_does(tmp_path: Path) -> None:
+def test_clip_loads_as_in_open_clip(tmp_path: Path) -> None:
     import open_clip
 
     model = build_clip(LITE)
     model.visual.load_state_dict(open_clip_efficientnet().tower.state_dict())
     folder = write(tmp_path / "clip", LITE, model.state_dict())
     loaded = backbones.load_backbone(str(folder))
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    reference = open_clip.create_model(f"local-dir:{folder}").eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        expected = theirs.encode_image(images)
+        expected = reference.encode_image(images)
     torch.testing.assert_close(loaded.pooled(images), expected, atol=1e-6, rtol=1e-5)
     assert loaded.encode_text(["a cat"]).shape == (1, 24)
     assert set(loaded.text) == {k for k in model.state_dict() if not k.startswith("visual.")}
 
 
-def test_the_pooled_output_is_the_mean_of_the_dense_one() -> None:
+def test_pooled_output_is_the_mean_of_the_dense_output() -> None:
     for projection in ("linear", "none", ""):
         tower = FAMILY.build(
             DenseModel("x", vision(timm_proj=projection), open_clip_efficientnet().preprocess)
@@ -77,14 +77,14 @@ def test_the_pooled_output_is_the_mean_of_the_dense_one() -> None:
         assert dense.shape == (2, 32 if projection == "none" else 24, 6, 4)
 
 
-def test_only_expanded_channels_are_offered() -> None:
+def test_prunable_layers_are_the_expanded_channels() -> None:
     tower = open_clip_efficientnet().tower
-    seeds = FAMILY.prunable_layers(tower)
+    layers = FAMILY.prunable_layers(tower)
     blocks = list(FAMILY.stages(tower).blocks)
     assert blocks[0] == "trunk.blocks.0.0"  # depthwise separable: it has none
-    assert [s.block for s in seeds] == blocks[1:]
-    assert {s.kind for s in seeds} == {"channels"} and not any(s.protected for s in seeds)
-    assert [s.stream is not None for s in seeds] == [False, True, False, True, False]
+    assert [s.block for s in layers] == blocks[1:]
+    assert {s.kind for s in layers} == {"channels"} and not any(s.protected for s in layers)
+    assert [s.stream is not None for s in layers] == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -106,11 +106,11 @@ def test_only_expanded_channels_are_offered() -> None:
         ({"timm_proj": "none"}, True),
     ],
 )
-def test_what_the_family_takes(options: dict[str, Any], taken: bool) -> None:
+def test_family_takes_supported_trunks_only(options: dict[str, Any], taken: bool) -> None:
     assert FAMILY.takes(vision(**options)) is taken
 
 
-def test_squeeze_and_excitation_reads_the_channels_and_makes_a_gate() -> None:
+def test_squeeze_and_excitation_is_reader_and_gating_layer() -> None:
     case = prepared(squeezed())
     block = "trunk.blocks.2.1"
     group = next(g for g in case.groups if g.name == block)
@@ -135,7 +135,7 @@ def test_squeeze_and_excitation_reads_the_channels_and_makes_a_gate() -> None:
     assert (case.outputs(half, images) - expected).abs().max() > 1e-3 * expected.std()
 
 
-def test_a_folder_that_no_family_takes(folder: Path) -> None:
+def test_folder_of_an_unsupported_model(folder: Path) -> None:
     write(folder, vision(timm_model_name="mobilenetv3_small_100"), {"a": torch.zeros(1)})
     with pytest.raises(WeightsError, match="none of the families .*open_clip-efficientnet"):
         backbones.load_backbone(str(folder))

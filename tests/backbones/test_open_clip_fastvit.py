@@ -31,9 +31,9 @@ FIRST, LAST = (f"trunk.stages.2.blocks.{i}.token_mixer" for i in (0, 1))
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> PruneResult:
-    """Of three heads of the first attention two at most are left."""
-    place = tmp_path_factory.mktemp("slim") / "fastvit"
-    return prune(open_clip_fastvit(), 0.4, output=place, criterion="magnitude",
+    """Prune so that at most two of three heads of the first attention remain."""
+    directory = tmp_path_factory.mktemp("slim") / "fastvit"
+    return prune(open_clip_fastvit(), 0.4, output=directory, criterion="magnitude",
                  allocation="uniform", **QUICK)  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
 
 
-def test_open_clips_names_are_listed() -> None:
+def test_names_of_open_clip_are_listed() -> None:
     assert set(FAMILY.names()) == {
         *("MobileCLIP-S1", "MobileCLIP-S2"),
         *(f"MobileCLIP2-S{n}" for n in (0, 2, 3, 4)),
@@ -59,38 +59,38 @@ def test_open_clips_names_are_listed() -> None:
         ({"timm_model_name": "convnext_tiny"}, False),
     ],
 )
-def test_what_the_family_takes(vision: dict[str, Any], taken: bool) -> None:
+def test_family_takes_supported_trunks_only(vision: dict[str, Any], taken: bool) -> None:
     assert FAMILY.takes({"vision_cfg": vision}) is taken
 
 
-def test_a_trunk_that_gives_the_features_of_its_stages_is_not_taken() -> None:
+def test_trunk_without_head_is_not_taken() -> None:
     with torch.device("meta"):
         head, stages = (timm.create_model("fastvit_t8", fork_feat=f) for f in (False, True))
     assert OpenClipFastVit().takes({}, head) and not OpenClipFastVit().takes({}, stages)
 
 
-def test_blocks_and_what_they_offer() -> None:
+def test_blocks_and_their_prunable_layers() -> None:
     backbone = open_clip_fastvit()
     assert backbone.activation == "gelu"  # a gate in a downsampling layer has another one
     assert any(isinstance(m, nn.ReLU) for m in backbone.tower.modules())
-    seeds = {seed.name: seed for seed in FAMILY.prunable_layers(backbone.tower)}
+    layers = {layer.name: layer for layer in FAMILY.prunable_layers(backbone.tower)}
     blocks = [name.removeprefix("trunk.stages.") for name in FAMILY.stages(backbone.tower).blocks]
     assert blocks == [
         *("0.blocks.0", "1.downsample", "1.blocks.0"),
         *("2.downsample", "2.pos_emb", "2.blocks.0", "2.blocks.1"),
     ]
     offered = [f"trunk.stages.{name}" for name in blocks if "blocks" in name]
-    assert [s.block for s in seeds.values() if s.kind == "mlp"] == offered
-    assert [name for name, s in seeds.items() if s.kind == "heads"] == [FIRST, LAST]
-    assert [name for name, s in seeds.items() if s.protected] == [LAST]
-    assert (seeds[FIRST].unit_width, seeds[FIRST].extra_slices[0].rows.tolist()) == (
+    assert [s.block for s in layers.values() if s.kind == "mlp"] == offered
+    assert [name for name, s in layers.items() if s.kind == "heads"] == [FIRST, LAST]
+    assert [name for name, s in layers.items() if s.protected] == [LAST]
+    assert (layers[FIRST].unit_width, layers[FIRST].extra_slices[0].rows.tolist()) == (
         32,
         [[0], [1], [2]],
     )
 
 
 @torch.no_grad()
-def test_the_stream_is_read_behind_the_layer_scales() -> None:
+def test_folded_layers_output_the_addition_to_the_stream() -> None:
     case = prepared(open_clip_fastvit(), 4)
     name = "trunk.stages.2.blocks.0"
     block: Any = case.dense.get_submodule(name)
@@ -117,7 +117,7 @@ def test_the_stream_is_read_behind_the_layer_scales() -> None:
 
 
 @torch.no_grad()
-def test_the_dense_output_is_the_head_at_each_position() -> None:
+def test_dense_output_applies_the_head_at_each_position() -> None:
     backbone = open_clip_fastvit()
     tower: Any = backbone.tower
     pictures = torch.randn(2, 3, 96, 64)
@@ -131,7 +131,7 @@ def test_the_dense_output_is_the_head_at_each_position() -> None:
 
 
 @torch.no_grad()
-def test_the_checkpoint_comes_back_bit_for_bit(pruned: PruneResult) -> None:
+def test_checkpoint_loads_identical_outputs(pruned: PruneResult) -> None:
     assert pruned.path is not None and abs(pruned.achieved - 0.4) < 0.01
     assert len(pruned.plan.kept[FIRST]) < 3 and LAST in pruned.spec.protected
     expected = FAMILY.stages(pruned.tower).outputs(images())
@@ -144,20 +144,20 @@ def test_the_checkpoint_comes_back_bit_for_bit(pruned: PruneResult) -> None:
 
 
 @torch.no_grad()
-def test_a_tower_of_the_environment_is_slimmed_and_given_back(pruned: PruneResult) -> None:
-    mine = open_clip_fastvit().tower
-    before, checkpoint = mine(images()), ovsprune.read(pruned.path)
-    applied = ovsprune.apply(mine, checkpoint)
-    assert torch.equal(mine(images()), pruned.tower(images()))
-    types = [type(mine.get_submodule(name)) for name in (FIRST, LAST)]
+def test_attach_and_detach_on_a_built_tower(pruned: PruneResult) -> None:
+    built = open_clip_fastvit().tower
+    before, checkpoint = built(images()), ovsprune.read(pruned.path)
+    applied = ovsprune.apply(built, checkpoint)
+    assert torch.equal(built(images()), pruned.tower(images()))
+    types = [type(built.get_submodule(name)) for name in (FIRST, LAST)]
     assert types == [TimmAttention, Attention]
     applied.detach()
-    assert torch.equal(mine(images()), before)
-    assert type(mine.get_submodule(FIRST)) is Attention
+    assert torch.equal(built(images()), before)
+    assert type(built.get_submodule(FIRST)) is Attention
 
 
 @torch.no_grad()
-def test_branches_are_merged_in_the_slim_tower_as_in_the_dense_one(pruned: PruneResult) -> None:
+def test_branches_of_the_slim_tower_can_be_merged(pruned: PruneResult) -> None:
     tower = deepcopy(pruned.tower)
     merged = reparameterize_model(tower)
     assert len(list(merged.modules())) < len(list(pruned.tower.modules()))
@@ -175,8 +175,8 @@ torch.save((tower(images), tower.dense(images)), sys.argv[3])
 
 
 @pytest.mark.slow
-def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
-    """A model that timm itself has; its last stage attends, and is all that is cut."""
+def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
+    """Use a model of timm; only its last stage, which attends, is cut."""
     vision = {"timm_model_name": "fastvit_sa12", "timm_proj": None, "image_size": 64}
     config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {}}
     backbone = FAMILY.build(DenseModel("sa12", config, Preprocess((64, 64))))

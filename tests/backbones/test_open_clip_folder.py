@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_vit import build_clip
+from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.core.errors import WeightsError
 from ovsprune.jobs.prune import prune
 from ovsprune.slim.config import dump
@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_folder_loads_as_open_clip_reads_it(folder: Path) -> None:
+def test_folder_loads_as_in_open_clip(folder: Path) -> None:
     import open_clip
 
     loaded = backbones.load_backbone(str(folder))
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    reference = open_clip.create_model(f"local-dir:{folder}").eval()
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        expected = theirs.encode_image(images)
+        expected = reference.encode_image(images)
     torch.testing.assert_close(loaded.pooled(images), expected, rtol=1e-5, atol=1e-6)
     assert (loaded.name, loaded.pretrained, loaded.trained) == ("mine", "local", True)
     assert loaded.preprocess.resize_mode == "squash"
@@ -47,22 +47,22 @@ def test_a_folder_loads_as_open_clip_reads_it(folder: Path) -> None:
     assert loaded.has_text
 
 
-def test_weights_of_the_image_tower_alone_give_a_model_without_text(folder: Path) -> None:
+def test_image_tower_only_has_no_text(folder: Path) -> None:
     weights = folder / "open_clip_model.safetensors"
-    whole = backbones.load_backbone(str(folder))
+    clip = backbones.load_backbone(str(folder))
     save_file(
-        {f"visual.{k}": v.clone() for k, v in whole.tower.state_dict().items()},
+        {f"visual.{k}": v.clone() for k, v in clip.tower.state_dict().items()},
         weights,
     )
     bare = backbones.load_backbone(str(folder))
     images = torch.randn(1, 3, 48, 48)
-    assert torch.equal(bare.dense(images), whole.dense(images))
+    assert torch.equal(bare.dense(images), clip.dense(images))
     assert not bare.has_text
     with pytest.raises(WeightsError, match="without a text tower"):
         bare.encode_text(["a cat"])
 
 
-def test_a_folder_is_pruned_and_the_slim_one_loads(folder: Path, tmp_path: Path) -> None:
+def test_pruned_folder_loads_again(folder: Path, tmp_path: Path) -> None:
     done = prune(str(folder), 0.5, samples=4, criterion="magnitude", allocation="uniform",
                  recovery="none", output=tmp_path / "slim")  # fmt: skip
     assert done.spec.base.model == "mine"
@@ -78,13 +78,13 @@ def test_a_folder_without_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_cfg": {"embed_dim": 3}}'])
-def test_a_folder_with_a_broken_configuration(folder: Path, text: str) -> None:
+def test_folder_with_a_malformed_configuration(folder: Path, text: str) -> None:
     (folder / "open_clip_config.json").write_text(text)
     with pytest.raises(WeightsError, match="no configuration of open_clip's"):
         backbones.load_backbone(str(folder))
 
 
-def test_a_folder_of_another_family(folder: Path) -> None:
+def test_folder_of_an_unsupported_model(folder: Path) -> None:
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"] = {"timm_model_name": "resnet18"}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
@@ -93,7 +93,7 @@ def test_a_folder_of_another_family(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("pretrained", ["none", "weights.safetensors"])
-def test_other_weights_take_the_folders_preprocessing(folder: Path, pretrained: str) -> None:
+def test_other_weights_use_the_preprocessing_of_the_folder(folder: Path, pretrained: str) -> None:
     if pretrained != "none":
         pretrained = str((folder / "open_clip_model.safetensors").rename(folder / pretrained))
     loaded = backbones.load_backbone(str(folder), pretrained=pretrained)

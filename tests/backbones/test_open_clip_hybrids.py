@@ -36,7 +36,7 @@ BACKBONE = "trunk.patch_embed.backbone"
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
 
 
-def test_open_clips_names_are_listed() -> None:
+def test_names_of_open_clip_are_listed() -> None:
     listed = {name for name in open_clip.list_models() if name.startswith("ViTamin")}
     assert len(listed) == 15 and listed <= set(VIT.names())
     assert SWIN.names() == ("swin_base_patch4_window7_224",)
@@ -51,7 +51,9 @@ def test_open_clips_names_are_listed() -> None:
         ("swinv2_tiny_window8_256", {}, None),  # logits are cosines, with scales of their own
     ],
 )
-def test_which_family_takes_it(name: str, options: dict[str, Any], family: str | None) -> None:
+def test_exactly_one_family_takes_a_trunk(
+    name: str, options: dict[str, Any], family: str | None
+) -> None:
     config = {"vision_cfg": {"timm_model_name": name, **options}}
     taking = [key for key in FAMILIES if key.startswith("open_clip") and _takes(key, config)]
     assert taking == ([] if family is None else [family])
@@ -62,7 +64,7 @@ def _takes(family: str, config: dict[str, Any]) -> bool:
 
 
 @torch.no_grad()
-def test_the_size_is_the_trunks_own(tmp_path: Path) -> None:
+def test_input_size_is_that_of_the_trunk(tmp_path: Path) -> None:
     """open_clip's configuration of ViTamin-XL-384 says 256, at which it cannot run."""
     config = of_timm("ovsprune_vitamin", timm_pool="", image_size=32)
     file = tmp_path / "open_clip_config.json"
@@ -77,39 +79,39 @@ def test_the_size_is_the_trunks_own(tmp_path: Path) -> None:
     assert torch.equal(loaded.pooled(images), open_clip_vitamin().pooled(images))
 
 
-def test_vitamins_bottlenecks_are_blocks_before_the_tokens() -> None:
+def test_bottlenecks_of_vitamin_are_the_first_blocks() -> None:
     tower = open_clip_vitamin().tower
-    blocks, seeds = VIT.stages(tower).blocks, VIT.prunable_layers(tower)
+    blocks, layers = VIT.stages(tower).blocks, VIT.prunable_layers(tower)
     bottlenecks = [f"{BACKBONE}.stages.{i}.{j}" for i in range(2) for j in range(2)]
     tokens = ["trunk.blocks.0", "trunk.blocks.1"]
     assert list(blocks) == [*bottlenecks, f"{BACKBONE}.pool", *tokens]
-    assert [s.name for s in seeds if s.kind == "channels"] == bottlenecks
-    assert [s.block for s in seeds if s.kind == "heads"] == tokens
-    assert [s.block for s in seeds if s.protected] == tokens[1:]
-    assert all(s.stream is not None for s in seeds)
+    assert [s.name for s in layers if s.kind == "channels"] == bottlenecks
+    assert [s.block for s in layers if s.kind == "heads"] == tokens
+    assert [s.block for s in layers if s.protected] == tokens[1:]
+    assert all(s.stream is not None for s in layers)
 
 
-def test_only_a_norm_behind_the_units_counts_them() -> None:
-    """ViTamin's MLPs have theirs in front; nothing in it is ever cut."""
+def test_only_norms_after_the_units_are_replaced() -> None:
+    """Check ViTamin, whose MLPs have the norm in front, where nothing is cut."""
     for backbone, counted in ((open_clip_vitamin(), False), (open_clip_timm_vit(), True)):
         VIT.rewrite(backbone.tower)
         norm = backbone.tower.get_submodule("trunk.blocks.0.mlp.norm")
         assert isinstance(norm, ZeroPaddedLayerNorm) is counted
 
 
-def test_swins_groups_and_blocks() -> None:
+def test_groups_and_blocks_of_swin() -> None:
     tower = open_clip_swin().tower
-    blocks, seeds = list(SWIN.stages(tower).blocks), SWIN.prunable_layers(tower)
+    blocks, layers = list(SWIN.stages(tower).blocks), SWIN.prunable_layers(tower)
     assert blocks[2:4] == ["trunk.layers.1.downsample", "trunk.layers.1.blocks.0"]
     cut = [name for name in blocks if "downsample" not in name]
-    assert [s.name for s in seeds] == [f"{n}.{part}" for n in cut for part in ("attn", "mlp")]
-    assert [s.name for s in seeds if s.protected] == ["trunk.layers.2.blocks.1.attn"]
-    assert {s.kind for s in seeds if s.stream is None} == {"heads"}
+    assert [s.name for s in layers] == [f"{n}.{part}" for n in cut for part in ("attn", "mlp")]
+    assert [s.name for s in layers if s.protected] == ["trunk.layers.2.blocks.1.attn"]
+    assert {s.kind for s in layers if s.stream is None} == {"heads"}
 
 
 @torch.no_grad()
-def test_swins_maps_see_a_picture_at_once() -> None:
-    """Else a calibration by pictures would take windows for them."""
+def test_linear_layers_of_swin_see_one_image_per_row() -> None:
+    """Calibration counts images along the first axis; windows must not appear there."""
     case = prepared(open_clip_swin())
     stages = case.backbone.stages(case.dense)
     stream = run_stem(stages, case.pictures, 5)
@@ -124,7 +126,7 @@ def test_swins_maps_see_a_picture_at_once() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [open_clip_vitamin, open_clip_swin])
-def test_every_position_goes_through_what_the_pooled_features_do(
+def test_dense_output_applies_the_head_at_each_position(
     make: Callable[[], Backbone],
 ) -> None:
     backbone = make()
@@ -143,46 +145,48 @@ def test_every_position_goes_through_what_the_pooled_features_do(
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", [open_clip_vitamin, open_clip_swin])
-def test_the_checkpoint_comes_back_and_goes_on_a_tower(
+def test_checkpoint_loads_and_attaches_to_a_tower(
     make: Callable[[], Backbone], tmp_path: Path
 ) -> None:
     backbone = make()
-    place = tmp_path / "slim"
-    done = prune(backbone, 0.4, output=place, allocation="uniform", recovery="closed-form", **QUICK)
+    directory = tmp_path / "slim"
+    done = prune(
+        backbone, 0.4, output=directory, allocation="uniform", recovery="closed-form", **QUICK
+    )
     assert abs(done.achieved - 0.4) < 0.01
     assert {layer.kind for layer in done.spec.layers if layer.kept < layer.units} >= {"mlp"}
     assert any(x.kind == "heads" and x.kept < x.units for x in done.spec.layers)
     assert list(done.tower.state_dict()) == list(backbone.tower.state_dict())
     images = torch.randn(2, 3, 64, 64)
-    back = backbones.load_backbone(str(place))
+    back = backbones.load_backbone(str(directory))
     assert torch.equal(back.pooled(images), backbone.stages(done.tower).outputs(images)[0])
-    mine = deepcopy(backbone.tower)
-    before = {name: (value, value.clone()) for name, value in mine.state_dict().items()}
-    checkpoint = ovsprune.read(place)
-    applied = ovsprune.apply(mine, checkpoint)
-    assert torch.equal(mine(images), done.tower(images))
+    copied = deepcopy(backbone.tower)
+    before = {name: (value, value.clone()) for name, value in copied.state_dict().items()}
+    checkpoint = ovsprune.read(directory)
+    applied = ovsprune.apply(copied, checkpoint)
+    assert torch.equal(copied(images), done.tower(images))
     with pytest.raises(TargetError, match="is slim already; detach"):
-        ovsprune.apply(mine, checkpoint)
+        ovsprune.apply(copied, checkpoint)
     applied.detach()
-    for name, value in mine.state_dict().items():
+    for name, value in copied.state_dict().items():
         same, was = before[name]
         assert value.data_ptr() == same.data_ptr() and torch.equal(value, was), name
-    ovsprune.apply(mine, checkpoint, weights="target")
-    assert not torch.equal(mine(images), done.tower(images))  # cut, and not repaired
+    ovsprune.apply(copied, checkpoint, weights="target")
+    assert not torch.equal(copied(images), done.tower(images))  # cut, and not repaired
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_another_process_loads_both_bit_for_bit(tmp_path: Path) -> None:
-    """The process knows timm's models and these two."""
+def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
+    """Register the two test models in the other process, too."""
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
     expected = {}
     for make in (open_clip_vitamin, open_clip_swin):
-        place = tmp_path / make.__name__
-        prune(make(), 0.4, output=place, criterion="magnitude", allocation="uniform",
+        directory = tmp_path / make.__name__
+        prune(make(), 0.4, output=directory, criterion="magnitude", allocation="uniform",
               recovery="none", **QUICK)  # fmt: skip
-        back = backbones.load_backbone(str(place))
+        back = backbones.load_backbone(str(directory))
         expected[make.__name__] = back.pooled(images), back.dense(images)
     arguments = [str(tmp_path), str(torch.get_num_threads()), *expected]
     root = Path(__file__).parents[2]
@@ -196,10 +200,10 @@ SCRIPT = """
 import sys, torch
 import ovsprune
 import tests.contracts.conftest
-place = sys.argv[1]
+directory = sys.argv[1]
 torch.set_num_threads(int(sys.argv[2]))  # sums depend on it in their last bits
-images = torch.load(f"{place}/images.pt")
+images = torch.load(f"{directory}/images.pt")
 for name in sys.argv[3:]:
-    tower = ovsprune.load(f"{place}/{name}")
-    torch.save((tower(images), tower.dense(images)), f"{place}/{name}.pt")
+    tower = ovsprune.load(f"{directory}/{name}")
+    torch.save((tower(images), tower.dense(images)), f"{directory}/{name}.pt")
 """

@@ -1,4 +1,4 @@
-"""open_clip's ModifiedResNets: names, weights, activations, what is offered, what is read."""
+"""open_clip's ModifiedResNets: names, weights, activations, prunable layers, dense outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_resnet_of_open_clip_and_nothing_else() -> None:
+def test_family_takes_the_resnets_of_open_clip_only() -> None:
     assert sorted(FAMILY.names()) == sorted(NAMES)
     for name in NAMES:
         takers = [key for key in FAMILIES if FAMILIES.get(key).takes(config_of(name))]
@@ -48,8 +48,8 @@ def test_every_resnet_of_open_clip_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_quick_gelu_is_the_text_towers(quick: bool) -> None:
-    """The image tower has ReLU and nothing else, in open_clip's own build, whatever is asked."""
+def test_quick_gelu_applies_to_the_text_tower_only(quick: bool) -> None:
+    """Check that open_clip builds the image tower with ReLU for any option."""
     model = build_clip({**RESNET, "quick_gelu": quick})
     kinds = {type(m).__name__ for m in model.modules() if not list(m.children())}
     assert ("QuickGELU" in kinds, "GELU" in kinds) == (quick, not quick)
@@ -59,7 +59,7 @@ def test_quick_gelu_is_the_text_towers(quick: bool) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """RN50 in miniature under its own name, and weights for it."""
+    """Replace RN50 by a small model of the same name, and return weights for it."""
     real = open_clip.get_model_config
     names = {"RN50": {**RESNET}, "RN50-quickgelu": {**RESNET, "quick_gelu": True}}
     monkeypatch.setattr(
@@ -76,7 +76,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     ("name", "activation", "quick"),
     [("RN50", None, False), ("RN50-quickgelu", None, True), ("RN50", "quick_gelu", True)],
 )
-def test_a_file(
+def test_weights_from_a_file(
     small: dict[str, Tensor], tmp_path: Path, name: str, activation: str | None, quick: bool
 ) -> None:
     save_file(small, tmp_path / "rn.safetensors")
@@ -95,7 +95,7 @@ def test_a_file(
     torch.testing.assert_close(loaded.encode_text(["a cat"]), text)
 
 
-def test_random_weights_and_a_tag_that_is_none(small: dict[str, Tensor]) -> None:
+def test_random_weights_and_unknown_tag(small: dict[str, Tensor]) -> None:
     random = backbones.load_backbone("RN50", pretrained="none")
     assert (random.pretrained, random.trained, random.activation) == (None, False, "relu")
     assert random.has_text and set(random.text) < set(small)
@@ -125,7 +125,7 @@ def test_a_folder_and_a_file_that_does_not_fit(small: dict[str, Tensor], tmp_pat
         backbones.load_backbone(str(tmp_path))
 
 
-def test_both_inner_convolutions_are_offered() -> None:
+def test_prunable_layers_are_the_inner_convolutions() -> None:
     case = prepared(open_clip_resnet())
     blocks = list(case.backbone.stages(case.dense).blocks)
     assert blocks == ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"]
@@ -146,7 +146,7 @@ def test_both_inner_convolutions_are_offered() -> None:
     assert second.shared["layer2.0.conv1"].params == 9
 
 
-def test_the_stream_is_read_behind_the_sum_and_before_the_activation() -> None:
+def test_stream_is_the_input_of_the_last_activation() -> None:
     from ovsprune.calibration.activation_cache import capture
 
     case = prepared(open_clip_resnet())
@@ -161,8 +161,8 @@ def test_the_stream_is_read_behind_the_sum_and_before_the_activation() -> None:
     assert torch.equal(out, total.relu())
 
 
-def test_the_dense_output_is_the_pools_of_one_position() -> None:
-    """A picture of one position, without positional embedding, pools to its dense output."""
+def test_dense_output_is_the_pool_of_one_position() -> None:
+    """Pool an image of one position, without positional embedding."""
     backbone = open_clip_resnet()
     tower: Any = deepcopy(backbone.tower)
     stream = torch.rand(3, 256, 1, 1)
@@ -172,7 +172,7 @@ def test_the_dense_output_is_the_pools_of_one_position() -> None:
     torch.testing.assert_close(dense[:, :, 0, 0], pooled, atol=1e-5, rtol=1e-4)
 
 
-def test_rewriting_twice_and_finishing_gives_the_same_modules() -> None:
+def test_finish_restores_the_modules() -> None:
     backbone = open_clip_resnet()
     tower = deepcopy(backbone.tower)
     FAMILY.rewrite(tower)
@@ -186,8 +186,8 @@ def test_rewriting_twice_and_finishing_gives_the_same_modules() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"])
-def test_names_with_two_blocks_a_stage(name: str) -> None:
-    """Their own width, heads and size; half of the MACs go, and cut equals masked."""
+def test_cut_equals_masked_for_other_resnets(name: str) -> None:
+    """Test other widths, heads and sizes at half of the MACs."""
     config = config_of(name)
     config["vision_cfg"]["layers"] = [2, 2, 2, 2]
     size = (config["vision_cfg"]["image_size"],) * 2
@@ -211,10 +211,10 @@ def test_names_with_two_blocks_a_stage(name: str) -> None:
     assert abs(1 - count_costs(slim, size).macs / dense - 0.5) < 0.01
     picture = case.images(1)
     with torch.no_grad():
-        wanted, found = case.outputs(masked, picture), case.outputs(slim, picture)
-    assert (found - wanted).abs().max() / wanted.std() < 1e-4
+        expected, found = case.outputs(masked, picture), case.outputs(slim, picture)
+    assert (found - expected).abs().max() / expected.std() < 1e-4
     group = case.groups[-1]
     with torch.no_grad():  # The control: one unit more is masked.
         mask(masked, [group], Plan({group.name: plan.kept[group.name][1:]}))
         assert removed_units(group, plan).numel()
-        assert (found - case.outputs(masked, picture)).abs().max() / wanted.std() > 1e-4
+        assert (found - case.outputs(masked, picture)).abs().max() / expected.std() > 1e-4

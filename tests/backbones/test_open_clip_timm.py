@@ -1,4 +1,4 @@
-"""Loading towers of open_clip's TimmModel, with the text towers that go with them."""
+"""Loading towers of open_clip's TimmModel with their text towers."""
 
 from __future__ import annotations
 
@@ -21,40 +21,42 @@ CONFIG = of_timm("ovsprune_convnext_conv", image_size=64)
 
 
 def clip(config: dict[str, Any]) -> dict[str, Tensor]:
-    """A whole CLIP's state around the representative's tower."""
+    """Return the state of a CLIP with the tower of the representative model."""
     model = build_clip(config)
     model.get_submodule("visual").load_state_dict(open_clip_convnext_conv().tower.state_dict())
     return dict(model.state_dict())
 
 
-def folder(place: Path, config: dict[str, Any], state: dict[str, Tensor]) -> str:
-    place.mkdir()
-    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    save_file({k: v.contiguous() for k, v in state.items()}, place / "open_clip_model.safetensors")
-    return str(place)
+def folder(directory: Path, config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    directory.mkdir()
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    save_file(
+        {k: v.contiguous() for k, v in state.items()}, directory / "open_clip_model.safetensors"
+    )
+    return str(directory)
 
 
 def with_text(**text: Any) -> dict[str, Any]:
     return {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}
 
 
-def test_a_clip_whose_text_tower_is_a_module_of_its_own(tmp_path: Path) -> None:
+def test_clip_with_a_separate_text_module(tmp_path: Path) -> None:
     import open_clip
 
     config = {**CONFIG, "custom_text": True, "init_logit_bias": -10}
     state = clip(config)
-    place = folder(tmp_path / "custom", config, state)
-    loaded = backbones.load_backbone(place)
-    theirs = open_clip.create_model(f"local-dir:{place}").eval()
+    directory = folder(tmp_path / "custom", config, state)
+    loaded = backbones.load_backbone(directory)
+    reference = open_clip.create_model(f"local-dir:{directory}").eval()
     tokens = open_clip.tokenizer.SimpleTokenizer(context_length=8)(["a cat", "two dogs"])
     with torch.no_grad():
-        expected = theirs.encode_text(tokens, normalize=True)
+        expected = reference.encode_text(tokens, normalize=True)
     torch.testing.assert_close(loaded.encode_text(["a cat", "two dogs"]), expected)
     assert set(loaded.text) == {k for k in state if not k.startswith("visual.")}
     assert {"text.token_embedding.weight", "logit_bias"} <= set(loaded.text)
 
 
-def test_an_old_files_text_tower_finds_its_place(tmp_path: Path) -> None:
+def test_text_names_of_older_files_are_converted(tmp_path: Path) -> None:
     config = {**CONFIG, "custom_text": True}
     new = clip(config)
     old = {k.removeprefix("text."): v for k, v in new.items()}
@@ -66,14 +68,14 @@ def test_an_old_files_text_tower_finds_its_place(tmp_path: Path) -> None:
     assert loaded.has_text
 
 
-def test_half_precision_is_read_as_float(tmp_path: Path) -> None:
+def test_half_precision_is_converted_to_float(tmp_path: Path) -> None:
     state = {k: v.half() if v.is_floating_point() else v for k, v in clip(CONFIG).items()}
     loaded = backbones.load_backbone(folder(tmp_path / "half", CONFIG, state))
     assert {p.dtype for p in loaded.tower.parameters()} == {torch.float32}
     assert loaded.encode_text(["a cat"]).shape == (1, 24)
 
 
-def test_a_text_tower_on_a_hub_is_kept_and_told(tmp_path: Path) -> None:
+def test_text_tower_of_a_hub_is_kept_with_a_note(tmp_path: Path) -> None:
     config = with_text(hf_model_name="nobody/a-text-tower")
     loaded = backbones.load_backbone(folder(tmp_path / "hub", config, clip(CONFIG)))
     assert not loaded.has_text and loaded.text  # it is saved with the slim tower
@@ -82,7 +84,7 @@ def test_a_text_tower_on_a_hub_is_kept_and_told(tmp_path: Path) -> None:
         loaded.encode_text(["a cat"])
 
 
-def test_a_tag_brings_its_preprocessing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preprocessing_of_the_tag_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import open_clip
 
     file = tmp_path / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""Every VisionTransformer of open_clip's: attentional pooling, averages, layer scale, hub texts."""
+"""VisionTransformers of open_clip: attentional pooling, averages, layer scale, texts of a hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
+from ovsprune.backbones.open_clip_build import assemble
 from ovsprune.backbones.open_clip_model import build_clip
-from ovsprune.backbones.open_clip_vit import assemble
+from ovsprune.backbones.open_clip_source import other_tensors
 from ovsprune.core.errors import CheckpointError, WeightsError
 from ovsprune.core.protocols import Backbone
-from ovsprune.core.records import Preprocess
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.cut import cut, mask, removed_units
 from ovsprune.jobs.prune import prune
 from ovsprune.recovery import RECOVERIES
@@ -56,7 +57,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def filled(module: nn.Module, seed: int = 0) -> None:
-    """A value of its own for every parameter: no zeros, no layer scales of 1e-4."""
+    """Fill all parameters with random values: no zeros, no layer scales of 1e-4."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -68,7 +69,9 @@ def variant(name: str) -> Backbone:
     config = config_of(name)
     model = build_clip(config)
     filled(model)
-    return assemble(name, None, model, config, Preprocess((32, 32)), trained=True)
+    text = other_tensors(model)
+    dense = DenseModel(name, config, Preprocess((32, 32)), trained=True, text=text)
+    return assemble("open_clip-vit", dense, model)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -81,24 +84,24 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-def test_the_stages_are_the_library_s_tower(case: Case) -> None:
+def test_stages_compute_the_outputs_of_the_tower(case: Case) -> None:
     import open_clip
 
     config = deepcopy(case.backbone.architecture)
-    theirs = open_clip.model._build_vision_tower(
+    reference = open_clip.model._build_vision_tower(
         config["embed_dim"], config["vision_cfg"], config.get("quick_gelu", False)
     ).eval()
-    theirs.load_state_dict(case.backbone.tower.state_dict())
+    reference.load_state_dict(case.backbone.tower.state_dict())
     images = case.images()
     with torch.no_grad():
-        expected = theirs(images)
+        expected = reference(images)
     expected = expected[0] if isinstance(expected, tuple) else expected
     assert error(case.backbone.pooled(images), expected) < 1e-5
     assert error(case.outputs(case.dense, images), case.outputs(case.backbone.tower, images)) < 1e-5
     assert torch.equal(case.backbone.tower(images), expected)  # of CoCa's, too, without its tokens
 
 
-def test_dense_is_what_pooling_gives_of_each_patch_alone(case: Case) -> None:
+def test_dense_output_pools_each_patch_alone(case: Case) -> None:
     tower: Any = case.backbone.tower
     stages = case.backbone.stages(tower)
     images = case.images(2)
@@ -122,8 +125,8 @@ def test_cut_equals_masked(case: Case, share: float) -> None:
     mask(masked, case.groups, plan)
     FAMILY.finish(slim, case.groups, plan)
     images = case.images()
-    wanted, found = case.backbone.stages(masked), case.backbone.stages(slim)
-    for one, two in zip(wanted.outputs(images), found.outputs(images), strict=True):
+    expected, found = case.backbone.stages(masked), case.backbone.stages(slim)
+    for one, two in zip(expected.outputs(images), found.outputs(images), strict=True):
         assert error(two, one) < 1e-4
     # and it can fail: another unit of the first block's MLP
     group = case.groups[1]
@@ -138,7 +141,7 @@ def test_cut_equals_masked(case: Case, share: float) -> None:
 
 @pytest.mark.parametrize("recovery", RECOVERIES.names())
 @pytest.mark.parametrize("case", ["coca", "clipa", "layer scale"], indirect=True)
-def test_keeping_everything_gives_the_original(case: Case, recovery: str) -> None:
+def test_keeping_all_units_gives_the_original(case: Case, recovery: str) -> None:
     plan = case.full_plan()
     slim = deepcopy(case.dense)
     cut(slim, case.groups, plan)
@@ -163,7 +166,7 @@ print(hashlib.sha256(bytes(outputs.untyped_storage())).hexdigest())
 """
 
 
-def test_pruned_saved_loaded_and_applied(case: Case, tmp_path: Path) -> None:
+def test_checkpoint_loads_and_attaches_to_a_tower(case: Case, tmp_path: Path) -> None:
     backbone = case.backbone
     done = prune(backbone, 0.4, output=tmp_path / "slim", allocation="uniform", **QUICK)
     assert abs(done.achieved - 0.4) <= 0.01
@@ -196,22 +199,22 @@ def test_pruned_saved_loaded_and_applied(case: Case, tmp_path: Path) -> None:
     assert again.has_text == backbone.has_text
 
 
-def test_a_fresh_process_gives_the_same_bits(tmp_path: Path) -> None:
+def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
     prune(variant("coca"), 0.4, output=tmp_path / "slim", allocation="uniform", **QUICK)
     own = ovsprune.load(tmp_path / "slim")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         outputs = torch.cat([own(images).flatten(), own.dense(images).flatten()])
-    wanted = hashlib.sha256(bytes(outputs.untyped_storage())).hexdigest()
+    expected = hashlib.sha256(bytes(outputs.untyped_storage())).hexdigest()
     arguments = [str(tmp_path / "slim"), str(torch.get_num_threads())]
     done = subprocess.run(
         [sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == wanted
+    assert done.stdout.strip() == expected
 
 
-def test_base_hashes_recognise_a_pooler_of_two_widths(tmp_path: Path) -> None:
+def test_base_hashes_cover_a_pooler_of_two_widths(tmp_path: Path) -> None:
     from ovsprune.slim.hashing import match
 
     backbone = variant("coca")
@@ -222,7 +225,7 @@ def test_base_hashes_recognise_a_pooler_of_two_widths(tmp_path: Path) -> None:
     assert set(match(state, base).values()) == {"equal-after-half"}
 
 
-def test_a_whole_coca_comes_back_as_open_clip_s(tmp_path: Path) -> None:
+def test_coca_loads_in_the_classes_of_open_clip(tmp_path: Path) -> None:
     import open_clip
 
     backbone = variant("coca")
@@ -239,7 +242,7 @@ def test_a_whole_coca_comes_back_as_open_clip_s(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in backbone.text.items())
 
 
-def test_each_alone_is_the_pooler_on_one_token() -> None:
+def test_pool_each_position_equals_the_pooler_on_one_token() -> None:
     for name in ("coca", "coca of one width"):
         pooler = variant(name).tower.get_submodule("attn_pool")
         tokens = torch.randn(2, 5, 32)
@@ -251,17 +254,17 @@ def test_each_alone_is_the_pooler_on_one_token() -> None:
                 torch.testing.assert_close(found[:, i], expected[:, 5], atol=1e-6, rtol=1e-5)
 
 
-def test_every_vision_transformer_of_open_clip_has_a_name() -> None:
+def test_all_vision_transformers_of_open_clip_are_listed() -> None:
     import open_clip
 
-    wanted = {"tiny"}
+    expected = {"tiny"}
     for name in open_clip.list_models():
         vision = open_clip.get_model_config(name)["vision_cfg"]  # type: ignore[index]
         if "timm_model_name" not in vision and not isinstance(vision["layers"], list):
-            wanted.add(name)
-    assert set(FAMILY.names()) == wanted
+            expected.add(name)
+    assert set(FAMILY.names()) == expected
     assert {"coca_base", "coca_roberta-ViT-B-32", "coca_ViT-L-14", "mt5-xl-ViT-H-14",
-            "nllb-clip-base", "ViT-M-16-alt", "ViT-H-14-CLIPA-336"} < wanted  # fmt: skip
+            "nllb-clip-base", "ViT-M-16-alt", "ViT-H-14-CLIPA-336"} < expected  # fmt: skip
 
 
 def test_two_poolers_are_not_taken(tmp_path: Path) -> None:
@@ -279,10 +282,10 @@ def saved(backbone: Backbone, text: dict[str, Tensor], path: Path) -> Path:
 
 @pytest.fixture
 def hub_text(monkeypatch: pytest.MonkeyPatch) -> str:
-    """``roberta-ViT-B-32`` in miniature; its text tower is another library's all the same."""
+    """Replace ``roberta-ViT-B-32`` by a small model; its text tower is of another library."""
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit
+    from ovsprune.backbones import open_clip_build
 
     real, small = open_clip.get_model_config, config_of("xlm-roberta")
     name = "roberta-ViT-B-32"
@@ -291,11 +294,11 @@ def hub_text(monkeypatch: pytest.MonkeyPatch) -> str:
         "get_model_config",
         lambda asked: deepcopy(small if asked == name else real(asked)),
     )
-    open_clip_vit._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     return name
 
 
-def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> None:
+def test_text_tower_of_a_hub_is_passed_through(hub_text: str, tmp_path: Path) -> None:
     text = {"text.transformer.pooler.weight": torch.randn(3, 3), "logit_scale": torch.tensor(2.0)}
     file = saved(variant("xlm-roberta"), text, tmp_path / "w.pt")
     backbone = backbones.load_backbone(hub_text, pretrained=str(file))
@@ -314,7 +317,7 @@ def test_a_hubs_text_tower_is_passed_through(hub_text: str, tmp_path: Path) -> N
         ovsprune.load_open_clip(tmp_path / "slim")
 
 
-def test_a_hubs_text_tower_may_be_missing(hub_text: str, tmp_path: Path) -> None:
+def test_text_tower_of_a_hub_may_be_missing(hub_text: str, tmp_path: Path) -> None:
     file = saved(variant("xlm-roberta"), {}, tmp_path / "w.pt")
     backbone = backbones.load_backbone(hub_text, pretrained=str(file))
     assert backbone.trained and not backbone.text
@@ -322,10 +325,12 @@ def test_a_hubs_text_tower_may_be_missing(hub_text: str, tmp_path: Path) -> None
     assert not random.trained and not random.text and not random.has_text
 
 
-def test_a_tokenizer_that_lives_on_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tokenizer_of_a_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = config_of("clipa")
     config["text_cfg"] = {**TEXT, "hf_tokenizer_name": "nobody/no-such-tokenizer"}
-    backbone = assemble("x", None, build_clip(config), config, Preprocess((32, 32)), trained=True)
+    model = build_clip(config)
+    dense = DenseModel("x", config, Preprocess((32, 32)), text=other_tensors(model))
+    backbone = assemble("open_clip-vit", dense, model)
     with pytest.raises(WeightsError, match=r"tokenizer 'nobody/no-such.* --text-embeddings FILE"):
         backbone.encode_text(["a cat"])

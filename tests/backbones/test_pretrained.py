@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_vit import build_clip
+from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 
 REPOSITORY = "timm/vit_base_patch16_clip_224.openai"
@@ -27,10 +27,10 @@ TINY_B16 = {
 
 @pytest.fixture
 def shrunk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """ViT-B-16 in miniature, so that its weights are small; the path they take is the real one."""
+    """Replace ViT-B-16 by a small model, and return weights for it."""
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit
+    from ovsprune.backbones import open_clip_build
 
     real = open_clip.get_model_config
     monkeypatch.setattr(
@@ -38,14 +38,14 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         "get_model_config",
         lambda name: dict(TINY_B16) if name == "ViT-B-16" else real(name),
     )
-    open_clip_vit._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     torch.manual_seed(1)
     return {k: torch.randn_like(v) * 0.05 for k, v in build_clip(TINY_B16).state_dict().items()}
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Tensor]], Path]:
-    """A local cache laid out as the hub's client lays it out."""
+    """Return a function that stores weights in the layout of the hub's client."""
     root = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(root), raising=False)
@@ -75,7 +75,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-def test_openais_weights_come_from_the_cache_with_their_activation(
+def test_openai_weights_are_read_from_the_cache_with_quick_gelu(
     shrunk: dict[str, Tensor], cache: Callable[[dict[str, Tensor]], Path]
 ) -> None:
     cache({k: v.half() for k, v in shrunk.items()})
@@ -92,7 +92,7 @@ def test_openais_weights_come_from_the_cache_with_their_activation(
 
 
 @pytest.mark.usefixtures("no_network", "cache")
-def test_a_hub_out_of_reach_is_a_clear_error_at_once() -> None:
+def test_unreachable_hub_is_reported_at_once() -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError) as caught:
         backbones.load_backbone("ViT-B/16")
@@ -105,7 +105,7 @@ def test_a_hub_out_of_reach_is_a_clear_error_at_once() -> None:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_hub_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_hub_is_abandoned_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     patience = []
 
     def silent(address: tuple[str, int], timeout: float) -> None:
@@ -119,7 +119,7 @@ def test_a_hub_that_does_not_answer_is_given_up_in_time(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("cache")
-def test_offline_mode_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
         backbones.load_backbone("ViT-B/16")
@@ -139,7 +139,9 @@ def openai_form(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pt", "wrapped", "openai"])
-def test_files_of_every_form(shrunk: dict[str, Tensor], tmp_path: Path, form: str) -> None:
+def test_weights_from_files_in_all_formats(
+    shrunk: dict[str, Tensor], tmp_path: Path, form: str
+) -> None:
     path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pt")
     match form:
         case "safetensors":
@@ -159,7 +161,7 @@ def test_files_of_every_form(shrunk: dict[str, Tensor], tmp_path: Path, form: st
     torch.testing.assert_close(got, shrunk["visual.proj"], atol=1e-3, rtol=1e-3)
 
 
-def test_a_files_activation_can_be_said(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
+def test_activation_of_a_file_can_be_given(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(shrunk, tmp_path / "w.safetensors")
     backbone = backbones.load_backbone(
         "ViT-B-16", pretrained=str(tmp_path / "w.safetensors"), activation="quick_gelu"
@@ -168,7 +170,7 @@ def test_a_files_activation_can_be_said(shrunk: dict[str, Tensor], tmp_path: Pat
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(
+def test_non_finite_weights_are_named(
     shrunk: dict[str, Tensor], tmp_path: Path, value: float
 ) -> None:
     name = "transformer.resblocks.0.mlp.c_fc.weight"
@@ -179,7 +181,7 @@ def test_weights_that_are_not_finite_are_named(
         backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.safetensors"))
 
 
-def test_a_file_that_does_not_fit_says_how(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
+def test_misfit_lists_the_keys_and_shapes(shrunk: dict[str, Tensor], tmp_path: Path) -> None:
     state = dict(shrunk)
     del state["visual.proj"]
     state["visual.extra"] = torch.zeros(1)
@@ -224,13 +226,13 @@ def test_unknown_tags_list_the_known(shrunk: dict[str, Tensor]) -> None:
         backbones.load_backbone("ViT-B-16", pretrained="opnai")
 
 
-def test_a_name_without_openais_weights_lists_its_tags() -> None:
+def test_name_without_default_weights_lists_its_tags() -> None:
     with pytest.raises(WeightsError, match="no default.*laion2b_s32b_b79k"):
         backbones.load_backbone("ViT-H-14")
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_tags_activation_cannot_be_contradicted(
+def test_activation_that_contradicts_the_tag_is_refused(
     shrunk: dict[str, Tensor], cache: Callable[[dict[str, Tensor]], Path]
 ) -> None:
     cache(shrunk)
@@ -248,12 +250,14 @@ def test_unknown_models_name_the_closest() -> None:
         backbones.load_backbone("ViT-B-61")
 
 
-def test_a_device_that_is_not_there(shrunk: dict[str, Tensor]) -> None:
+def test_unavailable_device_is_refused(shrunk: dict[str, Tensor]) -> None:
     with pytest.raises(OptionError, match="device 'cuda:7' cannot be used here"):
         backbones.load_backbone("ViT-B-16", pretrained="none", device="cuda:7")
 
 
-def test_a_folder_does_not_shadow_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_a_model_name_does_not_hide_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()
     assert backbones.load_backbone("tiny").pretrained == "embedded"

@@ -1,4 +1,4 @@
-"""Files of every form and provenance into a model: wrappers, prefixes, precisions, misfits."""
+"""Weights from files of many formats: wrappers, prefixes, precisions, misfits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ovsprune import backbones
-from ovsprune.backbones.open_clip_vit import build_clip
+from ovsprune.backbones.open_clip_model import build_clip
 from ovsprune.backbones.recognise import recognise
 from ovsprune.backbones.state_file import open_state
 from ovsprune.core.errors import WeightsError
@@ -28,10 +28,10 @@ EXTRAS = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
 
 @pytest.fixture(autouse=True)
 def _shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ViT-B-16 and its namesake in miniature."""
+    """Replace ViT-B-16 and a variant of it by small models."""
     import open_clip
 
-    from ovsprune.backbones import open_clip_vit, recognise
+    from ovsprune.backbones import open_clip_build, recognise
 
     real = open_clip.get_model_config
     small = {
@@ -41,7 +41,7 @@ def _shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         open_clip, "get_model_config", lambda name: deepcopy(small.get(name) or real(name))
     )
-    open_clip_vit._names.cache_clear()
+    open_clip_build.names_of.cache_clear()
     recognise._known.cache_clear()
 
 
@@ -55,8 +55,8 @@ def tower_of(clip: State) -> State:
     return {k.removeprefix("visual."): v for k, v in clip.items() if k.startswith("visual.")}
 
 
-def apart(clip: State) -> State:
-    """CAT-Seg's form: the weights of queries, keys and values apart, their biases together."""
+def separate_qkv(clip: State) -> State:
+    """Convert to the format of CAT-Seg: separate weights of q, k and v, one fused bias."""
     found = {}
     for name, value in clip.items():
         if name.endswith("in_proj_weight"):
@@ -70,35 +70,35 @@ def apart(clip: State) -> State:
     return found
 
 
-def behind(prefix: str, state: State) -> State:
+def prefixed(prefix: str, state: State) -> State:
     return {prefix + name: value for name, value in state.items()}
 
 
 CATSEG = "sem_seg_head.predictor.clip_model."
 WHOLE: dict[str, Callable[[State], Any]] = {
     "as open_clip has it": dict,
-    "of data-parallel training": lambda s: {"epoch": 3, "state_dict": behind("module.", s)},
-    "of lightning": lambda s: {"state_dict": behind("model.", s), "optimizer_states": [{}]},
-    "of detectron2": lambda s: {"model": behind("backbone.clip_model.", s), "iteration": 7},
+    "of data-parallel training": lambda s: {"epoch": 3, "state_dict": prefixed("module.", s)},
+    "of lightning": lambda s: {"state_dict": prefixed("model.", s), "optimizer_states": [{}]},
+    "of detectron2": lambda s: {"model": prefixed("backbone.clip_model.", s), "iteration": 7},
     "nested twice": lambda s: {"model": {"state_dict": s}, "ema": {"decay": torch.ones(1)}},
     "CAT-Seg": lambda s: {
-        "model": {**behind(CATSEG, apart(s)), "sem_seg_head.up.weight": torch.ones(3, 3)}
+        "model": {**prefixed(CATSEG, separate_qkv(s)), "sem_seg_head.up.weight": torch.ones(3, 3)}
     },
     "OpenAI": lambda s: {**s, **{k: torch.tensor(v) for k, v in EXTRAS.items()}},
 }
 TOWER: dict[str, Callable[[State], Any]] = {
-    "visual": lambda t: behind("visual.", t),
+    "visual": lambda t: prefixed("visual.", t),
     "bare": dict,
-    "bare, apart": apart,
-    "of a framework": lambda t: behind("backbone.", t) | {"head.weight": torch.ones(2, 2)},
-    "visual, of a framework": lambda t: behind("net.visual.", t) | {"net.head": torch.ones(2)},
-    "visual with a temperature": lambda t: behind("visual.", t) | {"logit_scale": torch.ones([])},
+    "bare, apart": separate_qkv,
+    "of a framework": lambda t: prefixed("backbone.", t) | {"head.weight": torch.ones(2, 2)},
+    "visual, of a framework": lambda t: prefixed("net.visual.", t) | {"net.head": torch.ones(2)},
+    "visual with a temperature": lambda t: prefixed("visual.", t) | {"logit_scale": torch.ones([])},
 }
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("form", WHOLE)
-def test_a_whole_clip(clip: State, tmp_path: Path, form: str, half: bool) -> None:
+def test_clip_loads_from_all_formats(clip: State, tmp_path: Path, form: str, half: bool) -> None:
     if half:
         clip = {k: v.half() for k, v in clip.items()}
     torch.save(WHOLE[form](clip), tmp_path / "w.pt")
@@ -113,7 +113,7 @@ def test_a_whole_clip(clip: State, tmp_path: Path, form: str, half: bool) -> Non
 
 
 @pytest.mark.parametrize("form", TOWER)
-def test_an_image_tower_alone(clip: State, tmp_path: Path, form: str) -> None:
+def test_image_tower_loads_from_all_formats(clip: State, tmp_path: Path, form: str) -> None:
     torch.save(TOWER[form](tower_of(clip)), tmp_path / "w.pt")
     backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     tower = backbone.tower.state_dict()
@@ -122,7 +122,7 @@ def test_an_image_tower_alone(clip: State, tmp_path: Path, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["of detectron2", "CAT-Seg", "visual", "bare, apart"])
-def test_the_base_s_hashes_are_those_of_the_file(clip: State, tmp_path: Path, form: str) -> None:
+def test_base_hashes_match_the_file(clip: State, tmp_path: Path, form: str) -> None:
     make = WHOLE.get(form) or (lambda state: TOWER[form](tower_of(state)))
     torch.save(make(clip), tmp_path / "w.pt")
     done = prune("ViT-B-16", 0.3, pretrained=str(tmp_path / "w.pt"), dry_run=True, samples=2,
@@ -132,28 +132,28 @@ def test_the_base_s_hashes_are_those_of_the_file(clip: State, tmp_path: Path, fo
     assert (base.model, base.pretrained, base.trained) == ("ViT-B-16", "w.pt", True)
 
 
-def test_what_is_left_out_is_said(clip: State, tmp_path: Path) -> None:
+def test_ignored_tensors_are_noted(clip: State, tmp_path: Path) -> None:
     torch.save(WHOLE["CAT-Seg"](clip), tmp_path / "w.pt")
     backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert backbone.notes == (
-        f"w.pt: the image tower lies under '{CATSEG}visual.'; tensors of other things are left out "
-        "(1)",
+        f"w.pt: the image tower lies under '{CATSEG}visual.'; tensors outside of the "
+        "model are ignored (1)",
     )
 
 
-def test_half_a_text_tower_of_a_framework_is_left_out(clip: State, tmp_path: Path) -> None:
+def test_incomplete_text_tower_of_a_framework_is_ignored(clip: State, tmp_path: Path) -> None:
     clip.pop("ln_final.weight")
     torch.save(WHOLE["of detectron2"](clip), tmp_path / "w.pt")
     backbone = backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
     assert not backbone.has_text
     assert backbone.notes == (
-        "w.pt has no whole text tower under 'backbone.clip_model.': the image tower alone is "
+        "w.pt has no complete text tower under 'backbone.clip_model.': only the image tower is "
         "loaded",
     )
 
 
-def test_two_towers_in_one_file(clip: State, tmp_path: Path) -> None:
-    twice = behind("student.", clip) | behind("teacher.", clip)
+def test_two_different_towers_in_one_file_are_refused(clip: State, tmp_path: Path) -> None:
+    twice = prefixed("student.", clip) | prefixed("teacher.", clip)
     torch.save(twice, tmp_path / "w.pt")
     assert backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt")).trained
     twice["teacher.visual.proj"] = twice["teacher.visual.proj"] + 1
@@ -163,7 +163,7 @@ def test_two_towers_in_one_file(clip: State, tmp_path: Path) -> None:
 
 
 def test_settings_of_a_training_run_are_not_imported(clip: State, tmp_path: Path) -> None:
-    """``torch.load`` refuses the file; the reader that runs nothing does not need to."""
+    """Read a file that ``torch.load`` refuses, with the reader that runs no code."""
     torch.save({"model": clip, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
     with pytest.raises(Exception, match="argparse"):
         torch.load(tmp_path / "w.pth", weights_only=True)
@@ -172,7 +172,7 @@ def test_settings_of_a_training_run_are_not_imported(clip: State, tmp_path: Path
 
 
 class Release(nn.Module):
-    """OpenAI's archives: a CLIP, three numbers as buffers, and a mask that is no weight."""
+    """Model in the format of OpenAI's archives: a CLIP, three numbers and a mask as buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Release(nn.Module):
 @pytest.mark.filterwarnings(
     "ignore:.*jit", "ignore:.*TorchScript", "ignore::torch.jit.TracerWarning"
 )
-def test_openais_own_archive(clip: State, tmp_path: Path) -> None:
+def test_archive_in_the_format_of_openai(clip: State, tmp_path: Path) -> None:
     model = build_clip(TINY_B16)
     model.load_state_dict(clip)
     archive = torch.jit.trace(Release(model).half().float(), torch.ones(1, 3, 32, 32))
@@ -205,10 +205,10 @@ def test_openais_own_archive(clip: State, tmp_path: Path) -> None:
     (note,) = backbone.notes
     assert "looks like a release of OpenAI's" in note and "--activation quick_gelu" in note
     for name, activation in (("ViT-B-16", "quick_gelu"), ("ViT-B-16-quickgelu", None)):
-        told = backbones.load_backbone(
+        with_option = backbones.load_backbone(
             name, pretrained=str(tmp_path / "ViT-B-16.pt"), activation=activation
         )
-        assert told.activation == "quick_gelu" and not told.notes
+        assert with_option.activation == "quick_gelu" and not with_option.notes
 
 
 @pytest.mark.parametrize("held", [{}, {"epoch": 3}, [1, 2], {"a": {"b": {"c": {"d": 1}}}}])
@@ -218,8 +218,8 @@ def test_files_without_tensors(tmp_path: Path, held: Any) -> None:
         backbones.load_backbone("ViT-B-16", pretrained=str(tmp_path / "w.pt"))
 
 
-def full(name: str) -> State:
-    """Shapes of a model's state, in no memory."""
+def on_meta(name: str) -> State:
+    """Return a model's state on the meta device."""
     with torch.device("meta"):
         import open_clip
 
@@ -243,25 +243,25 @@ def full(name: str) -> State:
     ],
 )
 def test_models_are_recognised_by_their_shapes(name: str, first: tuple[str, ...]) -> None:
-    state = full(name)
+    state = on_meta(name)
     assert recognise(state) == first
-    assert recognise(behind("framework.clip.", state)) == first
+    assert recognise(prefixed("framework.clip.", state)) == first
 
 
 @pytest.mark.parametrize("name", ["RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"])
 def test_resnets_are_recognised_by_their_shapes(name: str) -> None:
-    state = full(name)
+    state = on_meta(name)
     assert recognise(state) == (name, f"{name}-quickgelu")
     assert recognise(tower_of(state))[:2] == (name, f"{name}-quickgelu")
 
 
-def test_a_tower_alone_could_be_of_several_models() -> None:
-    names = recognise(tower_of(full("ViT-B-32")))
+def test_image_tower_can_match_several_models() -> None:
+    names = recognise(tower_of(on_meta("ViT-B-32")))
     assert names[:2] == ("ViT-B-32", "ViT-B-32-quickgelu")
     assert {"roberta-ViT-B-32", "nllb-clip-base", "coca_roberta-ViT-B-32"} < set(names)
     text = {"text.transformer.x.weight": torch.ones(2, 2)}
     own = {"ViT-B-32", "ViT-B-32-quickgelu"}
-    assert not own & set(recognise({**behind("visual.", tower_of(full("ViT-B-32"))), **text}))
+    assert not own & set(recognise({**prefixed("visual.", tower_of(on_meta("ViT-B-32"))), **text}))
 
 
 @pytest.mark.parametrize(
@@ -272,11 +272,11 @@ def test_a_tower_alone_could_be_of_several_models() -> None:
         {"conv1.weight": torch.ones(8, 3, 4, 4), "class_embedding": torch.ones(8)},
     ],
 )
-def test_what_is_no_clip_is_not_recognised(state: State) -> None:
+def test_other_state_dicts_are_not_recognised(state: State) -> None:
     assert recognise(state) == ()
 
 
-def test_a_file_of_another_model_says_of_which(tmp_path: Path) -> None:
+def test_misfit_names_the_model_that_fits(tmp_path: Path) -> None:
     import open_clip
 
     config = open_clip.get_model_config("ViT-S-32-alt")
@@ -290,7 +290,7 @@ def test_a_file_of_another_model_says_of_which(tmp_path: Path) -> None:
     assert said.endswith("Its shapes are those of ViT-S-32-alt: give that as --model.")
 
 
-def test_a_right_tower_with_another_text(clip: State, tmp_path: Path) -> None:
+def test_misfit_of_the_text_tower_only(clip: State, tmp_path: Path) -> None:
     clip["text_projection"] = torch.zeros(7, 7)
     save_file(clip, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as caught:

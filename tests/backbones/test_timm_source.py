@@ -1,4 +1,4 @@
-"""Models of timm's by ``timm:NAME``: from the cache, a file, and what comes of them."""
+"""Models of timm (``timm:NAME``) from the cache and from files, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def ovsprune_small(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A CLIP-like ViT of three blocks."""
+    """Build a CLIP-like ViT of three blocks."""
     from timm.models import vision_transformer
 
     given = {"img_size": 48, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4,
@@ -51,17 +51,17 @@ def ovsprune_small(pretrained: bool = False, **options: Any) -> nn.Module:
 
 
 def put(root: Path, repository: str, state: dict[str, Tensor]) -> None:
-    """Lay weights out as the hub's client does."""
-    place = root / f"models--{repository.replace('/', '--')}"
-    snapshot = place / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    """Store weights in the layout of the hub's client."""
+    directory = root / f"models--{repository.replace('/', '--')}"
+    snapshot = directory / "snapshots" / ("0123456789abcdef" * 3)[:40]
     snapshot.mkdir(parents=True)
-    (place / "refs").mkdir()
-    (place / "refs" / "main").write_text(snapshot.name)
+    (directory / "refs").mkdir()
+    (directory / "refs" / "main").write_text(snapshot.name)
     save_file(state, snapshot / "model.safetensors")
 
 
-def theirs(classes: int) -> Any:
-    """timm's own model with weights of its own."""
+def timm_model(classes: int) -> Any:
+    """Build timm's model with random weights."""
     torch.manual_seed(classes)
     model = timm.create_model("ovsprune_small", num_classes=classes).eval()
     with torch.no_grad():
@@ -75,8 +75,8 @@ def images() -> Tensor:
     return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_tag_brings_weights_and_how_pictures_are_prepared(root: Path, images: Tensor) -> None:
-    model = theirs(24)
+def test_tag_selects_weights_and_preprocessing(root: Path, images: Tensor) -> None:
+    model = timm_model(24)
     put(root, "someone/words", model.state_dict())
     backbone = backbones.load_backbone("timm:ovsprune_small.words")
     assert (backbone.name, backbone.pretrained) == ("timm:ovsprune_small", "words")
@@ -87,9 +87,9 @@ def test_a_tag_brings_weights_and_how_pictures_are_prepared(root: Path, images: 
     assert backbone.dense(images).shape == (2, 24, 6, 6)
 
 
-def test_timms_default_and_other_tags(root: Path) -> None:
-    put(root, "someone/words", theirs(24).state_dict())
-    put(root, "someone/classes", theirs(1000).state_dict())
+def test_default_tag_and_other_tags(root: Path) -> None:
+    put(root, "someone/words", timm_model(24).state_dict())
+    put(root, "someone/classes", timm_model(1000).state_dict())
     assert backbones.load_backbone("timm:ovsprune_small").pretrained == "words"
     for other in ("timm:ovsprune_small", "timm:ovsprune_small.words"):
         assert backbones.load_backbone(other, pretrained="classes").pretrained == "classes"
@@ -98,8 +98,8 @@ def test_timms_default_and_other_tags(root: Path) -> None:
     assert untrained.pretrained is None and not untrained.trained
 
 
-def test_a_classifier_is_left_off(root: Path, images: Tensor) -> None:
-    model = theirs(1000)
+def test_classifier_is_removed(root: Path, images: Tensor) -> None:
+    model = timm_model(1000)
     put(root, "someone/classes", model.state_dict())
     found = backbones.load_backbone("timm:ovsprune_small.classes").pooled(images)
     model.reset_classifier(0)
@@ -108,10 +108,8 @@ def test_a_classifier_is_left_off(root: Path, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("before", ["", "backbone.", "module.visual.trunk."])
-def test_a_file_with_what_stands_before_its_names(
-    tmp_path: Path, images: Tensor, before: str
-) -> None:
-    model = theirs(24)
+def test_file_with_a_prefix(tmp_path: Path, images: Tensor, before: str) -> None:
+    model = timm_model(24)
     file = tmp_path / "weights.safetensors"
     save_file({before + k: v for k, v in model.state_dict().items()}, file)
     backbone = backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
@@ -120,9 +118,7 @@ def test_a_file_with_what_stands_before_its_names(
     torch.testing.assert_close(backbone.pooled(images), model(images))
 
 
-def test_a_file_of_openais_form_goes_through_timms_conversion(
-    tmp_path: Path, images: Tensor
-) -> None:
+def test_file_in_the_format_of_openai_is_converted_by_timm(tmp_path: Path, images: Tensor) -> None:
     from open_clip.transformer import QuickGELU, VisionTransformer
 
     torch.manual_seed(3)
@@ -135,19 +131,19 @@ def test_a_file_of_openais_form_goes_through_timms_conversion(
     torch.testing.assert_close(backbone.pooled(images), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_what_does_not_fit_says_so(tmp_path: Path) -> None:
-    state = theirs(24).state_dict()
+def test_misfit_lists_the_keys(tmp_path: Path) -> None:
+    state = timm_model(24).state_dict()
     del state["blocks.2.mlp.fc1.weight"]
     file = tmp_path / "short.safetensors"
     save_file(state, file)
     with pytest.raises(WeightsError, match=r"1 missing \(visual.trunk.blocks.2.mlp.fc1.weight\)"):
         backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
-    save_file(theirs(0).state_dict(), file)  # an embedding's head is not drawn at random
+    save_file(timm_model(0).state_dict(), file)  # an embedding's head is not drawn at random
     with pytest.raises(WeightsError, match=r"2 missing \(visual.trunk.head.weight"):
         backbones.load_backbone("timm:ovsprune_small.words", pretrained=str(file))
 
 
-def test_names_tags_and_weights_that_there_are_not(root: Path) -> None:
+def test_unknown_names_tags_and_missing_weights(root: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'ovsprune_small'"):
         backbones.load_backbone("timm:ovsprune_smal")
     with pytest.raises(UnknownNameError, match="Did you mean 'timm:ovsprune_small.words'"):
@@ -165,25 +161,25 @@ def test_names_tags_and_weights_that_there_are_not(root: Path) -> None:
             backbones.load_backbone(name, pretrained="none")
 
 
-def test_it_is_pruned_reloaded_and_fits_timms_own_model(
+def test_pruned_model_loads_and_attaches_to_a_model_of_timm(
     tmp_path: Path, root: Path, images: Tensor
 ) -> None:
-    model = theirs(24)
+    model = timm_model(24)
     put(root, "someone/words", model.state_dict())
-    place = tmp_path / "slim"
-    prune("timm:ovsprune_small.words", 0.4, samples=8, output=place)
-    config = json.loads((place / "config.json").read_text())
+    directory = tmp_path / "slim"
+    prune("timm:ovsprune_small.words", 0.4, samples=8, output=directory)
+    config = json.loads((directory / "config.json").read_text())
     assert config["base"]["model"] == "timm:ovsprune_small"
     assert config["base"]["pretrained"] == "words"
-    assert all(key.startswith("visual.") for key in load_file(place / "model.safetensors"))
+    assert all(key.startswith("visual.") for key in load_file(directory / "model.safetensors"))
 
-    slim = ovsprune.load(place)
+    slim = ovsprune.load(directory)
     with torch.no_grad():
         expected = slim(images)
-    checkpoint = ovsprune.read(place)
+    checkpoint = ovsprune.read(directory)
     with ovsprune.apply(model, checkpoint, prefix_map={"trunk": ""}), torch.no_grad():
         torch.testing.assert_close(model(images), expected)
-    again = prune(str(place), 0.2, samples=8, output=tmp_path / "again")
+    again = prune(str(directory), 0.2, samples=8, output=tmp_path / "again")
     assert again.spec.slim.macs < checkpoint.spec.slim.macs
     with pytest.raises(ovsprune.OvspruneError, match="no text tower"):
-        ovsprune.load_open_clip(place)
+        ovsprune.load_open_clip(directory)

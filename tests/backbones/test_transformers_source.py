@@ -1,4 +1,4 @@
-"""Models of transformers by name: folders, the hub's cache, the hub out of reach."""
+"""Models of transformers by name: folders, the hub's cache, an unreachable hub."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def images() -> Tensor:
 
 
 def put(root: Path, folder: Path) -> None:
-    """Lay a folder's files out as the hub's client does."""
+    """Store the files of a folder in the layout of the hub's client."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = root / "models--someone--a-small-vit"
     snapshot = repository / "snapshots" / commit
@@ -51,7 +51,7 @@ def put(root: Path, folder: Path) -> None:
 
 
 def add_tokenizer(folder: Path) -> None:
-    """A tokenizer of single letters, in the one file that transformers reads for any class."""
+    """Write a tokenizer of single letters to ``tokenizer.json``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ def add_tokenizer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
-def test_a_model_with_a_text_tower(name: str, tmp_path: Path, images: Tensor) -> None:
+def test_model_with_a_text_tower(name: str, tmp_path: Path, images: Tensor) -> None:
     model: Any = make(name)
     folder = folder_of(model, tmp_path / "both")
     add_tokenizer(folder)
@@ -85,7 +85,7 @@ def test_a_model_with_a_text_tower(name: str, tmp_path: Path, images: Tensor) ->
     assert loaded.pooled(images).shape[1] == expected.shape[1]
 
 
-def test_the_text_tower_is_passed_through(clip: Path, tmp_path: Path, images: Tensor) -> None:
+def test_text_tower_is_kept_in_the_checkpoint(clip: Path, tmp_path: Path, images: Tensor) -> None:
     done = ovsprune.prune(f"hf:{clip}", 0.4, output=tmp_path / "slim", **OPTIONS)
     assert done.spec.base.model == "small-clip"
     text = ovsprune.read(tmp_path / "slim").text()
@@ -94,15 +94,15 @@ def test_the_text_tower_is_passed_through(clip: Path, tmp_path: Path, images: Te
     again = backbones.load_backbone(str(tmp_path / "slim"))
     assert set(again.text) == set(text) and not again.has_text  # its tokenizer is not there
     assert torch.equal(again.dense(images), ovsprune.load(tmp_path / "slim").dense(images))
-    whole: Any = make("CLIPModel")  # which has the names of its own vision tower
-    ovsprune.apply(whole, ovsprune.read(tmp_path / "slim"))
-    slim = whole.get_image_features(images).pooler_output
+    clip_model: Any = make("CLIPModel")  # which has the names of its own vision tower
+    ovsprune.apply(clip_model, ovsprune.read(tmp_path / "slim"))
+    slim = clip_model.get_image_features(images).pooler_output
     torch.testing.assert_close(slim, again.pooled(images), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["SiglipVisionModel", "Dinov2Model"])
-def test_pruned_from_end_to_end(name: str, tmp_path: Path, images: Tensor) -> None:
-    """With the default criterion, allocation and recovery on eight procedural pictures."""
+def test_default_prune_by_name(name: str, tmp_path: Path, images: Tensor) -> None:
+    """Use the default criterion, allocation and recovery with eight procedural images."""
     folder = folder_of(make(name), tmp_path / "mine")
     done = ovsprune.prune(f"hf:{folder}", 0.4, samples=8, output=tmp_path / "slim")
     plain = ovsprune.prune(f"hf:{folder}", 0.4, samples=8, recovery="none", dry_run=True)
@@ -114,7 +114,7 @@ def test_pruned_from_end_to_end(name: str, tmp_path: Path, images: Tensor) -> No
         assert done.spec.layer("head.mlp").kept < done.spec.layer("head.mlp").units
 
 
-def test_a_plain_folder_is_a_model_and_no_checkpoint(clip: Path, tmp_path: Path) -> None:
+def test_plain_folder_is_a_model_not_a_checkpoint(clip: Path, tmp_path: Path) -> None:
     assert backbones.load_backbone(str(clip)).family == "transformers-vit"
     assert backbones.canonical(str(clip)) == backbones.canonical(f"hf:{clip}") == "small-clip"
     done = ovsprune.prune(str(clip), 0.4, output=tmp_path / "slim", text=False, **OPTIONS)
@@ -123,14 +123,14 @@ def test_a_plain_folder_is_a_model_and_no_checkpoint(clip: Path, tmp_path: Path)
     assert backbones.load_backbone(str(tmp_path / "slim")).slim is not None
 
 
-def test_the_projection_says_which_class(tmp_path: Path, images: Tensor) -> None:
+def test_architectures_select_the_class_with_projection(tmp_path: Path, images: Tensor) -> None:
     model: Any = make("CLIPVisionModelWithProjection")
     loaded = backbones.load_backbone(str(folder_of(model, tmp_path / "a")))
     assert loaded.architecture["class"] == "CLIPVisionModelWithProjection"
     assert torch.equal(loaded.tower(images), model(images).image_embeds)
 
 
-def test_a_configuration_alone_has_random_weights(tmp_path: Path) -> None:
+def test_configuration_without_weights_needs_pretrained_none(tmp_path: Path) -> None:
     folder = folder_of(make("SiglipModel"), tmp_path / "a")
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"no model\.safetensors.*--pretrained none"):
@@ -144,7 +144,7 @@ def test_a_configuration_alone_has_random_weights(tmp_path: Path) -> None:
 
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
-    """Also by the names that older versions of the library wrote."""
+    """Test names of older versions of the library, too."""
     model = make("Dinov2Model", seed=3)
     folder = folder_of(make("Dinov2Model"), tmp_path / "a")
     old = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
@@ -161,7 +161,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     assert all(torch.equal(v, own[k]) for k, v in model.state_dict().items())
 
 
-def test_half_precision_and_several_files(tmp_path: Path) -> None:
+def test_half_precision_in_several_files(tmp_path: Path) -> None:
     model: Any = make("CLIPVisionModel").half()
     model.save_pretrained(tmp_path / "a", max_shard_size="20kB")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
@@ -170,7 +170,7 @@ def test_half_precision_and_several_files(tmp_path: Path) -> None:
     assert {v.dtype for v in own.values()} == {torch.float32}
     index = tmp_path / "a" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
-    with pytest.raises(WeightsError, match="lists no files of weights beside it"):
+    with pytest.raises(WeightsError, match="lists no files of weights in its folder"):
         backbones.load_backbone(f"hf:{tmp_path / 'a'}")
 
 
@@ -199,7 +199,7 @@ def test_pickled_weights_are_not_opened(clip: Path) -> None:
         backbones.load_backbone(f"hf:{clip}")
 
 
-def test_how_pictures_become_input(tmp_path: Path) -> None:
+def test_preprocessing_of_the_configuration_is_used(tmp_path: Path) -> None:
     clip = folder_of(make("CLIPVisionModel"), tmp_path / "clip")
     siglip = folder_of(make("SiglipVisionModel"), tmp_path / "siglip")
     naflex = folder_of(make("Siglip2VisionModel"), tmp_path / "naflex")
@@ -221,7 +221,7 @@ def test_how_pictures_become_input(tmp_path: Path) -> None:
         (SIZE, SIZE), (0.1, 0.2, 0.3), (1.0, 1.0, 2.0), "bilinear", "squash"
     )
     (clip / "preprocessor_config.json").write_text(json.dumps({**said, "resample": 1}))
-    with pytest.raises(WeightsError, match="does not say how pictures become input"):
+    with pytest.raises(WeightsError, match="is no configuration of the preprocessing"):
         backbones.load_backbone(f"hf:{clip}")
 
 
@@ -244,7 +244,7 @@ def test_configurations_that_are_refused(
         backbones.load_backbone(str(tmp_path), pretrained="none")
 
 
-def test_names_that_mean_nothing(tmp_path: Path, clip: Path) -> None:
+def test_invalid_names_and_options(tmp_path: Path, clip: Path) -> None:
     with pytest.raises(WeightsError, match="neither a folder nor the name of a repository"):
         backbones.load_backbone("hf:a/b/c")
     with pytest.raises(WeightsError, match=r"has no config\.json"):
@@ -280,7 +280,7 @@ def test_a_repository_in_the_cache(root: Path, clip: Path, tmp_path: Path, image
 
 
 @pytest.mark.usefixtures("root")
-def test_a_hub_out_of_reach_is_a_clear_error_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_hub_is_reported_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     start = time.perf_counter()
     with pytest.raises(WeightsError) as caught:
         backbones.load_backbone(NAME)
@@ -293,10 +293,10 @@ def test_a_hub_out_of_reach_is_a_clear_error_at_once(capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_hub_that_does_not_answer_is_given_up_in_time(
+def test_silent_hub_is_abandoned_after_the_timeout(
     root: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where only files that can be missed are not in the cache."""
+    """Test the case that only optional files are missing from the cache, too."""
     patience = []
 
     def silent(address: tuple[str, int], timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""transformers' vision towers: the stages, the cut, the checkpoint, the tower of the library."""
+"""Vision towers of transformers: stages, cutting, checkpoints, attaching."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def images() -> Tensor:
     return torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
 
 
-def everything(tower: nn.Module) -> list[Group]:
-    """Every group that the family offers, the protected heads of the last block too."""
+def all_groups(tower: nn.Module) -> list[Group]:
+    """Return all groups, with the protected heads of the last block."""
     return find_groups(tower, FAMILY.prunable_layers(tower), (SIZE, SIZE))
 
 
@@ -54,13 +54,13 @@ def random_plan(groups: list[Group], seed: int = 0) -> Plan:
     )
 
 
-def off(found: Tensor, expected: Tensor) -> float:
-    """Largest error, as a share of the standard deviation of what is expected."""
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error, in standard deviations of the expected values."""
     return float((found - expected).abs().max() / expected.std())
 
 
-def theirs(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What transformers itself makes of pictures: pooled embedding, patch tokens."""
+def library_outputs(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return pooled embedding and patch tokens that transformers computes for images."""
     if type(model).__name__ == "Siglip2VisionModel":
         from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
@@ -75,46 +75,46 @@ def theirs(model: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_tower_gives_what_transformers_gives(name: str, images: Tensor) -> None:
+def test_tower_outputs_equal_those_of_transformers(name: str, images: Tensor) -> None:
     model = make(name)
     tower = TransformersTower(model)
     pooled, dense = FAMILY.stages(tower).outputs(images)
-    expected, _ = theirs(model, images)
-    assert off(tower(images), expected) < 1e-5
-    assert off(pooled, expected) < 1e-5
+    expected, _ = library_outputs(model, images)
+    assert relative_error(tower(images), expected) < 1e-5
+    assert relative_error(pooled, expected) < 1e-5
     assert dense.shape == (3, pooled.shape[1], SIZE // 8, SIZE // 8)
     assert list(tower.state_dict()) == list(model.state_dict())
 
 
-def test_dense_embeddings_of_a_class_token() -> None:
-    """They are the tokens behind the norm (and projection) that the class token goes through."""
+def test_dense_output_with_a_class_token() -> None:
+    """Compare with norm (and projection) of the class token, applied to the patch tokens."""
     images = torch.randn(2, 3, SIZE, SIZE)
     clip, projecting = make("CLIPVisionModel"), make("CLIPVisionModelWithProjection")
     for model, trunk, last in (
         (clip, clip, lambda x: x),
         (projecting, projecting.vision_model, projecting.visual_projection),
     ):
-        tokens = trunk.post_layernorm(theirs(model, images)[1])
+        tokens = trunk.post_layernorm(library_outputs(model, images)[1])
         expected = last(tokens)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-        assert off(TransformersTower(model).outputs(images)[1], expected) < 1e-5
+        assert relative_error(TransformersTower(model).outputs(images)[1], expected) < 1e-5
     dino = make("Dinov2Model")
-    expected = theirs(dino, images)[1][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-    assert off(TransformersTower(dino).outputs(images)[1], expected) < 1e-5
+    expected = library_outputs(dino, images)[1][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    assert relative_error(TransformersTower(dino).outputs(images)[1], expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["SiglipVisionModel", "Siglip2VisionModel"])
-def test_dense_embeddings_of_a_pool(name: str, images: Tensor) -> None:
-    """Each is what the pool itself gives for that position alone."""
+def test_dense_output_with_an_attention_pool(name: str, images: Tensor) -> None:
+    """Compare with the output of the pool for each position alone."""
     model = make(name)
     dense = TransformersTower(model).outputs(images)[1]
-    tokens = theirs(model, images)[1]
+    tokens = library_outputs(model, images)[1]
     for position in (0, 5, 15):
         alone = model.head(tokens[:, position : position + 1])
-        assert off(dense.flatten(2)[:, :, position], alone) < 1e-5
+        assert relative_error(dense.flatten(2)[:, :, position], alone) < 1e-5
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_other_sizes(name: str) -> None:
+def test_other_input_sizes(name: str) -> None:
     tower = TransformersTower(make(name))
     pooled, dense = tower.outputs(torch.randn(2, 3, 48, 40))
     assert dense.shape[2:] == (6, 5)
@@ -127,7 +127,7 @@ def test_cut_equals_masked(name: str, attention: str, images: Tensor) -> None:
     made = make("Dinov2Model", attention=attention, **SWIGLU) if name == "swiglu" else None
     tower = TransformersTower(made or make(name, attention=attention))
     assert tower.model.config._attn_implementation == attention
-    groups = everything(tower)
+    groups = all_groups(tower)
     plan, other = random_plan(groups), random_plan(groups, 1)
     slim, masked, wrong = deepcopy(tower), deepcopy(tower), deepcopy(tower)
     cut(slim, groups, plan)
@@ -137,16 +137,16 @@ def test_cut_equals_masked(name: str, attention: str, images: Tensor) -> None:
     for found, expected, control in zip(
         slim.outputs(images), masked.outputs(images), wrong.outputs(images), strict=True
     ):
-        assert off(found, expected) < 1e-4
-        assert off(found, control) > 1e-1
-    assert off(slim(images), masked(images)) < 1e-4
+        assert relative_error(found, expected) < 1e-4
+        assert relative_error(found, control) > 1e-1
+    assert relative_error(slim(images), masked(images)) < 1e-4
     fewer = sum(p.numel() for p in slim.parameters()) / sum(p.numel() for p in tower.parameters())
     assert fewer < 0.75
 
 
 def test_groups_of_a_siglip_tower() -> None:
     tower = TransformersTower(make("SiglipVisionModel"))
-    groups = {g.name: g for g in everything(tower)}
+    groups = {g.name: g for g in all_groups(tower)}
     assert set(groups) == {
         "encoder.layers.0.self_attn", "encoder.layers.0.mlp", "encoder.layers.1.self_attn",
         "encoder.layers.1.mlp", "head.mlp",
@@ -163,9 +163,9 @@ def test_groups_of_a_siglip_tower() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_plan_that_keeps_everything(name: str, images: Tensor) -> None:
+def test_plan_that_keeps_all_units(name: str, images: Tensor) -> None:
     tower = TransformersTower(make(name))
-    same, groups = deepcopy(tower), everything(tower)
+    same, groups = deepcopy(tower), all_groups(tower)
     plan = Plan({g.name: torch.arange(g.units) for g in groups})
     FAMILY.rewrite(same)
     cut(same, groups, plan)
@@ -175,8 +175,10 @@ def test_a_plan_that_keeps_everything(name: str, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_from_a_folder_to_a_slim_tower(name: str, tmp_path: Path, images: Tensor) -> None:
-    """Pruned from a folder, loaded again, and applied to a model that transformers built."""
+def test_checkpoint_loads_and_attaches_to_a_tower(
+    name: str, tmp_path: Path, images: Tensor
+) -> None:
+    """Prune from a folder, load again, and apply to a model built by transformers."""
     folder = folder_of(make(name), tmp_path / "mine")
     # transformers 5.24 resamples the positions of SigLIP 2 by a product, which stays
     done = ovsprune.prune(f"hf:{folder}", 0.35, output=tmp_path / "slim", **CHEAP)
@@ -192,17 +194,19 @@ def test_from_a_folder_to_a_slim_tower(name: str, tmp_path: Path, images: Tensor
     assert torch.equal(again.dense(images), expected[1])
 
     model = make(name)
-    before, state = theirs(model, images)[0], deepcopy(model.state_dict())
+    before, state = library_outputs(model, images)[0], deepcopy(model.state_dict())
     applied = ovsprune.apply(model, ovsprune.read(tmp_path / "slim"))
-    assert torch.equal(theirs(model, images)[0], theirs(loaded.tower.model, images)[0])
-    assert off(theirs(model, images)[0], expected[0]) < 1e-5
-    assert off(theirs(model, images)[0], before) > 1e-2
+    assert torch.equal(
+        library_outputs(model, images)[0], library_outputs(loaded.tower.model, images)[0]
+    )
+    assert relative_error(library_outputs(model, images)[0], expected[0]) < 1e-5
+    assert relative_error(library_outputs(model, images)[0], before) > 1e-2
     applied.detach()
-    assert torch.equal(theirs(model, images)[0], before)
+    assert torch.equal(library_outputs(model, images)[0], before)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
-def test_in_a_fresh_process(tmp_path: Path, images: Tensor) -> None:
+def test_fresh_process_loads_identical_outputs(tmp_path: Path, images: Tensor) -> None:
     folder = folder_of(make("CLIPVisionModel"), tmp_path / "mine")
     done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
     torch.save((images, done.tower.outputs(images)[1]), tmp_path / "expected.pt")
@@ -220,7 +224,7 @@ def test_in_a_fresh_process(tmp_path: Path, images: Tensor) -> None:
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-def test_heads_are_cut_by_slices(tmp_path: Path) -> None:
+def test_heads_are_stored_as_slices(tmp_path: Path) -> None:
     folder = folder_of(make("Dinov2Model"), tmp_path / "mine")
     done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
     layer = done.spec.layer("encoder.layer.0.attention")
@@ -231,15 +235,15 @@ def test_heads_are_cut_by_slices(tmp_path: Path) -> None:
     assert tensors["encoder.layer.0.attention.q_proj.bias"].shape == (8 * layer.kept,)
 
 
-def test_the_masks_fit_finetuned_weights(tmp_path: Path, images: Tensor) -> None:
+def test_mask_applies_to_finetuned_weights(tmp_path: Path, images: Tensor) -> None:
     folder = folder_of(make("SiglipVisionModel"), tmp_path / "mine")
     ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)
     checkpoint, other = ovsprune.read(tmp_path / "slim"), make("SiglipVisionModel", seed=1)
     masked = TransformersTower(deepcopy(other))
-    groups = [g for g in everything(masked) if g.name in checkpoint.mask]
+    groups = [g for g in all_groups(masked) if g.name in checkpoint.mask]
     mask(masked, groups, Plan(checkpoint.mask))
     ovsprune.apply(other, checkpoint, weights="target")
-    assert off(theirs(other, images)[0], masked(images)) < 1e-4
+    assert relative_error(library_outputs(other, images)[0], masked(images)) < 1e-4
 
 
 def test_a_slim_tower_is_pruned_again(tmp_path: Path, images: Tensor) -> None:
@@ -253,7 +257,7 @@ def test_a_slim_tower_is_pruned_again(tmp_path: Path, images: Tensor) -> None:
     model = make("SiglipVisionModel")  # nothing was refitted: the mask says it all
     ovsprune.apply(model, checkpoint, weights="target")
     loaded = ovsprune.load(tmp_path / "two")
-    assert off(theirs(model, images)[0], loaded(images)) < 1e-5
+    assert relative_error(library_outputs(model, images)[0], loaded(images)) < 1e-5
 
 
 def test_base_weights_are_recognised(tmp_path: Path) -> None:
@@ -292,15 +296,15 @@ def test_a_slim_tower_on_another_model_is_refused(tmp_path: Path) -> None:
         ({"class": "CLIPVisionModel", "config": {"hidden_act": "x"}}, "cannot build this CLIPV"),
     ],
 )
-def test_architectures_that_cannot_be_built(architecture: dict[str, Any], match: str) -> None:
+def test_unknown_architectures_are_refused(architecture: dict[str, Any], match: str) -> None:
     from ovsprune.slim.transformers_build import build_tower
 
     with pytest.raises(CheckpointError, match=match):
         build_tower(architecture)
 
 
-def test_a_configuration_chooses_no_code() -> None:
-    """What a configuration says of how to compute, or of code to load, is left out."""
+def test_configuration_cannot_select_code() -> None:
+    """Check that entries about computation or code to load are ignored."""
     from ovsprune.slim.transformers_build import build_tower, describe_architecture
 
     config = {
@@ -321,7 +325,7 @@ def test_a_configuration_chooses_no_code() -> None:
     assert built.model.config._attn_implementation == "sdpa"
 
 
-def test_a_library_that_is_missing_or_too_old(
+def test_missing_or_old_library_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import transformers

@@ -136,7 +136,7 @@ def test_the_same_command_gives_the_same_tensors(small: Backbone, done: ImpResul
 
 
 def test_the_output_loads_in_open_clip_and_in_ovsprune(small: Backbone, done: ImpResult) -> None:
-    from ovsprune.backbones.open_clip_vit import build_clip
+    from ovsprune.backbones.open_clip_model import build_clip
     from ovsprune.backbones.state_file import read_state
 
     assert done.path is not None

@@ -24,7 +24,9 @@ from ovsprune.graph.groups import find_groups
 
 
 def open_clip_vit() -> Backbone:
-    from ovsprune.backbones.open_clip_vit import assemble, build_clip
+    from ovsprune.backbones.open_clip_build import assemble
+    from ovsprune.backbones.open_clip_model import build_clip
+    from ovsprune.backbones.open_clip_source import other_tensors
 
     config = {
         "embed_dim": 32,
@@ -45,7 +47,9 @@ def open_clip_vit() -> Backbone:
             "layers": 1,
         },
     }
-    return assemble("small", None, build_clip(config), config, Preprocess((48, 48)), trained=False)
+    model = build_clip(config)
+    dense = DenseModel("small", config, Preprocess((48, 48)), text=other_tensors(model))
+    return assemble("open_clip-vit", dense, model)
 
 
 @register_model

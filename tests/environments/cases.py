@@ -1,4 +1,4 @@
-"""What is taken into every environment: one line a model."""
+"""Models that are pruned here and attached in each environment."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """A dense model and how it is pruned.
+    """Dense model and the options of its prune.
 
     Attributes:
         vision: open_clip's ``vision_cfg``.
-        quick_gelu: Its activation.
-        options: Of ``ovsprune.prune``, beside those that all have.
+        quick_gelu: True for QuickGELU, false for GELU.
+        options: Additional options of ``ovsprune.prune``.
     """
 
     vision: Mapping[str, Any]
@@ -22,7 +22,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
-        """open_clip's model configuration, with a small text tower."""
+        """Return open_clip's model configuration, with a small text tower."""
         text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
         config = {"embed_dim": 64, "vision_cfg": dict(self.vision), "text_cfg": text}
         return config | ({"quick_gelu": True} if self.quick_gelu else {})

@@ -1,4 +1,4 @@
-"""Slim checkpoints made by the present environment, with what they must give everywhere else.
+"""Make slim checkpoints in the current environment, with reference outputs for the others.
 
 python checkpoints.py FOLDER
 """
@@ -27,7 +27,7 @@ PRUNE = {
 
 
 def main(folder: Path) -> None:
-    """Make every case that is not there yet."""
+    """Make the cases that do not exist yet."""
     for name, case in CASES.items():
         if not (folder / name / REFERENCE).exists():
             print(f"pruning {name} ...", flush=True)
@@ -35,9 +35,9 @@ def main(folder: Path) -> None:
 
 
 @torch.no_grad()
-def make(case: Case, place: Path) -> None:
-    """The dense model, its slim checkpoint, and the outputs of both."""
-    dense, slim = place / DENSE, place / SLIM
+def make(case: Case, directory: Path) -> None:
+    """Write the dense model, its slim checkpoint, and the outputs of both."""
+    dense, slim = directory / DENSE, directory / SLIM
     dense.mkdir(parents=True, exist_ok=True)
     (dense / WEIGHTS).unlink(missing_ok=True)
     (dense / CONFIG).write_text(json.dumps({"model_cfg": case.config()}), encoding="utf-8")
@@ -58,11 +58,11 @@ def make(case: Case, place: Path) -> None:
     for name, tower in (("slim", result.tower), ("target", target)):
         pooled, features = outputs(tower, images)
         found |= {f"{name}.pooled": pooled, f"{name}.dense": features}
-    save_file({k: v.contiguous() for k, v in found.items()}, place / REFERENCE)
+    save_file({k: v.contiguous() for k, v in found.items()}, directory / REFERENCE)
 
 
 def fill(model: nn.Module, generator: torch.Generator) -> None:
-    """Values for every parameter, also for those that a library leaves at zero or one."""
+    """Fill all parameters with random values, also those that a library sets to zero or one."""
     norms = (nn.LayerNorm, nn.BatchNorm2d)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -76,7 +76,7 @@ def fill(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def settle(tower: nn.Module, images: torch.Tensor) -> None:
-    """Statistics of batch norms from some pictures, so that signals neither die nor explode."""
+    """Set the statistics of batch norms from images, so that activations keep their scale."""
     norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None

@@ -1,4 +1,4 @@
-"""The environments, and how one is made: what it does not have itself, it borrows."""
+"""Virtual environments with other versions of open_clip; other packages are shared."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Environment:
-    """One environment.
+    """Virtual environment.
 
     Attributes:
-        packages: What pip installs in it.
-        used_by: Frameworks that pin this.
-        alone: Everything of its own, torch too: large, and run only when it is asked for. Else the
-            packages come without what they need, which is taken from the present environment.
-        source: Where open_clip's sources lie, in place of a release.
+        packages: Packages that pip installs in it.
+        used_by: Frameworks that pin these versions.
+        alone: If true, all dependencies are installed, torch too; such an environment is large and
+            optional. If false, dependencies come from the current environment.
+        source: Folder of open_clip's source code, instead of a release.
     """
 
     packages: tuple[str, ...]
@@ -52,50 +52,50 @@ ENVIRONMENTS = {
 
 
 def development_head(source: Path) -> Environment:
-    """open_clip's own ``Attention`` as it is in a checkout of its development head."""
+    """Return the environment of a checkout of open_clip's development head."""
     return Environment((), "the development head", source=str(source.resolve() / "src"))
 
 
-def prepare(environment: Environment, place: Path) -> Path:
-    """Make the environment, unless it is there; its Python."""
-    python, site = place / "bin" / "python", site_packages(place)
-    wanted = {**asdict(environment), "python": sys.version, "base": sysconfig.get_path("purelib")}
-    mark = place / "ready.json"
-    if mark.exists() and json.loads(mark.read_text("utf-8")) == json.loads(json.dumps(wanted)):
+def prepare(environment: Environment, directory: Path) -> Path:
+    """Make the environment if it does not exist, and return its Python."""
+    python, site = directory / "bin" / "python", site_packages(directory)
+    expected = {**asdict(environment), "python": sys.version, "base": sysconfig.get_path("purelib")}
+    mark = directory / "ready.json"
+    if mark.exists() and json.loads(mark.read_text("utf-8")) == json.loads(json.dumps(expected)):
         return python
-    shutil.rmtree(place, ignore_errors=True)
-    venv.create(place, with_pip=False, symlinks=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    venv.create(directory, with_pip=False, symlinks=True)
     if environment.packages:
         install(site, *environment.packages, dependencies=environment.alone)
-    borrowed = [environment.source] if environment.source else []
+    shared = [environment.source] if environment.source else []
     if not environment.alone:
-        borrowed.append(wanted["base"])
-    # a path file's lines come after the environment's own packages, which so win
-    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
-    mark.write_text(json.dumps(wanted), encoding="utf-8")
+        shared.append(expected["base"])
+    # Entries of a path file follow the environment's packages, which therefore take precedence.
+    (site / "shared.pth").write_text("\n".join(shared) + "\n", encoding="utf-8")
+    mark.write_text(json.dumps(expected), encoding="utf-8")
     return python
 
 
-def site_packages(place: Path) -> Path:
-    """Where the packages of an environment lie."""
-    return Path(sysconfig.get_path("purelib", "venv", {"base": str(place)}))
+def site_packages(directory: Path) -> Path:
+    """Return the folder of an environment's packages."""
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(directory)}))
 
 
 def install(site: Path, *packages: str, dependencies: bool = False) -> None:
-    """Put packages into an environment, whatever it borrows."""
+    """Install packages in an environment, also those that it shares."""
     pip("install", "--upgrade", "--target", str(site), *packages, *_without(dependencies))
 
 
-def wheel(root: Path, place: Path) -> Path:
-    """The package's wheel, built from the checkout."""
-    shutil.rmtree(place, ignore_errors=True)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", str(place), str(root), *_without(False))
-    (built,) = place.glob("*.whl")
+def wheel(root: Path, directory: Path) -> Path:
+    """Build the wheel of the package from the checkout."""
+    shutil.rmtree(directory, ignore_errors=True)
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(directory), str(root), *_without(False))
+    (built,) = directory.glob("*.whl")
     return built
 
 
 def pip(*arguments: str) -> None:
-    """The present environment's pip."""
+    """Run pip of the current environment."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-qq", *arguments]
     subprocess.run(command, check=True)
 

@@ -1,10 +1,10 @@
-"""Proves that slim checkpoints of today attach in environments with other versions of open_clip.
+"""Test that slim checkpoints attach in environments with other versions of open_clip.
 
     python tests/environments/run.py [--only NAME ...] [--all] [--head CHECKOUT] [--json FILE]
 
-Makes a virtual environment for each version (kept under ``.environments/``), puts this checkout's
-package in it without anything that it needs, and runs ``check.py`` by its Python. Exit status 1 if
-an output differs. What is not in the registry (the development head) needs a checkout.
+The script makes a virtual environment for each version (kept under ``.environments/``), installs
+the package of this checkout in it without dependencies, and runs ``check.py`` in it. The exit
+status is 1 if an output differs. The development head is not in the registry: it needs a checkout.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WRONG = "wrong unit"  # the check that must differ
 
 
 def chosen(options: argparse.Namespace) -> dict[str, Environment]:
-    """The environments that were asked for."""
+    """Return the selected environments."""
     known = dict(ENVIRONMENTS)
     if options.head:
         known[HEAD] = development_head(options.head)
@@ -51,10 +51,10 @@ def chosen(options: argparse.Namespace) -> dict[str, Environment]:
 
 
 def checkpoints(cache: Path) -> Path:
-    """A folder with one case a folder; made once for one state of the package."""
+    """Return the folder of the cases, which are made again if the package changes."""
     digest = hashlib.sha256()
-    own = (HERE / "cases.py", HERE / "checkpoints.py")
-    for file in (*sorted(ROOT.glob("ovsprune/**/*.py")), *own):
+    sources = (HERE / "cases.py", HERE / "checkpoints.py")
+    for file in (*sorted(ROOT.glob("ovsprune/**/*.py")), *sources):
         digest.update(file.read_bytes())
     folder = cache / f"checkpoints-{digest.hexdigest()[:12]}"
     for old in cache.glob("checkpoints-*"):
@@ -66,16 +66,16 @@ def checkpoints(cache: Path) -> Path:
 
 
 def check(name: str, environment: Environment, built: Path, made: Path, cache: Path) -> Any:
-    """What ``check.py`` found in one environment."""
-    place = cache / name
+    """Run ``check.py`` in one environment and return its results."""
+    directory = cache / name
     print(f"{name} ...", flush=True)
-    python = prepare(environment, place)
-    install(site_packages(place), str(built))
-    result = place / "result.json"
+    python = prepare(environment, directory)
+    install(site_packages(directory), str(built))
+    result = directory / "result.json"
     result.unlink(missing_ok=True)
-    own = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     command = [str(python), str(HERE / "check.py"), str(made), str(result)]
-    done = subprocess.run(command, cwd=place, env=own, check=False)
+    done = subprocess.run(command, cwd=directory, env=variables, check=False)
     if done.returncode or not result.exists():
         row = {"case": "all", "form": "", "check": "start", "error": float("nan"), "ok": False}
         return {"versions": {}, "rows": [{**row, "message": f"exit {done.returncode}"}]}
@@ -83,7 +83,7 @@ def check(name: str, environment: Environment, built: Path, made: Path, cache: P
 
 
 def table(records: dict[str, Any]) -> str:
-    """Environment, case and form a line: the largest error of all that must be equal."""
+    """Format one line per environment, case and form, with the largest error of equal outputs."""
     lines = [("environment", "case", "form", "checks", "largest error", WRONG, "")]
     for name, record in records.items():
         groups: dict[tuple[str, str], list[Any]] = {}
@@ -100,12 +100,12 @@ def table(records: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Parse, run, print."""
+    """Run the checks of the command line and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these alone")
-    parser.add_argument("--all", action="store_true", help="also those with a torch of their own")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these")
+    parser.add_argument("--all", action="store_true", help="also those with another torch")
     parser.add_argument("--head", type=Path, metavar="DIR", help="a checkout of open_clip's head")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every answer here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the results")
     parser.add_argument("--cache", type=Path, default=ROOT / ".environments", metavar="DIR")
     options = parser.parse_args()
     environments = chosen(options)

@@ -1,7 +1,7 @@
-"""The attention of open_clip's development head by its public form, written anew.
+"""Reimplementation of the attention of open_clip's development head, with the same interface.
 
-Fused in projection; called as (x, k_x, v_x, attn_mask); answers with the tensor alone; true in a
-bool mask takes part; inputs are [N, L, E], and no attribute says so.
+The input projection is fused; the call is (x, k_x, v_x, attn_mask); the result is a tensor; true in
+a bool mask means attended; inputs are [N, L, E], which no attribute tells.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class HeadAttention(nn.Module):
-    """Takes over the projections of an ``nn.MultiheadAttention``."""
+    """Attention with the projections of an ``nn.MultiheadAttention``."""
 
     def __init__(self, mha: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class HeadAttention(nn.Module):
         )
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, (len(x), self.num_heads))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        out: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
 
 class HeadBlock(nn.Module):
-    """Takes over the parts of a residual block, and calls its attention the head's way."""
+    """Residual block with the parts of another one, for :class:`HeadAttention`."""
 
     def __init__(self, block: Any) -> None:
         super().__init__()

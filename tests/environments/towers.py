@@ -1,4 +1,4 @@
-"""Dense towers as the installed open_clip builds them, in every form, and their outputs."""
+"""Dense towers of the installed open_clip with its kinds of attention, and their outputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 def build(folder: Path) -> Any:
-    """The CLIP of a folder, its weights too if there are any."""
+    """Build the CLIP of a folder, and load its weights if it contains any."""
     import open_clip
 
     config = json.loads((folder / CONFIG).read_text("utf-8"))["model_cfg"]
@@ -36,14 +36,14 @@ def build(folder: Path) -> Any:
 
 @torch.no_grad()
 def outputs(tower: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled [B, C] and dense [B, C, h, w], whatever the order inside of the tower."""
-    view = next(view for attribute, view in _DENSE.items() if hasattr(tower, attribute))
-    return tower(images), view(tower, images)
+    """Return pooled [B, C] and dense [B, C, h, w] outputs, for either order of the axes inside."""
+    dense = next(dense for name, dense in _DENSE.items() if hasattr(tower, name))
+    return tower(images), dense(tower, images)
 
 
 def _vit_dense(tower: Any, images: Tensor) -> Tensor:
     streams: list[Tensor] = []
-    hook = tower.transformer.register_forward_hook(lambda *given: streams.append(given[2]))
+    hook = tower.transformer.register_forward_hook(lambda *args: streams.append(args[2]))
     tower(images)
     hook.remove()
     (stream,) = streams
@@ -52,7 +52,7 @@ def _vit_dense(tower: Any, images: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, tuple(tower.grid_size))
 
 
-# The dense output of a kind of tower, by an attribute that only such a tower has.
+# Function for the dense output, by an attribute that only this kind of tower has.
 _DENSE: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "transformer": _vit_dense,
     "trunk": timm_dense,
@@ -61,12 +61,12 @@ _DENSE: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 @torch.no_grad()
 def masked(tower: nn.Module, checkpoint: SlimCheckpoint) -> nn.Module:
-    """A copy whose consumers read zeros where the checkpoint's mask cuts: the dense reference."""
+    """Return a copy in which the weights that read removed units are zero: the reference."""
     tower = deepcopy(tower)
     for layer in checkpoint.spec.layers:
-        gone = torch.ones(layer.units, dtype=torch.bool)
-        gone[checkpoint.mask[layer.name]] = False
-        columns = gone.repeat_interleave(layer.unit_width)
+        removed = torch.ones(layer.units, dtype=torch.bool)
+        removed[checkpoint.mask[layer.name]] = False
+        columns = removed.repeat_interleave(layer.unit_width)
         readers = [(part.module, part.offset) for part in layer.slices if part.axis == "in"]
         if layer.kind == "heads":
             readers = [(f"{layer.name}.out_proj", 0)]
@@ -77,7 +77,7 @@ def masked(tower: nn.Module, checkpoint: SlimCheckpoint) -> nn.Module:
 
 
 def forms(tower: Any) -> Iterator[tuple[str, Any]]:
-    """The tower as it was built, and with every other attention that can stand in its blocks."""
+    """Yield the tower as built, and with each other kind of attention that its blocks support."""
     if not hasattr(tower, "transformer"):
         yield "as built", tower
         return
@@ -90,10 +90,10 @@ def forms(tower: Any) -> Iterator[tuple[str, Any]]:
         yield "switched to sequence-first", _sequence_first(deepcopy(tower))
     yield "with open_clip's Attention", _custom_blocks(deepcopy(tower))
     if attention.batch_first:
-        stands = deepcopy(tower)
-        blocks = stands.transformer.resblocks
-        stands.transformer.resblocks = nn.ModuleList(HeadBlock(block) for block in blocks)
-        yield "with the head's Attention", stands.eval()
+        replaced = deepcopy(tower)
+        blocks = replaced.transformer.resblocks
+        replaced.transformer.resblocks = nn.ModuleList(HeadBlock(block) for block in blocks)
+        yield "with the head's Attention", replaced.eval()
 
 
 def _options(tower: Any) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _sequence_first(tower: Any) -> Any:
 
 
 def _custom_blocks(tower: Any) -> Any:
-    """Blocks with open_clip's own ``Attention``, called as (x, attn_mask)."""
+    """Replace the blocks by those with open_clip's ``Attention``, called as (x, attn_mask)."""
     from open_clip.transformer import CustomResidualAttentionBlock
 
     blocks = nn.ModuleList()

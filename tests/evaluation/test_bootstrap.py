@@ -7,13 +7,13 @@ from ovsprune.core.errors import DataError
 from ovsprune.evaluation.bootstrap import bootstrap_miou
 
 
-def test_equal_pictures_give_an_interval_of_no_width() -> None:
+def test_equal_images_give_an_empty_interval() -> None:
     one = torch.tensor([[8, 2], [1, 9]])
     low, high = bootstrap_miou(one.expand(20, 2, 2), draws=50)
     assert low == pytest.approx(high) == pytest.approx((8 / 11 + 9 / 12) / 2)
 
 
-def test_the_interval_is_the_binomial_one_for_one_class_of_single_pixels() -> None:
+def test_interval_for_one_class_of_single_pixels_is_binomial() -> None:
     hits, pictures = 60, 100
     counts = torch.zeros(pictures, 2, 2, dtype=torch.int64)
     counts[:hits, 0, 0] = 1  # right
@@ -24,9 +24,9 @@ def test_the_interval_is_the_binomial_one_for_one_class_of_single_pixels() -> No
     assert high == pytest.approx(0.6 + half, abs=0.02)
 
 
-def test_a_class_that_a_draw_lacks_is_left_out_of_its_mean() -> None:
+def test_class_without_pixels_in_a_draw_is_skipped() -> None:
     counts = torch.zeros(2, 2, 2, dtype=torch.int64)
-    counts[0, 0, 0] = counts[1, 1, 1] = 5  # each picture has a class of its own, all right
+    counts[0, 0, 0] = counts[1, 1, 1] = 5  # each image has another class, all correct
     assert bootstrap_miou(counts, draws=100) == (1.0, 1.0)
 
 

@@ -49,7 +49,7 @@ def test_folder_maps_ids_aliases_and_void(folder: Path) -> None:
     assert samples[0].image[0, 0, 0] == 50
 
 
-def test_classes_json_may_lie_one_folder_up(folder: Path) -> None:
+def test_classes_json_in_the_parent_folder(folder: Path) -> None:
     val = folder / "val"
     val.mkdir()
     for name in ("images", "labels"):
@@ -145,7 +145,7 @@ def test_list_errors(folder: Path, how: str, message: str) -> None:
         FolderData(folder, folder / "list.txt")
 
 
-def test_scenes_are_the_renderer_s() -> None:
+def test_scenes_equal_those_of_the_renderer() -> None:
     data = ScenesData(3, split="val", seed=2)
     assert data.class_names == data.prompts == CLASS_NAMES
     samples = list(data)

@@ -1,4 +1,4 @@
-"""What the last block attends to: against the formulas, written out head by head."""
+"""Attention of the last block: compared with the formulas, computed head by head."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def attention() -> nn.MultiheadAttention:
 
 
 def written_out(attention: nn.MultiheadAttention, pairs: tuple[str, ...], kept: range) -> Tensor:
-    """Head by head and token by token."""
+    """Compute the attention head by head and token by token."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     q, k, v = (TOKENS @ w.T + b for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True))
     width = WIDTH // HEADS
@@ -45,7 +45,7 @@ def written_out(attention: nn.MultiheadAttention, pairs: tuple[str, ...], kept: 
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_variant_is_its_formula(attention: nn.MultiheadAttention, name: str) -> None:
+def test_variant_equals_its_formula(attention: nn.MultiheadAttention, name: str) -> None:
     pairs = VARIANTS[name].pairs
     expected = written_out(attention, pairs, range(HEADS))
     torch.testing.assert_close(attend(attention, TOKENS, pairs), expected, atol=1e-5, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_a_variant_is_its_formula(attention: nn.MultiheadAttention, name: str) -
 
 
 @pytest.mark.parametrize("pairs", [("qk",), ("vv",), ()])
-def test_a_slim_attention_attends_with_its_heads(
+def test_slim_attention_uses_its_kept_heads(
     attention: nn.MultiheadAttention, pairs: tuple[str, ...]
 ) -> None:
     slim = SlimAttention.from_dense(attention, (1, 2))
@@ -70,14 +70,14 @@ def backbone() -> Backbone:
     return open_clip_vit()
 
 
-def pictures(backbone: Backbone) -> Tensor:
+def draw_images(backbone: Backbone) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return torch.randn(2, 3, *backbone.preprocess.size, generator=generator)
 
 
 @torch.no_grad()
-def test_as_trained_is_the_towers_own_dense_output(backbone: Backbone) -> None:
-    images = pictures(backbone)
+def test_qk_equals_the_dense_output_of_the_tower(backbone: Backbone) -> None:
+    images = draw_images(backbone)
     own = backbone.dense(images)
     torch.testing.assert_close(dense_with(backbone, "qk")(images), own, atol=1e-4, rtol=1e-4)
     others = [dense_with(backbone, name)(images) for name in VARIANTS if name != "qk"]
@@ -87,8 +87,8 @@ def test_as_trained_is_the_towers_own_dense_output(backbone: Backbone) -> None:
 
 
 @torch.no_grad()
-def test_clearclip_leaves_the_stream_and_the_mlp_out(backbone: Backbone) -> None:
-    images = pictures(backbone)
+def test_clearclip_omits_residual_and_mlp(backbone: Backbone) -> None:
+    images = draw_images(backbone)
     before = {name: dense_with(backbone, name)(images) for name in ("qq", "clearclip")}
     other = deepcopy(backbone)
     last = list(other.stages(other.tower).blocks.values())[-1]
@@ -102,6 +102,6 @@ def test_an_unknown_variant_is_refused(backbone: Backbone) -> None:
         dense_with(backbone, "kq")
 
 
-def test_a_tower_without_such_a_block_is_refused() -> None:
+def test_tower_without_a_plain_last_block_is_refused() -> None:
     with pytest.raises(OptionError, match="open_clip-fastvit, whose last block has no ln_1"):
         dense_with(open_clip_fastvit(), "maskclip")

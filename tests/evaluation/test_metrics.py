@@ -17,22 +17,22 @@ def test_scores_by_hand() -> None:
     assert scores.pixels == 3
 
 
-def test_a_wrong_prediction_of_an_absent_class_still_costs() -> None:
+def test_predictions_of_an_absent_class_count_as_errors() -> None:
     confusion = ConfusionMatrix(2)
     confusion.update(torch.tensor([0, 1]), torch.tensor([0, 0]))
     assert confusion.scores(["a", "b"]).miou == 0.5
 
 
-def test_streaming_equals_all_at_once() -> None:
+def test_updates_can_be_split() -> None:
     g = torch.Generator().manual_seed(0)
     label = torch.randint(-1, 5, (4, 9, 7), generator=g)
     guess = torch.randint(0, 5, (4, 9, 7), generator=g)
-    whole, parts = ConfusionMatrix(5), ConfusionMatrix(5)
-    whole.update(guess, label)
+    at_once, split = ConfusionMatrix(5), ConfusionMatrix(5)
+    at_once.update(guess, label)
     for p, y in zip(guess, label, strict=True):
-        parts.update(p, y)
-    assert torch.equal(whole.counts, parts.counts)
-    assert int(whole.counts.sum()) == int((label >= 0).sum())
+        split.update(p, y)
+    assert torch.equal(at_once.counts, split.counts)
+    assert int(at_once.counts.sum()) == int((label >= 0).sum())
 
 
 def test_mean_over_the_scored_classes_only() -> None:

@@ -13,7 +13,7 @@ RGB = torch.eye(3)
 
 
 def pooled_colours(images: torch.Tensor) -> torch.Tensor:
-    """Mean colour of each 8 x 8 patch: a dense tower that is right about red, green and blue."""
+    """Return the mean colour of each 8 x 8 patch, as a dense tower that classifies pure colours."""
     return torch.nn.functional.avg_pool2d(images, 8)
 
 
@@ -26,7 +26,7 @@ def quadrants(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (50, 90)])
-def test_segments_at_the_picture_s_own_size(shape: tuple[int, int]) -> None:
+def test_segmentation_has_the_size_of_the_image(shape: tuple[int, int]) -> None:
     image = quadrants(*shape)
     found = DenseZeroShot(pooled_colours, RGB, PLAIN).segment(image)
     assert found.shape == shape
@@ -40,7 +40,7 @@ def test_logits_are_cosines() -> None:
     torch.testing.assert_close(logits, torch.full_like(logits, 3**-0.5))
 
 
-def test_centring_takes_the_common_part_away() -> None:
+def test_centring_removes_the_mean() -> None:
     common = torch.tensor([9.0, 0.0, 0.0, 0.0])
     own = torch.cat([torch.zeros(3, 1), torch.eye(3)], 1)
     text = DenseZeroShot(pooled_colours, common + own, PLAIN, centred=True).text()

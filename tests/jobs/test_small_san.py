@@ -7,7 +7,10 @@ from copy import deepcopy
 
 import pytest
 
-from ovsprune.backbones.open_clip_vit import assemble, build_clip
+from ovsprune.backbones.open_clip_build import assemble
+from ovsprune.backbones.open_clip_model import build_clip
+from ovsprune.backbones.open_clip_source import other_tensors
+from ovsprune.core.records import DenseModel
 from ovsprune.evaluation.backbone_scores import class_embeddings
 from ovsprune.evaluation.datasets import ScenesData
 from ovsprune.jobs.prune import prune
@@ -30,9 +33,10 @@ def test_slim_tower_in_a_small_san(small_clip, scenes, tmp_path):
     # What random weights gave would be refused without force; the demo's are trained.
     config = deepcopy(small_clip.architecture)
     config["vision_cfg"]["layers"] = 6  # SAN reads three places of the front blocks
-    trained = assemble(
-        "small", None, build_clip(config), config, small_clip.preprocess, trained=True
-    )
+    model = build_clip(config)
+    text = other_tensors(model)
+    dense = DenseModel("small", config, small_clip.preprocess, trained=True, text=text)
+    trained = assemble("open_clip-vit", dense, model)
     found = []
     for name, ratio in (("little", 0.2), ("much", 0.6)):
         output = tmp_path / name

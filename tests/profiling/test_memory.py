@@ -11,8 +11,8 @@ import pytest
 SCRIPT = """
 import sys
 import torch
-from ovsprune.backbones.open_clip_vit import assemble, build_clip
-from ovsprune.core.records import Preprocess
+from ovsprune.backbones import FAMILIES
+from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.profiling.memory import high_water
 from ovsprune.jobs.prune import prune
 
@@ -23,7 +23,8 @@ config = {
                    "mlp_ratio": 24.0},
     "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
 }
-backbone = assemble("wide", None, build_clip(config), config, Preprocess((64, 64)), trained=False)
+dense = DenseModel("wide", config, Preprocess((64, 64)))
+backbone = FAMILIES.get("open_clip-vit").build(dense)
 prune(backbone, 0.3, samples=int(sys.argv[1]), probe=4, batch_size=8, recovery=sys.argv[2])
 print(high_water())
 """

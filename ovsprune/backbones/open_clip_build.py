@@ -1,6 +1,9 @@
-"""Image towers of open_clip's own, and the CLIP around them, as backbones of their families."""
+"""Load and build a CLIP of open_clip as a backbone; every family of open_clip uses this."""
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -12,28 +15,19 @@ from ovsprune.backbones.open_clip_model import (
     has_own_text,
     preprocess_of,
 )
-from ovsprune.backbones.open_clip_source import fill, open_source
+from ovsprune.backbones.open_clip_source import config_of, fill, open_source
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import DenseModel
 
-__all__ = ["assemble", "load_own", "rebuild_own"]
+__all__ = ["assemble", "load_clip", "names_of", "rebuild_clip"]
 
 
-def load_own(family: str, name: str, pretrained: str | None, activation: str | None) -> Backbone:
-    """Build the CLIP called ``name`` and load its weights.
-
-    See :func:`ovsprune.backbones.open_clip_source.open_source`. A text tower that lives on a hub is
-    not built; its state is passed on where the file has it.
-
-    Args:
-        family: Name in the registry of families.
-        name: As the family's ``load`` takes it, and the others likewise.
-        pretrained: Which weights.
-        activation: What they were trained with, where they do not tell.
+def load_clip(family: str, name: str, pretrained: str | None, activation: str | None) -> Backbone:
+    """Build a CLIP and load its weights; see :func:`~open_clip_source.open_source`.
 
     Raises:
-        WeightsError: The weights cannot be had or do not fit.
-        OptionError: ``activation`` is unknown, or contradicts the tag's own.
+        WeightsError: The weights cannot be loaded or do not fit.
+        OptionError: ``activation`` is unknown, or contradicts the weights.
     """
     source = open_source(name, pretrained, activation)
     model = build_clip(source.config)
@@ -51,15 +45,11 @@ def load_own(family: str, name: str, pretrained: str | None, activation: str | N
     return backbone
 
 
-def rebuild_own(family: str, dense: DenseModel) -> Backbone:
-    """Build the dense CLIP that a checkpoint was made from, its image tower with random weights.
-
-    Args:
-        family: Name in the registry of families.
-        dense: Its description.
+def rebuild_clip(family: str, dense: DenseModel) -> Backbone:
+    """Build the dense CLIP of a checkpoint, with random weights in its image tower.
 
     Raises:
-        WeightsError: ``dense.text`` does not fit.
+        WeightsError: ``dense.text`` does not fit the model.
     """
     model = build_clip(dense.architecture)
     if dense.text and has_own_text(dense.architecture):
@@ -67,26 +57,33 @@ def rebuild_own(family: str, dense: DenseModel) -> Backbone:
     return assemble(family, dense, model)
 
 
+@cache
+def names_of(family: str) -> tuple[str, ...]:
+    """Return open_clip's names of the models that ``family`` takes."""
+    import open_clip
+
+    takes = FAMILIES.get(family).takes
+    return tuple(name for name in open_clip.list_models() if takes(config_of(name)))
+
+
 def assemble(family: str, dense: DenseModel, model: nn.Module) -> Backbone:
-    """Make the backbone of a built CLIP.
+    """Make the backbone of a CLIP from :func:`~ovsprune.backbones.open_clip_model.build_clip`.
 
-    Its activation is that of the configuration's GELUs; a family whose tower has another one sets
-    it afterwards.
-
-    Args:
-        family: Name in the registry of families.
-        dense: Description of the model; ``text`` is empty for a text tower without weights.
-        model: From :func:`~ovsprune.backbones.open_clip_model.build_clip`.
+    The activation is the GELU of the configuration. A family whose towers have another activation
+    sets it afterwards.
     """
     import open_clip
 
     config = dense.architecture
+    tower: Any = model.get_submodule("visual")
+    if hasattr(tower, "output_tokens"):
+        tower.output_tokens = False  # CoCa's tower would also return tokens for its text decoder
     return Backbone(
         name=dense.name,
         pretrained=dense.pretrained,
         trained=dense.trained,
         family=family,
-        tower=model.get_submodule("visual"),
+        tower=tower,
         stages=FAMILIES.get(family).stages,
         preprocess=dense.preprocess,
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",
