@@ -78,7 +78,7 @@ def open_folder(path: Path) -> Folder:
             f"{path / CONFIG} is no configuration of open_clip's ({error!r}): it needs model_cfg "
             "with embed_dim, vision_cfg and text_cfg"
         ) from error
-    return Folder(path, model, config.get("preprocess_cfg") or {})
+    return Folder(path=path, model=model, preprocess=config.get("preprocess_cfg") or {})
 
 
 def hub_folder(repository: str, *, weights: bool = True) -> Folder:

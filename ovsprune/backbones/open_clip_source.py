@@ -118,7 +118,7 @@ def open_source(name: str, pretrained: str | None, activation: str | None) -> So
     """
     if activation is not None and activation not in _GELUS:
         raise OptionError(f"--activation {activation!r} is unknown; known: {', '.join(_GELUS)}")
-    source = Source(_short_name(name), None, {})
+    source = Source(name=_short_name(name), pretrained=None, config={})
     file = Path(pretrained) if pretrained is not None and Path(pretrained).is_file() else None
     tag = pretrained if file is None and pretrained != "none" else None
     uses_own = pretrained is None or (tag is not None and is_timm(name))

@@ -53,9 +53,15 @@ _CLASSES = {
 _HALF = (0.5, 0.5, 0.5)
 _DEFAULTS: dict[str, Callable[[tuple[int, int]], Preprocess]] = {
     "clip": Preprocess,
-    "siglip2": lambda size: Preprocess(size, _HALF, _HALF, "bilinear", "squash"),
-    "siglip": lambda size: Preprocess(size, _HALF, _HALF, "bicubic", "squash"),
-    "dinov2": lambda size: Preprocess(size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "siglip2": lambda size: Preprocess(
+        size=size, mean=_HALF, std=_HALF, interpolation="bilinear", resize_mode="squash"
+    ),
+    "siglip": lambda size: Preprocess(
+        size=size, mean=_HALF, std=_HALF, interpolation="bicubic", resize_mode="squash"
+    ),
+    "dinov2": lambda size: Preprocess(
+        size=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
 }
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # numbers of PIL
 
@@ -121,7 +127,9 @@ class Source:
                 f"{file} is no configuration of the preprocessing ({error!r}): image_mean and "
                 "image_std have three numbers, resample is 2 (bilinear) or 3 (bicubic)"
             ) from error
-        return Preprocess(size, mean, std, interpolation, mode)
+        return Preprocess(
+            size=size, mean=mean, std=std, interpolation=interpolation, resize_mode=mode
+        )
 
     def fetch_tokenizer(self) -> None:
         """Download the files of its tokenizer to :attr:`folder`, if they are available."""

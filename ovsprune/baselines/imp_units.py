@@ -91,7 +91,7 @@ def prune_units(
 
     Return the plan, and a trained copy of the tower in which removed units are zero, not cut.
     """
-    ctx = AllocationContext(groups, Scores({}, {}), budget, None)
+    ctx = AllocationContext(groups=groups, scores=Scores({}, {}), budget=budget, curves=None)
     spare_budget(ctx)  # raises BudgetError before any training
     student = deepcopy(dense)
     resumed, widths_by_round = rounds.resume(student)

@@ -97,7 +97,14 @@ def parse_method(name: str) -> Method:
     if first == IMP:
         if rest:
             raise OptionError(f"--methods {name}: imp has its own ranking, budget and repair")
-        return Method(name, "l1", "global", "none", "imp", options)
+        return Method(
+            name=name,
+            criterion="l1",
+            allocation="global",
+            recovery="none",
+            source="imp",
+            options=options,
+        )
     if first in TORCH_PRUNING_METHODS:
         repairs = {o.name for o in options_of(PruneConfig) if o.path[0] == "distill"}
         if {option for option, _ in options} - repairs:
@@ -126,7 +133,14 @@ def parse_method(name: str) -> Method:
             allocation = part
         else:
             recovery = part
-    return Method(name, criterion, allocation, recovery, "ovsprune", options)
+    return Method(
+        name=name,
+        criterion=criterion,
+        allocation=allocation,
+        recovery=recovery,
+        source="ovsprune",
+        options=options,
+    )
 
 
 def _kind(part: str, seen: set[str]) -> str:
@@ -152,7 +166,14 @@ def _torch_pruning_method(
         )
     if rest:
         RECOVERIES.get(rest[0])
-    return Method(name, first, "own", rest[0] if rest else None, "torch-pruning", options)
+    return Method(
+        name=name,
+        criterion=first,
+        allocation="own",
+        recovery=rest[0] if rest else None,
+        source="torch-pruning",
+        options=options,
+    )
 
 
 def parse_options(name: str, parts: Iterable[str], config: type = PruneConfig) -> dict[str, Any]:

@@ -123,11 +123,11 @@ class CriterionSelector:
 
     def _measure(self, ctx: SelectionContext, probe: int) -> tuple[Scores, Curves | None]:
         return Survey(
-            ctx.tower,
-            self.family.stages(ctx.tower),
-            ctx.groups,
-            self.criterion,
-            ctx.pictures,
+            tower=ctx.tower,
+            stages=self.family.stages(ctx.tower),
+            groups=ctx.groups,
+            criterion=self.criterion,
+            pictures=ctx.pictures,
             batch_size=self.config.batch_size,
             ridge=self.config.ridge,
             seed=self.config.seed,

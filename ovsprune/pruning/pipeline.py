@@ -204,7 +204,12 @@ class Pipeline:
                 advance(1)
         assert slim is not None
         widths = {g.name: selection.plan.width(g.name) for g in ctx.groups}
-        remaining = cost(AllocationContext(ctx.groups, Scores({}, {}), ctx.budget, None), widths)
+        remaining = cost(
+            AllocationContext(
+                groups=ctx.groups, scores=Scores({}, {}), budget=ctx.budget, curves=None
+            ),
+            widths,
+        )
         return _Cut(plan=plan, tower=slim, budget=ctx.budget, cost=remaining)
 
     def _context(

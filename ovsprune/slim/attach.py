@@ -216,7 +216,16 @@ class Replacements:
                 for name, entry in getattr(owner, table).items():
                     if id(entry) in new:
                         path, replacement = new[id(entry)]
-                        swaps.append(Swap(path, owner, table, name, old=entry, new=replacement))
+                        swaps.append(
+                            Swap(
+                                path=path,
+                                owner=owner,
+                                table=table,
+                                name=name,
+                                old=entry,
+                                new=replacement,
+                            )
+                        )
         applied = exchange([*swaps, *extra])
         applied.replaced, applied.loaded = tuple(self.modules), tuple(self.tensors)
         return applied

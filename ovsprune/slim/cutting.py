@@ -87,7 +87,16 @@ def head_runs(layer: LayerSpec, kept: Tensor) -> dict[str, tuple[int, list[Run]]
     width = layer.units * layer.unit_width
 
     def runs(*offsets: int) -> list[Run]:
-        return [Run(o, layer.units, layer.unit_width, kept, layer.name) for o in offsets]
+        return [
+            Run(
+                offset=o,
+                units=layer.units,
+                unit_width=layer.unit_width,
+                kept=kept,
+                layer=layer.name,
+            )
+            for o in offsets
+        ]
 
     # Fused: the rows of all queries, then those of all keys, then those of all values.
     fused = ("in_proj_weight", "in_proj_bias", "qkv.weight", "qkv.bias")
@@ -107,7 +116,13 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
         if layer.is_whole_attention or layer.kept == layer.units:
             continue
         for part in layer.slices:
-            run = Run(part.offset, layer.units, layer.unit_width, mask[layer.name], layer.name)
+            run = Run(
+                offset=part.offset,
+                units=layer.units,
+                unit_width=layer.unit_width,
+                kept=mask[layer.name],
+                layer=layer.name,
+            )
             result.setdefault(part.module, {}).setdefault(part.axis, []).append(run)
     return result
 

@@ -126,7 +126,13 @@ class Projections:
         rows = head_index(positions, self.head_dim).to(self.columns.device)
         weights = tuple(w[rows] for w in self.weights)
         biases = tuple(None if b is None else b[rows] for b in self.biases)
-        return Projections(weights, biases, self.columns[:, rows], self.out_bias, len(positions))
+        return Projections(
+            weights=weights,
+            biases=biases,
+            columns=self.columns[:, rows],
+            out_bias=self.out_bias,
+            heads=len(positions),
+        )
 
 
 def projections_of(mha: nn.Module, heads: int) -> Projections:
@@ -151,7 +157,9 @@ def projections_of(mha: nn.Module, heads: int) -> Projections:
     if fused is not None:
         weights = torch.split(fused.detach(), rows)
     biases = (None, None, None) if bias is None else torch.split(bias.detach(), rows)
-    return Projections(weights, biases, out.weight, out.bias, heads)
+    return Projections(
+        weights=weights, biases=biases, columns=out.weight, out_bias=out.bias, heads=heads
+    )
 
 
 def dropout(mha: nn.Module) -> float:

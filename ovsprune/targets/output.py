@@ -204,7 +204,7 @@ def _cut(entry: Any, file: Path) -> Cut:
     try:
         if "kept_heads" in entry:
             heads = tuple(int(head) for head in entry["kept_heads"])
-            return Cut(str(entry["path"]), heads, int(entry["num_heads"]))
+            return Cut(path=str(entry["path"]), heads=heads, num_heads=int(entry["num_heads"]))
         widths = (entry["outputs"], entry["inputs"])
         rows, columns = (None if w is None else torch.arange(int(w)) for w in widths)
         return Cut(str(entry["path"]), rows=rows, columns=columns)

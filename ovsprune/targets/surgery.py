@@ -89,10 +89,19 @@ def _head_cuts(layer: LayerSpec, mask: Tensor, layout: Layout) -> list[Cut]:
     attention = layout.name(layer.name)
     fused = all(part.rpartition(".")[0] == attention for part in parts)  # one or three parameters
     if fused or not heads:  # without heads the framework's attention could not reshape its layers
-        return [Cut(_path(layout, layer.name), heads, layer.units)]
+        return [Cut(path=_path(layout, layer.name), heads=heads, num_heads=layer.units)]
     # separate layers for q, k and v: keep head_dim rows of each for every kept head
     kept = keep_index(
-        layer.units * layer.unit_width, [Run(0, layer.units, layer.unit_width, mask, layer.name)]
+        layer.units * layer.unit_width,
+        [
+            Run(
+                offset=0,
+                units=layer.units,
+                unit_width=layer.unit_width,
+                kept=mask,
+                layer=layer.name,
+            )
+        ],
     )
     units = f"{len(heads)} of {layer.units} heads"
     cuts = [Cut(part.removesuffix(".weight"), rows=kept, units=units) for part in parts]
