@@ -1,3 +1,3 @@
-"""The one place where the version is written; ``pyproject.toml`` reads it from here."""
+"""Version of the package; ``pyproject.toml`` reads it from here."""
 
 __version__ = "0.1.0"

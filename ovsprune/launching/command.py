@@ -104,11 +104,7 @@ def launch(
             "seed": seed,
         }
     variables = dict(os.environ if environment is None else environment)
-    if not command or shutil.which(command[0], path=variables.get("PATH")) is None:
-        raise OptionError(
-            f"there is no program {command[0] if command else ''!r} to launch; write the command "
-            "after --: ovsprune launch --slim DIR -- python train_net.py ..."
-        )
+    _check_program(command, variables)
     # errors in it are reported before the framework starts
     directory = str(read_slim(slim, progress).path.resolve())
     session = {"slim": directory, "target": target, "weights": weights, "force": force}
@@ -132,6 +128,16 @@ def launch(
         "events": list(dict.fromkeys(r["event"] for r in records if "event" in r)),
         "schedules": schedules,
     }
+
+
+def _check_program(command: Sequence[str], variables: Mapping[str, str]) -> None:
+    """Raise OptionError unless the program of ``command`` is in the search path."""
+    program = command[0] if command else ""
+    if not program or shutil.which(program, path=variables.get("PATH")) is None:
+        raise OptionError(
+            f"there is no program {program!r} to launch; write the command "
+            "after --: ovsprune launch --slim DIR -- python train_net.py ..."
+        )
 
 
 def _run_hooked(

@@ -24,7 +24,7 @@ Spec = TypeVar("Spec", SlimSpec, MaskedSpec)
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """What is saved of a prune, and where.
+    """Output directory and saved form of a prune.
 
     Attributes:
         directory: Directory to write; None if nothing is written.

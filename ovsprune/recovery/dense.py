@@ -20,7 +20,7 @@ __all__ = ["ConsumerBatch", "consumer_batches"]
 
 @dataclass(frozen=True, eq=False)
 class ConsumerBatch:
-    """One batch at one consumer of the dense tower.
+    """Batch at one consumer of the dense tower.
 
     Attributes:
         block: Dotted name of the block that contains the consumer.

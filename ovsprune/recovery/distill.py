@@ -83,7 +83,7 @@ class Distill:
 
 
 class Student:
-    """The slim tower in training, with its teacher, training images and validation images.
+    """Slim tower in training, with its teacher, training images and validation images.
 
     Args:
         ctx: Context of the recovery.

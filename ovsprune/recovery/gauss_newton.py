@@ -71,7 +71,7 @@ class GaussNewton:
 
 
 class _ProducerStep:
-    """One Gauss-Newton step of the producers towards the residual of their consumer.
+    """Gauss-Newton step of the producers towards the residual of their consumer.
 
     Gating layers stay fixed. A gate acts on all positions of an image at once, so its curvature has
     a different scale from that of the other producers, and three steps of conjugate gradients are

@@ -1,4 +1,4 @@
-"""No recovery: leave the cut tower unchanged."""
+"""Recovery `none`: leave the cut tower unchanged."""
 
 from __future__ import annotations
 

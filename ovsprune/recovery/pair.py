@@ -79,7 +79,7 @@ def _advance(block: nn.Module, cache: ActivationCache, batch_size: int) -> None:
 
 
 class BlockPair:
-    """One block of the dense and of the slim tower, with the inputs of both.
+    """Block of the dense and of the slim tower, with the inputs of both.
 
     Args:
         ctx: Context of the recovery.

@@ -26,7 +26,7 @@ _SAMPLED = 16
 
 @dataclass(frozen=True, eq=False)
 class RefitTarget:
-    """A consumer that reads units, and the producers that compute them.
+    """Consumer that reads units, and the producers that compute them.
 
     If several layers read the units, one of them is the consumer, and the others have refit targets
     of their own in ``other_consumers``.

@@ -22,7 +22,7 @@ _RIDGE = 0.01
 
 
 class Whitened:
-    """The weight of a linear layer as the product W = V S, of which V is trained.
+    """Weight of a linear layer as the product W = V S, of which V is trained.
 
     ``S = (Sigma / mean_variance)^(-1/2)``, where Sigma is the regularised covariance of the layer's
     input (:mod:`ovsprune.calibration.ridge`). A step of V in any direction changes the output by
