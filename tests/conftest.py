@@ -1,4 +1,4 @@
-"""A small untrained CLIP, a slim checkpoint of it, and rendered images that are made once."""
+"""Small untrained CLIP, a slim checkpoint of it, and rendered images that are made once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small member of every family, for contracts that hold whatever the weights are."""
+"""Small member of every family, for contracts that hold whatever the weights are."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_clip_vit() -> Backbone:
 
 @register_model
 def ovsprune_lite(pretrained: bool = False, **options: Any) -> nn.Module:
-    """An EfficientNet-Lite of six blocks, for timm's registry."""
+    """EfficientNet-Lite of six blocks, for timm's registry."""
     from timm.models import efficientnet
 
     blocks = [
@@ -91,7 +91,7 @@ def _lite() -> dict[str, torch.Tensor]:
 
 
 def uneven(tower: nn.Module, side: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A convolutional tower's tensors with scales and statistics as uneven as a trained one's."""
+    """Convolutional tower's tensors with scales and statistics as uneven as a trained one's."""
     tower.train()
     generator = torch.Generator().manual_seed(seed)
     for module in tower.modules():
@@ -106,7 +106,7 @@ def uneven(tower: nn.Module, side: int, seed: int = 0) -> dict[str, torch.Tensor
 
 
 def open_clip_efficientnet() -> Backbone:
-    """A convolutional tower: six blocks, of which five have channels of their own."""
+    """Convolutional tower: six blocks, of which five have channels of their own."""
     family = FAMILIES.get("open_clip-efficientnet")
     backbone = family.build(DenseModel("lite", LITE, Preprocess((48, 48))))
     backbone.tower.load_state_dict(_lite())
@@ -115,7 +115,7 @@ def open_clip_efficientnet() -> Backbone:
 
 @register_model
 def ovsprune_squeezed(pretrained: bool = False, **options: Any) -> nn.Module:
-    """An EfficientNet with squeeze-and-excitation, of five blocks."""
+    """EfficientNet with squeeze-and-excitation, of five blocks."""
     from timm.models import efficientnet
 
     blocks = [
@@ -137,7 +137,7 @@ def ovsprune_squeezed(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def ovsprune_convnext(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A ConvNeXt of five blocks; ``conv_mlp`` as in timm's small ones."""
+    """ConvNeXt of five blocks; ``conv_mlp`` as in timm's small ones."""
     from timm.models import convnext
 
     given = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "conv_mlp": False, **options}
@@ -148,13 +148,13 @@ def ovsprune_convnext(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def ovsprune_convnext_conv(pretrained: bool = False, **options: Any) -> nn.Module:
-    """The same with 1x1 convolutions in the MLPs."""
+    """ConvNeXt with 1x1 convolutions in the MLPs."""
     return ovsprune_convnext(pretrained, conv_mlp=True, **options)
 
 
 @register_model
 def ovsprune_eva(pretrained: bool = False, **options: Any) -> nn.Module:
-    """An EVA-02 of three blocks: rotary positions, a gate, norms inside attention and MLP."""
+    """EVA-02 of three blocks: rotary positions, a gate, norms inside attention and MLP."""
     from timm.models import eva
 
     given = {
@@ -178,7 +178,7 @@ def ovsprune_eva(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def ovsprune_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A SigLIP of three blocks, with its attention pool."""
+    """SigLIP of three blocks, with its attention pool."""
     from timm.models import vision_transformer
 
     given = {
@@ -200,7 +200,7 @@ def ovsprune_siglip(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def ovsprune_vitamin(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A ViTamin of two bottlenecks a stage and two blocks."""
+    """ViTamin of two bottlenecks a stage and two blocks."""
     from timm.models import vitamin
 
     given = {
@@ -220,7 +220,7 @@ def ovsprune_vitamin(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def ovsprune_swin(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A Swin Transformer of three stages: shifted windows with and without padding, and a whole."""
+    """Swin Transformer of three stages: shifted windows with and without padding, and a whole."""
     from timm.models import swin_transformer
 
     given = {
@@ -240,7 +240,7 @@ def ovsprune_swin(pretrained: bool = False, **options: Any) -> nn.Module:
 
 @register_model
 def ovsprune_fastvit(pretrained: bool = False, **options: Any) -> nn.Module:
-    """A FastViT of four blocks as in MobileCLIP: two attend, after positions of their own."""
+    """FastViT of four blocks as in MobileCLIP: two attend, after positions of their own."""
     from functools import partial
 
     from timm.models import fastvit
@@ -267,7 +267,7 @@ def of_timm(name: str, **vision: Any) -> dict[str, Any]:
 
 @cache
 def _uneven(name: str, projection: str, pool: str) -> dict[str, torch.Tensor]:
-    """A tower's state with every tensor away from what timm starts it with."""
+    """Tower's state with every tensor away from what timm starts it with."""
     from ovsprune.slim.timm_tower import build_timm_tower
 
     tower = build_timm_tower(of_timm(name, timm_proj=projection, timm_pool=pool))
@@ -289,7 +289,7 @@ def _uneven(name: str, projection: str, pool: str) -> dict[str, torch.Tensor]:
 def timm_backbone(
     family: str, name: str, size: int, projection: str = "linear", pool: str = "avg"
 ) -> Backbone:
-    """A tower with uneven weights, for pictures of ``size`` pixels."""
+    """Tower with uneven weights, for pictures of ``size`` pixels."""
     config = of_timm(name, timm_proj=projection, timm_pool=pool, image_size=size)
     backbone = FAMILIES.get(family).build(DenseModel(name, config, Preprocess((size, size))))
     backbone.tower.load_state_dict(_uneven(name, projection, pool))
@@ -297,12 +297,12 @@ def timm_backbone(
 
 
 def open_clip_convnext() -> Backbone:
-    """A ConvNeXt whose MLPs are matrices, with a projection of two layers."""
+    """ConvNeXt whose MLPs are matrices, with a projection of two layers."""
     return timm_backbone("open_clip-convnext", "ovsprune_convnext", 64, "mlp")
 
 
 def open_clip_convnext_conv() -> Backbone:
-    """A ConvNeXt whose MLPs are 1x1 convolutions."""
+    """ConvNeXt whose MLPs are 1x1 convolutions."""
     return timm_backbone("open_clip-convnext", "ovsprune_convnext_conv", 64)
 
 
@@ -313,34 +313,34 @@ def _fastvit() -> dict[str, torch.Tensor]:
 
 
 def open_clip_fastvit() -> Backbone:
-    """A FastViT: the projection is the trunk's own classifier, as in MobileCLIP."""
+    """FastViT: the projection is the trunk's own classifier, as in MobileCLIP."""
     backbone = timm_backbone("open_clip-fastvit", "ovsprune_fastvit", 96, "")
     backbone.tower.load_state_dict(_fastvit())
     return backbone
 
 
 def squeezed() -> Backbone:
-    """An EfficientNet whose channels have two readers."""
+    """EfficientNet whose channels have two readers."""
     return timm_backbone("open_clip-efficientnet", "ovsprune_squeezed", 48)
 
 
 def open_clip_timm_vit() -> Backbone:
-    """An EVA-02, in which a norm lies between units and consumer."""
+    """EVA-02, in which a norm lies between units and consumer."""
     return timm_backbone("open_clip-timm-vit", "ovsprune_eva", 48, pool="token")
 
 
 def open_clip_timm_siglip() -> Backbone:
-    """A SigLIP, whose pooled output comes from an attention pool with an MLP."""
+    """SigLIP, whose pooled output comes from an attention pool with an MLP."""
     return timm_backbone("open_clip-timm-vit", "ovsprune_siglip", 48, "none", pool="map")
 
 
 def open_clip_vitamin() -> Backbone:
-    """A ViTamin, whose tokens come from inverted bottlenecks."""
+    """ViTamin, whose tokens come from inverted bottlenecks."""
     return timm_backbone("open_clip-timm-vit", "ovsprune_vitamin", 64, pool="")
 
 
 def open_clip_swin() -> Backbone:
-    """A Swin Transformer of three stages."""
+    """Swin Transformer of three stages."""
     return timm_backbone("open_clip-swin", "ovsprune_swin", 64, pool="")
 
 
@@ -359,7 +359,7 @@ def _resnet() -> dict[str, torch.Tensor]:
 
 
 def open_clip_resnet() -> Backbone:
-    """A residual network whose groups share a convolution: five bottlenecks, one without a path."""
+    """Residual network whose groups share a convolution: five bottlenecks, one without a path."""
     family = FAMILIES.get("open_clip-resnet")
     backbone = family.build(DenseModel("resnet", RESNET, Preprocess((64, 64))))
     backbone.tower.load_state_dict(_resnet())
@@ -367,7 +367,7 @@ def open_clip_resnet() -> Backbone:
 
 
 class Sublayer(nn.Module):
-    """An MLP with a norm before its second layer, on a residual stream."""
+    """MLP with a norm before its second layer, on a residual stream."""
 
     def __init__(self, width: int, units: int) -> None:
         super().__init__()
@@ -382,7 +382,7 @@ class Sublayer(nn.Module):
 
 
 class NormedTower(nn.Module):
-    """A tower in which every group has a norm between its units and their consumer."""
+    """Tower in which every group has a norm between its units and their consumer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -431,7 +431,7 @@ class PatchBlock(nn.Module):
 
 
 class PatchTower(nn.Module):
-    """A tower whose consumers read patches of nine positions, and whose grid shrinks."""
+    """Tower whose consumers read patches of nine positions, and whose grid shrinks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -461,7 +461,7 @@ class PatchTower(nn.Module):
 
 
 def transformers_vit() -> Backbone:
-    """A SigLIP tower of transformers: three blocks and an attention pool."""
+    """SigLIP tower of transformers: three blocks and an attention pool."""
     from ovsprune.slim.transformers_build import describe_architecture
     from tests.backbones.hf_models import make
 
@@ -498,7 +498,7 @@ MORE: dict[str, Callable[[], Backbone]] = {
 
 @dataclass
 class Case:
-    """A family's representative, rewritten, with its groups."""
+    """Family's representative, rewritten, with its groups."""
 
     backbone: Backbone
     dense: nn.Module
@@ -645,11 +645,11 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def normed() -> Case:
-    """A tower that is of no family, in which every group has a norm."""
+    """Tower that is of no family, in which every group has a norm."""
     return case_of("normed")
 
 
 @pytest.fixture
 def patches() -> Case:
-    """A tower that is of no family, whose consumers are 3x3 convolutions."""
+    """Tower that is of no family, whose consumers are 3x3 convolutions."""
     return case_of("patches")

@@ -1,4 +1,4 @@
-"""What every allocation must keep: the budget, the floors, the steps."""
+"""Contract of allocations: the budget, the floors, the steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def groups() -> list[Group]:
 
 
 def milliseconds(group: Group) -> list[float]:
-    """A hand-made table: a fixed cost, a plateau in the middle, steeper above than below."""
+    """Hand-made table: a fixed cost, a plateau in the middle, steeper above than below."""
     full = group.units * group.macs / 1e4
     points = np.array([0.1, 0.5, 0.6, 0.6, 1.0]) * full
     at = np.array([0.0, 0.4, 0.5, 0.6, 1.0]) * group.units

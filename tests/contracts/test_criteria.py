@@ -1,4 +1,4 @@
-"""What every criterion must give."""
+"""Contract of criteria: an order of the units, costs, and error curves."""
 
 from __future__ import annotations
 

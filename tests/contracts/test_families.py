@@ -1,4 +1,4 @@
-"""What every family must keep: rewriting, cutting and finishing change nothing they should not."""
+"""Contract of families: rewriting, cutting and finishing keep the outputs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_equivalence_can_fail(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_the_unit_costs_add_up(case: Case, kind: str) -> None:
-    """What groups share is counted once."""
+    """Count the cost that groups share once."""
     size = case.backbone.preprocess.size
     plan = case.random_plan(1)
     slim = deepcopy(case.dense)
@@ -81,7 +81,7 @@ def test_the_unit_costs_add_up(case: Case, kind: str) -> None:
 
 
 def test_every_group_has_a_spectrum(case: Case) -> None:
-    """An index that goes along with the units has none, and is left out."""
+    """Index that goes along with the units has none, and is left out."""
     found = group_alphas(case.dense, case.groups, Silent())
     assert list(found) == [g.name for g in case.groups]
     assert all(0 < alpha < float("inf") for alpha in found.values())

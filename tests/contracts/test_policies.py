@@ -1,4 +1,4 @@
-"""What every policy must keep."""
+"""Contract of policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family's towers show which of their weights multiply."""
+"""Weights that multiply are found in the towers of every family."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def recovered(case: Case, plan: Plan, name: str, batch_size: int = 5) -> nn.Modu
 
 @dataclass(frozen=True)
 class Recovery:
-    """A case and the name of a recovery; recovered towers of random plans are shared."""
+    """Case and the name of a recovery; recovered towers of random plans are shared."""
 
     case: Case
     name: str

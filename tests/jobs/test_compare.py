@@ -142,7 +142,7 @@ def test_differences_are_relative_to_the_default(complete):
 
 
 def test_interrupted_run_is_resumed(complete, small_clip, tmp_path, monkeypatch):
-    """The run is stopped after three rows, while the fourth is written."""
+    """Run is stopped after three rows, while the fourth is written."""
     made, real = [], ComparisonRunner.row
 
     def counted(self, method, ratio, seed):

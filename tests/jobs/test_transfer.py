@@ -142,7 +142,7 @@ def test_live_model_is_recognised(slim: Path) -> None:
 
 @pytest.mark.parametrize("form", ["path", "text", "read", "load"])
 def test_three_lines(slim: Path, form: str) -> None:
-    """What the slim tower is given as makes no difference."""
+    """Transfer takes a directory, a path and a loaded checkpoint alike."""
     given: Any = {
         "path": slim, "text": str(slim), "read": ovsprune.read(slim), "load": ovsprune.load(slim)
     }[form]  # fmt: skip
@@ -175,7 +175,7 @@ def test_slim_tower_that_was_trained_on_is_taken_as_it_is(slim: Path) -> None:
 
 
 class Runs(MiniSan):
-    """A SAN whose forward takes what the example gives."""
+    """SAN whose forward takes what the example gives."""
 
     def forward(self, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         tokens = (images.shape[-1] // 8) ** 2 + 1
@@ -185,7 +185,7 @@ class Runs(MiniSan):
 
 
 class ReadsValues(Runs):
-    """One that looks at its input's values, which meta tensors do not have."""
+    """Model that reads the values of its input, which meta tensors do not have."""
 
     def forward(self, images: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         self.seen = float(images.sum())
