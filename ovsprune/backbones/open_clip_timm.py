@@ -34,7 +34,6 @@ class TimmParts(Protocol):
     @property
     def modules(self) -> tuple[str, ...]:
         """Modules of timm that define the trunks; :meth:`Family.names` lists their models."""
-        ...
 
     def takes(self, vision: Mapping[str, Any], trunk: nn.Module) -> bool:
         """Return True if the family supports a trunk.
@@ -43,23 +42,18 @@ class TimmParts(Protocol):
             vision: ``vision_cfg`` of open_clip's configuration.
             trunk: The trunk as timm builds it, on the meta device and with timm's own head.
         """
-        ...
 
     def rewrite(self, tower: nn.Module) -> None:
         """Replace modules that cannot be cut or refitted, in place."""
-        ...
 
     def finish(self, tower: nn.Module, groups: Sequence[Group], plan: Plan) -> None:
         """Undo :meth:`rewrite` in place."""
-        ...
 
     def prunable_layers(self, tower: nn.Module) -> list[PrunableLayer]:
         """Return the layers that can be pruned, in order of the blocks."""
-        ...
 
     def stages(self, tower: nn.Module) -> Stages:
         """Return the tower as a sequence of blocks."""
-        ...
 
 
 P = TypeVar("P", bound=TimmParts)

@@ -54,11 +54,9 @@ class SegmentationData(Protocol):
 
     def __len__(self) -> int:
         """Return the number of images."""
-        ...
 
     def __iter__(self) -> Iterator[Sample]:
         """Iterate over the images, always in the same order."""
-        ...
 
 
 def merge_aliases(
