@@ -5,14 +5,18 @@ Letters: inputs x [n] and residuals e [m], each row with a weight w; means mu, c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ovsprune.calibration.activation_cache import ActivationCache, run_block
 from ovsprune.core.protocols import Moments
+from ovsprune.graph.layers import weight_of
+from ovsprune.graph.rows import input_rows
 
-__all__ = ["CrossMoments", "JointMoments", "SecondMoments"]
+__all__ = ["CrossMoments", "JointMoments", "SecondMoments", "advance_with_moments"]
 
 
 class SecondMoments:
@@ -65,6 +69,28 @@ class SecondMoments:
     def shifted_mean(self) -> Tensor:
         """Return the mean of all rows so far, minus the shift, float64 [n]."""
         return self._sum / self.total
+
+
+def advance_with_moments(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    cache: ActivationCache,
+    batch_size: int,
+    name: str,
+) -> dict[str, SecondMoments]:
+    """Advance the cache by the block ``name``; return the moments of the inputs of its layers.
+
+    ``layers`` maps dotted names to linear layers or convolutions; one that does not run has a count
+    of 0.
+    """
+    moments = {
+        n: SecondMoments(weight_of(layer).flatten(1).shape[1]) for n, layer in layers.items()
+    }
+    points = [(n, "input") for n in layers]
+    for _, captured in run_block(block, cache, batch_size, points, name, advance=True):
+        for (n, _), read in captured.items():
+            moments[n].update(input_rows(layers[n], read))  # [b, ..., n]
+    return moments
 
 
 @dataclass(frozen=True, eq=False)

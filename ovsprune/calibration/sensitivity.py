@@ -57,8 +57,7 @@ class FeatureError:
 
     Zero-shot heads compare directions, so tokens are L2-normalised first. The change is relative to
     the total variance of the dense model's tokens, so that it does not depend on the anisotropy of
-    the embedding. The pooled output has a weight of one tenth: models pruned for segmentation are
-    read token by token, and equal weights would lead to allocations that preserve the tokens less.
+    the embedding. With equal weights of both outputs, allocations would preserve the tokens less.
 
     Args:
         pooled: [B, C] of the dense tower.

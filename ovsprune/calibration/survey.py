@@ -1,7 +1,8 @@
 """Survey of the dense tower: scores of every group and, if needed, its error by width.
 
 The blocks are processed in sequence (llm-compressor: "sequential" pipeline). For each block, the
-second moments of the consumers' inputs are computed, and the criterion scores the units.
+second moments of the consumers' inputs are computed, and the criterion scores the units. The
+moments of one block are freed before those of the next are computed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,9 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import (
-    ActivationCache,
-    evenly_spaced,
-    run_block,
-    run_stem,
-)
+from ovsprune.calibration.activation_cache import evenly_spaced, run_stem
 from ovsprune.calibration.gradients import mask_gradients
-from ovsprune.calibration.moments import SecondMoments
+from ovsprune.calibration.moments import advance_with_moments
 from ovsprune.calibration.obs import prune_columns
 from ovsprune.calibration.ridge import regularised
 from ovsprune.calibration.sensitivity import (
@@ -44,17 +40,14 @@ from ovsprune.core.protocols import (
 )
 from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.graph.layers import weight_of
-from ovsprune.graph.rows import flat_columns, input_rows
+from ovsprune.graph.rows import flat_columns
 
 __all__ = ["Survey"]
 
 
 @dataclass(eq=False)
 class Survey:
-    """Scores of the groups' units and sensitivity curves, computed block by block.
-
-    The residual stream of all images is cached. Activations inside a block exist for one batch at a
-    time, and the moments of one block are freed before those of the next are computed.
+    """Computation of scores and sensitivity curves of all groups, block by block.
 
     Attributes:
         tower: Dense tower in rewritten form.
@@ -132,7 +125,9 @@ class Survey:
                 groups = [g for g in self.groups if g.block == name]
                 # Curves need the input of the block, which the cache overwrites with its output.
                 before = cache[probe].clone()  # [probe, ...]
-                moments = self._advance(name, block, groups, cache)
+                consumers = {g.consumer: self.tower.get_submodule(g.consumer) for g in groups}
+                sums = advance_with_moments(block, consumers, cache, self.batch_size, name)
+                moments = {consumer: s.result() for consumer, s in sums.items()}
                 for group in groups:
                     ranking = self._rank(group, moments[group.consumer])
                     if error is not None:
@@ -195,21 +190,6 @@ class Survey:
         """Return the widths at which the group's curve is measured."""
         points = points_for_depth(len(self.stages.blocks))
         return width_grid(group.units, group.min_units, points)
-
-    def _advance(
-        self, name: str, block: nn.Module, groups: Sequence[Group], cache: ActivationCache
-    ) -> dict[str, Moments]:
-        """Advance the cache by one block; return the moments of each consumer's input."""
-        layers = {g.consumer: self.tower.get_submodule(g.consumer) for g in groups}
-        moments = {
-            n: SecondMoments(weight_of(layer).flatten(1).shape[1]) for n, layer in layers.items()
-        }
-        points = [(consumer, "input") for consumer in layers]
-        for _, captured in run_block(block, cache, self.batch_size, points, name, advance=True):
-            for consumer, sums in moments.items():
-                x = input_rows(layers[consumer], captured[consumer, "input"])  # [b, ..., n]
-                sums.update(x)
-        return {consumer: sums.result() for consumer, sums in moments.items()}
 
     def _error_after(
         self, error: FeatureError, stream: Tensor, blocks: Sequence[nn.Module]

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ovsprune.calibration.activation_cache import ActivationCache, run_block
-from ovsprune.calibration.moments import SecondMoments
+from ovsprune.calibration.activation_cache import ActivationCache
+from ovsprune.calibration.moments import advance_with_moments
 from ovsprune.calibration.ridge import mean_variance, regularised
 
 __all__ = ["Whitened", "whiten"]
@@ -75,17 +75,14 @@ def whiten(
     whitened = []
     for name, block in blocks.items():
         layers = {
-            (f"{name}.{inner}", "input"): layer
+            f"{name}.{inner}": layer
             for inner, layer in block.named_modules()
             if isinstance(layer, nn.Linear) and layer.in_features
         }
-        moments = {point: SecondMoments(layer.in_features) for point, layer in layers.items()}
-        for _, captured in run_block(block, cache, batch_size, list(layers), name, advance=True):
-            for point, x in captured.items():
-                moments[point].update(x)
+        moments = advance_with_moments(block, layers, cache, batch_size, name)
         whitened += [
-            Whitened(layers[point].weight, sums.result().covariance)
-            for point, sums in moments.items()
+            Whitened(layers[n].weight, sums.result().covariance)
+            for n, sums in moments.items()
             if sums.count  # layers that never ran have no moments
         ]
     return whitened
