@@ -21,9 +21,7 @@ from ovsprune.core.errors import OptionError
 @click.option("--opset", type=int, help="ONNX opset; by default the choice of torch's exporter.")
 @batch_sizes((1, 2), "Batch size for the checks and the latency; may be repeated.")
 @default_option(
-    "--pairs",
-    default=10,
-    help="Alternating passes of torch and onnxruntime; 0 skips the latency.",
+    "--pairs", default=10, help="Alternating passes of torch and onnxruntime; 0 skips the latency."
 )
 @click.option("--pretrained", help="For a model name: a tag of open_clip, a file, or 'none'.")
 @ACTIVATION

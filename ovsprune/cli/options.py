@@ -41,10 +41,7 @@ ACTIVATION = click.option(
 )
 THREADS = click.option("--threads", type=int, help="CPU threads; by default PyTorch's choice.")
 SLIM = click.option(
-    "--slim",
-    type=PATH,
-    metavar="DIR",
-    help="Slim checkpoint; by default the newest under slim/.",
+    "--slim", type=PATH, metavar="DIR", help="Slim checkpoint; by default the newest under slim/."
 )
 WEIGHTS = default_option(
     "--weights",

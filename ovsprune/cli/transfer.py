@@ -36,11 +36,7 @@ from ovsprune.cli.screen import Screen, output_options
 @click.option(
     "--policy", metavar="NAME", help="Add a training schedule with this policy to the lines to add."
 )
-@default_option(
-    "--fraction",
-    default=0.5,
-    help="Fraction of layers that the policy trains.",
-)
+@default_option("--fraction", default=0.5, help="Fraction of layers that the policy trains.")
 @output("Output directory.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--force", is_flag=True, help="Accept a checkpoint whose base model is untrained.")

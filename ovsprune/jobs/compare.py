@@ -58,10 +58,10 @@ def compare(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Prune by every method at every ratio and seed, and score what is left.
+    """Prune by every method at every ratio and seed, and score the slim towers.
 
-    Rows are kept in ``output`` as they are done. The same call goes on where it stopped, and more
-    methods, ratios or seeds only add rows.
+    Each row is stored in ``output`` when it is finished. The same call resumes an interrupted
+    comparison, and more methods, ratios or seeds only add rows.
 
     Args:
         model: Name (see :func:`ovsprune.backbones.load_backbone`) or loaded backbone.
@@ -83,7 +83,7 @@ def compare(
         device: Device of the towers.
         threads: CPU threads; None leaves the choice to PyTorch.
         output: Directory for rows, record, page and plot; by default ``compare/<model>``.
-        overwrite: Start anew instead of continuing.
+        overwrite: Delete existing rows instead of resuming.
         earlier: Records of earlier comparisons (``compare.json``, or its contents) of the same
             model, images and options; their rows are used where ``output`` has none.
         progress: Progress reporter.
@@ -102,8 +102,9 @@ def compare(
     Raises:
         OptionError: A value is out of its range, or ``earlier`` is of another comparison.
         UnknownNameError: A model or a part of a method is unknown.
-        DataError: The data set, the embeddings or the calibration pictures cannot be used.
-        WeightsError: The model cannot be loaded, or there is nothing to embed class names with.
+        DataError: The data set, the embeddings or the calibration images cannot be used.
+        WeightsError: The model cannot be loaded, or there is neither a text tower nor a file of
+            embeddings.
         OutputError: ``output`` holds something else, or rows of other settings.
     """
     start = time.perf_counter()

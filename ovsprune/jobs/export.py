@@ -13,12 +13,7 @@ from ovsprune.core.errors import OptionError, OutputError
 from ovsprune.core.files import flush, staged_file
 from ovsprune.core.progress import Progress, Silent
 from ovsprune.core.protocols import Backbone
-from ovsprune.exporting.onnx_graph import (
-    check_opset,
-    make_graph,
-    open_session,
-    require_libraries,
-)
+from ovsprune.exporting.onnx_graph import check_opset, make_graph, open_session, require_libraries
 from ovsprune.exporting.towers import float_tower, metadata_of
 from ovsprune.exporting.verification import (
     check_outputs,
@@ -131,12 +126,7 @@ def export(
 
 
 def _write_graph(
-    backbone: Backbone,
-    file: Path,
-    size: Size,
-    dynamic: bool,
-    opset: int | None,
-    progress: Progress,
+    backbone: Backbone, file: Path, size: Size, dynamic: bool, opset: int | None, progress: Progress
 ) -> dict[str, Any]:
     """Write the graph to ``file``; return its ``opset`` and ``metadata``."""
     with progress.stage("export", 1) as advance:

@@ -91,10 +91,7 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
 
 def _costs(spec: SlimSpec) -> str:
     size = " x ".join(str(side) for side in spec.preprocess.size)
-    rows = [
-        f"| one image of {size} | dense | slim | change |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    rows = [f"| one image of {size} | dense | slim | change |", "| --- | ---: | ---: | ---: |"]
     for name, dense, slim in (
         ("MACs", spec.dense.macs, spec.slim.macs),
         ("parameters", spec.dense.params, spec.slim.params),

@@ -54,9 +54,7 @@ def paint(labels: Labels, colours: Mapping[int, Colour]) -> Pixels:
 
 
 def side_by_side(
-    rows: Sequence[tuple[Pixels, Sequence[Labels]]],
-    titles: Sequence[str],
-    names: Sequence[str],
+    rows: Sequence[tuple[Pixels, Sequence[Labels]]], titles: Sequence[str], names: Sequence[str]
 ) -> Image.Image:
     """Draw one row per image: the image, then each of its label maps, below ``titles``.
 

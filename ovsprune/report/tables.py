@@ -47,9 +47,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for index, column in enumerate(columns):
         left = index == 0 or column.startswith("<")
         result.add_column(
-            Text(column.removeprefix("<")),
-            justify="left" if left else "right",
-            overflow="fold",
+            Text(column.removeprefix("<")), justify="left" if left else "right", overflow="fold"
         )
     for row in rows:
         result.add_row(*(Text(cell) for cell in row))
