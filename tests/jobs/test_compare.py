@@ -19,6 +19,7 @@ from ovsprune.evaluation.backbone_scores import class_embeddings, score_backbone
 from ovsprune.evaluation.datasets import ScenesData
 from ovsprune.jobs.compare import compare
 from ovsprune.jobs.prune import prune
+from tests.tiers import by_default
 
 QUICK = {"samples": 4, "batch_size": 4, "scenes": 4, "threads": 1}
 METHODS = ["default,random+closed-form,random", "torch-pruning,torch-pruning+closed-form"]
@@ -341,7 +342,7 @@ def test_centred_scores_equal_those_of_evaluate(small_clip, tmp_path):
     assert given["dense"]["miou"] != centred["dense"]["miou"]
 
 
-@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
+@pytest.mark.parametrize("name", by_default(TORCH_PRUNING_METHODS, {"torch-pruning"}))
 def test_every_torch_pruning_selection_takes_our_recovery(small_clip, tmp_path, name):
     methods = [f"{name}+none", f"{name}+closed-form"]
     record = compare(small_clip, [0.5], methods=methods, seeds=1, output=tmp_path / "out", **QUICK)
@@ -356,7 +357,7 @@ def test_every_torch_pruning_selection_takes_our_recovery(small_clip, tmp_path, 
     "methods",
     [
         ("torch-pruning", "torch-pruning+none", "torch-pruning+closed-form"),
-        *((name,) for name in TORCH_PRUNING_METHODS if name != "torch-pruning"),
+        *by_default([(n,) for n in TORCH_PRUNING_METHODS if n != "torch-pruning"], ()),
     ],
     ids=lambda methods: methods[0],
 )

@@ -25,6 +25,7 @@ from tests.targets.by_hand import (
     small_tower,
 )
 from tests.targets.test_alone import GUARD
+from tests.tiers import by_default
 
 ROOT = Path(__file__).parents[2]
 ALONE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
@@ -347,7 +348,7 @@ def mmseg_config(place: Path, dense: Any, shape: Any) -> str:
 
 
 @pytest.mark.framework
-@pytest.mark.parametrize("tuned", [False, True], ids=["pretrained", "load_from a tuned one"])
+@pytest.mark.parametrize("tuned", by_default([False, True], {True}))
 def test_mmsegmentation_trains_and_its_tower_stays_slim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuned: bool
 ) -> None:

@@ -102,7 +102,11 @@ trainer.register_hooks([HookBase()])
 trainer.train(0, 4)
 tell()
 """
-LOOPS = [("transformers", TRANSFORMERS), ("mmengine", MMENGINE), ("lightning", LIGHTNING)]
+LOOPS = [
+    ("transformers", TRANSFORMERS),
+    ("mmengine", MMENGINE),
+    pytest.param("lightning", LIGHTNING, marks=pytest.mark.slow),
+]
 PATHS = os.pathsep.join((ALONE["PYTHONPATH"], os.environ.get("PYTHONPATH", "")))
 
 

@@ -25,6 +25,7 @@ from ovsprune.jobs.prune import prune
 from ovsprune.pruning.config import PruneConfig
 from ovsprune.recovery import RECOVERIES, recovery_chain
 from tests.contracts.conftest import open_clip_resnet, open_clip_vit
+from tests.tiers import by_default
 
 QUICK: dict[str, Any] = {"samples": 8, "batch_size": 8, "probe": 4}
 
@@ -139,7 +140,7 @@ def test_half_precision_is_saved_and_loads(small: Backbone, tmp_path: Path, dtyp
         assert torch.equal(tower.get_parameter(name).float(), rounded), name
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", by_default(["float16", "bfloat16"], {"float16"}))
 def test_weights_in_half_precision_are_read_from_a_file(tmp_path: Path, dtype: str) -> None:
     """Prune in float32 from the rounded weights, for every dtype of the file."""
     kind = getattr(torch, dtype)

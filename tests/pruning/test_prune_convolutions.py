@@ -212,6 +212,7 @@ def test_single_weights_are_pruned_by_magnitude(tmp_path: Path) -> None:
     assert config["kind"] == "unstructured" and found is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning+closed-form"])
 def test_torch_pruning_methods_run(name: str) -> None:
     class Scorer:

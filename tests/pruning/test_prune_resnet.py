@@ -28,6 +28,7 @@ from ovsprune.profiling import latency
 from ovsprune.pruning.config import PruneConfig
 from tests.contracts.conftest import RESNET, open_clip_resnet
 from tests.pruning.test_prune_convolutions import as_the_width
+from tests.tiers import by_default
 
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
 CHEAP: dict[str, Any] = {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"}
@@ -216,7 +217,10 @@ def test_evaluate_reads_the_dense_output(pruned: PruneResult, tmp_path: Path) ->
     assert 0 <= found["miou"] <= 1 and found["images"] == 1
 
 
-@pytest.mark.parametrize("name", ["torch-pruning", "torch-pruning+closed-form"])
+@pytest.mark.parametrize(
+    "name",
+    by_default(["torch-pruning", "torch-pruning+closed-form"], {"torch-pruning+closed-form"}),
+)
 def test_torch_pruning_methods_run(name: str) -> None:
     class Scorer:
         def score(self, tower: torch.nn.Module, label: str) -> dict[str, float]:

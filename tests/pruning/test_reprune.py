@@ -24,8 +24,10 @@ from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.cutting import cut_state
 from ovsprune.slim.spec import LayerSpec, SliceSpec
 from tests.contracts.conftest import REPRESENTATIVES, open_clip_vit
+from tests.tiers import by_default
 
 QUICK: dict[str, Any] = {"samples": 8, "batch_size": 8, "probe": 4}
+QUICK_FAMILIES = {"open_clip-vit", "open_clip-resnet", "open_clip-convnext"}
 PLAIN: dict[str, Any] = {
     **QUICK,
     "criterion": "magnitude",
@@ -34,7 +36,7 @@ PLAIN: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=REPRESENTATIVES)
+@pytest.fixture(scope="module", params=by_default(REPRESENTATIVES, QUICK_FAMILIES))
 def base(request: pytest.FixtureRequest) -> Backbone:
     return REPRESENTATIVES[request.param]()
 

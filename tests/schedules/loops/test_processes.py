@@ -104,7 +104,11 @@ def with_lightning(rank: int, place: str, port: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loop", "library"), [(with_accelerate, "accelerate"), (with_lightning, "lightning.pytorch")]
+    ("loop", "library"),
+    [
+        (with_accelerate, "accelerate"),
+        pytest.param(with_lightning, "lightning.pytorch", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_have_equal_weights(loop, library, tmp_path):
     """Refuse a wrapper that cannot follow the plan, then train with one that can."""
