@@ -28,7 +28,6 @@ from ovsprune.profiling import latency
 from ovsprune.pruning.config import PruneConfig
 from tests.contracts.conftest import RESNET, open_clip_resnet
 from tests.pruning.test_prune_convolutions import as_the_width
-from tests.tiers import by_default
 
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "probe": 2}
 CHEAP: dict[str, Any] = {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"}
@@ -218,8 +217,7 @@ def test_evaluate_reads_the_dense_output(pruned: PruneResult, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name",
-    by_default(["torch-pruning", "torch-pruning+closed-form"], {"torch-pruning+closed-form"}),
+    "name", ["torch-pruning+closed-form", pytest.param("torch-pruning", marks=pytest.mark.slow)]
 )
 def test_torch_pruning_methods_run(name: str) -> None:
     class Scorer:
