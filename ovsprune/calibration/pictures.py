@@ -171,7 +171,7 @@ class FilePictures:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield float32 [b, 3, H, W] with ``b <= size``; every pass yields the same images."""
-        yield from _batches(self._picture, len(self.files), size)
+        yield from _batches(self._picture, len(self), size)
 
     def _picture(self, index: int) -> Tensor:
         with Image.open(self.files[index]) as image:
@@ -216,7 +216,7 @@ def open_pictures(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[Pictures, Pictures]:
-    """Open calibration images and held-out images of one source.
+    """Open calibration images and held-out images of one source, which do not overlap.
 
     Args:
         source: A name in :data:`RENDERED`, or a folder.
@@ -225,9 +225,6 @@ def open_pictures(
         held_out: Number of held-out images, which measure the reported fidelity.
         seed: Seed of the choice.
         progress: Progress reporter; it receives notes on skipped files.
-
-    Returns:
-        Calibration images and held-out images, which do not overlap.
 
     Raises:
         OptionError: ``samples`` is not positive.
@@ -260,16 +257,8 @@ def unseen_pictures(
 ) -> Pictures | None:
     """Open validation images, disjoint from both results of :func:`open_pictures`.
 
-    Args:
-        source: A name in :data:`RENDERED`, or a folder.
-        preprocess: Preprocessing of the tower.
-        samples: As given to :func:`open_pictures`.
-        held_out: As given to :func:`open_pictures`.
-        seed: As given to :func:`open_pictures`.
-        count: Number of images; a folder may contain fewer.
-
-    Returns:
-        The images, or None if a folder has fewer than 8 left.
+    All arguments but ``count``, the number of validation images, are those of that call. A
+    folder may contain fewer; the result is None if it has fewer than 8 left.
     """
     if source in RENDERED:
         return RenderedPictures(count, preprocess, seed, start=_UNSEEN, source=source)

@@ -34,7 +34,7 @@ def points_for_depth(blocks: int) -> int:
     return max(fewest, min(most, 128 // blocks))
 
 
-def width_grid(units: int, min_units: int = 1, points: int = POINTS[1]) -> tuple[int, ...]:
+def width_grid(units: int, min_units: int, points: int) -> tuple[int, ...]:
     """Return the widths at which to measure a group, ascending; the last is ``units``.
 
     Small groups are measured at every width. Otherwise ``points`` widths are used, denser at small

@@ -23,24 +23,27 @@ def find_criterion(criterion: object) -> Criterion:
     """
     if isinstance(criterion, str):
         return CRITERIA.get(criterion)
-    needs = getattr(criterion, "needs", None)
-    problem = (
-        "is a class, not an instance"
-        if isinstance(criterion, type)
-        else "has no method `score`"
-        if not callable(getattr(criterion, "score", None))
-        else f"has needs={needs!r}, expected a frozenset of {', '.join(sorted(NEEDS))}"
-        if not isinstance(needs, frozenset) or not needs <= NEEDS
-        else "needs gradients but has no callable `objective`"
-        if "gradients" in needs and not callable(getattr(criterion, "objective", None))
-        else None
-    )
+    problem = _problem(criterion)
     if problem is not None:
         raise OptionError(
             f"criterion {criterion!r} {problem}. Give a name (`ovsprune criteria` lists them) or "
             "an object with `needs` and `score` (see ovsprune.core.protocols.Criterion)"
         )
     return cast(Criterion, criterion)
+
+
+def _problem(criterion: object) -> str | None:
+    """Return what a criterion object lacks, as a predicate for the error message, or None."""
+    needs = getattr(criterion, "needs", None)
+    if isinstance(criterion, type):
+        return "is a class, not an instance"
+    if not callable(getattr(criterion, "score", None)):
+        return "has no method `score`"
+    if not isinstance(needs, frozenset) or not needs <= NEEDS:
+        return f"has needs={needs!r}, expected a frozenset of {', '.join(sorted(NEEDS))}"
+    if "gradients" in needs and not callable(getattr(criterion, "objective", None)):
+        return "needs gradients but has no callable `objective`"
+    return None
 
 
 def criterion_name(criterion: str | Criterion) -> str:

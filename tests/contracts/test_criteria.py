@@ -86,8 +86,8 @@ def test_needs_are_known(name: str) -> None:
 def test_groups_without_norms_are_refused_before_any_work(normed: Case, name: str) -> None:
     bare = replace(normed.groups[1], norms=())
     case = replace(normed, groups=[normed.groups[0], bare], pictures=None)
-    said = rf"{bare.name} \(1 of 2 groups\) has no norm .*--criterion reconstruction.*--protect"
-    with pytest.raises(OptionError, match=said):
+    message = rf"{bare.name} \(1 of 2 groups\) has no norm .*--criterion reconstruction.*--protect"
+    with pytest.raises(OptionError, match=message):
         survey(case, name, probe=4)
 
 
