@@ -620,13 +620,17 @@ def case_of(name: str) -> Case:
 def pairs(cases: Iterable[str], plugins: Iterable[str], everywhere: Collection[str]) -> list[Any]:
     """Parameters (case, plug-in): a representative selection by default, the rest marked slow.
 
-    By default, plug-ins in ``everywhere`` run on every case, and every plug-in runs on the cases
-    in :data:`THOROUGH`.
+    By default, plug-ins in ``everywhere`` run on the representative of every family, and every
+    plug-in runs on the cases in :data:`THOROUGH`.
     """
+
+    def is_default(case: str, plugin: str) -> bool:
+        return case in THOROUGH or (plugin in everywhere and case in REPRESENTATIVES)
+
     return [
         pytest.param(
             (case, plugin),
-            marks=() if plugin in everywhere or case in THOROUGH else pytest.mark.slow,
+            marks=() if is_default(case, plugin) else pytest.mark.slow,
             id=f"{case}-{plugin}",
         )
         for case in cases

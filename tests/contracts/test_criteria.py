@@ -15,8 +15,8 @@ from ovsprune.core.records import Curves, Group, Scores
 from ovsprune.importance import CRITERIA, find_criterion
 from tests.contracts.conftest import FAMILY_CASES, OF_NO_FAMILY, Case, case_of, pairs
 
-EVERYWHERE = ("bn-scale", "magnitude", "reconstruction", "taylor")
-"""One criterion of each kind of needs, for the towers of every family."""
+EVERYWHERE = ("reconstruction", "taylor")
+"""Criteria for the towers of every family by default: one from activations, one from gradients."""
 
 
 @pytest.fixture(params=CRITERIA.names())
