@@ -25,7 +25,7 @@ config = {
 }
 dense = DenseModel("wide", config, Preprocess((64, 64)))
 backbone = FAMILIES.get("open_clip-vit").build(dense)
-prune(backbone, 0.3, samples=int(sys.argv[1]), probe=4, batch_size=8, recovery=sys.argv[2])
+prune(backbone, 0.3, samples=int(sys.argv[1]), probe=4, batch_size=4, recovery=sys.argv[2])
 print(high_water())
 """
 TOKENS, WIDTH, HIDDEN = 257, 32, 32 * 24
@@ -62,7 +62,7 @@ def peak(samples: int, recovery: str) -> int:
     ],
 )
 def test_peak_memory_grows_by_the_cached_activations_only(recovery: str, held: int) -> None:
-    few, many = 16, 48  # Batches of 8: with one alone, nothing is left over from another.
+    few, many = 8, 24  # Batches of 4: with one alone, nothing is left over from another.
     streams = held * (many - few) * TOKENS * WIDTH * 4
     activations = (many - few) * TOKENS * HIDDEN * 4  # Of one layer, if they were all held.
     assert activations > 2 * (streams + SLACK)
