@@ -50,6 +50,7 @@ def test_prune_transformers(tmp_path: Path) -> None:
     assert (tmp_path / "slim" / "transformers-example" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_prune_convnext(tmp_path: Path) -> None:
     text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
     vision = {"timm_model_name": "convnext_atto", "timm_pool": "", "image_size": 32}
@@ -84,6 +85,7 @@ def test_transfer_to_san(pruned: tuple[Path, str]) -> None:
     assert written == {"model.safetensors", "transfer.json", "lines.py"}
 
 
+@pytest.mark.slow
 def test_run_onnx(pruned: tuple[Path, str]) -> None:
     place, _ = pruned
     said = run("run_onnx.py", place)
