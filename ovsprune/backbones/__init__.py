@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.core.errors import OptionError, UnknownNameError, WeightsError
 from ovsprune.core.protocols import Backbone, Family
-from ovsprune.core.registry import Registry
 
 __all__ = ["FAMILIES", "load_backbone", "model_names"]
-
-FAMILIES: Registry[Family] = Registry("backbone family", "ovsprune.backbones")
 
 
 def model_names() -> tuple[str, ...]:

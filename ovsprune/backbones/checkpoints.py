@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.fitting import fit
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.core.errors import CheckpointError
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import DenseModel

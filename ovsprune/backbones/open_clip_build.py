@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_model import (
     build_clip,
     encoder_of,
@@ -16,6 +15,7 @@ from ovsprune.backbones.open_clip_model import (
     preprocess_of,
 )
 from ovsprune.backbones.open_clip_source import config_of, fill, open_source
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.core.protocols import Backbone
 from ovsprune.core.records import DenseModel
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.layers import channels_layer, fold_norms, unfold_norms
 from ovsprune.backbones.open_clip_build import load_clip, names_of, rebuild_clip
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_build import assemble, load_clip, rebuild_clip
 from ovsprune.backbones.open_clip_model import has_own_text
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.core.errors import OptionError
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan

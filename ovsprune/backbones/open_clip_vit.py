@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.layers import heads_layer, mlp_layer
 from ovsprune.backbones.open_clip_build import load_clip, names_of, rebuild_clip
 from ovsprune.backbones.open_clip_source import TINY
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.core.protocols import Backbone, PrunableLayer, Stages
 from ovsprune.core.records import DenseModel, Group, Plan, StreamPoint
 from ovsprune.graph.attention import SeparateAttention

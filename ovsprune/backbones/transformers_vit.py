@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.layers import has_one_activation, heads_layer, mlp_layer
+from ovsprune.backbones.registry import FAMILIES
 from ovsprune.backbones.state_file import read_state
 from ovsprune.backbones.transformers_model import (
     encoder_of,

@@ -6,14 +6,11 @@
 
 from __future__ import annotations
 
-from ovsprune.core.registry import Registry
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.convert import Converted
-from ovsprune.targets.hooks import apply_compat
 from ovsprune.targets.masked import mask_tower
 from ovsprune.targets.output import load_into
 from ovsprune.targets.protocol import Target
+from ovsprune.targets.registry import TARGETS, apply_compat
 
 __all__ = ["TARGETS", "Attached", "Converted", "Target", "apply_compat", "load_into", "mask_tower"]
-
-TARGETS: Registry[Target] = Registry("target", "ovsprune.targets")

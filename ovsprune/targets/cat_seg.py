@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import image_inputs, script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
@@ -17,6 +16,7 @@ from ovsprune.targets.layout import (
     clip_text,
     under,
 )
+from ovsprune.targets.registry import TARGETS
 
 _PREDICTOR = "sem_seg_head.predictor"
 _CLIP = f"{_PREDICTOR}.clip_model"

@@ -11,10 +11,10 @@ from torch import nn
 
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
-from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import POSITIONS, BlockStack, Layout, hf_block
+from ovsprune.targets.registry import TARGETS
 from ovsprune.targets.surgery import cuts_of, slim_copy
 
 _VISION, _TEXT = "clip.vision_model", "clip.text_model"

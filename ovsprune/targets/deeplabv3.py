@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import under
+from ovsprune.targets.registry import TARGETS
 
 _STEM = "torchvision's stem is one convolution and a max pool, CLIP's has three convolutions"
 

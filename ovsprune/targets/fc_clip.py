@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ovsprune.slim.attach import Swap
-from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import image_inputs, script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import clip_text
+from ovsprune.targets.registry import TARGETS
 
 _CLIP = "backbone.clip_model"
 

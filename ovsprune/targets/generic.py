@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ovsprune.core.errors import TargetError
 from ovsprune.slim import SlimCheckpoint
 from ovsprune.slim.attach import Applied
-from ovsprune.targets import TARGETS
 from ovsprune.targets.attached import Attached
 from ovsprune.targets.check import Weights
 from ovsprune.targets.convert import Converted
@@ -29,6 +28,7 @@ from ovsprune.targets.layout import (
     Layout,
     hf_block,
 )
+from ovsprune.targets.registry import TARGETS
 
 __all__ = ["Generic", "find_towers"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ovsprune.core.import_hooks import watch
 
-__all__ = ["Hook", "Wrap", "apply_compat", "install", "wrap_functions"]
+__all__ = ["Hook", "Wrap", "install", "wrap_functions"]
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Function that returns the replacement of a function."""
@@ -72,20 +72,3 @@ def install(hooks: Iterable[Hook]) -> None:
     _installed.update(new)
     if new:
         watch([hook.module for hook in new], lambda module: wrap_functions(new, module))
-
-
-def apply_compat(target: str) -> None:
-    """Make a framework run with current libraries in this process; a second call does nothing.
-
-    The page of the target lists the fixes; most targets have none. Call this before the framework
-    builds its model (``ovsprune launch`` calls it).
-
-    Args:
-        target: Name of the target.
-
-    Raises:
-        UnknownNameError: There is no such target.
-    """
-    from ovsprune.targets import TARGETS
-
-    install(TARGETS.get(target).hooks)

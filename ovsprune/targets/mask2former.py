@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import image_inputs, script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import under
+from ovsprune.targets.registry import TARGETS
 
 _STAGES = range(1, 5)
 _STEM = tuple(f"{part}{i}" for part in ("conv", "bn") for i in (1, 2, 3))

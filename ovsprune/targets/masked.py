@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ovsprune.masks import Applied, apply_masks
 from ovsprune.targets.layout import count_blocks
+from ovsprune.targets.registry import TARGETS
 
 __all__ = ["mask_tower"]
 
@@ -36,8 +37,6 @@ def mask_tower(
             nothing was changed.
         UnknownNameError: There is no such target.
     """
-    from ovsprune.targets import TARGETS
-
     layout = TARGETS.get(target).layout(model.state_dict(), count_blocks(masks))
     renamed = {
         name: part

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ovsprune.core.errors import MissingLibraryError, OptionError
-from ovsprune.targets import TARGETS
 from ovsprune.targets.layout import count_blocks
+from ovsprune.targets.registry import TARGETS
 
 __all__ = [
     "SanShape",

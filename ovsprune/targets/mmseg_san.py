@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from ovsprune.targets import TARGETS
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import POSITIONS, TEXT_STEM, BlockStack, Layout, PathSpec, under
+from ovsprune.targets.registry import TARGETS
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
 _HEAD = "decode_head.rec_with_attnbias"

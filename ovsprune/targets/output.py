@@ -23,6 +23,7 @@ from ovsprune.slim.write import save_tensors
 from ovsprune.targets.attached import add_guard, attach_cuts
 from ovsprune.targets.convert import Converted
 from ovsprune.targets.hooks import install
+from ovsprune.targets.registry import TARGETS
 from ovsprune.targets.surgery import Cut
 
 __all__ = ["LINES", "RECORD", "STATE", "check_transfer_output", "load_into", "write_output"]
@@ -109,8 +110,6 @@ def load_into(
         CheckpointError: The directory is damaged, or is not an output of ``ovsprune transfer``.
         TargetError: ``model`` belongs to another framework than the directory, or is not dense.
     """
-    from ovsprune.targets import TARGETS
-
     path = Path(directory)
     document = _read_record(path)
     # complete: the transfer had a checkpoint of the framework, not CLIP alone

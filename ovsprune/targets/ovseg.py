@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
@@ -14,6 +13,7 @@ from ovsprune.targets.layout import (
     clip_text,
     under,
 )
+from ovsprune.targets.registry import TARGETS
 
 _CLIP = "clip_adapter.clip_model"
 _VISUAL = f"{_CLIP}.visual"

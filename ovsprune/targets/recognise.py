@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ovsprune.core.errors import TargetError
-from ovsprune.targets import TARGETS
+from ovsprune.targets.registry import TARGETS
 
 __all__ = ["recognise"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ovsprune.targets import TARGETS
 from ovsprune.targets.detectron2_rules import script_for
 from ovsprune.targets.framework import TableTarget
 from ovsprune.targets.key_map import KeyMap
 from ovsprune.targets.layout import BLOCK_PARTS, POSITIONS, BlockStack, clip_text, under
+from ovsprune.targets.registry import TARGETS
 from ovsprune.targets.san_compat import HOOKS, VISUAL
 from ovsprune.targets.san_rules import PROTECTS, STAYS, no_cross_attention
 
