@@ -35,7 +35,6 @@ from ovsprune.pruning.pipeline import Pipeline
 
 PASSED: Mapping[str, Sequence[Callable[..., Any]]] = {
     "survey": [Survey.run],
-    "moments": [Survey._advance],
     "curves": [sensitivity.measure_curve],
     "elimination": [prune_columns],
     "refit": [Pipeline._recover],

@@ -226,8 +226,8 @@ def test_changed_images_under_the_same_path_are_refused(small_clip, tmp_path):
         compare(small_clip, [0.3], **run)
     label.write_bytes(before)
     settings = tmp_path / "out" / "settings.json"
-    whole = json.loads(settings.read_text())
-    old = {name: value for name, value in whole.items() if not name.endswith(" pictures")}
+    complete = json.loads(settings.read_text())
+    old = {name: value for name, value in complete.items() if not name.endswith(" pictures")}
     settings.write_text(json.dumps(old))
     compare(small_clip, [0.3], **run)  # of a version that did not write them: taken, and added
     assert json.loads(settings.read_text()) == complete
