@@ -147,6 +147,7 @@ torch.save((tower(images), tower.dense(images)), sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
     """Use a model of timm, which the other process knows."""
     config = {

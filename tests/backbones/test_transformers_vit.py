@@ -206,6 +206,7 @@ def test_checkpoint_loads_and_attaches_to_a_tower(
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_fresh_process_loads_identical_outputs(tmp_path: Path, images: Tensor) -> None:
     folder = folder_of(make("CLIPVisionModel"), tmp_path / "mine")
     done = ovsprune.prune(str(folder), 0.4, output=tmp_path / "slim", **CHEAP)

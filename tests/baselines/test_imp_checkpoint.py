@@ -17,6 +17,7 @@ from ovsprune.core.progress import Silent
 from ovsprune.core.protocols import Backbone
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import open_clip_vit
+from tests.tiers import by_default
 
 QUICK: dict[str, Any] = {"samples": 6, "batch_size": 4, "imp_steps": 2, "imp_lr": 1e-3}
 RATIO = 0.3
@@ -59,7 +60,7 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("rewind", [False, True])
+@pytest.mark.parametrize("rewind", by_default([False, True], {True}))
 @pytest.mark.parametrize("job", [imp, units])
 def test_an_interrupted_training_continues_to_the_same_tower(
     small: Backbone, tmp_path: Path, trained: Any, job: Any, rewind: bool

@@ -15,6 +15,7 @@ from ovsprune.graph.costs import count_costs
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
 from tests.contracts.conftest import open_clip_vit
+from tests.tiers import by_default
 
 SIZE = (48, 48)
 
@@ -42,7 +43,7 @@ def stock(forms, name, form):
     return TorchPruning(name, TORCH_PRUNING_METHODS[name], towers[form], groups, SIZE, found)
 
 
-@pytest.mark.parametrize("name", TORCH_PRUNING_METHODS)
+@pytest.mark.parametrize("name", by_default(TORCH_PRUNING_METHODS, {"torch-pruning"}))
 @pytest.mark.parametrize(("form", "ratio"), [("original", 0.25), ("rewritten", 0.5)])
 def test_the_measured_macs_are_reached_and_the_plan_matches_the_tower(forms, name, form, ratio):
     towers, groups, _ = forms
@@ -76,6 +77,7 @@ def test_an_unreachable_ratio_names_the_largest_one(forms):
         stock(forms, "torch-pruning-uniform", "original").reach(0.6)
 
 
+@pytest.mark.slow
 def test_the_plan_does_not_depend_on_earlier_budgets(forms):
     fresh = stock(forms, "torch-pruning", "rewritten").reach(0.3).plan.kept
     used = stock(forms, "torch-pruning", "rewritten")

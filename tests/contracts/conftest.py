@@ -21,6 +21,7 @@ from ovsprune.core.protocols import Backbone, PrunableLayer, RecoveryContext, St
 from ovsprune.core.records import DenseModel, Group, Plan, Preprocess, StreamPoint
 from ovsprune.graph.cut import cut
 from ovsprune.graph.groups import find_groups
+from tests.tiers import by_default
 
 
 def open_clip_vit() -> Backbone:
@@ -642,7 +643,7 @@ THOROUGH = ("open_clip-vit", "open_clip-resnet", *OF_NO_FAMILY)
 """Cases on which every plug-in runs by default: transformer, residual network, norms, 3x3."""
 
 
-@pytest.fixture(params=FAMILY_CASES)
+@pytest.fixture(params=by_default(FAMILY_CASES, REPRESENTATIVES))
 def case(request: pytest.FixtureRequest) -> Case:
     return case_of(request.param)
 

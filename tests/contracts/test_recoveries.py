@@ -144,7 +144,11 @@ def test_a_recovery_reduces_the_error_on_unseen_images(pair: Recovery) -> None:
     assert after < (1.0 if pair.name == "bias" else 0.8) * before
 
 
-@recoveries([n for n in REPAIRS if not RECOVERIES.get(n).trains])
+@pytest.mark.parametrize(
+    "pair",
+    pairs(FAMILY_CASES, [n for n in REPAIRS if not RECOVERIES.get(n).trains], ()),
+    indirect=True,
+)
 def test_the_batch_size_does_not_matter_without_training(pair: Recovery) -> None:
     case = pair.case
     plan = case.random_plan(2)

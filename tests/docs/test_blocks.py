@@ -81,8 +81,9 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Everything runs in this process, because the imports of a new one take longer than most blocks.
     """
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OVSPRUNE_PRUNE_SAMPLES", str(IMAGES))
-    monkeypatch.setattr(ovsprune, "prune", partial(ovsprune.prune, samples=IMAGES))
+    for name, value in CHEAP.items():
+        monkeypatch.setenv(f"OVSPRUNE_PRUNE_{name.upper()}", str(value))
+    monkeypatch.setattr(ovsprune, "prune", partial(ovsprune.prune, **CHEAP))
     for registry in (CRITERIA, POLICIES):
         registry.names()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
@@ -97,7 +98,8 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 IMAGES = 4
-"""Calibration images: the defaults on the pages suit users, and take minutes on one thread."""
+CHEAP: dict[str, Any] = {"samples": IMAGES, "criterion": "magnitude", "allocation": "uniform"}
+"""Options that a page leaves out: the defaults suit users, and take minutes on one thread."""
 
 
 def run_commands(code: str) -> None:

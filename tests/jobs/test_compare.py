@@ -353,11 +353,12 @@ def test_every_torch_pruning_selection_takes_our_recovery(small_clip, tmp_path, 
     assert repaired["relative_error"] < bare["relative_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "methods",
     [
         ("torch-pruning", "torch-pruning+none", "torch-pruning+closed-form"),
-        *by_default([(n,) for n in TORCH_PRUNING_METHODS if n != "torch-pruning"], ()),
+        *((n,) for n in TORCH_PRUNING_METHODS if n != "torch-pruning"),
     ],
     ids=lambda methods: methods[0],
 )

@@ -159,14 +159,22 @@ def as_the_width(passes: Mapping[tuple[str, int], Any], *_: object) -> dict[tupl
     "options",
     [
         {"criterion": "bn-scale", "allocation": "global"},
-        {"criterion": "bn-scale", "allocation": "isomorphic"},
-        {"criterion": "lamp", "allocation": "spectral"},
-        {"budget": "params"},
-        {"budget": "latency", "allocation": "uniform", "criterion": "magnitude"},
+        pytest.param({"criterion": "bn-scale", "allocation": "isomorphic"}, marks=pytest.mark.slow),
+        pytest.param({"criterion": "lamp", "allocation": "spectral"}, marks=pytest.mark.slow),
+        pytest.param({"budget": "params"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"budget": "latency", "allocation": "uniform", "criterion": "magnitude"},
+            marks=pytest.mark.slow,
+        ),
         {"round_to": 4, "criterion": "magnitude", "allocation": "uniform"},
-        {"rounds": 2, "recovery": "closed-form"},
-        {"recovery": "distill", "distill": Distillation(steps=2)},
-        {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},
+        pytest.param({"rounds": 2, "recovery": "closed-form"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"recovery": "distill", "distill": Distillation(steps=2)}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda options: "-".join(str(v) for v in options.values() if isinstance(v, (str, int))),
 )

@@ -154,15 +154,33 @@ def test_a_text_tower_keeps_its_own_gelu(tmp_path: Path) -> None:
     "options",
     [
         {"criterion": "bn-scale", "allocation": "global", "recovery": "none"},
-        {"criterion": "lamp", "allocation": "isomorphic", "recovery": "bias"},
-        {"criterion": "fpgm", "allocation": "spectral", "recovery": "none"},
-        {"criterion": "taylor", "allocation": "global", "recovery": "none"},
+        pytest.param(
+            {"criterion": "lamp", "allocation": "isomorphic", "recovery": "bias"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"criterion": "fpgm", "allocation": "spectral", "recovery": "none"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"criterion": "taylor", "allocation": "global", "recovery": "none"},
+            marks=pytest.mark.slow,
+        ),
         {"budget": "params", "recovery": "none"},
-        {"budget": "latency", **CHEAP},
+        pytest.param({"budget": "latency", **CHEAP}, marks=pytest.mark.slow),
         {**CHEAP, "round_to": 4},
-        {"rounds": 2, "recovery": "closed-form", "criterion": "magnitude"},
-        {"recovery": "distill", "distill": Distillation(steps=2), "allocation": "uniform"},
-        {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},
+        pytest.param(
+            {"rounds": 2, "recovery": "closed-form", "criterion": "magnitude"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"recovery": "distill", "distill": Distillation(steps=2), "allocation": "uniform"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"method": "imp", "imp_structured": True, "imp_steps": 1, "recovery": "none"},
+            marks=pytest.mark.slow,
+        ),
         {"protect": ("*.conv1",), **CHEAP},
     ],
     ids=lambda options: "-".join(str(v) for v in options.values()),
@@ -183,6 +201,7 @@ def test_every_criterion_allocation_and_recovery_runs(
     assert not any(type(m).__name__ == "FoldedNorm" for m in done.tower.modules())
 
 
+@pytest.mark.slow
 def test_statistics_serve_another_ratio(tmp_path: Path) -> None:
     options = {**QUICK, "recovery": "none", "statistics": str(tmp_path / "s.safetensors")}
     prune(open_clip_resnet(), 0.3, **options)

@@ -91,9 +91,9 @@ def test_a_plan_that_keeps_everything_changes_no_group(case: Case) -> None:
     ("budget", "recovery"),
     [
         ("macs", "none"),
-        ("macs", "bias"),
+        pytest.param("macs", "bias", marks=pytest.mark.slow),
         ("macs", "closed-form"),
-        ("macs", "closed-form-symmetric"),
+        pytest.param("macs", "closed-form-symmetric", marks=pytest.mark.slow),
         ("params", "closed-form"),
         *(
             pytest.param("params", recovery, marks=pytest.mark.slow)

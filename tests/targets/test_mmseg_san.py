@@ -71,7 +71,10 @@ def test_bias_is_strong_and_differs_between_heads(san: nn.Module) -> None:
     assert torch.corrcoef(bias).fill_diagonal_(0).abs().max() < 0.9
 
 
-@pytest.mark.parametrize(("which", "side", "count"), [("random", 320, 2), ("magnitude", 640, 1)])
+@pytest.mark.parametrize(
+    ("which", "side", "count"),
+    [("random", 320, 2), pytest.param("magnitude", 640, 1, marks=pytest.mark.slow)],
+)
 def test_slim_equals_dense_masked(
     san: nn.Module, slims: dict[str, SlimCheckpoint], which: str, side: int, count: int
 ) -> None:

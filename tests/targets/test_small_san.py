@@ -77,6 +77,7 @@ def change(
     }
 
 
+@pytest.mark.slow
 def test_recovery_keeps_masks_and_logits_close(
     tmp_path: Path, tiny: Any, san: nn.Module, images: Tensor
 ) -> None:
