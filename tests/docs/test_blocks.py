@@ -81,8 +81,7 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Everything runs in this process, because the imports of a new one take longer than most blocks.
     """
     monkeypatch.chdir(tmp_path)
-    for name, value in CHEAP.items():
-        monkeypatch.setenv(f"OVSPRUNE_PRUNE_{name.upper()}", str(value))
+    monkeypatch.setenv("OVSPRUNE_PRUNE_SAMPLES", str(IMAGES))
     monkeypatch.setattr(ovsprune, "prune", partial(ovsprune.prune, **CHEAP))
     for registry in (CRITERIA, POLICIES):
         registry.names()
@@ -109,6 +108,8 @@ def run_commands(code: str) -> None:
         if not words:
             continue
         assert words[0] == "ovsprune", f"a block that runs calls ovsprune only: {line}"
+        if words[1] == "prune" and not {"--method", "--config"} & set(words):
+            words += ["--criterion", str(CHEAP["criterion"]), "--allocation", "uniform"]
         if "--samples" in words:
             words[words.index("--samples") + 1] = str(IMAGES)
         done = CliRunner().invoke(main, words[1:])
