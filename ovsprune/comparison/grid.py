@@ -93,6 +93,7 @@ def fill(
     if 0 < missing < len(keys):
         progress.note(f"{len(keys) - missing} of {len(keys)} rows are in {rows.place} already")
     others = makers(row for row in stored if row is not None)
+    # Rows of the current versions need no note.
     others.pop(made_by(), None)
     for name, count in others.items():
         progress.note(f"made by {name}: {count} of these rows; --overwrite makes all anew")
@@ -102,6 +103,7 @@ def fill(
             if row is None:
                 made = runner.row(method, ratio, seed)
                 miou = made["miou"]
+                # Untrained weights may give a dense mIoU of 0.
                 retention = None if miou is None or not dense_miou else miou / dense_miou
                 key = row_key(seed, ratio, method)
                 row = {**key, **made, "retention": retention, "made_by": made_by()}

@@ -33,6 +33,7 @@ def comparison_identity(
     device: str,
 ) -> dict[str, Any]:
     """Return everything that a row depends on besides method, ratio and seed, as JSON values."""
+    # One type for all, integer buffers included, because they are concatenated below.
     weights = [p.detach().flatten().float().cpu() for p in backbone.tower.state_dict().values()]
     calibration = config.calibration
     # A folder may change under the same path.
@@ -41,6 +42,7 @@ def comparison_identity(
         fingerprints["labelled pictures"] = images.fingerprint()
     if calibration not in RENDERED:
         fingerprints["calibration pictures"] = folder_fingerprint(Path(calibration))
+        # Absolute, so that a comparison can be resumed from another directory.
         calibration = str(Path(calibration).resolve())
     return {
         "model": backbone.name,

@@ -66,6 +66,7 @@ def parse_methods(names: Iterable[str]) -> tuple[Method, ...]:
     """
     lists = [names] if isinstance(names, str) else names
     given = [part.strip() for name in lists for part in name.split(",")]
+    # filter: an empty name comes from a trailing comma.
     methods = tuple(parse_method(name) for name in dict.fromkeys(filter(None, given)))
     if not methods:
         raise OptionError("--methods names none; give for example --methods default,random")
@@ -114,6 +115,7 @@ def parse_method(name: str) -> Method:
             )
         return _torch_pruning_method(name, first, rest, options)
     if first == DEFAULT:
+        # The ratio has no default; any value serves here.
         plain = PruneConfig(ratio=0.5)
         assert isinstance(plain.criterion, str)  # the default is a name
         criterion, allocation, recovery = plain.criterion, plain.allocation, plain.recovery
@@ -165,7 +167,7 @@ def _torch_pruning_method(
             f"--methods {name}: {first} has its own allocation; give a recovery after the '+'"
         )
     if rest:
-        RECOVERIES.get(rest[0])
+        RECOVERIES.get(rest[0])  # raises for an unknown name
     return Method(
         name=name,
         criterion=first,

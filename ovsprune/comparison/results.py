@@ -37,6 +37,7 @@ def check_place(place: Path) -> None:
     Raises:
         OutputError: It is a file, or a directory with something else in it.
     """
+    # A broken link counts as existing, because no directory can be made in its place.
     if not os.path.lexists(place):
         return
     if not place.is_dir():
@@ -74,6 +75,7 @@ class Rows:
                 f"{place} cannot be written ({error.strerror or error}); name another directory "
                 "with -o"
             ) from error
+        # Through JSON, because tuples differ from the lists in the file.
         self._check_settings(json.loads(json.dumps(settings)))
         self.rows = self._read()
 
@@ -120,6 +122,7 @@ class Rows:
                 f"{self.place} holds a comparison with other settings ({values}). Name another "
                 "directory with -o, or pass --overwrite to start anew"
             )
+        # Complete a file of the first versions, so that a later change is noticed.
         if stored != written:
             write_text(path, json.dumps(stored, indent=2) + "\n")
 
@@ -127,6 +130,7 @@ class Rows:
         path = self.place / ROWS
         if not path.is_file():
             return []
+        # `rest` is empty if the last line is complete.
         *lines, rest = path.read_bytes().split(b"\n")
         rows = []
         for number, line in enumerate(lines, 1):
@@ -165,6 +169,7 @@ def import_rows(earlier: Iterable[Earlier], record: Mapping[str, Any], rows: Row
         OptionError: A comparison is of another model, other images or other options.
         DataError: A file cannot be read, or is no record of a comparison.
     """
+    # All records are checked before the first row is added.
     records = [_record_of(source, record) for source in earlier]
     for row in (row for imported in records for row in imported["rows"]):
         if rows.find({name: row[name] for name in KEY}) is None:
@@ -190,6 +195,7 @@ def _record_of(source: Earlier, now: Mapping[str, Any]) -> Mapping[str, Any]:
     if abs(mious[0] - mious[1]) > _MIOU_TOLERANCE:
         pairs["dense mIoU"] = mious
     calibrations = (record.get("calibration"), now["calibration"])
+    # Unlike a folder, a rendered kind has the same name on every machine.
     if set(calibrations) & set(RENDERED):
         pairs["calibration"] = calibrations
     differing = [f"{key} {a}, now {b}" for key, (a, b) in pairs.items() if a != b]

@@ -59,6 +59,7 @@ class ComparisonRunner:
                 ``protect`` leaves nothing to cut.
         """
         if self.config.protect:
+            # The search for groups refuses patterns that match nothing.
             self._shared_groups()
         for method in methods:
             config = method.settings(self.config)
@@ -107,6 +108,7 @@ class ComparisonRunner:
             selector = TorchPruningSelector(self._torch_pruning, method.criterion, config)
         else:
             selector = imp_selector(self.backbone, config, self.progress, clock)
+        # imp_selector returns None for every other method.
         if selector is None:
             selector = CriterionSelector(self.backbone, config, self.progress, clock, self._surveys)
         return Pipeline(self.backbone, config, self.progress, clock, selector).run().tower
@@ -127,6 +129,7 @@ class ComparisonRunner:
     def _shared_groups(self) -> list[Group]:
         """Return the groups that our methods may cut by default, found on a rewritten copy."""
         if self._groups is None:
+            # SearchSpace.build rewrites its tower in place.
             dense = deepcopy(self.backbone.tower).eval().requires_grad_(False)
             space = SearchSpace.build(self.backbone, dense, protect=self.config.protect)
             self._groups = space.groups

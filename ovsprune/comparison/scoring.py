@@ -49,6 +49,7 @@ class CachedData:
             if size <= self._limit:
                 samples.append(sample)
             yield sample
+        # After a complete pass only: a pass that was stopped has read a part of the data.
         if size <= self._limit:
             self._samples = samples
 
@@ -97,6 +98,7 @@ class Scorer:
             tower: Tower that was pruned from the dense tower.
             label: Name of the tower in the progress.
         """
+        # The dense scores of a resumed comparison come from its rows, without a pass.
         if self._features is None:
             self.dense()
         assert self._features is not None
@@ -121,6 +123,7 @@ class Scorer:
         def observed(images: Tensor) -> Tensor:
             nonlocal first
             features = head.dense(images)  # [B, C, h, w]
+            # Images come in the same order for every tower, so `first` selects the same ones.
             observe(first, features.float().cpu())
             first += len(features)
             return features
@@ -130,6 +133,7 @@ class Scorer:
 
             def tell(done: int, _: int) -> None:
                 nonlocal before
+                # evaluate() reports totals.
                 advance(done - before)
                 before = done
 

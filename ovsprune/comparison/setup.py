@@ -49,6 +49,7 @@ def common_config(grid: Grid, options: dict[str, Any]) -> PruneConfig:
         )
     config.check()
     for ratio, method in itertools.product(grid.ratios, grid.methods):
+        # A combination without an effect is refused before the first row.
         method.settings(replace(config, ratio=ratio)).check()
     return config
 
@@ -65,6 +66,7 @@ def data_opener(
     if scenes is not None and scenes < 1:
         raise OptionError(f"--scenes {scenes} is out of range; give 1 or more")
     if data is not None:
+        # Opened now: a wrong folder is reported before the model is loaded.
         folder = FolderData(data, list_file, scenes)
         return lambda size: folder
     if list_file is not None:
@@ -94,6 +96,7 @@ def open_backbone(
         progress.note(note)
     if any(p.dtype != torch.float32 for p in backbone.tower.parameters()):
         # Half precision is for files only: moments and repairs need float32.
+        # A copy, because float() would change the tower of the caller.
         backbone = replace(backbone, tower=deepcopy(backbone.tower).float())
     if not backbone.trained:
         progress.note(f"{backbone.name} has random weights: its mIoU and retention have no meaning")

@@ -104,8 +104,9 @@ def make_graph(
         with _silence(), torch.no_grad():
             program: Any = torch.onnx.export(
                 _Outputs(tower).eval(),
+                # Two images: torch.export makes a dimension of size 1 in the example static.
                 (torch.zeros(2, 3, *size),),
-                dynamo=True,
+                dynamo=True,  # the TorchScript exporter has no `dynamic_shapes`
                 input_names=[INPUT],
                 output_names=list(OUTPUTS),
                 dynamic_shapes=(dynamic_axes,),
@@ -116,6 +117,7 @@ def make_graph(
         raise ExportError(_refusal(tower, size, dynamic, opset, error)) from error
     model = program.model
     written = int(model.opset_imports[""])
+    # The exporter keeps its own opset, with a warning only, if the conversion fails.
     if opset not in (None, written):
         raise ExportError(f"--opset {opset}: the exporter wrote {written}; omit --opset")
     _strip(model)
@@ -161,7 +163,7 @@ def open_session(file: Path, threads: int) -> Run:
     runtime: Any = importlib.import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 3  # errors only
     try:
         session = runtime.InferenceSession(
             os.fspath(file), options, providers=["CPUExecutionProvider"]
@@ -189,6 +191,7 @@ def check_opset(opset: int | None) -> None:
     if opset is None:
         return
     newest = int(importlib.import_module("onnx").defs.onnx_opset_version())
+    # torch's exporter is written in the operators of opset 18.
     if not 18 <= opset <= newest:
         raise OptionError(f"--opset {opset}: give a value from 18 to {newest}")
 

@@ -26,6 +26,7 @@ def float_tower(backbone: Backbone) -> SlimTower:
         costs = count_costs(backbone.tower, backbone.preprocess.size)
         space = SearchSpace(tower=backbone.tower, layers=(), groups=[], protected={})
         spec = make_spec(backbone, space, Plan({}), (costs, costs), {})
+        # A checkpoint has the names of the full CLIP model, where the tower is `visual`.
         tensors = {f"visual.{k}": v.cpu() for k, v in backbone.tower.state_dict().items()}
         checkpoint = SlimCheckpoint(Path(backbone.name), spec, {}, tensors)
     return tower_of(checkpoint).float().requires_grad_(False)
@@ -34,6 +35,7 @@ def float_tower(backbone: Backbone) -> SlimTower:
 def metadata_of(tower: SlimTower, size: tuple[int, int], dynamic: bool) -> dict[str, str]:
     """Return the metadata of the file; ONNX allows strings only."""
     spec = tower.spec
+    # The exported size may differ from the native one.
     preprocess = {**asdict(spec.preprocess), "size": list(size)}
     return {
         "ovsprune": __version__,

@@ -29,6 +29,7 @@ Size = tuple[int, int]
 
 def second_size(size: Size) -> Size:
     """Return a second size with another aspect ratio, for checking a dynamic graph."""
+    # Different factors, so that exchanged axes change the result.
     height, width = size[0] * 1.5, size[1] * 1.25
     return math.ceil(height / _STEP) * _STEP, math.ceil(width / _STEP) * _STEP
 
@@ -65,6 +66,7 @@ def check_outputs(
 
 
 def _row(name: str, batch: int, size: Size, expected: Tensor, output: Tensor) -> dict[str, Any]:
+    # The subtraction below would broadcast some wrong shapes.
     if output.shape != expected.shape:
         raise ExportError(
             f"{name} of the graph has shape {tuple(output.shape)} at {size[0]}x{size[1]}, that of "

@@ -70,6 +70,7 @@ def benchmark(
             add_memory(rows, towers, device, dtype, used, progress)
     return {
         "model": model,
+        # The reference is the first tower, if there is one.
         "against": towers[0].source if len(towers) > 1 else None,
         "rows": rows,
         "pairs": pairs,

@@ -108,6 +108,7 @@ def compare(
         OutputError: ``output`` holds something else, or rows of other settings.
     """
     start = time.perf_counter()
+    # Every row runs the complete pipeline, which would repeat its notes.
     progress = NoteOnce(progress or Silent())
     grid = Grid.parse(ratios, methods, seeds)
     config = common_config(grid, options)
@@ -115,10 +116,12 @@ def compare(
     device_and_dtype(device, "float32")  # an unknown device is refused before weights are read
     name = model if isinstance(model, str) else model.name
     place = Path(output) if output else Path("compare") / backbones.canonical(name)
+    # A wrong output directory is refused before the model is loaded.
     check_place(place)
     with thread_limit(threads):
         backbone = open_backbone(model, pretrained, activation, device, progress)
         config = config.for_model(backbone)
+        # Scenes are square; a folder ignores the size.
         images = open_data(max(backbone.preprocess.size))
         embeddings = class_embeddings(backbone, images.prompts, text_embeddings)
         scorer = Scorer(backbone, embeddings, images, config.batch_size, progress, centred)
@@ -137,6 +140,7 @@ def compare(
             "images": len(images),
             "dense": dense_scores(scorer, rows),
         }
+        # After the dense scores: earlier rows must come from the same dense tower.
         import_rows(earlier, record, rows)
         record["rows"] = fill(grid, rows, runner, record["dense"]["miou"], progress)
     record["summary"] = summary(record)

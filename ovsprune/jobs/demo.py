@@ -86,9 +86,11 @@ def demo(
     start = time.perf_counter()
     if scenes < SHOWN:
         raise OptionError(f"--scenes {scenes} is too few; give {SHOWN} or more")
+    # A ratio out of range is refused before the scenes are drawn.
     PruneConfig(ratio=ratio, seed=seed).check()
     directory = Path(output)
     _check_output(directory)
+    # One step per method, then score, time, draw and transfer.
     with thread_limit(threads), progress.stage("ovsprune demo", len(METHODS) + 4) as advance:
         run = _Demo(directory, ratio, scenes, seed, progress)
         _make_directory(directory)
@@ -132,7 +134,7 @@ class _Demo:
         self.record: dict[str, Any] = {}
         self.transferred: dict[str, Any] = {}
         self.scores: dict[str, dict[str, Any]] = {}
-        self.times: dict[int, dict[str, list[float]]] = {}
+        self.times: dict[int, dict[str, list[float]]] = {}  # batch to method to seconds per round
 
     def prune(self, method: str) -> None:
         """Prune with one method; the checkpoint of the default is saved and loaded again."""
@@ -150,6 +152,7 @@ class _Demo:
             )
             advance(1)
         if saved is None:
+            # Nothing was saved; only the tower differs from the dense backbone.
             self.towers[method] = dataclasses.replace(dense, tower=result.tower)
         else:
             self.record = result.record()
@@ -219,7 +222,10 @@ class _Demo:
                     "method": method,
                     "macs": costs.macs,
                     "params": costs.params,
+                    # Serialised in memory: only the default method has a file, and that file also
+                    # holds the text tower.
                     "file_size": len(save(backbone.tower.state_dict())),
+                    # JSON turns the keys of objects into strings.
                     "latency": {str(b): f["latency"] for b, f in figures.items()},
                     "speedup": {str(b): f["speedup"] for b, f in figures.items()},
                     "miou": miou,

@@ -78,6 +78,7 @@ def evaluate(
             progress.note(note)
         images, label = _open(data, backbone, list_file, limit)
         embeddings = class_embeddings(backbone, images.prompts, text_embeddings)
+        # Only the image tower: the class embeddings do not depend on the dtype.
         backbone.tower.to(torch_device, torch_dtype)
         title = f"segmenting with {backbone.name}"
         result = score_backbone(
@@ -97,6 +98,7 @@ def _open(
     data: str | Path | None, backbone: Backbone, list_file: str | Path | None, limit: int | None
 ) -> tuple[SegmentationData, str]:
     """Return the data set and its name in the record."""
+    # Only `tiny` was trained on scenes; other models use them on request only.
     if data is None and backbone.name != "tiny":
         raise OptionError(
             f"--data is missing: name a folder with images/, labels/ and classes.json to score "
@@ -105,6 +107,7 @@ def _open(
     if data is None or str(data) == SCENES:
         if list_file is not None:
             raise OptionError(f"--list {list_file} needs --data DIR; scenes have no files")
+        # Scenes are square.
         size = max(backbone.preprocess.size)
         return ScenesData(limit or 500, size=size), SCENES
     return FolderData(data, list_file, limit), str(data)

@@ -93,10 +93,12 @@ def export(
         model = str(model)
     name = model.name if isinstance(model, Backbone) else model
     path = _output_path(output or Path("export") / f"{backbones.canonical(name)}.onnx", overwrite)
+    # A missing library or a wrong opset is reported before the model is loaded.
     require_libraries()
     check_opset(opset)
     progress = progress or Silent()
     with thread_limit(threads) as used:
+        # On the CPU, as the graph is checked and timed in onnxruntime's CPU provider.
         backbone = load_model(model, pretrained, activation, "cpu", progress)
         size = size or backbone.preprocess.size
         with staged_file(path) as file:
@@ -154,6 +156,7 @@ def _check_numbers(format: str, size: Size | None, batch_sizes: Sequence[int], p
 
 def _output_path(output: str | Path, overwrite: bool) -> Path:
     """Resolve ``output``, and check that it may be written."""
+    # The final rename would replace a link itself, not the file that it points to.
     path = Path(os.path.realpath(output))
     if path.is_dir():
         raise OutputError(f"{path} is a directory; name a file, as in -o {path.name}/tower.onnx")
@@ -167,9 +170,11 @@ def _output_path(output: str | Path, overwrite: bool) -> Path:
 def _move_weights(file: Path, path: Path) -> int:
     """Move external weights, if any, next to the final path; return the bytes of all files."""
     total = file.stat().st_size
+    # Name that the exporter gives to the file of external weights.
     weights = file.with_name(f"{file.name}.data")
     if weights.exists():
         total += weights.stat().st_size
+        # staged_file flushes the graph only.
         flush(weights)
         os.replace(weights, path.with_name(weights.name))
     return total

@@ -47,7 +47,7 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
             "kept": layer.kept,
             "unit_width": layer.unit_width,
             "protected": is_protected(spec, layer),
-            "indices": checkpoint.mask[layer.name].tolist(),
+            "indices": checkpoint.mask[layer.name].tolist(),  # of units in the base model
         }
         for layer in spec.layers
     ]
@@ -71,10 +71,12 @@ def inspect(directory: str | Path, *, recipe: str | Path | None = None) -> dict[
         "architecture": dict(spec.architecture),
         "activation": spec.activation,
         "preprocess": {
+            # Lists, so that the record is equal to its JSON.
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(spec.preprocess).items()
         },
         "provenance": dict(spec.provenance),
         "files": {name: dataclasses.asdict(entry) for name, entry in spec.files.items()},
+        # `files` lists neither config.json, which contains the list, nor the model card.
         "bytes": sum(file.stat().st_size for file in checkpoint.path.iterdir() if file.is_file()),
     }

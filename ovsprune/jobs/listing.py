@@ -18,6 +18,7 @@ def models() -> Listing:
 
     ``weights`` are the tags that ``--pretrained`` accepts for the name.
     """
+    # Not above: schedule() imports this module where open_clip may be missing.
     import open_clip
 
     from ovsprune.backbones import model_names

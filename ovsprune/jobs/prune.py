@@ -143,7 +143,7 @@ def prune(
     progress = progress or Silent()
     saving = Saving.checked(
         model,
-        f"slim/{{}}-r{settings.ratio:g}",
+        f"slim/{{}}-r{settings.ratio:g}",  # {} is filled with the canonical name of the model
         output,
         partial(check_output, overwrite=overwrite),
         dtype=dtype,
@@ -163,11 +163,12 @@ def prune(
         spec=done.spec,
         tower=done.tower,
         plan=done.plan,
+        # Written below, because the model card needs the record of this result.
         path=None,
         settings=settings,
         achieved=done.achieved,
         fidelity=done.fidelity,
-        seconds=clock.seconds,
+        seconds=clock.seconds,  # the same dict, so it includes the write below
         latency=done.latency,
         given=model.slim,
     )
@@ -199,6 +200,7 @@ def _config(
 
 def _recommend_photographs(model: Backbone, settings: PruneConfig, progress: Progress) -> None:
     """Note that photographs preserve more accuracy than the default calibration images."""
+    # Random weights have no accuracy to preserve, and `tiny` is calibrated on scenes.
     if not model.trained or settings.calibration != "mixed":
         return
     most, count = enough("mixed"), settings.pictures

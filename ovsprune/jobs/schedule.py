@@ -95,12 +95,13 @@ def schedule(
     """
     chosen = POLICIES.get(policy)
     if total_steps is None:
+        # A policy that decides again at the second of two steps changes its choice.
         if len(chosen.decision_steps(2, 1)) > 1:
             raise OptionError(
                 f"the policy {policy} changes its choice during training; give the number of "
                 "steps: total_steps=..."
             )
-        total_steps = 1
+        total_steps = 1  # a single decision does not depend on it
     every = checked(total_steps, fraction, count, every, rest)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     layers, recognised = find_pool(inner, target, pool)
@@ -121,6 +122,7 @@ def schedule(
         total_steps=total_steps,
         every=every,
         seed=seed,
+        # `weights`, because a copy on the meta device has no values to measure.
         alphas=lambda model, names: layer_alphas(
             weights or model, names, fit=fit, convolution=convolution, progress=progress
         ),
@@ -170,9 +172,10 @@ def find_pool(
     known = None if recognised is None else recognised.tower_names(model)
 
     def tower(name: str) -> bool:
-        return known is None or name in known
+        return known is None or name in known  # without a target, the whole model is the tower
 
     if pool is not None:
+        # Patterns of the caller may match parameters outside the tower, too.
         touched = matching(model, pool)
     else:
         allowed = ("*",) if recognised is None else recognised.trainable
@@ -201,6 +204,7 @@ def layer_alphas(
     measured = spectra(selected, fit=fit, convolution=convolution, progress=progress or Silent())
     for matrix, spectrum in zip(selected, measured, strict=True):
         alphas[matrix.parameter].append(spectrum.alpha)
+    # Only parameters with a matrix are in a pool, so no list is empty.
     return {name: sum(values) / len(values) for name, values in alphas.items()}
 
 
@@ -261,6 +265,7 @@ def plan_tower(
     trainable, frozen = list(plan.trainable), list(plan.frozen)
     # Count before the second schedule, which changes the flags of the same copy.
     flops = _flops(plan, shape).record()
+    # These two change the cost even if all layers train; the others do not matter then.
     steps = {key: settings[key] for key in ("total_steps", "rest") if key in settings}
     all_layers = schedule(shell, _ALL, pool=pool or None, **steps)
     measured = []
@@ -293,6 +298,7 @@ def _shell(tower: nn.Module) -> nn.Module:
     """Copy the tower without weights; parameters keep their ``requires_grad``."""
     from ovsprune.graph.costs import on_meta
 
+    # on_meta returns a copy in evaluation mode, whose parameters need no gradients.
     shell = on_meta(tower).train()
     for copied, parameter in zip(shell.parameters(), tower.parameters(), strict=True):
         copied.requires_grad_(parameter.requires_grad)

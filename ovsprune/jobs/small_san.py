@@ -18,6 +18,7 @@ from ovsprune.evaluation.zero_shot import prepare_image
 
 __all__ = ["transfer_into_small_san"]
 
+# Scale of the cosine similarities in OpenAI's released CLIP models.
 LOGIT_SCALE = 100.0
 
 
@@ -57,6 +58,7 @@ def transfer_into_small_san(
         model = _build(dense, names, seed)
     except MissingLibraryError as error:
         return {"skipped": str(error)}
+    # The SAN was built with random weights; the transfer needs the base of the slim checkpoint.
     load_tower(model, dense.tower.state_dict())
     set_class_embeddings(model, dict(zip(names, embeddings, strict=True)), LOGIT_SCALE)
     images = _images(dense, samples)
@@ -64,6 +66,7 @@ def transfer_into_small_san(
     before = run_san(model, images)
     attached = transfer(model, slim, "mmseg-san")
     after = run_san(model, images)
+    # [B, classes, h, w] -> [B, h, w]
     before_classes, after_classes = (out["segmentation"].argmax(1) for out in (before, after))
     attached.detach()
     restored = run_san(model, images)
@@ -82,6 +85,7 @@ def transfer_into_small_san(
 def _build(dense: Backbone, names: Sequence[str], seed: int) -> Any:
     from ovsprune.targets.mmseg_build import SanShape, build_san
 
+    # The shapes of a state dict do not show the number of heads.
     attention: Any = dense.tower.get_submodule("transformer.resblocks.0.attn")
     shape = SanShape.small(
         dense.tower.state_dict(),

@@ -84,6 +84,7 @@ def spectrum(
         "median_alpha": _median([layer.alpha for layer in measured]),
         "kinds": {
             kind: _median([layer.alpha for layer in measured if layer.kind == kind])
+            # dict.fromkeys: each kind once, in the order of the model.
             for kind in dict.fromkeys(layer.kind for layer in measured)
         },
         "plot": None if plot is None else str(plot),
@@ -103,5 +104,6 @@ def _check_plot(path: Path) -> None:
 
 
 def _median(alphas: Sequence[float]) -> float | None:
+    # alpha is infinite for a layer without a fit
     finite = [alpha for alpha in alphas if math.isfinite(alpha)]
     return statistics.median(finite) if finite else None

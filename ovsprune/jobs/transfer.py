@@ -143,7 +143,7 @@ def transfer(
     if model is not None:
         disk = {"checkpoint": checkpoint, "output": output, "policy": policy}
         unusable = [name for name, value in disk.items() if value is not None]
-        unusable += ["dry_run"] * dry_run
+        unusable += ["dry_run"] * dry_run  # nothing if it is False
         if unusable:
             names = ", ".join(unusable)
             raise OptionError(f"{names} cannot be used with a live model; leave it out")
@@ -252,6 +252,7 @@ def _on_disk(
 ) -> dict[str, Any]:
     """Convert the framework's checkpoint and write the output directory."""
     target = TARGETS.get(name)
+    # A dry run writes nothing, so the output may exist.
     directory = check_transfer_output(
         output or Path("transfer") / f"{name}-{slim.path.resolve().name}", overwrite or dry_run
     )
@@ -262,11 +263,13 @@ def _on_disk(
             foreign = read_folder(path) if path.is_dir() else read_foreign(path)
         advance(1)
         state = None if foreign is None else foreign.tensors
+        # This conversion decides whose weights are used, which a repair must know.
         converted = target.convert(state, slim, weights=weights, force=force)
         if repair is not None:
             tower = target.layout(state, depth_of(slim)).tower_state(state or {})
             choice = converted.weights, converted.reason
             slim, reason = repair(slim, choice, tower, progress)
+            # `slim` now holds the framework's own repaired weights, which the record says.
             converted = target.convert(state, slim, weights="slim", force=force)
             converted = replace(converted, weights="target", reason=reason)
         advance(1)
@@ -312,6 +315,7 @@ def _scheduled(policy: str, fraction: float) -> dict[str, Any]:
     from ovsprune.schedules import POLICIES
 
     POLICIES.get(policy)
+    # Only the training script knows the number of steps; 1 passes the check.
     checked(1, fraction, None, None, "follow")
     return {"policy": policy, "fraction": fraction}
 
