@@ -23,6 +23,7 @@ from ovsprune.cli.screen import Screen, output_options
 @output_options
 def command(screen: Screen, **options: Any) -> None:
     """Measure latency, throughput and peak memory, slim against dense in one run."""
+    # Jobs import torch, which the help page does not need; so in every command.
     from ovsprune.jobs.benchmark import benchmark
     from ovsprune.report.tables import benchmark_summary
 

@@ -31,6 +31,7 @@ from ovsprune.pruning.config import PruneConfig
     multiple=True,
     help="Fraction of the cost to remove, in (0, 1); may be repeated.",
 )
+# Torch-Pruning cannot use a table of layer times.
 @config_options(PruneConfig, compare="all", without={"budget": ("latency",)})
 @click.option(
     "--methods",
@@ -77,5 +78,6 @@ def command(screen: Screen, methods: tuple[str, ...], **options: Any) -> None:
     from ovsprune.jobs.compare import METHODS, compare
     from ovsprune.report.comparison import compare_summary
 
+    # METHODS is not the option's default, because its module imports torch.
     record = compare(methods=methods or METHODS, **options, progress=screen.progress)
     screen.finish(record, *compare_summary(record))

@@ -70,6 +70,7 @@ def _click_option(declared: Option, hidden: tuple[str, ...]) -> Callable[[Callba
         attributes["default"] = declared.default
     if declared.default_text is not None:
         attributes["show_default"] = declared.default_text
+    # `is False`, because 0 equals False and a default of 0 is shown.
     elif not (declared.required or declared.default in (None, ()) or declared.default is False):
         attributes["show_default"] = True
     return click.option(word, declared.name, **attributes)

@@ -47,6 +47,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
+    # isdecimal() refuses signs and empty parts, int() a size of 0.
     if not all(part.isdecimal() and int(part) for part in parts) or len(parts) > 2:
         raise OptionError(f"--size {text!r}: give height and width in pixels, as in 320x384")
     return int(parts[0]), int(parts[-1])

@@ -24,6 +24,7 @@ from ovsprune.cli.silence import users_environment
 )
 @schedule_options
 @click.option("--force", is_flag=True, help="Accept a checkpoint whose base model is untrained.")
+# Unprocessed: options after -- belong to the framework's script.
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @output_options
 def command(screen: Screen, **options: Any) -> int:
@@ -38,4 +39,5 @@ def command(screen: Screen, **options: Any) -> int:
 
     record = launch(**options, environment=users_environment(), progress=screen.progress)
     screen.finish(record, *launch_summary(record))
+    # main() exits with this status.
     return int(record["returncode"])

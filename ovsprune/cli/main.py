@@ -32,8 +32,8 @@ COMMANDS = (
     *LISTS,
 )
 
-USER_ERROR = 2
-INTERRUPTED = 130
+USER_ERROR = 2  # as click's usage errors
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 
 class LazyGroup(click.Group):
@@ -72,6 +72,7 @@ class LazyGroup(click.Group):
         """Run a command; report a user error as one message with exit status 2."""
         arguments = list(args) if args is not None else sys.argv[1:]
         debug = verbose(arguments)
+        # Before a command is imported, because libraries read their variables then.
         silence_libraries(debug)
         try:
             # Not standalone: click would exit, and print errors in its own form.
@@ -84,6 +85,7 @@ class LazyGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             click.echo("\nStopped.", err=True)
             sys.exit(INTERRUPTED)
+        # An integer is the status of `launch`, or click's exit code of --help.
         sys.exit(result if isinstance(result, int) else 0)
 
 
@@ -94,6 +96,7 @@ def _fail(message: str, error: BaseException | None) -> NoReturn:
     sys.exit(USER_ERROR)
 
 
+# \b keeps click from refilling the lines of a paragraph.
 HELP = """Prune CLIP-like image towers for open-vocabulary segmentation frameworks.
 
 \b
@@ -108,6 +111,7 @@ Start here:
 @click.group(
     cls=LazyGroup,
     help=HELP,
+    # The prefix makes OVSPRUNE_PRUNE_RATIO the variable of `prune --ratio`.
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "OVSPRUNE"},
 )
 @click.version_option(package_name="ovsprune")

@@ -129,6 +129,7 @@ def _all_of(*options: Decorator) -> Decorator:
     """Return a decorator that adds the options, in this order on the help page."""
 
     def decorate(function: Callback) -> Callback:
+        # The decorator that is applied last comes first on the help page.
         for option in reversed(options):
             function = option(function)
         return function

@@ -55,6 +55,7 @@ class Bars:
             if not self._depth:
                 bars.stop()
                 self._bars = None
+        # Not reached after an error, so a failed stage leaves no line.
         seconds = time.perf_counter() - start
         if seconds >= LONG:
             self._line(f"{indent}{description}: {duration(seconds)}", "dim")
@@ -65,9 +66,11 @@ class Bars:
         self._line(f"note: {message}", "yellow")
 
     def _line(self, message: str, style: str) -> None:
+        # Text: brackets in a message are no markup. soft_wrap: paths stay on one line.
         self.console.print(Text(message, style=style), soft_wrap=True)
 
     def _open(self) -> Progress:
+        # rich allows one live display per console, so nested stages share it.
         if self._bars is None:
             self._bars = Progress(
                 SpinnerColumn(),

@@ -17,6 +17,7 @@ from ovsprune.pruning.config import PruneConfig
 
 @click.command("prune", short_help="Prune an image tower to a budget, and repair it.")
 @click.option(
+    # Not required, because a recipe may name the model.
     "--model",
     help="tiny, a name of open_clip (ViT-B/16), timm:NAME, hf:NAME, hf-hub:ORG/REPOSITORY, a "
     "folder of weights, or a slim directory.",

@@ -11,6 +11,7 @@ from ovsprune.cli.screen import Screen, output_options
 
 
 @click.command("schedule", short_help="Plan which layers train, and count the cost.")
+# Not required, because --list needs no model.
 @click.option("--model", help="Model name or slim directory.")
 @click.option("--pretrained", help="Tag or file of the weights; 'none' for random ones.")
 @default_option("--policy", default="alpha", help="Policy from --list.")

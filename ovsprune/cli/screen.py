@@ -56,6 +56,7 @@ class Screen:
                 self.tables.print(part)
         if self.json_to is None:
             return
+        # JSON has no NaN; _plain made it null.
         text = json.dumps(_plain(record), indent=2, allow_nan=False) + "\n"
         if self.json_to == "-":
             self.stdout.write(text)
@@ -82,9 +83,11 @@ def output_options(function: Callback) -> Callback:
     @click.option("--debug", is_flag=True, help="Show tracebacks and messages of libraries.")
     @functools.wraps(function)
     def wrapped(*args: Any, json_to: str | None, quiet: bool, debug: bool, **kwargs: Any) -> Any:
+        # main() reads --debug itself; here the option is only on the help page.
         screen = Screen(json_to, quiet)
         if json_to != "-":
             return function(*args, screen=screen, **kwargs)
+        # Libraries print to stdout, too, which must hold the record alone.
         with redirect_stdout(sys.stderr):
             return function(*args, screen=screen, **kwargs)
 
@@ -93,6 +96,7 @@ def output_options(function: Callback) -> Callback:
 
 def _console(stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False)
+    # rich reads COLUMNS itself; without it, rich may assume 80 columns.
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PLAIN_WIDTH
     return console
@@ -117,4 +121,5 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool | int):
         return value
+    # NumPy scalars and tensors with one element have item().
     return _plain(value.item()) if hasattr(value, "item") else str(value)

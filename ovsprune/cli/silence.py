@@ -18,9 +18,10 @@ _QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "critical",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+    "TOKENIZERS_PARALLELISM": "false",  # otherwise a fork prints a warning
 }
 
+# Variables that silence_libraries has set, in contrast to those of the user.
 _added: set[str] = set()
 
 

@@ -68,6 +68,7 @@ class LatencyModel:
         pieces: dict[str, tuple[str, tuple[int, ...]]] = {}
 
         def narrowed(name: str, x: Tensor, widths: Mapping[str, int]) -> Callable[[], Pass]:
+            # Built on demand, because most pieces may be in the table already.
             def build() -> Pass:
                 block = _narrowed(tower, groups, family, widths).get_submodule(name)
                 return lambda: block(x)
@@ -80,6 +81,7 @@ class LatencyModel:
             blocks[name] = f"block {shape}"
             passes.setdefault((blocks[name], FULL), narrowed(name, x, {}))
             for group in (g for g in groups if g.block == name):
+                # Without the name of the block, so that equal blocks share the piece.
                 consumer = group.consumer.removeprefix(f"{name}.")
                 width = group.columns.shape[1]
                 piece = f"{group.kind} {group.units}x{width} before {consumer} in {shape}"
@@ -89,6 +91,7 @@ class LatencyModel:
             x = block(x)
         rest = f"rest {digest(f'{_described(tower)} on {tuple(images.shape)}')}"
         last = x
+        # The outer lambda builds the pass, as for the blocks.
         passes[rest, FULL] = lambda: lambda: (stages.stem(images), stages.head(last))
         return cls(rest=rest, blocks=blocks, groups=pieces, passes=passes)
 
@@ -100,6 +103,7 @@ class LatencyModel:
         for group in groups:
             piece, widths = self.groups[group.name]
             known = {w: times[piece][w] for w in widths}
+            # The dense width was timed as the complete block.
             known[group.units] = times[self.blocks[group.block]][FULL]
             values = np.interp(np.arange(group.units + 1), list(known), list(known.values()))
             # A narrower block that measures slower saves nothing: take the running minimum from the
@@ -154,6 +158,7 @@ def latency_budget(
         try:
             table.write(path)
         except OutputError as error:
+            # A cache that cannot be written only costs another measurement next time.
             if file is not None:
                 raise
             progress.note(str(error))

@@ -72,6 +72,7 @@ class LatencyTable:
             "format": FORMAT,
             "machine": dict(self.machine),
             "times": {
+                # Two lists, because JSON would turn widths as keys into strings.
                 piece: {"widths": list(times), "milliseconds": list(times.values())}
                 for piece, times in sorted(self.times.items())
             },
@@ -102,6 +103,7 @@ def this_machine(
 def cache_path(machine: Mapping[str, Any]) -> Path:
     """Return the path of the table of ``machine`` in the user's cache directory."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Sorted keys: equal conditions give the same file.
     name = digest(json.dumps(machine, sort_keys=True))
     return Path(root) / "ovsprune" / "latency" / f"{name}.json"
 
@@ -116,6 +118,7 @@ def _times(entry: Mapping[str, Any]) -> dict[int, float]:
         int(width): float(value)
         for width, value in zip(entry["widths"], entry["milliseconds"], strict=True)
     }
+    # Python reads NaN and Infinity from JSON; the comparisons refuse both.
     if not times or not all(0 < value < float("inf") for value in times.values()):
         raise ValueError("times must be finite milliseconds above 0")
     return dict(sorted(times.items()))
@@ -127,4 +130,5 @@ def _cpu() -> str:
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    # On Linux, platform.processor() is often empty or only "x86_64".
     return next(names, "") or platform.processor() or platform.machine()

@@ -85,7 +85,7 @@ def _status(key: str) -> int | None:
         return None
     for line in STATUS.read_text().splitlines():
         if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
+            return int(line.split()[1]) * 1024  # the unit kB of /proc is 1024 bytes
     return None
 
 

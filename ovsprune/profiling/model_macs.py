@@ -29,6 +29,7 @@ def whole_macs(
         OptionError: The model cannot be run on the example.
     """
     try:
+        # Not above, because a framework may run on an older torch.
         from ovsprune.graph.copies import copy_model
         from ovsprune.graph.costs import on_meta
     except ImportError as error:

@@ -49,6 +49,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
         raise OptionError(f"--dtype {dtype!r} is unknown; give one of {', '.join(DTYPES)}")
     try:
         torch_device = torch.device(device)
+        # torch.device accepts a device that is not there; an allocation does not.
         torch.empty(1, device=torch_device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
@@ -149,6 +150,7 @@ def random_images(batch: int, size: tuple[int, int], seed: int = 0) -> Tensor:
 
 def _synchronise(device: torch.device | None) -> None:
     if device is not None and device.type == "cuda":
+        # CUDA kernels run asynchronously.
         torch.cuda.synchronize(device)
 
 
@@ -193,6 +195,7 @@ def peak_memory(
             f"the process that measures the memory of {model!r} failed ({lines[-1]}); "
             "smaller batches need less memory"
         )
+    # Libraries may print something before the result.
     peak = json.loads(done.stdout.strip().splitlines()[-1])["peak"]
     return int(peak) if peak is not None else None
 
@@ -216,9 +219,11 @@ def training_step(tower: nn.Module, images: Tensor, names: Sequence[str]) -> Pas
                 parameter.requires_grad_(name in chosen)
                 parameter.grad = None
             loss = output_loss(tower, images)
+            # Without parameters to train, the step is a forward pass.
             if not chosen:
                 return
             loss.backward()  # type: ignore[no-untyped-call]
+            # In the first step, as the gradient flags are set in it.
             if not optimizers:
                 trained = [p for p in tower.parameters() if p.requires_grad]
                 optimizers.append(torch.optim.AdamW(trained, lr=0.0))
@@ -230,6 +235,7 @@ def training_step(tower: nn.Module, images: Tensor, names: Sequence[str]) -> Pas
 def output_loss(tower: nn.Module, images: Tensor) -> Tensor:
     """Return the mean square of the pooled output: a scalar that depends on all of it."""
     output = tower(images)
+    # Towers of open_clip may return (pooled, tokens).
     output = output[0] if isinstance(output, tuple) else output
     loss: Tensor = output.float().square().mean()
     return loss

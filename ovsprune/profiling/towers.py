@@ -49,6 +49,7 @@ def load_towers(model: str, against: str | None) -> list[MeasuredTower]:
     """
     measured = _load(model, "model")
     if against is None and measured.backbone.slim is not None:
+        # The name is enough, as a dense reference gets random weights.
         against = measured.backbone.slim.spec.base.model
     return [measured] if against is None else [_load(against, "against"), measured]
 
@@ -101,7 +102,7 @@ def latency_rows(
                 "name": tower.label,
                 "role": tower.role,
                 "batch": batch,
-                "peak_memory": None,
+                "peak_memory": None,  # filled in by add_memory
                 "macs": costs.macs,
                 "params": costs.params,
                 **latency_figures(times, tower.role, reference.role, batch),

@@ -73,6 +73,7 @@ def _summary(spec: SlimSpec, record: Mapping[str, Any]) -> str:
     base = spec.base
     weights = f"weights `{base.pretrained}`" if base.pretrained else "no pretrained weights"
     training = "and without gradient steps"
+    # distill_lr is recorded only after distillation; imp may run with 0 steps.
     if "distill_lr" in spec.provenance or spec.provenance.get("imp_steps"):
         training = "(the remaining weights were trained to reproduce the dense tower's features)"
     text = (
@@ -144,7 +145,7 @@ def _layers(spec: SlimSpec) -> str:
     for layer in spec.layers:
         mark = " (protected)" if is_protected(spec, layer) else ""
         rows.append(f"| `{layer.name}`{mark} | {layer.kind} | {layer.kept} | {layer.units} |")
-    if len(rows) == 2:
+    if len(rows) == 2:  # heading only
         return ""
     table = "\n".join(rows)
     listed = {layer.name for layer in spec.layers}

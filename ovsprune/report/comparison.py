@@ -102,6 +102,7 @@ def page(record: Record) -> str:
         lines += [*_markdown(["method", *_columns(record)], _cells(record, ratio)), ""]
     gaps = _gaps(record)
     if gaps:
+        # Options of a method may be patterns with asterisks.
         title = _gap_title(record).replace("*", "\\*")
         lines += [f"## {title}", "", *_markdown(GAP_COLUMNS, gaps), ""]
         lines += ["Difference of the means ± half-width of the pooled 95% interval.", ""]
@@ -118,6 +119,7 @@ def page(record: Record) -> str:
 def makers(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
     """Count the rows by the version that made them, most frequent first."""
     counts = Counter(row.get("made_by", "an unknown version") for row in rows)
+    # A Counter iterates in the order of insertion, so the most frequent comes first.
     return Counter(dict(counts.most_common()))
 
 
@@ -173,6 +175,7 @@ def _gaps(record: Record) -> list[list[str]]:
             [
                 gap["method"],
                 percent(gap["ratio"], 0),
+                # In percentage points; `and` keeps a half-width of None.
                 _signed(100 * kept["mean"], kept["half"] and 100 * kept["half"], ".1f"),
                 _signed(error["mean"], error["half"], ".3f") if error else "",
             ]

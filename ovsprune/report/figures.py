@@ -32,6 +32,7 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Any:
         MissingLibraryError: matplotlib is not installed.
     """
     need_matplotlib()
+    # Not pyplot, which keeps every figure and may choose a backend that needs a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,4 +44,5 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Any:
 def save(figure: Any, path: Path) -> None:
     """Write a PNG atomically; equal figures give equal bytes."""
     with staged_file(path) as new:
+        # By default matplotlib writes its version as Software.
         figure.savefig(new, format="png", metadata={"Software": None})

@@ -80,6 +80,7 @@ def pooled_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     freedom = len(a) + len(b) - 2  # degrees of freedom of the pooled variance
     if freedom < 1:
         return Difference(first.mean - second.mean, None)
+    # sd is None for one value, whose weight is 0.
     squares = sum((s.count - 1) * (s.sd or 0.0) ** 2 for s in (first, second))
     pooled = math.sqrt(squares / freedom)
     half = _quantile(freedom) * pooled * math.sqrt(1 / len(a) + 1 / len(b))
@@ -90,4 +91,4 @@ def _quantile(freedom: int) -> float:
     """Return the two-sided 95% quantile of Student's t."""
     from scipy.special import stdtrit
 
-    return float(stdtrit(freedom, (1 + LEVEL) / 2))
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))  # 0.975, as 2.5% lie in each tail

@@ -56,6 +56,7 @@ def change(before: float, after: float) -> str:
     if not before:
         return "n/a"
     relative = (after - before) / before
+    # A smaller change would be printed as +0.0% or -0.0%.
     return f"{100 * relative:+.1f}%" if abs(relative) >= 5e-4 else "0.0%"
 
 
@@ -69,6 +70,7 @@ def duration(seconds: float) -> str:
         return f"{_digits(1000 * seconds)} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
+    # Rounded first: 119.7 s are 2 min 00 s, not 1 min 60 s.
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s"
 
@@ -84,6 +86,7 @@ def _prefixed(value: float, scales: tuple[tuple[float, str], ...], unit: str) ->
 def _digits(value: float) -> str:
     """Format with three significant digits, without an exponent."""
     size = abs(value)
+    # From 99.95 on, one decimal would be a fourth digit: 100.0.
     if size >= 99.95:
         return f"{value:.0f}"
     return f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"

@@ -16,6 +16,7 @@ Pixels = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
 Colour = tuple[int, int, int]
 
+# Sizes in pixels.
 PANEL = 252
 GAP = 12
 TEXT = 15
@@ -73,6 +74,7 @@ def side_by_side(
         if len(maps) != len(titles) - 1:
             raise ValueError(f"{len(maps)} label maps in a row, expected {len(titles) - 1}")
     shown = sorted({int(i) for _, maps in rows for labels in maps for i in np.unique(labels)})
+    # Void pixels have the index -1.
     shown = [i for i in shown if 0 <= i < len(names)]
     colours = palette(shown)
     font = ImageFont.load_default(TEXT)
@@ -87,6 +89,7 @@ def side_by_side(
         draw.text((GAP + column * (PANEL + GAP), GAP), title, fill=INK, font=font)
     for number, (image, maps) in enumerate(rows):
         panels = [_panel(image, Image.Resampling.BICUBIC)]
+        # Interpolation between two colours would show a third class.
         panels += [_panel(paint(labels, colours), Image.Resampling.NEAREST) for labels in maps]
         for column, panel in enumerate(panels):
             canvas.paste(panel, (GAP + column * (PANEL + GAP), top + number * (PANEL + GAP)))
@@ -116,7 +119,8 @@ def _legend_rows(
     lines: list[list[tuple[int, int]]] = [[]]
     x = GAP
     for identifier in shown:
-        wide = TEXT + 6 + int(font.getlength(names[identifier])) + 18
+        wide = TEXT + 6 + int(font.getlength(names[identifier])) + 18  # box, gap, name, gap
+        # An entry that is wider than the image has a line of its own.
         if x + wide > width and lines[-1]:
             lines.append([])
             x = GAP

@@ -54,12 +54,15 @@ def _layers(policy: str, layers: Sequence[Record]) -> RenderableType:
         ]
         for layer in layers
     ]
+    # "<" is a left-aligned column without a heading.
     return table(f"Policy {policy}", ["layer", "<", "alpha", "parameters"], rows)
 
 
 def _alpha(value: float | None) -> str:
+    # Only some policies measure alphas.
     if value is None:
         return ""
+    # alpha is infinite for a layer without a fit.
     return f"{value:.2f}" if math.isfinite(value) else "none"
 
 

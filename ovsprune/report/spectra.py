@@ -110,12 +110,13 @@ def _density(axes: Any, spectrum: Any) -> None:
     low, high = math.log10(values[0]), math.log10(values[-1])
     low = max(low, high - 8)  # eigenvalues below are rounding errors
     edges = [10 ** (low + (high - low) * i / BINS) for i in range(BINS + 1)]
+    # bisect_left leaves out values that equal the last edge.
     edges[-1] = values[-1] * (1 + 1e-9)
     counts = [b - a for a, b in pairwise(bisect_left(values, edge) for edge in edges)]
     bins = list(pairwise(edges))
     density = [n / (len(values) * (b - a)) for n, (a, b) in zip(counts, bins, strict=True)]
-    middles = [math.sqrt(a * b) for a, b in bins]
-    points = [(x, y) for x, y in zip(middles, density, strict=True) if y > 0]
+    middles = [math.sqrt(a * b) for a, b in bins]  # geometric: the centre on a log axis
+    points = [(x, y) for x, y in zip(middles, density, strict=True) if y > 0]  # a log axis has no 0
     axes.loglog(*zip(*points, strict=True), ".", ms=4, color="#7A7A7A")
     alpha, xmin = spectrum.alpha, spectrum.xmin
     xs = [xmin * (values[-1] / xmin) ** (i / 30) for i in range(31)]

@@ -46,10 +46,12 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     )  # fmt: skip
     for index, column in enumerate(columns):
         left = index == 0 or column.startswith("<")
+        # fold: a long path goes on in the next line; rich would shorten it otherwise.
         result.add_column(
             Text(column.removeprefix("<")), justify="left" if left else "right", overflow="fold"
         )
     for row in rows:
+        # Text, because rich reads brackets in a string as markup.
         result.add_row(*(Text(cell) for cell in row))
     return result
 
@@ -87,6 +89,7 @@ def prune_summary(record: Record) -> Parts:
     latency = record.get("latency")
     if latency:
         lines.append(
+            # duration() takes seconds.
             f"One image takes {duration(latency['slim_ms'] / 1e3)}, dense "
             f"{duration(latency['dense_ms'] / 1e3)}: {percent(latency['measured_ratio'])} less; "
             f"the table of layer times predicted {percent(record['achieved'])}."
@@ -181,6 +184,7 @@ def inspect_summary(record: Record) -> Parts:
 
 def evaluate_summary(record: Record) -> Parts:
     """Summarise ``evaluate``: IoU of the classes, best first, and the means."""
+    # The IoU of a class that does not occur is None; it counts as 0 in the order.
     ranked = sorted(record["per_class"].items(), key=lambda entry: -(entry[1] or 0.0))
     rows = [[name, "-" if value is None else percent(value)] for name, value in ranked]
     half = (len(rows) + 1) // 2

@@ -21,6 +21,7 @@ def unstructured_summary(record: Mapping[str, Any]) -> Sequence[RenderableType]:
     """Summarise ``prune --method imp``: costs, fidelity and output."""
     dense, nonzero = record["dense"], record["nonzero"]
     rows = [
+        # Zeros are stored and computed like other values: masked costs as much as dense.
         ["parameters", count(dense["params"]), count(dense["params"]), count(nonzero["params"])],
         ["MACs", count(dense["macs"]), count(dense["macs"]), count(nonzero["macs"])],
     ]
