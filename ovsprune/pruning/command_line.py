@@ -22,6 +22,7 @@ def command_of(model: Backbone, config: PruneConfig, dtype: str, text: bool) -> 
         dtype: Type of the saved tower.
         text: True if the text tower was saved too.
     """
+    # The directory's name without its path: a provenance holds no local paths.
     name = model.name if model.slim is None else model.slim.path.resolve().name
     words = ["ovsprune", "prune", "--model", name, "--ratio", f"{config.ratio:g}"]
     if model.slim is None and model.pretrained not in OWN_WEIGHTS:

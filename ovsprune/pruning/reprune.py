@@ -60,7 +60,7 @@ def in_base(checkpoint: SlimCheckpoint | None, plan: Plan) -> Plan:
     mask = checkpoint.mask
     # mask[name] maps units of the slim model to units of the base: [units] -> base indices.
     kept = {name: mask[name][i] if name in mask else i for name, i in plan.kept.items()}
-    return Plan({**mask, **kept})
+    return Plan({**mask, **kept})  # the present cut wins over the earlier one
 
 
 def layers_in_base(
