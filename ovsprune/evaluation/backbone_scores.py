@@ -101,7 +101,7 @@ def score_backbone(
 
         def tell(done: int, _: int) -> None:
             nonlocal before
-            advance(done - before)
+            advance(done - before)  # evaluate reports totals, a stage takes increments
             before = done
 
         result = evaluate(

@@ -25,6 +25,7 @@ def command_of(model: Backbone, config: PruneConfig, dtype: str, text: bool) -> 
     # The directory's name without its path: a provenance holds no local paths.
     name = model.name if model.slim is None else model.slim.path.resolve().name
     words = ["ovsprune", "prune", "--model", name, "--ratio", f"{config.ratio:g}"]
+    # These weights are named together with the model, and a slim model contains its own.
     if model.slim is None and model.pretrained not in OWN_WEIGHTS:
         words += ["--pretrained", model.pretrained or "none"]
     # "auto" is resolved by now, so the default of the calibration depends on the model.

@@ -78,6 +78,7 @@ class CriterionSelector:
             spectra=spectra,
             comparable=getattr(self.criterion, "comparable", False),  # optional in a criterion
         )
+        # Allocators assume that prices add up, but a layer between two groups costs their product.
         allocator = SharedCostAllocator(self.allocator)
         tied = self.config.uniform_heads
         widths = tied_widths(allocator, allocation) if tied else allocator.widths(allocation)

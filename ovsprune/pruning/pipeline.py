@@ -282,6 +282,7 @@ class Pipeline:
             ridge=self.config.ridge,
             seed=self.config.seed,
             progress=self.progress,
+            # The limits of the training hold for all rounds together.
             distill=self.config.distill.shared(self.config.rounds),
             unseen=self.unseen,
         )

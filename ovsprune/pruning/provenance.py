@@ -70,6 +70,7 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
     """Return everything that measurements of a model on images depend on, as JSON values."""
     return {
         "model": backbone.name,
+        # The name does not determine the weights.
         "weights": tensors_hash(state_hashes(backbone.tower.state_dict())),
         # A stored origin went through JSON, where tuples become lists; this one must compare equal.
         "architecture": json.loads(json.dumps(backbone.architecture)),

@@ -78,6 +78,7 @@ def layers_in_base(
             slices = tuple(_slice_in_base(checkpoint, part) for part in layer.slices)
             merged[layer.name] = replace(layer, slices=slices)
         else:
+            # Units and slices stay those of the base.
             merged[layer.name] = replace(before, kept=layer.kept)
     rank = {name: i for i, name in enumerate(order)}
     return tuple(sorted(merged.values(), key=lambda layer: rank.get(layer.name, len(rank))))

@@ -114,7 +114,7 @@ def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
     parameters = dict(model.named_parameters())
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
     try:
-# Otherwise the backward pass adds to the saved gradients in place.
+        # Otherwise the backward pass adds to the saved gradients in place.
         for parameter in parameters.values():
             parameter.grad = None
         with unfused_attention(), torch.enable_grad():

@@ -68,6 +68,7 @@ def tensor_stub(storage: Any, offset: Any, size: Any, stride: Any) -> TensorStub
     if not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise CheckpointError("it describes a tensor by something that is not a size")
     numbers = [offset, *size, *stride]
+    # type(), because isinstance takes True for an int.
     if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
         raise CheckpointError("it describes a tensor by something that is not a size")
     if len(size) != len(stride) or len(size) > _MAX_DIMS:
