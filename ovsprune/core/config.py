@@ -72,6 +72,7 @@ class Config:
                 target = sections.setdefault(section[0], {}) if section else changed
                 target[field] = flat[declared.name]
         for name, inner in sections.items():
+            # replace keeps the other options of the section.
             changed[name] = replace(getattr(self, name), **inner)
         return replace(self, **changed)  # type: ignore[type-var]
 
@@ -120,7 +121,7 @@ class Config:
             value = self.value(declared)
             if declared.provenance == "never" or not self.applies(declared):
                 continue
-            # A list, because JSON has no tuples and a record that was read back must compare equal.
+            # A list, because JSON has no tuples.
             if declared.provenance == "always" or declared.changed(value):
                 recorded[declared.name] = list(value) if declared.repeated else value
         return recorded

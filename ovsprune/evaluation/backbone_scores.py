@@ -63,6 +63,7 @@ def zero_shot_head(
     weight = next(backbone.tower.parameters())
     dense = backbone.dense if last_block is None else dense_with(backbone, last_block)
     return DenseZeroShot(
+        # Images are float32, but the tower may have half precision.
         dense=lambda images: dense(images.to(weight.dtype)),
         embeddings=embeddings,
         preprocess=backbone.preprocess,

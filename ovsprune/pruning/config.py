@@ -50,8 +50,8 @@ class PruneConfig(Config):
         200
     """
 
-    # measured=False, here and below: rankings and error curves do not depend on the option, so
-    # prunes that differ in it only share them.
+    # measured=False: rankings and error curves do not depend on the option, so prunes that differ
+    # only in such options share them.
     ratio: float = option(
         above=0,
         below=1,

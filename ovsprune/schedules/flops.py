@@ -90,7 +90,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         return out
 
     def _name(self, value: Any) -> str | None:
-        # A bias is an argument of the same product as its weight (addmm), which counts it already.
+        # A bias is an argument of the same product as its weight (addmm), which counts once.
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
         return self._names.get(value.untyped_storage()._cdata)

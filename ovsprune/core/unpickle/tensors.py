@@ -56,6 +56,7 @@ class TensorStub(Stub):
     def tensor(self) -> Tensor:
         """Return the tensor, a view of the storage."""
         offset, size, stride = self.layout
+        # tensor_stub has checked that the view lies inside the storage.
         return torch.as_strided(self.storage.data, size, stride, offset)
 
 
