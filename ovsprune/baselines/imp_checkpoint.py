@@ -17,7 +17,7 @@ from ovsprune.pruning.provenance import origin_of
 
 __all__ = ["RoundsFile"]
 
-_WEIGHT, _MASK = "weight/", "mask/"
+_WEIGHT, _MASK = "weight/", "mask/"  # a weight and its mask have the same name
 
 
 class RoundsFile:
@@ -51,7 +51,7 @@ class RoundsFile:
             return
         path = Path(settings.imp.rounds)
         self._file = ResultFile(path, "ovsprune.imp-rounds/1", "--imp-rounds", "trained")
-        self._file.check_writable()
+        self._file.check_writable()  # before the training, not after a round
         self._origin = {
             **origin_of(backbone, pictures),
             **ranked,

@@ -69,7 +69,7 @@ class ImpResult:
             "budget": "weights",
             "achieved": spec.sparsity,
             "dense": costs,
-            "slim": costs,
+            "slim": costs,  # all shapes stay dense; see "nonzero"
             "nonzero": {**asdict(spec.nonzero), "flops": 2 * spec.nonzero.macs},
             "fidelity": asdict(self.fidelity),
             "seed": self.settings.seed,

@@ -165,8 +165,10 @@ def remove_smallest(
     quota = max(1, round(RATE * sum(widths.values())))
     current, target, shared = cost(ctx, widths), ctx.budget.target, shared_costs(ctx)
     ranked = [(float(sizes[n][u]), n, int(u)) for n in kept for u in kept[n].nonzero().flatten()]
+    # Without the key, ties would be broken by name; a stable sort keeps the order of the groups.
     ranked.sort(key=lambda entry: entry[0])
 
+    # The price at the present widths: with shared costs it changes with every removed unit.
     def unit_price(name: str) -> float:
         return -step_cost(ctx.budget, groups[name], widths[name] - 1, widths, shared)
 

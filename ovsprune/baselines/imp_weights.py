@@ -194,7 +194,7 @@ class _WeightPruning:
             title = f"round {number} of {len(plan)}"
             with self.progress.stage(title, settings.imp.steps) as advance:
                 losses = training.run(masks, settings.imp.steps, advance)
-            ends = (losses[0], losses[-1]) if losses else ()
+            ends = (losses[0], losses[-1]) if losses else ()  # empty if --imp-steps is 0
             rounds.append(Round(keep, 1 - keep / total, ends))
             # The last round stops at this ratio, so a run to a higher ratio cannot continue it.
             if number < len(plan):

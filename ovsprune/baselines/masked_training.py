@@ -62,6 +62,7 @@ class MaskedTraining:
         Args:
             where: Name of a parameter to bool of its shape: entries to reset; None resets all.
         """
+        # Buffers need no reset: they do not change in evaluation mode.
         dense = dict(self.teacher.named_parameters())
         for name, parameter in self.student.named_parameters():
             if where is None:
@@ -108,7 +109,7 @@ class MaskedTraining:
             advance(1)
         # The last step may have produced parameters that no loss has seen.
         self._check(steps, torch.stack([p.isfinite().all() for p in parameters.values()]).all())
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # frees the gradients
         return losses
 
     def _check(self, step: int, finite: Tensor) -> None:

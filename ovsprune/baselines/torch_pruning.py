@@ -77,7 +77,7 @@ TORCH_PRUNING_METHODS: Mapping[str, TorchPruningMethod] = {
 
 _GRID = (*(0.05 * step for step in range(1, 20)), 0.98)
 """Pruning ratios of the library that are tried before bisection between two of them."""
-_BISECTIONS = 12
+_BISECTIONS = 12  # of a grid step of 0.05
 
 Pair = tuple[float, float]
 """Pruning ratios of the library: of widths, and of heads."""
@@ -296,13 +296,13 @@ def feature_gradients(
     device = next(tower.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     for clean in pictures.batches(batch_size):  # [b, 3, H, W]
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)  # on the CPU, as its generator
         noisy = clean + 0.1 * clean.std((1, 2, 3), keepdim=True) * noise
         with torch.no_grad():
             target = _tokens(parts, clean.to(device))  # [b, C, h, w]
         tokens = _tokens(parts, noisy.to(device))
         loss = (tokens - target).square().sum(1).mean((1, 2)).sum()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss)  # adds to the gradients of earlier batches
     return {
         name: parameter.grad.detach()
         for name, parameter in tower.named_parameters()

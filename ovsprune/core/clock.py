@@ -27,4 +27,5 @@ class Clock:
     def add(self, step: str, seconds: float) -> None:
         """Add ``seconds``, measured elsewhere, to ``step``, and start a new lap."""
         self.seconds[step] = self.seconds.get(step, 0.0) + seconds
+        # The measured seconds may lie in the present lap, which must not count them again.
         self._last = time.perf_counter()

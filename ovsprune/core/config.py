@@ -58,6 +58,7 @@ class Config:
         missing = [o.label for o in required if o.name not in flat]
         if missing:
             raise OptionError(f"{missing[0]} is missing: give {' and '.join(missing)}")
+        # The constructor takes whole sections; with_options also takes the options in them.
         return cls(**{o.name: flat[o.name] for o in required}).with_options(flat)
 
     def with_options(self: C, values: Mapping[str, Any]) -> C:
@@ -71,6 +72,7 @@ class Config:
                 target = sections.setdefault(section[0], {}) if section else changed
                 target[field] = flat[declared.name]
         for name, inner in sections.items():
+            # replace keeps the other options of the section.
             changed[name] = replace(getattr(self, name), **inner)
         return replace(self, **changed)  # type: ignore[type-var]
 
@@ -119,6 +121,7 @@ class Config:
             value = self.value(declared)
             if declared.provenance == "never" or not self.applies(declared):
                 continue
+            # A list, because JSON has no tuples.
             if declared.provenance == "always" or declared.changed(value):
                 recorded[declared.name] = list(value) if declared.repeated else value
         return recorded
@@ -152,7 +155,7 @@ class Config:
                 if declared.name in values and not cls.unrecorded(declared.name, values):
                     check_value(declared, values[declared.name])
         except (OptionError, UnknownNameError) as error:
-            error.args = (f"{os.fspath(path)}: {error}",)
+            error.args = (f"{os.fspath(path)}: {error}",)  # keeps the type of the error
             raise
         return cls.from_recorded({**values, **options})
 
@@ -196,7 +199,7 @@ class Config:
         values = {}
         for declared in options_of(type(self)):
             value = self.value(declared)
-            if value in (None, ()) or not self.applies(declared):
+            if value in (None, ()) or not self.applies(declared):  # TOML has no null
                 continue
             if declared.objects and not isinstance(value, str):
                 raise OptionError(

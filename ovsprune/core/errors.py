@@ -69,6 +69,7 @@ class MissingLibraryError(OvspruneError, ImportError):
     """Required library that is not installed; the message names it and its version."""
 
 
+# LookupError and not KeyError: str() of a KeyError shows its message in quotes.
 class UnknownNameError(OvspruneError, LookupError):
     """Unknown name of a plug-in or value.
 

@@ -52,6 +52,7 @@ def check_output(
         OutputError: The path exists and ``overwrite`` is false, or overwriting it would delete
             files that are not part of such an output.
     """
+    # With links resolved: renaming to a link would replace the link, not the directory behind it.
     path = Path(os.path.realpath(output))
     if not os.path.lexists(path):
         return path
@@ -94,7 +95,7 @@ def staged(path: Path) -> Iterator[Path]:
     """
     with _reported(str(path), _REMEDY), _parents(path.parent), _scratch(path) as scratch:
         yield scratch
-        for file in (*scratch.iterdir(), scratch):
+        for file in (*scratch.iterdir(), scratch):  # the directory too: it holds the names
             flush(file)
         move_into_place(scratch, path)
 
@@ -130,7 +131,7 @@ def write_text(path: Path, text: str, *, what: str = "", remedy: str = _REMEDY) 
 
 def flush(path: Path) -> None:
     """Have the system write a file or directory to its disk."""
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)  # unlike open(), this opens directories
     try:
         os.fsync(handle)
     finally:
@@ -152,7 +153,7 @@ def move_into_place(new: Path, path: Path) -> None:
         path.rename(old)
         try:
             new.rename(path)
-        except BaseException:
+        except BaseException:  # also when the user interrupts
             old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
@@ -165,6 +166,7 @@ def _exchange(a: Path, b: Path) -> bool:
     """Exchange two paths in one step; False if this system or file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    # Windows raises TypeError for CDLL(None); macOS and glibc before 2.28 lack the function.
     except (OSError, AttributeError, TypeError):
         return False
     # Linux 3.15 and later, on most file systems.
@@ -175,6 +177,7 @@ def _exchange(a: Path, b: Path) -> bool:
 @contextlib.contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
     """Make a directory next to ``path``, and delete it at the end unless it was renamed."""
+    # Next to the output, because a rename works within one file system only.
     scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     scratch.mkdir()
     try:

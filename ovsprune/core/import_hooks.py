@@ -44,7 +44,7 @@ class ImportWatcher(MetaPathFinder):
         if not self.matches(fullname):
             return None
         for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
+            find = getattr(finder, "find_spec", None)  # finders for old Pythons lack it
             if find is None or finder is self:
                 continue
             spec: ModuleSpec | None = find(fullname, path, target)
@@ -83,6 +83,8 @@ def watch(patterns: Iterable[str], callback: ImportCallback) -> ImportWatcher:
         The watcher; its ``remove()`` stops it.
     """
     finder = ImportWatcher(patterns, callback)
+    # A copy, because the callback may import modules. Entries that are no modules also occur: None
+    # stops an import.
     for name, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and finder.matches(name):
             callback(module)

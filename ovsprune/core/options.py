@@ -36,7 +36,7 @@ __all__ = [
 
 _TYPES: Mapping[type, tuple[Any, str]] = {
     bool: (bool, "give true or false"),
-    int: (Integral, "give a whole number"),
+    int: (Integral, "give a whole number"),  # also numpy's integers
     float: (Real, "give a number"),
     str: (str | os.PathLike, "give a text"),
 }
@@ -196,7 +196,7 @@ def options_of(config: type) -> tuple[Option, ...]:
 
 @cache
 def _options(config: type) -> tuple[Option, ...]:
-    hints = typing.get_type_hints(config)
+    hints = typing.get_type_hints(config)  # fields() has the annotations as texts only
     options: list[Option] = []
     for declared_field in fields(config):
         declared = declared_field.metadata.get(_METADATA)

@@ -60,12 +60,14 @@ class Preprocess:
     """
 
     size: tuple[int, int]
+    # The defaults are those of OpenAI's CLIP.
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
 
 
+# eq=False in records that hold tensors: == of two tensors gives a tensor, not True or False.
 @dataclass(frozen=True, eq=False)
 class DenseModel:
     """Description of a dense model, from which its family builds it again.
@@ -201,6 +203,7 @@ class Scores:
     @classmethod
     def from_costs(cls, costs: Mapping[str, Tensor]) -> Scores:
         """Return scores whose removal order is by ascending cost (stable sort)."""
+        # Stable, so that units of equal cost have the same order on every machine.
         return cls(costs, {k: torch.argsort(v, stable=True) for k, v in costs.items()})
 
 

@@ -61,14 +61,14 @@ def to_toml(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) 
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, bool):
+    if isinstance(value, bool):  # first: a bool is an int in Python
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, float):
         if not math.isfinite(value):
             raise OptionError(f"{value} cannot be written to a recipe; give a finite number")
-        return repr(float(value))
+        return repr(float(value))  # numpy 2 prints its floats as "np.float64(0.5)"
     if isinstance(value, str | os.PathLike):
         # A JSON string is a TOML basic string, except that TOML also escapes DEL.
         return json.dumps(os.fspath(value), ensure_ascii=False).replace("\x7f", "\\u007F")

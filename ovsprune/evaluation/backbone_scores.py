@@ -63,6 +63,7 @@ def zero_shot_head(
     weight = next(backbone.tower.parameters())
     dense = backbone.dense if last_block is None else dense_with(backbone, last_block)
     return DenseZeroShot(
+        # Images are float32, but the tower may have half precision.
         dense=lambda images: dense(images.to(weight.dtype)),
         embeddings=embeddings,
         preprocess=backbone.preprocess,
@@ -101,7 +102,7 @@ def score_backbone(
 
         def tell(done: int, _: int) -> None:
             nonlocal before
-            advance(done - before)
+            advance(done - before)  # evaluate reports totals, a stage takes increments
             before = done
 
         result = evaluate(

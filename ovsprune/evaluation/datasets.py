@@ -146,6 +146,8 @@ class FolderData:
         for stem, path in self._files:
             for file in (path, self.folder / "labels" / f"{stem}.png"):
                 try:
+                    # A digest per file: the sum then depends on where one file ends and the next
+                    # begins.
                     digest.update(hashlib.sha256(file.read_bytes()).digest())
                 except OSError as error:
                     raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
@@ -157,8 +159,9 @@ class FolderData:
         if not label_path.is_file():
             raise DataError(f"{path} has no label map: expected {label_path}")
         image = np.asarray(_open(path).convert("RGB"))
+        # Not converted: a PNG with a palette gives the indices, which are the class ids.
         raw = np.asarray(_open(label_path))
-        if raw.ndim != 2 or raw.dtype.kind not in "iub":
+        if raw.ndim != 2 or raw.dtype.kind not in "iub":  # "b": a PNG of 1 bit
             raise DataError(
                 f"{label_path} is not a map of class ids (shape {raw.shape}, {raw.dtype}): "
                 "expected a PNG with one integer channel"
@@ -249,7 +252,7 @@ def _open(path: Path) -> Image.Image:
     """Open and decode an image file."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # Image.open reads the header only; damaged pixels are found here
             return image
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(

@@ -104,7 +104,7 @@ def dense_with(backbone: Backbone, name: str) -> Callable[[Tensor], Tensor]:
             f"last block has no {' and no '.join(missing)}; omit the option"
         )
     try:
-        projections_of(block.attn, 1)
+        projections_of(block.attn, 1)  # for its error, before any image is read
         refuse_extras(block.attn)
     except TargetError as error:
         raise OptionError(f"--last-block {name}: {error}") from error

@@ -34,7 +34,7 @@ def read_embeddings(path: Path | str, names: Sequence[str]) -> Tensor:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(path, allow_pickle=False) as content:  # a pickled array could run code
             stored = [str(name) for name in content["names"].tolist()]
             vectors = np.asarray(content["emb"], dtype=np.float32)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:

@@ -69,6 +69,8 @@ def prepare_image(image: NDArray[np.uint8], preprocess: Preprocess) -> Tensor:
         )
     height, width = preprocess.size
     if image.shape[:2] != (height, width):
+        # PIL widens its filter when it reduces an image, as open_clip's preprocessing does; torch's
+        # interpolation does so only with antialias=True. PIL takes the width first.
         resized = Image.fromarray(image).resize((width, height), _FILTERS[preprocess.interpolation])
         image = np.asarray(resized)
     pixels = torch.from_numpy(image.astype(np.float32) / np.float32(255.0))  # [H, W, 3]
@@ -140,6 +142,7 @@ class DenseZeroShot:
 
 def _predict(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Upsample logits [B, K, h, w] bilinearly and return class indices [B, H, W]."""
+    # The logits are interpolated, not the classes: there is nothing between two class indices.
     return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)
 
 
@@ -184,7 +187,7 @@ def evaluate(
         for sample, logits in zip(batch, head.logits(images), strict=True):
             label = torch.from_numpy(sample.label)
             prediction = _predict(logits[None], (label.shape[0], label.shape[1]))[0]
-            before = confusion.counts.clone()
+            before = confusion.counts.clone()  # update adds in place
             confusion.update(prediction.cpu(), label)
             if each:
                 counts.append(confusion.counts - before)

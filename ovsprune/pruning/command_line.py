@@ -22,8 +22,10 @@ def command_of(model: Backbone, config: PruneConfig, dtype: str, text: bool) -> 
         dtype: Type of the saved tower.
         text: True if the text tower was saved too.
     """
+    # The directory's name without its path: a provenance holds no local paths.
     name = model.name if model.slim is None else model.slim.path.resolve().name
     words = ["ovsprune", "prune", "--model", name, "--ratio", f"{config.ratio:g}"]
+    # A slim model contains its weights, and OWN_WEIGHTS are named by the model itself.
     if model.slim is None and model.pretrained not in OWN_WEIGHTS:
         words += ["--pretrained", model.pretrained or "none"]
     # "auto" is resolved by now, so the default of the calibration depends on the model.
@@ -36,6 +38,7 @@ def command_of(model: Backbone, config: PruneConfig, dtype: str, text: bool) -> 
         if value == default or (option.objects and not isinstance(value, str)):
             continue  # a command line cannot give an object; the comment below names it
         for element in value if option.repeated else (value,):
+            # A flag has no value on the command line.
             words += [option.label] if element is True else [option.label, str(element)]
     if dtype != "float32":
         words += ["--dtype", dtype]

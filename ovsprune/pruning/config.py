@@ -50,6 +50,8 @@ class PruneConfig(Config):
         200
     """
 
+    # measured=False: rankings and error curves do not depend on the option, so prunes that differ
+    # only in such options share them.
     ratio: float = option(
         above=0,
         below=1,
@@ -286,6 +288,7 @@ class PruneConfig(Config):
         if self.method == "default":
             return {}
         options = {k: v for k, v in super().recorded().items() if k.startswith("imp_")}
+        # The same method in the words of the default method: magnitude, ranked over all layers.
         fixed = {"criterion": "l1", "allocation": "global", "recovery": "none"}
         return {"method": self.method, **fixed, **options}
 

@@ -76,8 +76,9 @@ class CriterionSelector:
             curves=curves,
             round_to=self.config.round_to,
             spectra=spectra,
-            comparable=getattr(self.criterion, "comparable", False),
+            comparable=getattr(self.criterion, "comparable", False),  # optional in a criterion
         )
+        # Allocators assume that prices add up, but a layer between two groups costs their product.
         allocator = SharedCostAllocator(self.allocator)
         tied = self.config.uniform_heads
         widths = tied_widths(allocator, allocation) if tied else allocator.widths(allocation)
@@ -97,11 +98,14 @@ class CriterionSelector:
             scores, curves = self._measure(ctx, probe)
             self.clock.add("survey", time.perf_counter() - start)
             return scores, curves
+        # With probe = 0 no curves are measured; an allocator that needs them must not find that
+        # entry.
         key = (self.config.measurement_key(), probe)
         if key not in self.surveys:
             measured = self._stored(ctx, probe)
             self.surveys[key] = (*measured, time.perf_counter() - start)
         scores, curves, seconds = self.surveys[key]
+        # Also if another prune measured it: the timings of prunes then stay comparable.
         self.clock.add("survey", seconds)
         return scores, curves
 

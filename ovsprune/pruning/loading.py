@@ -84,6 +84,8 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         for name, tensor in state.items()
     }
     for name, tensor in converted.items():
+        # float16 ends at 65504: larger values became infinite. Values that were infinite before are
+        # not an error of the type.
         if not tensor.isfinite().all() and state[name].isfinite().all():
             raise OptionError(
                 f"--dtype {dtype} cannot hold {name}, whose largest value is "

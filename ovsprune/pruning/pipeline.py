@@ -227,6 +227,7 @@ class Pipeline:
         groups = reindex_groups(space.groups, plan)
         current = base
         if slim is not None:
+            # The cost of a unit can depend on the widths of other groups, and these were cut.
             groups = with_costs(slim, groups, size)
             current = self._current_costs(base, space.tower, slim)
         kind = self.config.budget
@@ -281,6 +282,7 @@ class Pipeline:
             ridge=self.config.ridge,
             seed=self.config.seed,
             progress=self.progress,
+            # The limits of the training hold for all rounds together.
             distill=self.config.distill.shared(self.config.rounds),
             unseen=self.unseen,
         )
@@ -311,6 +313,6 @@ class Pipeline:
         """Return measured and predicted latency; None unless the budget is a latency."""
         if self.config.budget != "latency":
             return None
-        dense = deepcopy(self.backbone.tower).float()
+        dense = deepcopy(self.backbone.tower).float()  # float32 as the slim tower
         measured = compare_latency(dense, slim, self.backbone.preprocess.size, self.progress)
         return {**measured, "predicted_ms": result.cost}

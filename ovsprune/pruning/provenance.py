@@ -36,6 +36,7 @@ def make_spec(
         dense = costs[0]
         base = base_spec(backbone.name, backbone.pretrained, backbone.trained, state)
     else:
+        # Spec and mask of a model that was pruned twice refer to the first dense model.
         base, dense = backbone.slim.spec.base, backbone.slim.spec.dense
         layers = layers_in_base(backbone.slim, layers, [layer.name for layer in space.layers])
         provenance = {**provenance, "given": provenance_of(backbone.slim)}
@@ -69,7 +70,9 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
     """Return everything that measurements of a model on images depend on, as JSON values."""
     return {
         "model": backbone.name,
+        # The name does not determine the weights.
         "weights": tensors_hash(state_hashes(backbone.tower.state_dict())),
+        # A stored origin went through JSON, where tuples become lists; this one must compare equal.
         "architecture": json.loads(json.dumps(backbone.architecture)),
         "activation": backbone.activation,
         "size": list(backbone.preprocess.size),
@@ -79,7 +82,7 @@ def origin_of(backbone: Backbone, pictures: Pictures) -> dict[str, Any]:
 
 def _layer_spec(group: Group, plan: Plan, base: Container[str]) -> LayerSpec:
     """Return the spec of a group; ``base`` has the names of the base tower's tensors."""
-    slices: dict[SliceSpec, None] = {}
+    slices: dict[SliceSpec, None] = {}  # a set that keeps the order
     # Rewriting split a fused attention if the base lacks its parts. Such an attention is cut as a
     # whole, and the spec lists no slices.
     fused = group.kind == "heads" and any(f"{s.module}.weight" not in base for s in group.slices)

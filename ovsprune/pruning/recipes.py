@@ -62,10 +62,10 @@ def recipe_of(checkpoint: SlimCheckpoint) -> str:
     if "given" not in spec.provenance:  # the base is what was pruned, not its slim result
         base["model"] = spec.base.model
         if spec.base.pretrained not in OWN_WEIGHTS:
-            base["pretrained"] = spec.base.pretrained or "none"
+            base["pretrained"] = spec.base.pretrained or "none"  # TOML has no null
     tower = [t for name, t in checkpoint.tensors.items() if name.startswith("visual.")]
     dtype = next(t.dtype for t in tower if t.is_floating_point())
     base["dtype"] = str(dtype).removeprefix("torch.")
-    if len(tower) == len(checkpoint.tensors):
+    if len(tower) == len(checkpoint.tensors):  # the text tower was not saved
         base["text"] = False
     return to_toml(values, {BASE: base})

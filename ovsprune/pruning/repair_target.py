@@ -103,6 +103,7 @@ def _load_tower(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
     dense = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     if POSITIONS in dense:
         dense[POSITIONS] = _native(dense[POSITIONS], base[POSITIONS])
+    # `base` supplies the counters that a framework may lack.
     tower.load_state_dict({**base, **dense})
 
 
@@ -121,6 +122,7 @@ def _native(positions: Tensor, base: Tensor) -> Tensor:
     """Resize the framework's positions [1 + h * h, E] to the base's grid [1 + H * H, E]."""
     if positions.shape == base.shape:
         return positions
+    # Row 0 is the position of the class token; the other rows are a square grid of patches.
     sides = [isqrt(len(rows) - 1) for rows in (positions, base)]
     if any(side**2 != len(rows) - 1 for side, rows in zip(sides, (positions, base), strict=True)):
         raise TargetError(

@@ -60,7 +60,7 @@ def in_base(checkpoint: SlimCheckpoint | None, plan: Plan) -> Plan:
     mask = checkpoint.mask
     # mask[name] maps units of the slim model to units of the base: [units] -> base indices.
     kept = {name: mask[name][i] if name in mask else i for name, i in plan.kept.items()}
-    return Plan({**mask, **kept})
+    return Plan({**mask, **kept})  # the present cut wins over the earlier one
 
 
 def layers_in_base(
@@ -78,6 +78,7 @@ def layers_in_base(
             slices = tuple(_slice_in_base(checkpoint, part) for part in layer.slices)
             merged[layer.name] = replace(layer, slices=slices)
         else:
+            # Units and slices stay those of the base.
             merged[layer.name] = replace(before, kept=layer.kept)
     rank = {name: i for i, name in enumerate(order)}
     return tuple(sorted(merged.values(), key=lambda layer: rank.get(layer.name, len(rank))))

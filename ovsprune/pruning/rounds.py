@@ -56,6 +56,7 @@ def _reindexed(group: Group, kept: Tensor) -> Group:
     if width == group.units:
         return group
     slices = tuple(
+        # rows: [width, channels per unit]
         replace(part, rows=torch.arange(width * part.rows.shape[1]).view(width, -1))
         for part in group.slices
     )

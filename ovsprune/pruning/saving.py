@@ -72,6 +72,8 @@ class Saving:
         Raises:
             OptionError: A value is too large for the data type.
         """
+        # open_clip calls the image tower `visual`; the names of the text tower are complete
+        # already.
         state = {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
         return cast({**state, **(model.text if self.text else {})}, self.dtype)
 

@@ -71,8 +71,10 @@ class SearchSpace:
                 what an option needs.
         """
         family = FAMILIES.get(backbone.family)
+        # First of all: separate maps for queries, keys and values exist only after the rewriting.
         family.rewrite(tower)
         layers = family.prunable_layers(tower)
+        # Before split_protected, so that --protect still applies to these heads.
         if uniform_heads:
             layers = _offer_all_heads(layers, backbone.name)
         free, protected = split_protected(layers, protect)
@@ -80,6 +82,7 @@ class SearchSpace:
         groups = mark_cut_before(backbone.slim, groups)
         if prune_depth:
             groups = allow_empty_groups(tower, groups)
+        # After allow_empty_groups, so that a floor wins over a minimum of 0.
         groups = raise_min_units(groups, floor)
         return cls(tower=tower, layers=tuple(layers), groups=groups, protected=protected)
 
@@ -175,6 +178,7 @@ def match_names(
     Raises:
         OptionError: The pattern matches nothing; the message begins with ``option``.
     """
+    # fnmatchcase, because fnmatch ignores the case of letters on Windows.
     hits = [key for key, values in names.items() if any(fnmatchcase(v, pattern) for v in values)]
     if not hits:
         raise OptionError(

@@ -50,7 +50,7 @@ class AlphaRefresh(Alpha):
 class AlphaProgressive(AlphaRefresh):
     """Like alpha, but the fraction that trains grows linearly up to all layers."""
 
-    needs_current_spectra = False
+    needs_current_spectra = False  # unlike the base class: the ranking stays fixed
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return the fraction ``f + (1 - f) t`` of the layers with the largest alphas.
@@ -69,6 +69,6 @@ def _ranked(ctx: ScheduleContext, count: int, sign: int = 1) -> set[str]:
     Ties go to the layer that comes first in the model: ``sorted`` is stable, also in reverse.
     """
     alphas = ctx.alphas
-    assert alphas is not None
+    assert alphas is not None  # all policies in this file set needs_spectra
     ranked = sorted(ctx.layers, key=lambda layer: sign * alphas[layer.name], reverse=True)
     return {layer.name for layer in ranked[:count]}

@@ -89,6 +89,7 @@ class LastK(Once):
 
     def choose(self, ctx: ScheduleContext) -> set[str]:
         """Return the names of the last layers."""
+        # Counted from the front: with 0 layers to train, layers[-0:] would be all layers.
         return {layer.name for layer in ctx.layers[len(ctx.layers) - layers_to_train(ctx) :]}
 
 

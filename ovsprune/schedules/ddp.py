@@ -81,4 +81,5 @@ def check_process_count(policy: str, processes: int) -> None:
 
 def _allows_unused(wrapper: DistributedDataParallel) -> bool:
     """Return True if the wrapper tolerates parameters without a gradient."""
+    # With static_graph, the parameters that have gradients must be the same in every step.
     return wrapper.find_unused_parameters and not wrapper.static_graph

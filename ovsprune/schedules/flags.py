@@ -45,7 +45,7 @@ class ParameterFlags:
         pool = [layer for layer in self.layers if layer.name in layers]
         names = [name for layer in pool for name in (layer.name, *layer.followers)]
         always = [name for name, trains in self.others.items() if trains]
-        return tuple(dict.fromkeys(names + always))
+        return tuple(dict.fromkeys(names + always))  # a parameter may follow several layers
 
     def apply(self, chosen: Collection[str]) -> None:
         """Let the chosen layers and their followers train, and freeze the rest of the pool."""
@@ -67,7 +67,7 @@ class ParameterFlags:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Keep gradients and optimiser states while parameters are frozen for a short time."""
-        optimizers, self.optimizers = self.optimizers, ()
+        optimizers, self.optimizers = self.optimizers, ()  # clear_frozen then finds no optimiser
         gradients = {parameter: parameter.grad for parameter in self.parameters.values()}
         try:
             yield

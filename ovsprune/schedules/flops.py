@@ -90,6 +90,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignor
         return out
 
     def _name(self, value: Any) -> str | None:
+        # A bias is an argument of the same product as its weight (addmm), which counts once.
         if not isinstance(value, Tensor) or value.ndim < 2:
             return None
         return self._names.get(value.untyped_storage()._cdata)
@@ -113,6 +114,7 @@ def step_flops(model: nn.Module, loss: Callable[[], Tensor]) -> StepFlops:
     parameters = dict(model.named_parameters())
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
     try:
+        # Otherwise the backward pass adds to the saved gradients in place.
         for parameter in parameters.values():
             parameter.grad = None
         with unfused_attention(), torch.enable_grad():

@@ -85,7 +85,7 @@ class TrainPlan:
         self._undo: list[Callable[[], None]] = []
         self._moment: int | None = None  # step of the decision that holds now
         self._open_count = 0  # nesting depth of open() and hold()
-        self._was_opened = False
+        self._was_opened = False  # True if a wrapper may have registered all parameters
 
         self._decide(self.moments[0])
         if isinstance(model, DistributedDataParallel):
@@ -163,7 +163,7 @@ class TrainPlan:
             count=self.count,
             step=moment,
             total_steps=self.total_steps,
-            generator=torch.Generator().manual_seed(self.seed),
+            generator=torch.Generator().manual_seed(self.seed),  # the same at every decision
             alphas=alphas,
         )
 
@@ -211,7 +211,7 @@ class TrainPlan:
         try:
             yield
         finally:
-            if self._open_count == 1:
+            if self._open_count == 1:  # the outermost; 0 if the block called close()
                 self.close()
             self._open_count = max(0, self._open_count - 1)
 
@@ -282,7 +282,7 @@ class TrainPlan:
         chosen, moment, open_count = self.chosen, self._moment, self._open_count
         with self._flags.preserved():
             try:
-                self.close()
+                self.close()  # frozen layers must be frozen to be counted
                 flops_by_choice = {chosen: step_flops(self.model, loss)}
                 total = None
                 if self.changes and not self.policy.needs_current_spectra:
@@ -296,7 +296,7 @@ class TrainPlan:
             finally:
                 self._moment = moment
                 self._apply(chosen)
-                for _ in range(open_count):
+                for _ in range(open_count):  # close() has ended them
                     self.hold()
         now = flops_by_choice[chosen]
         return TrainingFlops(**vars(now), steps=self.total_steps, known=total)

@@ -49,7 +49,7 @@ class _ArrayStub(TensorStub):
     __slots__ = ("numeric", "shared")
 
     def __init__(self, shared: dict[tuple[int, str], tuple[bytes, Storage]]) -> None:
-        super().__init__(Storage(torch.empty(0)), (0, (0,), (1,)))
+        super().__init__(Storage(torch.empty(0)), (0, (0,), (1,)))  # empty until __setstate__
         self.numeric, self.shared = False, shared
 
     @property
@@ -79,6 +79,8 @@ class _ArrayStub(TensorStub):
         # ``shared`` keeps ``raw`` alive, so that its id is not reused.
         key = id(raw), dtype_stub.code
         if key not in self.shared:
+            # frombuffer needs at least one byte, and warns about `bytes`, which cannot be written
+            # to.
             numbers = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0)
             self.shared[key] = raw, Storage(numbers.to(dtype))
         stub = tensor_stub(self.shared[key][1], 0, size, _strides(size, bool(fortran_order)))
@@ -111,6 +113,7 @@ def _strides(size: tuple[int, ...], fortran_order: bool) -> tuple[int, ...]:
     axes = list(range(len(size)))
     strides, step = [0] * len(size), 1
     for axis in axes if fortran_order else reversed(axes):
+        # max(..., 1): as torch's own strides of a tensor with an empty axis.
         strides[axis], step = step, step * max(size[axis], 1)
     return tuple(strides)
 

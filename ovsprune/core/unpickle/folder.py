@@ -11,7 +11,7 @@ from ovsprune.core.unpickle.foreign import Foreign, read_foreign
 
 __all__ = ["read_folder", "sibling_files"]
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # safetensors first: it needs no unpickling
 
 
 def read_folder(path: Path) -> Foreign:

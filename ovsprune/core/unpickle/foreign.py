@@ -144,6 +144,7 @@ def _collect(
 def _flatten_modules(root: Any) -> dict[str, Any]:
     """Return the attributes of nested TorchScript modules by their dotted names."""
     attributes: dict[str, Any] = {}
+    # A loop instead of a recursion, with limits: in a pickle, a module can contain itself.
     todo, visited = [("", 0, root)], 0
     while todo:
         prefix, depth, module = todo.pop()

@@ -165,6 +165,7 @@ class _SafeUnpickler(pickle.Unpickler):
     def __init__(
         self, stream: BinaryIO, find: Callable[[str, str], Any], load: Callable[[Any], Storage]
     ) -> None:
+        # The encoding of texts that Python 2 wrote; the default is ASCII.
         super().__init__(stream, encoding="utf-8")
         self._find, self._load = find, load
 
@@ -202,7 +203,7 @@ def _numbers(raw: bytes, dtype: torch.dtype, count: int) -> Tensor:
             f"a storage has {len(raw)} bytes, but {count} values of {dtype} need "
             f"{count * dtype.itemsize}: the file is cut short or damaged"
         )
-    if not count:
+    if not count:  # frombuffer needs at least one byte
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(bytearray(raw), dtype=dtype)
 
@@ -215,6 +216,7 @@ def _check_entries(archive: zipfile.ZipFile, base: str) -> None:
     checked = (f"{base}data.pkl", f"{base}byteorder")
     entries = [
         entry
+        # Of entries with one name, archive.read takes the last, as this dict does.
         for entry in {entry.filename: entry for entry in archive.infolist()}.values()
         if entry.filename in checked or entry.filename.startswith(f"{base}data/")
     ]

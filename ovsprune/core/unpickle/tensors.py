@@ -56,6 +56,7 @@ class TensorStub(Stub):
     def tensor(self) -> Tensor:
         """Return the tensor, a view of the storage."""
         offset, size, stride = self.layout
+        # tensor_stub has checked that the view lies inside the storage.
         return torch.as_strided(self.storage.data, size, stride, offset)
 
 
@@ -68,6 +69,7 @@ def tensor_stub(storage: Any, offset: Any, size: Any, stride: Any) -> TensorStub
     if not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise CheckpointError("it describes a tensor by something that is not a size")
     numbers = [offset, *size, *stride]
+    # type(), because isinstance takes True for an int.
     if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
         raise CheckpointError("it describes a tensor by something that is not a size")
     if len(size) != len(stride) or len(size) > _MAX_DIMS:

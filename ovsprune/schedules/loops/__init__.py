@@ -39,7 +39,7 @@ class PlanFollower:
         self._state: Mapping[str, Any] | None = None
         self.plan: Any = None
         if isinstance(plan, TrainPlan) and plan.changes:
-            plan.hold()
+            plan.hold()  # until begin() closes it
 
     def begin(self, model: Any, total_steps: int, *optimizers: Any) -> None:
         """Make the plan if needed, load its saved state, and bind the optimisers.
@@ -60,7 +60,7 @@ class PlanFollower:
             self.plan.close()
         else:
             self.plan = self._plan_or_factory(model, total_steps=total_steps)
-            self.plan.made_late()
+            self.plan.made_late()  # the loop may have wrapped the model already
         self.plan.check_wrapper(model)
         if self._state:
             self.plan.load_state_dict(self._state)

@@ -47,6 +47,7 @@ class ScheduledSteps:
             )
         self.accelerator, self.plan = accelerator, plan
         self.count, self._begins_step = 0, True
+        # accelerate wraps each optimiser in an object that has the original as `optimizer`.
         plan.bind(*(getattr(o, "optimizer", o) for o in optimizers))
         accelerator.register_for_checkpointing(self)
 

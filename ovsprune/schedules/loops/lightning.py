@@ -38,8 +38,10 @@ class ScheduleCallback(Callback):  # type: ignore[misc, unused-ignore]
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Apply the plan if this batch begins an optimiser step."""
+        # batch_idx begins at 0 in every epoch. Lightning takes a step after the last batch of an
+        # epoch, even if the accumulation is not complete.
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.follower.plan.step(trainer.global_step)
+            self.follower.plan.step(trainer.global_step)  # counts optimiser steps, not batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for Lightning's checkpoints."""

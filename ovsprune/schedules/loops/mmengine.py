@@ -41,6 +41,7 @@ class ScheduleHook(Hook):  # type: ignore[misc]
         wrapper = runner.optim_wrapper
         wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         self._accumulation = max(getattr(w, "_accumulative_counts", 1) for w in wrappers)
+        # Rounded up: mmengine takes a step after the last iteration, too.
         steps = -(-runner.max_iters // self._accumulation)
         self.follower.begin(runner.model, steps, *(w.optimizer for w in wrappers))
 
