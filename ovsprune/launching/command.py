@@ -92,6 +92,7 @@ def launch(
     settings = None  # of the schedule
     if policy is not None:
         POLICIES.get(policy)
+        # The number of steps is not known yet; 1 is a valid one in its place.
         checked(1, fraction, count, every, rest)
         settings = {
             "policy": policy,
