@@ -92,7 +92,7 @@ class Applied:
 
     def show_original(self) -> None:
         """Put the originals in place for now; :meth:`show_new` must follow."""
-        # Two swaps may concern one entry; the older value must be put last.
+        # In reverse order, so that of two swaps of one entry the older value is put last.
         for swap in reversed(self._swaps):
             swap.put(swap.old)
 
