@@ -56,6 +56,7 @@ def load_slim(directory: Path) -> Backbone:
     """
     checkpoint = read(directory)
     backbone = dense_of(checkpoint.path, checkpoint.spec, checkpoint.text())
+    # The random values of the dense tower are replaced here.
     apply(backbone.tower, checkpoint)
     backbone.tower.eval().requires_grad_(False)
     backbone.slim = checkpoint

@@ -85,6 +85,7 @@ def _find_prefix(path: Path | str, state: State, expected: State) -> str:
         return _TOWER if any(key.startswith(_TOWER) for key in state) else ""
     score = {prefix: (names[prefix], shapes[prefix]) for prefix in names}
     best = max(score.values())
+    # Shortest prefix first: it is taken if copies of the tower have equal values.
     first, *others = sorted((prefix for prefix in score if score[prefix] == best), key=len)
     for other in others:
         a, b = _under(state, first), _under(state, other)
@@ -146,6 +147,7 @@ def fit(
     if faults:
         hint = _hint(name, file_state or state)
         raise WeightsError(f"{path} does not fit {name}: {faults}. {hint}")
+    # strict: the checks above leave nothing missing or unexpected
     model.load_state_dict({k: v.to(expected[k].dtype) for k, v in state.items()})
 
 
@@ -164,6 +166,7 @@ def describe_faults(
 def _joined(state: State, expected: Container[str]) -> dict[str, Tensor]:
     """Join separate queries, keys and values if ``expected`` contains joined ones."""
     fused = fuse_qkv(state)
+    # Joining also renames; without the joined names in the model the file's own names fit.
     return fused if all(name in expected for name in fused if name not in state) else dict(state)
 
 

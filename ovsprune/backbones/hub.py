@@ -52,6 +52,7 @@ def cached(repository: str, names: Sequence[str]) -> Path | None:
 
     for name in names:
         path = huggingface_hub.try_to_load_from_cache(repository, name)
+        # the hub's client returns a sentinel object for a file known to be absent
         if isinstance(path, str):
             return Path(path)
     return None
@@ -69,6 +70,7 @@ def hub_file(repository: str, names: Sequence[str], subject: str, remedy: str = 
     Raises:
         WeightsError: Neither the cache nor the hub has a file, or the hub cannot be reached.
     """
+    # Imported at the first use: weights from local files need no hub client.
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -118,4 +120,5 @@ def unreachable(subject: str, reason: str, remedy: str = _REMEDY) -> WeightsErro
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its class."""
+    # an error without arguments has an empty message
     return next(iter(str(error).splitlines()), type(error).__name__)

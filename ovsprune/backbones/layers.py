@@ -67,6 +67,7 @@ def timm_heads_layer(
     block: str, path: str, attention: Any, stream: StreamPoint | None, *, last: bool
 ) -> PrunableLayer:
     """Describe the heads of timm's attention or of :class:`TimmAttention`."""
+    # A slim attention keeps the dense num_heads, so it has fewer heads than that.
     count = len(getattr(attention, "kept_heads", range(attention.num_heads)))
     width = getattr(attention, "head_dim", 0) or attention.proj.in_features // count
     # The stored head indices take no part in the computation, so the graph cannot find them.
@@ -147,6 +148,7 @@ def fold_norms(blocks: Iterable[Any], norms: Mapping[str, str]) -> None:
     """
     for block in blocks:
         for layer, norm in norms.items():
+            # A second call must not fold again: the norm is already part of the layer.
             if not isinstance(getattr(block, norm), FoldedNorm):
                 folded, place = fold_norm(getattr(block, layer), getattr(block, norm))
                 setattr(block, layer, folded)

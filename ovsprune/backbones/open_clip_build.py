@@ -52,6 +52,7 @@ def rebuild_clip(family: str, dense: DenseModel) -> Backbone:
         WeightsError: ``dense.text`` does not fit the model.
     """
     model = build_clip(dense.architecture)
+    # The text tower is not pruned, so its tensors fit the dense model.
     if dense.text and has_own_text(dense.architecture):
         fit_text(dense.name, dense.text, model)
     return assemble(family, dense, model)

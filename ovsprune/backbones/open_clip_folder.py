@@ -92,6 +92,7 @@ def hub_folder(repository: str, *, weights: bool = True) -> Folder:
     file = None
     if weights:
         file = hub_file(repository, _WEIGHTS, f"the weights of {PREFIX}{repository}")
+    # The cache may hold the weights in another snapshot folder than the configuration.
     return replace(open_folder(config.parent), file=file, label="hub")
 
 

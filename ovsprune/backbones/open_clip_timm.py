@@ -101,6 +101,7 @@ class TimmFamily:
             WeightsError: The weights cannot be loaded or do not fit.
             OptionError: ``activation`` is not that of the network.
         """
+        # quick_gelu in open_clip's configuration does not change a trunk of timm.
         backbone = self._with_activation(load_clip(self.name, name, pretrained, None))
         if activation not in (None, backbone.activation):
             raise OptionError(
@@ -155,6 +156,7 @@ def _trunk(name: str) -> nn.Module | None:
 
     if not timm.is_model(name):
         return None
+    # Only classes and shapes are inspected; no weights are allocated.
     with torch.device("meta"):
         trunk: nn.Module = timm.create_model(name, pretrained=False)
     return trunk

@@ -60,6 +60,7 @@ def timm_folder(name: str, tag: str | None = None, *, weights: bool = True) -> F
     trunk = _trunk(full_name)
     config: Mapping[str, Any] = trunk.pretrained_cfg
     outputs = _embedding(config)
+    # input_size is (channels, height, width)
     height, width = config["input_size"][1:]
     model = {
         "embed_dim": outputs or trunk.num_features,
@@ -118,6 +119,7 @@ def _pool(trunk: nn.Module) -> str:
     """Return the pooling of a trunk, as an argument of ``timm.create_model``."""
     for owner in (trunk, getattr(trunk, "head", None)):
         pool = getattr(owner, "global_pool", None)
+        # ConvNeXt's head has a pooling module, others a string.
         pool = getattr(pool, "pool_type", pool)
         if isinstance(pool, str) and pool:
             return pool

@@ -95,6 +95,7 @@ class Source:
             return read_state(first)
         shards = _read_json(first).get("weight_map")
         names = sorted(set(shards.values())) if isinstance(shards, Mapping) else []
+        # A name with a folder could lead out of the model's folder.
         if not names or any(not isinstance(n, str) or Path(n).name != n for n in names):
             raise WeightsError(f"{first} lists no files of weights in its folder; copy it again")
         state: dict[str, Tensor] = {}
@@ -237,6 +238,7 @@ def _class_of(name: str, config: Mapping[str, Any]) -> str:
         )
     listed = config.get("architectures")
     known = [c for c in listed if c in classes] if isinstance(listed, list) else []
+    # Without a known entry in architectures, the first class of the type is taken.
     return (known or classes)[0]
 
 

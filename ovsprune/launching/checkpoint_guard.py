@@ -40,6 +40,7 @@ def decide_weights(
     :meth:`ovsprune.targets.Target.check`.
     """
     choice = target.check(model, checkpoint, weights=weights, force=force)
+    # An explicit choice of the user is never overruled.
     if weights != "auto" or choice[0] == "slim":
         return choice
     layout = target.layout(model.state_dict(), depth_of(checkpoint))
@@ -87,6 +88,7 @@ class CheckpointGuard:
         self.dense_guard = DenseGuard.of(model, attached.target, layout, self.cuts)
         self.depth = 0  # operations in progress that need the dense model; they may be nested
         attached._applied.show_original()
+        # While the originals are shown, the same call gives the dense shapes.
         self.dense_shapes = DenseGuard.of(model, attached.target, layout, self.cuts).shapes
         attached._applied.show_new()
         self._register_hooks()
@@ -144,6 +146,7 @@ class CheckpointGuard:
     def end(self, event: str) -> None:
         """Put the slim modules back at the end of the outermost operation."""
         self.depth -= 1
+        # An inner operation ends first; only the outermost one knows that loading is complete.
         if self.depth:
             return
         try:
@@ -168,6 +171,7 @@ class CheckpointGuard:
             values = {
                 name: value
                 for canonical, tensor in self.checkpoint.tower().items()
+                # The framework changed or trains these; a reload must not reset them.
                 if canonical not in self.layout.stays
                 for name, value in self.layout.to_framework(canonical, tensor).items()
             }

@@ -86,12 +86,13 @@ def launch(
     """
     progress = progress or Silent()
     if target != "auto":
-        TARGETS.get(target)
+        TARGETS.get(target)  # raises for an unknown name, before the command starts
     if weights not in ("slim", "target", "auto"):
         raise OptionError(f"weights is {weights!r}, expected 'slim', 'target' or 'auto'")
     settings = None  # of the schedule
     if policy is not None:
         POLICIES.get(policy)
+        # The number of steps is not known yet; 1 is a valid one in its place.
         checked(1, fraction, count, every, rest)
         settings = {
             "policy": policy,
@@ -156,6 +157,7 @@ def _run_hooked(
         }
         # sitecustomize of every Python process below reads the variable
         variables[VARIABLE] = json.dumps(document)
+        # First in the path, so that Python finds this sitecustomize before any other.
         paths = (str(Path(__file__).parent / "start"), variables.get("PYTHONPATH", ""))
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         status = _run(command, variables)

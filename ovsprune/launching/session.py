@@ -78,6 +78,7 @@ class Session:
                 self.local.depth = depth
             if not depth:  # builders call each other: only the outermost result is complete
                 for part in result if isinstance(result, tuple) else (result,):
+                    # a tuple also has transforms (clip.load, create_model_and_transforms)
                     if isinstance(part, nn.Module):
                         self.attach(part)
             return result

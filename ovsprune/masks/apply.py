@@ -82,6 +82,7 @@ def apply_masks(
     parameters = dict(module.named_parameters(remove_duplicate=False))
     placed = {target: masks[name] for name, target in placement.names.items()}
     zero(parameters, placed)
+    # register_hook raises for a tensor without requires_grad.
     held = tuple(name for name in placed if hold and parameters[name].requires_grad)
     return Applied(
         placement=placement,

@@ -138,6 +138,7 @@ def _check(
 ) -> None:
     """Check that masks and weights match the spec; ``source`` is their origin, for messages."""
     remedy = "copy it again, or prune again"
+    # symmetric difference: names that only one of the two has
     unmatched = sorted({w.name for w in spec.weights} ^ set(masks))
     if unmatched:
         raise CheckpointError(f"{source}: {unmatched[0]} is missing in the config or in the masks")
@@ -155,6 +156,7 @@ def _check(
                 f"{source}: the weight {TOWER}{weight.name} {has}, expected {weight.shape}; "
                 f"{remedy}"
             )
+        # nan != 0 is true, so nan at a removed position is refused, too.
         if bool((tensor.detach().cpu()[~mask.cpu()] != 0).any()):
             raise CheckpointError(
                 f"{source}: the weight {TOWER}{weight.name} is not zero at every position that its "

@@ -78,6 +78,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{path} holds {name}_mask without {name}_orig, so it has no weights; "
                 "read it with read_masks"
             )
+        # _orig holds the values before pruning, also at removed positions
         masked[name] = state[f"{name}_orig"].masked_fill(~_mask(state, name, path), 0)
     # As prune.remove does: the masked weight takes the place of its two tensors.
     replaced = {f"{name}{end}" for name in masked for end in ("_orig", "_mask")}
@@ -116,6 +117,7 @@ def write_masks(
     """
     path = Path(path)
     _check_form(path, form, weights)
+    # lexists also sees a broken link, which the rename would replace.
     if os.path.lexists(path) and (path.is_dir() or not overwrite):
         problem = "is a directory" if path.is_dir() else "exists already"
         raise OutputError(f"{path} {problem}; choose another file, or pass overwrite=True")
@@ -140,6 +142,7 @@ def _pruned_state(path: Path) -> Mapping[str, Tensor]:
 def _pruned(state: Mapping[str, Any]) -> list[str]:
     """Return the names of the pruned parameters; other masks (attention) are skipped."""
     names = [key.removesuffix("_mask") for key in state if key.endswith("_mask")]
+    # A file of masks only has no _orig, so the ending of the name must decide.
     return [n for n in names if f"{n}_orig" in state or n.endswith(("weight", "bias"))]
 
 
@@ -190,6 +193,7 @@ def _torch_form(
         plain = tensor.detach().cpu()
         if name in masks:
             state[f"{name}_orig"] = plain
+            # torch multiplies _orig by _mask: another dtype would change the weight's
             state[f"{name}_mask"] = masks[name].to(plain.dtype)
         else:
             state[name] = plain

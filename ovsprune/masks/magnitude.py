@@ -64,8 +64,10 @@ def keep_largest(
     if keep == left:
         return kept
     # [left], the values of the remaining weights
+    # float32 for all: the layers may have different dtypes, and half values are exact in it
     sizes = torch.cat([w.detach().abs()[masks[n]].float().cpu() for n, w in weights.items()])
     # The largest value to remove; ``ties`` of the weights with this value are removed.
+    # kthvalue counts from 1 and selects without sorting all weights.
     limit = float(sizes.kthvalue(left - keep).values)
     ties = left - keep - int((sizes < limit).sum())
     for name, weight in weights.items():
@@ -73,5 +75,5 @@ def keep_largest(
         same = (masks[name] & (size == limit)).flatten().nonzero().flatten()[:ties]
         kept[name] &= ~(size < limit)  # unlike >=, this keeps nan
         kept[name].view(-1)[same] = False
-        ties -= len(same)
+        ties -= len(same)  # the next weights remove what is left of the count
     return kept

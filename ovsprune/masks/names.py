@@ -74,6 +74,7 @@ def match(module: nn.Module, masks: Mapping[str, Tensor], prefix: str | None = N
         candidates = [_place(masks, shapes, removed, p) for p in added if prefix in (None, p)]
         # Shorter removed prefixes come first, and win if placements are equal.
         best = _best([*best, *candidates])
+        # A longer removed prefix can at most tie, and then the shorter one wins.
         if best and len(best[0].names) == len(masks):
             break  # every mask has its parameter
     if not best or not (best[0].names or best[0].shapes):
@@ -128,6 +129,7 @@ def _prefixes_by_suffix(names: Iterable[str]) -> dict[str, list[str]]:
     for name in names:
         parts = name.split(".")
         for i in range(len(parts)):
+            # i = 0 adds the empty prefix: the names are those of the module itself
             prefixes[".".join(parts[i:])].append(".".join(parts[:i]))
     return prefixes
 

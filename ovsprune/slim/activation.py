@@ -47,6 +47,7 @@ def find_activations(modules: Iterable[nn.Module]) -> set[str]:
         if name in _NAMES:
             activations.add(_NAMES[name])
         elif name == "gelu":
+            # nn.GELU computes two functions; timm's own GELU class has no such attribute.
             tanh = getattr(module, "approximate", "none") == "tanh"
             activations.add("gelu_tanh" if tanh else "gelu")
     return activations

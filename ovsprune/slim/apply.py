@@ -59,6 +59,7 @@ def apply(
     if isinstance(tower, torch.jit.ScriptModule):
         raise TargetError("the tower is a TorchScript module; load it without jit and try again")
     plan = _Plan(tower, checkpoint, dict(prefix_map or {}), tuple(keep))
+    # Names first: a whole CLIP or another framework gets a message about that.
     plan.check_names()
     check_activation(plan.block_modules(), checkpoint.spec.activation, activation)
     plan.replace_modules()

@@ -45,6 +45,7 @@ class Swap:
     @classmethod
     def attribute(cls, path: str, owner: nn.Module, name: str, new: Any) -> Swap:
         """Return the exchange of a plain attribute (a method, for example) of ``owner``."""
+        # A method of the class is no entry of the instance; undoing then deletes the attribute.
         old = vars(owner).get(name, _ABSENT)
         return cls(path=path, owner=owner, table="__dict__", name=name, old=old, new=new)
 
@@ -80,6 +81,7 @@ class Applied:
             TargetError: A slim module was replaced by something else since; nothing is undone.
         """
         for swap in self._swaps:
+            # All are checked before the first is undone, so that an error leaves no mixture.
             if getattr(swap.owner, swap.table).get(swap.name) is not swap.new:
                 raise TargetError(
                     f"{swap.path} was replaced by something else since the slim tower was "
@@ -90,6 +92,7 @@ class Applied:
 
     def show_original(self) -> None:
         """Put the originals in place for now; :meth:`show_new` must follow."""
+        # In reverse order, so that of two swaps of one entry the older value is put last.
         for swap in reversed(self._swaps):
             swap.put(swap.old)
 
@@ -237,6 +240,7 @@ class Replacements:
         original that are replaced, too (the norm inside a convolution of detectron2).
         """
         replacement = {id(old): new for old, new in self.modules.values()}
+        # Shared modules are reached by several paths.
         seen: set[int] = set()
         stack = [self.model]
         while stack:
@@ -255,5 +259,6 @@ def _fit(value: Tensor, old: Tensor) -> Tensor | None:
     squeezed = [[n for n in t.shape if n != 1] for t in (value, old)]
     if squeezed[0] != squeezed[1]:
         return None
+    # a copy: training the model must not change the checkpoint in memory
     fitted = value.detach().reshape(old.shape).to(old.device, old.dtype, copy=True)
     return nn.Parameter(fitted, old.requires_grad) if isinstance(old, nn.Parameter) else fitted

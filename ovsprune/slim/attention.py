@@ -163,6 +163,7 @@ class SlimAttention(nn.Module):
         """
         key = query if key is None else key
         value = key if value is None else value
+        # The projections are empty then; only the bias of the output projection is left.
         if not self.kept_heads:
             return self._without_heads(query, key, need_weights, average_attn_weights)
         q, k, v = self._project(query, key, value)
@@ -278,6 +279,7 @@ class SlimAttention(nn.Module):
             call=call_convention(mha),
             separate_qkv=getattr(mha, _FUSED, None) is None,
         ).to(device=dense.columns.device, dtype=dense.columns.dtype)
+        # Positions among the present heads: the rows of removed heads are no longer there.
         slim._fill(dense, [present.index(h) for h in kept])
         slim.train(mha.training)
         return slim

@@ -44,6 +44,7 @@ def combine_masks(
         OptionError: A mask has an unexpected or ambiguous shape.
     """
     if attn_mask is None and is_causal:
+        # true is ignored: the keys after the query's own position
         attn_mask = torch.ones(lengths, dtype=torch.bool, device=device).triu(1)
     mask = None
     if attn_mask is not None:
@@ -59,6 +60,7 @@ def combine_masks(
                 f"key_padding_mask has shape {tuple(key_padding_mask.shape)}, expected "
                 f"[N, S] = {(batch, lengths[1])}"
             )
+        # [N, 1, 1, S], equal for all heads and queries
         padding = _additive(key_padding_mask, dtype, device)[:, None, None, :]
         mask = padding if mask is None else mask + padding
     return mask

@@ -132,6 +132,7 @@ def _build(open_clip: Any, config: dict[str, Any], checkpoint: SlimCheckpoint) -
             f"({', '.join(wrong[:4])}); copy the checkpoint again, or write it again from the "
             "pruned model"
         )
+    # Not strict: the image tower has its weights already, and text has none of them.
     model.load_state_dict(text, strict=False)
     pre = checkpoint.spec.preprocess
     model.visual.image_mean, model.visual.image_std = pre.mean, pre.std

@@ -105,6 +105,7 @@ def head_runs(layer: LayerSpec, kept: Tensor) -> dict[str, tuple[int, list[Run]]
     return {
         **{name: (0, runs(0, width, 2 * width)) for name in fused},
         **{name: (1, runs(0)) for name in _OUT_PROJECTIONS},
+        # A norm here is the one over the concatenated heads, before the output projection.
         **{name: (0, runs(0)) for name in (*separate, "norm.weight", "norm.bias")},
     }
 
@@ -123,6 +124,7 @@ def layer_runs(spec: SlimSpec, mask: Mapping[str, Tensor]) -> dict[str, dict[str
                 kept=mask[layer.name],
                 layer=layer.name,
             )
+            # Several groups may cut the same axis of one layer, each at its own offset.
             result.setdefault(part.module, {}).setdefault(part.axis, []).append(run)
     return result
 
@@ -217,6 +219,8 @@ def fuse_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if split := _SPLIT.fullmatch(name):
             parts.setdefault((split["stem"], split["tensor"]), {})[split["letter"]] = name
     for (stem, tensor), names in parts.items():
+        # shape[1:] is (E,) for weights and () for biases.
         if set(names) == set("qkv") and len({state[n].shape[1:] for n in names.values()}) == 1:
+            # [3 * heads * head_dim, E] for weights, [3 * heads * head_dim] for biases
             fused[f"{stem}.in_proj_{tensor}"] = torch.cat([fused.pop(names[x]) for x in "qkv"])
     return fused

@@ -32,6 +32,7 @@ def check_heads(num_heads: int, kept_heads: Sequence[int]) -> tuple[int, ...]:
         OptionError: They are not strictly ascending within [0, num_heads).
     """
     kept = tuple(int(h) for h in kept_heads)
+    # -1 and num_heads at the ends also test the bounds
     if any(b <= a for a, b in pairwise((-1, *kept, num_heads))):
         raise OptionError(
             f"kept_heads must be strictly ascending within [0, {num_heads}), given {kept}"
@@ -60,9 +61,11 @@ def is_batch_first(mha: nn.Module) -> bool:
     probe = copy.deepcopy(mha).eval().float()  # torch 2.0 has no half precision on CPUs
     weight = probe.get_parameter("out_proj.weight")
     x = torch.arange(4.0 * len(weight), device=weight.device).sin().view(2, 2, len(weight))
+    # x is [2, 2, E]: two images of two tokens, or two tokens of two images
     changed = x.clone()
     changed[1] = x[1].flip(-1)
     # The first image does not depend on the second image, but the first token does on the second.
+    # The forward of the class: hooks of the original must not see the probe.
     return torch.equal(type(mha).forward(probe, x)[0], type(mha).forward(probe, changed)[0])
 
 
@@ -153,6 +156,7 @@ def projections_of(mha: nn.Module, heads: int) -> Projections:
     if len(widths) > 1:
         raise TargetError(f"q, k and v read different widths {sorted(widths)}; not supported")
     out: Any = mha.out_proj
+    # A slim attention is narrower than E, so the width comes from the output projection.
     rows = [out.weight.shape[1]] * 3
     if fused is not None:
         weights = torch.split(fused.detach(), rows)

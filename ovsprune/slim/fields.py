@@ -78,6 +78,7 @@ def parse(document: str | bytes, source: str) -> Any:
     try:
         decoded = document.decode("utf-8") if isinstance(document, bytes) else document
         return json.loads(decoded, object_pairs_hook=to_dict, parse_constant=refuse_constant)
+    # RecursionError: json parses nested arrays recursively.
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{source} is not the JSON of a slim checkpoint ({str(error) or 'nested too deeply'}); "
@@ -134,6 +135,7 @@ def choice(value: Any, where: str, known: Sequence[str]) -> str:
 
 def integer(value: Any, where: str, least: int = 0) -> int:
     """Check that a value is an integer of at least ``least`` and at most 2**63 - 1."""
+    # bool is a subclass of int.
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _LARGEST:
         raise invalid(where, value, f"a whole number of at least {least}")
     return value

@@ -19,5 +19,6 @@ def with_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.M
     The copy shares all submodules and parameters with ``module``, also those replaced later.
     """
     other = copy.copy(module)
+    # an instance attribute, which hides the method of the class
     other.forward = forward
     return other

@@ -14,6 +14,7 @@ def linear(inputs: int, outputs: int, bias: bool = True, device: str | None = No
     ``nn.Linear`` itself warns when it initialises an empty weight, so a layer whose units are all
     removed gets its parameters here. With 0 ``inputs``, its output is the bias.
     """
+    # At least 1, so that nn.Linear initialises a nonempty weight, which is replaced below.
     layer = nn.Linear(max(inputs, 1), max(outputs, 1), bias, device=device)
     if not inputs or not outputs:
         layer.weight = nn.Parameter(torch.empty(outputs, inputs, device=device))

@@ -154,6 +154,7 @@ def _fill(tower: nn.Module, state: Mapping[str, Tensor]) -> None:
         # Replaced, not filled: the parameters are on "meta" and may have another type.
         for name, parameter in module._parameters.items():
             if parameter is not None:
+                # a copy: training must not change the checkpoint that the caller holds
                 value = state[prefix + name].clone()
                 module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
         for name, buffer in module._buffers.items():

@@ -82,6 +82,7 @@ def slim_module(module: nn.Module, index: Mapping[str, Tensor]) -> nn.Module:
                 f"for index {int(kept.max())} on axis {dim}; check that the mask belongs to this "
                 "model"
             )
+    # copy.copy shares the tables of nn.Module, so each is replaced by a new one below.
     slim = copy.copy(module)
     slim._parameters = {
         n: None if p is None else nn.Parameter(_select(n, p.detach(), index), p.requires_grad)
@@ -122,6 +123,7 @@ def _check_sliceable(module: nn.Module, index: Mapping[str, Tensor]) -> tuple[Te
 def _zero_padded(dense: nn.LayerNorm, slim: Any) -> ZeroPaddedLayerNorm:
     """Convert a slim layer norm to one that counts the removed channels as zeros."""
     padded = ZeroPaddedLayerNorm(slim)
+    # The dense module may be padded already; its width counts the channels cut earlier, too.
     padded.dense_width = ZeroPaddedLayerNorm(dense).dense_width
     for name in _HOOKS:
         padded.__dict__[name] = slim.__dict__[name]
@@ -134,4 +136,5 @@ def _select(name: str, tensor: Tensor, index: Mapping[str, Tensor]) -> Tensor:
     for axis, kept in index.items():
         if name in AXIS_TENSORS[axis]:
             copied = copied.index_select(0 if axis == "out" else 1, kept.to(tensor.device))
+    # index_select copies; a tensor that was not cut still needs a copy
     return tensor.clone() if copied is tensor else copied

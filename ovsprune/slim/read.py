@@ -79,6 +79,7 @@ def read(directory: str | os.PathLike[str], *, verify: bool = True) -> SlimCheck
     spec = read_spec(path)
     check_files(path, spec.files, (MODEL, MASK), verify=verify)
     mask = read_tensors(path / MASK)
+    # The mask is small; an inconsistent one is reported before the weights are read.
     check_mask(spec, mask, str(path / MASK))
     tensors = read_tensors(path / MODEL)
     check_tensors(spec, tensors, str(path / MODEL))
@@ -151,6 +152,7 @@ def check_files(
                 f"{file} has {size} bytes, the config says {expected.bytes}; it was cut short or "
                 "exchanged: copy it again"
             )
+        # Sizes first: they find an incomplete copy without reading it.
         if verify and file_digest(file) != expected.sha256:
             raise CheckpointError(
                 f"{file} is not the file that was written (its SHA-256 differs from the config's); "
@@ -212,5 +214,6 @@ def newest_slim(root: str | os.PathLike[str] = "slim") -> Path:
             f"no slim checkpoint was named, and there is none under {Path(root).resolve()}; run "
             "`ovsprune prune` first, or name one (--slim DIR)"
         )
+    # The name decides between equal times, so that the choice is reproducible.
     newest = max(configs, key=lambda config: (config.stat().st_mtime_ns, config.parent.name))
     return newest.parent

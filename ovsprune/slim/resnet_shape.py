@@ -38,9 +38,11 @@ def build_modified_resnet(checkpoint: SlimCheckpoint) -> ModifiedResNet:
                 # The first block of a stage changes width or stride, so its shortcut is a layer.
                 if f"{block}.downsample.0.weight" in sizes:
                     shortcuts.add(block)
+            # conv3 writes the residual stream, which all blocks of a stage share.
             widths.append(sizes[f"layer{i}.0.conv3.weight"][0])
         first, second, third = (sizes[f"conv{k}.weight"][0] for k in (1, 2, 3))
         output, width = sizes["attnpool.c_proj.weight"]
+        # with the mean token at the front, which is subtracted below
         tokens = sizes["attnpool.positional_embedding"][0]
         heads, rest = divmod(width, head_width(checkpoint))
         if rest:

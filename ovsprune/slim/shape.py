@@ -155,6 +155,7 @@ def native_grid(checkpoint: SlimCheckpoint, patch: tuple[int, int], tokens: int)
     size = vision_config(checkpoint).get("image_size")
     sizes = [(height, width)]
     pair = [size, size] if isinstance(size, int) else size
+    # type() and not isinstance: JSON's true would count as an int.
     if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(n) is int for n in pair):
         sizes.insert(0, (pair[0], pair[1]))
     for rows, columns in ((h // patch[0], w // patch[1]) for h, w in sizes):

@@ -96,6 +96,7 @@ def copy_with(attention: nn.Module, entries: Mapping[str, Any]) -> Any:
 
 def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """Build a linear layer with copies of ``weight`` [out, in] and ``bias`` [out], frozen."""
+    # On meta: the random weights would only be replaced.
     layer = linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = frozen_parameter(weight)
     if bias is not None:
@@ -115,6 +116,7 @@ def slice_norm(norm: nn.Module | None, channels: Tensor) -> nn.Module | None:
         norm: Norm before the output projection. Anything but a layer norm is returned unchanged.
         channels: int64 [kept], channels of ``norm``.
     """
+    # None and nn.Identity have no channels to keep.
     if not isinstance(norm, nn.LayerNorm):
         return norm
     padded = ZeroPaddedLayerNorm(copy.copy(norm))

@@ -38,9 +38,11 @@ def build_timm_tower(architecture: Mapping[str, Any]) -> nn.Module:
             f"building this tower needs open_clip and timm ({error}); `pip install open_clip_torch "
             "timm`, or build the tower yourself and call ovsprune.apply"
         ) from error
+    # The line below changes a nested dict, which belongs to the caller.
     config = deepcopy(dict(architecture))
     try:
         config["vision_cfg"]["timm_model_pretrained"] = False  # no download
+        # The caller's random state stays as it was; devices=[] leaves GPUs out.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)

@@ -94,6 +94,7 @@ def save_tensors(
     """
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
+    # Sorted: the order of a dict must not change the bytes of the file.
     for name in sorted(tensors):
         tensor = tensors[name].detach().to("cpu").contiguous()
         storage = tensor.untyped_storage()
@@ -102,6 +103,7 @@ def save_tensors(
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         seen.add(tensor.untyped_storage().data_ptr())
         plain[name] = tensor
+    # An ordinary file has the mode that the umask gives; safetensors ignores the umask.
     file.touch()
     mode = file.stat().st_mode
     save_file(plain, file, metadata=dict([header]))

@@ -65,6 +65,7 @@ class Attached:
             TargetError: A slim module was replaced by another one since; nothing was undone.
         """
         self._applied.detach()
+        # The guard refuses dense checkpoints, which the restored model needs again.
         if self._guard is not None:
             self._guard.remove()
             self._guard = None
@@ -131,6 +132,7 @@ class DenseGuard:
         return DenseGuard(self.target, shapes, tower)
 
     def __call__(self, state: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        # The hook sees the whole state dict; prefix is the path of the hooked module.
         loaded = {k[len(prefix) :]: value for k, value in state.items() if k.startswith(prefix)}
         if not self.tower & set(loaded):
             return  # a checkpoint without a tower, for example of an adapter, may be loaded
@@ -197,6 +199,7 @@ def attach_tower(
                 replaced[name] = "value of the slim tower"
     applied = replacements.commit(compat_fixes)
     with undo_on_error(applied):
+        # Registering the guard can fail; the swap is undone then.
         return Attached(
             target=target,
             slim=checkpoint.path,

@@ -117,6 +117,7 @@ def check_activation(model: nn.Module, checkpoint: SlimCheckpoint, paths: tuple[
     expected = checkpoint.spec.activation
     for path in paths:
         with torch.no_grad():
+            # a copy: nn.ReLU(inplace=True) would overwrite the probe for the next path
             output = model.get_submodule(path)(probe.clone())
         equal = [k for k, v in functions.items() if torch.allclose(output, v, atol=1e-6)]
         if expected in equal:

@@ -97,6 +97,7 @@ def convert_state(
             continue
         new = values.get(name, old).to(old.dtype)  # the framework may save float16
         same = new.shape == old.shape and torch.equal(new, old)
+        # Values of tensors that the framework stores transposed are views, not contiguous.
         result[name] = old if same else new.contiguous()
         if not same:
             replaced[name] = f"{source}, {_cut_of(name, cuts)}"

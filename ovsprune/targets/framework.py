@@ -87,6 +87,7 @@ class TableTarget:
 
     def _select(self, names: Iterable[str], subject: str) -> KeyMap:
         """Return the first key map that ``names`` match; ``subject`` describes the model."""
+        # names may be an iterator, and every key map reads it.
         names, key_maps = list(names), (self.key_map, *self.variants)
         for key_map in key_maps:
             if not key_map.missing(names):
@@ -112,6 +113,7 @@ class TableTarget:
         """Return the names of the tower's tensors."""
         names = model.state_dict()
         key_map = self._select(names, type(model).__name__)
+        # There is no checkpoint here, so the model's own number of blocks is the depth.
         layout = key_map.layout(names, sum(key_map.depths(names)))
         return frozenset(name for name in names if layout.canonical(name) is not None)
 

@@ -90,6 +90,7 @@ class KeyMap(Layout):
                     f"{depth}; build the framework with the CLIP that was pruned, or prune the "
                     "CLIP that the framework uses"
                 )
+        # first block of each stack, counted over all stacks
         starts = tuple(sum(counts[:i]) for i in range(len(counts)))
         return replace(self, starts=starts, depth=depth if self.stacks else None)
 
@@ -116,4 +117,5 @@ def _is_below(name: str, path: str) -> bool:
     """Return True if the tensor ``name`` is at ``path`` or below it; stars match numbers."""
     if "*" in path:
         return match_stars(".".join(name.split(".")[: path.count(".") + 1]), path) is not None
+    # The empty path is the model itself, which contains every name.
     return name == path or name.startswith(f"{path}.") or not path

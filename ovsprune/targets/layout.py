@@ -181,6 +181,7 @@ class Layout:
 
     def absent_reason(self, canonical: str) -> str | None:
         """Return why the framework lacks a module or tensor; None if it should have it."""
+        # The dots at the end prevent a match of head with header.
         reasons = (r for n, r in self.absent.items() if f"{canonical}.".startswith(f"{n}."))
         return next(reasons, None)
 
@@ -260,6 +261,7 @@ def _longest_prefix(name: str, table: Collection[str]) -> tuple[str, list[str], 
 
 def _fill(path: str, numbers: list[str], rest: str) -> str:
     """Replace the stars of ``path`` by ``numbers``, in order, and append ``rest``."""
+    # The same number stands for the same star on both sides, in order.
     remaining = iter(numbers)
     parts = (next(remaining, part) if part == "*" else part for part in path.split("."))
     return ".".join(filter(None, (*parts, rest)))

@@ -44,4 +44,5 @@ def mask_tower(
         if layout.absent_reason(canonical) is None
         for name, part in layout.to_framework(canonical, mask).items()
     }
+    # The names are those of the whole model now, so no prefix is added.
     return apply_masks(model, renamed, prefix="", hold=hold)

@@ -139,6 +139,7 @@ def load_into(
     fits = {n for n in current.keys() & state.keys() if current[n].shape == state[n].shape}
     with torch.no_grad():
         for name in fits:
+            # in place: tied parameters stay tied, and the device and dtype are the model's
             current[name].copy_(state[name])
     add_guard(model, document["target"], layout, cuts)  # refuses dense checkpoints from now on
     target.apply_compat(model)

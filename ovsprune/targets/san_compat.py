@@ -111,6 +111,7 @@ def _support_slim_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
     def attend_any(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        # Dense attention runs SAN's own code, so an unpruned model stays bit-identical.
         if not isinstance(module, SlimAttention):
             return attend(module, query, key, value, *args, **kwargs)
         mask = args[0] if args else kwargs.get("attn_mask")

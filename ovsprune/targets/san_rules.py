@@ -41,6 +41,7 @@ def no_cross_attention(path: str, supported_in: str = "") -> Check:
         cut = [
             layer.name
             for layer in checkpoint.spec.layers
+            # Only attention below this head takes part; the blocks before it run unchanged.
             if layer.kind == "heads" and layer.kept < layer.units
             if (layout.name(layer.name) or "").startswith(f"{path}.")
         ]

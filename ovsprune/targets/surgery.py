@@ -48,6 +48,7 @@ class Cut:
         """
         if self.heads is not None:
             return name.startswith(f"{self.path}.")
+        # direct tensors only, not those of submodules such as a norm inside a convolution
         return name.rpartition(".")[0] == self.path
 
     def __str__(self) -> str:
@@ -134,6 +135,7 @@ class HeadlessAttention(nn.Module):
         no_rows = torch.empty(0, dtype=torch.int64)
         for name in ("q_proj", "k_proj", "v_proj"):
             self.add_module(name, slim_module(getattr(dense, name), {"out": no_rows}))
+        # in and out axes differ: q, k, v lose all rows, the out projection all columns
         self.out_proj = slim_module(dense.out_proj, {"in": no_rows})
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -169,6 +171,7 @@ def slim_copy(dense: nn.Module, cut: Cut) -> nn.Module:
 
 def dense_shapes(checkpoint: SlimCheckpoint) -> Mapping[str, tuple[int, ...]]:
     """Return the shape of every tensor of the tower before it was cut, by canonical name."""
+    # Stored shapes are slim; the loop below adds the removed rows and columns again.
     shapes = {name: list(tensor.shape) for name, tensor in checkpoint.tower().items()}
     for layer in checkpoint.spec.layers:
         removed = (layer.units - layer.kept) * layer.unit_width

@@ -25,6 +25,7 @@ class _WithGradients:
     method: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Evaluation keeps the framework's no_grad and its low memory.
         if not self.model.training:
             return self.method(*args, **kwargs)
         with torch.enable_grad():
@@ -43,6 +44,8 @@ def enable_tower_grad(model: nn.Module, methods: Iterable[str]) -> Applied:
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         method = getattr(owner, name)
+        # With a second wrapper on top, the first caller could not detach.
         if not isinstance(method, _WithGradients):
+            # An instance attribute hides the class's method; other models keep theirs.
             swaps.append(Swap.attribute(path, owner, name, _WithGradients(model, method)))
     return exchange(swaps)

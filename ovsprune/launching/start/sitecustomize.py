@@ -13,11 +13,14 @@ import sys
 def _run_shadowed() -> None:
     """Run the sitecustomize that this one shadows, if there is one."""
     directory = os.path.dirname(os.path.abspath(__file__))
+    # Without this directory, the import below finds the next sitecustomize of the path.
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != directory]
+    # An entry in sys.modules would make the import return this module again.
     this_module = sys.modules.pop("sitecustomize", None)
     try:
         importlib.import_module("sitecustomize")
     except ImportError as error:
+        # An import that fails inside the shadowed file is an error of that file.
         if error.name != "sitecustomize":
             raise
         if this_module is not None:
