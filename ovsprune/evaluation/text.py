@@ -33,11 +33,13 @@ def read_embeddings(path: Path | str, names: Sequence[str]) -> Tensor:
         DataError: The file cannot be read, has another form, or lacks a name.
     """
     path = Path(path)
+    # TypeError and AttributeError: a plain .npy is an array, which is no context manager.
+    errors = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError
     try:
         with np.load(path, allow_pickle=False) as content:  # a pickled array could run code
             stored = [str(name) for name in content["names"].tolist()]
             vectors = np.asarray(content["emb"], dtype=np.float32)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except errors as error:
         raise DataError(
             f"{path} cannot be read as text embeddings ({error}): expected an .npz with the "
             "arrays names (strings) and emb (floats [n, C])"

@@ -35,6 +35,9 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match="cannot be read as text embeddings"):
         read_embeddings(tmp_path / "text.npz", ["cow"])
+    np.save(tmp_path / "plain.npy", np.zeros((2, 4)))
+    with pytest.raises(DataError, match="plain.npy cannot be read as text embeddings"):
+        read_embeddings(tmp_path / "plain.npy", ["cow"])
     np.savez(tmp_path / "other.npz", vectors=np.zeros(3))
     with pytest.raises(DataError, match="expected an .npz with the arrays names"):
         read_embeddings(tmp_path / "other.npz", ["cow"])
