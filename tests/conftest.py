@@ -10,6 +10,7 @@ import pytest
 
 from ovsprune.calibration import pictures
 from ovsprune.core.protocols import Backbone
+from ovsprune.graph import costs
 from ovsprune.jobs.prune import prune
 from tests.contracts.conftest import open_clip_vit
 
@@ -28,6 +29,18 @@ def _rendered_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "RENDERED", {k: once(v) for k, v in pictures.RENDERED.items()})
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _counted_on_cpu() -> Iterator[None]:
+    """Count the costs of towers on the CPU, where small ones take a third of the time.
+
+    torch derives many shapes of meta tensors in Python. ``tests/graph/test_costs.py`` checks that
+    both devices give the same counts.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(costs, "COUNT_ON", "cpu")
         yield
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ovsprune.core.protocols import PrunableLayer
 from ovsprune.core.records import Costs, Group, Plan, Slice
-from ovsprune.graph.costs import macs, on_meta
+from ovsprune.graph.costs import countable, macs
 from ovsprune.graph.cut import cut
 from ovsprune.graph.layers import is_channelwise, requires_grad_as, weight_of
 from ovsprune.graph.norms import FoldedNorm
@@ -175,8 +175,8 @@ class _CostCounter:
 
     def __init__(self, tower: nn.Module, size: tuple[int, int]) -> None:
         self.tower = tower
-        self.image = torch.empty(1, 3, *size, device="meta")
-        self.macs = macs(on_meta(tower), self.image)
+        self.size = size
+        self.macs = macs(*countable(tower, size))
         self.params = sum(p.numel() for p in tower.parameters())
         self.layer_macs = {product.name: product.macs for product in find_products(tower, size)}
         self.cache: dict[Any, Costs] = {}
@@ -187,10 +187,10 @@ class _CostCounter:
         groups = tuple(g for g in groups if g.units > 1 or not self._has_convolution(g))
         key = tuple(map(self._signature, groups))
         if key not in self.cache:
-            smaller = on_meta(self.tower)
+            smaller, image = countable(self.tower, self.size)
             cut(smaller, groups, Plan({g.name: torch.arange(1, g.units) for g in groups}))
             params = sum(p.numel() for p in smaller.parameters())
-            self.cache[key] = Costs(self.macs - macs(smaller, self.image), self.params - params)
+            self.cache[key] = Costs(self.macs - macs(smaller, image), self.params - params)
         return self.cache[key]
 
     def shared_cost(self, first: Group, second: Group) -> Costs:

@@ -1,6 +1,6 @@
 """Weights that multiply a tower's activations, in the order of use, with their MACs.
 
-The types of the layers are not used. The tower runs once on meta tensors, and every matrix product
+The types of the layers are not used. A copy without weights runs once, and every matrix product
 and convolution is checked for parameters among its operands. A fused query-key-value matrix is
 therefore found; positional embeddings, norms and biases, which are added or scale, are not.
 """
@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ovsprune.graph.costs import macs, on_meta
+from ovsprune.graph.costs import countable, macs
 
 __all__ = ["Product", "find_products"]
 
@@ -45,15 +44,15 @@ def find_products(tower: nn.Module, size: tuple[int, int]) -> list[Product]:
         tower: Image tower.
         size: Native height and width in pixels, for the costs.
     """
-    meta_tower = on_meta(tower)
+    empty_tower, image = countable(tower, size)
     names = {
         parameter.untyped_storage()._cdata: name
-        for name, parameter in meta_tower.named_parameters()
+        for name, parameter in empty_tower.named_parameters()
         if parameter.ndim > 1 and name.endswith("weight")
     }
     with _MacsByWeight(names) as counter:
-        macs(meta_tower, torch.empty(1, 3, *size, device="meta"))
-    shapes = {name: tuple(p.shape) for name, p in meta_tower.named_parameters()}
+        macs(empty_tower, image)
+    shapes = {name: tuple(p.shape) for name, p in empty_tower.named_parameters()}
     return [Product(name, shapes[name], count) for name, count in counter.macs.items()]
 
 

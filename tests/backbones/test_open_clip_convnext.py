@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -136,37 +134,6 @@ def test_checkpoint_loads_and_attaches_to_a_tower(make: Any, tmp_path: Path) -> 
     assert torch.equal(copied(images), expected[0])
     applied.detach()
     assert torch.equal(copied(images), before)
-
-
-SCRIPT = """
-import sys, torch
-import ovsprune
-torch.set_num_threads(int(sys.argv[4]))
-tower, images = ovsprune.load(sys.argv[1]), torch.load(sys.argv[2])
-torch.save((tower(images), tower.dense(images)), sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
-    """Use a model of timm, which the other process knows."""
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"timm_model_name": "convnext_atto", "image_size": 64},
-        "text_cfg": {},
-    }
-    backbone = FAMILY.build(DenseModel("atto", config, Preprocess((64, 64))))
-    done = prune(backbone, 0.3, output=tmp_path / "slim", criterion="random",
-                 allocation="uniform", recovery="bias", **QUICK)  # fmt: skip
-    images = torch.randn(2, 3, 64, 64)
-    torch.save(images, tmp_path / "images.pt")
-    arguments = [str(tmp_path / name) for name in ("slim", "images.pt", "out.pt")]
-    arguments.append(str(torch.get_num_threads()))  # Sums depend on it in their last bits.
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
-    with torch.no_grad():
-        expected = backbone.stages(done.tower).outputs(images)
-    found = torch.load(tmp_path / "out.pt")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_name_without_default_weights_lists_its_tags() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ import ovsprune
 from ovsprune import backbones
 from ovsprune.backbones import FAMILIES
 from ovsprune.backbones.open_clip_fastvit import OpenClipFastVit
-from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.jobs.prune import PruneResult, prune
 from ovsprune.slim.timm_attention import TimmAttention
 from tests.contracts.conftest import open_clip_fastvit, prepared
@@ -163,36 +159,6 @@ def test_branches_of_the_slim_tower_can_be_merged(pruned: PruneResult) -> None:
     assert len(list(merged.modules())) < len(list(pruned.tower.modules()))
     expected = pruned.tower(images())
     assert (merged(images()) - expected).abs().max() < 1e-4 * expected.std()
-
-
-SCRIPT = """
-import sys, torch
-import ovsprune
-torch.set_num_threads(int(sys.argv[4]))
-tower, images = ovsprune.load(sys.argv[1]), torch.load(sys.argv[2], weights_only=True)
-torch.save((tower(images), tower.dense(images)), sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
-    """Use a model of timm; only its last stage, which attends, is cut."""
-    vision = {"timm_model_name": "fastvit_sa12", "timm_proj": None, "image_size": 64}
-    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": {}}
-    backbone = FAMILY.build(DenseModel("sa12", config, Preprocess((64, 64))))
-    done = prune(backbone, 0.08, output=tmp_path / "slim", criterion="random",
-                 allocation="uniform", recovery="none", protect=("trunk.stages.[012].*",),
-                 **QUICK)  # fmt: skip
-    assert any(layer.kind == "heads" and layer.kept < layer.units for layer in done.spec.layers)
-    given = torch.randn(2, 3, 64, 64)
-    torch.save(given, tmp_path / "images.pt")
-    arguments = [str(tmp_path / name) for name in ("slim", "images.pt", "out.pt")]
-    arguments.append(str(torch.get_num_threads()))  # Sums depend on it in their last bits.
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
-    with torch.no_grad():
-        expected = backbone.stages(done.tower).outputs(given)
-    found = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_random_weights_of_a_listed_name_are_marked() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -173,37 +171,3 @@ def test_checkpoint_loads_and_attaches_to_a_tower(
         assert value.data_ptr() == same.data_ptr() and torch.equal(value, was), name
     ovsprune.apply(copied, checkpoint, weights="target")
     assert not torch.equal(copied(images), done.tower(images))  # cut, and not repaired
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_fresh_process_loads_identical_outputs(tmp_path: Path) -> None:
-    """Register the two test models in the other process, too."""
-    images = torch.randn(2, 3, 64, 64)
-    torch.save(images, tmp_path / "images.pt")
-    expected = {}
-    for make in (open_clip_vitamin, open_clip_swin):
-        directory = tmp_path / make.__name__
-        prune(make(), 0.4, output=directory, criterion="magnitude", allocation="uniform",
-              recovery="none", **QUICK)  # fmt: skip
-        back = backbones.load_backbone(str(directory))
-        expected[make.__name__] = back.pooled(images), back.dense(images)
-    arguments = [str(tmp_path), str(torch.get_num_threads()), *expected]
-    root = Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True, cwd=root)
-    for name, (pooled, dense) in expected.items():
-        found = torch.load(tmp_path / f"{name}.pt")
-        assert torch.equal(found[0], pooled) and torch.equal(found[1], dense)
-
-
-SCRIPT = """
-import sys, torch
-import ovsprune
-import tests.contracts.conftest
-directory = sys.argv[1]
-torch.set_num_threads(int(sys.argv[2]))  # sums depend on it in their last bits
-images = torch.load(f"{directory}/images.pt")
-for name in sys.argv[3:]:
-    tower = ovsprune.load(f"{directory}/{name}")
-    torch.save((tower(images), tower.dense(images)), f"{directory}/{name}.pt")
-"""

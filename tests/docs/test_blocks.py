@@ -63,17 +63,10 @@ def test_blocks_that_run_are_found() -> None:
     assert {"README.md", "docs/quickstart.md", "docs/extend/criterion.md"} <= set(found)
 
 
-SLOW = {"docs/export.md", "docs/how-it-works/importance.md", "docs/recipes.md"}
-"""Pages with several prunes or exports of ``tiny``, of which other tests run small ones."""
-
-
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(p, id=name_of(p), marks=pytest.mark.slow if name_of(p) in SLOW else ())
-        for p in PAGES
-        if any(b.mark == "run" for b in blocks(p))
-    ],
+    [p for p in PAGES if any(b.mark == "run" for b in blocks(p))],
+    ids=name_of,
 )
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the blocks of a page in a directory of their own and with one set of Python names.
@@ -82,7 +75,7 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OVSPRUNE_PRUNE_SAMPLES", str(IMAGES))
-    monkeypatch.setattr(ovsprune, "prune", partial(ovsprune.prune, **CHEAP))
+    monkeypatch.setattr(ovsprune, "prune", partial(ovsprune.prune, samples=IMAGES, **CHEAP))
     for registry in (CRITERIA, POLICIES):
         registry.names()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
@@ -97,7 +90,11 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 IMAGES = 4
-CHEAP: dict[str, Any] = {"samples": IMAGES, "criterion": "magnitude", "allocation": "uniform"}
+CHEAP: dict[str, Any] = {
+    "criterion": "magnitude",
+    "allocation": "uniform",
+    "recovery": "closed-form",
+}
 """Options that a page leaves out: the defaults suit users, and take minutes on one thread."""
 
 
@@ -109,7 +106,7 @@ def run_commands(code: str) -> None:
             continue
         assert words[0] == "ovsprune", f"a block that runs calls ovsprune only: {line}"
         if words[1] == "prune" and not {"--method", "--config"} & set(words):
-            words += ["--criterion", str(CHEAP["criterion"]), "--allocation", "uniform"]
+            words += [word for name, value in CHEAP.items() for word in (f"--{name}", value)]
         if "--samples" in words:
             words[words.index("--samples") + 1] = str(IMAGES)
         done = CliRunner().invoke(main, words[1:])

@@ -7,7 +7,30 @@ import torch
 from torch import nn
 
 from ovsprune.core.records import Costs
+from ovsprune.graph import costs
 from ovsprune.graph.costs import count_costs, macs, on_meta
+from ovsprune.graph.groups import with_costs
+from ovsprune.graph.products import find_products
+from tests.contracts.conftest import REPRESENTATIVES, case_of
+
+
+@pytest.fixture(autouse=True)
+def _counted_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count as in production; other tests count on the CPU."""
+    monkeypatch.setattr(costs, "COUNT_ON", "meta")
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVES)
+def test_counts_do_not_depend_on_the_device(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(family)
+    tower, size = case.dense, case.backbone.preprocess.size
+    found = []
+    for device in ("meta", "cpu"):
+        monkeypatch.setattr(costs, "COUNT_ON", device)
+        groups = with_costs(tower, case.groups[:1], size)
+        found.append((count_costs(tower, size), find_products(tower, size), groups))
+    assert str(found[0]) == str(found[1])
+    assert found[0][0].macs > 0 and found[0][2][0].macs > 0
 
 
 def test_costs_of_vit_b_16() -> None:

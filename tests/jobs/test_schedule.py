@@ -53,7 +53,7 @@ def test_flops_of_a_meta_copy_equal_those_of_the_tower() -> None:
 def test_steps_are_measured_against_training_all_layers() -> None:
     from ovsprune.jobs.schedule import plan_tower
 
-    rows = plan_tower("tiny", "last-k", count=1, measure=True)["measured"]
+    rows = plan_tower("tiny", "last-k", count=1, batch_size=1, measure=True)["measured"]
     assert [row["policy"] for row in rows] == ["last-k", "all"]
     assert all(row["step_seconds"] > 0 for row in rows) and rows[1]["speedup"] == 1
     if rows[0]["peak_memory"] is not None:  # gradients and AdamW's state of one layer, not of all

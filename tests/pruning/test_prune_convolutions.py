@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,11 @@ import torch
 
 import ovsprune
 from ovsprune import backbones
-from ovsprune.backbones import FAMILIES
 from ovsprune.baselines.imp_weights import imp
 from ovsprune.comparison.methods import parse_method
 from ovsprune.comparison.runner import ComparisonRunner
 from ovsprune.core.distillation import Distillation
 from ovsprune.core.errors import MissingLibraryError, OptionError, TargetError
-from ovsprune.core.records import DenseModel, Preprocess
 from ovsprune.graph.costs import count_costs
 from ovsprune.jobs.prune import PruneResult, prune
 from ovsprune.profiling import latency
@@ -99,40 +95,6 @@ def test_without_timm_loading_says_what_is_missing(
     monkeypatch.setattr(timm_tower.importlib, "import_module", refuse)
     with pytest.raises(MissingLibraryError, match=r"open_clip and timm .*ovsprune\.apply"):
         ovsprune.load(pruned.path)
-
-
-SCRIPT = """
-import sys, torch
-import ovsprune
-torch.set_num_threads(int(sys.argv[4]))
-tower = ovsprune.load(sys.argv[1])
-assert "timm" in sys.modules
-torch.save((tower(torch.load(sys.argv[2])), tower.dense(torch.load(sys.argv[2]))), sys.argv[3])
-"""
-
-
-@pytest.mark.slow
-def test_a_fresh_process_loads_it_bit_for_bit(tmp_path: Path) -> None:
-    """Load the checkpoint of a model that timm has registered."""
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {"timm_model_name": "mobilenetv2_035", "image_size": 64},
-        "text_cfg": {},
-    }
-    backbone = FAMILIES.get("open_clip-efficientnet").build(
-        DenseModel("mobile", config, Preprocess((64, 64)))
-    )
-    done = prune(backbone, 0.3, output=tmp_path / "slim", criterion="random",
-                 allocation="uniform", recovery="bias", **QUICK)  # fmt: skip
-    given = torch.randn(2, 3, 64, 64)
-    torch.save(given, tmp_path / "images.pt")
-    arguments = [str(tmp_path / name) for name in ("slim", "images.pt", "out.pt")]
-    arguments.append(str(torch.get_num_threads()))  # Sums depend on it in their last bits.
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
-    with torch.no_grad():
-        expected = done.tower(given), backbone.stages(done.tower).outputs(given)[1]
-    found = torch.load(tmp_path / "out.pt")
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_half_precision_keeps_integers(tmp_path: Path) -> None:

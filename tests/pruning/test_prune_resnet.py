@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,37 +95,6 @@ def test_recovery_helps() -> None:
     )
     assert all(torch.equal(repaired.plan.kept[n], k) for n, k in bare.plan.kept.items())
     assert repaired.fidelity.relative_error < 0.8 * bare.fidelity.relative_error
-
-
-SCRIPT = """
-import sys, torch
-import importlib.abc
-
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("open_clip", "timm", "torchvision", "torch_pruning"):
-            raise ModuleNotFoundError(f"refused: {name}")
-
-sys.meta_path.insert(0, Refuse())
-import ovsprune
-torch.set_num_threads(int(sys.argv[4]))
-tower = ovsprune.load(sys.argv[1])
-given = torch.load(sys.argv[2])
-with torch.no_grad():
-    torch.save((tower(given), tower.dense(given), tower.tower.state_dict()), sys.argv[3])
-"""
-
-
-def test_a_fresh_process_needs_no_other_library(pruned: PruneResult, tmp_path: Path) -> None:
-    torch.save(images(), tmp_path / "images.pt")
-    arguments = [str(pruned.path), *(str(tmp_path / name) for name in ("images.pt", "out.pt"))]
-    arguments.append(str(torch.get_num_threads()))
-    subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True)
-    pooled, dense, state = torch.load(tmp_path / "out.pt")
-    own = ovsprune.load(str(pruned.path))
-    with torch.no_grad():
-        assert torch.equal(pooled, own(images())) and torch.equal(dense, own.dense(images()))
-    assert all(torch.equal(v, state[k]) for k, v in pruned.tower.state_dict().items())
 
 
 def test_a_text_tower_keeps_its_own_gelu(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a slim checkpoint with several options, and its recipe."""
     place = tmp_path_factory.mktemp("recipes")
     words = ["--samples", 4, "--batch-size", 4, "--criterion", "magnitude", "--seed", 2]
-    words += ["--allocation", "uniform"]
+    words += ["--allocation", "uniform", "--recovery", "closed-form"]
     words += ["--protect", "*.0.*", "--dtype", "float16", "--no-text", "--uniform-heads"]
     assert not run("prune", "--model", "tiny", "--ratio", 0.3, *words, "-o", place / "slim")
     assert not run("inspect", place / "slim", "--recipe", place / "recipe.toml")
