@@ -77,7 +77,6 @@ def test_an_unreachable_ratio_names_the_largest_one(forms):
         stock(forms, "torch-pruning-uniform", "original").reach(0.6)
 
 
-@pytest.mark.slow
 def test_the_plan_does_not_depend_on_earlier_budgets(forms):
     fresh = stock(forms, "torch-pruning", "rewritten").reach(0.3).plan.kept
     used = stock(forms, "torch-pruning", "rewritten")

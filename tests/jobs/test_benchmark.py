@@ -73,7 +73,6 @@ def test_peak_memory_is_measured_in_a_new_process(slim):
     assert much - little > queries_keys_values
 
 
-@pytest.mark.slow
 def test_failure_of_the_memory_process_is_reported(slim):
     with pytest.raises(WeightsError, match=r"memory of 'nothing' failed \(.*unknown model"):
         peak_memory("nothing", 1)

@@ -168,7 +168,6 @@ def test_every_criterion_allocation_and_recovery_runs(
     assert not any(type(m).__name__ == "FoldedNorm" for m in done.tower.modules())
 
 
-@pytest.mark.slow
 def test_statistics_serve_another_ratio(tmp_path: Path) -> None:
     options = {**QUICK, "recovery": "none", "statistics": str(tmp_path / "s.safetensors")}
     prune(open_clip_resnet(), 0.3, **options)
